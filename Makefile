@@ -1,0 +1,35 @@
+# The contract: the same targets in README, CONTRIBUTING and CI. Every target does its own set-up on a fresh machine.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Named first, so that pip does not choose another build while it resolves the rest.
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install compare test lint clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## create .venv and install hfac with everything its commands and tests need
+
+compare: $(INSTALLED) ## train a byte-level GPT on real text with AdamW, Adafactor, HFac and SMMF; ends with a table
+	$(BIN)/hfac compare $(ARGS)
+
+test: $(INSTALLED) ## run the tests (no GPU needed)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## check style with ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean: ## remove .venv and everything built
+	rm -rf $(VENV) build dist *.egg-info hfac/*.so
+
+$(INSTALLED): pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install -e ".[cli,test]"
+	touch $@

@@ -1,0 +1,18 @@
+"""hfac: optimizers whose state is rank-1 factors.
+
+`HFac` (Nguyen et al., AISTATS 2025) and `SMMF` (Park, Lee, AAAI 2025) are `torch.optim.Optimizer`s;
+`hfac.functional` has them over lists of tensors, `hfac.reference` defines every op in plain torch.
+"""
+
+from pathlib import Path
+
+from ._version import __version__
+
+# An uninstalled checkout keeps hfac.triton_kernels beside this folder; installed, it lies inside it.
+if not (Path(__file__).parent / "triton_kernels").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
+
+from . import functional
+from .optim import SMMF, HFac
+
+__all__ = ["SMMF", "HFac", "__version__", "functional"]

@@ -1,0 +1,76 @@
+"""The table of backends: which there are, for which devices, and why one is not to be had.
+
+A backend is a module with one function per op, all with the signatures of `hfac.reference`. "auto" takes the first of
+`PREFERENCE` that can serve the device; an explicit request is met or refused, never replaced.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from .. import reference
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the table.
+
+    Attributes:
+        name: what a user passes as ``backend=``.
+        summary: one line for people.
+        why_not: (device) -> None where the backend serves it, else the reason and what to do, as one sentence or two.
+        load: the module that holds the ops; called only where why_not gave None.
+    """
+
+    name: str
+    summary: str
+    why_not: Callable[[torch.device], str | None]
+    load: Callable[[], ModuleType]
+
+
+def _absent(what: str) -> Callable[[torch.device], str | None]:
+    return lambda device: f"this version of hfac has no {what}. Use backend='auto' or backend='reference'."
+
+
+def _unloadable() -> ModuleType:
+    raise AssertionError("a backend that is absent is never loaded")
+
+
+TABLE: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend("cuda", "fused CUDA kernels", _absent("CUDA kernels"), _unloadable),
+        Backend("triton", "fused Triton kernels", _absent("Triton kernels"), _unloadable),
+        Backend("cpu", "fused C++ kernels", _absent("C++ kernels"), _unloadable),
+        Backend("reference", "plain torch, any device", lambda device: None, lambda: reference),
+    )
+}
+PREFERENCE = tuple(TABLE)
+NAMES = ("auto", *TABLE)
+
+
+def available(device: torch.device) -> list[str]:
+    """Names of the backends that serve ``device``, best first."""
+    return [name for name in PREFERENCE if TABLE[name].why_not(device) is None]
+
+
+def resolve(name: str, device: torch.device) -> ModuleType:
+    """The module whose ops serve ``device``.
+
+    Raises:
+        ValueError: no backend has this name.
+        RuntimeError: the one asked for cannot serve the device; the message says why, what is there and what to do.
+    """
+    if name == "auto":
+        return TABLE[available(device)[0]].load()
+    if name not in TABLE:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, NAMES))}, got {name!r}")
+    reason = TABLE[name].why_not(device)
+    if reason is not None:
+        here = ", ".join(map(repr, available(device)))
+        raise RuntimeError(
+            f"backend={name!r} was asked for tensors on {device}, but {reason} Present for {device}: {here}."
+        )
+    return TABLE[name].load()

@@ -1,0 +1,315 @@
+"""What both optimizers share: options, state that follows the parameters, checkpoints, and the walk over groups in a
+step."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import backends, ops
+from . import options
+
+State = dict[str, Tensor]
+#: shape and dtype of every factor or moment of a parameter, by state key
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+NONFINITE = ("propagate", "skip")
+_COMMON_RULES: dict[str, options.Rule] = {
+    "lr": options.number(0.0, tensor=True),
+    "weight_decay": options.number(0.0, tensor=True),
+    "maximize": options.flag,
+    "capturable": options.flag,
+    "nonfinite": options.choice(*NONFINITE),
+    "backend": options.choice(*backends.NAMES),
+}
+#: how a step is carried out, not what it computes: kept from the running optimizer when a checkpoint is loaded
+_EXECUTION = ("capturable", "backend")
+
+
+class FactoredOptimizer(Optimizer):
+    """Base of `hfac.HFac` and `hfac.SMMF`; not for use by itself.
+
+    State is made when parameters are added, as plain tensors: factors or moments in float32 (float64 for float64
+    parameters), ``step`` as a 0-d float32 tensor on the host, and with nonfinite="skip" the count ``skipped``. With
+    ``capturable`` or "skip" the step lives beside the parameter, because only the device knows it then.
+    """
+
+    #: rule of every option of the subclass, beyond the common ones
+    _rules: ClassVar[dict[str, options.Rule]] = {}
+
+    def _layout(self, param: Tensor, group: Mapping[str, Any]) -> Layout:
+        """Shapes and types of a parameter's state; the keys are the same for every step."""
+        raise NotImplementedError
+
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[State]) -> None:
+        """One step of one group on the parameters that have a gradient."""
+        raise NotImplementedError
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        super().__init__(params, self._checked(defaults))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Fills in what an optimizer pickled by an older version, or by torch with steps as numbers, does not have."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                if name != "differentiable":  # torch's own __setstate__ adds it to the defaults, where no step reads it
+                    group.setdefault(name, value)
+            for param in group["params"]:
+                param_state = self.state.get(param, {})
+                if "step" in param_state and not isinstance(param_state["step"], Tensor):
+                    param_state["step"] = torch.tensor(float(param_state["step"]), dtype=torch.float32)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group at any time, with any option of its own, and makes the state of its parameters.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: bad options or parameters; the optimizer is left as it was.
+        """
+        if isinstance(param_group, dict) and "params" in param_group:
+            param_group.update(self._checked(param_group))
+            group = {**self.defaults, **param_group}
+            if not isinstance(param_group["params"], Tensor | set):
+                param_group["params"] = list(param_group["params"])
+            for index, param in enumerate(_tensors(param_group["params"])):
+                self._check_param(index, param, group)
+        super().add_param_group(param_group)
+        self._sync_state()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimization step on every parameter that has a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: a gradient is sparse or complex; nothing has been updated then.
+        """
+        self._check_graph_capture()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._sync_state()
+        work = []
+        for group_index, group in enumerate(self.param_groups):
+            params, grads, states = [], [], []
+            for index, param in enumerate(group["params"]):
+                grad = param.grad
+                if grad is None:
+                    continue
+                if grad.layout is not torch.strided or grad.is_complex():
+                    ops.check_tensor(f"the gradient of parameter {index} of group {group_index}", grad)
+                params.append(param)
+                grads.append(grad)
+                states.append(self.state[param])
+            work.append((group, params, grads, states))
+        for group, params, grads, states in work:
+            if params:
+                self._update(group, params, grads, states)
+        return loss
+
+    def _check_graph_capture(self) -> None:
+        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+            return
+        if not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError(
+                f"{type(self).__name__}: a CUDA graph captures the step's scalars, so step and learning rate would "
+                "stand still in every replay. Construct the optimizer with capturable=True (and lr as a tensor, to "
+                "change it)."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim: {"state": {index: {key: tensor}}, "param_groups": [...]}, plain tensors that share memory
+        with the state."""
+        self._sync_state()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a copy of ``state_dict`` (as `state_dict` returns it) and goes on from there bit for bit.
+
+        Everything is checked first. Tensors keep their own types: torch's own loading would cast factors and sign
+        bits to the parameter's type. ``capturable`` and ``backend`` stay as they are in this optimizer: they say how
+        a step is carried out on this machine.
+
+        Raises:
+            TypeError, ValueError: the state does not fit; the message names the parameter's index, what was expected
+                and what was found. The optimizer is left as it was.
+        """
+        loaded: dict[int, State] = {}
+        execution = [{name: group[name] for name in _EXECUTION} for group in self.param_groups]
+
+        # Hooks of the user may rewrite the state dict, so what is checked and copied is what they leave: the first of
+        # these two runs after all other pre-hooks, the second before all other post-hooks.
+        def check(optimizer: Optimizer, final: dict[str, Any]) -> None:
+            loaded.update(self._checked_state(final))
+
+        def restore(optimizer: Optimizer) -> None:
+            for group, kept in zip(self.param_groups, execution, strict=True):
+                group.update(self._checked(group))
+                group.update(kept)
+            params = [param for group in self.param_groups for param in group["params"]]
+            self.state.clear()
+            for index, state in loaded.items():
+                self.state[params[index]] = {
+                    key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()
+                }
+            self._sync_state()
+
+        handles = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _checked(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The options among ``values``, each by its rule."""
+        rules = {**_COMMON_RULES, **self._rules}
+        return {
+            name: rules[name](f"{type(self).__name__}: {name}", value)
+            for name, value in values.items()
+            if name in rules
+        }
+
+    def _check_param(self, index: int, param: Any, group: Mapping[str, Any]) -> None:
+        if not isinstance(param, Tensor):
+            return  # torch says what it thinks of it
+        where = f"{type(self).__name__}: parameter {index} of the group"
+        if hasattr(param, "placements") and hasattr(param, "_local_tensor"):
+            raise TypeError(
+                f"{where} is a sharded DTensor, which this version does not support: factoring each shard by itself "
+                "would give other numbers for every number of ranks. Use DistributedDataParallel, or pass unsharded "
+                "parameters."
+            )
+        if getattr(param, "_is_flat_param", False):
+            raise TypeError(
+                f"{where} is a flat parameter of FSDP1 (or of use_orig_params=False), which has no rows and columns to "
+                "factor. Pass the model's own parameters."
+            )
+        ops.check_tensor(where, param)
+        if param.dtype not in ops.PARAM_DTYPES:
+            raise ValueError(
+                f"{where} has dtype {param.dtype}; float16, bfloat16, float32 or float64 is required. Leave other "
+                "tensors out of the optimizer, or keep a floating-point copy to train."
+            )
+        backends.resolve(group["backend"], param.device)
+
+    def _sync_state(self) -> None:
+        """Makes state follow the parameters: creates what is missing, moves what is elsewhere, drops what is gone.
+
+        Trainers swap parameters and rewrite groups after construction, and models move between devices and types.
+        """
+        live = 0
+        for group in self.param_groups:
+            skip = group["nonfinite"] == "skip"
+            beside = skip or group["capturable"]
+            for param in group["params"]:
+                state = self.state.get(param)
+                if state is None:
+                    if not param.requires_grad and param.grad is None:
+                        continue  # frozen: no state until it is trained
+                    state = self.state[param] = {}
+                live += 1
+                device = param.device
+                anchor = state.get("exp_avg_sq_row", state.get("exp_avg_sq"))
+                if (
+                    anchor is None
+                    or anchor.device != device
+                    or anchor.dtype != ops.state_dtype(param.dtype)
+                    or state["step"].device != (device if beside else _HOST)
+                    or (skip and "skipped" not in state)
+                ):
+                    self._complete_state(param, group, state)
+        if live != len(self.state):
+            kept = {param for group in self.param_groups for param in group["params"]}
+            for param in [param for param in self.state if param not in kept]:
+                del self.state[param]
+
+    def _complete_state(self, param: Tensor, group: Mapping[str, Any], state: State) -> None:
+        """Every key of a parameter's state, on the device and of the type it must have; what is new is zero."""
+        layout = {key: (shape, dtype, param.device) for key, (shape, dtype) in self._layout(param, group).items()}
+        skip = group["nonfinite"] == "skip"
+        layout["step"] = (), torch.float32, param.device if skip or group["capturable"] else _HOST
+        if skip:
+            layout["skipped"] = (), torch.int32, param.device
+        if not param.is_meta and any(value.is_meta for value in state.values()):
+            state.clear()  # moments that went to the meta device are lost, and the step counts them
+        for key, (shape, dtype, device) in layout.items():
+            if key in state:
+                state[key] = state[key].to(device=device, dtype=dtype)
+            else:
+                state[key] = torch.zeros(shape, dtype=dtype, device=device)
+
+    def _checked_state(self, state_dict: dict[str, Any]) -> dict[int, State]:
+        """The state of every parameter that ``state_dict`` has one for, by the parameter's position in this
+        optimizer."""
+        name = type(self).__name__
+        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+            given = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+            raise TypeError(
+                f"{name}: a state dict has the keys 'state' and 'param_groups', as state_dict() returns; got {given}"
+            )
+        groups, saved_groups = self.param_groups, state_dict["param_groups"]
+        sizes, saved_sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved_groups]
+        if sizes != saved_sizes:
+            raise ValueError(
+                f"{name}: the optimizer has {len(sizes)} groups of {sizes} parameters, the state dict "
+                f"{len(saved_sizes)} of {saved_sizes}. Build the optimizer with the parameter groups it was saved with."
+            )
+        merged = [{**group, **self._checked(saved)} for group, saved in zip(groups, saved_groups, strict=True)]
+        owners = [(param, group) for group, target in zip(merged, groups, strict=True) for param in target["params"]]
+        positions = {key: i for i, key in enumerate(key for g in saved_groups for key in g["params"])}
+        checked = {}
+        for key, state in state_dict["state"].items():
+            if key not in positions:
+                raise ValueError(
+                    f"{name}: the state dict has state for parameter {key!r}, which is in none of its groups"
+                )
+            if state:
+                checked[positions[key]] = self._checked_entry(positions[key], *owners[positions[key]], state)
+        return checked
+
+    def _checked_entry(self, index: int, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> State:
+        where = f"{type(self).__name__}: state of parameter {index} (shape {tuple(param.shape)})"
+        layout = self._layout(param, group)
+        needed = {*layout, "step"}
+        if not needed <= state.keys() or not state.keys() <= {*needed, "skipped"}:
+            raise ValueError(
+                f"{where} must have the keys {sorted(needed)}, got {sorted(map(str, state))}. It was saved by another "
+                "optimizer, or with options that give another state."
+            )
+        entry: State = {"step": torch.as_tensor(state["step"], dtype=torch.float32)}
+        if entry["step"].numel() != 1:
+            raise ValueError(f"{where}: 'step' must be one number, got shape {tuple(entry['step'].shape)}")
+        entry["step"] = entry["step"].reshape(())
+        if "skipped" in state:
+            entry["skipped"] = torch.as_tensor(state["skipped"], dtype=torch.int32).reshape(())
+        for key, (shape, dtype) in layout.items():
+            value = state[key]
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{where}: '{key}' must be a tensor of shape {shape}, got {type(value).__name__}")
+            if tuple(value.shape) != shape:
+                raise ValueError(f"{where}: '{key}' must have shape {shape}, got {tuple(value.shape)}")
+            if value.is_floating_point() != dtype.is_floating_point or (
+                value.dtype != dtype and not dtype.is_floating_point
+            ):
+                raise ValueError(f"{where}: '{key}' must be {dtype}, got {value.dtype}")
+            entry[key] = value.to(dtype)
+        return entry
+
+
+_HOST = torch.device("cpu")
+
+
+def _tensors(params: Any) -> Iterable[Any]:
+    """The tensors of a group's "params": one tensor, tensors, or (name, tensor) pairs."""
+    if isinstance(params, Tensor):
+        return [params]
+    return [param[1] if isinstance(param, tuple) and len(param) == 2 else param for param in params]

@@ -1,0 +1,116 @@
+"""H-Fac as a torch optimizer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .. import functional, matricize, ops
+from ..schedules import Scalar
+from . import options
+from .base import FactoredOptimizer, Layout, State
+
+
+class HFac(FactoredOptimizer):
+    r"""H-Fac: Adam's two moments as rank-1 factors, from factorized Hamiltonian descent.
+
+    Nguyen, Chen, Liu, Liu, *Memory-Efficient Optimization with Factorized Hamiltonian Descent*, AISTATS 2025,
+    arXiv 2406.09958, Algorithm 1. For a parameter viewed as a matrix of m rows and n columns the state is m + n
+    numbers for each moment; vectors, scalars and matrices with one row or column keep both moments whole.
+
+    Args:
+        params: tensors, (name, tensor) pairs, or groups (dicts with "params" and any option below). float16, bfloat16,
+            float32 or float64; gradients may have another of these types. Arithmetic and state are float32 (float64 for
+            float64 parameters).
+        lr: learning rate >= 0, a number or a 0-d tensor (default 1e-3).
+        betas: decays of the first and second moment, each in [0, 1) (default (0.9, 0.999)).
+        eps: added to every squared gradient, > 0 (default 1e-30).
+        clip_threshold: d in U / max(1, rms(U) / d), > 0, or None for no clipping (default 1.0).
+        weight_decay: decoupled, as in AdamW: lr * weight_decay * W is taken off; >= 0, a number or a 0-d tensor
+            (default 0).
+        matricize: "balanced" cuts a tensor's dimensions in two so that rows + columns are fewest; "flatten" takes
+            the first dimension as rows (default "balanced"). Fixed once state exists.
+        maximize: climb instead of descend (default False).
+        capturable: keep ``step`` on the parameter's device and never read it on the host, for CUDA graphs (default
+            False).
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; an explicit one that cannot be had raises.
+        nonfinite: "propagate" lets inf and NaN in a gradient through, as torch.optim does; "skip" leaves such a
+            parameter and its state as they are, without synchronising the device, and counts it in
+            ``state[p]["skipped"]``. A rank-1 state spreads one NaN over a whole matrix for ever. An element counts
+            as non-finite when its square does.
+
+    State of a parameter (k is `hfac.matricize.cut` of its shape): ``exp_avg_row``, ``exp_avg_sq_row`` of shape
+    p.shape[:k], ``exp_avg_col``, ``exp_avg_sq_col`` of shape p.shape[k:]; or ``exp_avg``, ``exp_avg_sq`` of p.shape;
+    and ``step``.
+
+    Raises:
+        TypeError, ValueError: an option or a parameter that cannot be; the message says what is required.
+        RuntimeError: a sparse or complex tensor; a backend that cannot be had.
+    """
+
+    _rules = {
+        "betas": options.pair(options.number(0.0, 1.0, open_high=True)),
+        "eps": options.number(0.0, open_low=True),
+        "clip_threshold": options.number(0.0, open_low=True, none="no clipping"),
+        "matricize": options.choice(*matricize.MATRICIZE),
+    }
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Scalar = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-30,
+        clip_threshold: float | None = 1.0,
+        weight_decay: Scalar = 0.0,
+        *,
+        matricize: str = "balanced",
+        maximize: bool = False,
+        capturable: bool = False,
+        backend: str = "auto",
+        nonfinite: str = "propagate",
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            clip_threshold=clip_threshold,
+            weight_decay=weight_decay,
+            matricize=matricize,
+            maximize=maximize,
+            capturable=capturable,
+            backend=backend,
+            nonfinite=nonfinite,
+        )
+        super().__init__(params, defaults)
+
+    def _layout(self, param: Tensor, group: Mapping[str, Any]) -> Layout:
+        shape, dtype = tuple(param.shape), ops.state_dtype(param.dtype)
+        k = matricize.cut(shape, group["matricize"])
+        if k is None:
+            return {"exp_avg": (shape, dtype), "exp_avg_sq": (shape, dtype)}
+        rows, cols = (shape[:k], dtype), (shape[k:], dtype)
+        return {"exp_avg_row": rows, "exp_avg_col": cols, "exp_avg_sq_row": rows, "exp_avg_sq_col": cols}
+
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[State]) -> None:
+        functional.hfac(
+            params,
+            grads,
+            [state.get("exp_avg_row") for state in states],
+            [state.get("exp_avg_col") for state in states],
+            [state.get("exp_avg_sq_row") for state in states],
+            [state.get("exp_avg_sq_col") for state in states],
+            [state.get("exp_avg") for state in states],
+            [state.get("exp_avg_sq") for state in states],
+            [state["step"] for state in states],
+            [state["skipped"] for state in states] if group["nonfinite"] == "skip" else None,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            clip_threshold=group["clip_threshold"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+            capturable=group["capturable"],
+            backend=group["backend"],
+        )

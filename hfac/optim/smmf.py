@@ -1,0 +1,130 @@
+"""SMMF as a torch optimizer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional, matricize, ops
+from ..schedules import Scalar
+from . import options
+from .base import FactoredOptimizer, Layout, State
+
+WEIGHT_DECAY_MODES = ("adamw", "adam")
+
+
+class SMMF(FactoredOptimizer):
+    r"""SMMF: both moments of a parameter of any shape as rank-1 factors of its most nearly square matrix, and one
+    sign bit.
+
+    Park, Lee, *SMMF: Square-Matricized Momentum Factorization for Memory-Efficient Optimization*, AAAI 2025,
+    arXiv 2412.08894, Algorithm 1. Argument names and defaults are the authors'.
+
+    Args:
+        params: tensors, (name, tensor) pairs, or groups (dicts with "params" and any option below). float16, bfloat16,
+            float32 or float64; gradients may have another of these types. Arithmetic and state are float32 (float64 for
+            float64 parameters).
+        lr: learning rate >= 0, a number or a 0-d tensor (default 1e-3).
+        beta: decay of the first moment in [0, 1), or None for no first moment (default 0.9).
+        eps: added to the root of the second moment, >= 0 (default 1e-8).
+        weight_decay: >= 0, a number or a 0-d tensor (default 0).
+        decay_rate: the second moment decays by 1 - t^decay_rate; in [-1, 0]. The authors advise -0.5 for CNNs and -0.8
+            for Transformers (default -0.5).
+        growth_rate: beta is multiplied by growth_rate^(t-1); in [0, 1] (default 0.999).
+        vector_reshape: False keeps both moments whole where exactly one dimension is larger than 1 (default True).
+            Fixed once state exists, as is whether beta is None.
+        weight_decay_mode: "adamw" multiplies W by 1 - lr * weight_decay, "adam" adds weight_decay * W to the gradient
+            (default "adamw"). The authors' code forms the latter and then does not use it; here it is used.
+        maximize, capturable, backend, nonfinite: as for `hfac.HFac`.
+
+    State of a parameter (n, m = `hfac.matricize.square` of its number of elements): ``exp_avg_row``,
+    ``exp_avg_sq_row`` of shape (n,), ``exp_avg_col``, ``exp_avg_sq_col`` of shape (m,), ``exp_avg_sign`` uint8 of
+    `hfac.matricize.sign_shape`; where m = 1 (a prime number of elements) ``exp_avg`` and ``exp_avg_sq`` of p.shape;
+    and ``step``.
+
+    Raises:
+        TypeError, ValueError: an option or a parameter that cannot be; the message says what is required.
+        RuntimeError: a sparse or complex tensor; a backend that cannot be had.
+    """
+
+    _rules = {
+        "beta": options.number(0.0, 1.0, open_high=True, none="no first moment"),
+        "eps": options.number(0.0),
+        "decay_rate": options.number(-1.0, 0.0),
+        "growth_rate": options.number(0.0, 1.0),
+        "vector_reshape": options.flag,
+        "weight_decay_mode": options.choice(*WEIGHT_DECAY_MODES),
+    }
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Scalar = 1e-3,
+        beta: float | None = 0.9,
+        eps: float = 1e-8,
+        weight_decay: Scalar = 0.0,
+        decay_rate: float = -0.5,
+        growth_rate: float = 0.999,
+        vector_reshape: bool = True,
+        weight_decay_mode: str = "adamw",
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        backend: str = "auto",
+        nonfinite: str = "propagate",
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            beta=beta,
+            eps=eps,
+            weight_decay=weight_decay,
+            decay_rate=decay_rate,
+            growth_rate=growth_rate,
+            vector_reshape=vector_reshape,
+            weight_decay_mode=weight_decay_mode,
+            maximize=maximize,
+            capturable=capturable,
+            backend=backend,
+            nonfinite=nonfinite,
+        )
+        super().__init__(params, defaults)
+
+    def _layout(self, param: Tensor, group: Mapping[str, Any]) -> Layout:
+        shape, dtype = tuple(param.shape), ops.state_dtype(param.dtype)
+        first = group["beta"] is not None
+        n, m = matricize.square(param.numel())
+        if m == 1 or (not group["vector_reshape"] and sum(side > 1 for side in shape) == 1):
+            whole = (shape, dtype)
+            return {"exp_avg": whole, "exp_avg_sq": whole} if first else {"exp_avg_sq": whole}
+        rows, cols = ((n,), dtype), ((m,), dtype)
+        layout: Layout = {"exp_avg_sq_row": rows, "exp_avg_sq_col": cols}
+        if first:
+            signs = (matricize.sign_shape(shape), torch.uint8)
+            layout = {"exp_avg_row": rows, "exp_avg_col": cols, "exp_avg_sign": signs, **layout}
+        return layout
+
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[State]) -> None:
+        functional.smmf(
+            params,
+            grads,
+            [state.get("exp_avg_row") for state in states],
+            [state.get("exp_avg_col") for state in states],
+            [state.get("exp_avg_sign") for state in states],
+            [state.get("exp_avg_sq_row") for state in states],
+            [state.get("exp_avg_sq_col") for state in states],
+            [state.get("exp_avg") for state in states],
+            [state.get("exp_avg_sq") for state in states],
+            [state["step"] for state in states],
+            [state["skipped"] for state in states] if group["nonfinite"] == "skip" else None,
+            lr=group["lr"],
+            beta=group["beta"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            decay_rate=group["decay_rate"],
+            growth_rate=group["growth_rate"],
+            weight_decay_mode=group["weight_decay_mode"],
+            maximize=group["maximize"],
+            capturable=group["capturable"],
+            backend=group["backend"],
+        )

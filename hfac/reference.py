@@ -1,0 +1,267 @@
+"""Every op of the package in plain torch: the definition that each backend is checked against.
+
+H-Fac: Nguyen, Chen, Liu, Liu, *Memory-Efficient Optimization with Factorized Hamiltonian Descent*, AISTATS 2025.
+SMMF: Park, Lee, *SMMF: Square-Matricized Momentum Factorization for Memory-Efficient Optimization*, AAAI 2025.
+
+An op takes lists, one entry per parameter, and writes parameters and states in place. Its arguments are valid
+(`hfac.ops` checks them). Symbols are the papers': a parameter W with gradient G is a matrix of m rows and n columns
+for H-Fac, of n rows and m columns for SMMF; names ending in `_row` have one entry per row, in `_col` one per column.
+
+Arithmetic is done in the type of the states: float32, or float64 for float64 parameters; only the new parameter is
+rounded to its own type. `lr`, `weight_decay`, `beta1` and `beta2` are floats or 0-d tensors; the two decays, which
+arrive evaluated for the step (`hfac.schedules`), may also be 1-d with one entry per parameter.
+
+`nonfinite`, where given, is an int32 tensor [len(params)] that the op fills: 1 where a gradient holds an element
+whose square is not finite (inf, NaN, or beyond 1.8e19 in float32). Such a parameter and its states keep every bit.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .schedules import Scalar
+
+
+def hfac_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg_rows: Sequence[Tensor],
+    exp_avg_cols: Sequence[Tensor],
+    exp_avg_sq_rows: Sequence[Tensor],
+    exp_avg_sq_cols: Sequence[Tensor],
+    nonfinite: Tensor | None = None,
+    *,
+    lr: Scalar,
+    beta1: Scalar,
+    beta2: Scalar,
+    eps: float,
+    clip_threshold: float | None,
+    weight_decay: Scalar,
+    maximize: bool,
+) -> None:
+    """One step of H-Fac on matrices (H-Fac, Algorithm 1): u, r [m] and v, s [n] are the whole optimizer state."""
+    for i, param in enumerate(params):
+        u_row, v_col, r_row, s_col = exp_avg_rows[i], exp_avg_cols[i], exp_avg_sq_rows[i], exp_avg_sq_cols[i]
+        m, n = u_row.numel(), v_col.numel()
+        if m * n == 0:
+            continue
+        b1, b2 = _of(beta1, i), _of(beta2, i)
+        W, G = _operands(param, grads[i], (m, n), r_row.dtype, maximize)
+
+        row_mean, col_mean = G.mean(1), G.mean(0)
+        sq = G * G + eps
+        u = b1 * u_row.view(m) + (1 - b1) * row_mean
+        v = b1 * v_col.view(n) + (1 - b1) * col_mean
+        r = b2 * r_row.view(m) + (1 - b2) * sq.sum(1)
+        s = b2 * s_col.view(n) + (1 - b2) * sq.sum(0)
+
+        phi = b1 * (u - row_mean) / (r / n).sqrt()
+        psi = b1 * (v - col_mean) / (s / m).sqrt()
+
+        # U = G / sqrt(V) with V = r s^T / sum(r). V is never formed and sum(r) / r_i never divided: the first would
+        # underflow float32 (eps = 1e-30), the second can overflow. |G_ij| <= sqrt(s_j / (1 - b2)) keeps the first
+        # product finite.
+        U = G * (1 / s.sqrt()) * (r.sum().sqrt() * (1 / r.sqrt()))[:, None]
+        U = _clip(U, clip_threshold)
+        W = W - lr * ((phi[:, None] + psi) / 2 + U + weight_decay * W)
+
+        keep = _keep(G, nonfinite, i)
+        for old, new in ((param, W), (u_row, u), (v_col, v), (r_row, r), (s_col, s)):
+            _write(old, new, keep)
+
+
+def hfac_dense_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    nonfinite: Tensor | None = None,
+    *,
+    lr: Scalar,
+    beta1: Scalar,
+    beta2: Scalar,
+    eps: float,
+    clip_threshold: float | None,
+    weight_decay: Scalar,
+    maximize: bool,
+) -> None:
+    """One step of H-Fac where nothing can be factored (vectors, scalars, one row or one column): both moments are
+    whole.
+
+    The formula is that of `hfac_step_` with u = v = m and rowmean = colmean = G.
+    """
+    for i, param in enumerate(params):
+        if param.numel() == 0:
+            continue
+        b1, b2 = _of(beta1, i), _of(beta2, i)
+        W, G = _operands(param, grads[i], (-1,), exp_avg_sqs[i].dtype, maximize)
+
+        m = b1 * exp_avgs[i].view(-1) + (1 - b1) * G
+        q = b2 * exp_avg_sqs[i].view(-1) + (1 - b2) * (G * G + eps)
+        U = _clip(G / q.sqrt(), clip_threshold)
+        W = W - lr * (b1 * (m - G) / q.sqrt() + U + weight_decay * W)
+
+        keep = _keep(G, nonfinite, i)
+        for old, new in ((param, W), (exp_avgs[i], m), (exp_avg_sqs[i], q)):
+            _write(old, new, keep)
+
+
+def smmf_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg_rows: Sequence[Tensor] | None,
+    exp_avg_cols: Sequence[Tensor] | None,
+    exp_avg_signs: Sequence[Tensor] | None,
+    exp_avg_sq_rows: Sequence[Tensor],
+    exp_avg_sq_cols: Sequence[Tensor],
+    nonfinite: Tensor | None = None,
+    *,
+    lr: Scalar,
+    beta1: Scalar | None,
+    beta2: Scalar,
+    eps: float,
+    weight_decay: Scalar,
+    decoupled_weight_decay: bool,
+    maximize: bool,
+) -> None:
+    """One step of SMMF (SMMF, Algorithm 1): decompress the old moments, update, compress (`nnmf`), step.
+
+    Row states have n entries and column states m, n >= m, n m = numel: the parameter, row-major, as its most nearly
+    square matrix. `exp_avg_signs` are uint8 as `pack_signs` lays them out. With beta1 None there is no first moment,
+    the three first-moment lists are None, and the update is G / (sqrt(V) + eps).
+    """
+    for i, param in enumerate(params):
+        r_V, c_V = exp_avg_sq_rows[i], exp_avg_sq_cols[i]
+        n, m = r_V.numel(), c_V.numel()
+        if n * m == 0:
+            continue
+        b2 = _of(beta2, i)
+        W, G = _operands(param, grads[i], (n, m), r_V.dtype, maximize)
+        keep = _keep(G, nonfinite, i)
+        W, G = _decay(W, G, lr, weight_decay, decoupled_weight_decay)
+
+        M = G
+        if beta1 is not None:
+            assert exp_avg_rows is not None and exp_avg_cols is not None and exp_avg_signs is not None
+            b1, r_M, c_M, sign = _of(beta1, i), exp_avg_rows[i], exp_avg_cols[i], exp_avg_signs[i]
+            magnitude = torch.outer(b1 * r_M, c_M)
+            positive = unpack_signs(sign, param.shape).reshape(n, m)
+            M = torch.where(positive, magnitude, -magnitude) + (1 - b1) * G
+            r, c = nnmf(M.abs())
+            for old, new in ((r_M, r), (c_M, c), (sign, pack_signs((M > 0).view(param.shape)))):
+                _write(old, new, keep)
+
+        V = torch.outer(b2 * r_V, c_V) + (1 - b2) * (G * G)
+        r, c = nnmf(V)
+        W = W - lr * (M / (V.sqrt() + eps))
+        for old, new in ((param, W), (r_V, r), (c_V, c)):
+            _write(old, new, keep)
+
+
+def smmf_dense_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor] | None,
+    exp_avg_sqs: Sequence[Tensor],
+    nonfinite: Tensor | None = None,
+    *,
+    lr: Scalar,
+    beta1: Scalar | None,
+    beta2: Scalar,
+    eps: float,
+    weight_decay: Scalar,
+    decoupled_weight_decay: bool,
+    maximize: bool,
+) -> None:
+    """One step of SMMF with both moments whole: where the square matrix has one column, or vector_reshape is off."""
+    for i, param in enumerate(params):
+        if param.numel() == 0:
+            continue
+        b2 = _of(beta2, i)
+        W, G = _operands(param, grads[i], (-1,), exp_avg_sqs[i].dtype, maximize)
+        keep = _keep(G, nonfinite, i)
+        W, G = _decay(W, G, lr, weight_decay, decoupled_weight_decay)
+
+        M = G
+        if beta1 is not None:
+            assert exp_avgs is not None
+            b1 = _of(beta1, i)
+            M = b1 * exp_avgs[i].view(-1) + (1 - b1) * G
+            _write(exp_avgs[i], M, keep)
+        V = b2 * exp_avg_sqs[i].view(-1) + (1 - b2) * (G * G)
+        W = W - lr * (M / (V.sqrt() + eps))
+        for old, new in ((param, W), (exp_avg_sqs[i], V)):
+            _write(old, new, keep)
+
+
+def nnmf(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Rank-1 factors of a non-negative [n, m] matrix, n >= m: row sums [n] and column sums [m], the latter summing
+    to 1.
+
+    (SMMF, Algorithm 4, which normalises the shorter side.) A zero matrix has zero factors.
+    """
+    row, col = matrix.sum(1), matrix.sum(0)
+    total = col.sum()
+    return row, col / torch.where(total == 0, 1, total)
+
+
+def pack_signs(positive: Tensor) -> Tensor:
+    """bool [d0, ...] -> uint8 [d0, ceil(prod(...) / 8)]: element 8b + k of a slice is bit k of its byte b, 1 =
+    positive."""
+    rows = positive.reshape(positive.shape[0], -1)
+    bits = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8)).view(rows.shape[0], -1, 8)
+    return (bits * _bit_values(positive.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_signs(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of `pack_signs`: uint8 [d0, bytes] -> bool of ``shape``, whose first dimension is d0."""
+    bits = (packed[:, :, None] & _bit_values(packed.device)) != 0
+    return bits.view(shape[0], -1)[:, : torch.Size(shape[1:]).numel()].reshape(shape)
+
+
+def _bit_values(device: torch.device) -> Tensor:
+    return 1 << torch.arange(8, dtype=torch.uint8, device=device)
+
+
+def _operands(
+    param: Tensor, grad: Tensor, shape: tuple[int, ...], dtype: torch.dtype, maximize: bool
+) -> tuple[Tensor, Tensor]:
+    """Parameter and gradient as row-major matrices (or vectors) of the arithmetic's type.
+
+    The gradient is made contiguous because torch's order of summation follows the strides."""
+    G = grad.reshape(shape).to(dtype).contiguous()
+    return param.reshape(shape).to(dtype), -G if maximize else G
+
+
+def _decay(W: Tensor, G: Tensor, lr: Scalar, weight_decay: Scalar, decoupled: bool) -> tuple[Tensor, Tensor]:
+    """Weight decay on the parameter (AdamW) or through the gradient (Adam). The authors' code forms the coupled
+    gradient and then does not use it; here it is used."""
+    return (W * (1 - lr * weight_decay), G) if decoupled else (W, G + weight_decay * W)
+
+
+def _clip(U: Tensor, clip_threshold: float | None) -> Tensor:
+    """U / max(1, rms(U) / d), the update clipping of Adafactor (Shazeer, Stern 2018, section 6)."""
+    if clip_threshold is None:
+        return U
+    rms = (U * U).mean().sqrt()
+    return U / (rms / clip_threshold).clamp(min=1)
+
+
+def _of(decay: Scalar, i: int) -> Scalar:
+    return decay[i] if isinstance(decay, Tensor) and decay.ndim == 1 else decay
+
+
+def _keep(G: Tensor, nonfinite: Tensor | None, i: int) -> Tensor | None:
+    """0-d bool: the parameter must keep its value; None where the caller did not ask. Nothing is read back to the
+    host."""
+    if nonfinite is None:
+        return None
+    keep = ~(G * G).isfinite().all()
+    nonfinite[i] = keep
+    return keep
+
+
+def _write(old: Tensor, new: Tensor, keep: Tensor | None) -> None:
+    new = new.view(old.shape).to(old.dtype)
+    old.copy_(new if keep is None else torch.where(keep, old, new))

@@ -1,0 +1,45 @@
+"""Step scalars of both algorithms, in double precision.
+
+Each function takes the step t (counted from 1) as a float, evaluated on the host, or as a tensor of any shape,
+evaluated on its device in float64: with ``capturable=True`` the step lives on the device, and both ways give the
+same bits.
+"""
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Scalar = float | Tensor
+T = TypeVar("T", float, Tensor)
+
+
+def hfac_decay(step: T, beta: float) -> T:
+    """beta (1 - beta^(t-1)) / (1 - beta^t): 0 at t = 1, so the first step forgets the zero state (H-Fac, Algorithm
+    1)."""
+    return beta * (1.0 - beta ** (step - 1.0)) / (1.0 - beta**step)
+
+
+def smmf_decay_first(step: T, beta: float, growth_rate: float) -> T:
+    """beta * growth_rate^(t-1): the decay of SMMF's first moment (SMMF, Algorithm 1)."""
+    return beta * growth_rate ** (step - 1.0)
+
+
+def smmf_decay_second(step: T, decay_rate: float) -> T:
+    """1 - t^decay_rate: the decay of SMMF's second moment, 0 at t = 1 (SMMF, Algorithm 1)."""
+    return 1.0 - step**decay_rate
+
+
+def as_scalar(value: Scalar) -> Scalar:
+    """A float wherever reading it costs no device synchronisation, else a float64 tensor on its device.
+
+    float64 keeps products such as 1 - lr * weight_decay equal to the ones the host forms.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    return value.item() if value.device.type == "cpu" else value.to(step_dtype(value.device))
+
+
+def step_dtype(device: torch.device) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
