@@ -13,6 +13,8 @@ Errors of every op:
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
+from operator import attrgetter, is_, mul
 from typing import Any
 
 import torch
@@ -117,8 +119,20 @@ def smmf_dense_step_(
     prepare("smmf_dense_step_", **locals())()
 
 
-def prepare(op: str, params: Tensors, grads: Tensors, *, backend: str = "auto", **arguments: Any) -> Callable[[], None]:
-    """Checks a call of the op of that name (arguments as the op takes them) and returns it, yet to be made."""
+def prepare(
+    op: str,
+    params: Tensors,
+    grads: Tensors,
+    *,
+    backend: str = "auto",
+    checked: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> Callable[[], None]:
+    """Checks a call of the op of that name (arguments as the op takes them) and returns it, yet to be made.
+
+    ``checked`` holds the parameters and states of an earlier call that were found right. The same tensors need no
+    second look, which for many small tensors would cost more than the step; gradients are looked at every time.
+    """
     states = {name: arguments[name] for name in _STATES[op]}
     if op.startswith("smmf") and arguments["beta1"] is None:
         for name in set(states) & {"exp_avg_rows", "exp_avg_cols", "exp_avg_signs", "exp_avgs"}:
@@ -126,18 +140,20 @@ def prepare(op: str, params: Tensors, grads: Tensors, *, backend: str = "auto", 
     for name, tensors in states.items():
         if tensors is None:
             raise ValueError(f"{name} is required by {op} unless beta1 is None")
-    signs = states.pop("exp_avg_signs", None)
-    _check(params, grads, states, arguments["nonfinite"])
-    if "dense" in op:
-        _check_whole(params, states)
-    else:
-        _check_factors(params, states)
-    if op == "smmf_step_":
-        _check_square(params, states)
-    if signs is not None:
-        _check_signs(params, signs)
+    for name, tensors in (("grads", grads), *states.items()):
+        if len(tensors) != len(params):
+            raise ValueError(f"{name} must have one entry per parameter ({len(params)}), got {len(tensors)}")
     if not params:
         return lambda: None
+    _check_grads(params, grads)
+    _check_flags(params, arguments["nonfinite"])
+    shapes = list(map(_SHAPE, params))  # of the same tensor when its data was replaced
+    known = {"params": params, **states}
+    if checked is None or checked.get("shapes") != shapes or not _same(known, checked["tensors"]):
+        _check_states(op, params, states)
+        if checked is not None:
+            kept = {name: list(tensors) for name, tensors in known.items()}
+            checked.update(shapes=shapes, tensors=kept)
     return partial(getattr(backends.resolve(backend, params[0].device), op), params, grads, **arguments)
 
 
@@ -164,20 +180,28 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         )
 
 
-def _check(params: Tensors, grads: Tensors, states: dict[str, Tensors], nonfinite: Tensor | None) -> None:
-    """Lengths, layouts, types and devices; shapes of the gradients."""
-    for name, tensors in (("grads", grads), *states.items()):
-        if len(tensors) != len(params):
-            raise ValueError(f"{name} must have one entry per parameter ({len(params)}), got {len(tensors)}")
-    if not params:
-        return
+def _same(tensors: dict[str, Tensors], others: dict[str, Tensors]) -> bool:
+    """The same tensor objects in the same places."""
+    return tensors.keys() == others.keys() and all(
+        len(mine) == len(others[name]) and all(map(is_, mine, others[name])) for name, mine in tensors.items()
+    )
+
+
+def _check_grads(params: Tensors, grads: Tensors) -> None:
+    """Layout, type, shape and device of every gradient, and the device of every parameter."""
     device = params[0].device
+    if (
+        set(map(_LAYOUT, grads)) == {torch.strided}
+        and set(map(_DTYPE, grads)) <= set(PARAM_DTYPES)
+        and set(map(_DEVICE, grads)) == {device} == set(map(_DEVICE, params))
+        and list(map(_SHAPE, grads)) == list(map(_SHAPE, params))
+    ):
+        return
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         check_tensor(f"params[{i}]", param)
         check_tensor(f"grads[{i}]", grad)
-        for name, tensor in (("params", param), ("grads", grad)):
-            if tensor.dtype not in PARAM_DTYPES:
-                raise ValueError(f"{name}[{i}] must be one of {_names(PARAM_DTYPES)}, got {tensor.dtype}")
+        if grad.dtype not in PARAM_DTYPES:
+            raise ValueError(f"grads[{i}] must be one of {_names(PARAM_DTYPES)}, got {grad.dtype}")
         if grad.shape != param.shape:
             raise ValueError(
                 f"grads[{i}] must have its parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}"
@@ -186,14 +210,10 @@ def _check(params: Tensors, grads: Tensors, states: dict[str, Tensors], nonfinit
             raise RuntimeError(
                 f"params[{i}] is on {param.device} and grads[{i}] on {grad.device}, expected both on {device}"
             )
-    for name, tensors in states.items():
-        for i, (param, tensor) in enumerate(zip(params, tensors, strict=True)):
-            if tensor.dtype != state_dtype(param.dtype):
-                raise ValueError(
-                    f"{name}[{i}] must be {state_dtype(param.dtype)} for a {param.dtype} parameter, got {tensor.dtype}"
-                )
-            if tensor.device != device or not tensor.is_contiguous():
-                raise RuntimeError(f"{name}[{i}] must be contiguous and on {device}, got {tensor.device}")
+
+
+def _check_flags(params: Tensors, nonfinite: Tensor | None) -> None:
+    device = params[0].device
     if nonfinite is not None and (
         nonfinite.shape != (len(params),) or nonfinite.dtype != torch.int32 or nonfinite.device != device
     ):
@@ -201,6 +221,34 @@ def _check(params: Tensors, grads: Tensors, states: dict[str, Tensors], nonfinit
             f"nonfinite must be an int32 tensor of shape ({len(params)},) on {device}, got {nonfinite.dtype} "
             f"{tuple(nonfinite.shape)} on {nonfinite.device}"
         )
+
+
+def _check_states(op: str, params: Tensors, states: dict[str, Tensors]) -> None:
+    for i, param in enumerate(params):
+        check_tensor(f"params[{i}]", param)
+        if param.dtype not in PARAM_DTYPES:
+            raise ValueError(f"params[{i}] must be one of {_names(PARAM_DTYPES)}, got {param.dtype}")
+        for name, tensors in states.items():
+            tensor = tensors[i]
+            if tensor is None:
+                raise ValueError(f"{name}[{i}] is None; {op} needs this state for every parameter")
+            wanted = torch.uint8 if name == "exp_avg_signs" else state_dtype(param.dtype)
+            if tensor.dtype != wanted:
+                raise ValueError(f"{name}[{i}] must be {wanted} for a {param.dtype} parameter, got {tensor.dtype}")
+            if tensor.device != param.device:
+                raise RuntimeError(f"{name}[{i}] must be on {param.device} like its parameter, got {tensor.device}")
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name}[{i}] must be contiguous, got strides {tensor.stride()}")
+    if "dense" in op:
+        _check_whole(params, states)
+    else:
+        _check_factors(params, states)
+    if op == "smmf_step_":
+        _check_square(params, states)
+    if op == "hfac_step_":
+        _check_cut(params, states)
+    if "exp_avg_signs" in states:
+        _check_signs(params, states["exp_avg_signs"])
 
 
 def _check_factors(params: Tensors, states: dict[str, Tensors]) -> None:
@@ -215,6 +263,17 @@ def _check_factors(params: Tensors, states: dict[str, Tensors]) -> None:
                     f"{row_name}[{i}] and {col_name}[{i}] have {m} and {n} elements, which do not make the "
                     f"{param.numel()} elements of params[{i}] of shape {tuple(param.shape)} as in its other factors"
                 )
+
+
+def _check_cut(params: Tensors, states: dict[str, Tensors]) -> None:
+    """Rows are the leading dimensions of the parameter; only then do they mean what they meant when they were made."""
+    for i, param in enumerate(params):
+        m = states["exp_avg_sq_rows"][i].numel()
+        if m not in accumulate(param.shape[:-1], mul):
+            raise ValueError(
+                f"exp_avg_sq_rows[{i}] has {m} elements, which no leading dimensions of params[{i}] of shape "
+                f"{tuple(param.shape)} make; hfac.matricize.cut gives their number"
+            )
 
 
 def _check_square(params: Tensors, states: dict[str, Tensors]) -> None:
@@ -237,8 +296,6 @@ def _check_whole(params: Tensors, states: dict[str, Tensors]) -> None:
 
 
 def _check_signs(params: Tensors, signs: Tensors) -> None:
-    if len(signs) != len(params):
-        raise ValueError(f"exp_avg_signs must have one entry per parameter ({len(params)}), got {len(signs)}")
     for i, (param, sign) in enumerate(zip(params, signs, strict=True)):
         if param.ndim == 0 or tuple(sign.shape) != sign_shape(param.shape):
             wanted = sign_shape(param.shape) if param.ndim else "none: a scalar's moments are kept whole"
@@ -246,11 +303,10 @@ def _check_signs(params: Tensors, signs: Tensors) -> None:
                 f"exp_avg_signs[{i}] for a parameter of shape {tuple(param.shape)} must have shape {wanted}, "
                 f"got {tuple(sign.shape)}"
             )
-        if sign.dtype != torch.uint8 or sign.device != param.device or not sign.is_contiguous():
-            raise RuntimeError(
-                f"exp_avg_signs[{i}] must be contiguous uint8 on {param.device}, got {sign.dtype} on {sign.device}"
-            )
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+_LAYOUT, _DTYPE, _DEVICE, _SHAPE = (attrgetter(name) for name in ("layout", "dtype", "device", "shape"))

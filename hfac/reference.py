@@ -11,8 +11,8 @@ Arithmetic is done in the type of the states: float32, or float64 for float64 pa
 rounded to its own type. `lr`, `weight_decay`, `beta1` and `beta2` are floats or 0-d tensors; the two decays, which
 arrive evaluated for the step (`hfac.schedules`), may also be 1-d with one entry per parameter.
 
-`nonfinite`, where given, is an int32 tensor [len(params)] that the op fills: 1 where a gradient holds an element
-whose square is not finite (inf, NaN, or beyond 1.8e19 in float32). Such a parameter and its states keep every bit.
+`nonfinite`, where given, is an int32 tensor [len(params)] that the op fills: 1 where the sum of a gradient's squares is
+not finite (it holds inf or NaN, or would overflow the statistics). Such a parameter and its states keep every bit.
 """
 
 from collections.abc import Sequence
@@ -257,7 +257,7 @@ def _keep(G: Tensor, nonfinite: Tensor | None, i: int) -> Tensor | None:
     host."""
     if nonfinite is None:
         return None
-    keep = ~(G * G).isfinite().all()
+    keep = ~(G * G).sum().isfinite()
     nonfinite[i] = keep
     return keep
 

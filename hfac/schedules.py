@@ -30,14 +30,19 @@ def smmf_decay_second(step: T, decay_rate: float) -> T:
     return 1.0 - step**decay_rate
 
 
-def as_scalar(value: Scalar) -> Scalar:
-    """A float wherever reading it costs no device synchronisation, else a float64 tensor on its device.
+def as_scalar(name: str, value: Scalar) -> Scalar:
+    """A float wherever reading it costs no device synchronisation, else a 0-d float64 tensor on its device.
 
     float64 keeps products such as 1 - lr * weight_decay equal to the ones the host forms.
+
+    Raises:
+        TypeError: ``value`` is neither a number nor a tensor; the message has its ``name``.
     """
-    if not isinstance(value, Tensor):
-        return value
-    return value.item() if value.device.type == "cpu" else value.to(step_dtype(value.device))
+    if isinstance(value, Tensor):
+        return value.item() if value.device.type == "cpu" else value.to(step_dtype(value.device)).reshape(())
+    if not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number or a 0-d tensor, got {value!r}")
+    return float(value)
 
 
 def step_dtype(device: torch.device) -> torch.dtype:

@@ -1,6 +1,7 @@
 """What both optimizers share: options, state that follows the parameters, checkpoints, and the walk over groups in a
 step."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import backends, ops
+from .. import backends, functional, ops
 from . import options
 
 State = dict[str, Tensor]
@@ -36,23 +37,30 @@ class FactoredOptimizer(Optimizer):
     ``capturable`` or "skip" the step lives beside the parameter, because only the device knows it then.
     """
 
+    #: name of the subclass's functional form, and every state key that it takes lists of
+    _algorithm: ClassVar[str]
+    _state_keys: ClassVar[tuple[str, ...]]
     #: rule of every option of the subclass, beyond the common ones
     _rules: ClassVar[dict[str, options.Rule]] = {}
+    #: an option that every version of the subclass has and no other optimizer: tells whose a state dict is
+    _own_option: ClassVar[str]
 
     def _layout(self, param: Tensor, group: Mapping[str, Any]) -> Layout:
         """Shapes and types of a parameter's state; the keys are the same for every step."""
         raise NotImplementedError
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[State]) -> None:
-        """One step of one group on the parameters that have a gradient."""
+    def _scalars(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The subclass's own arguments of its functional form."""
         raise NotImplementedError
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self._memo: dict[int, dict[Any, Any]] = {}
         super().__init__(params, self._checked(defaults))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fills in what an optimizer pickled by an older version, or by torch with steps as numbers, does not have."""
         super().__setstate__(state)
+        self._memo = {}
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 if name != "differentiable":  # torch's own __setstate__ adds it to the defaults, where no step reads it
@@ -86,7 +94,8 @@ class FactoredOptimizer(Optimizer):
             closure: reevaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: a gradient is sparse or complex; nothing has been updated then.
+            TypeError, ValueError, RuntimeError: a gradient is sparse or complex, or options, states and parameters do
+                not fit; nothing has been updated then.
         """
         self._check_graph_capture()
         loss = None
@@ -106,11 +115,33 @@ class FactoredOptimizer(Optimizer):
                 params.append(param)
                 grads.append(grad)
                 states.append(self.state[param])
-            work.append((group, params, grads, states))
-        for group, params, grads, states in work:
             if params:
-                self._update(group, params, grads, states)
+                work.append(self._prepare(group, params, grads, states, self._memo.setdefault(group_index, {})))
+        for update in work:
+            update()
         return loss
+
+    def _prepare(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        memo: dict[Any, Any],
+    ) -> Callable[[], None]:
+        """Checks a step of one group, on the parameters that have a gradient, and returns it, yet to be made; ``memo``
+        as `hfac.functional` takes it."""
+        return functional.prepare(
+            self._algorithm,
+            params=params,
+            grads=grads,
+            **{f"{key}s": [state.get(key) for state in states] for key in self._state_keys},
+            state_steps=[state["step"] for state in states],
+            skipped=[state["skipped"] for state in states] if group["nonfinite"] == "skip" else None,
+            **{name: group[name] for name in ("lr", "weight_decay", "maximize", "capturable", "backend")},
+            **self._scalars(group),
+            memo=memo,
+        )
 
     def _check_graph_capture(self) -> None:
         if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
@@ -139,6 +170,8 @@ class FactoredOptimizer(Optimizer):
             TypeError, ValueError: the state does not fit; the message names the parameter's index, what was expected
                 and what was found. The optimizer is left as it was.
         """
+        if not isinstance(state_dict, Mapping):
+            self._checked_state(state_dict)
         loaded: dict[int, State] = {}
         execution = [{name: group[name] for name in _EXECUTION} for group in self.param_groups]
 
@@ -206,7 +239,7 @@ class FactoredOptimizer(Optimizer):
 
         Trainers swap parameters and rewrite groups after construction, and models move between devices and types.
         """
-        live = 0
+        live = set()
         for group in self.param_groups:
             skip = group["nonfinite"] == "skip"
             beside = skip or group["capturable"]
@@ -216,7 +249,7 @@ class FactoredOptimizer(Optimizer):
                     if not param.requires_grad and param.grad is None:
                         continue  # frozen: no state until it is trained
                     state = self.state[param] = {}
-                live += 1
+                live.add(id(param))
                 device = param.device
                 anchor = state.get("exp_avg_sq_row", state.get("exp_avg_sq"))
                 if (
@@ -227,10 +260,11 @@ class FactoredOptimizer(Optimizer):
                     or (skip and "skipped" not in state)
                 ):
                     self._complete_state(param, group, state)
-        if live != len(self.state):
+        if len(live) != len(self.state):
             kept = {param for group in self.param_groups for param in group["params"]}
             for param in [param for param in self.state if param not in kept]:
                 del self.state[param]
+            self._memo.clear()
 
     def _complete_state(self, param: Tensor, group: Mapping[str, Any], state: State) -> None:
         """Every key of a parameter's state, on the device and of the type it must have; what is new is zero."""
@@ -257,13 +291,26 @@ class FactoredOptimizer(Optimizer):
                 f"{name}: a state dict has the keys 'state' and 'param_groups', as state_dict() returns; got {given}"
             )
         groups, saved_groups = self.param_groups, state_dict["param_groups"]
+        if not isinstance(state_dict["state"], Mapping) or not all(
+            isinstance(saved, Mapping) and "params" in saved for saved in saved_groups
+        ):
+            raise TypeError(
+                f"{name}: in a state dict 'state' is a dict and 'param_groups' a list of dicts with 'params', as "
+                "state_dict() returns"
+            )
         sizes, saved_sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved_groups]
         if sizes != saved_sizes:
             raise ValueError(
                 f"{name}: the optimizer has {len(sizes)} groups of {sizes} parameters, the state dict "
                 f"{len(saved_sizes)} of {saved_sizes}. Build the optimizer with the parameter groups it was saved with."
             )
-        merged = [{**group, **self._checked(saved)} for group, saved in zip(groups, saved_groups, strict=True)]
+        for index, saved in enumerate(saved_groups):
+            if self._own_option not in saved:
+                raise ValueError(
+                    f"{name}: group {index} of the state dict has no {self._own_option!r}: it was saved by another "
+                    "optimizer"
+                )
+        merged = [{**self.defaults, **self._checked(saved)} for saved in saved_groups]
         owners = [(param, group) for group, target in zip(merged, groups, strict=True) for param in target["params"]]
         positions = {key: i for i, key in enumerate(key for g in saved_groups for key in g["params"])}
         checked = {}
@@ -278,6 +325,8 @@ class FactoredOptimizer(Optimizer):
 
     def _checked_entry(self, index: int, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> State:
         where = f"{type(self).__name__}: state of parameter {index} (shape {tuple(param.shape)})"
+        if not isinstance(state, Mapping):
+            raise TypeError(f"{where} must be a dict of tensors, got {type(state).__name__}")
         layout = self._layout(param, group)
         needed = {*layout, "step"}
         if not needed <= state.keys() or not state.keys() <= {*needed, "skipped"}:
@@ -285,27 +334,35 @@ class FactoredOptimizer(Optimizer):
                 f"{where} must have the keys {sorted(needed)}, got {sorted(map(str, state))}. It was saved by another "
                 "optimizer, or with options that give another state."
             )
-        entry: State = {"step": torch.as_tensor(state["step"], dtype=torch.float32)}
-        if entry["step"].numel() != 1:
-            raise ValueError(f"{where}: 'step' must be one number, got shape {tuple(entry['step'].shape)}")
-        entry["step"] = entry["step"].reshape(())
-        if "skipped" in state:
-            entry["skipped"] = torch.as_tensor(state["skipped"], dtype=torch.int32).reshape(())
+        entry: State = {}
         for key, (shape, dtype) in layout.items():
             value = state[key]
             if not isinstance(value, Tensor):
                 raise TypeError(f"{where}: '{key}' must be a tensor of shape {shape}, got {type(value).__name__}")
-            if tuple(value.shape) != shape:
-                raise ValueError(f"{where}: '{key}' must have shape {shape}, got {tuple(value.shape)}")
+            if tuple(value.shape) != shape or value.layout is not torch.strided:
+                raise ValueError(f"{where}: '{key}' must have shape {shape}, got {_described(value)}")
             if value.is_floating_point() != dtype.is_floating_point or (
                 value.dtype != dtype and not dtype.is_floating_point
             ):
                 raise ValueError(f"{where}: '{key}' must be {dtype}, got {value.dtype}")
             entry[key] = value.to(dtype)
+        for key, dtype in (("step", torch.float32), ("skipped", torch.int32)):
+            if key in state:
+                count = state[key]
+                if not isinstance(count, Tensor | int | float) or (isinstance(count, Tensor) and count.numel() != 1):
+                    found = f"shape {tuple(count.shape)}" if isinstance(count, Tensor) else type(count).__name__
+                    raise ValueError(f"{where}: '{key}' must be one number, got {found}")
+                entry[key] = torch.as_tensor(count, dtype=dtype).reshape(())
+                if entry[key].device.type == "cpu" and not 0 <= entry[key].item() < math.inf:
+                    raise ValueError(f"{where}: '{key}' must be a number >= 0, got {entry[key].item()}")
         return entry
 
 
 _HOST = torch.device("cpu")
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}" + ("" if tensor.layout is torch.strided else f" of layout {tensor.layout}")
 
 
 def _tensors(params: Any) -> Iterable[Any]:

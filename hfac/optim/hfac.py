@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .. import functional, matricize, ops
+from .. import matricize, ops
 from ..schedules import Scalar
 from . import options
-from .base import FactoredOptimizer, Layout, State
+from .base import FactoredOptimizer, Layout
 
 
 class HFac(FactoredOptimizer):
@@ -36,8 +37,8 @@ class HFac(FactoredOptimizer):
         backend: "auto", "reference", "cpu", "triton" or "cuda"; an explicit one that cannot be had raises.
         nonfinite: "propagate" lets inf and NaN in a gradient through, as torch.optim does; "skip" leaves such a
             parameter and its state as they are, without synchronising the device, and counts it in
-            ``state[p]["skipped"]``. A rank-1 state spreads one NaN over a whole matrix for ever. An element counts
-            as non-finite when its square does.
+            ``state[p]["skipped"]``. A rank-1 state spreads one NaN over a whole matrix for ever. A gradient
+            counts as non-finite when the sum of its squares does.
 
     State of a parameter (k is `hfac.matricize.cut` of its shape): ``exp_avg_row``, ``exp_avg_sq_row`` of shape
     p.shape[:k], ``exp_avg_col``, ``exp_avg_sq_col`` of shape p.shape[k:]; or ``exp_avg``, ``exp_avg_sq`` of p.shape;
@@ -48,6 +49,9 @@ class HFac(FactoredOptimizer):
         RuntimeError: a sparse or complex tensor; a backend that cannot be had.
     """
 
+    _algorithm = "hfac"
+    _state_keys = ("exp_avg_row", "exp_avg_col", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg", "exp_avg_sq")
+    _own_option = "matricize"
     _rules = {
         "betas": options.pair(options.number(0.0, 1.0, open_high=True)),
         "eps": options.number(0.0, open_low=True),
@@ -84,6 +88,16 @@ class HFac(FactoredOptimizer):
         )
         super().__init__(params, defaults)
 
+    def _check_param(self, index: int, param: Any, group: Mapping[str, Any]) -> None:
+        super()._check_param(index, param, group)
+        if isinstance(param, Tensor):
+            smallest = torch.finfo(ops.state_dtype(param.dtype)).tiny
+            if group["eps"] < smallest:
+                raise ValueError(
+                    f"HFac: eps must be at least {smallest:.3g} for parameter {index} of dtype {param.dtype}, got "
+                    f"{group['eps']}: in the arithmetic's type it would be zero, and a zero gradient would give 0/0"
+                )
+
     def _layout(self, param: Tensor, group: Mapping[str, Any]) -> Layout:
         shape, dtype = tuple(param.shape), ops.state_dtype(param.dtype)
         k = matricize.cut(shape, group["matricize"])
@@ -92,25 +106,10 @@ class HFac(FactoredOptimizer):
         rows, cols = (shape[:k], dtype), (shape[k:], dtype)
         return {"exp_avg_row": rows, "exp_avg_col": cols, "exp_avg_sq_row": rows, "exp_avg_sq_col": cols}
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[State]) -> None:
-        functional.hfac(
-            params,
-            grads,
-            [state.get("exp_avg_row") for state in states],
-            [state.get("exp_avg_col") for state in states],
-            [state.get("exp_avg_sq_row") for state in states],
-            [state.get("exp_avg_sq_col") for state in states],
-            [state.get("exp_avg") for state in states],
-            [state.get("exp_avg_sq") for state in states],
-            [state["step"] for state in states],
-            [state["skipped"] for state in states] if group["nonfinite"] == "skip" else None,
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            clip_threshold=group["clip_threshold"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-            capturable=group["capturable"],
-            backend=group["backend"],
-        )
+    def _scalars(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "beta1": group["betas"][0],
+            "beta2": group["betas"][1],
+            "eps": group["eps"],
+            "clip_threshold": group["clip_threshold"],
+        }

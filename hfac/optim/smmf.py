@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import functional, matricize, ops
+from .. import matricize, ops
 from ..schedules import Scalar
 from . import options
-from .base import FactoredOptimizer, Layout, State
+from .base import FactoredOptimizer, Layout
 
 WEIGHT_DECAY_MODES = ("adamw", "adam")
 
@@ -48,6 +48,17 @@ class SMMF(FactoredOptimizer):
         RuntimeError: a sparse or complex tensor; a backend that cannot be had.
     """
 
+    _algorithm = "smmf"
+    _state_keys = (
+        "exp_avg_row",
+        "exp_avg_col",
+        "exp_avg_sign",
+        "exp_avg_sq_row",
+        "exp_avg_sq_col",
+        "exp_avg",
+        "exp_avg_sq",
+    )
+    _own_option = "growth_rate"
     _rules = {
         "beta": options.number(0.0, 1.0, open_high=True, none="no first moment"),
         "eps": options.number(0.0),
@@ -104,27 +115,5 @@ class SMMF(FactoredOptimizer):
             layout = {"exp_avg_row": rows, "exp_avg_col": cols, "exp_avg_sign": signs, **layout}
         return layout
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[State]) -> None:
-        functional.smmf(
-            params,
-            grads,
-            [state.get("exp_avg_row") for state in states],
-            [state.get("exp_avg_col") for state in states],
-            [state.get("exp_avg_sign") for state in states],
-            [state.get("exp_avg_sq_row") for state in states],
-            [state.get("exp_avg_sq_col") for state in states],
-            [state.get("exp_avg") for state in states],
-            [state.get("exp_avg_sq") for state in states],
-            [state["step"] for state in states],
-            [state["skipped"] for state in states] if group["nonfinite"] == "skip" else None,
-            lr=group["lr"],
-            beta=group["beta"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decay_rate=group["decay_rate"],
-            growth_rate=group["growth_rate"],
-            weight_decay_mode=group["weight_decay_mode"],
-            maximize=group["maximize"],
-            capturable=group["capturable"],
-            backend=group["backend"],
-        )
+    def _scalars(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: group[name] for name in ("beta", "eps", "decay_rate", "growth_rate", "weight_decay_mode")}
