@@ -11,8 +11,9 @@ Arithmetic is done in the type of the states: float32, or float64 for float64 pa
 rounded to its own type. `lr`, `weight_decay`, `beta1` and `beta2` are floats or 0-d tensors; the two decays, which
 arrive evaluated for the step (`hfac.schedules`), may also be 1-d with one entry per parameter.
 
-`nonfinite`, where given, is an int32 tensor [len(params)] that the op fills: 1 where the sum of a gradient's squares is
-not finite (it holds inf or NaN, or would overflow the statistics). Such a parameter and its states keep every bit.
+`nonfinite`, where given, is an int32 tensor [len(params)] that the op fills: 1 where a gradient holds an element whose
+square, times the number of elements, is not finite: inf, NaN, or so large that a sum of squares could overflow. Such a
+parameter and its states keep every bit. The test is of elements, so that no order of summation can change its outcome.
 """
 
 from collections.abc import Sequence
@@ -257,7 +258,7 @@ def _keep(G: Tensor, nonfinite: Tensor | None, i: int) -> Tensor | None:
     host."""
     if nonfinite is None:
         return None
-    keep = ~(G * G).sum().isfinite()
+    keep = ~(G * G * G.numel()).isfinite().all()
     nonfinite[i] = keep
     return keep
 

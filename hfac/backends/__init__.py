@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 
 from .. import reference
+from . import cpu
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ TABLE: dict[str, Backend] = {
     for backend in (
         Backend("cuda", "fused CUDA kernels", _absent("CUDA kernels"), _unloadable),
         Backend("triton", "fused Triton kernels", _absent("Triton kernels"), _unloadable),
-        Backend("cpu", "fused C++ kernels", _absent("C++ kernels"), _unloadable),
+        Backend("cpu", "fused C++ kernels", cpu.why_not, lambda: cpu),
         Backend("reference", "plain torch, any device", lambda device: None, lambda: reference),
     )
 }

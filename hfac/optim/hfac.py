@@ -37,8 +37,8 @@ class HFac(FactoredOptimizer):
         backend: "auto", "reference", "cpu", "triton" or "cuda"; an explicit one that cannot be had raises.
         nonfinite: "propagate" lets inf and NaN in a gradient through, as torch.optim does; "skip" leaves such a
             parameter and its state as they are, without synchronising the device, and counts it in
-            ``state[p]["skipped"]``. A rank-1 state spreads one NaN over a whole matrix for ever. A gradient
-            counts as non-finite when the sum of its squares does.
+            ``state[p]["skipped"]``. A rank-1 state spreads one NaN over a whole matrix for ever. An
+            element also counts as non-finite when its square times the number of elements overflows.
 
     State of a parameter (k is `hfac.matricize.cut` of its shape): ``exp_avg_row``, ``exp_avg_sq_row`` of shape
     p.shape[:k], ``exp_avg_col``, ``exp_avg_sq_col`` of shape p.shape[k:]; or ``exp_avg``, ``exp_avg_sq`` of p.shape;

@@ -1,0 +1,408 @@
+// The module hfac._C: keyword arguments in, checked structs out. The only file that knows pybind11; no tensor library
+// at all.
+//
+// Addresses arrive as integers. What can be checked without reading them is checked here, and a bad call raises
+// ValueError with the argument's name; that an address holds what it is said to hold is the caller's promise
+// (hfac/backends/cpu.py).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <deque>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/level.h"
+#include "cpu/ops.h"
+#ifdef HFAC_WITH_CUDA
+#include "cuda/device.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using hfac::DType;
+using hfac::Strided;
+using hfac::TensorRef;
+
+[[noreturn]] void refuse(const char* name, const std::string& why) {
+  throw std::invalid_argument(std::string(name) + ": " + why);
+}
+
+// A list argument; `size` below zero leaves its length free.
+class List {
+ public:
+  List(const py::object& value, const char* name, py::ssize_t size) : name_(name) {
+    fast_ = py::reinterpret_steal<py::object>(PySequence_Fast(value.ptr(), "not a sequence"));
+    if (!fast_) {
+      PyErr_Clear();
+      refuse(name, "a list is needed, not " + std::string(py::str(py::type::of(value))));
+    }
+    size_ = PySequence_Fast_GET_SIZE(fast_.ptr());
+    if (size >= 0 && size_ != size) {
+      refuse(name, std::to_string(size_) + " entries, but params has " + std::to_string(size));
+    }
+  }
+
+  py::ssize_t size() const { return size_; }
+  py::handle operator[](py::ssize_t i) const { return PySequence_Fast_GET_ITEM(fast_.ptr(), i); }
+
+  int64_t integer(py::ssize_t i) const {
+    const long long value = PyLong_AsLongLong((*this)[i].ptr());
+    if (value == -1 && PyErr_Occurred()) bad(i, "an integer is needed");
+    return value;
+  }
+
+  int64_t count(py::ssize_t i) const {
+    const int64_t value = integer(i);
+    if (value < 0) bad(i, "negative: " + std::to_string(value));
+    return value;
+  }
+
+  void* address(py::ssize_t i, bool needed) const {
+    void* value = PyLong_AsVoidPtr((*this)[i].ptr());
+    if (!value && PyErr_Occurred()) bad(i, "an address is needed");
+    if (!value && needed) bad(i, "a null address for a tensor that is not empty");
+    return value;
+  }
+
+  double number(py::ssize_t i) const {
+    const double value = PyFloat_AsDouble((*this)[i].ptr());
+    if (value == -1 && PyErr_Occurred()) bad(i, "a number is needed");
+    return value;
+  }
+
+  [[noreturn]] void bad(py::ssize_t i, const std::string& why) const {
+    PyErr_Clear();
+    refuse(name_, "entry " + std::to_string(i) + ": " + why);
+  }
+
+ private:
+  const char* name_;
+  py::object fast_;
+  py::ssize_t size_;
+};
+
+// One value for all parameters, or a list with one per parameter.
+class PerParameter {
+ public:
+  PerParameter(const py::object& value, const char* name, py::ssize_t size)
+      : list_(PyNumber_Check(value.ptr()) && !PySequence_Check(value.ptr()) ? py::make_tuple(value) : value, name, -1) {
+    if (list_.size() != 1 && list_.size() != size) {
+      refuse(name, std::to_string(list_.size()) + " entries, but params has " + std::to_string(size));
+    }
+  }
+  double number(py::ssize_t i) const { return list_.number(list_.size() == 1 ? 0 : i); }
+  DType dtype(py::ssize_t i) const {
+    const py::ssize_t k = list_.size() == 1 ? 0 : i;
+    const int64_t code = list_.integer(k);
+    if (code < 0 || code >= hfac::kDTypes) list_.bad(k, "unknown dtype code " + std::to_string(code));
+    return static_cast<DType>(code);
+  }
+
+ private:
+  List list_;
+};
+
+std::vector<int64_t> counts(const py::handle& value, const char* name) {
+  const List list(py::reinterpret_borrow<py::object>(value), name, -1);
+  std::vector<int64_t> out;
+  for (py::ssize_t d = 0; d < list.size(); ++d) out.push_back(list.count(d));
+  return out;
+}
+
+int64_t product(int64_t a, int64_t b, const char* name) {
+  int64_t c;
+  if (__builtin_mul_overflow(a, b, &c)) refuse(name, "the number of elements overflows");
+  return c;
+}
+
+// The arguments that every op has: parameters and gradients with their types and, where not contiguous, strides.
+class Operands {
+ public:
+  Operands(const py::object& params, const py::object& grads, const py::object& numels, const py::object& param_dtypes,
+           const py::object& grad_dtypes, const py::object& shapes, const py::object& param_strides,
+           const py::object& grad_strides)
+      : params_(params, "params", -1),
+        grads_(grads, "grads", size()),
+        numels_(numels, "numels", size()),
+        param_dtypes_(param_dtypes, "param_dtypes", size()),
+        grad_dtypes_(grad_dtypes, "grad_dtypes", size()),
+        shapes_(shapes),
+        param_strides_(param_strides),
+        grad_strides_(grad_strides) {}
+
+  py::ssize_t size() const { return params_.size(); }
+  int64_t numel(py::ssize_t i) const { return numels_.count(i); }
+
+  TensorRef param(py::ssize_t i) {
+    return {params_.address(i, true), param_dtypes_.dtype(i), strided(param_strides_, "param_strides", i)};
+  }
+  TensorRef grad(py::ssize_t i) {
+    return {grads_.address(i, true), grad_dtypes_.dtype(i), strided(grad_strides_, "grad_strides", i)};
+  }
+
+ private:
+  const Strided* strided(const py::object& all, const char* name, py::ssize_t i) {
+    if (all.is_none()) return nullptr;
+    const py::handle mine = List(all, name, size())[i];
+    if (mine.is_none()) return nullptr;
+    if (shapes_.is_none()) refuse("shapes", "needed where " + std::string(name) + " is given");
+    Strided s;
+    s.sizes = counts(List(shapes_, "shapes", size())[i], "shapes");
+    s.strides = counts(mine, name);
+    if (s.sizes.size() != s.strides.size()) refuse(name, "entry " + std::to_string(i) + ": not as many as dimensions");
+    int64_t elements = 1;
+    for (const int64_t d : s.sizes) elements = product(elements, d, "shapes");
+    if (elements != numel(i)) {
+      refuse("shapes", "entry " + std::to_string(i) + ": " + std::to_string(elements) + " elements, numels has " +
+                           std::to_string(numel(i)));
+    }
+    layouts_.push_back(std::move(s));
+    return &layouts_.back();
+  }
+
+  List params_, grads_, numels_;
+  PerParameter param_dtypes_, grad_dtypes_;
+  py::object shapes_, param_strides_, grad_strides_;
+  std::deque<Strided> layouts_;  // addresses of its entries stay valid as it grows
+};
+
+void* optional(const py::object& list, const char* name, py::ssize_t size, py::ssize_t i) {
+  return list.is_none() ? nullptr : List(list, name, size).address(i, true);
+}
+
+int64_t matrix(const List& rows, const List& cols, py::ssize_t i, int64_t numel) {
+  const int64_t elements = product(rows.count(i), cols.count(i), "rows");
+  if (elements != numel) {
+    refuse("rows", "entry " + std::to_string(i) + ": rows * cols is " + std::to_string(elements) + ", numels has " +
+                       std::to_string(numel));
+  }
+  return elements;
+}
+
+int32_t* flags(uintptr_t address, py::ssize_t size) {
+  auto* out = reinterpret_cast<int32_t*>(address);
+  if (out) std::fill_n(out, size, 0);
+  return out;
+}
+
+int at_least_one(int threads) {
+  if (threads < 1) refuse("threads", "at least 1, not " + std::to_string(threads));
+  return threads;
+}
+
+template <class Step>
+size_t unlocked(const Step& step) {
+  py::gil_scoped_release release;
+  return step();
+}
+
+size_t hfac_step(py::object params, py::object grads, py::object numels, py::object param_dtypes,
+                 py::object grad_dtypes, py::object rows, py::object cols, py::object exp_avg_rows,
+                 py::object exp_avg_cols, py::object exp_avg_sq_rows, py::object exp_avg_sq_cols, py::object beta1,
+                 py::object beta2, double lr, double eps, std::optional<double> clip_threshold, double weight_decay,
+                 bool maximize, uintptr_t nonfinite, int threads, py::object shapes, py::object param_strides,
+                 py::object grad_strides) {
+  Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides);
+  const py::ssize_t size = operands.size();
+  const List m(rows, "rows", size), n(cols, "cols", size);
+  const List u(exp_avg_rows, "exp_avg_rows", size), v(exp_avg_cols, "exp_avg_cols", size);
+  const List r(exp_avg_sq_rows, "exp_avg_sq_rows", size), s(exp_avg_sq_cols, "exp_avg_sq_cols", size);
+  const PerParameter b1(beta1, "beta1", size), b2(beta2, "beta2", size);
+  std::vector<hfac::HfacItem> items;
+  items.reserve(static_cast<size_t>(size));
+  for (py::ssize_t i = 0; i < size; ++i) {
+    if (matrix(m, n, i, operands.numel(i)) == 0) continue;
+    items.push_back({i, operands.param(i), operands.grad(i), m.count(i), n.count(i), u.address(i, true),
+                     v.address(i, true), r.address(i, true), s.address(i, true), b1.number(i), b2.number(i)});
+  }
+  const hfac::HfacOptions options{lr,
+                                  eps,
+                                  clip_threshold.value_or(1.0),
+                                  weight_decay,
+                                  clip_threshold.has_value(),
+                                  maximize,
+                                  flags(nonfinite, size),
+                                  at_least_one(threads)};
+  return unlocked([&] { return hfac::hfac_step(items, options); });
+}
+
+std::vector<hfac::DenseItem> dense_items(Operands& operands, const py::object& exp_avgs, const py::object& exp_avg_sqs,
+                                         const py::object& beta1, const py::object& beta2) {
+  const py::ssize_t size = operands.size();
+  const List q(exp_avg_sqs, "exp_avg_sqs", size);
+  const PerParameter b1(beta1.is_none() ? py::float_(0.0) : beta1, "beta1", size), b2(beta2, "beta2", size);
+  std::vector<hfac::DenseItem> items;
+  items.reserve(static_cast<size_t>(size));
+  for (py::ssize_t i = 0; i < size; ++i) {
+    if (operands.numel(i) == 0) continue;
+    items.push_back({i, operands.param(i), operands.grad(i), operands.numel(i), optional(exp_avgs, "exp_avgs", size, i),
+                     q.address(i, true), b1.number(i), b2.number(i)});
+  }
+  return items;
+}
+
+size_t hfac_dense_step(py::object params, py::object grads, py::object numels, py::object param_dtypes,
+                       py::object grad_dtypes, py::object exp_avgs, py::object exp_avg_sqs, py::object beta1,
+                       py::object beta2, double lr, double eps, std::optional<double> clip_threshold,
+                       double weight_decay, bool maximize, uintptr_t nonfinite, int threads, py::object shapes,
+                       py::object param_strides, py::object grad_strides) {
+  Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides);
+  if (exp_avgs.is_none()) refuse("exp_avgs", "a list is needed, not None");
+  const auto items = dense_items(operands, exp_avgs, exp_avg_sqs, beta1, beta2);
+  const hfac::HfacOptions options{lr,
+                                  eps,
+                                  clip_threshold.value_or(1.0),
+                                  weight_decay,
+                                  clip_threshold.has_value(),
+                                  maximize,
+                                  flags(nonfinite, operands.size()),
+                                  at_least_one(threads)};
+  return unlocked([&] { return hfac::hfac_dense_step(items, options); });
+}
+
+// How the sign bits of a parameter of `numel` elements lie: `bytes` of them, in `slices` slices of the first dimension
+// (0 where the number does not matter because the bytes say all: whole bytes throughout, or one element per byte).
+hfac::Signs signs(void* data, int64_t bytes, int64_t slices, int64_t numel, py::ssize_t i) {
+  auto* p = static_cast<uint8_t*>(data);
+  if (numel % 8 == 0 && bytes == numel / 8) return {p, numel, bytes};
+  if (bytes == numel) return {p, 1, 1};
+  if (slices > 0 && numel % slices == 0 && bytes == slices * ((numel / slices + 7) / 8)) {
+    return {p, numel / slices, bytes / slices};
+  }
+  refuse("sign_bytes", "entry " + std::to_string(i) + ": " + std::to_string(bytes) + " bytes in " +
+                           std::to_string(slices) + " slices do not hold the signs of " + std::to_string(numel) +
+                           " elements");
+}
+
+size_t smmf_step(py::object params, py::object grads, py::object numels, py::object param_dtypes,
+                 py::object grad_dtypes, py::object rows, py::object cols, py::object exp_avg_rows,
+                 py::object exp_avg_cols, py::object exp_avg_signs, py::object sign_bytes, py::object sign_slices,
+                 py::object exp_avg_sq_rows, py::object exp_avg_sq_cols, py::object beta1, py::object beta2, double lr,
+                 double eps, double weight_decay, bool decoupled_weight_decay, bool maximize, uintptr_t nonfinite,
+                 int threads, py::object shapes, py::object param_strides, py::object grad_strides) {
+  Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides);
+  const py::ssize_t size = operands.size();
+  const bool first = !beta1.is_none();
+  const py::object none = py::make_tuple();
+  const py::ssize_t moments = first ? size : 0;
+  const List n(rows, "rows", size), m(cols, "cols", size);
+  const List r_m(first ? exp_avg_rows : none, "exp_avg_rows", moments),
+      c_m(first ? exp_avg_cols : none, "exp_avg_cols", moments);
+  const List bits(first ? exp_avg_signs : none, "exp_avg_signs", moments);
+  const List bytes(first ? sign_bytes : none, "sign_bytes", moments);
+  const bool sliced = first && !sign_slices.is_none();
+  const List slices(sliced ? sign_slices : none, "sign_slices", sliced ? size : 0);
+  const List r_v(exp_avg_sq_rows, "exp_avg_sq_rows", size), c_v(exp_avg_sq_cols, "exp_avg_sq_cols", size);
+  const PerParameter b1(first ? beta1 : py::float_(0.0), "beta1", size), b2(beta2, "beta2", size);
+  std::vector<hfac::SmmfItem> items;
+  items.reserve(static_cast<size_t>(size));
+  for (py::ssize_t i = 0; i < size; ++i) {
+    const int64_t numel = operands.numel(i);
+    if (matrix(n, m, i, numel) == 0) continue;
+    hfac::SmmfItem item{i,  operands.param(i),    operands.grad(i),     n.count(i),   m.count(i),  nullptr, nullptr,
+                        {}, r_v.address(i, true), c_v.address(i, true), b1.number(i), b2.number(i)};
+    if (first) {
+      item.exp_avg_row = r_m.address(i, true);
+      item.exp_avg_col = c_m.address(i, true);
+      item.signs = signs(bits.address(i, true), bytes.count(i), sliced ? slices.count(i) : 0, numel, i);
+    }
+    items.push_back(item);
+  }
+  const hfac::SmmfOptions options{
+      lr, eps, weight_decay, !decoupled_weight_decay, maximize, flags(nonfinite, size), at_least_one(threads)};
+  return unlocked([&] { return hfac::smmf_step(items, options); });
+}
+
+size_t smmf_dense_step(py::object params, py::object grads, py::object numels, py::object param_dtypes,
+                       py::object grad_dtypes, py::object exp_avgs, py::object exp_avg_sqs, py::object beta1,
+                       py::object beta2, double lr, double eps, double weight_decay, bool decoupled_weight_decay,
+                       bool maximize, uintptr_t nonfinite, int threads, py::object shapes, py::object param_strides,
+                       py::object grad_strides) {
+  Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides);
+  if (beta1.is_none()) exp_avgs = py::none();
+  if (!beta1.is_none() && exp_avgs.is_none()) refuse("exp_avgs", "a list is needed where beta1 is given");
+  const auto items = dense_items(operands, exp_avgs, exp_avg_sqs, beta1, beta2);
+  const hfac::SmmfOptions options{lr,
+                                  eps,
+                                  weight_decay,
+                                  !decoupled_weight_decay,
+                                  maximize,
+                                  flags(nonfinite, operands.size()),
+                                  at_least_one(threads)};
+  return unlocked([&] { return hfac::smmf_dense_step(items, options); });
+}
+
+py::dict info() {
+  py::dict d;
+  d["version"] = HFAC_VERSION;
+#if defined(__clang__)
+  d["compiler"] = "clang " __clang_version__;
+#else
+  d["compiler"] = "g++ " __VERSION__;
+#endif
+  d["isa_compiled"] = hfac::levels_compiled();
+  d["isa_usable"] = hfac::levels_usable();
+  d["isa"] = hfac::level();
+  return d;
+}
+
+py::dict cuda_info() {
+  py::dict d;
+#ifdef HFAC_WITH_CUDA
+  const hfac::CudaInfo found = hfac::cuda_info();
+  py::list devices;
+  for (const hfac::CudaDevice& device : found.devices) {
+    py::dict one;
+    one["name"] = device.name;
+    one["capability"] = py::make_tuple(device.major, device.minor);
+    devices.append(one);
+  }
+  d["compiled"] = true;
+  d["devices"] = devices;
+  d["driver_version"] = found.driver_version;
+  d["runtime_version"] = found.runtime_version;
+  d["why_not"] = found.why_not.empty() ? py::object(py::none()) : py::object(py::str(found.why_not));
+#else
+  d["compiled"] = false;
+  d["devices"] = py::list();
+  d["driver_version"] = 0;
+  d["runtime_version"] = 0;
+  d["why_not"] = "hfac._C was built without CUDA";
+#endif
+  return d;
+}
+
+}  // namespace
+
+#define HFAC_OPERANDS \
+  py::kw_only(), py::arg("params"), py::arg("grads"), py::arg("numels"), py::arg("param_dtypes"), py::arg("grad_dtypes")
+#define HFAC_PLACES                                                                 \
+  py::arg("nonfinite") = 0, py::arg("threads") = 1, py::arg("shapes") = py::none(), \
+  py::arg("param_strides") = py::none(), py::arg("grad_strides") = py::none()
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "Native kernels of hfac. Each op returns the bytes of workspace that it held at most.";
+  m.def("hfac_step", &hfac_step, HFAC_OPERANDS, py::arg("rows"), py::arg("cols"), py::arg("exp_avg_rows"),
+        py::arg("exp_avg_cols"), py::arg("exp_avg_sq_rows"), py::arg("exp_avg_sq_cols"), py::arg("beta1"),
+        py::arg("beta2"), py::arg("lr"), py::arg("eps"), py::arg("clip_threshold"), py::arg("weight_decay"),
+        py::arg("maximize"), HFAC_PLACES);
+  m.def("hfac_dense_step", &hfac_dense_step, HFAC_OPERANDS, py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
+        py::arg("beta1"), py::arg("beta2"), py::arg("lr"), py::arg("eps"), py::arg("clip_threshold"),
+        py::arg("weight_decay"), py::arg("maximize"), HFAC_PLACES);
+  m.def("smmf_step", &smmf_step, HFAC_OPERANDS, py::arg("rows"), py::arg("cols"), py::arg("exp_avg_rows"),
+        py::arg("exp_avg_cols"), py::arg("exp_avg_signs"), py::arg("sign_bytes"), py::arg("sign_slices"),
+        py::arg("exp_avg_sq_rows"), py::arg("exp_avg_sq_cols"), py::arg("beta1"), py::arg("beta2"), py::arg("lr"),
+        py::arg("eps"), py::arg("weight_decay"), py::arg("decoupled_weight_decay"), py::arg("maximize"), HFAC_PLACES);
+  m.def("smmf_dense_step", &smmf_dense_step, HFAC_OPERANDS, py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
+        py::arg("beta1"), py::arg("beta2"), py::arg("lr"), py::arg("eps"), py::arg("weight_decay"),
+        py::arg("decoupled_weight_decay"), py::arg("maximize"), HFAC_PLACES);
+  m.def("info", &info, "Version, compiler and instruction sets: compiled, usable on this processor, in use.");
+  m.def("cuda_info", &cuda_info, "Whether CUDA was compiled in, the devices, and if none is usable, why.");
+  m.def("set_isa", &hfac::set_level, py::arg("name"),
+        "Use a lower instruction set than the best; '' is the best. The results are the same to the bit.");
+}

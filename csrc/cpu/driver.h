@@ -1,0 +1,108 @@
+// What the drivers of all ops share: kernels by type, operands staged or in place, chunks by shape.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "level.h"
+#include "schedule.h"
+#include "tensor.h"
+
+namespace hfac {
+
+// How one parameter's operands reach the kernels: in place, or as rows staged in the arithmetic's type T, which is
+// exact: widening loses nothing, and the store rounds once either way.
+template <class T>
+struct Route {
+  const PairKernels<T>* pair;
+  const GradKernels<T>* grad;
+  bool stage_param, stage_grad;
+};
+
+inline const PairKernels<float>& pair_kernels(DType param, DType grad, float) {
+  return kernels().pairs[static_cast<int>(param)][static_cast<int>(grad)];
+}
+inline const PairKernels<double>& pair_kernels(DType param, DType grad, double) {
+  static const PairKernels<double> none{};
+  return param == DType::kFloat64 && grad == DType::kFloat64 ? kernels().pair_double : none;
+}
+inline const GradKernels<float>& grad_kernels(DType grad, float) { return kernels().grads[static_cast<int>(grad)]; }
+inline const GradKernels<double>& grad_kernels(DType, double) { return kernels().grad_double; }
+
+template <class T>
+Route<T> route(const TensorRef& param, const TensorRef& grad) {
+  constexpr DType wide = std::is_same<T, double>::value ? DType::kFloat64 : DType::kFloat32;
+  bool stage_param = param.strided, stage_grad = grad.strided;
+  const PairKernels<T>* pair = &pair_kernels(stage_param ? wide : param.dtype, stage_grad ? wide : grad.dtype, T());
+  if (!pair->smmf) {
+    stage_param = param.strided || param.dtype != wide;
+    stage_grad = grad.strided || grad.dtype != wide;
+    pair = &pair_kernels(wide, wide, T());
+  }
+  return {pair, &grad_kernels(stage_grad ? wide : grad.dtype, T()), stage_param, stage_grad};
+}
+
+// Elements of a contiguous tensor from `first` on.
+inline void* at(const TensorRef& t, int64_t first) { return static_cast<char*>(t.data) + first * size_of(t.dtype); }
+
+// Rows staged at a time: enough of them that a transposed tensor's cache lines are used whole, few where rows are long.
+inline int64_t staged_rows(int64_t cols) { return cols <= 4096 ? 16 : kRowsAtOnce; }
+
+constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+
+// A chunk holds at least this many elements, so that thin matrices are not cut into crumbs.
+constexpr int64_t kChunkElements = 32768;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Runs of elements whose moments are whole are cut here; a function of nothing but a constant.
+constexpr int64_t kRun = 16384;
+
+template <class T>
+DenseRun<T> dense_run(const Route<T>& route, const TensorRef& param, const TensorRef& grad, T* exp_avg, T* exp_avg_sq,
+                      int64_t first, int64_t count, Scratch& scratch) {
+  DenseRun<T> run{};
+  run.count = count;
+  run.exp_avg = exp_avg ? exp_avg + first : nullptr;
+  run.exp_avg_sq = exp_avg_sq + first;
+  run.grad = at(grad, first);
+  run.param = at(param, first);
+  const size_t bytes = static_cast<size_t>(count) * sizeof(T);
+  if (route.stage_grad) {
+    T* staged = static_cast<T*>(scratch.at(Scratch::kGrad, bytes));
+    gather(grad, first, count, staged);
+    run.grad = staged;
+  }
+  if (route.stage_param) {
+    T* staged = static_cast<T*>(scratch.at(Scratch::kParam, bytes));
+    gather(param, first, count, staged);
+    run.param = staged;
+  }
+  return run;
+}
+
+// Is there an element in [first, first + count) whose square times `elements`, those of the whole tensor, is not
+// finite?
+template <class T>
+bool nonfinite_range(const Route<T>& route, const TensorRef& grad, int64_t first, int64_t count, int64_t elements,
+                     Scratch& scratch) {
+  if (!route.stage_grad) return route.grad->nonfinite(at(grad, first), count, static_cast<T>(elements));
+  for (int64_t done = 0; done < count; done += kRun) {
+    const int64_t some = std::min(kRun, count - done);
+    T* staged = static_cast<T*>(scratch.at(Scratch::kGrad, static_cast<size_t>(some) * sizeof(T)));
+    gather(grad, first + done, some, staged);
+    if (route.grad->nonfinite(staged, some, static_cast<T>(elements))) return true;
+  }
+  return false;
+}
+
+// Parameters of both arithmetics may share a list: `make` builds and runs the op of one of them.
+template <class Item, class Make>
+size_t by_arithmetic(const std::vector<Item>& items, const Make& make) {
+  std::vector<Item> single, wide;
+  for (const Item& item : items) (item.param.dtype == DType::kFloat64 ? wide : single).push_back(item);
+  const size_t a = make(std::move(single), float()), b = make(std::move(wide), double());
+  return std::max(a, b);
+}
+
+}  // namespace hfac

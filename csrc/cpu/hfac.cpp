@@ -1,0 +1,279 @@
+// H-Fac on matrices: the sums of one read of the gradient, a fold of O(rows + columns), and the update with a second
+// read.
+#include <atomic>
+#include <cmath>
+
+#include "../math/hfac.h"
+#include "driver.h"
+#include "ops.h"
+
+namespace hfac {
+namespace {
+
+using common::hfac_average;
+using common::hfac_half_drift;
+using common::root;
+
+// max(1, rms / d), which keeps a NaN.
+template <class T>
+T clip_divisor(T rms, double threshold) {
+  const T ratio = rms / static_cast<T>(threshold);
+  return ratio <= T(1) ? T(1) : ratio;
+}
+
+template <class T>
+class HfacOp : public Op {
+ public:
+  HfacOp(std::vector<HfacItem> items, const HfacOptions& options)
+      : items_(std::move(items)), options_(options), refused_(items_.size()) {
+    routes_.reserve(items_.size());
+    for (const HfacItem& item : items_) routes_.push_back(route<T>(item.param, item.grad));
+  }
+
+  int64_t items() const override { return static_cast<int64_t>(items_.size()); }
+  int64_t elements(int64_t i) const override { return item(i).rows * item(i).cols; }
+  int phases() const override { return 2; }
+  int64_t chunks(int64_t i, int phase) const override {
+    return ceil_div(item(i).rows, phase == 0 ? chunk_rows(item(i)) : update_rows(item(i)));
+  }
+
+  size_t workspace_bytes(int64_t i) const override {
+    return static_cast<size_t>(2 * padded(item(i).rows) + chunks(i, 0) * 3 * padded(item(i).cols)) * sizeof(T);
+  }
+
+  void chunk(int64_t i, int phase, int64_t c, void* workspace, Scratch& scratch) override {
+    phase == 0 ? statistics(i, c, workspace, scratch) : update(i, c, workspace, scratch);
+  }
+
+  void finish(int64_t i, int phase, void* workspace) override {
+    if (phase > 0) return;
+    const bool refused = refused_[static_cast<size_t>(i)];
+    if (options_.nonfinite) options_.nonfinite[item(i).index] = refused;
+    if (!refused) fold(i, workspace);
+  }
+
+ private:
+  // Two numbers per row: the gradient's sum and the new r, then half of phi and the row's scale. Three per column and
+  // chunk: sums of g, g^2 and g^2 / r_i, then, in the first chunk's place, half of psi and the column's scale.
+  struct Space {
+    T *row_a, *row_b, *cols;
+  };
+
+  const HfacItem& item(int64_t i) const { return items_[static_cast<size_t>(i)]; }
+
+  Space space(const HfacItem& it, void* workspace) const {
+    T* base = static_cast<T*>(workspace);
+    return {base, base + padded(it.rows), base + 2 * padded(it.rows)};
+  }
+
+  // Three sums per column and chunk: 1.2 % of the bytes of a parameter of 1024 rows and more. With fewer rows the same
+  // share would leave too few chunks to divide among threads.
+  static int64_t chunk_rows(const HfacItem& it) {
+    const int64_t rows = it.rows < 1024 ? 64 : size_of(it.param.dtype) == 2 ? 512 : 256;
+    return std::max(rows, ceil_div(ceil_div(kChunkElements, it.cols), kRowsAtOnce) * kRowsAtOnce);
+  }
+
+  static int64_t update_rows(const HfacItem& it) {
+    return std::max<int64_t>(kRowsAtOnce, ceil_div(ceil_div(kChunkElements * 4, it.cols), kRowsAtOnce) * kRowsAtOnce);
+  }
+
+  void statistics(int64_t i, int64_t c, void* workspace, Scratch& scratch) {
+    const HfacItem& it = item(i);
+    const Route<T>& to = routes_[static_cast<size_t>(i)];
+    const Space space_ = space(it, workspace);
+    const int64_t first = c * chunk_rows(it), rows = std::min(chunk_rows(it), it.rows - first);
+    HfacStats<T> a{};
+    a.grad_stride = a.cols = it.cols;
+    a.col_sum = space_.cols + c * 3 * padded(it.cols);
+    a.col_square = a.col_sum + padded(it.cols);
+    a.col_ratio = a.col_square + padded(it.cols);
+    std::fill_n(a.col_sum, 3 * padded(it.cols), T(0));
+    a.beta2 = static_cast<T>(it.beta2);
+    a.rest2 = static_cast<T>(1 - it.beta2);
+    a.eps_sum = static_cast<T>(static_cast<double>(it.cols) * options_.eps);
+    a.elements = static_cast<T>(elements(i));
+    const int64_t step = to.stage_grad ? std::min(rows, staged_rows(it.cols)) : rows;
+    for (int64_t r = first; r < first + rows; r += step) {
+      a.rows = std::min(step, first + rows - r);
+      a.grad = at(it.grad, r * it.cols);
+      if (to.stage_grad) {
+        T* staged = static_cast<T*>(scratch.at(Scratch::kGrad, static_cast<size_t>(a.rows * it.cols) * sizeof(T)));
+        gather(it.grad, r * it.cols, a.rows * it.cols, staged);
+        a.grad = staged;
+      }
+      a.row_square_old = static_cast<const T*>(it.exp_avg_sq_row) + r;
+      a.row_sum = space_.row_a + r;
+      a.row_square = space_.row_b + r;
+      to.grad->hfac_stats(a);
+    }
+    if (a.nonfinite && options_.nonfinite) refused_[static_cast<size_t>(i)] = true;
+  }
+
+  void fold(int64_t i, void* workspace) const {
+    const HfacItem& it = item(i);
+    const Space at = space(it, workspace);
+    const int64_t m = it.rows, n = it.cols;
+    const T beta1 = static_cast<T>(it.beta1), rest1 = static_cast<T>(1 - it.beta1);
+    const T beta2 = static_cast<T>(it.beta2), rest2 = static_cast<T>(1 - it.beta2);
+    const T rows = static_cast<T>(m), cols = static_cast<T>(n);
+    const T sign = options_.maximize ? T(-1) : T(1);
+
+    T *sum = at.cols, *square = sum + padded(n), *ratio = square + padded(n);
+    for (int64_t c = 1; c < chunks(i, 0); ++c) {
+      const T* more = at.cols + c * 3 * padded(n);
+      for (int64_t j = 0; j < 3 * padded(n); ++j) sum[j] += more[j];
+    }
+
+    // sum of U^2 = R sum_j w_j / s_j with w_j = sum_i g_ij^2 / r_i (see docs): in double, where no partial result can
+    // overflow.
+    double total = 0, norm = 0;
+    for (int64_t k = 0; k < m; ++k) total += static_cast<double>(at.row_b[k]);
+    const T eps_sum = static_cast<T>(static_cast<double>(m) * options_.eps);
+    T *v = static_cast<T*>(it.exp_avg_col), *s = static_cast<T*>(it.exp_avg_sq_col);
+    for (int64_t j = 0; j < n; ++j) {
+      const T mean = sign * sum[j] / rows;
+      v[j] = hfac_average(beta1, v[j], rest1, mean);
+      s[j] = hfac_average(beta2, s[j], rest2, square[j] + eps_sum);
+      norm += static_cast<double>(ratio[j]) / static_cast<double>(s[j]);
+      sum[j] = hfac_half_drift(beta1, v[j], mean, s[j], rows);
+      square[j] = T(1) / root(s[j]);
+    }
+    T divisor = T(1);
+    if (options_.clip) {
+      const double mean_square = total * norm / (static_cast<double>(m) * static_cast<double>(n));
+      divisor = clip_divisor(root(static_cast<T>(mean_square)), options_.clip_threshold);
+    }
+
+    const T scale = root(static_cast<T>(total));
+    T *u = static_cast<T*>(it.exp_avg_row), *r = static_cast<T*>(it.exp_avg_sq_row);
+    for (int64_t k = 0; k < m; ++k) {
+      const T mean = sign * at.row_a[k] / cols;
+      u[k] = hfac_average(beta1, u[k], rest1, mean);
+      r[k] = at.row_b[k];
+      at.row_a[k] = hfac_half_drift(beta1, u[k], mean, r[k], cols);
+      at.row_b[k] = scale * (T(1) / root(r[k])) / divisor;
+    }
+  }
+
+  // Chunks run backwards: the end of the gradient was read last and is the likeliest to be in cache still.
+  void update(int64_t i, int64_t c, void* workspace, Scratch& scratch) {
+    if (refused_[static_cast<size_t>(i)]) return;
+    const HfacItem& it = item(i);
+    const Route<T>& to = routes_[static_cast<size_t>(i)];
+    const Space space_ = space(it, workspace);
+    const int64_t first = (chunks(i, 1) - 1 - c) * update_rows(it), rows = std::min(update_rows(it), it.rows - first);
+    HfacUpdate<T> a{};
+    a.grad_stride = a.param_stride = a.cols = it.cols;
+    a.half_psi = space_.cols;
+    a.col_scale = space_.cols + padded(it.cols);
+    a.lr = static_cast<T>(options_.lr);
+    a.weight_decay = static_cast<T>(options_.weight_decay);
+    a.negate = options_.maximize;
+    const int64_t step = to.stage_param || to.stage_grad ? std::min(rows, staged_rows(it.cols)) : rows;
+    for (int64_t r = first; r < first + rows; r += step) {
+      a.rows = std::min(step, first + rows - r);
+      const DenseRun<T> run =
+          dense_run<T>(to, it.param, it.grad, nullptr, space_.row_a, r * it.cols, a.rows * it.cols, scratch);
+      a.grad = run.grad;
+      a.param = run.param;
+      a.half_phi = space_.row_a + r;
+      a.row_scale = space_.row_b + r;
+      to.pair->hfac_update(a);
+      if (to.stage_param) scatter(it.param, r * it.cols, a.rows * it.cols, static_cast<const T*>(run.param));
+    }
+  }
+
+  std::vector<HfacItem> items_;
+  std::vector<Route<T>> routes_;
+  HfacOptions options_;
+  std::vector<std::atomic<bool>> refused_;
+};
+
+// Both moments whole. Phase 0 looks for what is not finite and sums U^2, phase 1 steps; without either there is one
+// phase.
+template <class T>
+class HfacDenseOp : public Op {
+ public:
+  HfacDenseOp(std::vector<DenseItem> items, const HfacOptions& options)
+      : items_(std::move(items)), options_(options), refused_(items_.size()), divisors_(items_.size(), T(1)) {}
+
+  int64_t items() const override { return static_cast<int64_t>(items_.size()); }
+  int64_t elements(int64_t i) const override { return item(i).count; }
+  int phases() const override { return options_.nonfinite || options_.clip ? 2 : 1; }
+  int64_t chunks(int64_t i, int) const override { return ceil_div(item(i).count, kRun); }
+  size_t workspace_bytes(int64_t i) const override { return static_cast<size_t>(chunks(i, 0)) * sizeof(T); }
+
+  void chunk(int64_t i, int phase, int64_t c, void* workspace, Scratch& scratch) override {
+    const DenseItem& it = item(i);
+    const Route<T> to = route<T>(it.param, it.grad);
+    std::atomic<bool>& refused = refused_[static_cast<size_t>(i)];
+    const int64_t first = c * kRun, count = std::min(kRun, it.count - first);
+    if (refused) return;
+    const bool look = phase + 1 < phases();
+    if (look && options_.nonfinite && nonfinite_range(to, it.grad, first, count, it.count, scratch)) {
+      refused = true;
+      return;
+    }
+    if (look && !options_.clip) return;
+    const DenseRun<T> run = dense_run(to, it.param, it.grad, static_cast<T*>(it.exp_avg),
+                                      static_cast<T*>(it.exp_avg_sq), first, count, scratch);
+    const HfacDenseScalars<T> s = scalars(it, divisors_[static_cast<size_t>(i)]);
+    if (look) {
+      static_cast<T*>(workspace)[c] = to.pair->hfac_dense_norm(s, run);
+      return;
+    }
+    to.pair->hfac_dense(s, run);
+    if (to.stage_param) scatter(it.param, first, count, static_cast<const T*>(run.param));
+  }
+
+  void finish(int64_t i, int phase, void* workspace) override {
+    if (phase + 1 == phases()) return;
+    const bool refused = refused_[static_cast<size_t>(i)];
+    if (options_.nonfinite) options_.nonfinite[item(i).index] = refused;
+    if (refused || !options_.clip) return;
+    T total = 0;
+    for (int64_t c = 0; c < chunks(i, 0); ++c) total += static_cast<const T*>(workspace)[c];
+    const T rms = root(total / static_cast<T>(item(i).count));
+    divisors_[static_cast<size_t>(i)] = clip_divisor(rms, options_.clip_threshold);
+  }
+
+ private:
+  const DenseItem& item(int64_t i) const { return items_[static_cast<size_t>(i)]; }
+
+  HfacDenseScalars<T> scalars(const DenseItem& it, T clip) const {
+    HfacDenseScalars<T> s;
+    s.beta1 = static_cast<T>(it.beta1);
+    s.rest1 = static_cast<T>(1 - it.beta1);
+    s.beta2 = static_cast<T>(it.beta2);
+    s.rest2 = static_cast<T>(1 - it.beta2);
+    s.eps = static_cast<T>(options_.eps);
+    s.lr = static_cast<T>(options_.lr);
+    s.weight_decay = static_cast<T>(options_.weight_decay);
+    s.clip = clip;
+    s.negate = options_.maximize;
+    return s;
+  }
+
+  std::vector<DenseItem> items_;
+  HfacOptions options_;
+  std::vector<std::atomic<bool>> refused_;
+  std::vector<T> divisors_;
+};
+
+}  // namespace
+
+size_t hfac_step(const std::vector<HfacItem>& items, const HfacOptions& options) {
+  return by_arithmetic(items, [&](std::vector<HfacItem> mine, auto zero) {
+    HfacOp<decltype(zero)> op(std::move(mine), options);
+    return run(op, options.threads);
+  });
+}
+
+size_t hfac_dense_step(const std::vector<DenseItem>& items, const HfacOptions& options) {
+  return by_arithmetic(items, [&](std::vector<DenseItem> mine, auto zero) {
+    HfacDenseOp<decltype(zero)> op(std::move(mine), options);
+    return run(op, options.threads);
+  });
+}
+
+}  // namespace hfac

@@ -1,0 +1,233 @@
+// H-Fac on contiguous rows: the statistics hold a few rows in cache, so that one read of the gradient gives every sum,
+// the clip norm's included; the update is a second read.
+#pragma once
+
+#include "../math/hfac.h"
+#include "kernels.h"
+#include "simd_io.h"
+
+namespace hfac {
+namespace HFAC_LEVEL {
+
+template <class T, class Sg>
+bool nonfinite_square(const void* grad, int64_t count, T elements) {
+  constexpr int64_t L = Vec<T>::kLanes;
+  const Sg* g = static_cast<const Sg*>(grad);
+  Vec<T> poison[2] = {Vec<T>(T(0)), Vec<T>(T(0))};  // x - x is 0 where x is finite, NaN elsewhere
+  int64_t j = 0;
+  for (; j + 2 * L <= count; j += 2 * L) {
+    for (int k = 0; k < 2; ++k) {
+      const Vec<T> x = load(g + j + k * L), all = x * x * Vec<T>(elements);
+      poison[k] = poison[k] + (all - all);
+    }
+  }
+  for (; j < count; j += L) {
+    const Vec<T> x = load_part<T>(g + j, count - j < L ? count - j : L), all = x * x * Vec<T>(elements);
+    poison[0] = poison[0] + (all - all);
+  }
+  return sum(poison[0] + poison[1]) != T(0);
+}
+
+// Sums of R rows, and their new r; reads from memory.
+template <class T, class Sg, int R>
+HFAC_HD void hfac_row_sums(HfacStats<T>& a, int64_t i) {
+  constexpr int64_t L = Vec<T>::kLanes;
+  const Sg* g[R];
+  Vec<T> total[R], square[R];
+  for (int r = 0; r < R; ++r) {
+    g[r] = static_cast<const Sg*>(a.grad) + (i + r) * a.grad_stride;
+    total[r] = square[r] = Vec<T>(T(0));
+  }
+  int64_t j = 0;
+  for (; j + L <= a.cols; j += L) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> x = load(g[r] + j);
+      total[r] = total[r] + x;
+      square[r] = square[r] + x * x;
+    }
+  }
+  if (j < a.cols) {
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> x = load_part<T>(g[r] + j, a.cols - j);
+      total[r] = total[r] + x;
+      square[r] = square[r] + x * x;
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    const T squares = sum(square[r]);
+    a.row_sum[i + r] = sum(total[r]);
+    a.row_square[i + r] = hfac_average(a.beta2, a.row_square_old[i + r], a.rest2, squares + a.eps_sum);
+    // Only an element decides, but none does where even the sum stays finite.
+    const T all = squares * a.elements;
+    if (!(all - all == T(0)) && nonfinite_square<T, Sg>(g[r], a.cols, a.elements)) a.nonfinite = true;
+  }
+}
+
+// Column sums of the same rows, now in cache, while the next R rows are on their way.
+template <class T, class Sg, int R>
+HFAC_HD void hfac_col_sums(const HfacStats<T>& a, int64_t i, int64_t next) {
+  constexpr int64_t L = Vec<T>::kLanes;
+  const Sg* g[R];
+  Vec<T> inverse[R];
+  for (int r = 0; r < R; ++r) {
+    g[r] = static_cast<const Sg*>(a.grad) + (i + r) * a.grad_stride;
+    inverse[r] = Vec<T>(T(1) / a.row_square[i + r]);
+  }
+  const auto add = [&](int64_t j, const Vec<T>* x) __attribute__((always_inline)) {
+    Vec<T> total = load(static_cast<const T*>(a.col_sum + j));
+    Vec<T> square = load(static_cast<const T*>(a.col_square + j));
+    Vec<T> ratio = load(static_cast<const T*>(a.col_ratio + j));
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> xx = x[r] * x[r];
+      total = total + x[r];
+      square = square + xx;
+      ratio = ratio + xx * inverse[r];
+    }
+    store(a.col_sum + j, total);
+    store(a.col_square + j, square);
+    store(a.col_ratio + j, ratio);
+  };
+  Vec<T> x[R];
+  int64_t j = 0;
+  for (; j + L <= a.cols; j += L) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(reinterpret_cast<const char*>(g[r] + next + j), 0, 2);
+      x[r] = load(g[r] + j);
+    }
+    add(j, x);
+  }
+  if (j < a.cols) {
+    for (int r = 0; r < R; ++r) x[r] = load_part<T>(g[r] + j, a.cols - j);
+    add(j, x);
+  }
+}
+
+template <class T, class Sg>
+void hfac_stats(HfacStats<T>& a) {
+  int64_t i = 0;
+  for (; i + kRowsAtOnce <= a.rows; i += kRowsAtOnce) {
+    hfac_row_sums<T, Sg, kRowsAtOnce>(a, i);
+    hfac_col_sums<T, Sg, kRowsAtOnce>(a, i, i + 2 * kRowsAtOnce <= a.rows ? kRowsAtOnce * a.grad_stride : 0);
+  }
+  for (; i < a.rows; ++i) {
+    hfac_row_sums<T, Sg, 1>(a, i);
+    hfac_col_sums<T, Sg, 1>(a, i, 0);
+  }
+}
+
+template <class T, class Sw, class Sg, int R>
+HFAC_HD void hfac_update_rows(const HfacUpdate<T>& a, int64_t i) {
+  constexpr int64_t L = Vec<T>::kLanes;
+  const Sg* g[R];
+  Sw* w[R];
+  for (int r = 0; r < R; ++r) {
+    g[r] = static_cast<const Sg*>(a.grad) + (i + r) * a.grad_stride;
+    w[r] = static_cast<Sw*>(a.param) + (i + r) * a.param_stride;
+  }
+  const Vec<T> lr(a.lr), weight_decay(a.weight_decay);
+  const auto mask = flip_mask<T>(a.negate);
+  const auto step = [&](int r, Vec<T> w, Vec<T> g, Vec<T> half_psi, Vec<T> col_scale) __attribute__((always_inline)) {
+    return hfac_update(w, flip(g, mask), Vec<T>(a.half_phi[i + r]), half_psi, col_scale, Vec<T>(a.row_scale[i + r]), lr,
+                       weight_decay);
+  };
+  int64_t j = 0;
+  for (; j + L <= a.cols; j += L) {
+    const Vec<T> half_psi = load(a.half_psi + j), col_scale = load(a.col_scale + j);
+    Vec<T> x[R], y[R];
+    const int64_t left = a.cols - j;  // past the end of its row a prefetch is for the row R further on
+    const int64_t g_ahead =
+        kAhead + (left > kAhead / int64_t{sizeof(Sg)} ? 0 : (R - 1) * a.grad_stride * int64_t{sizeof(Sg)});
+    const int64_t w_ahead =
+        kAhead + (left > kAhead / int64_t{sizeof(Sw)} ? 0 : (R - 1) * a.param_stride * int64_t{sizeof(Sw)});
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(reinterpret_cast<const char*>(g[r] + j) + g_ahead);
+      __builtin_prefetch(reinterpret_cast<const char*>(w[r] + j) + w_ahead, 1);
+      x[r] = load(g[r] + j);
+      y[r] = load(static_cast<const Sw*>(w[r] + j));
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) store(w[r] + j, step(r, y[r], x[r], half_psi, col_scale));
+  }
+  if (const int64_t left = a.cols - j; left > 0) {
+    const Vec<T> half_psi = load_part<T>(a.half_psi + j, left), col_scale = load_part<T>(a.col_scale + j, left);
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> y = load_part<T>(w[r] + j, left);
+      store_part(w[r] + j, step(r, y, load_part<T>(g[r] + j, left), half_psi, col_scale), left);
+    }
+  }
+}
+
+template <class T, class Sw, class Sg>
+void hfac_update_all(const HfacUpdate<T>& a) {
+  int64_t i = 0;
+  for (; i + kRowsAtOnce <= a.rows; i += kRowsAtOnce) hfac_update_rows<T, Sw, Sg, kRowsAtOnce>(a, i);
+  for (; i < a.rows; ++i) hfac_update_rows<T, Sw, Sg, 1>(a, i);
+}
+
+// Both moments whole: g, new m, sqrt of the new q, and U = g / sqrt(q) before clipping.
+template <class T, class Sg>
+struct HfacDense {
+  const HfacDenseScalars<T>& s;
+  const DenseRun<T>& a;
+  Vec<T> g, average, square, denominator, update;
+
+  HFAC_HD void at(int64_t j) {
+    constexpr int64_t L = Vec<T>::kLanes;
+    const Sg* g_at = static_cast<const Sg*>(a.grad) + j;
+    const int64_t left = a.count - j;
+    const bool whole = left >= L;
+    g = flip(whole ? load(g_at) : load_part<T>(g_at, left), flip_mask<T>(s.negate));
+    average = whole ? load(static_cast<const T*>(a.exp_avg + j)) : load_part<T>(a.exp_avg + j, left);
+    square = whole ? load(static_cast<const T*>(a.exp_avg_sq + j)) : load_part<T>(a.exp_avg_sq + j, left);
+    average = hfac_average(Vec<T>(s.beta1), average, Vec<T>(s.rest1), g);
+    square = hfac_average(Vec<T>(s.beta2), square, Vec<T>(s.rest2), g * g + Vec<T>(s.eps));
+    denominator = root(square);
+    update = g / denominator;
+  }
+};
+
+template <class T, class Sg>
+T hfac_dense_norm(const HfacDenseScalars<T>& s, const DenseRun<T>& a) {
+  constexpr int64_t L = Vec<T>::kLanes;
+  HfacDense<T, Sg> x{s, a, {}, {}, {}, {}, {}};
+  Vec<T> total(T(0));
+  int64_t j = 0;
+  for (; j + L <= a.count; j += L) {
+    x.at(j);
+    total = total + x.update * x.update;
+  }
+  T norm = sum(total);
+  if (j < a.count) {
+    x.at(j);
+    T lanes[L];
+    store(lanes, x.update * x.update);
+    for (int64_t l = 0; l < a.count - j; ++l) norm += lanes[l];  // the lanes beyond may be 0 / 0
+  }
+  return norm;
+}
+
+template <class T, class Sw, class Sg>
+void hfac_dense(const HfacDenseScalars<T>& s, const DenseRun<T>& a) {
+  constexpr int64_t L = Vec<T>::kLanes;
+  const Vec<T> clip(s.clip), beta1(s.beta1), lr(s.lr), weight_decay(s.weight_decay);
+  HfacDense<T, Sg> x{s, a, {}, {}, {}, {}, {}};
+  for (int64_t j = 0; j < a.count; j += L) {
+    Sw* w_at = static_cast<Sw*>(a.param) + j;
+    const int64_t left = a.count - j;
+    const bool whole = left >= L;
+    x.at(j);
+    Vec<T> w = whole ? load(static_cast<const Sw*>(w_at)) : load_part<T>(w_at, left);
+    if (s.clip != T(1)) x.update = x.update / clip;
+    w = hfac_dense_update(w, x.g, x.average, x.denominator, x.update, beta1, lr, weight_decay);
+    whole ? store(w_at, w) : store_part(w_at, w, left);
+    whole ? store(a.exp_avg + j, x.average) : store_part(a.exp_avg + j, x.average, left);
+    whole ? store(a.exp_avg_sq + j, x.square) : store_part(a.exp_avg_sq + j, x.square, left);
+  }
+}
+
+}  // namespace HFAC_LEVEL
+}  // namespace hfac

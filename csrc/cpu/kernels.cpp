@@ -1,0 +1,47 @@
+// The kernels of one instruction set. The build compiles this file once per level, with that level's flags and name.
+#include "kernels.h"
+
+#include "hfac_kernels.h"
+#include "smmf_kernels.h"
+
+namespace hfac {
+namespace HFAC_LEVEL {
+namespace {
+
+template <class T, class Sw, class Sg>
+constexpr PairKernels<T> pair() {
+  return {smmf_rows<T, Sw, Sg>, smmf_dense<T, Sw, Sg>, hfac_update_all<T, Sw, Sg>, hfac_dense_norm<T, Sg>,
+          hfac_dense<T, Sw, Sg>};
+}
+
+template <class T, class Sg>
+constexpr GradKernels<T> grad() {
+  return {hfac_stats<T, Sg>, nonfinite_square<T, Sg>};
+}
+
+constexpr Kernels make() {
+  constexpr int f32 = static_cast<int>(DType::kFloat32), bf16 = static_cast<int>(DType::kBFloat16),
+                f16 = static_cast<int>(DType::kFloat16);
+  Kernels k{};
+  k.pairs[f32][f32] = pair<float, float, float>();
+  k.pairs[bf16][bf16] = pair<float, BFloat16, BFloat16>();
+#if HFAC_REGISTER > 16  // the plain level stages the rarer pairs: the same bits, and half the time to compile
+  k.pairs[f16][f16] = pair<float, Float16, Float16>();
+  k.pairs[bf16][f32] = pair<float, BFloat16, float>();
+  k.pairs[f32][bf16] = pair<float, float, BFloat16>();
+#endif
+  k.grads[f32] = grad<float, float>();
+  k.grads[bf16] = grad<float, BFloat16>();
+  k.grads[f16] = grad<float, Float16>();
+  k.pair_double = pair<double, double, double>();
+  k.grad_double = grad<double, double>();
+  return k;
+}
+
+}  // namespace
+
+extern const Kernels kTable;
+constexpr Kernels kTable = make();
+
+}  // namespace HFAC_LEVEL
+}  // namespace hfac

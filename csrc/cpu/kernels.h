@@ -1,0 +1,114 @@
+// The contract between the drivers, compiled once for any processor, and the kernels, compiled once per instruction
+// set.
+//
+// Kernels see rows of contiguous elements and nothing of lists, threads or strides. Only plain structs stand here: a
+// function in a header shared by all levels could be merged by the linker across them.
+#pragma once
+
+#include <cstdint>
+
+#include "../math/storage.h"
+
+namespace hfac {
+
+// Partial column sums are written in whole vectors: their rows are padded to this many elements (64 bytes of float).
+constexpr int64_t kPad = 16;
+
+// Rows that share one read of the column factors. A chunk that is handed over in pieces (staged rows) must be cut at
+// multiples of it, for the order of the column sums hangs on it.
+constexpr int64_t kRowsAtOnce = 4;
+
+template <class T>
+struct SmmfScalars {
+  T beta1, rest1;  // rest = 1 - beta, formed in double and rounded once, as torch does with a Python scalar
+  T beta2, rest2;
+  T lr, eps;
+  T shrink;        // 1 - lr weight_decay, decoupled decay only
+  T weight_decay;  // coupled decay only
+  bool coupled;
+  bool negate;  // maximize
+};
+
+// Rows of one matrix [rows, cols]; first-moment pointers are null where there is no first moment.
+template <class T>
+struct SmmfRows {
+  const void* grad;
+  void* param;
+  int64_t grad_stride, param_stride;  // elements from row to row
+  uint8_t* signs;                     // each row begins at a whole byte
+  int64_t sign_stride;                // bytes from row to row
+  T *row_m, *row_v;                   // [rows] old factors in, new ones out
+  const T *col_m, *col_v;             // [cols] old factors
+  T *sum_m, *sum_v;                   // [cols, padded] column sums, added to
+  int64_t rows, cols;
+};
+
+template <class T>
+struct HfacStats {
+  const void* grad;
+  int64_t grad_stride;
+  const T* row_square_old;              // [rows] r of the last step
+  T* row_sum;                           // [rows] out: sum of the gradient
+  T* row_square;                        // [rows] out: the new r
+  T *col_sum, *col_square, *col_ratio;  // [cols, padded] added to: sums of g, g^2, g^2 / r_i
+  T beta2, rest2, eps_sum;              // eps_sum = cols * eps
+  int64_t rows, cols;
+  T elements;      // of the whole matrix
+  bool nonfinite;  // out, set and never cleared: an element's square times `elements` is not finite
+};
+
+template <class T>
+struct HfacUpdate {
+  const void* grad;
+  void* param;
+  int64_t grad_stride, param_stride;
+  const T *half_phi, *row_scale;  // [rows]
+  const T *half_psi, *col_scale;  // [cols]
+  T lr, weight_decay;
+  bool negate;
+  int64_t rows, cols;
+};
+
+// A run of elements whose moments are kept whole; exp_avg is null where there is no first moment.
+template <class T>
+struct DenseRun {
+  const void* grad;
+  void* param;
+  T *exp_avg, *exp_avg_sq;
+  int64_t count;
+};
+
+template <class T>
+struct HfacDenseScalars {
+  T beta1, rest1, beta2, rest2, eps, lr, weight_decay;
+  T clip;  // what U is divided by, 1 = not clipped
+  bool negate;
+};
+
+// One pair of storage types (parameter, gradient).
+template <class T>
+struct PairKernels {
+  void (*smmf)(const SmmfScalars<T>&, const SmmfRows<T>&);
+  void (*smmf_dense)(const SmmfScalars<T>&, const DenseRun<T>&);
+  void (*hfac_update)(const HfacUpdate<T>&);
+  T (*hfac_dense_norm)(const HfacDenseScalars<T>&, const DenseRun<T>&);  // sum of U^2; writes nothing
+  void (*hfac_dense)(const HfacDenseScalars<T>&, const DenseRun<T>&);
+};
+
+// One storage type of gradients.
+template <class T>
+struct GradKernels {
+  void (*hfac_stats)(HfacStats<T>&);
+  // Is there an element whose square times `elements` is not finite? If not, no sum of that many squares overflows.
+  bool (*nonfinite)(const void* grad, int64_t count, T elements);
+};
+
+// Indexed by DType; a null pointer means that the pair has no kernel of its own and is staged in the arithmetic's type.
+struct Kernels {
+  PairKernels<float> pairs[kDTypes][kDTypes];
+  GradKernels<float> grads[kDTypes];
+  PairKernels<double> pair_double;
+  GradKernels<double> grad_double;
+};
+
+}  // namespace hfac

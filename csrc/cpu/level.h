@@ -1,0 +1,20 @@
+// Which instruction set the kernels use: the best one that the processor has, or a lower one by request.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace hfac {
+
+const Kernels& kernels();
+
+std::vector<std::string> levels_compiled();
+std::vector<std::string> levels_usable();
+std::string level();
+
+// Throws std::invalid_argument for a level that is not compiled or that this processor lacks; "" is the best one.
+void set_level(const std::string& name);
+
+}  // namespace hfac

@@ -1,0 +1,256 @@
+// SMMF on contiguous rows: one read of the gradient and of the parameter, one write of the parameter, is the whole
+// step.
+#pragma once
+
+#include <type_traits>
+
+#include "../math/smmf.h"
+#include "kernels.h"
+#include "simd_io.h"
+
+namespace hfac {
+namespace HFAC_LEVEL {
+
+template <class T>
+struct SmmfSplat {
+  Vec<T> rest1, rest2, lr, eps, shrink, weight_decay;
+  typename Vec<T>::Int flip;
+
+  HFAC_HD explicit SmmfSplat(const SmmfScalars<T>& s)
+      : rest1(s.rest1),
+        rest2(s.rest2),
+        lr(s.lr),
+        eps(s.eps),
+        shrink(s.shrink),
+        weight_decay(s.weight_decay),
+        flip(flip_mask<T>(s.negate)) {}
+
+  // (SMMF, weight_decay_mode) through the gradient, or on the parameter.
+  template <bool kCoupled>
+  HFAC_HD void decay(Vec<T>& w, Vec<T>& g) const {
+    g = hfac::HFAC_LEVEL::flip(g, flip);
+    if constexpr (kCoupled) {
+      g = g + weight_decay * w;
+    } else {
+      w = w * shrink;
+    }
+  }
+};
+
+// What R rows carry through their columns.
+template <class T, int R>
+struct SmmfRowState {
+  T minus_b1_r[R], b2_r[R];  // -(beta1 r_M), beta2 r_V
+  Vec<T> sum_m[R], sum_v[R];
+};
+
+// R rows and one vector of columns: everything the step does to them.
+template <class T, bool kFirst, bool kCoupled, int R>
+struct SmmfCell {
+  Vec<T> w[R], g[R];
+  uint32_t bits[R];
+  Vec<T> sum_m, sum_v;  // of the columns
+
+  HFAC_HD void step(const SmmfSplat<T>& s, SmmfRowState<T, R>& rows, Vec<T> col_m, Vec<T> col_v) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      s.template decay<kCoupled>(w[r], g[r]);
+      Vec<T> first = g[r];
+      if constexpr (kFirst) {
+        const Vec<T> old = flip_where(Vec<T>(rows.minus_b1_r[r]) * col_m, bits[r]);
+        first = smmf_first_moment(old, s.rest1, g[r]);
+        bits[r] = positive_bits(first);
+        const Vec<T> size = magnitude(first);
+        rows.sum_m[r] = rows.sum_m[r] + size;
+        sum_m = r == 0 ? size : sum_m + size;
+      }
+      const Vec<T> second = smmf_second_moment(Vec<T>(rows.b2_r[r]) * col_v, s.rest2, g[r]);
+      rows.sum_v[r] = rows.sum_v[r] + second;
+      sum_v = r == 0 ? second : sum_v + second;
+      w[r] = smmf_update(w[r], s.lr, first, second, s.eps);
+    }
+  }
+};
+
+// Row r of a block whose rows lie `stride` bytes apart; `stride3` is three of them, so that four rows cost three
+// registers.
+template <class P>
+HFAC_HD P* row(P* base, int64_t stride, int64_t stride3, int r) {
+  using Byte = std::conditional_t<std::is_const<P>::value, const char, char>;
+  Byte* p = reinterpret_cast<Byte*>(base);
+  return reinterpret_cast<P*>(r == 3 ? p + stride3 : p + r * stride);
+}
+
+// Where R rows stand in their matrix, or in padded copies of their last columns; strides in bytes.
+template <class T, class Sw, class Sg>
+struct SmmfPlace {
+  const Sg* g;
+  Sw* w;
+  uint8_t* bits;
+  int64_t g_stride, w_stride, bits_stride;
+  const T *col_m, *col_v;
+  T *sum_m, *sum_v;
+};
+
+// R rows over `vectors` whole vectors of columns.
+template <class T, class Sw, class Sg, bool kFirst, bool kCoupled, int R>
+__attribute__((noinline)) void smmf_columns(const SmmfSplat<T>& s, SmmfRowState<T, R>& state, SmmfPlace<T, Sw, Sg> at,
+                                            int64_t vectors) {
+  constexpr int64_t L = Vec<T>::kLanes;
+  constexpr int64_t kGradAhead = kAhead / (L * static_cast<int64_t>(sizeof(Sg)));
+  constexpr int64_t kParamAhead = kAhead / (L * static_cast<int64_t>(sizeof(Sw)));
+  const int64_t gs = at.g_stride, ws = at.w_stride, bs = at.bits_stride;
+  const int64_t gs3 = 3 * gs, ws3 = 3 * ws, bs3 = 3 * bs;
+  const SmmfSplat<T> splat = s;
+  SmmfRowState<T, R> rows = state;
+  for (; vectors > 0; --vectors) {
+    SmmfCell<T, kFirst, kCoupled, R> cell;
+    // Past the end of its row a prefetch would find the next row, which is at work too; the row R further on is wanted.
+    const int64_t g_ahead = vectors > kGradAhead ? kAhead : kAhead + (R - 1) * gs;
+    const int64_t w_ahead = vectors > kParamAhead ? kAhead : kAhead + (R - 1) * ws;
+    // All loads stand before the first store: rows a multiple of 4096 bytes apart would else wait for each other.
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Sg* g_at = row(at.g, gs, gs3, r);
+      const Sw* w_at = row(at.w, ws, ws3, r);
+      __builtin_prefetch(reinterpret_cast<const char*>(g_at) + g_ahead);
+      __builtin_prefetch(reinterpret_cast<const char*>(w_at) + w_ahead, 1);
+      cell.g[r] = load(g_at);
+      cell.w[r] = load(w_at);
+      if constexpr (kFirst) cell.bits[r] = load_bits<T>(row(at.bits, bs, bs3, r));
+    }
+    Vec<T> c_m, c_v = load(at.col_v);
+    if constexpr (kFirst) c_m = load(at.col_m);
+    cell.step(splat, rows, c_m, c_v);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      store(row(at.w, ws, ws3, r), cell.w[r]);
+      if constexpr (kFirst) store_bits<T>(row(at.bits, bs, bs3, r), cell.bits[r]);
+    }
+    store(at.sum_v, load(static_cast<const T*>(at.sum_v)) + cell.sum_v);
+    if constexpr (kFirst) {
+      store(at.sum_m, load(static_cast<const T*>(at.sum_m)) + cell.sum_m);
+      at.bits += L / 8;
+      at.col_m += L;
+      at.sum_m += L;
+    }
+    at.g += L;
+    at.w += L;
+    at.col_v += L;
+    at.sum_v += L;
+  }
+  state = rows;
+}
+
+template <class T, class Sw, class Sg, bool kFirst, bool kCoupled, int R>
+HFAC_HD void smmf_rows_at_once(const SmmfScalars<T>& scalars, const SmmfSplat<T>& s, const SmmfRows<T>& a, int64_t i) {
+  constexpr int64_t L = Vec<T>::kLanes;
+  SmmfPlace<T, Sw, Sg> at;
+  at.g = static_cast<const Sg*>(a.grad) + i * a.grad_stride;
+  at.w = static_cast<Sw*>(a.param) + i * a.param_stride;
+  at.bits = kFirst ? a.signs + i * a.sign_stride : nullptr;
+  at.g_stride = a.grad_stride * static_cast<int64_t>(sizeof(Sg));
+  at.w_stride = a.param_stride * static_cast<int64_t>(sizeof(Sw));
+  at.bits_stride = a.sign_stride;
+  at.col_m = a.col_m;
+  at.col_v = a.col_v;
+  at.sum_m = a.sum_m;
+  at.sum_v = a.sum_v;
+
+  SmmfRowState<T, R> rows;
+  for (int r = 0; r < R; ++r) {
+    rows.b2_r[r] = scalars.beta2 * a.row_v[i + r];
+    rows.sum_v[r] = Vec<T>(T(0));
+    rows.minus_b1_r[r] = kFirst ? -(scalars.beta1 * a.row_m[i + r]) : T(0);
+    rows.sum_m[r] = Vec<T>(T(0));
+  }
+  smmf_columns<T, Sw, Sg, kFirst, kCoupled, R>(s, rows, at, a.cols / L);
+
+  // The last columns go through padded copies. The lanes beyond hold zeros, which add nothing to a sum.
+  if (const int64_t left = a.cols % L; left > 0) {
+    const int64_t done = a.cols - left, bytes = (left + 7) / 8;
+    Sg g[R][L];
+    Sw w[R][L];
+    uint8_t bits[R][2] = {};
+    T col_m[L], col_v[L];
+    SmmfPlace<T, Sw, Sg> last = at;
+    for (int r = 0; r < R; ++r) {
+      read_lanes(static_cast<Sg*>(g[r]), at.g + r * a.grad_stride + done, left);
+      read_lanes(static_cast<Sw*>(w[r]), static_cast<const Sw*>(at.w) + r * a.param_stride + done, left);
+      if (kFirst) copy_part(static_cast<uint8_t*>(bits[r]), at.bits + r * a.sign_stride + done / 8, bytes);
+    }
+    read_lanes(static_cast<T*>(col_v), a.col_v + done, left);
+    if (kFirst) read_lanes(static_cast<T*>(col_m), a.col_m + done, left);
+    last.g = g[0];
+    last.w = w[0];
+    last.bits = bits[0];
+    last.g_stride = sizeof(g[0]);
+    last.w_stride = sizeof(w[0]);
+    last.bits_stride = sizeof(bits[0]);
+    last.col_m = col_m;
+    last.col_v = col_v;
+    last.sum_m += kFirst ? done : 0;
+    last.sum_v += done;
+    smmf_columns<T, Sw, Sg, kFirst, kCoupled, R>(s, rows, last, 1);
+    for (int r = 0; r < R; ++r) {
+      write_lanes(at.w + r * a.param_stride + done, static_cast<const Sw*>(w[r]), left);
+      if (kFirst) copy_part(at.bits + r * a.sign_stride + done / 8, static_cast<const uint8_t*>(bits[r]), bytes);
+    }
+  }
+
+  for (int r = 0; r < R; ++r) {
+    if constexpr (kFirst) a.row_m[i + r] = sum(rows.sum_m[r]);
+    a.row_v[i + r] = sum(rows.sum_v[r]);
+  }
+}
+
+template <class T, class Sw, class Sg, bool kFirst, bool kCoupled>
+void smmf_all_rows(const SmmfScalars<T>& scalars, const SmmfRows<T>& a) {
+  const SmmfSplat<T> s(scalars);
+  int64_t i = 0;
+  for (; i + kRowsAtOnce <= a.rows; i += kRowsAtOnce) {
+    smmf_rows_at_once<T, Sw, Sg, kFirst, kCoupled, kRowsAtOnce>(scalars, s, a, i);
+  }
+  for (; i < a.rows; ++i) smmf_rows_at_once<T, Sw, Sg, kFirst, kCoupled, 1>(scalars, s, a, i);
+}
+
+template <class T, class Sw, class Sg>
+void smmf_rows(const SmmfScalars<T>& scalars, const SmmfRows<T>& a) {
+  if (a.col_m) {
+    scalars.coupled ? smmf_all_rows<T, Sw, Sg, true, true>(scalars, a)
+                    : smmf_all_rows<T, Sw, Sg, true, false>(scalars, a);
+  } else {
+    scalars.coupled ? smmf_all_rows<T, Sw, Sg, false, true>(scalars, a)
+                    : smmf_all_rows<T, Sw, Sg, false, false>(scalars, a);
+  }
+}
+
+template <class T, class Sw, class Sg>
+void smmf_dense(const SmmfScalars<T>& scalars, const DenseRun<T>& a) {
+  constexpr int64_t L = Vec<T>::kLanes;
+  const SmmfSplat<T> s(scalars);
+  const Vec<T> beta1(scalars.beta1), beta2(scalars.beta2);
+  const Sg* g_at = static_cast<const Sg*>(a.grad);
+  Sw* w_at = static_cast<Sw*>(a.param);
+  for (int64_t j = 0; j < a.count; j += L) {
+    const int64_t left = a.count - j;
+    const bool whole = left >= L;
+    Vec<T> g = whole ? load(g_at + j) : load_part<T>(g_at + j, left);
+    Vec<T> w = whole ? load(static_cast<const Sw*>(w_at + j)) : load_part<T>(w_at + j, left);
+    Vec<T> second = whole ? load(static_cast<const T*>(a.exp_avg_sq + j)) : load_part<T>(a.exp_avg_sq + j, left);
+    scalars.coupled ? s.template decay<true>(w, g) : s.template decay<false>(w, g);
+    Vec<T> first = g;
+    if (a.exp_avg) {
+      first = whole ? load(static_cast<const T*>(a.exp_avg + j)) : load_part<T>(a.exp_avg + j, left);
+      first = smmf_first_moment(beta1 * first, s.rest1, g);
+      whole ? store(a.exp_avg + j, first) : store_part(a.exp_avg + j, first, left);
+    }
+    second = smmf_second_moment(beta2 * second, s.rest2, g);
+    w = smmf_update(w, s.lr, first, second, s.eps);
+    whole ? store(a.exp_avg_sq + j, second) : store_part(a.exp_avg_sq + j, second, left);
+    whole ? store(w_at + j, w) : store_part(w_at + j, w, left);
+  }
+}
+
+}  // namespace HFAC_LEVEL
+}  // namespace hfac

@@ -1,0 +1,13 @@
+// A small pool of threads of our own: nothing of torch's is touched, and nothing waits busily.
+#pragma once
+
+#include <functional>
+
+namespace hfac {
+
+// Calls body(0) ... body(threads - 1), each once and on a thread of its own, body(0) on the caller's. Returns when all
+// have returned. A call made while another one holds the pool runs body(0) only: bodies share their work through a
+// counter and must get all of it done however many of them run. An exception of a body is rethrown here.
+void parallel(int threads, const std::function<void(int)>& body);
+
+}  // namespace hfac

@@ -1,0 +1,16 @@
+// What every header of element math needs: how to mark a function for host and device, and whose namespace it belongs
+// to.
+//
+// The CPU's kernels are compiled once per instruction set, each time with its own HFAC_LEVEL. Everything they include
+// lives in that namespace, so that the linker never merges a function compiled for AVX-512 with one compiled for SSE2.
+#pragma once
+
+#ifdef __CUDACC__
+#define HFAC_HD __host__ __device__ __forceinline__
+#else
+#define HFAC_HD inline __attribute__((always_inline))
+#endif
+
+#ifndef HFAC_LEVEL
+#define HFAC_LEVEL common
+#endif

@@ -1,0 +1,35 @@
+// H-Fac on one element (H-Fac, Algorithm 1); V is float, double, or a vector of them.
+#pragma once
+
+#include "roots.h"
+
+namespace hfac {
+namespace HFAC_LEVEL {
+
+// old <- b old + (1 - b) new, for means and sums alike.
+template <class V>
+HFAC_HD V hfac_average(V beta, V old, V rest, V fresh) {
+  return beta * old + rest * fresh;
+}
+
+// Half of phi_i (or psi_j): b1 (u - mean) / sqrt(r / length) / 2. Halving is exact, so the sum of two halves is the
+// reference's (phi + psi) / 2.
+template <class V>
+HFAC_HD V hfac_half_drift(V beta1, V average, V mean, V square, V length) {
+  return beta1 * (average - mean) / root(square / length) * V(0.5);
+}
+
+// W - lr (drift + clip(U) + wd W) with U = g / sqrt(s_j) * (sqrt(R / r_i), clip factor included).
+template <class V>
+HFAC_HD V hfac_update(V w, V g, V half_phi, V half_psi, V col_scale, V row_scale, V lr, V weight_decay) {
+  return w - lr * (((half_phi + half_psi) + g * col_scale * row_scale) + weight_decay * w);
+}
+
+// The same where both moments are whole; `denominator` is sqrt(q), `update` the clipped g / sqrt(q).
+template <class V>
+HFAC_HD V hfac_dense_update(V w, V g, V average, V denominator, V update, V beta1, V lr, V weight_decay) {
+  return w - lr * ((beta1 * (average - g) / denominator + update) + weight_decay * w);
+}
+
+}  // namespace HFAC_LEVEL
+}  // namespace hfac

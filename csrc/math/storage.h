@@ -1,0 +1,97 @@
+// Storage types and their exact conversions. Arithmetic never happens in a 16-bit type: load, compute in float, round
+// once.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "config.h"
+
+namespace hfac {
+
+// The codes that Python passes; hfac/backends/cpu.py holds the same table.
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+constexpr int kDTypes = 4;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+namespace HFAC_LEVEL {
+
+HFAC_HD uint32_t bits_of(float x) {
+  uint32_t u;
+  memcpy(&u, &x, sizeof(u));
+  return u;
+}
+
+HFAC_HD float float_of(uint32_t u) {
+  float x;
+  memcpy(&x, &u, sizeof(x));
+  return x;
+}
+
+HFAC_HD float widen(float x) { return x; }
+HFAC_HD double widen(double x) { return x; }
+HFAC_HD float widen(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+
+HFAC_HD float widen(Float16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t exponent = (x.bits >> 10) & 0x1fu;
+  const uint32_t mantissa = x.bits & 0x3ffu;
+  if (exponent == 0x1f) {  // inf, or a NaN made quiet as the hardware does
+    return float_of(sign | 0x7f800000u | (mantissa << 13) | (mantissa ? 0x400000u : 0u));
+  }
+  if (exponent == 0) {  // zero and subnormals: mantissa * 2^-24, exact in float
+    return float_of(sign | bits_of(static_cast<float>(mantissa) * 5.9604644775390625e-8f));
+  }
+  return float_of(sign | ((exponent + 112) << 23) | (mantissa << 13));
+}
+
+// Round to nearest even; every NaN becomes the one quiet NaN.
+HFAC_HD BFloat16 narrow_bfloat16(float x) {
+  const uint32_t u = bits_of(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return BFloat16{0x7fc0};
+  return BFloat16{static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
+}
+
+HFAC_HD Float16 narrow_float16(float x) {
+  const uint32_t u = bits_of(x);
+  const uint32_t sign = (u >> 16) & 0x8000u;
+  const uint32_t magnitude = u & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) {
+    return Float16{static_cast<uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x1ffu))};
+  }
+  if (magnitude >= 0x477ff000u) return Float16{static_cast<uint16_t>(sign | 0x7c00u)};  // 65520 and beyond round to inf
+  if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the subnormal's bits, rounded, at the float's end
+    const uint32_t rounded = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+    return Float16{static_cast<uint16_t>(sign | rounded)};
+  }
+  const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+  return Float16{static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
+}
+
+template <class S>
+struct Narrow;
+template <>
+struct Narrow<float> {
+  static HFAC_HD float from(float x) { return x; }
+};
+template <>
+struct Narrow<double> {
+  static HFAC_HD double from(double x) { return x; }
+};
+template <>
+struct Narrow<BFloat16> {
+  static HFAC_HD BFloat16 from(float x) { return narrow_bfloat16(x); }
+};
+template <>
+struct Narrow<Float16> {
+  static HFAC_HD Float16 from(float x) { return narrow_float16(x); }
+};
+
+}  // namespace HFAC_LEVEL
+}  // namespace hfac

@@ -1,0 +1,194 @@
+"""Train a small byte-level GPT on Python's own source text with each of several optimizers, from the same weights and
+batches, and compare their validation loss, memory and time."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from hfac.cli import arguments
+from hfac.cli.checkpoint import FILE_NAME, load_checkpoint
+from hfac.cli.corpus import load_corpus
+from hfac.cli.errors import INTERRUPTED, UsageError
+from hfac.cli.optimizers import CHOICES
+from hfac.cli.plot import write_plot
+from hfac.cli.progress import make_progress
+from hfac.cli.report import best_runs, environment, print_table, write_json
+from hfac.cli.runner import Comparison, StopRequest
+from hfac.cli.settings import DTYPES, NAMES, SCHEDULES, Settings, flag, resolve
+
+HELP = "train a small GPT with several optimizers and compare loss, memory and time"
+SWEEP_FACTORS = (0.5, 1.0, 2.0)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `hfac compare`."""
+    add = parser.add_argument_group("what to compare").add_argument
+    names = ", ".join(CHOICES)
+    _setting(add, "optimizers", arguments.optimizer_names, f"any of {names}", shown="all", nargs="+", metavar="NAME")
+    meaning = "peak learning rate: one for all, or NAME=LR pairs"
+    _setting(add, "lr", arguments.learning_rates, meaning, shown="one for each optimizer", nargs="+", metavar="LR")
+    meaning = "train at each of these multiples of the learning rate, and report each optimizer at its best one"
+    _setting(add, "lr_factors", arguments.positive_float, meaning, shown="1", nargs="+", metavar="F")
+    meaning = "short for --lr-factors " + " ".join(f"{factor:g}" for factor in SWEEP_FACTORS)
+    add(
+        "--sweep", dest="lr_factors", action="store_const", const=SWEEP_FACTORS, default=argparse.SUPPRESS, help=meaning
+    )
+    _setting(add, "weight_decay", arguments.nonnegative_float, "weight decay of the matrices")
+    _setting(add, "grad_clip", arguments.nonnegative_float, "largest norm of the gradient, 0 for no clipping")
+
+    add = parser.add_argument_group("text").add_argument
+    meaning = "files or directories to train on"
+    _setting(add, "text", str, meaning, shown="the Python standard library's source", nargs="+", metavar="PATH")
+    _setting(add, "max_bytes", arguments.positive_int, "read at most this much text")
+
+    add = parser.add_argument_group("model and training").add_argument
+    _setting(add, "d_model", arguments.positive_int, "width of the model")
+    _setting(add, "layers", arguments.positive_int, "transformer blocks")
+    _setting(add, "heads", arguments.positive_int, "attention heads, a divisor of the width")
+    _setting(add, "context", arguments.positive_int, "bytes the model sees at once")
+    _setting(add, "batch_size", arguments.positive_int, "windows of text per step")
+    _setting(add, "steps", arguments.positive_int, "training steps per run")
+    _setting(add, "warmup_steps", arguments.nonnegative_int, "steps of linear warmup", shown="a tenth of the steps")
+    _setting(add, "schedule", str, "learning rate after the warmup, down to a tenth of its peak", choices=SCHEDULES)
+    _setting(add, "eval_every", arguments.positive_int, "steps between evaluations", shown="a tenth of the steps")
+    _setting(add, "eval_batches", arguments.positive_int, "validation batches per evaluation")
+    _setting(add, "seed", arguments.nonnegative_int, "seed of the initial weights and the batches")
+    _setting(add, "device", arguments.device_name, "cpu, cuda or cuda:N")
+    _setting(add, "dtype", str, "type of the parameters", choices=tuple(DTYPES))
+
+    add = parser.add_argument_group("files").add_argument
+    meaning = "where compare.json and compare.png go (default: %(default)s)"
+    add("--out", type=Path, default=Path("compare-out"), metavar="DIR", help=meaning)
+    add("--save", type=Path, metavar="DIR", help="keep a checkpoint in this directory")
+    meaning = "steps between checkpoints (default: %(default)s)"
+    add("--save-every", type=arguments.positive_int, default=100, metavar="N", help=meaning)
+    meaning = "continue from the checkpoint in this directory, with its settings, and keep saving there (or in --save)"
+    add("--resume", type=Path, metavar="DIR", help=meaning)
+
+
+def _setting(add: Callable, name: str, kind: Callable, meaning: str, shown: str | None = None, **keywords) -> None:
+    """Add the option of a field of `Settings`.
+
+    It has no default in argparse: what is left out comes from the checkpoint being resumed, or from Settings.
+    """
+    shown = getattr(Settings(), name) if shown is None else shown
+    add(flag(name), type=kind, default=argparse.SUPPRESS, help=f"{meaning} (default: {shown})", **keywords)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out `hfac compare` and return its exit status: 0, or 130 after Ctrl-C."""
+    checkpoint = None if args.resume is None else load_checkpoint(args.resume)
+    settings = resolve(_given(args), None if checkpoint is None else checkpoint["settings"])
+    corpus = load_corpus(settings.text, settings.max_bytes, settings.context)
+    if checkpoint is not None and checkpoint["text_sha256"] != corpus.sha256:
+        raise UsageError(
+            f"--resume requires the text the checkpoint was trained on, and {corpus.source} has changed since (SHA-256"
+            f" was {checkpoint['text_sha256'][:12]}..., is {corpus.sha256[:12]}...); restore it or start anew"
+        )
+    save_to = _make_directories(args)
+    comparison = Comparison(settings, corpus, save_to, args.save_every)
+    _print_heading(comparison)
+    if checkpoint is not None:
+        comparison.resume(checkpoint)
+        _print_resumed(comparison, checkpoint)
+
+    status = 0
+    with StopRequest() as stop:
+        try:
+            with make_progress() as progress:
+                while not comparison.complete:
+                    comparison.train_next(progress, stop)
+                    _write_numbers(args.out, comparison)  # after every run, so that a later failure costs less
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+            print("\nInterrupted." if save_to is None else f"\nInterrupted. Continue with: --resume {save_to}")
+    if comparison.results:
+        print()
+        print_table(comparison.results, settings.steps)
+        _write_numbers(args.out, comparison)
+        _write_plot(args.out, comparison)
+    return status
+
+
+def _given(args: argparse.Namespace) -> dict:
+    """The settings given on the command line, as `Settings` holds them."""
+    given = {name: getattr(args, name) for name in NAMES if hasattr(args, name)}
+    for name in ("optimizers", "lr"):  # these may be given in several words, each of several items
+        if name in given:
+            given[name] = dict.fromkeys(item for items in given[name] for item in items)
+    return {name: tuple(value) if isinstance(value, (list, dict)) else value for name, value in given.items()}
+
+
+def _make_directories(args: argparse.Namespace) -> Path | None:
+    """Make the directories to write to before hours are spent, and return the one for checkpoints, if any."""
+    save_to = args.resume if args.save is None else args.save
+    if save_to is not None and save_to != args.resume and (save_to / FILE_NAME).exists():
+        raise UsageError(
+            f"--save requires a directory without a checkpoint, and {save_to} holds one; continue it with --resume"
+            f" {save_to}, or remove it, or give another directory"
+        )
+    for option, directory in (("--out", args.out), ("--save", save_to)):
+        if directory is not None:
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(
+                    f"{option} requires a directory that can be written, got {directory}"
+                    f" ({error.strerror}); give another"
+                ) from error
+    return save_to
+
+
+def _print_heading(comparison: Comparison) -> None:
+    settings, corpus = comparison.settings, comparison.corpus
+    size = len(corpus.train) + len(corpus.validation)
+    print(
+        f"Text: {size:,} bytes in {corpus.files} files of {corpus.source}, the last {len(corpus.validation):,} held out"
+        " for validation."
+    )
+    print(
+        f"Model: byte-level GPT, width {settings.d_model}, {settings.layers} layers, context {settings.context}, in"
+        f" {settings.dtype} on {settings.device}."
+    )
+    print(
+        f"Training: {len(comparison.plan)} runs of {settings.steps:,} steps, {settings.batch_size} x {settings.context}"
+        " bytes each."
+    )
+
+
+def _print_resumed(comparison: Comparison, checkpoint: dict) -> None:
+    print(f"Resumed: {len(comparison.finished)} of {len(comparison.plan)} runs were finished before.")
+    now = environment(comparison.settings.device)
+    for name, before in checkpoint["environment"].items():
+        if before != now[name]:
+            print(f"Note: {name} was {before} and is {now[name]}; the last digits of the losses may differ for it.")
+
+
+def _write_numbers(directory: Path, comparison: Comparison) -> None:
+    settings, corpus, runs = comparison.settings, comparison.corpus, comparison.results
+    report = {
+        "complete": comparison.complete,
+        "settings": settings.as_dict() | {"warmup_steps": settings.warmup, "eval_every": settings.eval_interval},
+        "text": {
+            "source": corpus.source,
+            "files": corpus.files,
+            "train_bytes": len(corpus.train),
+            "validation_bytes": len(corpus.validation),
+            "sha256": corpus.sha256,
+        },
+        "environment": environment(settings.device),
+        "best": {run["optimizer"]: {"lr": run["lr"], "val_loss": run["val_loss"]} for run in best_runs(runs)},
+        "runs": runs,
+    }
+    write_json(directory / "compare.json", report)
+
+
+def _write_plot(directory: Path, comparison: Comparison) -> None:
+    print(f"\nNumbers: {directory / 'compare.json'}")
+    try:
+        write_plot(directory / "compare.png", comparison.results)
+        print(f"Plot:    {directory / 'compare.png'}")
+    except ModuleNotFoundError as missing:
+        print(f"Plot skipped: it requires matplotlib ({missing}); install it with: pip install hfac[cli]")

@@ -1,0 +1,149 @@
+"""What `hfac compare` found: the best run of each optimizer, the table of them, and `compare.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from hfac import __version__
+
+HEADERS = (
+    "optimizer",
+    "lr",
+    "steps",
+    "val loss",
+    "bits/byte",
+    "state bytes",
+    "bytes/param",
+    "optimizer ms/step",
+    "total ms/step",
+)
+
+
+def best_runs(runs: list[dict]) -> list[dict]:
+    """Of each optimizer the run with the lowest validation loss, in the order they were trained.
+
+    A run cut short competes only if its optimizer has no whole one: fewer steps are no fair measure of a rate.
+    """
+    best: dict[str, dict] = {}
+    for run in runs:
+        name = run["optimizer"]
+        if name not in best or _rank(run) < _rank(best[name]):
+            best[name] = run
+    return list(best.values())
+
+
+def _rank(run: dict) -> tuple[bool, float]:
+    loss = run["val_loss"]
+    return run["status"] == "interrupted", loss if math.isfinite(loss) else math.inf
+
+
+def print_table(runs: list[dict], total_steps: int) -> None:
+    """Print the best run of each optimizer, and all the learning rates where more than one was tried."""
+    rows = [_row(run, total_steps) for run in best_runs(runs)]
+    if sys.stdout.isatty():
+        try:
+            _print_rich(rows)
+        except ModuleNotFoundError:
+            _print_plain(rows)
+    else:
+        _print_plain(rows)
+    for line in learning_rate_lines(runs):
+        print(line)
+
+
+def learning_rate_lines(runs: list[dict]) -> list[str]:
+    """One line per optimizer tried at several learning rates: each rate's loss, the best one starred."""
+    lines = []
+    for best in best_runs(runs):
+        tried = sorted((run for run in runs if run["optimizer"] == best["optimizer"]), key=lambda run: run["lr"])
+        if len(tried) > 1:
+            losses = (f"{run['lr']:.3g}: {_loss(run)}{'*' if run is best else ''}" for run in tried)
+            edge = best in (tried[0], tried[-1])
+            note = "  (best at the edge of the range: a wider one may do better)" if edge else ""
+            lines.append(f"{best['optimizer']:<9} validation loss by learning rate  {'  '.join(losses)}{note}")
+    return lines
+
+
+def _row(run: dict, total_steps: int) -> list[str]:
+    steps = str(run["steps"]) if run["status"] == "finished" else f"{run['steps']}/{total_steps} {run['status']}"
+    return [
+        run["optimizer"],
+        f"{run['lr']:.3g}",
+        steps,
+        _loss(run),
+        f"{run['bits_per_byte']:.4f}",
+        f"{run['state_bytes']:,}",
+        f"{run['state_bytes_per_parameter']:.4g}",
+        f"{run['optimizer_ms_per_step']:.2f}",
+        f"{run['total_ms_per_step']:.2f}",
+    ]
+
+
+def _loss(run: dict) -> str:
+    """The last validation loss, and where it was taken if training went on after it."""
+    measured = run["history"][-1]["step"] if run["history"] else 0
+    return f"{run['val_loss']:.4f}" + ("" if measured == run["steps"] else f" at step {measured}")
+
+
+def _print_rich(rows: list[list[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title="Comparison of optimizers", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    for column, header in enumerate(HEADERS):
+        # Headers on two lines leave room for whole numbers on 80 columns.
+        header = header.replace(" ", "\n") if " " in header else header.replace("/", "/\n")
+        table.add_column(header, justify="left" if column == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _print_plain(rows: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(HEADERS, *rows, strict=True)]
+    for row in (HEADERS, ["-" * width for width in widths], *rows):
+        first, *others = (
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join([first, *others]))
+
+
+def environment(device: str) -> dict:
+    """What the times, and the last digits of the losses, depend on beside the settings."""
+    cuda = device.startswith("cuda")
+    return {
+        "hfac": __version__,
+        "torch": str(torch.__version__),  # a TorchVersion, which no checkpoint may hold
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
+    }
+
+
+def write_json(path: Path, report: dict) -> None:
+    """Write `report` under a temporary name, then rename it; what is not a finite number becomes null."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(_finite(report), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

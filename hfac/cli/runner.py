@@ -1,0 +1,112 @@
+"""The runs of a comparison, one after the other, with checkpoints between and within them."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+
+from hfac.cli.checkpoint import save_checkpoint
+from hfac.cli.corpus import Corpus
+from hfac.cli.progress import PlainProgress, RichProgress
+from hfac.cli.report import environment
+from hfac.cli.settings import Settings
+from hfac.cli.training import TrainingRun
+
+
+class StopRequest:
+    """While entered, the first Ctrl-C is noted and waits for the step under way; a second one stops at once.
+
+    A step cut in two would leave some parameters updated and others not: no state to continue from.
+    """
+
+    requested = False
+
+    def __enter__(self) -> StopRequest:
+        # Not in a job that ignores Ctrl-C, as a shell's background jobs do, and only the main thread may.
+        self._installed = (
+            signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            and threading.current_thread() is threading.main_thread()
+        )
+        if self._installed:
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._installed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+class Comparison:
+    """The plan of (optimizer, learning rate) pairs, the results so far, and the run under way."""
+
+    def __init__(self, settings: Settings, corpus: Corpus, save_to: Path | None, save_every: int) -> None:
+        self.settings, self.corpus = settings, corpus
+        self.save_to, self.save_every = save_to, save_every
+        self.plan = settings.plan()
+        self.finished: list[dict] = []
+        self.current: TrainingRun | None = None
+        self._saved_run: dict | None = None
+
+    @property
+    def results(self) -> list[dict]:
+        """Results of the finished runs, and of the one under way as far as it got."""
+        return self.finished + ([self.current.result("interrupted")] if self.current else [])
+
+    @property
+    def complete(self) -> bool:
+        """Whether all runs of the plan are finished."""
+        return len(self.finished) == len(self.plan)
+
+    def resume(self, checkpoint: dict) -> None:
+        """Continue from a checkpoint of the same settings and text."""
+        # The rates of the plan may be defaults, which another version of the package may have changed.
+        self.plan = [(name, lr) for name, lr in checkpoint["plan"]]
+        self.finished = checkpoint["finished"]
+        self._saved_run = checkpoint["run"]
+
+    def train_next(self, progress: PlainProgress | RichProgress, stop: StopRequest) -> None:
+        """Train the next run of the plan to its end; raise KeyboardInterrupt between two steps if asked to stop."""
+        run = TrainingRun(self.settings, self.corpus, *self.plan[len(self.finished)])
+        if self._saved_run is not None:
+            run.load_state_dict(self._saved_run)
+            self._saved_run = None
+        self.current = run
+        progress.start(run)
+        if not run.history:
+            run.evaluate()
+            progress.evaluated(run)
+        while not run.finished:
+            run.train_step()
+            progress.stepped(run)
+            if run.step % self.settings.eval_interval == 0 or run.step == self.settings.steps:
+                run.evaluate()
+                progress.evaluated(run)
+            if stop.requested:
+                self._save()
+                raise KeyboardInterrupt
+            if run.step % self.save_every == 0 and not run.finished:
+                self._save()
+        self.finished.append(run.result("finished"))
+        self.current = None
+        self._save()
+
+    def _save(self) -> None:
+        if self.save_to is not None:
+            save_checkpoint(
+                self.save_to,
+                {
+                    "settings": self.settings.as_dict(),
+                    "text_sha256": self.corpus.sha256,
+                    "environment": environment(self.settings.device),
+                    "plan": self.plan,
+                    "finished": self.finished,
+                    "run": self.current.state_dict() if self.current else None,
+                },
+            )

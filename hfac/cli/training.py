@@ -1,0 +1,158 @@
+"""One training run of `hfac compare`: one optimizer at one learning rate, step by step."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+
+import torch
+
+from hfac.cli.corpus import Corpus, training_batch, validation_batches
+from hfac.cli.model import ByteGPT
+from hfac.cli.optimizers import build_optimizer, state_bytes
+from hfac.cli.settings import DTYPES, Settings
+
+FINAL_LR_FRACTION = 0.1  # where the cosine and linear schedules end, as a fraction of the peak
+
+
+def scheduled_lr(settings: Settings, peak: float, step: int) -> float:
+    """Learning rate of step `step` (from 0): linear warmup to `peak`, then the schedule of the settings.
+
+    A function of the step alone, so that a resumed run needs no scheduler state.
+    """
+    if step < settings.warmup:
+        return peak * (step + 1) / settings.warmup
+    progress = (step - settings.warmup) / (settings.steps - settings.warmup)
+    remaining = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+        "constant": 1.0,
+    }[settings.schedule]
+    return peak * (FINAL_LR_FRACTION + (1 - FINAL_LR_FRACTION) * remaining)
+
+
+class TrainingRun:
+    """A model, its optimizer, and all that is needed to continue bit for bit from any step.
+
+    Runs of the same settings start from the same weights and see the same batches, whatever their optimizer.
+    """
+
+    def __init__(self, settings: Settings, corpus: Corpus, optimizer: str, lr: float) -> None:
+        self.settings, self.name, self.lr = settings, optimizer, lr
+        self.device = torch.device(settings.device)
+        torch.manual_seed(settings.seed)
+        # Initialized in float32 on the CPU: every device and dtype starts from the same (rounded) weights.
+        model = ByteGPT(settings.d_model, settings.layers, settings.heads, settings.context)
+        self.model = model.to(self.device, DTYPES[settings.dtype])
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.optimizer = build_optimizer(optimizer, self.model, lr, settings.weight_decay)
+        self.train_data, self.validation_data = corpus.train.to(self.device), corpus.validation.to(self.device)
+        self.batches = torch.Generator().manual_seed(settings.seed)
+        self.step = 0
+        self.train_loss = math.nan
+        self.train_losses: list[float] = []  # since the last evaluation
+        self.history: list[dict] = []
+        self.optimizer_ms: list[float] = []
+        self.total_ms: list[float] = []
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last validation loss was infinite or not a number."""
+        return bool(self.history) and not math.isfinite(self.history[-1]["val_loss"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.diverged or self.step == self.settings.steps
+
+    def train_step(self) -> None:
+        """One batch: forward, backward, clip, optimizer step. Times the last apart and all of it together."""
+        settings = self.settings
+        begin = self._now()
+        for group in self.optimizer.param_groups:
+            group["lr"] = scheduled_lr(settings, self.lr, self.step)
+        loss = self.model.loss(*training_batch(self.train_data, settings.batch_size, settings.context, self.batches))
+        loss.backward()
+        if settings.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip)
+        before_step = self._now()
+        self.optimizer.step()
+        end = self._now()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.train_loss = loss.item()
+        self.train_losses.append(self.train_loss)
+        self.optimizer_ms.append(1e3 * (end - before_step))
+        self.total_ms.append(1e3 * (end - begin))
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Validation loss in nats per byte on the fixed batches, appended to the history."""
+        settings = self.settings
+        total, count = 0.0, 0
+        for inputs, targets in validation_batches(
+            self.validation_data, settings.batch_size, settings.context, settings.eval_batches
+        ):
+            total += self.model.loss(inputs, targets).item() * len(inputs)  # the last batch may be smaller
+            count += len(inputs)
+        val_loss = total / count
+        train_loss = statistics.fmean(self.train_losses) if self.train_losses else math.nan
+        self.history.append({"step": self.step, "val_loss": val_loss, "train_loss": train_loss})
+        self.train_losses = []
+        return val_loss
+
+    def result(self, status: str) -> dict:
+        """What is known so far, as plain values. Times are medians, so a busy moment of the machine counts little."""
+        val_loss = self.history[-1]["val_loss"] if self.history else math.nan
+        size = state_bytes(self.optimizer)
+        cuda = self.device.type == "cuda"
+        return {
+            "optimizer": self.name,
+            "lr": self.lr,
+            "status": "diverged" if self.diverged else status,
+            "steps": self.step,
+            "val_loss": val_loss,
+            "bits_per_byte": val_loss / math.log(2),
+            "state_bytes": size,
+            "state_bytes_per_parameter": size / self.parameters,
+            "optimizer_ms_per_step": statistics.median(self.optimizer_ms) if self.optimizer_ms else math.nan,
+            "total_ms_per_step": statistics.median(self.total_ms) if self.total_ms else math.nan,
+            "peak_device_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else None,
+            "parameters": self.parameters,
+            "history": list(self.history),
+        }
+
+    def state_dict(self) -> dict:
+        """Everything needed to continue from this step, in types that `torch.load(weights_only=True)` reads."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "batches": self.batches.get_state(),
+            "cpu_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "train_losses": list(self.train_losses),
+            "history": list(self.history),
+            "optimizer_ms": list(self.optimizer_ms),
+            "total_ms": list(self.total_ms),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from what `state_dict` returned, for the same settings, optimizer and learning rate."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.batches.set_state(state["batches"])
+        torch.set_rng_state(state["cpu_rng"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        for name in ("step", "train_losses", "history", "optimizer_ms", "total_ms"):
+            setattr(self, name, state[name])
+
+    def _now(self) -> float:
+        """The time once the device has done all it was asked to."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
