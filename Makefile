@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install compare test lint clean
+.PHONY: help install compare test bench doctor lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,14 +21,20 @@ compare: $(INSTALLED) ## train a byte-level GPT on real text with AdamW, Adafact
 test: $(INSTALLED) ## run the tests (no GPU needed)
 	$(BIN)/python -m pytest $(ARGS)
 
+bench: $(INSTALLED) ## measure every op and whole steps against their rivals (ARGS="--quick --plot")
+	$(BIN)/python -m bench $(ARGS)
+
+doctor: $(INSTALLED) ## which backends are here, and why others are not
+	$(BIN)/hfac doctor
+
 lint: $(INSTALLED) ## check style with ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) build dist *.egg-info hfac/*.so
+	rm -rf $(VENV) build dist *.egg-info hfac/*.so hfac/_build_info.json
 
-$(INSTALLED): pyproject.toml setup.py
+$(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -m pip install -e ".[cli,test]"

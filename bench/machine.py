@@ -1,0 +1,60 @@
+"""Where and with what a number was measured: machine, versions, commit. No names of hosts, users or folders."""
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hfac
+from hfac.backends import cpu
+
+ROOT = Path(__file__).parent.parent
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Machine, threads, versions, commit and date, as plain values."""
+    cuda = device.type == "cuda"
+    return {
+        "machine": torch.cuda.get_device_name(device) if cuda else processor(),
+        "cpu": processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "hfac": hfac.__version__,
+        "extension": None if cpu._C is None else {key: cpu._C.info()[key] for key in ("compiler", "isa")},
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results")),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def processor() -> str:
+    """The processor's model as it calls itself."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return " ".join(found[1].split()) if found else platform.processor() or platform.machine()
+
+
+def slug(machine: str) -> str:
+    """A file name for a kind of machine."""
+    return re.sub(r"[^a-z0-9.]+", "-", machine.lower()).strip("-")
+
+
+def _git(*arguments: str) -> str | None:
+    """What git answers in this checkout; None where there is no git or no repository."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
