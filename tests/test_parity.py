@@ -110,3 +110,19 @@ def test_a_list_with_gradients_of_another_type(backend, name, dtype, grad_dtype)
         for p, q, grad in zip(params, twins, grads, strict=True):
             params_agree(name, p.detach(), q.detach(), kwargs["lr"])
             states_agree(name, optimizer.state[p], reference.state[q], grad)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_autograd_notices_the_write(name, backend):
+    """A graph that saved a parameter's old value must not be walked after the step, whoever wrote the new one."""
+    param = torch.nn.Parameter(torch.ones(4, 6))
+    vector = torch.nn.Parameter(torch.ones(7))
+    optimizer = getattr(hfac, name)([param, vector], backend=backend)
+    losses = [(p * p * p).sum() for p in (param, vector)]
+    for p in (param, vector):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()

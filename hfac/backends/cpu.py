@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version  # tells autograd of writes that it cannot see
 
 from ..schedules import Scalar
 
@@ -83,6 +84,7 @@ def hfac_step_(
             maximize=maximize,
             nonfinite=flags,
         )
+    increment_version(params)
 
 
 def hfac_dense_step_(
@@ -115,6 +117,7 @@ def hfac_dense_step_(
             maximize=maximize,
             nonfinite=flags,
         )
+    increment_version(params)
 
 
 def smmf_step_(
@@ -169,6 +172,7 @@ def smmf_step_(
             maximize=maximize,
             nonfinite=flags,
         )
+    increment_version(params)
 
 
 def smmf_dense_step_(
@@ -201,6 +205,7 @@ def smmf_dense_step_(
             maximize=maximize,
             nonfinite=flags,
         )
+    increment_version(params)
 
 
 def _operands(params: Sequence[Tensor], grads: Sequence[Tensor]) -> dict[str, Any]:
