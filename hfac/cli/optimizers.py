@@ -27,7 +27,7 @@ def _smmf(groups: list[dict], lr: float) -> torch.optim.Optimizer:
 # Adafactor's is larger because it is relative: PyTorch multiplies it by the RMS of the parameter being updated.
 CHOICES = {
     "adamw": Choice("AdamW", torch.optim.AdamW, 4e-3),
-    "adafactor": Choice("Adafactor (PyTorch)", torch.optim.Adafactor, 2e-2),
+    "adafactor": Choice("Adafactor (PyTorch)", torch.optim.Adafactor, 4e-2),
     "hfac": Choice("HFac", hfac.HFac, 2.5e-3),
     "smmf": Choice("SMMF", _smmf, 4e-3),
 }

@@ -35,7 +35,7 @@ class Settings:
     steps: int = 700
     warmup_steps: int | None = None
     schedule: str = "cosine"
-    weight_decay: float = 0.0
+    weight_decay: float = 0.1  # what GPTs are usually trained with; each optimizer applies it in its own way
     grad_clip: float = 1.0
     eval_every: int | None = None
     eval_batches: int = 32
