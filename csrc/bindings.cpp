@@ -337,6 +337,21 @@ size_t smmf_dense_step(py::object params, py::object grads, py::object numels, p
   return unlocked([&] { return hfac::smmf_dense_step(items, options); });
 }
 
+py::list read_floats(const py::object& addresses) {
+  const List list(addresses, "addresses", -1);
+  py::list out(static_cast<size_t>(list.size()));
+  for (py::ssize_t i = 0; i < list.size(); ++i) {
+    out[static_cast<size_t>(i)] = py::float_(static_cast<double>(*static_cast<const float*>(list.address(i, true))));
+  }
+  return out;
+}
+
+void advance_floats(const py::object& addresses) {
+  const List list(addresses, "addresses", -1);
+  for (py::ssize_t i = 0; i < list.size(); ++i) list.address(i, true);  // all of them, before the first is written
+  for (py::ssize_t i = 0; i < list.size(); ++i) *static_cast<float*>(list.address(i, true)) += 1.0f;
+}
+
 py::dict info() {
   py::dict d;
   d["version"] = HFAC_VERSION;
@@ -401,6 +416,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("smmf_dense_step", &smmf_dense_step, HFAC_OPERANDS, py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
         py::arg("beta1"), py::arg("beta2"), py::arg("lr"), py::arg("eps"), py::arg("weight_decay"),
         py::arg("decoupled_weight_decay"), py::arg("maximize"), HFAC_PLACES);
+  m.def("read_floats", &read_floats, py::arg("addresses"), "The float at each address.");
+  m.def("advance_floats", &advance_floats, py::arg("addresses"), "Adds one to the float at each address.");
   m.def("info", &info, "Version, compiler and instruction sets: compiled, usable on this processor, in use.");
   m.def("cuda_info", &cuda_info, "Whether CUDA was compiled in, the devices, and if none is usable, why.");
   m.def("set_isa", &hfac::set_level, py::arg("name"),

@@ -1,10 +1,11 @@
 """Functional forms of both optimizers over lists of tensors, as `torch.optim` has them (``torch.optim.adamw.adamw``).
 
 They advance the steps, evaluate the step's scalars, and hand tensors that can share a call to `hfac.ops` together.
-The classes `hfac.HFac` and `hfac.SMMF` call them with the tensors of one parameter group.
+The classes `hfac.HFac` and `hfac.SMMF` keep a `Group` of the tensors of each parameter group from step to step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -38,7 +39,6 @@ def hfac(
     maximize: bool = False,
     capturable: bool = False,
     backend: str = "auto",
-    memo: dict[Any, Any] | None = None,
 ) -> None:
     """One step of H-Fac (AISTATS 2025, Algorithm 1); see `hfac.HFac` for the options.
 
@@ -48,17 +48,15 @@ def hfac(
             where the moments are whole.
         exp_avg_cols, exp_avg_sq_cols: likewise of shape p.shape[k:].
         exp_avgs, exp_avg_sqs: per parameter, whole moments of shape p.shape, or None where they are factored.
-        state_steps: 0-d float tensors, the number of steps made so far; advanced by one.
+        state_steps: 0-d float32 tensors, the number of steps made so far; advanced by one.
         skipped: 0-d int32 tensors. Where given, a parameter whose gradient is not finite keeps its value and its state,
             its step included, and its entry here is advanced instead.
         capturable: read the steps on their device (needed in a CUDA graph).
-        memo: a dict that the caller keeps from step to step, so that states which have been checked are not checked
-            anew.
 
     Raises:
         ValueError, RuntimeError: as `hfac.ops`; nothing has been written then.
     """
-    prepare("hfac", **locals())()
+    _step("hfac", **locals())
 
 
 def smmf(
@@ -84,7 +82,6 @@ def smmf(
     maximize: bool = False,
     capturable: bool = False,
     backend: str = "auto",
-    memo: dict[Any, Any] | None = None,
 ) -> None:
     """One step of SMMF (AAAI 2025, Algorithm 1); see `hfac.SMMF` for the options.
 
@@ -95,7 +92,7 @@ def smmf(
         exp_avg_cols, exp_avg_sq_cols: likewise [m].
         exp_avg_signs: uint8 of `hfac.matricize.sign_shape`, likewise.
         exp_avgs, exp_avg_sqs: per parameter, whole moments of shape p.shape, or None where they are factored.
-        state_steps, skipped, capturable, memo: as for `hfac`.
+        state_steps, skipped, capturable: as for `hfac`.
 
     With beta None there is no first moment: the entries of exp_avg_rows, exp_avg_cols, exp_avg_signs and exp_avgs
     are not read.
@@ -103,169 +100,205 @@ def smmf(
     Raises:
         ValueError, RuntimeError: as `hfac.ops`; nothing has been written then.
     """
-    prepare("smmf", **locals())()
+    _step("smmf", **locals())
 
 
-def prepare(
+def _step(
     algorithm: str,
-    *,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     state_steps: Sequence[Tensor],
     skipped: Sequence[Tensor] | None,
     capturable: bool,
-    memo: dict[Any, Any] | None,
+    backend: str,
     **arguments: Any,
-) -> Callable[[], None]:
-    """Checks a call of `hfac` or `smmf` (arguments as they take them) and returns it, yet to be made.
+) -> None:
+    states = {name: arguments.pop(name) for name in ALGORITHMS[algorithm].states}
+    first_moment = arguments.get("beta", 0.0) is not None
+    group = Group(algorithm, params, grads, states, state_steps, skipped, first_moment, capturable, backend)
+    update = group.prepare(grads, **arguments)
+    assert update is not None  # just bound
+    update()
 
-    So the classes check all groups before the first one writes.
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What tells the two apart here.
+
+    Attributes:
+        factored, whole: names of the state lists of a matrix, and of what keeps whole moments.
+        decays: (step t, options) -> the op's decays beta1 and beta2.
+        scalars: (options) -> the op's other scalars.
     """
-    factored, dense, decays, scalars = {"hfac": _hfac, "smmf": _smmf}[algorithm](**arguments)
-    count = len(params)
-    for name, tensors in {**factored, **dense, "grads": grads, "state_steps": state_steps, "skipped": skipped}.items():
-        if tensors is not None and len(tensors) != count:
-            raise ValueError(f"{name} must have one entry per parameter ({count}), got {len(tensors)}")
-    for name, tensors in (("params", params), ("grads", grads), ("state_steps", state_steps)):
-        if not {Tensor, torch.nn.Parameter}.issuperset(map(type, tensors)):
+
+    factored: tuple[str, ...]
+    whole: tuple[str, ...]
+    decays: Callable[[Any, dict[str, Any]], dict[str, Any]]
+    scalars: Callable[[dict[str, Any]], dict[str, Any]]
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        return self.factored + self.whole
+
+
+def _hfac_decays(step: Any, options: dict[str, Any]) -> dict[str, Any]:
+    return {name: schedules.hfac_decay(step, options[name]) for name in ("beta1", "beta2")}
+
+
+def _hfac_scalars(options: dict[str, Any]) -> dict[str, Any]:
+    return {"eps": options["eps"], "clip_threshold": options["clip_threshold"]}
+
+
+def _smmf_decays(step: Any, options: dict[str, Any]) -> dict[str, Any]:
+    beta = options["beta"]
+    return {
+        "beta1": None if beta is None else schedules.smmf_decay_first(step, beta, options["growth_rate"]),
+        "beta2": schedules.smmf_decay_second(step, options["decay_rate"]),
+    }
+
+
+def _smmf_scalars(options: dict[str, Any]) -> dict[str, Any]:
+    mode = options["weight_decay_mode"]
+    if mode not in ("adamw", "adam"):
+        raise ValueError(f"weight_decay_mode must be 'adamw' or 'adam', got {mode!r}")
+    return {"eps": options["eps"], "decoupled_weight_decay": mode == "adamw"}
+
+
+ALGORITHMS = {
+    "hfac": Algorithm(
+        ("exp_avg_rows", "exp_avg_cols", "exp_avg_sq_rows", "exp_avg_sq_cols"),
+        ("exp_avgs", "exp_avg_sqs"),
+        _hfac_decays,
+        _hfac_scalars,
+    ),
+    "smmf": Algorithm(
+        ("exp_avg_rows", "exp_avg_cols", "exp_avg_signs", "exp_avg_sq_rows", "exp_avg_sq_cols"),
+        ("exp_avgs", "exp_avg_sqs"),
+        _smmf_decays,
+        _smmf_scalars,
+    ),
+}
+
+
+@dataclass
+class _Bucket:
+    """Parameters that share one call: they agree in layout of state, device, types and step."""
+
+    call: ops.Bound
+    index: list[int] | None  # places in the group's lists; None where it is all of them
+    steps: list[Tensor]
+    skipped: list[Tensor] | None
+    on_host: bool  # the steps are read, and agree; else each parameter has its own decays, on the device
+
+    def of(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return tensors if self.index is None else [tensors[i] for i in self.index]
+
+
+class Group:
+    """The parameters of one group with their states, bucketed and checked once; every step brings gradients and
+    options.
+
+    Args: as `hfac` and `smmf`; ``states`` are their lists of states by name, and without ``first_moment`` those of the
+        first are not read. ``grads`` are read for their types only.
+    """
+
+    def __init__(
+        self,
+        algorithm: str,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Mapping[str, States],
+        state_steps: Sequence[Tensor],
+        skipped: Sequence[Tensor] | None,
+        first_moment: bool,
+        capturable: bool,
+        backend: str,
+    ) -> None:
+        self._algorithm = ALGORITHMS[algorithm]
+        lists: dict[str, States | None] = {"grads": grads, **states, "state_steps": state_steps, "skipped": skipped}
+        for name, tensors in lists.items():
+            if tensors is not None and len(tensors) != len(params):
+                raise ValueError(f"{name} must have one entry per parameter ({len(params)}), got {len(tensors)}")
+        for name, tensors in (("params", params), ("grads", grads), ("state_steps", state_steps)):
             for i, tensor in enumerate(tensors):
                 if not isinstance(tensor, Tensor):
                     raise TypeError(f"{name}[{i}] must be a tensor, got {type(tensor).__name__}")
-    if skipped is not None:
-        for i, (param, step, flag) in enumerate(zip(params, state_steps, skipped, strict=True)):
-            if not param.device == step.device == flag.device or flag.dtype != torch.int32:
-                raise RuntimeError(
-                    f"state_steps[{i}] and skipped[{i}] (int32) must be on the device of params[{i}], {param.device}, "
-                    f"where it shows what is skipped; got {step.device} and {flag.dtype} on {flag.device}"
+        for i, step in enumerate(state_steps):
+            if step.ndim or step.dtype != torch.float32:
+                raise TypeError(f"state_steps[{i}] must be a 0-d float32 tensor, got {step.dtype} {tuple(step.shape)}")
+        if skipped is not None:
+            for i, (param, step, flag) in enumerate(zip(params, state_steps, skipped, strict=True)):
+                if not param.device == step.device == flag.device or flag.dtype != torch.int32:
+                    raise RuntimeError(
+                        f"state_steps[{i}] and skipped[{i}] (int32) must be on the device of params[{i}], "
+                        f"{param.device}, where it shows what is skipped; got {step.device} and {flag.dtype} on "
+                        f"{flag.device}"
+                    )
+        self._grad_dtypes = list(map(_DTYPE, grads))
+        indices: dict[tuple[Any, ...], list[int]] = {}
+        for i, (param, grad, step) in enumerate(zip(params, grads, state_steps, strict=True)):
+            on_host = step.is_cpu and not capturable
+            factored = states["exp_avg_sqs"][i] is None
+            key = (factored, param.device, param.dtype, grad.dtype, on_host, step.item() if on_host else None)
+            indices.setdefault(key, []).append(i)
+        self._buckets = []
+        for (factored, *_, on_host, _), index in indices.items():
+
+            def of(tensors: Sequence[Any], index: list[int] = index) -> list[Any]:
+                return [tensors[i] for i in index]
+
+            names = self._algorithm.factored if factored else self._algorithm.whole
+            mine = {name: of(states[name]) for name in names if first_moment or name not in ops.FIRST_MOMENT}
+            op = f"{algorithm}_step_" if factored else f"{algorithm}_dense_step_"
+            self._buckets.append(
+                _Bucket(
+                    ops.Bound(op, of(params), mine, backend=backend),
+                    None if len(index) == len(params) else index,
+                    of(state_steps),
+                    None if skipped is None else of(skipped),
+                    on_host,
                 )
-    whole = dense["exp_avg_sqs"]
-    assert whole is not None
-    calls = []
-    for key, index in _buckets(params, grads, whole, state_steps, capturable).items():
-        is_dense, device, *_, step = key
+            )
 
-        def of(tensors: Any, index: list[int] = index) -> Any:
-            return tensors if tensors is None or len(index) == count else [tensors[i] for i in index]
+    def holds(self, grads: Sequence[Tensor]) -> bool:
+        """Parameters and states lie where they lay, and the gradients have the types that they had."""
+        return list(map(_DTYPE, grads)) == self._grad_dtypes and all(bucket.call.holds() for bucket in self._buckets)
 
-        steps = of(state_steps)
-        t = torch.stack(steps).to(schedules.step_dtype(steps[0].device)) + 1 if step is None else step + 1
-        flags = None if skipped is None else torch.zeros(len(index), dtype=torch.int32, device=device)
-        call = ops.prepare(
-            f"{algorithm}_dense_step_" if is_dense else f"{algorithm}_step_",
-            of(params),
-            of(grads),
-            **{name: of(tensors) for name, tensors in (dense if is_dense else factored).items()},
-            nonfinite=flags,
-            checked=None if memo is None else memo.setdefault(key[:-1], {}),
-            **decays(t),
-            **scalars,
-        )
-        calls.append((call, index, steps, flags))
-
-    def run() -> None:
-        for call, index, steps, flags in calls:
-            call()
-            # A tensor of one, made once: a number would be wrapped anew for every step that lives on the host.
-            torch._foreach_add_(steps, torch.ones((), device=steps[0].device), alpha=1)
-            if flags is not None and skipped is not None:
-                left = list(flags.unbind())
-                torch._foreach_add_([skipped[i] for i in index], left)
-                torch._foreach_sub_(steps, left)
-
-    return run
-
-
-#: state lists by the op's names where factored and where whole, decays of a step t, and the remaining scalars
-Call = tuple[dict[str, States | None], dict[str, States | None], Callable[[Any], dict[str, Any]], dict[str, Any]]
-
-
-def _hfac(
-    *,
-    exp_avgs: States,
-    exp_avg_sqs: States,
-    beta1: float,
-    beta2: float,
-    lr: Scalar,
-    weight_decay: Scalar,
-    eps: float,
-    clip_threshold: float | None,
-    maximize: bool,
-    backend: str,
-    **factored: States,
-) -> Call:
-    def decays(step: Any) -> dict[str, Any]:
-        return {"beta1": schedules.hfac_decay(step, beta1), "beta2": schedules.hfac_decay(step, beta2)}
-
-    scalars = {
-        "lr": schedules.as_scalar("lr", lr),
-        "eps": eps,
-        "clip_threshold": clip_threshold,
-        "weight_decay": schedules.as_scalar("weight_decay", weight_decay),
-        "maximize": maximize,
-        "backend": backend,
-    }
-    return dict(factored), {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}, decays, scalars
-
-
-def _smmf(
-    *,
-    exp_avgs: States,
-    exp_avg_sqs: States,
-    beta: float | None,
-    decay_rate: float,
-    growth_rate: float,
-    lr: Scalar,
-    weight_decay: Scalar,
-    weight_decay_mode: str,
-    eps: float,
-    maximize: bool,
-    backend: str,
-    **factored: States,
-) -> Call:
-    if weight_decay_mode not in ("adamw", "adam"):
-        raise ValueError(f"weight_decay_mode must be 'adamw' or 'adam', got {weight_decay_mode!r}")
-
-    def decays(step: Any) -> dict[str, Any]:
-        return {
-            "beta1": None if beta is None else schedules.smmf_decay_first(step, beta, growth_rate),
-            "beta2": schedules.smmf_decay_second(step, decay_rate),
+    def prepare(self, grads: Sequence[Tensor], **options: Any) -> Callable[[], None] | None:
+        """Checks a step with these gradients and returns it, yet to be made; ``options`` are those of `hfac` or `smmf`
+        that are no tensors' lists. None where the steps of one bucket have come apart: it must be bound anew."""
+        scalars = {
+            **self._algorithm.scalars(options),
+            "maximize": options["maximize"],
+            **{name: schedules.as_scalar(name, options[name]) for name in ("lr", "weight_decay")},
         }
+        calls = []
+        for bucket in self._buckets:
+            t: Any
+            if bucket.on_host:
+                steps = ops.read_steps(bucket.steps)
+                if steps.count(steps[0]) != len(steps):
+                    return None
+                t = steps[0] + 1
+            else:
+                t = torch.stack(bucket.steps)
+                t = t.to(schedules.step_dtype(t.device)) + 1
+            flags = None
+            if bucket.skipped is not None:
+                flags = torch.zeros(len(bucket.steps), dtype=torch.int32, device=bucket.steps[0].device)
+            decays = self._algorithm.decays(t, options)
+            calls.append((bucket, bucket.call.prepare(bucket.of(grads), flags, **decays, **scalars), flags))
 
-    scalars = {
-        "lr": schedules.as_scalar("lr", lr),
-        "eps": eps,
-        "weight_decay": schedules.as_scalar("weight_decay", weight_decay),
-        "decoupled_weight_decay": weight_decay_mode == "adamw",
-        "maximize": maximize,
-        "backend": backend,
-    }
-    states: dict[str, States | None] = dict(factored)
-    whole: dict[str, States | None] = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    if beta is None:
-        whole["exp_avgs"] = None
-        states.update(dict.fromkeys(("exp_avg_rows", "exp_avg_cols", "exp_avg_signs")))
-    return states, whole, decays, scalars
+        def run() -> None:
+            for bucket, call, flags in calls:
+                call()
+                ops.advance_steps_(bucket.steps)
+                if flags is not None and bucket.skipped is not None:
+                    left = flags.unbind()
+                    torch._foreach_add_(bucket.skipped, left)
+                    torch._foreach_sub_(bucket.steps, left)
 
-
-def _buckets(
-    params: Sequence[Tensor], grads: Sequence[Tensor], whole: States, state_steps: Sequence[Tensor], capturable: bool
-) -> dict[tuple[Any, ...], list[int]]:
-    """Indices of the parameters that agree in layout of state, device, types and step.
-
-    A step on the host is read and part of the key; on a device it is None, and each parameter has its own decay.
-    """
-    keys = zip(
-        [moment is not None for moment in whole],
-        map(_DEVICE, params),
-        map(_DTYPE, params),
-        map(_DTYPE, grads),
-        [None if capturable or not step.is_cpu else step.item() for step in state_steps],
-        strict=True,
-    )
-    buckets: dict[tuple[Any, ...], list[int]] = {}
-    for i, key in enumerate(keys):
-        buckets.setdefault(key, []).append(i)
-    return buckets
+        return run
 
 
-_DEVICE, _DTYPE = attrgetter("device"), attrgetter("dtype")
+_DTYPE = attrgetter("dtype")

@@ -2,7 +2,7 @@
 
 Every op takes lists with one entry per parameter, all on one device, and updates parameters and states in place.
 What an op computes is defined, with shapes, by the function of the same name in `hfac.reference`. Arguments are
-checked before anything is written; `prepare` checks a call now and makes it later, so that several calls can be
+checked before anything is written; a `Bound` op checks a call now and makes it later, so that several calls can be
 checked before the first one writes. Scalars (lr, decays, ...) have been checked where they were set
 (`hfac.optim.options`).
 
@@ -11,10 +11,10 @@ Errors of every op:
     RuntimeError: a sparse or complex tensor; tensors on different devices; a backend that cannot serve them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
-from operator import attrgetter, is_, mul
+from operator import attrgetter, mul
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from .matricize import sign_shape
 from .schedules import Scalar
 
 PARAM_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FLOATING = frozenset(PARAM_DTYPES)
 Tensors = Sequence[Tensor]
 
 
@@ -52,7 +53,7 @@ def hfac_step_(
     backend: str = "auto",
 ) -> None:
     """One step of H-Fac on parameters viewed as [m, n] matrices. Row states have m elements, column states n."""
-    prepare("hfac_step_", **locals())()
+    _call("hfac_step_", **locals())
 
 
 def hfac_dense_step_(
@@ -72,7 +73,7 @@ def hfac_dense_step_(
     backend: str = "auto",
 ) -> None:
     """One step of H-Fac with both moments whole: states have their parameter's shape."""
-    prepare("hfac_dense_step_", **locals())()
+    _call("hfac_dense_step_", **locals())
 
 
 def smmf_step_(
@@ -96,7 +97,7 @@ def smmf_step_(
 ) -> None:
     """One step of SMMF on parameters viewed as [n, m] matrices, n >= m. Row states are [n], column states [m], signs
     uint8 of `hfac.matricize.sign_shape`. beta1 None: no first moment, and its three lists are None."""
-    prepare("smmf_step_", **locals())()
+    _call("smmf_step_", **locals())
 
 
 def smmf_dense_step_(
@@ -116,53 +117,126 @@ def smmf_dense_step_(
     backend: str = "auto",
 ) -> None:
     """One step of SMMF with both moments whole: states have their parameter's shape. beta1 None: exp_avgs is None."""
-    prepare("smmf_dense_step_", **locals())()
+    _call("smmf_dense_step_", **locals())
 
 
-def prepare(
-    op: str,
-    params: Tensors,
-    grads: Tensors,
-    *,
-    backend: str = "auto",
-    checked: dict[str, Any] | None = None,
-    **arguments: Any,
-) -> Callable[[], None]:
-    """Checks a call of the op of that name (arguments as the op takes them) and returns it, yet to be made.
-
-    ``checked`` holds the parameters and states of an earlier call that were found right. The same tensors need no
-    second look, which for many small tensors would cost more than the step; gradients are looked at every time.
-    """
-    states = {name: arguments[name] for name in _STATES[op]}
-    if op.startswith("smmf") and arguments["beta1"] is None:
-        for name in set(states) & {"exp_avg_rows", "exp_avg_cols", "exp_avg_signs", "exp_avgs"}:
-            del states[name]
-    for name, tensors in states.items():
-        if tensors is None:
-            raise ValueError(f"{name} is required by {op} unless beta1 is None")
-    for name, tensors in (("grads", grads), *states.items()):
-        if len(tensors) != len(params):
-            raise ValueError(f"{name} must have one entry per parameter ({len(params)}), got {len(tensors)}")
-    if not params:
-        return lambda: None
-    _check_grads(params, grads)
-    _check_flags(params, arguments["nonfinite"])
-    shapes = list(map(_SHAPE, params))  # of the same tensor when its data was replaced
-    known = {"params": params, **states}
-    if checked is None or checked.get("shapes") != shapes or not _same(known, checked["tensors"]):
-        _check_states(op, params, states)
-        if checked is not None:
-            kept = {name: list(tensors) for name, tensors in known.items()}
-            checked.update(shapes=shapes, tensors=kept)
-    return partial(getattr(backends.resolve(backend, params[0].device), op), params, grads, **arguments)
+def _call(op: str, params: Tensors, grads: Tensors, nonfinite: Tensor | None, backend: str, **arguments: Any) -> None:
+    states = {name: arguments.pop(name) for name in STATES[op]}
+    if arguments["beta1"] is None:
+        states = {name: tensors for name, tensors in states.items() if name not in FIRST_MOMENT}
+    Bound(op, params, states, backend=backend).prepare(grads, nonfinite, **arguments)()
 
 
-_STATES = {
+#: State lists of each op.
+STATES = {
     "hfac_step_": ("exp_avg_rows", "exp_avg_cols", "exp_avg_sq_rows", "exp_avg_sq_cols"),
     "hfac_dense_step_": ("exp_avgs", "exp_avg_sqs"),
     "smmf_step_": ("exp_avg_rows", "exp_avg_cols", "exp_avg_signs", "exp_avg_sq_rows", "exp_avg_sq_cols"),
     "smmf_dense_step_": ("exp_avgs", "exp_avg_sqs"),
 }
+#: Those that SMMF does without where beta1 is None.
+FIRST_MOMENT = frozenset(("exp_avg_rows", "exp_avg_cols", "exp_avg_signs", "exp_avgs"))
+
+
+class Bound:
+    """An op with the parameters and states it updates, found right once; every step brings gradients and scalars.
+
+    To look at every state of many small tensors anew in every step would cost more than the step. What a step must
+    know is whether a tensor lies where it lay: `holds`.
+
+    Args:
+        op: name of the op.
+        states: lists by the names that the op gives them; SMMF without a first moment leaves its lists out.
+        backend: as the op takes it.
+
+    Raises:
+        ValueError, RuntimeError: as every op, see above.
+    """
+
+    def __init__(self, op: str, params: Tensors, states: Mapping[str, Tensors], *, backend: str = "auto") -> None:
+        self._op = op
+        self._first = not op.startswith("smmf") or not FIRST_MOMENT.isdisjoint(states)
+        needed = STATES[op] if self._first else [name for name in STATES[op] if name not in FIRST_MOMENT]
+        self._params = list(params)
+        self._states = {name: _entries(name, states.get(name), op, len(params)) for name in needed}
+        self._step: Callable[..., None] | None = None
+        if not params:
+            return
+        self._device = params[0].device
+        _check_params(self._params)
+        _check_states(op, self._params, self._states)
+        module = backends.resolve(backend, self._device)
+        if hasattr(module, "bind"):
+            self._step = module.bind(op, self._params, self._states)
+        else:
+            missing = dict.fromkeys(set(STATES[op]) - set(needed))
+            self._step = partial(getattr(module, op), self._params, **self._states, **missing)
+        self._layout = self._layouts()
+        self._shapes = self._layout[2]
+
+    def holds(self) -> bool:
+        """Parameters and states have the places, shapes and types that they had."""
+        return self._step is None or self._layouts() == self._layout
+
+    def _layouts(self) -> list[list[Any]]:
+        """Of parameters all that ``p.data = ...`` can change; states are contiguous, and only move."""
+        params = [list(map(get, self._params)) for get in (Tensor.data_ptr, _DTYPE, _SHAPE, Tensor.stride)]
+        return params + [list(map(Tensor.data_ptr, tensors)) for tensors in self._states.values()]
+
+    def prepare(self, grads: Tensors, nonfinite: Tensor | None = None, **scalars: Any) -> Callable[[], None]:
+        """Checks a step with these gradients and returns it, yet to be made."""
+        if len(grads) != len(self._params):
+            raise ValueError(f"grads must have one entry per parameter ({len(self._params)}), got {len(grads)}")
+        if (scalars["beta1"] is not None) != self._first:
+            raise ValueError("states of the first moment are required by SMMF exactly where beta1 is not None")
+        if self._step is None:
+            return lambda: None
+        self._check_grads(grads)
+        if nonfinite is not None and (
+            nonfinite.shape != (len(grads),) or nonfinite.dtype != torch.int32 or nonfinite.device != self._device
+        ):
+            raise ValueError(
+                f"nonfinite must be an int32 tensor of shape ({len(grads)},) on {self._device}, got {nonfinite.dtype} "
+                f"{tuple(nonfinite.shape)} on {nonfinite.device}"
+            )
+        return partial(self._step, grads, nonfinite=nonfinite, **scalars)
+
+    def _check_grads(self, grads: Tensors) -> None:
+        if (
+            list(map(_SHAPE, grads)) == self._shapes
+            and {torch.strided}.issuperset(map(_LAYOUT, grads))
+            and _FLOATING.issuperset(map(_DTYPE, grads))
+            and {self._device}.issuperset(map(_DEVICE, grads))
+        ):
+            return
+        for i, (param, grad) in enumerate(zip(self._params, grads, strict=True)):
+            check_tensor(f"grads[{i}]", grad)
+            if grad.dtype not in PARAM_DTYPES:
+                raise ValueError(f"grads[{i}] must be one of {_names(PARAM_DTYPES)}, got {grad.dtype}")
+            if grad.shape != param.shape:
+                raise ValueError(
+                    f"grads[{i}] must have its parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}"
+                )
+            if grad.device != self._device:
+                raise RuntimeError(
+                    f"params[{i}] is on {param.device} and grads[{i}] on {grad.device}, expected both on {self._device}"
+                )
+
+
+def read_steps(steps: Tensors) -> list[float]:
+    """The values of 0-d tensors on the host."""
+    native = backends.host_counters()
+    return [step.item() for step in steps] if native is None else native.read_steps(steps)
+
+
+def advance_steps_(steps: Tensors) -> None:
+    """Adds one to 0-d tensors, which all lie on the host or all on one device."""
+    native = backends.host_counters() if steps[0].is_cpu else None
+    if native is not None:
+        native.advance_steps_(steps)
+    else:
+        # A tensor of one, made once: a number would be wrapped anew for every step that lives on the host.
+        torch._foreach_add_(list(steps), torch.ones((), device=steps[0].device), alpha=1)
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
@@ -180,54 +254,25 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         )
 
 
-def _same(tensors: dict[str, Tensors], others: dict[str, Tensors]) -> bool:
-    """The same tensor objects in the same places."""
-    return tensors.keys() == others.keys() and all(
-        len(mine) == len(others[name]) and all(map(is_, mine, others[name])) for name, mine in tensors.items()
-    )
+def _entries(name: str, tensors: Tensors | None, op: str, count: int) -> list[Tensor]:
+    if tensors is None:
+        raise ValueError(f"{name} is required by {op} unless beta1 is None")
+    if len(tensors) != count:
+        raise ValueError(f"{name} must have one entry per parameter ({count}), got {len(tensors)}")
+    return list(tensors)
 
 
-def _check_grads(params: Tensors, grads: Tensors) -> None:
-    """Layout, type, shape and device of every gradient, and the device of every parameter."""
-    device = params[0].device
-    if (
-        set(map(_LAYOUT, grads)) == {torch.strided}
-        and set(map(_DTYPE, grads)) <= set(PARAM_DTYPES)
-        and set(map(_DEVICE, grads)) == {device} == set(map(_DEVICE, params))
-        and list(map(_SHAPE, grads)) == list(map(_SHAPE, params))
-    ):
-        return
-    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        check_tensor(f"params[{i}]", param)
-        check_tensor(f"grads[{i}]", grad)
-        if grad.dtype not in PARAM_DTYPES:
-            raise ValueError(f"grads[{i}] must be one of {_names(PARAM_DTYPES)}, got {grad.dtype}")
-        if grad.shape != param.shape:
-            raise ValueError(
-                f"grads[{i}] must have its parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}"
-            )
-        if param.device != device or grad.device != device:
-            raise RuntimeError(
-                f"params[{i}] is on {param.device} and grads[{i}] on {grad.device}, expected both on {device}"
-            )
-
-
-def _check_flags(params: Tensors, nonfinite: Tensor | None) -> None:
-    device = params[0].device
-    if nonfinite is not None and (
-        nonfinite.shape != (len(params),) or nonfinite.dtype != torch.int32 or nonfinite.device != device
-    ):
-        raise ValueError(
-            f"nonfinite must be an int32 tensor of shape ({len(params)},) on {device}, got {nonfinite.dtype} "
-            f"{tuple(nonfinite.shape)} on {nonfinite.device}"
-        )
-
-
-def _check_states(op: str, params: Tensors, states: dict[str, Tensors]) -> None:
+def _check_params(params: Tensors) -> None:
     for i, param in enumerate(params):
         check_tensor(f"params[{i}]", param)
         if param.dtype not in PARAM_DTYPES:
             raise ValueError(f"params[{i}] must be one of {_names(PARAM_DTYPES)}, got {param.dtype}")
+        if param.device != params[0].device:
+            raise RuntimeError(f"params[{i}] is on {param.device}, but params[0] is on {params[0].device}")
+
+
+def _check_states(op: str, params: Tensors, states: Mapping[str, Tensors]) -> None:
+    for i, param in enumerate(params):
         for name, tensors in states.items():
             tensor = tensors[i]
             if tensor is None:
@@ -251,7 +296,7 @@ def _check_states(op: str, params: Tensors, states: dict[str, Tensors]) -> None:
         _check_signs(params, states["exp_avg_signs"])
 
 
-def _check_factors(params: Tensors, states: dict[str, Tensors]) -> None:
+def _check_factors(params: Tensors, states: Mapping[str, Tensors]) -> None:
     """Rows times columns are the parameter's elements, and both moments agree on them."""
     rows = [name for name in states if name.endswith("rows")]
     for row_name in rows:
@@ -265,7 +310,7 @@ def _check_factors(params: Tensors, states: dict[str, Tensors]) -> None:
                 )
 
 
-def _check_cut(params: Tensors, states: dict[str, Tensors]) -> None:
+def _check_cut(params: Tensors, states: Mapping[str, Tensors]) -> None:
     """Rows are the leading dimensions of the parameter; only then do they mean what they meant when they were made."""
     for i, param in enumerate(params):
         m = states["exp_avg_sq_rows"][i].numel()
@@ -276,7 +321,7 @@ def _check_cut(params: Tensors, states: dict[str, Tensors]) -> None:
             )
 
 
-def _check_square(params: Tensors, states: dict[str, Tensors]) -> None:
+def _check_square(params: Tensors, states: Mapping[str, Tensors]) -> None:
     for i in range(len(params)):
         n, m = states["exp_avg_sq_rows"][i].numel(), states["exp_avg_sq_cols"][i].numel()
         if n < m:
@@ -286,7 +331,7 @@ def _check_square(params: Tensors, states: dict[str, Tensors]) -> None:
             )
 
 
-def _check_whole(params: Tensors, states: dict[str, Tensors]) -> None:
+def _check_whole(params: Tensors, states: Mapping[str, Tensors]) -> None:
     for name, tensors in states.items():
         for i, (param, tensor) in enumerate(zip(params, tensors, strict=True)):
             if tensor.shape != param.shape:

@@ -11,6 +11,7 @@ from types import MappingProxyType
 import pytest
 import torch
 import torch.distributed as dist
+from running import bits
 from torch.nn import Parameter
 from torch.optim import AdamW
 
@@ -19,18 +20,6 @@ from hfac import SMMF, HFac, functional, ops
 NAN, INF = float("nan"), float("inf")
 CLASSES = {"hfac": HFac, "smmf": SMMF}
 SHAPES = [(4, 6), (5,), (3, 2, 4), (1,)]
-
-
-def bits(value):
-    """A value in which tensors are replaced by what tells them apart to the last bit."""
-    if isinstance(value, torch.Tensor):
-        data = value.detach().contiguous().view(-1).view(torch.uint8).tolist() if value.device.type == "cpu" else None
-        return (value.dtype, value.shape, str(value.device), data)
-    if isinstance(value, dict):
-        return {key: bits(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(bits(entry) for entry in value)
-    return value
 
 
 def snapshot(optimizer):
@@ -562,7 +551,7 @@ CALLS = [
     ("grad-meta", OPS + FORMS, "grads", (f32(3, 8, device=META),), RuntimeError,
      r"grads\[\d\] on meta, expected both on cpu"),
     ("param-meta", OPS, "params", (f32(3, 8, device=META),), RuntimeError,
-     r"params\[1\] is on meta and grads\[1\] on cpu"),
+     r"params\[1\] is on meta, but params\[0\] is on cpu"),
     ("grad-sparse", OPS + FORMS, "grads", (f32(3, 8).to_sparse(),), RuntimeError,
      r"grads\[\d\] has layout torch\.sparse_coo"),
     ("grad-complex", OPS + FORMS, "grads", (f32(3, 8) + 0j,), RuntimeError, r"grads\[\d\] is complex"),

@@ -11,9 +11,9 @@ import pytest
 import torch
 from cases import DTYPES, gradient, shape_id
 
+from hfac import ops
 from hfac.backends import cpu
 from hfac.matricize import cut, sign_shape, square
-from hfac.ops import state_dtype
 
 _C = pytest.importorskip("hfac._C", reason="the extension is not built: hfac doctor says why")
 
@@ -26,7 +26,7 @@ class Call:
     """One op on a list of parameters of `shapes`, states filled with what a run would hold."""
 
     def __init__(self, op, shapes, dtype, grad_dtype=None, **options):
-        self.op, wide = op, state_dtype(dtype)
+        self.op, wide = op, ops.state_dtype(dtype)
         if op == "hfac_step_":
             shapes = [shape for shape in shapes if cut(shape)]
         self.params = [gradient(shape, i, dtype) for i, shape in enumerate(shapes)]
@@ -55,8 +55,9 @@ class Call:
         """All that a few steps leave behind."""
         params = [p.clone() for p in self.params] if params is None else params
         states = [[s.clone() for s in side] for side in self.states]
+        step = cpu.bind(self.op, params, dict(zip(ops.STATES[self.op], states, strict=True)))
         for _ in range(steps):
-            getattr(cpu, self.op)(params, self.grads if grads is None else grads, *states, nonfinite, **self.options)
+            step(self.grads if grads is None else grads, nonfinite, **self.options)
         return [p.clone() for p in params] + [s for side in states for s in side]
 
 
@@ -183,7 +184,8 @@ def test_a_fork_gets_threads_of_its_own():
     expected = [p.numpy().tobytes() for p in call.run(steps=1)[:3]]
 
     def step(queue):
-        cpu.smmf_step_(call.params, call.grads, *call.states, **call.options)
+        states = dict(zip(ops.STATES[call.op], call.states, strict=True))
+        cpu.bind(call.op, call.params, states)(call.grads, **call.options)
         queue.put([p.numpy().tobytes() for p in call.params] == expected)
 
     context = multiprocessing.get_context("fork")

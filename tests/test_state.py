@@ -11,13 +11,13 @@ import io
 import numpy as np
 import pytest
 import torch
+from running import SHAPES, bits, gradients, parameters, train
 from torch import nn
 from torch.nn import Parameter
 
 from hfac import SMMF, HFac, matricize
 
 BOTH = pytest.mark.parametrize("cls", [HFac, SMMF], ids=["hfac", "smmf"])
-SHAPES = [(4, 6), (5,), (3, 2, 4), (), (1, 3), (7,), (17, 19), (12,)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INF, NAN = float("inf"), float("nan")
 OPTIONS = {
@@ -40,33 +40,6 @@ VARIANTS = [
         (SMMF, "coupled", {"weight_decay_mode": "adam"}),
     ]
 ]
-
-
-def parameters(shapes=SHAPES, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
-
-
-def gradients(params, seed):
-    generator = torch.Generator().manual_seed(1000 + seed)
-    for param in params:
-        param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
-
-
-def train(optimizer, params, steps, start=0):
-    for step in range(start, start + steps):
-        gradients(params, step)
-        optimizer.step()
-
-
-def bits(value):
-    if isinstance(value, torch.Tensor):
-        return (value.dtype, value.shape, value.detach().contiguous().view(-1).view(torch.uint8).tolist())
-    if isinstance(value, dict):
-        return {key: bits(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(bits(entry) for entry in value)
-    return value
 
 
 def through_file(saved):
@@ -564,6 +537,107 @@ def test_nothing_hangs_on_addresses_or_order_of_creation(cls):
     train(twin, others, 2)
     assert bits(optimizer.state_dict()) == bits(twin.state_dict())
     assert all(isinstance(key, int) and key < len(params) for key in optimizer.state_dict()["state"])
+
+
+def _replace_state_tensors(optimizer, params):
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            state[key] = value.clone()
+
+
+def _replace_state_dicts(optimizer, params):
+    for param in params:
+        optimizer.state[param] = {key: 2 * value for key, value in optimizer.state[param].items()}
+
+
+def _move_state_data(optimizer, params):
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.data = value.data.clone()
+
+
+def _move_params(optimizer, params):
+    for param in params:
+        param.data = param.data.clone()
+
+
+def _transpose_in_place(optimizer, params):
+    for param in params:
+        if param.ndim == 2 and param.shape[0] == param.shape[1]:
+            param.data = param.data.t()  # same address, same shape
+
+
+def _set_one_step(optimizer, params):
+    optimizer.state[params[1]]["step"].fill_(7.0)
+
+
+def _set_all_steps(optimizer, params):
+    for state in optimizer.state.values():
+        state["step"].fill_(7.0)
+
+
+def _other_options(optimizer, params):
+    optimizer.param_groups[0].update(lr=0.5, weight_decay=0.3, maximize=True)
+
+
+def _capturable(optimizer, params):
+    optimizer.param_groups[0]["capturable"] = True
+
+
+def _skip(optimizer, params):
+    optimizer.param_groups[0]["nonfinite"] = "skip"
+
+
+def _reference(optimizer, params):
+    optimizer.param_groups[0]["backend"] = "reference"
+
+
+def _to_bfloat16(optimizer, params):
+    for param in params:
+        param.grad = None
+        param.data = param.data.bfloat16()
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "change",
+    [
+        _replace_state_tensors,
+        _replace_state_dicts,
+        _move_state_data,
+        _move_params,
+        _transpose_in_place,
+        _set_one_step,
+        _set_all_steps,
+        _other_options,
+        _capturable,
+        _skip,
+        _reference,
+        _to_bfloat16,
+    ],
+    ids=lambda change: change.__name__.strip("_"),
+)
+def test_what_a_step_found_in_order_is_not_trusted_after_a_change(cls, change):
+    """Every bit as from an optimizer that looks at everything in every step."""
+    shapes = [*SHAPES, (8, 8)]
+    runs = []
+    for forgetful in (False, True):
+        params = parameters(shapes)
+        optimizer = cls(params, **OPTIONS[cls])
+        for step in range(6):
+            gradients(params, step)
+            if step == 3:
+                change(optimizer, params)
+                gradients(params, step)
+            if step == 4:
+                params[0].grad = params[3].grad = None
+            if forgetful:
+                optimizer._forget()
+            optimizer.step()
+            if step == 2:
+                assert optimizer._seen.holds(optimizer)  # else this test shows nothing
+        runs.append(bits([params, [optimizer.state[param] for param in params]]))
+    assert runs[0] == runs[1]
 
 
 # ---- gradients that are not finite -----------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """The table of backends: which there are, for which devices, and why one is not to be had.
 
-A backend is a module with one function per op, all with the signatures of `hfac.reference`. "auto" takes the first of
-`PREFERENCE` that can serve the device; an explicit request is met or refused, never replaced.
+A backend is a module with one function per op, all with the signatures of `hfac.reference`, or with a function
+``bind(op, params, states)`` that returns such an op for these tensors, (grads, nonfinite, **scalars) -> None: what
+kernels are told of them is then made once, not in every step. "auto" takes the first of `PREFERENCE` that can serve the
+device; an explicit request is met or refused, never replaced.
 """
 
 from collections.abc import Callable
@@ -75,3 +77,8 @@ def resolve(name: str, device: torch.device) -> ModuleType:
             f"backend={name!r} was asked for tensors on {device}, but {reason} Present for {device}: {here}."
         )
     return TABLE[name].load()
+
+
+def host_counters() -> ModuleType | None:
+    """The module that reads and advances many steps on the host at once; None where the extension is not built."""
+    return cpu if TABLE["cpu"].why_not(torch.device("cpu")) is None else None

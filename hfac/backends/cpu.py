@@ -1,11 +1,11 @@
 """The C++ kernels of `hfac._C` for tensors on the CPU: tensors become addresses, types and strides.
 
-Same signatures and results as `hfac.reference`; `hfac.ops` has checked the arguments. Nothing here loops over
-parameters in Python except the list comprehensions that read what the extension is told.
+Same results as `hfac.reference`; `hfac.ops` has checked the arguments. Nothing here loops over parameters in Python
+except the list comprehensions that read what the extension is told.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
@@ -48,181 +48,85 @@ def _build_failure() -> str:
     return reason or _IMPORT_ERROR
 
 
-def hfac_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avg_rows: Sequence[Tensor],
-    exp_avg_cols: Sequence[Tensor],
-    exp_avg_sq_rows: Sequence[Tensor],
-    exp_avg_sq_cols: Sequence[Tensor],
-    nonfinite: Tensor | None = None,
-    *,
-    lr: Scalar,
-    beta1: Scalar,
-    beta2: Scalar,
-    eps: float,
-    clip_threshold: float | None,
-    weight_decay: Scalar,
-    maximize: bool,
-) -> None:
-    """See `hfac.reference.hfac_step_`."""
-    with _Flags(nonfinite) as flags:
-        _C.hfac_step(
-            **_operands(params, grads),
-            rows=_numels(exp_avg_sq_rows),
-            cols=_numels(exp_avg_sq_cols),
-            exp_avg_rows=_addresses(exp_avg_rows),
-            exp_avg_cols=_addresses(exp_avg_cols),
-            exp_avg_sq_rows=_addresses(exp_avg_sq_rows),
-            exp_avg_sq_cols=_addresses(exp_avg_sq_cols),
-            beta1=_scalar(beta1),
-            beta2=_scalar(beta2),
-            lr=_scalar(lr),
-            eps=eps,
-            clip_threshold=clip_threshold,
-            weight_decay=_scalar(weight_decay),
-            maximize=maximize,
-            nonfinite=flags,
-        )
-    increment_version(params)
+def bind(op: str, params: Sequence[Tensor], states: dict[str, list[Tensor]]) -> Callable[..., None]:
+    """The op of that name on these parameters and states, for as long as they lie where they lie: (grads, nonfinite,
+    **scalars) -> None, as the function of `hfac.reference`.
 
-
-def hfac_dense_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    nonfinite: Tensor | None = None,
-    *,
-    lr: Scalar,
-    beta1: Scalar,
-    beta2: Scalar,
-    eps: float,
-    clip_threshold: float | None,
-    weight_decay: Scalar,
-    maximize: bool,
-) -> None:
-    """See `hfac.reference.hfac_dense_step_`."""
-    with _Flags(nonfinite) as flags:
-        _C.hfac_dense_step(
-            **_operands(params, grads),
-            exp_avgs=_addresses(exp_avgs),
-            exp_avg_sqs=_addresses(exp_avg_sqs),
-            beta1=_scalar(beta1),
-            beta2=_scalar(beta2),
-            lr=_scalar(lr),
-            eps=eps,
-            clip_threshold=clip_threshold,
-            weight_decay=_scalar(weight_decay),
-            maximize=maximize,
-            nonfinite=flags,
-        )
-    increment_version(params)
-
-
-def smmf_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avg_rows: Sequence[Tensor] | None,
-    exp_avg_cols: Sequence[Tensor] | None,
-    exp_avg_signs: Sequence[Tensor] | None,
-    exp_avg_sq_rows: Sequence[Tensor],
-    exp_avg_sq_cols: Sequence[Tensor],
-    nonfinite: Tensor | None = None,
-    *,
-    lr: Scalar,
-    beta1: Scalar | None,
-    beta2: Scalar,
-    eps: float,
-    weight_decay: Scalar,
-    decoupled_weight_decay: bool,
-    maximize: bool,
-) -> None:
-    """See `hfac.reference.smmf_step_`."""
-    operands = _operands(params, grads)
-    first: dict[str, Any] = dict.fromkeys(
-        ("exp_avg_rows", "exp_avg_cols", "exp_avg_signs", "sign_bytes", "sign_slices", "beta1")
-    )
-    if beta1 is not None:
-        assert exp_avg_rows is not None and exp_avg_cols is not None and exp_avg_signs is not None
-        sign_bytes = _numels(exp_avg_signs)
-        # A plain bit stream, and one element per byte, show in the number of bytes alone.
-        odd = any(8 * b != n != b for b, n in zip(sign_bytes, operands["numels"], strict=True))
-        first = {
-            "exp_avg_rows": _addresses(exp_avg_rows),
-            "exp_avg_cols": _addresses(exp_avg_cols),
-            "exp_avg_signs": _addresses(exp_avg_signs),
-            "sign_bytes": sign_bytes,
-            "sign_slices": [sign.shape[0] for sign in exp_avg_signs] if odd else None,
-            "beta1": _scalar(beta1),
-        }
-    with _Flags(nonfinite) as flags:
-        _C.smmf_step(
-            **operands,
-            **first,
-            rows=_numels(exp_avg_sq_rows),
-            cols=_numels(exp_avg_sq_cols),
-            exp_avg_sq_rows=_addresses(exp_avg_sq_rows),
-            exp_avg_sq_cols=_addresses(exp_avg_sq_cols),
-            beta2=_scalar(beta2),
-            lr=_scalar(lr),
-            eps=eps,
-            weight_decay=_scalar(weight_decay),
-            decoupled_weight_decay=decoupled_weight_decay,
-            maximize=maximize,
-            nonfinite=flags,
-        )
-    increment_version(params)
-
-
-def smmf_dense_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor] | None,
-    exp_avg_sqs: Sequence[Tensor],
-    nonfinite: Tensor | None = None,
-    *,
-    lr: Scalar,
-    beta1: Scalar | None,
-    beta2: Scalar,
-    eps: float,
-    weight_decay: Scalar,
-    decoupled_weight_decay: bool,
-    maximize: bool,
-) -> None:
-    """See `hfac.reference.smmf_dense_step_`."""
-    with _Flags(nonfinite) as flags:
-        _C.smmf_dense_step(
-            **_operands(params, grads),
-            exp_avgs=None if beta1 is None or exp_avgs is None else _addresses(exp_avgs),
-            exp_avg_sqs=_addresses(exp_avg_sqs),
-            beta1=None if beta1 is None else _scalar(beta1),
-            beta2=_scalar(beta2),
-            lr=_scalar(lr),
-            eps=eps,
-            weight_decay=_scalar(weight_decay),
-            decoupled_weight_decay=decoupled_weight_decay,
-            maximize=maximize,
-            nonfinite=flags,
-        )
-    increment_version(params)
-
-
-def _operands(params: Sequence[Tensor], grads: Sequence[Tensor]) -> dict[str, Any]:
-    """What every op is told of parameters and gradients. Strides are read only where something is not contiguous."""
-    operands = {
-        "numels": _numels(params),
-        "param_dtypes": _codes(params),
-        "grad_dtypes": _codes(grads),
-        "threads": torch.get_num_threads(),
-    }
+    Of SMMF's states those of the first moment may be left out; beta1 is None then.
+    """
+    operands: dict[str, Any] = {"params": _addresses(params), "numels": _numels(params), "param_dtypes": _codes(params)}
     if not all(map(Tensor.is_contiguous, params)):
-        operands.update(shapes=[tuple(p.shape) for p in params], param_strides=_strides(params))
-    if not all(map(Tensor.is_contiguous, grads)):
-        grads = [grad.resolve_neg() for grad in grads]
-        operands.update(shapes=[tuple(p.shape) for p in params], grad_strides=_strides(grads))
-    operands.update(params=_addresses(params), grads=_addresses(grads))
-    return operands
+        operands["param_strides"] = _strides(params)
+    operands.update(_factors(operands["numels"], states))
+    operands.update({name: _addresses(tensors) for name, tensors in states.items()})
+    if op.startswith("smmf"):
+        operands = dict.fromkeys(_FIRST_MOMENT[op]) | operands
+
+    def step(
+        grads: Sequence[Tensor],
+        nonfinite: Tensor | None = None,
+        *,
+        beta1: Scalar | None,
+        beta2: Scalar,
+        lr: Scalar,
+        weight_decay: Scalar,
+        **scalars: Any,
+    ) -> None:
+        places: dict[str, Any] = {}
+        if not all(map(Tensor.is_contiguous, grads)):
+            grads = [grad.resolve_neg() for grad in grads]
+            places["grad_strides"] = _strides(grads)
+        if places or "param_strides" in operands:
+            places["shapes"] = [tuple(param.shape) for param in params]
+        with _Flags(nonfinite) as flags:
+            getattr(_C, op.removesuffix("_"))(
+                **operands,
+                **places,
+                **scalars,
+                grads=_addresses(grads),
+                grad_dtypes=_codes(grads),
+                beta1=None if beta1 is None else _scalar(beta1),
+                beta2=_scalar(beta2),
+                lr=_scalar(lr),
+                weight_decay=_scalar(weight_decay),
+                nonfinite=flags,
+                threads=torch.get_num_threads(),
+            )
+        increment_version(params)
+
+    return step
+
+
+#: What the extension is told of a first moment, None where there is none.
+_FIRST_MOMENT = {
+    "smmf_step_": ("exp_avg_rows", "exp_avg_cols", "exp_avg_signs", "sign_bytes", "sign_slices"),
+    "smmf_dense_step_": ("exp_avgs",),
+}
+
+
+def _factors(numels: list[int], states: dict[str, list[Tensor]]) -> dict[str, Any]:
+    """Sizes of the factors, and how sign bits lie."""
+    if "exp_avg_sq_rows" not in states:
+        return {}
+    found: dict[str, Any] = {"rows": _numels(states["exp_avg_sq_rows"]), "cols": _numels(states["exp_avg_sq_cols"])}
+    if "exp_avg_signs" in states:
+        sign_bytes = _numels(states["exp_avg_signs"])
+        # A plain bit stream, and one element per byte, show in the number of bytes alone.
+        odd = any(8 * b != n != b for b, n in zip(sign_bytes, numels, strict=True))
+        slices = [sign.shape[0] for sign in states["exp_avg_signs"]] if odd else None
+        found.update(sign_bytes=sign_bytes, sign_slices=slices)
+    return found
+
+
+def read_steps(steps: Iterable[Tensor]) -> list[float]:
+    """The values of 0-d float32 tensors."""
+    return _C.read_floats(_addresses(steps))
+
+
+def advance_steps_(steps: Sequence[Tensor]) -> None:
+    """Adds one to 0-d float32 tensors."""
+    _C.advance_floats(_addresses(steps))
+    increment_version(steps)
 
 
 def _addresses(tensors: Iterable[Tensor]) -> list[int]:
@@ -260,5 +164,5 @@ class _Flags:
         return 0 if self.dense is None else self.dense.data_ptr()
 
     def __exit__(self, *exception: object) -> None:
-        if self.given is not None and self.dense is not self.given:
+        if self.given is not None and self.dense is not None and self.dense is not self.given:
             self.given.copy_(self.dense)

@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except UsageError as error:
-        args.command_parser.error(str(error))
+        args.command_parser.error(str(error))  # exits
+        raise
     except KeyboardInterrupt:
         return INTERRUPTED

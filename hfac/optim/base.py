@@ -2,7 +2,9 @@
 step."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import chain, repeat
+from operator import is_, is_not
 from typing import Any, ClassVar
 
 import torch
@@ -42,6 +44,10 @@ class FactoredOptimizer(Optimizer):
     _state_keys: ClassVar[tuple[str, ...]]
     #: rule of every option of the subclass, beyond the common ones
     _rules: ClassVar[dict[str, options.Rule]] = {}
+    #: what the last step found in order
+    _seen: "_Seen | None"
+    #: by group: which of its parameters had a gradient, and those, bound
+    _bound: dict[int, tuple[list[bool], functional.Group]]
     #: an option that every version of the subclass has and no other optimizer: tells whose a state dict is
     _own_option: ClassVar[str]
 
@@ -54,13 +60,13 @@ class FactoredOptimizer(Optimizer):
         raise NotImplementedError
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        self._memo: dict[int, dict[Any, Any]] = {}
+        self._forget()
         super().__init__(params, self._checked(defaults))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fills in what an optimizer pickled by an older version, or by torch with steps as numbers, does not have."""
         super().__setstate__(state)
-        self._memo = {}
+        self._forget()
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 if name != "differentiable":  # torch's own __setstate__ adds it to the defaults, where no step reads it
@@ -102,46 +108,67 @@ class FactoredOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._sync_state()
-        work = []
-        for group_index, group in enumerate(self.param_groups):
-            params, grads, states = [], [], []
-            for index, param in enumerate(group["params"]):
-                grad = param.grad
-                if grad is None:
-                    continue
-                if grad.layout is not torch.strided or grad.is_complex():
-                    ops.check_tensor(f"the gradient of parameter {index} of group {group_index}", grad)
-                params.append(param)
-                grads.append(grad)
-                states.append(self.state[param])
-            if params:
-                work.append(self._prepare(group, params, grads, states, self._memo.setdefault(group_index, {})))
+        if self._seen is None or not self._seen.holds(self):
+            self._forget()
+            self._sync_state()
+            self._seen = _Seen(self)
+        work = [self._prepare(index, group) for index, group in enumerate(self.param_groups)]
         for update in work:
-            update()
+            if update is not None:
+                update()
         return loss
 
-    def _prepare(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-        memo: dict[Any, Any],
-    ) -> Callable[[], None]:
-        """Checks a step of one group, on the parameters that have a gradient, and returns it, yet to be made; ``memo``
-        as `hfac.functional` takes it."""
-        return functional.prepare(
+    def _prepare(self, group_index: int, group: dict[str, Any]) -> Callable[[], None] | None:
+        """Checks a step of one group, on the parameters that have a gradient, and returns it, yet to be made."""
+        params = group["params"]
+        grads = [param.grad for param in params]
+        present = list(map(is_not, grads, repeat(None)))
+        if not all(present):
+            params = [param for param, here in zip(params, present, strict=True) if here]
+            grads = [grad for grad in grads if grad is not None]
+        if not grads:
+            return None
+        options = self._options(group)
+        try:
+            bound = self._bound.get(group_index)
+            if bound is not None and bound[0] == present and bound[1].holds(grads):
+                update = bound[1].prepare(grads, **options)
+                if update is not None:
+                    return update
+            if bound is not None:
+                self._sync_state()  # what moved may have left its state behind
+            functional_group = self._bind(group, params, grads, [self.state[param] for param in params])
+            self._bound[group_index] = present, functional_group
+            return functional_group.prepare(grads, **options)
+        except RuntimeError:
+            for index, param in enumerate(group["params"]):
+                if param.grad is not None:  # the same complaint, with the place that the user knows
+                    ops.check_tensor(f"the gradient of parameter {index} of group {group_index}", param.grad)
+            raise
+
+    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
+        """What a step is told anew every time."""
+        return {**{name: group[name] for name in ("lr", "weight_decay", "maximize")}, **self._scalars(group)}
+
+    def _bind(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[State]
+    ) -> functional.Group:
+        return functional.Group(
             self._algorithm,
-            params=params,
-            grads=grads,
-            **{f"{key}s": [state.get(key) for state in states] for key in self._state_keys},
-            state_steps=[state["step"] for state in states],
-            skipped=[state["skipped"] for state in states] if group["nonfinite"] == "skip" else None,
-            **{name: group[name] for name in ("lr", "weight_decay", "maximize", "capturable", "backend")},
-            **self._scalars(group),
-            memo=memo,
+            params,
+            grads,
+            {f"{key}s": [state.get(key) for state in states] for key in self._state_keys},
+            [state["step"] for state in states],
+            [state["skipped"] for state in states] if group["nonfinite"] == "skip" else None,
+            group.get("beta", 0.0) is not None,
+            group["capturable"],
+            group["backend"],
         )
+
+    def _forget(self) -> None:
+        """What earlier steps found in order is to be looked at again."""
+        self._seen = None
+        self._bound = {}
 
     def _check_graph_capture(self) -> None:
         if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
@@ -264,7 +291,7 @@ class FactoredOptimizer(Optimizer):
             kept = {param for group in self.param_groups for param in group["params"]}
             for param in [param for param in self.state if param not in kept]:
                 del self.state[param]
-            self._memo.clear()
+            self._forget()  # nor is what is gone kept alive
 
     def _complete_state(self, param: Tensor, group: Mapping[str, Any], state: State) -> None:
         """Every key of a parameter's state, on the device and of the type it must have; what is new is zero."""
@@ -356,6 +383,35 @@ class FactoredOptimizer(Optimizer):
                 if entry[key].device.type == "cpu" and not 0 <= entry[key].item() < math.inf:
                     raise ValueError(f"{where}: '{key}' must be a number >= 0, got {entry[key].item()}")
         return entry
+
+
+class _Seen:
+    """Groups, parameters and states as a step found them in order. While they are the same objects, nothing need be
+    made, moved or dropped, and what was bound still stands."""
+
+    def __init__(self, optimizer: FactoredOptimizer) -> None:
+        self._lists = list(map(list, self._walk(optimizer)))
+        self._options = self._execution(optimizer)
+
+    def holds(self, optimizer: FactoredOptimizer) -> bool:
+        return self._execution(optimizer) == self._options and all(map(_same, self._walk(optimizer), self._lists))
+
+    @staticmethod
+    def _walk(optimizer: FactoredOptimizer) -> list[Collection[Any]]:
+        states = optimizer.state
+        tensors = list(chain.from_iterable(map(dict.values, states.values())))
+        return [states.keys(), states.values(), tensors, *(group["params"] for group in optimizer.param_groups)]
+
+    @staticmethod
+    def _execution(optimizer: FactoredOptimizer) -> list[tuple[Any, ...]]:
+        return [
+            (group["backend"], group["capturable"], group["nonfinite"], group.get("beta", 0.0) is None)
+            for group in optimizer.param_groups
+        ]
+
+
+def _same(now: Collection[Any], then: Collection[Any]) -> bool:
+    return len(now) == len(then) and all(map(is_, now, then))
 
 
 _HOST = torch.device("cpu")

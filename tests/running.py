@@ -1,0 +1,36 @@
+"""Small training runs for the tests of the classes: parameters, gradients, steps, and every bit of what they leave."""
+
+import torch
+from torch.nn import Parameter
+
+SHAPES = [(4, 6), (5,), (3, 2, 4), (), (1, 3), (7,), (17, 19), (12,)]
+
+
+def parameters(shapes=SHAPES, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def gradients(params, seed, scale=1.0):
+    """Gradients that depend on the seed alone."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    for param in params:
+        param.grad = (scale * torch.randn(param.shape, generator=generator)).to(param.dtype)
+
+
+def train(optimizer, params, steps, start=0):
+    for step in range(start, start + steps):
+        gradients(params, step)
+        optimizer.step()
+
+
+def bits(value):
+    """A value in which tensors are replaced by what tells them apart to the last bit."""
+    if isinstance(value, torch.Tensor):
+        data = value.detach().contiguous().view(-1).view(torch.uint8).tolist() if value.device.type == "cpu" else None
+        return (value.dtype, value.shape, str(value.device), data)
+    if isinstance(value, dict):
+        return {key: bits(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(bits(entry) for entry in value)
+    return value
