@@ -29,8 +29,8 @@ def ieee_square_roots(monkeypatch):
 SUMS = {torch.float32: 4e-6, torch.float64: 1e-14}
 
 
-def states_agree(name, ours, theirs, grad):
-    """Compares two states of one parameter; sums relative to what was summed."""
+def states_agree(name, ours, theirs, grad, slack=1.0):
+    """Compares two states of one parameter; sums relative to what was summed, with ``slack`` for very long ones."""
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         if value.dtype == torch.uint8 or key in ("step", "skipped"):
@@ -43,10 +43,10 @@ def states_agree(name, ours, theirs, grad):
         if name == "HFac" and key in ("exp_avg_row", "exp_avg_col"):  # means, whose terms may cancel
             scale = torch.maximum(scale, grad[grad.isfinite()].abs().max().to(value.dtype))
         error = (ours[key] - value).abs().max()
-        assert error <= SUMS[value.dtype] * scale, f"{key} is off by {error / scale:.3g} of {scale:.3g}"
+        assert error <= slack * SUMS[value.dtype] * scale, f"{key} is off by {error / scale:.3g} of {scale:.3g}"
 
 
-def params_agree(name, ours, theirs, lr):
+def params_agree(name, ours, theirs, before, lr, slack=1.0):
     """SMMF's parameter is the reference's to the bit: it depends on no sum of this step. H-Fac's depends on all."""
     if name == "SMMF":
         assert torch.equal(ours, theirs)
@@ -54,9 +54,10 @@ def params_agree(name, ours, theirs, lr):
     wide = torch.float64 if ours.dtype == torch.float64 else torch.float32
     ulp = torch.finfo(ours.dtype).eps * theirs.to(wide).abs()
     error = (ours.to(wide) - theirs.to(wide)).abs()
-    # The update itself is of order lr, up to a large ratio where a row has been quiet.
-    bound = ulp + 20 * lr * SUMS[wide]
-    assert (error <= bound).all(), f"off by {(error / bound).max():.3g} of the bound"
+    # The update is of order lr, and far larger where a row or a column has been quiet.
+    bound = ulp + 20 * slack * SUMS[wide] * (lr + (theirs.to(wide) - before.to(wide)).abs())
+    same = (ours == theirs) | (ours.isnan() & theirs.isnan())  # a float16 may have become infinite
+    assert (same | (error <= bound)).all(), f"off by {(error / bound)[~same].max():.3g} of the bound"
 
 
 @pytest.mark.skipif(not BACKENDS, reason="no backend but the reference is built here: hfac doctor says why")
@@ -77,9 +78,10 @@ def test_twenty_steps(backend, name, options, shape, dtype):
         if options == "skip" and step in (3, 4, 11) and grad.numel():
             grad.view(-1)[step % grad.numel()] = float("inf") if step == 3 else float("nan")
         param.grad = twin.grad = grad
+        before = param.detach().clone()
         optimizer.step()
         reference.step()
-        params_agree(name, param.detach(), twin.detach(), kwargs["lr"])
+        params_agree(name, param.detach(), twin.detach(), before, kwargs["lr"])
         states_agree(name, optimizer.state[param], reference.state[twin], grad)
     if options == "skip" and param.numel():
         assert optimizer.state[param]["skipped"] == 3
@@ -109,12 +111,13 @@ def test_a_list_with_gradients_of_another_type(backend, name, dtype, grad_dtype)
             q.data.copy_(p.data)
             reference.state[q] = copy.deepcopy(optimizer.state[p])
         grads = [gradient(shape, step, grad_dtype) for shape in shapes]
+        before = [p.detach().clone() for p in params]
         lists = ((optimizer, params), (reference, twins))
         for opt, tensors in lists:
             # A parameter's .grad must have its type, so lists go through the functional form.
             step_with(opt, tensors, grads)
-        for p, q, grad in zip(params, twins, grads, strict=True):
-            params_agree(name, p.detach(), q.detach(), kwargs["lr"])
+        for p, q, old, grad in zip(params, twins, before, grads, strict=True):
+            params_agree(name, p.detach(), q.detach(), old, kwargs["lr"])
             states_agree(name, optimizer.state[p], reference.state[q], grad)
 
 

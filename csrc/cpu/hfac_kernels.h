@@ -28,9 +28,10 @@ bool nonfinite_square(const void* grad, int64_t count, T elements) {
   return sum(poison[0] + poison[1]) != T(0);
 }
 
-// Sums of R rows, and their new r; reads from memory.
+// Sums of R rows, and their new r. Half of the next R rows, `next` elements further on, are called from memory
+// meanwhile.
 template <class T, class Sg, int R>
-HFAC_HD void hfac_row_sums(HfacStats<T>& a, int64_t i) {
+HFAC_HD void hfac_row_sums(HfacStats<T>& a, int64_t i, int64_t next) {
   constexpr int64_t L = Vec<T>::kLanes;
   const Sg* g[R];
   Vec<T> total[R], square[R];
@@ -40,8 +41,9 @@ HFAC_HD void hfac_row_sums(HfacStats<T>& a, int64_t i) {
   }
   int64_t j = 0;
   for (; j + L <= a.cols; j += L) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
+      if (r < R / 2) __builtin_prefetch(g[r] + next + j, 0, 2);
       const Vec<T> x = load(g[r] + j);
       total[r] = total[r] + x;
       square[r] = square[r] + x * x;
@@ -64,7 +66,7 @@ HFAC_HD void hfac_row_sums(HfacStats<T>& a, int64_t i) {
   }
 }
 
-// Column sums of the same rows, now in cache, while the next R rows are on their way.
+// Column sums of the same rows, now in cache, while the other half of the next R rows is on its way.
 template <class T, class Sg, int R>
 HFAC_HD void hfac_col_sums(const HfacStats<T>& a, int64_t i, int64_t next) {
   constexpr int64_t L = Vec<T>::kLanes;
@@ -78,7 +80,7 @@ HFAC_HD void hfac_col_sums(const HfacStats<T>& a, int64_t i, int64_t next) {
     Vec<T> total = load(static_cast<const T*>(a.col_sum + j));
     Vec<T> square = load(static_cast<const T*>(a.col_square + j));
     Vec<T> ratio = load(static_cast<const T*>(a.col_ratio + j));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Vec<T> xx = x[r] * x[r];
       total = total + x[r];
@@ -92,9 +94,9 @@ HFAC_HD void hfac_col_sums(const HfacStats<T>& a, int64_t i, int64_t next) {
   Vec<T> x[R];
   int64_t j = 0;
   for (; j + L <= a.cols; j += L) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(reinterpret_cast<const char*>(g[r] + next + j), 0, 2);
+      if (r >= R / 2) __builtin_prefetch(g[r] + next + j, 0, 2);
       x[r] = load(g[r] + j);
     }
     add(j, x);
@@ -105,17 +107,25 @@ HFAC_HD void hfac_col_sums(const HfacStats<T>& a, int64_t i, int64_t next) {
   }
 }
 
+// As many groups of R rows as there are; returns the first row beyond.
+template <class T, class Sg, int R>
+HFAC_HD int64_t hfac_stats_by(HfacStats<T>& a, int64_t i) {
+  for (; i + R <= a.rows; i += R) {
+    const int64_t next = i + 2 * R <= a.rows ? R * a.grad_stride : 0;
+    hfac_row_sums<T, Sg, R>(a, i, next);
+    hfac_col_sums<T, Sg, R>(a, i, next);
+  }
+  return i;
+}
+
 template <class T, class Sg>
 void hfac_stats(HfacStats<T>& a) {
   int64_t i = 0;
-  for (; i + kRowsAtOnce <= a.rows; i += kRowsAtOnce) {
-    hfac_row_sums<T, Sg, kRowsAtOnce>(a, i);
-    hfac_col_sums<T, Sg, kRowsAtOnce>(a, i, i + 2 * kRowsAtOnce <= a.rows ? kRowsAtOnce * a.grad_stride : 0);
-  }
-  for (; i < a.rows; ++i) {
-    hfac_row_sums<T, Sg, 1>(a, i);
-    hfac_col_sums<T, Sg, 1>(a, i, 0);
-  }
+#if HFAC_REGISTER > 32  // 32 registers hold eight rows; the columns' sums are then read and written half as often
+  i = hfac_stats_by<T, Sg, 8>(a, i);
+#endif
+  i = hfac_stats_by<T, Sg, kRowsAtOnce>(a, i);
+  hfac_stats_by<T, Sg, 1>(a, i);
 }
 
 template <class T, class Sw, class Sg, int R>
