@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install compare test bench doctor lint clean
+.PHONY: help install compare test sanitize fuzz bench doctor lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,12 @@ compare: $(INSTALLED) ## train a byte-level GPT on real text with AdamW, Adafact
 
 test: $(INSTALLED) ## run the tests (no GPU needed)
 	$(BIN)/python -m pytest $(ARGS)
+
+sanitize: $(INSTALLED) ## run the parity table on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python tests/sanitize.py $(ARGS)
+
+fuzz: $(INSTALLED) ## try random lists of tensors on every backend (HFAC_FUZZ_LISTS of them, 3000 if not set)
+	HFAC_FUZZ_LISTS=$${HFAC_FUZZ_LISTS:-3000} $(BIN)/python -m pytest -q tests/test_fuzz.py $(ARGS)
 
 bench: $(INSTALLED) ## measure every op and whole steps against their rivals (ARGS="--quick --plot")
 	$(BIN)/python -m bench $(ARGS)

@@ -360,6 +360,11 @@ py::dict info() {
 #else
   d["compiler"] = "g++ " __VERSION__;
 #endif
+#ifdef HFAC_SANITIZE
+  d["sanitize"] = HFAC_SANITIZE;
+#else
+  d["sanitize"] = "";
+#endif
   d["isa_compiled"] = hfac::levels_compiled();
   d["isa_usable"] = hfac::levels_usable();
   d["isa"] = hfac::level();

@@ -7,6 +7,8 @@
 
 #ifdef __CUDACC__
 #define HFAC_HD __host__ __device__ __forceinline__
+#elif defined(HFAC_SANITIZE)
+#define HFAC_HD inline  // what sanitizers add to a kernel with everything inlined would take ten minutes to compile
 #else
 #define HFAC_HD inline __attribute__((always_inline))
 #endif
