@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install compare test sanitize fuzz bench doctor lint clean
+.PHONY: help install compare test sanitize fuzz bench gpu-report doctor lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ fuzz: $(INSTALLED) ## try random lists of tensors on every backend (HFAC_FUZZ_LI
 
 bench: $(INSTALLED) ## measure every op and whole steps against their rivals (ARGS="--quick --plot")
 	$(BIN)/python -m bench $(ARGS)
+
+gpu-report: ## on a machine with a GPU, torch and nvcc: tests, sanitizers, measurements, profiles (ARGS=--quick)
+	$(PYTHON) -m bench.gpu_report $(ARGS)
 
 doctor: $(INSTALLED) ## which backends are here, and why others are not
 	$(BIN)/hfac doctor

@@ -32,6 +32,7 @@ class Contestant:
         tensors: parameters and states, made anew at every call because optimizers make theirs in the first step.
         traffic: bytes of one step, likewise.
         state_bytes: bytes of the whole state, likewise.
+        kept_bytes: bytes of workspace kept from step to step.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Contestant:
     tensors: Callable[[], list[Tensor]]
     traffic: Callable[[], traffic.Traffic]
     state_bytes: Callable[[], int]
+    kept_bytes: Callable[[], int] = lambda: 0
 
     @property
     def key(self) -> tuple[str, str]:
@@ -110,6 +112,7 @@ def op_contestant(op: str, backend: str, problem: Problem) -> Contestant | None:
         lambda: [*params, *flat],
         lambda: traffic.compulsory(params, grads, flat, reread),
         lambda: sum(map(traffic.size, flat)),
+        bound.workspace_bytes,
     )
 
 
@@ -144,4 +147,5 @@ def _whole(name: str, backend: str, optimizer: Optimizer, params: Sequence[Tenso
         lambda: [*params, *states()],
         counted,
         lambda: sum(traffic.size(value) for param in params for value in of_state(param).values()),
+        getattr(optimizer, "workspace_bytes", lambda: 0),
     )

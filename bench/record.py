@@ -38,13 +38,21 @@ def read(path: Path) -> dict[str, Row]:
         ) from error
 
 
-def write(path: Path, new: Sequence[Row]) -> None:
-    """Adds the rows to the file, in place of those with the same keys, and writes its tables anew."""
+def read_checks(path: Path) -> list[Row]:
+    """What `bench.gpu_report` checked on this kind of machine; nothing where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")).get("checks", []) if path.exists() else []
+
+
+def write(path: Path, new: Sequence[Row], checks: Sequence[Row] = ()) -> None:
+    """Adds the rows to the file, in place of those with the same keys, and writes its tables anew. ``checks``, where
+    given, take the place of the earlier ones: dicts with name, result, seconds, said, date and machine."""
     rows = read(path) | {row_key(row): row for row in new}
+    checks = list(checks) or read_checks(path)
     ordered = dict(sorted(rows.items(), key=lambda item: _place(item[1])))
-    _replace(path, json.dumps({"rows": ordered}, indent=1, allow_nan=False) + "\n")
-    first = next(iter(ordered.values()))
-    _replace(path.with_suffix(".md"), report.markdown(first["machine"], list(ordered.values())))
+    contents = {"checks": checks, "rows": ordered} if checks else {"rows": ordered}
+    _replace(path, json.dumps(contents, indent=1, allow_nan=False) + "\n")
+    first = next(iter(ordered.values()), None) or checks[0]
+    _replace(path.with_suffix(".md"), report.markdown(first["machine"], list(ordered.values()), checks))
 
 
 def _place(row: Row) -> tuple:

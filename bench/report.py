@@ -21,8 +21,10 @@ COLUMNS = {
     "brackets, the quantiles of 20 and 80 % of the ratios round by round",
     "x ref": "how many times as fast as the same thing in plain torch (the reference)",
     "x eager": "SMMF only: how many times as fast as an SMMF written the usual way in eager torch",
-    "temp B": "peak of the memory held for a while during the step, in bytes per parameter",
+    "temp B": "peak of the memory held for a while during the step, with the workspace that is kept from step to step, "
+    "in bytes per parameter",
     "state B": "memory of the optimizer's state, in bytes per parameter",
+    "launches": "kernels that one call launches on the GPU",
 }
 
 
@@ -80,8 +82,9 @@ def cells(row: Row) -> list[str]:
         f"{adamw['median']:.2f} [{adamw['q20']:.2f}-{adamw['q80']:.2f}]" if adamw else "",
         times("reference"),
         times("SMMF, eager torch"),
-        f"{row['transient_bytes_per_param']:.3g}",
+        f"{row['transient_bytes_per_param'] + row['kept_bytes_per_param']:.3g}",
         f"{row['state_bytes_per_param']:.3g}",
+        "" if row["launches"] is None else str(row["launches"]),
     ]
 
 
@@ -99,9 +102,14 @@ def text_table(rows: Sequence[Row]) -> str:
     )
 
 
-def markdown(machine: str, rows: Sequence[Row]) -> str:
-    """The whole file of a machine: one table per case, grouped by what the rows were measured with."""
+def markdown(machine: str, rows: Sequence[Row], checks: Sequence[Row] = ()) -> str:
+    """The whole file of a machine: what was checked there, and one table per case, grouped by what the rows were
+    measured with."""
     parts = [f"# {machine}", "Written by `python -m bench`; the numbers in full stand in the JSON file beside it."]
+    if checks:
+        lines = ["| check | result | seconds | what it said last |", "| --- | --- | ---: | --- |"]
+        lines += [f"| {c['name']} | {c['result']} | {c['seconds']:.0f} | {_cell(c['said'])} |" for c in checks]
+        parts.append(f"## Checks, {checks[0]['date']}\n\n" + "\n".join(lines))
     parts.append("\n".join(f"- **{name}**: {meaning}" for name, meaning in COLUMNS.items()))
     cases: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -115,6 +123,10 @@ def markdown(machine: str, rows: Sequence[Row]) -> str:
         lines += ["| " + " | ".join(cells(row)) + " |" for row in members]
         parts.append(f"### {case_title(members[0])}\n\n" + "\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _digits(value: float) -> str:

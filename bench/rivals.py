@@ -1,5 +1,7 @@
 """What the optimizers are measured against: torch's own, and SMMF as one writes it down in eager torch."""
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -91,5 +93,28 @@ RIVALS: dict[tuple[str, str], Callable[[Iterable[Tensor]], Optimizer]] = {
     ("Adafactor", "torch"): lambda params: torch.optim.Adafactor(params, lr=LR, weight_decay=WEIGHT_DECAY),
     ("SMMF", "eager torch"): lambda params: EagerSMMF(params, lr=LR, weight_decay=WEIGHT_DECAY),
 }
+
+
+def peers() -> dict[tuple[str, str], Callable[[Iterable[Tensor]], Optimizer]]:
+    """Optimizers of other packages with little state, of those that can be imported."""
+    found: dict[tuple[str, str], Callable[[Iterable[Tensor]], Optimizer]] = {}
+    for package, module, name, options in (
+        ("torchao", "torchao.optim", "AdamW8bit", {}),
+        ("bitsandbytes", "bitsandbytes.optim", "AdamW8bit", {}),
+        ("flashoptim", "flashoptim", "FlashAdamW", {}),
+        ("adv_optm", "adv_optm", "AdamW_adv", {"nnmf_factor": True}),
+    ):
+        if importlib.util.find_spec(package) is None:
+            continue
+
+        def build(params: Iterable[Tensor], module=module, name=name, options=options) -> Optimizer:
+            cls = getattr(importlib.import_module(module), name)
+            return cls(params, lr=LR, weight_decay=WEIGHT_DECAY, **options)
+
+        found[name, package] = build
+    return found
+
+
 YARDSTICK = ("AdamW", "torch fused")
 EAGER_SMMF = ("SMMF", "eager torch")
+RIVALS.update(peers())

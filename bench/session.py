@@ -1,13 +1,13 @@
 """One run of the benchmark: gates, then case by case the measurements, as rows."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from bench import machine, memory, record, report, shapes, timing
+from bench import launches, machine, memory, record, report, shapes, timing
 from bench.contestants import (
     OPTIMIZERS,
     Contestant,
@@ -35,6 +35,8 @@ class Plan:
         shapes: names as `bench.shapes.parse` takes them.
         rounds, seconds: as `bench.timing.measure` takes them.
         quick: kept with the rows.
+        reference: whether the reference is measured even where it is not among the backends; not for lists so large
+            that its temporaries have no room.
     """
 
     ops: tuple[str, ...]
@@ -46,6 +48,7 @@ class Plan:
     rounds: int
     seconds: float
     quick: bool
+    reference: bool = True
 
 
 @dataclass
@@ -84,19 +87,23 @@ class Session:
             green = [backend for backend in self.plan.backends if self._green(op, backend, dtype)]
             if not green or not sum(param.numel() for param in params):
                 continue
-            backends = dict.fromkeys((*green, "reference"))
-            mine = [op_contestant(op, backend, problem) for backend in backends]
+            mine = [op_contestant(op, backend, problem) for backend in self._with_reference(green)]
             rivals = self._rivals([YARDSTICK], params)
             yield "op", op, [contestant for contestant in (*mine, *rivals) if contestant is not None]
         steps = [
             step_contestant(optimizer, backend, problem.params)
             for optimizer in self.plan.optimizers
-            for backend in dict.fromkeys((*self.plan.backends, "reference"))
+            for backend in self._with_reference(self.plan.backends)
             if all([self._green(op, backend, dtype) for op in ops_of(optimizer)])
         ]
         if steps:
             wanted = [rival for rival in RIVALS if rival[0] not in OPTIMIZERS or rival[0] in self.plan.optimizers]
+            if not self.plan.reference:
+                wanted.remove(EAGER_SMMF)
             yield "step", "step", [*steps, *self._rivals(wanted, problem.params)]
+
+    def _with_reference(self, backends: Iterable[str]) -> list[str]:
+        return list(dict.fromkeys((*backends, "reference") if self.plan.reference else backends))
 
     def _green(self, op: str, backend: str, dtype: str) -> bool:
         """Whether the op may be timed; the reference is what it is compared to."""
@@ -117,8 +124,12 @@ class Session:
             try:
                 contestant = rival_contestant(rival, params)
                 contestant.call()
-            except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-                self.say(f"{', '.join(rival)}: left out, torch {torch.__version__} refuses it here ({error})")
+            except (ImportError, AttributeError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                self.say(f"{', '.join(rival)}: left out, it cannot be carried out here ({reason})")
+                contestant = None  # with the states that it made before it ran out of memory
+                if self.plan.device.type == "cuda":
+                    torch.cuda.empty_cache()
                 continue
             able.append(contestant)
         return able
@@ -173,7 +184,9 @@ class Session:
                     if rival in samples and rival != contestant.key
                 },
                 "transient_bytes_per_param": memory.peak_transient_bytes(contestant.call, device) / elements,
+                "kept_bytes_per_param": contestant.kept_bytes() / elements,
                 "state_bytes_per_param": contestant.state_bytes() / elements,
+                "launches": launches.count(contestant.call, device),
                 "quick": self.plan.quick,
                 "number": len(self.rows) + len(rows),
                 **self._setting,

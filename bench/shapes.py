@@ -52,10 +52,19 @@ def resnet50() -> list[Shape]:
     return [*shapes, (1000, into), (1000,)]
 
 
+def llama3_8b(layers: int = 32) -> list[Shape]:
+    """The 291 parameters of Llama-3-8B, 8.03e9 elements (with fewer ``layers``: embedding, head and those)."""
+    d, hidden, kv, vocabulary = 4096, 14336, 1024, 128256
+    layer: list[Shape] = [(d, d), (kv, d), (kv, d), (d, d), (hidden, d), (hidden, d), (d, hidden), (d,), (d,)]
+    return [(vocabulary, d), *(layers * layer), (d,), (vocabulary, d)]
+
+
 #: name on the command line -> (what it is, the list)
 NAMED: dict[str, tuple[str, Callable[[], list[Shape]]]] = {
     "gpt2": ("GPT-2 124M, all parameters", gpt2),
     "resnet50": ("ResNet-50, all parameters", resnet50),
+    "llama3-8b": ("Llama-3-8B, all parameters (16 GB of parameters in bfloat16, as much of gradients)", llama3_8b),
+    "llama3-8b-4": ("Llama-3-8B, embedding, head and 4 of 32 layers", lambda: llama3_8b(4)),
     "hostile": ("scalars, primes, single rows, empty tensors, five dimensions", lambda: list(cases.SHAPES)),
 }
 FULL = ("4096x4096", "16x 1024x1024", "200x 1024", "400x 768 + 100x 64x64", "gpt2", "resnet50")

@@ -264,6 +264,10 @@ class Group:
         """Parameters and states lie where they lay, and the gradients have the types that they had."""
         return list(map(_DTYPE, grads)) == self._grad_dtypes and all(bucket.call.holds() for bucket in self._buckets)
 
+    def workspace_bytes(self) -> int:
+        """Bytes on the device that fused kernels keep from step to step."""
+        return sum(bucket.call.workspace_bytes() for bucket in self._buckets)
+
     def prepare(self, grads: Sequence[Tensor], **options: Any) -> Callable[[], None] | None:
         """Checks a step with these gradients and returns it, yet to be made; ``options`` are those of `hfac` or `smmf`
         that are no tensors' lists. None where the steps of one bucket have come apart: it must be bound anew."""

@@ -183,6 +183,10 @@ class Bound:
         params = [list(map(get, self._params)) for get in (Tensor.data_ptr, _DTYPE, _SHAPE, Tensor.stride)]
         return params + [list(map(Tensor.data_ptr, tensors)) for tensors in self._states.values()]
 
+    def workspace_bytes(self) -> int:
+        """Bytes on the device that the backend keeps from step to step."""
+        return getattr(self._step, "workspace_bytes", lambda: 0)()
+
     def prepare(self, grads: Tensors, nonfinite: Tensor | None = None, **scalars: Any) -> Callable[[], None]:
         """Checks a step with these gradients and returns it, yet to be made."""
         if len(grads) != len(self._params):

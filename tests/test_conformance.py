@@ -164,7 +164,8 @@ def test_schedulers(cls, name, tensor_lr):
             manual.step()
             scheduler.step(*([1.0] if name == "plateau" else []))
     assert len({tuple(rates) for rates in seen}) > 1  # it did schedule
-    assert all(isinstance(group["lr"], torch.Tensor) == tensor_lr for group in optimizer.param_groups)
+    if name != "plateau":  # which, in older versions of torch, puts a number in the tensor's place
+        assert all(isinstance(group["lr"], torch.Tensor) == tensor_lr for group in optimizer.param_groups)
     assert bits(params) == bits(by_hand)
 
 

@@ -180,6 +180,10 @@ class FactoredOptimizer(Optimizer):
                 "change it)."
             )
 
+    def workspace_bytes(self) -> int:
+        """Bytes on the device that fused kernels keep from step to step beside the state; 0 before the first step."""
+        return sum(group.workspace_bytes() for _, group in self._bound.values())
+
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim: {"state": {index: {key: tensor}}, "param_groups": [...]}, plain tensors that share memory
         with the state."""

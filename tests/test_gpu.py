@@ -1,0 +1,221 @@
+"""The backends of a GPU on that GPU: parity with the reference, CUDA graphs, streams, no waiting for the device.
+
+Without a GPU there is nothing here to run: the CUDA kernels run on the host in tests/test_cuda_emulated.py. Names with
+"sanitized" are what `make gpu-report` runs under compute-sanitizer.
+"""
+
+import copy
+
+import pytest
+import torch
+from cases import OPTIONS, SHAPES, gradient
+from running import bits, gradients, parameters
+from test_parity import ieee_square_roots, params_agree, states_agree  # noqa: F401 (a fixture)
+from torch.nn import Parameter
+
+import hfac
+from hfac import backends
+
+if not torch.cuda.is_available():
+    pytest.skip("there is no GPU here", allow_module_level=True)
+
+DEVICE = torch.device("cuda")
+BACKENDS = [name for name in backends.available(DEVICE) if name != "reference"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LARGE = [(300, 2100), (2100, 300), (40, 20000), (1024, 4096), (50257, 16)]
+FEW = [(24, 18), (127, 129), (300, 2100), (1024,), (7,), ()]
+BOTH = pytest.mark.parametrize("name", OPTIONS)
+EACH = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def on_device(param, dtype=None):
+    return Parameter(param.detach().to(DEVICE, dtype))
+
+
+def compared(name, backend, kwargs, shapes, dtype, steps, layout=lambda x: x):
+    """Steps on the GPU beside steps of the reference on the CPU, each from the same state."""
+    params = [Parameter(gradient(shape, i, dtype).to(DEVICE)) for i, shape in enumerate(shapes)]
+    twins = [Parameter(param.detach().cpu()) for param in params]
+    optimizer = getattr(hfac, name)(params, **kwargs, backend=backend)
+    reference = getattr(hfac, name)(twins, **kwargs, backend="reference")
+    for step in range(1, steps + 1):
+        before = []
+        for i, (param, twin) in enumerate(zip(params, twins, strict=True)):
+            twin.data.copy_(param.data)
+            before.append(twin.detach().clone())
+            reference.state[twin] = {key: value.cpu().clone() for key, value in optimizer.state[param].items()}
+            twin.grad = gradient(tuple(param.shape), 100 * step + i, dtype)
+            if kwargs.get("nonfinite") == "skip" and step == 2 and i % 2 and twin.grad.numel():
+                twin.grad.view(-1)[-1] = float("inf")
+            param.grad = layout(twin.grad.to(DEVICE))
+        optimizer.step()
+        reference.step()
+        for param, twin, old in zip(params, twins, before, strict=True):
+            slack = max(1.0, max(param.shape, default=1) ** 0.5 / 16)
+            params_agree(name, param.detach().cpu(), twin.detach(), old, kwargs["lr"], slack)
+            ours = {key: value.cpu() for key, value in optimizer.state[param].items()}
+            states_agree(name, ours, reference.state[twin], twin.grad, slack)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "options"), [(name, key) for name, rows in OPTIONS.items() for key in rows])
+def test_parity(name, options, dtype, backend):
+    compared(name, backend, OPTIONS[name][options], [*SHAPES, *LARGE], dtype, steps=4)
+
+
+@EACH
+@BOTH
+def test_sanitized_parity(name, backend):
+    for dtype in DTYPES:
+        compared(name, backend, OPTIONS[name]["all"], FEW, dtype, steps=2)
+    compared(name, backend, OPTIONS[name]["skip"], FEW, torch.bfloat16, steps=2)
+
+
+@EACH
+@BOTH
+def test_twenty_steps_of_every_shape(name, backend):
+    compared(name, backend, OPTIONS[name]["all"], SHAPES, torch.float32, steps=20)
+
+
+@EACH
+@BOTH
+def test_gradients_that_are_not_contiguous(name, backend):
+    compared(
+        name,
+        backend,
+        OPTIONS[name]["all"],
+        [(24, 18), (65, 33), (8, 3, 5, 5)],
+        torch.bfloat16,
+        2,
+        lambda grad: grad.transpose(0, -1).contiguous().transpose(0, -1),
+    )
+
+
+def run(name, backend, steps, use_graph, dtype=torch.float32, **kwargs):
+    """Steps with a learning rate that changes; with ``use_graph`` the later ones are replays."""
+    shapes = [(24, 18), (300, 2100), (1024,), (7,), (4096,)]
+    params = [on_device(param) for param in parameters(shapes, dtype)]
+    lr = torch.tensor(0.01, device=DEVICE)
+    optimizer = getattr(hfac, name)(params, lr=lr, backend=backend, capturable=True, weight_decay=0.1, **kwargs)
+    static = [torch.zeros_like(param) for param in params]
+    for param, grad in zip(params, static, strict=True):
+        param.grad = grad
+
+    def feed(step):
+        for target, param in zip(static, parameters(shapes, dtype, seed=50 + step), strict=True):
+            target.copy_(param.detach())
+        lr.fill_(0.01 / (step + 1))
+
+    graph = None
+    for step in range(steps):
+        feed(step)
+        if use_graph and step == 3:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+        if graph is not None:
+            graph.replay()
+        else:
+            optimizer.step()
+    torch.cuda.synchronize()
+    return bits([[p.cpu() for p in params], [{k: v.cpu() for k, v in optimizer.state[p].items()} for p in params]])
+
+
+@EACH
+@BOTH
+def test_a_replayed_graph_equals_eager_steps(name, backend):
+    assert run(name, backend, 8, True) == run(name, backend, 8, False)
+
+
+@EACH
+@BOTH
+def test_two_runs_have_the_same_bits(name, backend):
+    assert run(name, backend, 5, False, torch.bfloat16) == run(name, backend, 5, False, torch.bfloat16)
+
+
+@EACH
+@BOTH
+@pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
+def test_a_step_does_not_wait_for_the_device(name, backend, capturable):
+    params = [on_device(param) for param in parameters([(24, 18), (300, 2100), (1024,)])]
+    optimizer = getattr(hfac, name)(params, backend=backend, capturable=capturable)
+    gradients(params, 0)
+    for _ in range(2):
+        optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@EACH
+@BOTH
+def test_on_a_stream_of_its_own(name, backend):
+    expected, got = [], []
+    for stream, found in ((None, expected), (torch.cuda.Stream(), got)):
+        params = [on_device(param) for param in parameters([(300, 2100), (1024,)])]
+        optimizer = getattr(hfac, name)(params, backend=backend)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            for step in range(4):
+                gradients_on_device(params, step)
+                optimizer.step()
+        torch.cuda.synchronize()
+        found += bits([param.cpu() for param in params])
+    assert got == expected
+
+
+def gradients_on_device(params, seed):
+    for i, param in enumerate(params):
+        param.grad = gradient(tuple(param.shape), 10 * seed + i, param.dtype).to(DEVICE)
+
+
+@EACH
+@BOTH
+def test_a_step_allocates_nothing_of_the_parameters_size(name, backend):
+    params = [Parameter(torch.rand(4096, 4096, device=DEVICE, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = getattr(hfac, name)(params, backend=backend)
+    for param in params:
+        param.grad = torch.rand_like(param)
+    optimizer.step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    optimizer.step()
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before + optimizer.workspace_bytes() <= 0.04 * 2 * 2 * 4096**2
+
+
+@EACH
+@BOTH
+def test_beyond_two_to_the_31_elements(name, backend):
+    if torch.cuda.get_device_properties(DEVICE).total_memory < 40e9:
+        pytest.skip("needs a GPU with 40 GB")
+    shape = (2**16 + 8, 2**15 + 8)
+    param = Parameter(torch.ones(shape, device=DEVICE, dtype=torch.bfloat16))
+    options = {"beta": 0.0} if name == "SMMF" else {}
+    optimizer = getattr(hfac, name)([param], backend=backend, lr=0.25, **options)
+    param.grad = torch.full(shape, 0.5, device=DEVICE, dtype=torch.bfloat16)
+    param.grad[-1] = -0.5
+    optimizer.step()
+    # SMMF: 1 - 0.25 sign(g). H-Fac: |U| = 1 everywhere, and so is its rms; the averages are the means, no drift.
+    assert torch.equal(param[-1, -8:], torch.full((8,), 1.25, device=DEVICE, dtype=torch.bfloat16))
+    assert torch.equal(param[0, :8], torch.full((8,), 0.75, device=DEVICE, dtype=torch.bfloat16))
+    assert (param[:-1] == 0.75).all() and (param[-1] == 1.25).all()
+
+
+@EACH
+@BOTH
+def test_a_checkpoint_goes_on_on_the_cpu(name, backend):
+    params = [on_device(param) for param in parameters([(24, 18), (7,)])]
+    optimizer = getattr(hfac, name)(params, backend=backend)
+    gradients_on_device(params, 0)
+    optimizer.step()
+    twins = [Parameter(param.detach().cpu()) for param in params]
+    other = getattr(hfac, name)(twins)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for param, twin in zip(params, twins, strict=True):
+        ours = {key: value.cpu() for key, value in optimizer.state[param].items()}
+        assert bits(ours) == bits(dict(other.state[twin]))
