@@ -268,9 +268,17 @@ class Group:
         """Bytes on the device that fused kernels keep from step to step."""
         return sum(bucket.call.workspace_bytes() for bucket in self._buckets)
 
-    def prepare(self, grads: Sequence[Tensor], **options: Any) -> Callable[[], None] | None:
+    def prepare(
+        self,
+        grads: Sequence[Tensor],
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        **options: Any,
+    ) -> Callable[[], None] | None:
         """Checks a step with these gradients and returns it, yet to be made; ``options`` are those of `hfac` or `smmf`
-        that are no tensors' lists. None where the steps of one bucket have come apart: it must be bound anew."""
+        that are no tensors' lists, ``grad_scale`` and ``found_inf`` as `ops.Bound.prepare` takes them. None where the
+        steps of one bucket have come apart: it must be bound anew."""
         scalars = {
             **self._algorithm.scalars(options),
             "maximize": options["maximize"],
@@ -291,7 +299,10 @@ class Group:
             if bucket.skipped is not None:
                 flags = torch.zeros(len(bucket.steps), dtype=torch.int32, device=bucket.steps[0].device)
             decays = self._algorithm.decays(t, options)
-            calls.append((bucket, bucket.call.prepare(bucket.of(grads), flags, **decays, **scalars), flags))
+            call = bucket.call.prepare(
+                bucket.of(grads), flags, grad_scale=grad_scale, found_inf=found_inf, **decays, **scalars
+            )
+            calls.append((bucket, call, flags))
 
         def run() -> None:
             for bucket, call, flags in calls:
@@ -301,6 +312,8 @@ class Group:
                     left = flags.unbind()
                     torch._foreach_add_(bucket.skipped, left)
                     torch._foreach_sub_(bucket.steps, left)
+                if found_inf is not None:
+                    torch._foreach_sub_(bucket.steps, [found_inf.view(())] * len(bucket.steps))
 
         return run
 

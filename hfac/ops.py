@@ -166,6 +166,7 @@ class Bound:
         _check_params(self._params)
         _check_states(op, self._params, self._states)
         module = backends.resolve(backend, self._device)
+        self._unscales = getattr(module, "UNSCALES", False)
         if hasattr(module, "bind"):
             self._step = module.bind(op, self._params, self._states)
         else:
@@ -187,8 +188,22 @@ class Bound:
         """Bytes on the device that the backend keeps from step to step."""
         return getattr(self._step, "workspace_bytes", lambda: 0)()
 
-    def prepare(self, grads: Tensors, nonfinite: Tensor | None = None, **scalars: Any) -> Callable[[], None]:
-        """Checks a step with these gradients and returns it, yet to be made."""
+    def prepare(
+        self,
+        grads: Tensors,
+        nonfinite: Tensor | None = None,
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        **scalars: Any,
+    ) -> Callable[[], None]:
+        """Checks a step with these gradients and returns it, yet to be made.
+
+        ``grad_scale`` and ``found_inf`` are what `torch.amp.GradScaler` hands to an optimizer that unscales gradients
+        itself: float32 tensors of one element. Gradients are divided by the one, and nothing is written where the other
+        is not zero. The CUDA kernels do both as they go; for other backends gradients are divided in place, as the
+        scaler would do it, and found_inf is read on the host.
+        """
         if len(grads) != len(self._params):
             raise ValueError(f"grads must have one entry per parameter ({len(self._params)}), got {len(grads)}")
         if (scalars["beta1"] is not None) != self._first:
@@ -203,7 +218,28 @@ class Bound:
                 f"nonfinite must be an int32 tensor of shape ({len(grads)},) on {self._device}, got {nonfinite.dtype} "
                 f"{tuple(nonfinite.shape)} on {nonfinite.device}"
             )
-        return partial(self._step, grads, nonfinite=nonfinite, **scalars)
+        step = partial(self._step, grads, nonfinite=nonfinite, **scalars)
+        given = {"grad_scale": grad_scale, "found_inf": found_inf}
+        scaling = {name: tensor for name, tensor in given.items() if tensor is not None}
+        for name, tensor in scaling.items():
+            if tensor.numel() != 1 or tensor.dtype != torch.float32 or tensor.device != self._device:
+                raise ValueError(
+                    f"{name} must be one float32 on {self._device}, as torch.amp.GradScaler passes it, got "
+                    f"{tensor.numel()} of {tensor.dtype} on {tensor.device}"
+                )
+        if not scaling or self._unscales:
+            return partial(step, **scaling)
+
+        def unscaled() -> None:
+            if found_inf is not None and found_inf.item():
+                if nonfinite is not None:
+                    nonfinite.zero_()
+                return
+            if grad_scale is not None:
+                torch._foreach_div_(list(grads), grad_scale)
+            step()
+
+        return unscaled
 
     def _check_grads(self, grads: Tensors) -> None:
         if (

@@ -753,6 +753,45 @@ def test_skip_reads_nothing_on_the_host(cls):
 
 
 @BOTH
+@pytest.mark.parametrize("clip", [False, True], ids=["scaled", "unscaled-before"])
+def test_amp_scaling_leaves_the_scaler_nothing_to_do(cls, clip):
+    """Every bit as where the scaler unscales and decides by itself, and no step is counted that was not made."""
+    runs = []
+    for amp_scaling in (False, True):
+        params = parameters()
+        optimizer = cls(params, **OPTIONS[cls], amp_scaling=amp_scaling)
+        assert optimizer._step_supports_amp_scaling == amp_scaling
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step in range(5):
+            gradients(params, step)
+            for param in params:
+                param.grad *= float(scaler.scale(torch.ones(())))
+            if step in (0, 2):
+                params[3].grad.fill_(INF)
+            if clip:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(params, 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == 256.0
+        assert all(float(optimizer.state[param]["step"]) == 3 for param in params)
+        runs.append(bits([params, [optimizer.state[param] for param in params]]))
+    assert runs[0] == runs[1]
+
+
+@BOTH
+def test_amp_scaling_takes_what_a_scaler_passes_and_nothing_else(cls):
+    params = parameters()
+    optimizer = cls(params, amp_scaling=True)
+    gradients(params, 0)
+    before = bits(params)
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(2), torch.zeros(())
+    with pytest.raises(ValueError, match=r"grad_scale must be one float32 on cpu, .*GradScaler"):
+        optimizer.step()
+    assert bits(params) == before
+
+
+@BOTH
 def test_grad_scaler_on_the_cpu(cls):
     """The scaler skips the whole step where a gradient overflowed, and unscales before any other step."""
     model, twin = nn.Linear(6, 4), nn.Linear(6, 4)

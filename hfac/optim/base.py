@@ -25,10 +25,11 @@ _COMMON_RULES: dict[str, options.Rule] = {
     "maximize": options.flag,
     "capturable": options.flag,
     "nonfinite": options.choice(*NONFINITE),
+    "amp_scaling": options.flag,
     "backend": options.choice(*backends.NAMES),
 }
 #: how a step is carried out, not what it computes: kept from the running optimizer when a checkpoint is loaded
-_EXECUTION = ("capturable", "backend")
+_EXECUTION = ("capturable", "backend", "amp_scaling")
 
 
 class FactoredOptimizer(Optimizer):
@@ -36,7 +37,8 @@ class FactoredOptimizer(Optimizer):
 
     State is made when parameters are added, as plain tensors: factors or moments in float32 (float64 for float64
     parameters), ``step`` as a 0-d float32 tensor on the host, and with nonfinite="skip" the count ``skipped``. With
-    ``capturable`` or "skip" the step lives beside the parameter, because only the device knows it then.
+    ``capturable``, "skip" or ``amp_scaling`` the step lives beside the parameter, because only the device knows it
+    then.
     """
 
     #: name of the subclass's functional form, and every state key that it takes lists of
@@ -62,6 +64,11 @@ class FactoredOptimizer(Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._forget()
         super().__init__(params, self._checked(defaults))
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What `torch.amp.GradScaler` looks for: it then leaves unscaling, and the decision to step, to `step`."""
+        return any(group["amp_scaling"] for group in self.param_groups)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fills in what an optimizer pickled by an older version, or by torch with steps as numbers, does not have."""
@@ -129,6 +136,8 @@ class FactoredOptimizer(Optimizer):
         if not grads:
             return None
         options = self._options(group)
+        # Set for the time of one call by a GradScaler that leaves unscaling to the step.
+        options.update(grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None))
         try:
             bound = self._bound.get(group_index)
             if bound is not None and bound[0] == present and bound[1].holds(grads):
@@ -161,7 +170,7 @@ class FactoredOptimizer(Optimizer):
             [state["step"] for state in states],
             [state["skipped"] for state in states] if group["nonfinite"] == "skip" else None,
             group.get("beta", 0.0) is not None,
-            group["capturable"],
+            group["capturable"] or group["amp_scaling"],
             group["backend"],
         )
 
@@ -273,7 +282,7 @@ class FactoredOptimizer(Optimizer):
         live = set()
         for group in self.param_groups:
             skip = group["nonfinite"] == "skip"
-            beside = skip or group["capturable"]
+            beside = _steps_beside(group)
             for param in group["params"]:
                 state = self.state.get(param)
                 if state is None:
@@ -301,7 +310,7 @@ class FactoredOptimizer(Optimizer):
         """Every key of a parameter's state, on the device and of the type it must have; what is new is zero."""
         layout = {key: (shape, dtype, param.device) for key, (shape, dtype) in self._layout(param, group).items()}
         skip = group["nonfinite"] == "skip"
-        layout["step"] = (), torch.float32, param.device if skip or group["capturable"] else _HOST
+        layout["step"] = (), torch.float32, param.device if _steps_beside(group) else _HOST
         if skip:
             layout["skipped"] = (), torch.int32, param.device
         if not param.is_meta and any(value.is_meta for value in state.values()):
@@ -409,7 +418,7 @@ class _Seen:
     @staticmethod
     def _execution(optimizer: FactoredOptimizer) -> list[tuple[Any, ...]]:
         return [
-            (group["backend"], group["capturable"], group["nonfinite"], group.get("beta", 0.0) is None)
+            (group["backend"], _steps_beside(group), group["nonfinite"], group.get("beta", 0.0) is None)
             for group in optimizer.param_groups
         ]
 
@@ -419,6 +428,11 @@ def _same(now: Collection[Any], then: Collection[Any]) -> bool:
 
 
 _HOST = torch.device("cpu")
+
+
+def _steps_beside(group: Mapping[str, Any]) -> bool:
+    """Whether steps live beside their parameters: where only the device knows whether one was made, or reads them."""
+    return group["nonfinite"] == "skip" or group["capturable"] or group["amp_scaling"]
 
 
 def _described(tensor: Tensor) -> str:

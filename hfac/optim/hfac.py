@@ -39,6 +39,9 @@ class HFac(FactoredOptimizer):
             parameter and its state as they are, without synchronising the device, and counts it in
             ``state[p]["skipped"]``. A rank-1 state spreads one NaN over a whole matrix for ever. An
             element also counts as non-finite when its square times the number of elements overflows.
+        amp_scaling: leave unscaling, and whether to step at all, to the step when a `torch.amp.GradScaler` drives it,
+            as torch's fused optimizers do: the CUDA kernels then do both as they go, and the host waits for nothing
+            (default False, because some trainers refuse gradient clipping with such an optimizer).
 
     State of a parameter (k is `hfac.matricize.cut` of its shape): ``exp_avg_row``, ``exp_avg_sq_row`` of shape
     p.shape[:k], ``exp_avg_col``, ``exp_avg_sq_col`` of shape p.shape[k:]; or ``exp_avg``, ``exp_avg_sq`` of p.shape;
@@ -73,6 +76,7 @@ class HFac(FactoredOptimizer):
         capturable: bool = False,
         backend: str = "auto",
         nonfinite: str = "propagate",
+        amp_scaling: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -85,6 +89,7 @@ class HFac(FactoredOptimizer):
             capturable=capturable,
             backend=backend,
             nonfinite=nonfinite,
+            amp_scaling=amp_scaling,
         )
         super().__init__(params, defaults)
 
