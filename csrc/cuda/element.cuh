@@ -240,6 +240,8 @@ struct BulkAccess {
   using Param = Raw<Sw>;
   using Grad = Raw<Sg>;
   static constexpr bool kWhole = true;
+  // Rows whose loads SMMF issues together: 64 bytes, or too few registers are left for the arithmetic.
+  static constexpr int kRows = sizeof(Sw) + sizeof(Sg) <= 4 ? 2 : 1;
 
   static HFAC_DEVICE Grad grad(const Operand& o, const int64_t*, int64_t at, int, bool last) {
     return load_raw(global(static_cast<const Sg*>(o.data)) + at, last);
@@ -272,6 +274,7 @@ struct AnyAccess {
   using Param = Eight;
   using Grad = Eight;
   static constexpr bool kWhole = false;
+  static constexpr int kRows = 1;
 
   static HFAC_DEVICE Grad grad(const Operand& o, const int64_t* layouts, int64_t at, int count, bool) {
     Eight e;

@@ -52,7 +52,7 @@ struct Stats {
         lanes(it_.tiling.lanes),
         x(static_cast<int>(threadIdx.x) % it_.tiling.lanes),
         y(static_cast<int>(threadIdx.x) / it_.tiling.lanes),
-        ys(kStatsThreads / it_.tiling.lanes),
+        ys(static_cast<int>(blockDim.x) / it_.tiling.lanes),
         warps(it_.tiling.lanes > kWarp ? it_.tiling.lanes / kWarp : 1),
         width(it_.tiling.lanes < kWarp ? it_.tiling.lanes : kWarp),
         tile_rows(static_cast<int>(it_.rows - static_cast<int64_t>(part) * it_.tiling.rows < it_.tiling.rows
@@ -104,7 +104,7 @@ struct Stats {
   HFAC_DEVICE void finish_rows(int base, int batch) {
     __syncthreads();
     const T eps_sum = static_cast<T>(static_cast<double>(cols) * a.scalars.eps);
-    for (int k = static_cast<int>(threadIdx.x); k < batch; k += kStatsThreads) {
+    for (int k = static_cast<int>(threadIdx.x); k < batch; k += static_cast<int>(blockDim.x)) {
       if (base + k >= tile_rows) continue;
       T sum = T(0), square = T(0);
       for (int w = 0; w < warps; ++w) {
@@ -125,23 +125,24 @@ struct Stats {
   }
 };
 
-// Rows of up to kVectors * 4096 elements; the columns' sums stay in registers for the whole tile. Short rows are held
+// Keeps loads on their side: the columns' sums leave no registers for loads that the compiler would like to hoist.
+HFAC_DEVICE void keep_order() { asm volatile("" ::: "memory"); }
+
+// Rows of up to kVectors vectors per thread; the columns' sums stay in registers for the whole tile. Short rows are held
 // in registers between their own sums and their columns'; longer ones are read again while they are in L1.
 template <class A, int kVectors>
-__global__ void __launch_bounds__(kStatsThreads) hfac_stats(Arguments a) {
+__global__ void __launch_bounds__(kVectors == 1 ? kStatsThreads : kLongThreads, 1) hfac_stats(Arguments a) {
   using T = typename A::T;
   __shared__ StatsShared<T> shared;
   if (skipped(a)) return;
   const Tile tile = tile_of(a);
   Stats<A> s(a, a.items[tile.item], tile.part, shared);
   T sums[kVectors][kSums][kVector];
-  int count[kVectors];
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    count[v] = vector_count(static_cast<int64_t>(v * s.lanes + s.x) * kVector, s.cols);
-#pragma unroll
-    for (int k = 0; k < kSums * kVector; ++k) sums[v][k / kVector][k % kVector] = T(0);
+  for (int k = 0; k < kVectors * kSums * kVector; ++k) {
+    sums[k / (kSums * kVector)][k / kVector % kSums][k % kVector] = T(0);
   }
+  const int64_t step = static_cast<int64_t>(s.lanes) * kVector, first_col = static_cast<int64_t>(s.x) * kVector;
 
   const int batch = s.ys * kRowsInFlight;
   for (int base = 0; base < s.tile_rows; base += batch) {
@@ -149,31 +150,38 @@ __global__ void __launch_bounds__(kStatsThreads) hfac_stats(Arguments a) {
     T row_sums[kVector];
 #pragma unroll
     for (int k = 0; k < kVector; ++k) row_sums[k] = T(0);
+    constexpr int kTogether = kVectors == 1 ? kRowsInFlight : 2;
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t col = static_cast<int64_t>(v * s.lanes + s.x) * kVector;
+    for (int half = 0; half < kRowsInFlight; half += kTogether) {
+#pragma unroll 1
+      for (int64_t col = first_col; col < s.cols; col += step) {
+        const int count = vector_count(col, s.cols);
 #pragma unroll
-      for (int r = 0; r < kRowsInFlight; ++r) {
-        const int row = base + r * s.ys + s.y;
-        if (row < s.tile_rows && count[v]) held[r] = s.load(row, col, count[v]);
-      }
+        for (int r = half; r < half + kTogether; ++r) {
+          const int row = base + r * s.ys + s.y;
+          if (row < s.tile_rows) held[r] = s.load(row, col, count);
+        }
 #pragma unroll
-      for (int r = 0; r < kRowsInFlight; ++r) {
-        const int row = base + r * s.ys + s.y;
-        if (row < s.tile_rows && count[v]) s.add(held[r], row_sums[2 * r], row_sums[2 * r + 1]);
+        for (int r = half; r < half + kTogether; ++r) {
+          const int row = base + r * s.ys + s.y;
+          if (row < s.tile_rows) s.add(held[r], row_sums[2 * r], row_sums[2 * r + 1]);
+        }
       }
     }
     s.put_rows(row_sums, 0);
     s.finish_rows(base, batch);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t col = static_cast<int64_t>(v * s.lanes + s.x) * kVector;
+      const int64_t col = first_col + v * step;
+      const int count = vector_count(col, s.cols);
+      if (!count) continue;
 #pragma unroll
       for (int r = 0; r < kRowsInFlight; ++r) {
         const int row = base + r * s.ys + s.y;
-        if (row >= s.tile_rows || !count[v]) continue;
-        if (kVectors > 1) held[r] = s.load(row, col, count[v]);
+        if (row >= s.tile_rows) continue;
+        if (kVectors > 1) held[r] = s.load(row, col, count);
         s.add(held[r], shared.inverse[r * s.ys + s.y], sums[v]);
+        if (kVectors > 1 && r % 2) keep_order();
       }
     }
   }
@@ -183,10 +191,11 @@ __global__ void __launch_bounds__(kStatsThreads) hfac_stats(Arguments a) {
   if (s.ys == 1) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t col = static_cast<int64_t>(v * s.lanes + s.x) * kVector;
+      const int64_t col = first_col + v * step;
+      const int count = vector_count(col, s.cols);
 #pragma unroll
       for (int k = 0; k < kSums * kVector; ++k) {
-        if (k % kVector < count[v]) out[k / kVector * s.cols + col + k % kVector] = sums[v][k / kVector][k % kVector];
+        if (k % kVector < count) out[k / kVector * s.cols + col + k % kVector] = sums[v][k / kVector][k % kVector];
       }
     }
     return;
@@ -203,14 +212,14 @@ __global__ void __launch_bounds__(kStatsThreads) hfac_stats(Arguments a) {
     for (int k = s.y; k < kVector; k += s.ys) {
       T sum = T(0);
       for (int from = 0; from < s.ys; ++from) sum = sum + shared.sums[k * kStatsThreads + from * s.lanes + s.x];
-      if (k < count[0]) out[statistic * s.cols + s.x * kVector + k] = sum;
+      if (k < vector_count(first_col, s.cols)) out[statistic * s.cols + s.x * kVector + k] = sum;
     }
   }
 }
 
 // Rows of any length: a few at a time, read twice, with the columns' sums in the workspace.
 template <class A>
-__global__ void __launch_bounds__(kStatsThreads) hfac_stats_wide(Arguments a) {
+__global__ void __launch_bounds__(kLongThreads, 1) hfac_stats_wide(Arguments a) {
   using T = typename A::T;
   __shared__ StatsShared<T> shared;
   if (skipped(a)) return;
@@ -222,7 +231,7 @@ __global__ void __launch_bounds__(kStatsThreads) hfac_stats_wide(Arguments a) {
       T row_sums[kVector];
 #pragma unroll
       for (int k = 0; k < kVector; ++k) row_sums[k] = T(0);
-      for (int64_t col = s.x * kVector; col < s.cols; col += kStatsNarrow) {
+      for (int64_t col = s.x * kVector; col < s.cols; col += kLongThreads * kVector) {
         const int count = vector_count(col, s.cols);
 #pragma unroll
         for (int r = 0; r < kRowsInFlight; ++r) {
@@ -233,7 +242,7 @@ __global__ void __launch_bounds__(kStatsThreads) hfac_stats_wide(Arguments a) {
       s.put_rows(row_sums, part);
     }
     s.finish_rows(base, kWideRows);
-    for (int64_t col = s.x * kVector; col < s.cols; col += kStatsNarrow) {
+    for (int64_t col = s.x * kVector; col < s.cols; col += kLongThreads * kVector) {
       const int count = vector_count(col, s.cols);
       T sums[kSums][kVector];
 #pragma unroll
@@ -385,7 +394,7 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole ? 2 : 1) hfac_update_t
 template <class A>
 void (*stats_kernel(Width width))(Arguments) {
   if (width == Width::kNarrow) return hfac_stats<A, 1>;
-  if constexpr (sizeof(typename A::T) == sizeof(float)) {
+  if constexpr (A::kWhole) {
     if (width == Width::kRegisters) return hfac_stats<A, kStatsVectors>;
   }
   return hfac_stats_wide<A>;

@@ -48,7 +48,7 @@ Tiling rows_of(int64_t rows, int64_t cols) {
   Tiling t;
   t.col_tiles = 1;
   t.cols = 0;  // whole rows
-  t.lanes = power_of_two(std::min<int64_t>(ceil_quotient(cols, kVector), kStatsThreads));
+  t.lanes = cols > kStatsNarrow ? kLongThreads : power_of_two(ceil_quotient(cols, kVector));
   t.rows = tile_rows(rows * cols, kStatsThreads, t.lanes);
   t.row_tiles = static_cast<int32_t>(ceil_quotient(rows, t.rows));
   return t;
@@ -85,9 +85,10 @@ Access grad_access(const Item& it, bool bulk) {
 
 Access state_access(const Item& it) { return is_double(it) ? Access::kDouble : Access::kAny; }
 
-Width width_of(const Item& it) {
+Width width_of(const Item& it, Access access) {
   if (it.cols <= kStatsNarrow) return Width::kNarrow;
-  return it.cols <= kStatsRegisters && !is_double(it) ? Width::kRegisters : Width::kWide;
+  const bool bulk = access != Access::kAny && access != Access::kDouble;
+  return it.cols <= kStatsRegisters && bulk ? Width::kRegisters : Width::kWide;
 }
 
 class Planner {
@@ -160,11 +161,11 @@ class Planner {
         launch.width = static_cast<Width>(w);
         launch.group = group_;
         launch.backward = backward;
-        launch.threads = by_width ? kStatsThreads : kTileThreads;
+        launch.threads = !by_width ? kTileThreads : launch.width == Width::kNarrow ? kStatsThreads : kLongThreads;
         launch.first_tile = static_cast<int64_t>(plan_.tiles.size());
         for (const int32_t i : group) {
           const Item& it = items_[static_cast<size_t>(i)];
-          if (access(i) != launch.access || (by_width && width_of(it) != launch.width)) continue;
+          if (access(i) != launch.access || (by_width && width_of(it, launch.access) != launch.width)) continue;
           const int64_t n = parts(it);
           for (int64_t p = 0; p < n; ++p) plan_.tiles.push_back({i, static_cast<int32_t>(p)});
           if (n) count(it, launch.bytes);

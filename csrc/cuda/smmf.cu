@@ -65,71 +65,74 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole ? 2 : 1) smmf_tiles(Ar
   }
 
   for (int base = 0; base < tile_rows; base += ys * kRowsInFlight) {
-    typename A::Grad g_raw[kRowsInFlight];
-    typename A::Param w_raw[kRowsInFlight];
-    unsigned bits[kRowsInFlight];
-    T r_m[kRowsInFlight], r_v[kRowsInFlight];
     T sums[kVector];
 #pragma unroll
-    for (int r = 0; r < kRowsInFlight; ++r) {
-      const int row = base + r * ys + y;
-      if (row >= tile_rows || !count) continue;
-      const int64_t i = first_row + row, at = i * cols + col;
-      g_raw[r] = A::grad(grad, a.layouts, at, count, true);
-      w_raw[r] = A::param(param, a.layouts, at, count);
-      bits[r] = first ? A::signs(signs, at, count) : 0u;
-      r_m[r] = first ? row_m[i] : T(0);
-      r_v[r] = row_v[i];
-    }
+    for (int half = 0; half < kRowsInFlight; half += A::kRows) {
+      typename A::Grad g_raw[A::kRows];
+      typename A::Param w_raw[A::kRows];
+      unsigned bits[A::kRows];
+      T r_m[A::kRows], r_v[A::kRows];
 #pragma unroll
-    for (int r = 0; r < kRowsInFlight; ++r) {
-      const int row = base + r * ys + y;
-      T total_m = T(0), total_v = T(0);
-      if (row < tile_rows && count) {
-        const int64_t at = (first_row + row) * cols + col;
-        T g[kVector], w[kVector], m[kVector];
-        A::widen(g_raw[r], g);
-        A::widen(w_raw[r], w);
-        gradient(g);
-        if (coupled) {
+      for (int r = 0; r < A::kRows; ++r) {
+        const int row = base + (half + r) * ys + y;
+        if (row >= tile_rows || !count) continue;
+        const int64_t i = first_row + row, at = i * cols + col;
+        g_raw[r] = A::grad(grad, a.layouts, at, count, true);
+        w_raw[r] = A::param(param, a.layouts, at, count);
+        bits[r] = first ? A::signs(signs, at, count) : 0u;
+        r_m[r] = first ? row_m[i] : T(0);
+        r_v[r] = row_v[i];
+      }
 #pragma unroll
-          for (int k = 0; k < kVector; ++k) g[k] = g[k] + weight_decay * w[k];
-        } else {
+      for (int r = 0; r < A::kRows; ++r) {
+        const int row = base + (half + r) * ys + y;
+        T total_m = T(0), total_v = T(0);
+        if (row < tile_rows && count) {
+          const int64_t at = (first_row + row) * cols + col;
+          T g[kVector], w[kVector], m[kVector];
+          A::widen(g_raw[r], g);
+          A::widen(w_raw[r], w);
+          gradient(g);
+          if (coupled) {
 #pragma unroll
-          for (int k = 0; k < kVector; ++k) w[k] = w[k] * shrink;
-        }
-        if (first) {
-          const T minus_b1_r = -(b1.beta * r_m[r]);
-          unsigned fresh = 0;
+            for (int k = 0; k < kVector; ++k) g[k] = g[k] + weight_decay * w[k];
+          } else {
+#pragma unroll
+            for (int k = 0; k < kVector; ++k) w[k] = w[k] * shrink;
+          }
+          if (first) {
+            const T minus_b1_r = -(b1.beta * r_m[r]);
+            unsigned fresh = 0;
+#pragma unroll
+            for (int k = 0; k < kVector; ++k) {
+              m[k] = smmf_first_moment(flip_sign(minus_b1_r * col_m[k], bits[r], k), b1.rest, g[k]);
+              if (A::kWhole || k < count) {
+                fresh |= (m[k] > T(0) ? 1u : 0u) << k;
+                const T size = magnitude(m[k]);
+                total_m = total_m + size;
+                sum_m[k] = sum_m[k] + size;
+              }
+            }
+            A::store(signs, at, count, bits[r], fresh);
+          } else {
+#pragma unroll
+            for (int k = 0; k < kVector; ++k) m[k] = g[k];
+          }
+          const T b2_r = b2.beta * r_v[r];
 #pragma unroll
           for (int k = 0; k < kVector; ++k) {
-            m[k] = smmf_first_moment(flip_sign(minus_b1_r * col_m[k], bits[r], k), b1.rest, g[k]);
+            const T v = smmf_second_moment(b2_r * col_v[k], b2.rest, g[k]);
             if (A::kWhole || k < count) {
-              fresh |= (m[k] > T(0) ? 1u : 0u) << k;
-              const T size = magnitude(m[k]);
-              total_m = total_m + size;
-              sum_m[k] = sum_m[k] + size;
+              total_v = total_v + v;
+              sum_v[k] = sum_v[k] + v;
             }
+            w[k] = smmf_update(w[k], lr, m[k], v, eps);
           }
-          A::store(signs, at, count, bits[r], fresh);
-        } else {
-#pragma unroll
-          for (int k = 0; k < kVector; ++k) m[k] = g[k];
+          A::store(param, a.layouts, at, count, w);
         }
-        const T b2_r = b2.beta * r_v[r];
-#pragma unroll
-        for (int k = 0; k < kVector; ++k) {
-          const T v = smmf_second_moment(b2_r * col_v[k], b2.rest, g[k]);
-          if (A::kWhole || k < count) {
-            total_v = total_v + v;
-            sum_v[k] = sum_v[k] + v;
-          }
-          w[k] = smmf_update(w[k], lr, m[k], v, eps);
-        }
-        A::store(param, a.layouts, at, count, w);
+        sums[2 * (half + r)] = total_m;
+        sums[2 * (half + r) + 1] = total_v;
       }
-      sums[2 * r] = total_m;
-      sums[2 * r + 1] = total_v;
     }
     sum_lanes(sums, width, [&](int k, T sum) {
       const int row = base + k / 2 * ys + y;

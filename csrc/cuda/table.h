@@ -13,9 +13,11 @@ constexpr int kRowsInFlight = 4;   // rows whose loads a thread issues before it
 constexpr int kTileThreads = 256;  // of the tile kernels, the folds and the dense ops
 constexpr int kTileCols = kTileThreads * kVector;
 constexpr int kStatsThreads = 512;
-constexpr int kStatsVectors = 4;  // of a thread and row, at most: rows of 16384 and less stay in registers' sums
+// Longer rows take fewer threads: three sums of 32 columns each need 96 registers beside those that work.
+constexpr int kLongThreads = 448;
+constexpr int kStatsVectors = 4;
 constexpr int64_t kStatsNarrow = kStatsThreads * kVector;
-constexpr int64_t kStatsRegisters = kStatsNarrow * kStatsVectors;
+constexpr int64_t kStatsRegisters = kLongThreads * kVector * kStatsVectors;
 constexpr int kWideRows = 16;                      // rows that the path for longer rows reads twice at a time
 constexpr int kFoldChunk = kTileThreads;           // rows and columns of one block of a fold
 constexpr int64_t kRun = 4 * kTileCols;            // elements of a block of the dense ops
