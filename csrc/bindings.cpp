@@ -280,7 +280,7 @@ py::list described(const hfac::Plan& plan) {
 }
 
 py::dict cuda_plan(const std::string& op, py::object rows, py::object cols, py::object param_dtypes,
-                   py::object grad_dtypes, bool first, bool clip, bool nonfinite, int64_t l2_bytes) {
+                   py::object grad_dtypes, py::object slices, bool first, bool clip, bool nonfinite, int64_t l2_bytes) {
   const List n(rows, "rows", -1), m(cols, "cols", n.size());
   const PerParameter params(param_dtypes, "param_dtypes", n.size()), grads(grad_dtypes, "grad_dtypes", n.size());
   std::vector<hfac::Item> items;
@@ -290,6 +290,10 @@ py::dict cuda_plan(const std::string& op, py::object rows, py::object cols, py::
     item.cols = m.count(i);
     item.param = {nullptr, static_cast<int32_t>(params.dtype(i)), -1};
     item.grad = {nullptr, static_cast<int32_t>(grads.dtype(i)), -1};
+    if (!slices.is_none()) {
+      item.slice = List(slices, "slices", n.size()).count(i);
+      item.slice_bytes = (item.slice + 7) / 8;
+    }
     if (product(item.rows, item.cols, "rows") > 0) items.push_back(item);
   }
   hfac::PlanOptions options{op_kind(op), first, clip, nonfinite};
@@ -581,8 +585,8 @@ py::dict cuda_info() {
 
 void define_cuda(py::module_& m) {
   m.def("cuda_plan", &cuda_plan, py::kw_only(), py::arg("op"), py::arg("rows"), py::arg("cols"),
-        py::arg("param_dtypes"), py::arg("grad_dtypes"), py::arg("first") = true, py::arg("clip") = true,
-        py::arg("nonfinite") = false, py::arg("l2_bytes") = 0,
+        py::arg("param_dtypes"), py::arg("grad_dtypes"), py::arg("slices") = py::none(), py::arg("first") = true,
+        py::arg("clip") = true, py::arg("nonfinite") = false, py::arg("l2_bytes") = 0,
         "The launches that a step on the GPU consists of, with blocks, threads and bytes; needs no GPU.");
 #ifdef HFAC_CUDA_STEP
   py::class_<CudaStep>(m, "CudaStep", "One op over one list of parameters, bound to their addresses.")

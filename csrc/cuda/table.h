@@ -13,9 +13,10 @@ constexpr int kRowsInFlight = 4;   // rows whose loads a thread issues before it
 constexpr int kTileThreads = 256;  // of the tile kernels, the folds and the dense ops
 constexpr int kTileCols = kTileThreads * kVector;
 constexpr int kStatsThreads = 512;
-// Longer rows take fewer threads: three sums of 32 columns each need 96 registers beside those that work.
-constexpr int kLongThreads = 448;
-constexpr int kStatsVectors = 4;
+// Longer rows take fewer threads: three sums of 56 columns each need 168 registers beside those that work, and 8 warps
+// are the most that may have so many.
+constexpr int kLongThreads = 256;
+constexpr int kStatsVectors = 7;
 constexpr int64_t kStatsNarrow = kStatsThreads * kVector;
 constexpr int64_t kStatsRegisters = kLongThreads * kVector * kStatsVectors;
 constexpr int kWideRows = 16;                      // rows that the path for longer rows reads twice at a time
