@@ -138,10 +138,11 @@ HFAC_DEVICE void pack(const float (&x)[kVector], Raw<float>& raw) {
 }
 HFAC_DEVICE void pack(const double (&x)[kVector], Raw<double>& raw) { memcpy(&raw, x, sizeof(x)); }
 
-HFAC_DEVICE int64_t offset_of(const Operand& o, const int64_t* layouts, int64_t at) {
-  if (o.layout < 0) return at;
-  const int64_t* sizes = layouts + o.layout + 1;
-  const int64_t dimensions = sizes[-1];
+// Of an element of a tensor that is not contiguous. Not inlined, as none of the slow path is: it would be by far the
+// largest part of every kernel.
+HFAC_DEVICE_APART int64_t offset_of(const int64_t* layout, int64_t at) {
+  const int64_t dimensions = layout[0];
+  const int64_t* sizes = layout + 1;
   int64_t offset = 0;
   for (int64_t d = dimensions - 1; d >= 0; --d) {
     offset += at % sizes[d] * sizes[dimensions + d];
@@ -150,51 +151,57 @@ HFAC_DEVICE int64_t offset_of(const Operand& o, const int64_t* layouts, int64_t 
   return offset;
 }
 
+template <class T, class S>
+HFAC_DEVICE void load_run(const Operand& o, const int64_t* layout, int64_t at, int count, T (&x)[kVector]) {
+  const S* data = global(static_cast<const S*>(o.data));
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) {
+    if (k < count) x[k] = static_cast<T>(widen(data[layout ? offset_of(layout, at + k) : at + k]));
+  }
+}
+
+template <class T, class S>
+HFAC_DEVICE void store_run(const Operand& o, const int64_t* layout, int64_t at, int count, const T (&x)[kVector]) {
+  S* data = global(static_cast<S*>(o.data));
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) {
+    if (k < count) data[layout ? offset_of(layout, at + k) : at + k] = Narrow<S>::from(x[k]);
+  }
+}
+
 // Elements [at, at + count) of a tensor of any type and layout; the rest of x is zero.
 template <class T>
 HFAC_DEVICE void load_any(const Operand& o, const int64_t* layouts, int64_t at, int count, T (&x)[kVector]) {
-  const void* data = global(o.data);
-  for (int k = 0; k < kVector; ++k) {
-    x[k] = T(0);
-    if (k >= count) continue;
-    const int64_t offset = offset_of(o, layouts, at + k);
-    switch (static_cast<DType>(o.dtype)) {
-      case DType::kFloat32:
-        x[k] = static_cast<T>(static_cast<const float*>(data)[offset]);
-        break;
-      case DType::kBFloat16:
-        x[k] = static_cast<T>(widen(static_cast<const BFloat16*>(data)[offset]));
-        break;
-      case DType::kFloat16:
-        x[k] = static_cast<T>(widen(static_cast<const Float16*>(data)[offset]));
-        break;
-      case DType::kFloat64:
-        x[k] = static_cast<T>(static_cast<const double*>(data)[offset]);
-        break;
-    }
+  const int64_t* layout = o.layout < 0 ? nullptr : layouts + o.layout;
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) x[k] = T(0);
+  switch (static_cast<DType>(o.dtype)) {
+    case DType::kFloat32:
+      return load_run<T, float>(o, layout, at, count, x);
+    case DType::kBFloat16:
+      return load_run<T, BFloat16>(o, layout, at, count, x);
+    case DType::kFloat16:
+      return load_run<T, Float16>(o, layout, at, count, x);
+    case DType::kFloat64:
+      return load_run<T, double>(o, layout, at, count, x);
   }
 }
 
-HFAC_DEVICE void store_element(const Operand& o, int64_t offset, float x) {
-  void* data = global(o.data);
+HFAC_DEVICE void store_any(const Operand& o, const int64_t* layouts, int64_t at, int count,
+                           const float (&x)[kVector]) {
+  const int64_t* layout = o.layout < 0 ? nullptr : layouts + o.layout;
   switch (static_cast<DType>(o.dtype)) {
     case DType::kBFloat16:
-      static_cast<BFloat16*>(data)[offset] = Narrow<BFloat16>::from(x);
-      break;
+      return store_run<float, BFloat16>(o, layout, at, count, x);
     case DType::kFloat16:
-      static_cast<Float16*>(data)[offset] = Narrow<Float16>::from(x);
-      break;
+      return store_run<float, Float16>(o, layout, at, count, x);
     default:
-      static_cast<float*>(data)[offset] = x;
+      return store_run<float, float>(o, layout, at, count, x);
   }
 }
-HFAC_DEVICE void store_element(const Operand& o, int64_t offset, double x) {
-  static_cast<double*>(global(o.data))[offset] = x;
-}
-
-template <class T>
-HFAC_DEVICE void store_any(const Operand& o, const int64_t* layouts, int64_t at, int count, const T (&x)[kVector]) {
-  for (int k = 0; k < count; ++k) store_element(o, offset_of(o, layouts, at + k), x[k]);
+HFAC_DEVICE void store_any(const Operand& o, const int64_t* layouts, int64_t at, int count,
+                           const double (&x)[kVector]) {
+  store_run<double, double>(o, o.layout < 0 ? nullptr : layouts + o.layout, at, count, x);
 }
 
 // SMMF's sign bits of [at, at + count) in bits 0.. of the result, and their return.

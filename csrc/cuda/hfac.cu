@@ -150,18 +150,22 @@ __global__ void __launch_bounds__(kVectors == 1 ? kStatsThreads : kLongThreads, 
     T row_sums[kVector];
 #pragma unroll
     for (int k = 0; k < kVector; ++k) row_sums[k] = T(0);
+    constexpr int kTogether = kVectors > 1 && sizeof(typename A::Grad) > 16 ? 2 : kRowsInFlight;
+#pragma unroll
+    for (int half = 0; half < kRowsInFlight; half += kTogether) {
 #pragma unroll 1
-    for (int64_t col = first_col; col < s.cols; col += step) {
-      const int count = vector_count(col, s.cols);
+      for (int64_t col = first_col; col < s.cols; col += step) {
+        const int count = vector_count(col, s.cols);
 #pragma unroll
-      for (int r = 0; r < kRowsInFlight; ++r) {
-        const int row = base + r * s.ys + s.y;
-        if (row < s.tile_rows) held[r] = s.load(row, col, count);
-      }
+        for (int r = half; r < half + kTogether; ++r) {
+          const int row = base + r * s.ys + s.y;
+          if (row < s.tile_rows) held[r] = s.load(row, col, count);
+        }
 #pragma unroll
-      for (int r = 0; r < kRowsInFlight; ++r) {
-        const int row = base + r * s.ys + s.y;
-        if (row < s.tile_rows) s.add(held[r], row_sums[2 * r], row_sums[2 * r + 1]);
+        for (int r = half; r < half + kTogether; ++r) {
+          const int row = base + r * s.ys + s.y;
+          if (row < s.tile_rows) s.add(held[r], row_sums[2 * r], row_sums[2 * r + 1]);
+        }
       }
     }
     s.put_rows(row_sums, 0);

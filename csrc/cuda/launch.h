@@ -13,6 +13,11 @@
 #endif
 
 #define HFAC_DEVICE __device__ __forceinline__
+#ifdef __CUDACC__
+#define HFAC_DEVICE_APART __device__ __noinline__
+#else
+#define HFAC_DEVICE_APART inline __attribute__((noinline))
+#endif
 
 namespace hfac {
 
