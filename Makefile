@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install compare test test-emulated bench doctor lint clean
+.PHONY: help install compare test test-emulated cuda-check bench doctor lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ test: $(INSTALLED) ## run the tests (no GPU needed)
 test-emulated: $(INSTALLED) ## run the CUDA kernels' tests on the host (no GPU needed)
 	HFAC_EMULATION=1 $(BIN)/python setup.py -q build_ext
 	$(BIN)/python -m pytest tests/test_cuda_emulated.py $(ARGS)
+
+cuda-check: $(INSTALLED) ## compile the CUDA kernels and check registers, spills and accesses (needs nvcc, no GPU)
+	$(BIN)/python -m bench.cuda_check $(ARGS)
 
 bench: $(INSTALLED) ## measure every op and whole steps against their rivals (ARGS="--quick --plot")
 	$(BIN)/python -m bench $(ARGS)

@@ -171,7 +171,8 @@ class BuildEmulated(build_ext):
         import pybind11
 
         compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or "c++")
-        flags = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wno-unknown-pragmas", "-O1", *EXACT]
+        flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", *EXACT]
+        flags += ["-Wno-unknown-pragmas"]  # unroll
         includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", "-DHFAC_EMULATED"]
         temp = Path(self.build_temp).resolve() / "emulated"
         temp.mkdir(parents=True, exist_ok=True)

@@ -52,6 +52,14 @@ def resnet50() -> list[Shape]:
     return [*shapes, (1000, into), (1000,)]
 
 
+def llama3_8b() -> list[Shape]:
+    """The 291 parameters of Llama-3-8B (8.03e9 elements): grouped-query attention with 8 of 32 heads for keys and
+    values, untied embeddings. For plans only: no machine here holds it twice."""
+    d, hidden, kv, vocabulary, layers = 4096, 14336, 1024, 128256, 32
+    layer: list[Shape] = [(d, d), (kv, d), (kv, d), (d, d), (hidden, d), (hidden, d), (d, hidden), (d,), (d,)]
+    return [(vocabulary, d), *(layers * layer), (d,), (vocabulary, d)]
+
+
 #: name on the command line -> (what it is, the list)
 NAMED: dict[str, tuple[str, Callable[[], list[Shape]]]] = {
     "gpt2": ("GPT-2 124M, all parameters", gpt2),

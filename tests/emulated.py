@@ -44,10 +44,17 @@ class Host:
 ops = cuda.Ops(Host())
 
 
+def _why_not(device: torch.device) -> str | None:
+    return None if device.type == "cpu" else "it takes tensors on the CPU only."
+
+
 def register() -> None:
     """Makes the backend known to `hfac.backends`, by name only: "auto" never takes it."""
     backends.TABLE[NAME] = backends.Backend(
-        NAME, "CUDA kernels on the host", lambda device: None if device.type == "cpu" else "it is for the CPU.", lambda: ops
+        NAME,
+        "CUDA kernels on the host",
+        _why_not,
+        lambda: ops,
     )
     if NAME not in backends.NAMES:
         backends.NAMES = (*backends.NAMES, NAME)

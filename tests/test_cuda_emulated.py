@@ -122,7 +122,11 @@ def layouts(values):
     wide[:, ::2] = values
     shifted = torch.zeros(values.numel() + 1, dtype=values.dtype)
     shifted[1:] = values.flatten()
-    return {"transposed": values.t().contiguous().t(), "every second": wide[:, ::2], "shifted": shifted[1:].view_as(values)}
+    return {
+        "transposed": values.t().contiguous().t(),
+        "every second": wide[:, ::2],
+        "shifted": shifted[1:].view_as(values),
+    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,7 +6,7 @@
 #include "launch.h"
 #include "table.h"
 
-#ifdef __CUDACC__
+#ifdef HFAC_DEVICE_COMPILER
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #endif
@@ -214,7 +214,7 @@ HFAC_DEVICE unsigned load_byte(const uint8_t* p) {
 }
 
 HFAC_DEVICE void flip_bit(uint8_t* p, unsigned bit) {
-#if defined(__CUDACC__)
+#if defined(HFAC_DEVICE_COMPILER)
   const auto address = reinterpret_cast<uintptr_t>(p);
   atomicXor(reinterpret_cast<unsigned*>(address & ~uintptr_t{3}), 1u << ((address & 3) * 8 + bit));
 #else

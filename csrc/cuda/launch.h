@@ -6,17 +6,18 @@
 #include <stdexcept>
 #include <string>
 
-#ifdef __CUDACC__
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define HFAC_DEVICE_COMPILER
 #include <cuda_runtime.h>
 #else
 #include "../emulation/emulation.h"
 #endif
 
 #define HFAC_DEVICE __device__ __forceinline__
-#ifdef __CUDACC__
-#define HFAC_DEVICE_APART __device__ __noinline__
+#ifdef HFAC_DEVICE_COMPILER
+#define HFAC_DEVICE_APART static __device__ __noinline__
 #else
-#define HFAC_DEVICE_APART inline __attribute__((noinline))
+#define HFAC_DEVICE_APART static __attribute__((noinline))
 #endif
 
 namespace hfac {
@@ -26,7 +27,7 @@ constexpr int kWarp = 32;
 static_assert(__AMDGCN_WAVEFRONT_SIZE == kWarp, "row sums are written for warps of 32 threads");
 #endif
 
-#ifdef __CUDACC__
+#ifdef HFAC_DEVICE_COMPILER
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }

@@ -161,7 +161,9 @@ class Bound:
         capturing = self.platform.capturing()
         if stale or self.table is None:
             self._refresh(capturing)
-        flags = nonfinite if nonfinite is None or nonfinite.is_contiguous() else torch.empty_like(nonfinite).contiguous()
+        if self.counters is None:
+            self.counters = torch.zeros(max(self.step.counter_bytes, 1), dtype=torch.uint8, device=self.device)
+        flags = None if nonfinite is None else nonfinite.contiguous()
         kept: list[Tensor] = []
         scalars = {
             name: self._scalar(value, kept)
@@ -188,9 +190,13 @@ class Bound:
         if capturing:
             self.captured += [self.table, self.workspace, self.counters, flags, *kept]
             self.frozen = self.table
+            if not self.warm:  # its zeros are written by the graph, not yet
+                self.counters = None
+        self.warm = self.warm or not capturing
         increment_version(self.params)
 
     frozen: Tensor | None = None
+    warm = False  # a step has been made outside a graph
 
     def _refresh(self, capturing: bool) -> None:
         """A table that is in a graph stays as it is: the graph reads it in every replay, and so does its copy from the
@@ -211,8 +217,6 @@ class Bound:
         wanted = max(self.step.workspace_bytes, 1)
         if self.workspace is None or self.workspace.numel() < wanted:
             self.workspace = torch.empty(wanted, dtype=torch.uint8, device=self.device)
-        if self.counters is None:
-            self.counters = torch.zeros(max(self.step.counter_bytes, 1), dtype=torch.uint8, device=self.device)
 
     def _scalar(self, value: Scalar | None, kept: list[Tensor]) -> Any:
         """A number, or the address of a tensor on the device, which is not read here."""
