@@ -4,11 +4,15 @@ PYTHON ?= python3
 VENV ?= .venv
 # Named first, so that pip does not choose another build while it resolves the rest.
 TORCH ?= torch==2.13.0
+# For the GPU that is here; a checkout serves its own machine. Wheels are built for all (setup.py).
+export HFAC_CUDA_ARCHS ?= $(or $(subst .,,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1)),90)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# The CUDA kernels compiled for the host, for the tests.
+EMULATED := $(VENV)/.emulated
 
 .DEFAULT_GOAL := help
-.PHONY: help install compare test sanitize fuzz bench gpu-report doctor lint clean
+.PHONY: help install compare test test-emulated cuda-check sanitize fuzz bench gpu-report doctor lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,8 +22,14 @@ install: $(INSTALLED) ## create .venv and install hfac with everything its comma
 compare: $(INSTALLED) ## train a byte-level GPT on real text with AdamW, Adafactor, HFac and SMMF; ends with a table
 	$(BIN)/hfac compare $(ARGS)
 
-test: $(INSTALLED) ## run the tests (no GPU needed)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(EMULATED) ## run the tests, the CUDA kernels' among them (no GPU needed)
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+test-emulated: $(EMULATED) ## run the CUDA kernels' tests on the host (no GPU needed)
+	$(BIN)/python -m pytest tests/test_cuda_emulated.py tests/test_cuda_sanitizers.py $(ARGS)
+
+cuda-check: $(INSTALLED) ## compile the CUDA kernels and check registers, spills and accesses (needs nvcc, no GPU)
+	$(BIN)/python -m bench.cuda_check $(ARGS)
 
 sanitize: $(INSTALLED) ## run the parity table on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python tests/sanitize.py $(ARGS)
@@ -47,4 +57,8 @@ $(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -m pip install -e ".[cli,test]"
+	touch $@
+
+$(EMULATED): $(INSTALLED) $(wildcard csrc/cuda/* csrc/emulation/*)
+	HFAC_EMULATION=1 $(BIN)/python setup.py -q build_ext
 	touch $@

@@ -8,6 +8,7 @@ hfac/_build_info.json says why (`hfac doctor` shows it). Switches, all environme
     HFAC_NATIVE=0           do not build the extension
     HFAC_CUDA=0 | 1         leave the CUDA part out | fail where it cannot be built (default: built where nvcc is found)
     HFAC_CUDA_ARCHS=80;90   compute capabilities to compile for
+    HFAC_EMULATION=1        build_ext makes hfac._emulated instead: the CUDA kernels for the host (make test-emulated)
     HFAC_DEBUG=1            -O1 -g and assertions
     HFAC_SANITIZE=address,undefined   with these sanitizers
     MAX_JOBS=2              compilers at a time (default: one per core)
@@ -52,6 +53,7 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
+EMULATION = switch("HFAC_EMULATION") == "1"
 if switch("HFAC_CUDA") == "1" and find_nvcc() is None:
     sys.exit("HFAC_CUDA=1, but no nvcc was found: install the CUDA toolkit, set CUDA_HOME, or set HFAC_CUDA=0")
 
@@ -122,11 +124,14 @@ class BuildNative(build_ext):
         for level, flags in LEVELS.items():
             jobs.append((f"kernels_{level}", kernels, [*common, *flags, f"-DHFAC_LEVEL={level}"]))
         jobs += [(f.stem, f, common) for f in sorted((CSRC / "cpu").glob("*.cpp")) if f != kernels]
+        plan = CSRC / "cuda" / "plan.cpp"  # needs no CUDA
+        jobs += [("cuda_plan", plan, common)]
         jobs += [("bindings", CSRC / "bindings.cpp", [*common, *filter(None, binding)])]
         jobs = [(name, source, [*compiler, *flags]) for name, source, flags in jobs]
         if nvcc:
             command = [nvcc, "-ccbin", compiler[0], *cuda_flags(nvcc, common)]
             jobs += [(f"cuda_{f.stem}", f, command) for f in sorted((CSRC / "cuda").glob("*.cu"))]
+            jobs += [("cuda_step", CSRC / "cuda" / "step.cpp", [*compiler, *common])]
 
         temp = Path(self.build_temp).resolve()
         temp.mkdir(parents=True, exist_ok=True)
@@ -146,11 +151,43 @@ class BuildNative(build_ext):
         run(steps, [*link, "-o", str(target.resolve())], target.resolve(), temp)
 
 
+class BuildEmulated(build_ext):
+    """hfac._emulated alone, into hfac/: csrc/cuda as plain C++ with csrc/emulation in CUDA's place."""
+
+    def run(self) -> None:
+        self.inplace = False
+        super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or "c++")
+        flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", *EXACT]
+        flags += ["-Wno-unknown-pragmas"]  # unroll
+        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", "-DHFAC_EMULATED"]
+        temp = Path(self.build_temp).resolve() / "emulated"
+        temp.mkdir(parents=True, exist_ok=True)
+        steps = []
+        for source in emulated_sources():
+            out = temp / f"{source.stem}{source.suffix[1:]}.o"
+            files = ["-MD", "-MF", str(out.with_suffix(".d")), "-x", "c++", "-c", str(source), "-o", str(out)]
+            own = includes if source.stem == "bindings" else []
+            steps.append(([*compiler, *flags, *own, *files], source, out))
+        target = ROOT / "hfac" / Path(self.get_ext_fullpath(ext.name)).name
+        objects = [str(out) for _, _, out in steps]
+        run(steps, [*compiler, "-shared", "-pthread", *objects, "-o", str(target)], target, temp)
+
+
+def emulated_sources() -> list[Path]:
+    cuda = [f for f in sorted((CSRC / "cuda").glob("*.c*")) if f.suffix in (".cpp", ".cu") and f.stem != "device"]
+    return [CSRC / "bindings.cpp", *cuda, CSRC / "emulation" / "emulation.cpp"]
+
+
 def cuda_flags(nvcc: str, common: list[str]) -> list[str]:
     known = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout.split()
     asked = switch("HFAC_CUDA_ARCHS").replace(",", ";").replace(".", "").split(";")
     archs = [a.strip() for a in asked if a.strip()]
-    archs = archs or [a for a in ("80", "86", "89", "90", "100", "120") if f"sm_{a}" in known]
+    archs = archs or [a for a in ("80", "90", "100") if f"sm_{a}" in known]
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     codes += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]  # for what comes after
     host = [flag for flag in common if not flag.startswith(("-std", "-O"))]
@@ -200,6 +237,6 @@ setup(
     packages=["hfac", "hfac.backends", "hfac.cli", "hfac.optim", "hfac.triton_kernels"],
     package_dir={"hfac": "hfac", "hfac.triton_kernels": "triton_kernels"},
     package_data={"hfac": ["py.typed"]},
-    ext_modules=[Extension("hfac._C", sources=[], optional=True)],
-    cmdclass={"build_ext": BuildNative},
+    ext_modules=[Extension("hfac._emulated" if EMULATION else "hfac._C", sources=[], optional=not EMULATION)],
+    cmdclass={"build_ext": BuildEmulated if EMULATION else BuildNative},
 )

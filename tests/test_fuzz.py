@@ -7,6 +7,7 @@ them.
 import copy
 import os
 
+import emulated
 import pytest
 import torch
 from cases import DTYPES, gradient
@@ -123,6 +124,11 @@ def threads_and_isa():
     torch.set_num_threads(threads)
     if cpu._C is not None:
         cpu._C.set_isa("")
+
+
+if emulated.native is not None:
+    emulated.register()
+    BACKENDS = [*BACKENDS, emulated.NAME]
 
 
 @pytest.mark.skipif(not BACKENDS, reason="no backend but the reference is built here: hfac doctor says why")

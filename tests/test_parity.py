@@ -85,7 +85,7 @@ def test_twenty_steps(backend, name, options, shape, dtype):
         params_agree(name, param.detach(), twin.detach(), before, kwargs["lr"])
         states_agree(name, optimizer.state[param], reference.state[twin], grad)
     if options == "skip" and param.numel():
-        assert optimizer.state[param]["skipped"] == 3
+        assert optimizer.state[param]["skipped"] == sum(step <= STEPS for step in (3, 4, 11))
 
 
 def step_with(optimizer, params, grads):

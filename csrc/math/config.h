@@ -5,7 +5,7 @@
 // lives in that namespace, so that the linker never merges a function compiled for AVX-512 with one compiled for SSE2.
 #pragma once
 
-#ifdef __CUDACC__
+#if defined(__CUDACC__) || defined(__HIPCC__)
 #define HFAC_HD __host__ __device__ __forceinline__
 #elif defined(HFAC_SANITIZE)
 #define HFAC_HD inline  // what sanitizers add to a kernel with everything inlined would take ten minutes to compile

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 
 from .. import reference
-from . import cpu
+from . import cpu, cuda
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def _unloadable() -> ModuleType:
 TABLE: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("cuda", "fused CUDA kernels", _absent("CUDA kernels"), _unloadable),
+        Backend("cuda", "fused CUDA kernels", cuda.why_not, lambda: cuda),
         Backend("triton", "fused Triton kernels", _absent("Triton kernels"), _unloadable),
         Backend("cpu", "fused C++ kernels", cpu.why_not, lambda: cpu),
         Backend("reference", "plain torch, any device", lambda device: None, lambda: reference),

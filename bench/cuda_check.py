@@ -1,0 +1,164 @@
+"""What the compiler made of the CUDA kernels, without a GPU: registers, spills, and the width of memory accesses.
+
+`python -m bench.cuda_check` compiles csrc/cuda for each architecture (`--arch`), reads ptxas' report and the PTX, and
+writes a table to docs/cuda-check.md. Exit status 1: a bulk kernel spills, uses local memory, has no 16-byte accesses,
+or more registers than its bound; or any kernel adds floats atomically.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from json import dumps, loads
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("smmf", "hfac", "dense")
+ARCHS = ("80", "90", "100")
+#: kernel -> the registers that its number of threads leaves; kernels with no entry are bound by the architecture's 255
+BOUNDS = {"smmf_tiles": 128, "hfac_update_tiles": 128, "hfac_stats": 128}
+_TYPES = {"f": "float32", "d": "float64", "BFloat16": "bfloat16", "Float16": "float16"}
+
+
+@dataclass
+class Kernel:
+    """One kernel on one architecture; loads and stores are those of 16 bytes in the PTX."""
+
+    name: str
+    operands: str
+    arch: str
+    registers: int
+    spilled: int
+    stack: int
+    shared: int
+    loads: int
+    stores: int
+    float_atomics: int
+
+    @property
+    def bulk(self) -> bool:
+        return self.operands.startswith("bulk")
+
+    def faults(self) -> Iterable[str]:
+        """What is wrong with it, as clauses."""
+        if self.float_atomics:
+            yield f"{self.float_atomics} atomic additions of floats"
+        if not self.bulk:
+            return
+        if self.spilled or self.stack:
+            yield f"{self.spilled} bytes spilled, a stack of {self.stack} bytes"
+        if self.registers > BOUNDS.get(self.name, 255):
+            yield f"{self.registers} registers, more than {BOUNDS[self.name]}"
+        if not self.loads:
+            yield "no 16-byte loads"
+        if self.name in ("smmf_tiles", "hfac_update_tiles") and not self.stores:
+            yield "no 16-byte stores"
+
+
+def describe(symbol: str) -> tuple[str, str]:
+    """(kernel, operands) of a mangled name."""
+    name = re.search(
+        r"\d(smmf_tiles|smmf_fold|hfac_stats_wide|hfac_stats|hfac_fold|hfac_update_tiles|look|dense_look|"
+        r"hfac_dense|smmf_dense)I",
+        symbol,
+    )
+    if name is None:
+        raise ValueError(f"a kernel of csrc/cuda is needed, got {symbol}; add it to bench/cuda_check.py")
+    rest = symbol[name.end() :]
+    vectors = re.search(r"Li(\d+)E", rest)
+    suffix = f", {vectors[1]} vectors" if vectors else ""
+    types = re.match(r"NS_\d+BulkAccessIf(.*?)EE", rest)
+    if types is None:
+        return name[1], f"any, {'float64' if re.match(r'(NS_9AnyAccessI)?d', rest) else 'float32'}{suffix}"
+    found = re.findall(r"BFloat16|Float16|f|S\d_", types[1])
+    pair = [_TYPES.get(found[0], "?"), _TYPES.get(found[-1], "?")]
+    if len(found) > 1 and found[-1].startswith("S"):
+        pair[1] = pair[0]
+    return name[1], f"bulk, {pair[0]} with {pair[1]} gradients{suffix}"
+
+
+def compile_one(nvcc: str, source: str, arch: str) -> list[Kernel]:
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [nvcc, "-std=c++17", "-O3", "--fmad=false", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v"]
+            + ["--keep", "--keep-dir", folder, "-c", str(ROOT / "csrc" / "cuda" / f"{source}.cu")]
+            + ["-o", str(Path(folder) / "out.o")],
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            sys.exit(f"nvcc failed on {source}.cu for sm_{arch}: {done.stderr.strip().splitlines()[-1]}")
+        ptx = "".join(path.read_text() for path in Path(folder).glob("*.ptx"))
+    bodies = {m[1]: m[2] for m in re.finditer(r"\.entry (\w+)\((.*?)\n}\n", ptx, re.S)}
+    kernels = []
+    for part in done.stderr.split("Compiling entry function '")[1:]:
+        symbol = part[: part.index("'")]
+        stack, stored = (int(re.search(rf"(\d+) bytes {what}", part)[1]) for what in ("stack frame", "spill stores"))
+        shared = re.search(r"(\d+) bytes smem", part)
+        body = bodies[symbol]
+        name, operands = describe(symbol)
+        kernels.append(
+            Kernel(
+                name=name,
+                operands=operands,
+                arch=arch,
+                registers=int(re.search(r"Used (\d+) registers", part)[1]),
+                spilled=stored,
+                stack=stack,
+                shared=int(shared[1]) if shared else 0,
+                loads=len(re.findall(r"ld\.global\S*\.v4\.\w32", body)),
+                stores=len(re.findall(r"st\.global\S*\.v4\.\w32", body)),
+                float_atomics=len(re.findall(r"(?:atom|red)\S*\.add\S*\.f(?:16|32|64)", body)),
+            )
+        )
+    return kernels
+
+
+def table(kernels: Iterable[Kernel]) -> str:
+    lines = [
+        "# The CUDA kernels as compiled",
+        "",
+        "Written by `make cuda-check`; registers, stack and spills from ptxas, accesses of 16 bytes from the PTX (how",
+        "often they stand in the code, not how often they are executed). Bulk kernels are those for aligned,",
+        "contiguous tensors; they must not spill. The others take any layout, and are there to be right.",
+        "",
+        "| kernel | operands | sm | registers | stack | spilled | shared | 16-byte loads | stores |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for k in sorted(kernels, key=lambda k: (not k.bulk, k.name, k.operands, int(k.arch))):
+        lines.append(
+            f"| {k.name} | {k.operands} | {k.arch} | {k.registers} | {k.stack} | {k.spilled} | {k.shared} "
+            f"| {k.loads} | {k.stores} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.cuda_check", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="+", default=list(ARCHS), help="compute capabilities, such as 90")
+    parser.add_argument("--source", nargs="+", choices=SOURCES, default=list(SOURCES))
+    parser.add_argument("--keep", type=Path, help="JSON of earlier results, which these join (to check in parts)")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "cuda-check.md")
+    args = parser.parse_args()
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        print("no nvcc was found: install the CUDA toolkit", file=sys.stderr)
+        sys.exit(2)
+    kernels = [k for arch in args.arch for source in args.source for k in compile_one(nvcc, source, arch)]
+    if args.keep is not None:
+        fresh = {(k.name, k.operands, k.arch) for k in kernels}
+        old = [Kernel(**k) for k in loads(args.keep.read_text())] if args.keep.exists() else []
+        kernels += [k for k in old if (k.name, k.operands, k.arch) not in fresh]
+        args.keep.write_text(dumps([asdict(k) for k in kernels]))
+    args.out.write_text(table(kernels))
+    faults = [f"{k.name} ({k.operands}, sm_{k.arch}): {fault}" for k in kernels for fault in k.faults()]
+    print(f"{len(kernels)} kernels, written to {args.out}", *faults, sep="\n")
+    sys.exit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()

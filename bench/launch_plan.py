@@ -1,0 +1,110 @@
+"""What a step on the GPU consists of, counted from the plan that the launcher follows; needs no GPU.
+
+`python -m bench.launch_plan` prints, for each list of parameters, optimizer and type: launches, bytes per parameter
+that go through the GPU's memory, and the time that takes at the rate of a copy.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from hfac.matricize import cut, square
+
+from .shapes import Shape, gpt2, llama3_8b, resnet50
+
+#: bytes per second of a device copy
+COPY_RATES = {"H200": 4.3e12, "A100": 1.9e12}
+LISTS = {
+    "Llama-3-8B": llama3_8b,
+    "GPT-2 124M": gpt2,
+    "ResNet-50": resnet50,
+    "2,000 of 64x64": lambda: [(64, 64)] * 2000,
+}
+_CODES = {"float32": 0, "bfloat16": 1}
+#: what a launch's bytes are made of; of these the first reaches the kernel from the L2 cache
+PARTS = ("grad_from_cache", "grad", "param_read", "param_written", "signs", "partial", "states")
+
+
+def _native() -> Any:
+    for name in ("hfac._C", "hfac._emulated"):
+        try:
+            return import_module(name)
+        except ImportError:
+            continue
+    raise SystemExit("required is hfac._C (make install) or hfac._emulated (make test-emulated); neither is built")
+
+
+def plan(algorithm: str, shapes: Sequence[Shape], dtype: str, **options: Any) -> list[dict[str, Any]]:
+    """The launches of one step, in order; ``options`` as `hfac._C.cuda_plan` takes them."""
+    factored: list[tuple[int, int, int]] = []
+    whole: list[int] = []
+    for shape in shapes:
+        numel = math.prod(shape)
+        if algorithm == "hfac":
+            k = cut(shape)
+            rows, cols = (numel, 1) if k is None else (math.prod(shape[:k]), math.prod(shape[k:]))
+        else:
+            rows, cols = square(numel)
+        if cols > 1:
+            factored.append((rows, cols, math.prod(shape[1:])))
+        else:
+            whole.append(numel)
+    code = _CODES[dtype]
+    types = dict(param_dtypes=code, grad_dtypes=code)
+    launches = []
+    native = _native()
+    if factored:
+        rows, cols, slices = (list(column) for column in zip(*factored, strict=True))
+        signs = dict(slices=slices) if algorithm == "smmf" else {}
+        launches += native.cuda_plan(op=f"{algorithm}_step", rows=rows, cols=cols, **types, **signs, **options)[
+            "launches"
+        ]
+    if whole:
+        ones = [1] * len(whole)
+        launches += native.cuda_plan(op=f"{algorithm}_dense_step", rows=whole, cols=ones, **types, **options)[
+            "launches"
+        ]
+    return launches
+
+
+def summary(launches: Sequence[dict[str, Any]], shapes: Sequence[Shape]) -> dict[str, float]:
+    """Launches, bytes per parameter, and seconds at each copy rate."""
+    total = sum(launch["bytes"] for launch in launches)
+    elements = sum(map(math.prod, shapes))
+    seconds = {name: total / rate for name, rate in COPY_RATES.items()}
+    return {"launches": len(launches), "bytes": total / elements, **seconds}
+
+
+def table() -> str:
+    """All lists, as Markdown."""
+    lines = [
+        f"| parameters | optimizer | type | launches | bytes per parameter | {' | '.join(COPY_RATES)} |",
+        "| --- | --- | --- | --- | --- |" + " --- |" * len(COPY_RATES),
+    ]
+    for name, make in LISTS.items():
+        shapes = make()
+        for algorithm, title in (("hfac", "HFac"), ("smmf", "SMMF")):
+            for dtype in ("bfloat16", "float32"):
+                found = summary(plan(algorithm, shapes, dtype), shapes)
+                times = " | ".join(f"{found[gpu] * 1e3:.3g} ms" for gpu in COPY_RATES)
+                lines.append(f"| {name} | {title} | {dtype} | {found['launches']} | {found['bytes']:.2f} | {times} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.launch_plan", description=__doc__.splitlines()[0])
+    parser.add_argument("--launches", choices=LISTS, help="every launch of one list, in bfloat16")
+    args = parser.parse_args()
+    if args.launches is None:
+        print(table())
+        return
+    for algorithm in ("hfac", "smmf"):
+        for launch in plan(algorithm, LISTS[args.launches](), "bfloat16"):
+            parts = " ".join(f"{part}={launch[part]}" for part in PARTS if launch[part])
+            print(f"{launch['kernel']:12} {launch['access']:17} {launch['blocks']:7} x {launch['threads']}  {parts}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+// What the threads of a block do together: sums in a fixed order, step scalars, the last block of a launch.
+#pragma once
+
+#include "element.cuh"
+
+namespace hfac {
+
+template <class T>
+HFAC_DEVICE T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// Sums eight values over the `width` threads (a power of two, at most a warp) that share them, and passes each sum to
+// one of them: put(k, sum). For a whole warp transposed: the number of values halves with the distance, so that 9
+// shuffles do the work of 40.
+template <class T, class Put>
+HFAC_DEVICE void sum_lanes(T (&v)[kVector], int width, const Put& put) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  if (width == kWarp) {
+    const bool a = lane & 16, b = lane & 8, c = lane & 4;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const T sent = a ? v[k] : v[k + 4], kept = a ? v[k + 4] : v[k];
+      v[k] = kept + shuffle_xor(sent, 16);
+    }
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const T sent = b ? v[k] : v[k + 2], kept = b ? v[k + 2] : v[k];
+      v[k] = kept + shuffle_xor(sent, 8);
+    }
+    const T sent = c ? v[0] : v[1], kept = c ? v[1] : v[0];
+    T sum = kept + shuffle_xor(sent, 4);
+    sum = sum + shuffle_xor(sum, 2);
+    sum = sum + shuffle_xor(sum, 1);
+    if (lane % 4 == 0) put((a ? 4 : 0) + (b ? 2 : 0) + (c ? 1 : 0), sum);
+    return;
+  }
+  for (int mask = width / 2; mask > 0; mask /= 2) {
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) v[k] = v[k] + shuffle_xor(v[k], mask);
+  }
+  if (lane % width == 0) {
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) put(k, v[k]);
+  }
+}
+
+// Every thread's value, added as a tree over the block; `shared` has one place per thread.
+template <class T>
+HFAC_DEVICE T block_sum(T value, T* shared) {
+  shared[threadIdx.x] = value;
+  __syncthreads();
+  for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
+    if (threadIdx.x < half) shared[threadIdx.x] = shared[threadIdx.x] + shared[threadIdx.x + half];
+    __syncthreads();
+  }
+  const T sum = shared[0];
+  __syncthreads();
+  return sum;
+}
+
+// True in the last of `blocks` blocks to come here: it may read (`load_fresh`) what the others wrote before.
+HFAC_DEVICE bool last_block(int32_t* counter, int64_t blocks) {
+  __shared__ int last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(counter, 1) == static_cast<int>(blocks) - 1;
+    if (last) *counter = 0;
+  }
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
+}
+
+HFAC_DEVICE double value_of(const Scalar& s, int32_t index) {
+  if (!s.address) return s.value;
+  const int64_t at = static_cast<int64_t>(index) * s.stride;
+  return s.wide ? static_cast<const double*>(s.address)[at]
+                : static_cast<double>(static_cast<const float*>(s.address)[at]);
+}
+
+// A decay and its rest, formed in double and rounded once, as torch does with a Python scalar.
+template <class T>
+struct Decay {
+  T beta, rest;
+  HFAC_DEVICE Decay(const Scalar& s, int32_t index) {
+    const double b = value_of(s, index);
+    beta = static_cast<T>(b);
+    rest = static_cast<T>(1 - b);
+  }
+};
+
+// Must this parameter keep every bit? (torch's fused protocol: found_inf; a gradient that was looked at: nonfinite)
+HFAC_DEVICE bool skipped(const Arguments& a) { return a.found_inf && *a.found_inf != 0.0f; }
+HFAC_DEVICE bool refused(const Arguments& a, const Item& it) { return a.nonfinite && a.nonfinite[it.index]; }
+
+HFAC_DEVICE Tile tile_of(const Arguments& a) {
+  return a.tiles[a.backward ? gridDim.x - 1 - blockIdx.x : blockIdx.x];
+}
+
+// The gradient as the step sees it: unscaled (torch's fused protocol) and of the right sign.
+template <class T>
+struct Gradient {
+  T scale;
+  bool scaled, negate;
+  HFAC_DEVICE explicit Gradient(const Arguments& a)
+      : scale(a.grad_scale ? static_cast<T>(*a.grad_scale) : T(1)),
+        scaled(a.grad_scale),
+        negate(a.scalars.maximize) {}
+  HFAC_DEVICE void unscale(T (&g)[kVector]) const {
+    if (scaled) {
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) g[k] = g[k] / scale;
+    }
+  }
+  HFAC_DEVICE void operator()(T (&g)[kVector]) const {
+    unscale(g);
+    if (negate) {
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) g[k] = -g[k];
+    }
+  }
+};
+
+// Is there an element whose square, times the number of elements, is not finite?
+template <class T>
+HFAC_DEVICE bool nonfinite(const T (&g)[kVector], T elements) {
+  bool bad = false;
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) {
+    const T all = g[k] * g[k] * elements;
+    bad = bad || !(all - all == T(0));
+  }
+  return bad;
+}
+
+// max(1, rms / d), which keeps a NaN.
+template <class T>
+HFAC_DEVICE T clip_divisor(T rms, double threshold) {
+  const T ratio = rms / static_cast<T>(threshold);
+  return ratio <= T(1) ? T(1) : ratio;
+}
+
+HFAC_DEVICE int vector_count(int64_t at, int64_t end) {
+  const int64_t left = end - at;
+  return left <= 0 ? 0 : left < kVector ? static_cast<int>(left) : kVector;
+}
+
+}  // namespace hfac

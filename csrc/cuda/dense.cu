@@ -1,0 +1,224 @@
+// Both optimizers where both moments are whole, and the look at gradients before a step that may refuse them. One block
+// per run of 8192 elements, all parameters of a list in one launch.
+#include "../math/hfac.h"
+#include "../math/smmf.h"
+#include "block.cuh"
+#include "launchers.h"
+
+namespace hfac {
+namespace {
+
+using common::hfac_average;
+using common::hfac_dense_update;
+using common::root;
+using common::smmf_first_moment;
+using common::smmf_second_moment;
+using common::smmf_update;
+
+// Aligned contiguous moments of eight elements, or fewer.
+template <class T>
+HFAC_DEVICE void load_moment(const void* p, int64_t at, int count, T (&x)[kVector]) {
+  const T* from = global(static_cast<const T*>(p));
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) x[k] = k < count ? from[at + k] : T(0);
+}
+template <class T>
+HFAC_DEVICE void store_moment(void* p, int64_t at, int count, const T (&x)[kVector]) {
+  T* to = global(static_cast<T*>(p));
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) {
+    if (k < count) to[at + k] = x[k];
+  }
+}
+
+// This block's run of its parameter, eight elements per thread at a time: body(at, count).
+template <class Body>
+HFAC_DEVICE void each_vector(const Item& it, int part, const Body& body) {
+  const int64_t elements = it.rows * it.cols, first = static_cast<int64_t>(part) * kRun;
+  const int64_t end = first + kRun < elements ? first + kRun : elements;
+  for (int64_t at = first + static_cast<int64_t>(threadIdx.x) * kVector; at < end; at += kTileCols) {
+    body(at, vector_count(at, end));
+  }
+}
+
+template <class T>
+HFAC_DEVICE bool run_nonfinite(const Arguments& a, const Item& it, int part) {
+  const Gradient<T> gradient(a);
+  bool bad = false;
+  each_vector(it, part, [&](int64_t at, int count) {
+    T g[kVector];
+    load_any(it.grad, a.layouts, at, count, g);
+    gradient.unscale(g);
+    bad = bad || nonfinite(g, static_cast<T>(it.rows * it.cols));
+  });
+  return bad;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kTileThreads) look(Arguments a) {
+  if (skipped(a)) return;
+  const Tile tile = tile_of(a);
+  const Item& it = a.items[tile.item];
+  if (run_nonfinite<T>(a, it, tile.part)) atomicOr(a.nonfinite + it.index, 1);
+}
+
+// A parameter of one run is looked at by the block that steps it; true: it keeps every bit.
+template <class T>
+HFAC_DEVICE bool refuse_run(const Arguments& a, const Item& it, T* shared) {
+  if (!a.nonfinite) return false;
+  if (it.rows * it.cols > kRun) return a.nonfinite[it.index];
+  const T bad = block_sum(run_nonfinite<T>(a, it, 0) ? T(1) : T(0), shared);
+  if (bad > T(0) && threadIdx.x == 0) a.nonfinite[it.index] = 1;
+  return bad > T(0);
+}
+
+// Eight elements of H-Fac: new moments, sqrt of the second, and U before clipping.
+template <class T>
+struct HfacDenseCell {
+  T g[kVector], average[kVector], square[kVector], denominator[kVector], update[kVector];
+
+  HFAC_DEVICE HfacDenseCell(const Arguments& a, const Item& it, const Gradient<T>& gradient, const Decay<T>& b1,
+                            const Decay<T>& b2, int64_t at, int count) {
+    load_any(it.grad, a.layouts, at, count, g);
+    load_moment(it.first_row, at, count, average);
+    load_moment(it.second_row, at, count, square);
+    gradient(g);
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      average[k] = hfac_average(b1.beta, average[k], b1.rest, g[k]);
+      square[k] = hfac_average(b2.beta, square[k], b2.rest, g[k] * g[k] + static_cast<T>(a.scalars.eps));
+      denominator[k] = root(square[k]);
+      update[k] = g[k] / denominator[k];
+    }
+  }
+};
+
+// Sum of U^2 over a run, the same in every thread.
+template <class T>
+HFAC_DEVICE T run_norm(const Arguments& a, const Item& it, int part, T* shared) {
+  const Gradient<T> gradient(a);
+  const Decay<T> b1(a.scalars.beta1, it.index), b2(a.scalars.beta2, it.index);
+  T norm = T(0);
+  each_vector(it, part, [&](int64_t at, int count) {
+    const HfacDenseCell<T> cell(a, it, gradient, b1, b2, at, count);
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      if (k < count) norm = norm + cell.update[k] * cell.update[k];  // the others may be 0 / 0
+    }
+  });
+  return block_sum(norm, shared);
+}
+
+template <class T>
+HFAC_DEVICE T dense_divisor(const Arguments& a, const Item& it, T norm) {
+  return clip_divisor(root(norm / static_cast<T>(it.rows * it.cols)), a.scalars.clip_threshold);
+}
+
+// The norm of a parameter of several runs.
+template <class T>
+__global__ void __launch_bounds__(kTileThreads) dense_look(Arguments a) {
+  __shared__ T shared[kTileThreads];
+  if (skipped(a)) return;
+  const Tile tile = tile_of(a);
+  const Item& it = a.items[tile.item];
+  const DenseSpace<T> space(it, a.workspace);
+  if (a.nonfinite && run_nonfinite<T>(a, it, tile.part)) atomicOr(a.nonfinite + it.index, 1);
+  const T norm = run_norm(a, it, tile.part, shared);
+  if (threadIdx.x == 0) space.norms[tile.part] = norm;
+  const int64_t runs = ceil_quotient(it.rows * it.cols, kRun);
+  if (!last_block(a.counters + it.counter, runs)) return;
+  T sum = T(0);
+  for (int64_t r = threadIdx.x; r < runs; r += kTileThreads) sum = sum + load_fresh(space.norms + r);
+  const T total = block_sum(sum, shared);
+  if (threadIdx.x == 0) *space.divisor = dense_divisor(a, it, total);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kTileThreads) hfac_dense(Arguments a) {
+  __shared__ T shared[kTileThreads];
+  if (skipped(a)) return;
+  const Tile tile = tile_of(a);
+  const Item& it = a.items[tile.item];
+  if (refuse_run(a, it, shared)) return;
+  T divisor = T(1);
+  if (a.scalars.clip) {
+    divisor = it.rows * it.cols > kRun ? *DenseSpace<T>(it, a.workspace).divisor
+                                       : dense_divisor(a, it, run_norm(a, it, 0, shared));
+  }
+  const Gradient<T> gradient(a);
+  const Decay<T> b1(a.scalars.beta1, it.index), b2(a.scalars.beta2, it.index);
+  const T lr = static_cast<T>(value_of(a.scalars.lr, 0));
+  const T weight_decay = static_cast<T>(value_of(a.scalars.weight_decay, 0));
+  each_vector(it, tile.part, [&](int64_t at, int count) {
+    const HfacDenseCell<T> cell(a, it, gradient, b1, b2, at, count);
+    T w[kVector];
+    load_any(it.param, a.layouts, at, count, w);
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      w[k] = hfac_dense_update(w[k], cell.g[k], cell.average[k], cell.denominator[k], cell.update[k] / divisor, b1.beta,
+                               lr, weight_decay);
+    }
+    store_moment(it.first_row, at, count, cell.average);
+    store_moment(it.second_row, at, count, cell.square);
+    store_any(it.param, a.layouts, at, count, w);
+  });
+}
+
+template <class T>
+__global__ void __launch_bounds__(kTileThreads) smmf_dense(Arguments a) {
+  __shared__ T shared[kTileThreads];
+  if (skipped(a)) return;
+  const Tile tile = tile_of(a);
+  const Item& it = a.items[tile.item];
+  if (refuse_run(a, it, shared)) return;
+  const Gradient<T> gradient(a);
+  const Decay<T> b1(a.scalars.beta1, it.index), b2(a.scalars.beta2, it.index);
+  const double lr_wide = value_of(a.scalars.lr, 0), decay_wide = value_of(a.scalars.weight_decay, 0);
+  const T lr = static_cast<T>(lr_wide), weight_decay = static_cast<T>(decay_wide), eps = static_cast<T>(a.scalars.eps);
+  const T shrink = static_cast<T>(1 - lr_wide * decay_wide);
+  each_vector(it, tile.part, [&](int64_t at, int count) {
+    T g[kVector], w[kVector], m[kVector], v[kVector];
+    load_any(it.grad, a.layouts, at, count, g);
+    load_any(it.param, a.layouts, at, count, w);
+    load_moment(it.second_row, at, count, v);
+    if (a.scalars.first) load_moment(it.first_row, at, count, m);
+    gradient(g);
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      if (a.scalars.coupled) {
+        g[k] = g[k] + weight_decay * w[k];
+      } else {
+        w[k] = w[k] * shrink;
+      }
+      m[k] = a.scalars.first ? smmf_first_moment(b1.beta * m[k], b1.rest, g[k]) : g[k];
+      v[k] = smmf_second_moment(b2.beta * v[k], b2.rest, g[k]);
+      w[k] = smmf_update(w[k], lr, m[k], v[k], eps);
+    }
+    if (a.scalars.first) store_moment(it.first_row, at, count, m);
+    store_moment(it.second_row, at, count, v);
+    store_any(it.param, a.layouts, at, count, w);
+  });
+}
+
+}  // namespace
+
+void launch_look(const Launch& l, const Arguments& a, void* stream) {
+  launch("look", l.access == Access::kDouble ? look<double> : look<float>, l.tiles, l.threads, stream, a);
+}
+
+void launch_dense_look(const Launch& l, const Arguments& a, void* stream) {
+  launch("dense_look", l.access == Access::kDouble ? dense_look<double> : dense_look<float>, l.tiles, l.threads, stream,
+         a);
+}
+
+void launch_hfac_dense(const Launch& l, const Arguments& a, void* stream) {
+  launch("hfac_dense", l.access == Access::kDouble ? hfac_dense<double> : hfac_dense<float>, l.tiles, l.threads, stream,
+         a);
+}
+
+void launch_smmf_dense(const Launch& l, const Arguments& a, void* stream) {
+  launch("smmf_dense", l.access == Access::kDouble ? smmf_dense<double> : smmf_dense<float>, l.tiles, l.threads, stream,
+         a);
+}
+
+}  // namespace hfac

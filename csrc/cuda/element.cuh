@@ -1,0 +1,313 @@
+// Eight neighbouring elements between memory and registers: 16-byte accesses where types are known and rows aligned,
+// one element at a time, with any strides and types, where not. In registers all is T, float or double.
+#pragma once
+
+#include "../cpu/signs.h"
+#include "launch.h"
+#include "table.h"
+
+#ifdef HFAC_DEVICE_COMPILER
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace hfac {
+
+using common::bits_of;
+using common::float_of;
+using common::Narrow;
+using common::widen;
+
+// Addresses come from a table in memory; said to be global, they are not loaded through the generic path.
+template <class P>
+HFAC_DEVICE P* global(P* p) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
+}
+
+// What another block of the same launch wrote: past any cache that is not coherent.
+template <class T>
+HFAC_DEVICE T load_fresh(const T* p) {
+  return *static_cast<const volatile T*>(p);
+}
+
+struct alignas(16) Chunk {
+  uint32_t word[4];
+};
+
+// Eight elements of type S as they lie in memory.
+template <class S>
+struct Raw {
+  static constexpr int kChunks = static_cast<int>(sizeof(S)) * kVector / 16;
+  Chunk chunk[kChunks];
+};
+
+// `last`: nobody will want the line again.
+HFAC_DEVICE Chunk load_chunk(const void* p, bool last) {
+  Chunk c;
+#if defined(__CUDA_ARCH__)
+  const uint4 v = last ? __ldcs(static_cast<const uint4*>(p)) : *static_cast<const uint4*>(p);
+  c.word[0] = v.x;
+  c.word[1] = v.y;
+  c.word[2] = v.z;
+  c.word[3] = v.w;
+#else
+  (void)last;
+  memcpy(&c, __builtin_assume_aligned(p, 16), sizeof(c));
+#endif
+  return c;
+}
+
+HFAC_DEVICE void store_chunk(void* p, const Chunk& c) {
+#if defined(__CUDA_ARCH__)
+  *static_cast<uint4*>(p) = make_uint4(c.word[0], c.word[1], c.word[2], c.word[3]);
+#else
+  memcpy(__builtin_assume_aligned(p, 16), &c, sizeof(c));
+#endif
+}
+
+template <class S>
+HFAC_DEVICE Raw<S> load_raw(const S* p, bool last) {
+  Raw<S> raw;
+#pragma unroll
+  for (int c = 0; c < Raw<S>::kChunks; ++c) raw.chunk[c] = load_chunk(reinterpret_cast<const char*>(p) + 16 * c, last);
+  return raw;
+}
+
+template <class S>
+HFAC_DEVICE void store_raw(S* p, const Raw<S>& raw) {
+#pragma unroll
+  for (int c = 0; c < Raw<S>::kChunks; ++c) store_chunk(reinterpret_cast<char*>(p) + 16 * c, raw.chunk[c]);
+}
+
+HFAC_DEVICE void unpack(const Raw<float>& raw, float (&x)[kVector]) {
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) x[k] = float_of(raw.chunk[k / 4].word[k % 4]);
+}
+HFAC_DEVICE void unpack(const Raw<BFloat16>& raw, float (&x)[kVector]) {
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) {
+    const uint32_t pair = raw.chunk[0].word[k / 2];
+    x[k] = float_of(k % 2 ? pair & 0xffff0000u : pair << 16);
+  }
+}
+HFAC_DEVICE void unpack(const Raw<Float16>& raw, float (&x)[kVector]) {
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) {
+    const auto bits = static_cast<uint16_t>(raw.chunk[0].word[k / 2] >> (k % 2 * 16));
+#if defined(__CUDA_ARCH__)
+    x[k] = __half2float(__ushort_as_half(bits));
+#else
+    x[k] = widen(Float16{bits});
+#endif
+  }
+}
+HFAC_DEVICE void unpack(const Raw<double>& raw, double (&x)[kVector]) { memcpy(x, &raw, sizeof(x)); }
+
+HFAC_DEVICE uint32_t narrow_pair(float a, float b, BFloat16) {
+#if defined(__CUDA_ARCH__)
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
+#else
+  return Narrow<BFloat16>::from(a).bits | static_cast<uint32_t>(Narrow<BFloat16>::from(b).bits) << 16;
+#endif
+}
+HFAC_DEVICE uint32_t narrow_pair(float a, float b, Float16) {
+#if defined(__CUDA_ARCH__)
+  const __half2 pair = __floats2half2_rn(a, b);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
+#else
+  return Narrow<Float16>::from(a).bits | static_cast<uint32_t>(Narrow<Float16>::from(b).bits) << 16;
+#endif
+}
+
+template <class S>
+HFAC_DEVICE void pack(const float (&x)[kVector], Raw<S>& raw) {
+#pragma unroll
+  for (int k = 0; k < kVector / 2; ++k) raw.chunk[0].word[k] = narrow_pair(x[2 * k], x[2 * k + 1], S());
+}
+HFAC_DEVICE void pack(const float (&x)[kVector], Raw<float>& raw) {
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) raw.chunk[k / 4].word[k % 4] = bits_of(x[k]);
+}
+HFAC_DEVICE void pack(const double (&x)[kVector], Raw<double>& raw) { memcpy(&raw, x, sizeof(x)); }
+
+// Of an element of a tensor that is not contiguous. Not inlined, as none of the slow path is: it would be by far the
+// largest part of every kernel.
+HFAC_DEVICE_APART int64_t offset_of(const int64_t* layout, int64_t at) {
+  const int64_t dimensions = layout[0];
+  const int64_t* sizes = layout + 1;
+  int64_t offset = 0;
+  for (int64_t d = dimensions - 1; d >= 0; --d) {
+    offset += at % sizes[d] * sizes[dimensions + d];
+    at /= sizes[d];
+  }
+  return offset;
+}
+
+template <class T, class S>
+HFAC_DEVICE void load_run(const Operand& o, const int64_t* layout, int64_t at, int count, T (&x)[kVector]) {
+  const S* data = global(static_cast<const S*>(o.data));
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) {
+    if (k < count) x[k] = static_cast<T>(widen(data[layout ? offset_of(layout, at + k) : at + k]));
+  }
+}
+
+template <class T, class S>
+HFAC_DEVICE void store_run(const Operand& o, const int64_t* layout, int64_t at, int count, const T (&x)[kVector]) {
+  S* data = global(static_cast<S*>(o.data));
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) {
+    if (k < count) data[layout ? offset_of(layout, at + k) : at + k] = Narrow<S>::from(x[k]);
+  }
+}
+
+// Elements [at, at + count) of a tensor of any type and layout; the rest of x is zero.
+template <class T>
+HFAC_DEVICE void load_any(const Operand& o, const int64_t* layouts, int64_t at, int count, T (&x)[kVector]) {
+  const int64_t* layout = o.layout < 0 ? nullptr : layouts + o.layout;
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) x[k] = T(0);
+  switch (static_cast<DType>(o.dtype)) {
+    case DType::kFloat32:
+      return load_run<T, float>(o, layout, at, count, x);
+    case DType::kBFloat16:
+      return load_run<T, BFloat16>(o, layout, at, count, x);
+    case DType::kFloat16:
+      return load_run<T, Float16>(o, layout, at, count, x);
+    case DType::kFloat64:
+      return load_run<T, double>(o, layout, at, count, x);
+  }
+}
+
+HFAC_DEVICE void store_any(const Operand& o, const int64_t* layouts, int64_t at, int count,
+                           const float (&x)[kVector]) {
+  const int64_t* layout = o.layout < 0 ? nullptr : layouts + o.layout;
+  switch (static_cast<DType>(o.dtype)) {
+    case DType::kBFloat16:
+      return store_run<float, BFloat16>(o, layout, at, count, x);
+    case DType::kFloat16:
+      return store_run<float, Float16>(o, layout, at, count, x);
+    default:
+      return store_run<float, float>(o, layout, at, count, x);
+  }
+}
+HFAC_DEVICE void store_any(const Operand& o, const int64_t* layouts, int64_t at, int count,
+                           const double (&x)[kVector]) {
+  store_run<double, double>(o, o.layout < 0 ? nullptr : layouts + o.layout, at, count, x);
+}
+
+// SMMF's sign bits of [at, at + count) in bits 0.. of the result, and their return.
+HFAC_DEVICE unsigned load_byte(const uint8_t* p) {
+#if defined(__CUDA_ARCH__)
+  return *p;
+#else
+  return __atomic_load_n(p, __ATOMIC_RELAXED);  // a neighbour may be writing its own bits
+#endif
+}
+
+HFAC_DEVICE void flip_bit(uint8_t* p, unsigned bit) {
+#if defined(HFAC_DEVICE_COMPILER)
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  atomicXor(reinterpret_cast<unsigned*>(address & ~uintptr_t{3}), 1u << ((address & 3) * 8 + bit));
+#else
+  __atomic_fetch_xor(p, static_cast<uint8_t>(1u << bit), __ATOMIC_RELAXED);
+#endif
+}
+
+HFAC_DEVICE unsigned load_signs(const Signs& s, int64_t at, int count) {
+  unsigned bits = 0;
+  for (int k = 0; k < count; ++k) {
+    const int64_t slice = (at + k) / s.slice, within = (at + k) % s.slice;
+    bits |= (load_byte(s.data + slice * s.slice_bytes + within / 8) >> (within % 8) & 1u) << k;
+  }
+  return bits;
+}
+
+// Bytes may be shared between threads: each flips only bits of its own, and only those that changed.
+HFAC_DEVICE void store_signs(const Signs& s, int64_t at, int count, unsigned old, unsigned fresh) {
+  for (int k = 0; k < count; ++k) {
+    if (!((old ^ fresh) >> k & 1u)) continue;
+    const int64_t slice = (at + k) / s.slice, within = (at + k) % s.slice;
+    flip_bit(s.data + slice * s.slice_bytes + within / 8, static_cast<unsigned>(within % 8));
+  }
+}
+
+// How a kernel reaches its operands. Bulk: whole aligned vectors of known types, whole bytes of signs.
+template <class T_, class Sw, class Sg>
+struct BulkAccess {
+  using T = T_;
+  using Param = Raw<Sw>;
+  using Grad = Raw<Sg>;
+  static constexpr bool kWhole = true;
+  // Rows whose loads SMMF issues together: 64 bytes, or too few registers are left for the arithmetic.
+  static constexpr int kRows = sizeof(Sw) + sizeof(Sg) <= 4 ? 2 : 1;
+
+  static HFAC_DEVICE Grad grad(const Operand& o, const int64_t*, int64_t at, int, bool last) {
+    return load_raw(global(static_cast<const Sg*>(o.data)) + at, last);
+  }
+  static HFAC_DEVICE Param param(const Operand& o, const int64_t*, int64_t at, int) {
+    return load_raw(global(static_cast<const Sw*>(o.data)) + at, false);
+  }
+  template <class R>
+  static HFAC_DEVICE void widen(const R& raw, T (&x)[kVector]) {
+    unpack(raw, x);
+  }
+  static HFAC_DEVICE void store(const Operand& o, const int64_t*, int64_t at, int, const T (&x)[kVector]) {
+    Raw<Sw> raw;
+    pack(x, raw);
+    store_raw(global(static_cast<Sw*>(o.data)) + at, raw);
+  }
+  static HFAC_DEVICE unsigned signs(const Signs& s, int64_t at, int) { return global(s.data)[at / 8]; }
+  static HFAC_DEVICE void store(const Signs& s, int64_t at, int, unsigned, unsigned fresh) {
+    global(s.data)[at / 8] = static_cast<uint8_t>(fresh);
+  }
+};
+
+// Anything: types, strides, alignments and sign layouts at run time.
+template <class T_>
+struct AnyAccess {
+  using T = T_;
+  struct Eight {
+    T x[kVector];
+  };
+  using Param = Eight;
+  using Grad = Eight;
+  static constexpr bool kWhole = false;
+  static constexpr int kRows = 1;
+
+  static HFAC_DEVICE Grad grad(const Operand& o, const int64_t* layouts, int64_t at, int count, bool) {
+    Eight e;
+    load_any(o, layouts, at, count, e.x);
+    return e;
+  }
+  static HFAC_DEVICE Param param(const Operand& o, const int64_t* layouts, int64_t at, int count) {
+    return grad(o, layouts, at, count, false);
+  }
+  static HFAC_DEVICE void widen(const Eight& e, T (&x)[kVector]) {
+    for (int k = 0; k < kVector; ++k) x[k] = e.x[k];
+  }
+  static HFAC_DEVICE void store(const Operand& o, const int64_t* layouts, int64_t at, int count,
+                                const T (&x)[kVector]) {
+    store_any(o, layouts, at, count, x);
+  }
+  static HFAC_DEVICE unsigned signs(const Signs& s, int64_t at, int count) { return load_signs(s, at, count); }
+  static HFAC_DEVICE void store(const Signs& s, int64_t at, int count, unsigned old, unsigned fresh) {
+    store_signs(s, at, count, old, fresh);
+  }
+};
+
+using Float = BulkAccess<float, float, float>;
+using Half = BulkAccess<float, Float16, Float16>;
+using Brain = BulkAccess<float, BFloat16, BFloat16>;
+using BrainFloat = BulkAccess<float, BFloat16, float>;
+using FloatBrain = BulkAccess<float, float, BFloat16>;
+
+}  // namespace hfac

@@ -1,0 +1,46 @@
+#include "launchers.h"
+
+#include "launch.h"
+
+namespace hfac {
+
+void launch_all(const Plan& plan, Arguments arguments, int64_t flags, int device, void* stream) {
+  const DeviceGuard guard(device);
+  if (arguments.nonfinite) clear(arguments.nonfinite, static_cast<size_t>(flags) * sizeof(int32_t), stream);
+  const Tile* tiles = arguments.tiles;
+  for (const Launch& launch : plan.launches) {
+    arguments.tiles = tiles + launch.first_tile;
+    arguments.backward = launch.backward;
+    switch (launch.kernel) {
+      case Kernel::kLook:
+        launch_look(launch, arguments, stream);
+        break;
+      case Kernel::kSmmfTiles:
+        launch_smmf_tiles(launch, arguments, stream);
+        break;
+      case Kernel::kSmmfFold:
+        launch_smmf_fold(launch, arguments, stream);
+        break;
+      case Kernel::kHfacStats:
+        launch_hfac_stats(launch, arguments, stream);
+        break;
+      case Kernel::kHfacFold:
+        launch_hfac_fold(launch, arguments, stream);
+        break;
+      case Kernel::kHfacUpdate:
+        launch_hfac_update(launch, arguments, stream);
+        break;
+      case Kernel::kDenseLook:
+        launch_dense_look(launch, arguments, stream);
+        break;
+      case Kernel::kHfacDense:
+        launch_hfac_dense(launch, arguments, stream);
+        break;
+      case Kernel::kSmmfDense:
+        launch_smmf_dense(launch, arguments, stream);
+        break;
+    }
+  }
+}
+
+}  // namespace hfac

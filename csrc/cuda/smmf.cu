@@ -1,0 +1,257 @@
+// SMMF on matrices: one read of the gradient and one read and write of the parameter and its signs are the whole step.
+//
+// A block takes a tile of rows and up to 2048 columns. A thread holds eight neighbouring columns: their factors and
+// their sums stay in its registers for the whole tile. Sums of rows go through shuffles to shared memory, with no
+// barrier in the loop. Both leave as partial sums; a second launch adds them in fixed order and normalises.
+#include "../math/smmf.h"
+#include "block.cuh"
+#include "launchers.h"
+
+namespace hfac {
+namespace {
+
+using common::smmf_first_moment;
+using common::smmf_second_moment;
+using common::smmf_update;
+
+HFAC_DEVICE float flip_sign(float x, unsigned bits, int k) {
+  return float_of(bits_of(x) ^ (bits << (31 - k) & 0x80000000u));
+}
+HFAC_DEVICE double flip_sign(double x, unsigned bits, int k) { return bits >> k & 1u ? -x : x; }
+
+HFAC_DEVICE float magnitude(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
+HFAC_DEVICE double magnitude(double x) { return fabs(x); }
+
+// Two blocks per multiprocessor: with the columns' factors and sums and four rows in flight, 128 registers suffice.
+template <class A>
+__global__ void __launch_bounds__(kTileThreads, A::kWhole ? 2 : 1) smmf_tiles(Arguments a) {
+  using T = typename A::T;
+  __shared__ T shared[kSharedSums];
+  if (skipped(a)) return;
+  const Tile tile = tile_of(a);
+  const Item& it = a.items[tile.item];
+  if (refused(a, it)) return;
+
+  const Tiling tiling = it.tiling;
+  const int64_t rows = it.rows, cols = it.cols;
+  const int row_tile = tile.part / tiling.col_tiles, col_tile = tile.part % tiling.col_tiles;
+  const int x = static_cast<int>(threadIdx.x) % tiling.lanes, y = static_cast<int>(threadIdx.x) / tiling.lanes;
+  const int ys = kTileThreads / tiling.lanes;
+  const int warps = tiling.lanes > kWarp ? tiling.lanes / kWarp : 1;  // that share a row
+  const int width = tiling.lanes < kWarp ? tiling.lanes : kWarp;
+  const int64_t first_row = static_cast<int64_t>(row_tile) * tiling.rows;
+  const int tile_rows = static_cast<int>(rows - first_row < tiling.rows ? rows - first_row : tiling.rows);
+  const int64_t tile_end = static_cast<int64_t>(col_tile + 1) * tiling.cols;
+  const int64_t col = static_cast<int64_t>(col_tile) * tiling.cols + x * kVector;
+  const int count = vector_count(col, tile_end < cols ? tile_end : cols);  // 8 or 0 where vectors are whole
+
+  const Operand grad = it.grad, param = it.param;
+  const Signs signs{it.signs, it.slice, it.slice_bytes};
+  const Gradient<T> gradient(a);
+  const bool first = a.scalars.first, coupled = a.scalars.coupled;
+  const Decay<T> b1(a.scalars.beta1, it.index), b2(a.scalars.beta2, it.index);
+  const double lr_wide = value_of(a.scalars.lr, 0), decay_wide = value_of(a.scalars.weight_decay, 0);
+  const T lr = static_cast<T>(lr_wide), weight_decay = static_cast<T>(decay_wide), eps = static_cast<T>(a.scalars.eps);
+  const T shrink = static_cast<T>(1 - lr_wide * decay_wide);
+
+  const T* row_m = global(static_cast<const T*>(it.first_row));
+  const T* row_v = global(static_cast<const T*>(it.second_row));
+  T col_m[kVector], col_v[kVector], sum_m[kVector], sum_v[kVector];
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) {
+    col_m[k] = first && k < count ? static_cast<const T*>(it.first_col)[col + k] : T(0);
+    col_v[k] = k < count ? static_cast<const T*>(it.second_col)[col + k] : T(0);
+    sum_m[k] = sum_v[k] = T(0);
+  }
+
+  for (int base = 0; base < tile_rows; base += ys * kRowsInFlight) {
+    T sums[kVector];
+#pragma unroll
+    for (int half = 0; half < kRowsInFlight; half += A::kRows) {
+      typename A::Grad g_raw[A::kRows];
+      typename A::Param w_raw[A::kRows];
+      unsigned bits[A::kRows];
+      T r_m[A::kRows], r_v[A::kRows];
+#pragma unroll
+      for (int r = 0; r < A::kRows; ++r) {
+        const int row = base + (half + r) * ys + y;
+        if (row >= tile_rows || !count) continue;
+        const int64_t i = first_row + row, at = i * cols + col;
+        g_raw[r] = A::grad(grad, a.layouts, at, count, true);
+        w_raw[r] = A::param(param, a.layouts, at, count);
+        bits[r] = first ? A::signs(signs, at, count) : 0u;
+        r_m[r] = first ? row_m[i] : T(0);
+        r_v[r] = row_v[i];
+      }
+#pragma unroll
+      for (int r = 0; r < A::kRows; ++r) {
+        const int row = base + (half + r) * ys + y;
+        T total_m = T(0), total_v = T(0);
+        if (row < tile_rows && count) {
+          const int64_t at = (first_row + row) * cols + col;
+          T g[kVector], w[kVector], m[kVector];
+          A::widen(g_raw[r], g);
+          A::widen(w_raw[r], w);
+          gradient(g);
+          if (coupled) {
+#pragma unroll
+            for (int k = 0; k < kVector; ++k) g[k] = g[k] + weight_decay * w[k];
+          } else {
+#pragma unroll
+            for (int k = 0; k < kVector; ++k) w[k] = w[k] * shrink;
+          }
+          if (first) {
+            const T minus_b1_r = -(b1.beta * r_m[r]);
+            unsigned fresh = 0;
+#pragma unroll
+            for (int k = 0; k < kVector; ++k) {
+              m[k] = smmf_first_moment(flip_sign(minus_b1_r * col_m[k], bits[r], k), b1.rest, g[k]);
+              if (A::kWhole || k < count) {
+                fresh |= (m[k] > T(0) ? 1u : 0u) << k;
+                const T size = magnitude(m[k]);
+                total_m = total_m + size;
+                sum_m[k] = sum_m[k] + size;
+              }
+            }
+            A::store(signs, at, count, bits[r], fresh);
+          } else {
+#pragma unroll
+            for (int k = 0; k < kVector; ++k) m[k] = g[k];
+          }
+          const T b2_r = b2.beta * r_v[r];
+#pragma unroll
+          for (int k = 0; k < kVector; ++k) {
+            const T v = smmf_second_moment(b2_r * col_v[k], b2.rest, g[k]);
+            if (A::kWhole || k < count) {
+              total_v = total_v + v;
+              sum_v[k] = sum_v[k] + v;
+            }
+            w[k] = smmf_update(w[k], lr, m[k], v, eps);
+          }
+          A::store(param, a.layouts, at, count, w);
+        }
+        sums[2 * (half + r)] = total_m;
+        sums[2 * (half + r) + 1] = total_v;
+      }
+    }
+    sum_lanes(sums, width, [&](int k, T sum) {
+      const int row = base + k / 2 * ys + y;
+      if (row < tile_rows) shared[(row * 2 + k % 2) * warps + x / kWarp] = sum;
+    });
+  }
+#if !defined(HFAC_FAULT_NO_BARRIER)
+  __syncthreads();
+#endif
+
+  const SmmfSpace<T> space(it, a.workspace);
+  T* row_sums = space.rows + static_cast<int64_t>(col_tile) * 2 * rows + first_row;
+  for (int k = static_cast<int>(threadIdx.x); k < 2 * tile_rows; k += kTileThreads) {
+    T sum = T(0);
+    for (int w = 0; w < warps; ++w) sum = sum + shared[k * warps + w];
+    row_sums[k % 2 * rows + k / 2] = sum;
+  }
+
+  T* col_sums = space.cols + static_cast<int64_t>(row_tile) * 2 * cols + (col - x * kVector);
+#if defined(HFAC_FAULT_WORKSPACE)
+  ++col_sums;
+#endif
+#if defined(HFAC_FAULT_UNINITIALISED)
+  const int written = row_tile == 0 && x == 0 ? count - 1 : count;
+#else
+  const int written = count;
+#endif
+  if (ys == 1) {
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      if (k >= written) continue;
+      col_sums[x * kVector + k] = sum_m[k];
+      col_sums[cols + x * kVector + k] = sum_v[k];
+    }
+    return;
+  }
+  // Threads of the same columns: their sums meet in shared memory, in the order of y.
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) {
+    shared[k * kTileThreads + static_cast<int>(threadIdx.x)] = sum_m[k];
+    shared[(kVector + k) * kTileThreads + static_cast<int>(threadIdx.x)] = sum_v[k];
+  }
+  __syncthreads();
+  if (y >= 2 * kVector) return;
+  for (int k = y; k < 2 * kVector; k += ys) {
+    T sum = T(0);
+    for (int from = 0; from < ys; ++from) sum = sum + shared[k * kTileThreads + from * tiling.lanes + x];
+    if (k % kVector < written) col_sums[k / kVector * cols + x * kVector + k % kVector] = sum;
+  }
+}
+
+// (SMMF, Algorithm 4) n >= m, so the columns' factors carry the normalisation; the rows' are sums as they stand.
+template <class T>
+__global__ void __launch_bounds__(kTileThreads) smmf_fold(Arguments a) {
+  __shared__ T shared[kTileThreads];
+  if (skipped(a)) return;
+  const Tile tile = tile_of(a);
+  const Item& it = a.items[tile.item];
+  if (refused(a, it)) return;
+  const SmmfSpace<T> space(it, a.workspace);
+  const int64_t rows = it.rows, cols = it.cols;
+  const int64_t k = static_cast<int64_t>(tile.part) * kFoldChunk + threadIdx.x;
+  T* const row_factor[2] = {static_cast<T*>(it.first_row), static_cast<T*>(it.second_row)};
+  T* const col_factor[2] = {static_cast<T*>(it.first_col), static_cast<T*>(it.second_col)};
+
+  for (int moment = a.scalars.first ? 0 : 1; moment < 2; ++moment) {
+    if (k < rows) {
+      T sum = T(0);
+      for (int t = 0; t < it.tiling.col_tiles; ++t) sum = sum + space.rows[(t * 2 + moment) * rows + k];
+      row_factor[moment][k] = sum;
+    }
+    T sum = T(0);
+    if (k < cols) {
+      for (int t = 0; t < it.tiling.row_tiles; ++t) sum = sum + space.cols[(t * 2 + moment) * cols + k];
+      col_factor[moment][k] = sum;
+    }
+    const T total = block_sum(sum, shared);
+    if (threadIdx.x == 0) space.totals[tile.part * 2 + moment] = total;
+  }
+
+  const int64_t chunks = fold_chunks(it);
+  if (!last_block(a.counters + it.counter, chunks)) return;
+  for (int moment = a.scalars.first ? 0 : 1; moment < 2; ++moment) {
+    T sum = T(0);
+    for (int64_t c = threadIdx.x; c < chunks; c += kTileThreads) sum = sum + load_fresh(space.totals + c * 2 + moment);
+    const T total = block_sum(sum, shared);
+    const T divisor = total == T(0) ? T(1) : total;
+    for (int64_t j = threadIdx.x; j < cols; j += kTileThreads) {
+      col_factor[moment][j] = load_fresh(col_factor[moment] + j) / divisor;
+    }
+  }
+}
+
+}  // namespace
+
+void launch_smmf_tiles(const Launch& l, const Arguments& a, void* stream) {
+  const auto with = [&](void (*kernel)(Arguments)) { launch("smmf_tiles", kernel, l.tiles, l.threads, stream, a); };
+  switch (l.access) {
+    case Access::kFloat:
+      return with(smmf_tiles<Float>);
+    case Access::kBFloat16:
+      return with(smmf_tiles<Brain>);
+    case Access::kFloat16:
+      return with(smmf_tiles<Half>);
+    case Access::kBFloat16Float:
+      return with(smmf_tiles<BrainFloat>);
+    case Access::kFloatBFloat16:
+      return with(smmf_tiles<FloatBrain>);
+    case Access::kAny:
+      return with(smmf_tiles<AnyAccess<float>>);
+    case Access::kDouble:
+      return with(smmf_tiles<AnyAccess<double>>);
+  }
+}
+
+void launch_smmf_fold(const Launch& l, const Arguments& a, void* stream) {
+  launch("smmf_fold", l.access == Access::kDouble ? smmf_fold<double> : smmf_fold<float>, l.tiles, l.threads, stream,
+         a);
+}
+
+}  // namespace hfac

@@ -1,0 +1,105 @@
+#include "step.h"
+
+#include <cstring>
+#include <utility>
+
+#include "launchers.h"
+
+namespace hfac {
+namespace {
+
+bool same(const Operand& a, const Operand& b) {
+  return a.data == b.data && a.dtype == b.dtype && a.layout == b.layout;
+}
+
+bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+}  // namespace
+
+Step::Step(std::vector<BoundItem> items, int64_t entries, const PlanOptions& options)
+    : bound_(std::move(items)), entries_(entries), options_(options) {}
+
+Operand Step::operand(void* data, DType dtype, const Strided* strided, std::vector<int64_t>& layouts) const {
+  Operand o{data, static_cast<int32_t>(dtype), -1};
+  if (!strided) return o;
+  o.layout = static_cast<int32_t>(layouts.size());
+  layouts.push_back(static_cast<int64_t>(strided->sizes.size()));
+  layouts.insert(layouts.end(), strided->sizes.begin(), strided->sizes.end());
+  layouts.insert(layouts.end(), strided->strides.begin(), strided->strides.end());
+  return o;
+}
+
+bool Step::bulk(const Item& it) const {
+  const bool whole_bytes = !it.signs || it.slice % kVector == 0;
+  return it.param.layout < 0 && it.grad.layout < 0 && aligned(it.param.data) && aligned(it.grad.data) &&
+         it.cols % kVector == 0 && whole_bytes;
+}
+
+bool Step::prepare(const std::vector<BoundGrad>& grads, bool clip, bool nonfinite) {
+  std::vector<Item> items(bound_.size());
+  std::vector<int64_t> layouts;
+  std::vector<bool> whole;
+  bool replan = !planned_ || clip != options_.clip || nonfinite != options_.nonfinite;
+  bool changed = replan;
+  for (size_t i = 0; i < bound_.size(); ++i) {
+    const BoundItem& from = bound_[i];
+    Item& it = items[i];
+    if (planned_) it = items_[i];  // its tiling and places stand until it is planned anew
+    it.rows = from.rows;
+    it.cols = from.cols;
+    it.first_row = from.first_row;
+    it.first_col = from.first_col;
+    it.second_row = from.second_row;
+    it.second_col = from.second_col;
+    it.signs = from.signs;
+    it.slice = from.slice;
+    it.slice_bytes = from.slice_bytes;
+    it.index = static_cast<int32_t>(from.index);
+    it.param = operand(from.param.data, from.param.dtype, from.param.strided, layouts);
+    it.grad = operand(grads[i].data, grads[i].dtype, grads[i].strided, layouts);
+    whole.push_back(bulk(it));
+    if (planned_ && !replan) {
+      replan = whole[i] != bulk_[i] || it.grad.dtype != items_[i].grad.dtype;
+      changed = changed || replan || !same(it.grad, items_[i].grad) || !same(it.param, items_[i].param);
+    }
+  }
+  changed = changed || replan || layouts != layouts_;
+  if (!changed) return false;
+  items_ = std::move(items);
+  layouts_ = std::move(layouts);
+  bulk_ = std::move(whole);
+  options_.clip = clip;
+  options_.nonfinite = nonfinite;
+  if (replan) plan_ = make_plan(items_, bulk_, options_);
+  planned_ = true;
+  return true;
+}
+
+size_t Step::layouts_at() const { return items_.size() * sizeof(Item); }
+size_t Step::tiles_at() const { return layouts_at() + layouts_.size() * sizeof(int64_t); }
+size_t Step::table_bytes() const { return tiles_at() + plan_.tiles.size() * sizeof(Tile); }
+
+void Step::write_table(void* host) const {
+  char* to = static_cast<char*>(host);
+  if (!items_.empty()) memcpy(to, items_.data(), items_.size() * sizeof(Item));
+  if (!layouts_.empty()) memcpy(to + layouts_at(), layouts_.data(), layouts_.size() * sizeof(int64_t));
+  if (!plan_.tiles.empty()) memcpy(to + tiles_at(), plan_.tiles.data(), plan_.tiles.size() * sizeof(Tile));
+}
+
+void Step::launch(const Memory& memory, const Scalars& scalars, int32_t* nonfinite, const float* grad_scale,
+                  const float* found_inf, int device, void* stream) const {
+  const char* table = static_cast<const char*>(memory.table);
+  Arguments a{};
+  a.items = reinterpret_cast<const Item*>(table);
+  a.layouts = reinterpret_cast<const int64_t*>(table + layouts_at());
+  a.tiles = reinterpret_cast<const Tile*>(table + tiles_at());
+  a.workspace = static_cast<char*>(memory.workspace);
+  a.counters = static_cast<int32_t*>(memory.counters);
+  a.nonfinite = nonfinite;
+  a.grad_scale = grad_scale;
+  a.found_inf = found_inf;
+  a.scalars = scalars;
+  launch_all(plan_, a, entries_, device, stream);
+}
+
+}  // namespace hfac

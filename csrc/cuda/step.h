@@ -1,0 +1,67 @@
+// One op over one list of parameters, bound to their addresses: the plan, the table that the kernels read, the launches.
+// Holds no memory of the device: the caller gives it, and says when a table has been copied.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "../cpu/tensor.h"
+#include "plan.h"
+
+namespace hfac {
+
+// What stays from step to step; null addresses for what an op does not have.
+struct BoundItem {
+  int64_t index;
+  TensorRef param;
+  int64_t rows, cols;
+  void *first_row, *first_col, *second_row, *second_col;
+  uint8_t* signs;
+  int64_t slice, slice_bytes;
+};
+
+struct BoundGrad {
+  void* data;
+  DType dtype;
+  const Strided* strided;
+};
+
+struct Memory {
+  void *table, *workspace, *counters;  // on the device
+};
+
+class Step {
+ public:
+  Step(std::vector<BoundItem> items, int64_t entries, const PlanOptions& options);
+
+  // Gradients of this step, one per bound item, and what may change from step to step. True: the table in device
+  // memory is out of date.
+  bool prepare(const std::vector<BoundGrad>& grads, bool clip, bool nonfinite);
+
+  const std::vector<BoundItem>& items() const { return bound_; }
+  int64_t entries() const { return entries_; }  // of the caller's list, empty tensors included
+  size_t table_bytes() const;
+  size_t workspace_bytes() const { return plan_.workspace_bytes; }
+  size_t counter_bytes() const { return items_.size() * sizeof(int32_t); }
+  void write_table(void* host) const;
+  void launch(const Memory& memory, const Scalars& scalars, int32_t* nonfinite, const float* grad_scale,
+              const float* found_inf, int device, void* stream) const;
+  const Plan& plan() const { return plan_; }
+
+ private:
+  Operand operand(void* data, DType dtype, const Strided* strided, std::vector<int64_t>& layouts) const;
+  bool bulk(const Item& item) const;
+  size_t layouts_at() const;
+  size_t tiles_at() const;
+
+  std::vector<BoundItem> bound_;
+  int64_t entries_;
+  PlanOptions options_;
+  std::vector<Item> items_;
+  std::vector<int64_t> layouts_;
+  std::vector<bool> bulk_;
+  Plan plan_;
+  bool planned_ = false;
+};
+
+}  // namespace hfac

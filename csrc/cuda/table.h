@@ -1,0 +1,135 @@
+// What the kernels read of a list of parameters: plain structs, written by the host, kept in device memory between
+// steps.
+#pragma once
+
+#include <cstdint>
+
+#include "../math/storage.h"
+
+namespace hfac {
+
+constexpr int kVector = 8;         // neighbouring elements of a row that one thread holds
+constexpr int kRowsInFlight = 4;   // rows whose loads a thread issues before it uses the first
+constexpr int kTileThreads = 256;  // of the tile kernels, the folds and the dense ops
+constexpr int kTileCols = kTileThreads * kVector;
+constexpr int kStatsThreads = 512;
+// Longer rows take fewer threads: three sums of 56 columns each need 168 registers beside those that work, and 8 warps
+// are the most that may have so many.
+constexpr int kLongThreads = 256;
+constexpr int kStatsVectors = 7;
+constexpr int64_t kStatsNarrow = kStatsThreads * kVector;
+constexpr int64_t kStatsRegisters = kLongThreads * kVector * kStatsVectors;
+constexpr int kWideRows = 16;                      // rows that the path for longer rows reads twice at a time
+constexpr int kFoldChunk = kTileThreads;           // rows and columns of one block of a fold
+constexpr int64_t kRun = 4 * kTileCols;            // elements of a block of the dense ops
+constexpr int kSharedSums = kTileThreads * 2 * kVector;  // values of shared memory of the tile kernels
+
+struct Operand {
+  void* data;
+  int32_t dtype;   // a DType
+  int32_t layout;  // place of {dimensions, sizes, strides} among the layouts, or -1: contiguous
+};
+
+// How a matrix is cut. `lanes` threads, a power of two, share a row; the others of the block take further rows.
+struct Tiling {
+  int32_t rows, cols, row_tiles, col_tiles, lanes;
+};
+
+// One parameter. H-Fac: m = rows, n = cols, u and v the first factors, r and s the second. Dense: cols = 1, whole
+// moments in the row factors.
+struct Item {
+  Operand param, grad;
+  int64_t rows, cols;
+  void *first_row, *first_col, *second_row, *second_col;
+  uint8_t* signs;
+  int64_t slice, slice_bytes;  // as in csrc/cpu/signs.h
+  int64_t workspace;           // bytes from its start
+  int32_t index;               // in the caller's list
+  int32_t counter;
+  Tiling tiling, update;  // of the first pass; of H-Fac's second
+};
+
+struct Tile {
+  int32_t item, part;
+};
+
+// A step scalar: a value, or an address in device memory; `stride` is 1 where it has one entry per parameter.
+struct Scalar {
+  double value;
+  const void* address;
+  int32_t wide, stride;  // wide: double, else float
+};
+
+struct Scalars {
+  Scalar lr, weight_decay, beta1, beta2;
+  double eps, clip_threshold;
+  bool clip, maximize, coupled, first;  // first: there is a first moment
+};
+
+// Arguments of every kernel.
+struct Arguments {
+  const Item* items;
+  const int64_t* layouts;
+  const Tile* tiles;
+  char* workspace;
+  int32_t* counters;  // zero between launches
+  int32_t* nonfinite;
+  const float *grad_scale, *found_inf;
+  int32_t backward;  // tiles from the last to the first
+  Scalars scalars;
+};
+
+HFAC_HD int64_t ceil_quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
+HFAC_HD int64_t fold_chunks(const Item& it) {
+  return ceil_quotient(it.rows > it.cols ? it.rows : it.cols, kFoldChunk);
+}
+
+// Where a parameter's partial sums lie. The same function tells the host their size and the kernels their places.
+template <class T>
+struct SmmfSpace {
+  T* totals;  // [chunks, 2] sums of column sums; of |M| and of V, as everything here
+  T* rows;    // [col_tiles, 2, rows]
+  T* cols;    // [row_tiles, 2, cols]
+  T* end;
+  HFAC_HD SmmfSpace(const Item& it, char* workspace) {
+    totals = reinterpret_cast<T*>(workspace + it.workspace);
+    rows = totals + fold_chunks(it) * 2;
+    cols = rows + it.tiling.col_tiles * 2 * it.rows;
+    end = cols + it.tiling.row_tiles * 2 * it.cols;
+  }
+};
+
+template <class T>
+struct HfacSpace {
+  double* norms;           // [chunks, 2] sum of r; sum of w_j / s_j
+  T *scale, *divisor;      // sqrt(R); what U is divided by
+  T *row_sum, *row_square; // [rows] sum of the gradient, then phi / 2; the new r
+  T *half_psi, *col_scale; // [cols]
+  T* cols;                 // [row_tiles, 3, cols] sums of g, g^2, g^2 / r_i
+  T* end;
+  HFAC_HD HfacSpace(const Item& it, char* workspace) {
+    norms = reinterpret_cast<double*>(workspace + it.workspace);
+    scale = reinterpret_cast<T*>(norms + fold_chunks(it) * 2);
+    divisor = scale + 1;
+    row_sum = scale + 2;
+    row_square = row_sum + it.rows;
+    half_psi = row_square + it.rows;
+    col_scale = half_psi + it.cols;
+    cols = col_scale + it.cols;
+    end = cols + it.tiling.row_tiles * 3 * it.cols;
+  }
+};
+
+template <class T>
+struct DenseSpace {
+  T* divisor;  // what U is divided by
+  T* norms;    // [runs] sums of U^2
+  T* end;
+  HFAC_HD DenseSpace(const Item& it, char* workspace) {
+    divisor = reinterpret_cast<T*>(workspace + it.workspace);
+    norms = divisor + 1;
+    end = norms + ceil_quotient(it.rows, kRun);
+  }
+};
+
+}  // namespace hfac

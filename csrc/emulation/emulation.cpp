@@ -1,0 +1,264 @@
+#include "emulation.h"
+
+#include <algorithm>
+#include <barrier>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace hfac {
+namespace emulation {
+
+thread_local Lane* self = nullptr;
+
+namespace {
+
+std::string block_order = "forward";
+std::string threading = "fibers";
+int64_t launches = 0;
+
+std::vector<unsigned> ordered(unsigned blocks) {
+  std::vector<unsigned> order(blocks);
+  std::iota(order.begin(), order.end(), 0u);
+  if (block_order == "reverse") std::reverse(order.begin(), order.end());
+  if (block_order == "shuffled") std::shuffle(order.begin(), order.end(), std::mt19937(blocks));
+  return order;
+}
+
+// How the threads of one block meet; one of the two below.
+class Team {
+ public:
+  explicit Team(unsigned threads) : lanes_(threads), slots_(2 * 32 * ((threads + 31) / 32)) {}
+  virtual ~Team() = default;
+  virtual void block_barrier() = 0;
+  virtual void warp_barrier() = 0;
+  virtual void run(const std::vector<unsigned>& order, const std::function<void()>& kernel) = 0;
+  uint64_t* slots(unsigned turn) { return &slots_[(self->thread.x / 32 * 2 + turn % 2) * 32]; }
+
+ protected:
+  void prepare(unsigned thread, unsigned block, unsigned blocks) {
+    const auto threads = static_cast<unsigned>(lanes_.size());
+    lanes_[thread] = Lane{{thread, 0, 0}, {block, 0, 0}, {threads, 1, 1}, {blocks, 1, 1}, 0};
+  }
+  std::vector<Lane> lanes_;
+  std::vector<uint64_t> slots_;
+};
+
+Team* team = nullptr;
+
+class Threads : public Team {
+ public:
+  explicit Threads(unsigned threads) : Team(threads), block_(threads) {
+    for (unsigned first = 0; first < threads; first += 32) {
+      warps_.push_back(std::make_unique<std::barrier<>>(std::min(32u, threads - first)));
+    }
+  }
+  void block_barrier() override { block_.arrive_and_wait(); }
+  void warp_barrier() override { warps_[self->thread.x / 32]->arrive_and_wait(); }
+  void run(const std::vector<unsigned>& order, const std::function<void()>& kernel) override {
+    std::vector<std::thread> threads;
+    for (unsigned t = 0; t < lanes_.size(); ++t) {
+      threads.emplace_back([&, t] {
+        self = &lanes_[t];
+        for (const unsigned block : order) {
+          prepare(t, block, static_cast<unsigned>(order.size()));
+          kernel();
+          block_.arrive_and_wait();
+        }
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+  }
+
+ private:
+  std::barrier<> block_;
+  std::vector<std::unique_ptr<std::barrier<>>> warps_;
+};
+
+// A fiber's saved place: a stack pointer, whose stack holds the callee-saved registers.
+#if defined(__x86_64__)
+using Place = void*;
+asm(R"(
+.text
+.globl hfac_emulation_switch
+.type hfac_emulation_switch, @function
+hfac_emulation_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq (%rsi), %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size hfac_emulation_switch, .-hfac_emulation_switch
+)");
+extern "C" void hfac_emulation_switch(void** from, void** to);
+
+void switch_to(Place& from, Place& to) { hfac_emulation_switch(&from, &to); }
+
+void start_at(Place& place, char* stack, size_t bytes, void (*entry)()) {
+  auto* top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + bytes) & ~uintptr_t{15});
+  top -= 2;  // the entry sees a stack pointer that is 8 beyond a multiple of 16, as after a call
+  *top = reinterpret_cast<void*>(entry);
+  place = top - 6;
+}
+#else
+using Place = ucontext_t;
+void switch_to(Place& from, Place& to) { swapcontext(&from, &to); }
+void start_at(Place& place, char* stack, size_t bytes, void (*entry)()) {
+  getcontext(&place);
+  place.uc_stack.ss_sp = stack;
+  place.uc_stack.ss_size = bytes;
+  makecontext(&place, entry, 0);
+}
+#endif
+
+class Fibers : public Team {
+ public:
+  explicit Fibers(unsigned threads) : Team(threads), fibers_(threads), warps_((threads + 31) / 32) {
+    for (Fiber& fiber : fibers_) fiber.stack.reset(new char[kStack]);
+  }
+
+  void block_barrier() override { wait(block_, static_cast<unsigned>(lanes_.size())); }
+  void warp_barrier() override {
+    const unsigned warp = self->thread.x / 32;
+    wait(warps_[warp], std::min(32u, static_cast<unsigned>(lanes_.size()) - warp * 32));
+  }
+
+  void run(const std::vector<unsigned>& order, const std::function<void()>& kernel) override {
+    kernel_ = &kernel;
+    for (const unsigned block : order) {
+      for (unsigned t = 0; t < lanes_.size(); ++t) {
+        prepare(t, block, static_cast<unsigned>(order.size()));
+        fibers_[t].done = false;
+        fibers_[t].barrier = nullptr;
+        start_at(fibers_[t].place, fibers_[t].stack.get(), kStack, &Fibers::enter);
+      }
+      now_ = 0;
+      left_ = static_cast<unsigned>(lanes_.size());
+      self = &lanes_[0];
+      switch_to(home_, fibers_[0].place);
+    }
+    self = nullptr;
+  }
+
+ private:
+  static constexpr size_t kStack = 128 * 1024;
+  struct Barrier {
+    unsigned arrived = 0;
+    uint64_t generation = 0;
+  };
+  struct Fiber {
+    Place place;
+    std::unique_ptr<char[]> stack;
+    bool done;
+    const Barrier* barrier;  // waited for
+    uint64_t generation;
+  };
+
+  static void enter() {
+    auto* fibers = static_cast<Fibers*>(team);
+    (*fibers->kernel_)();
+    fibers->fibers_[fibers->now_].done = true;
+    fibers->leave(--fibers->left_ == 0);
+    std::abort();  // a finished fiber is never resumed
+  }
+
+  void wait(Barrier& barrier, unsigned members) {
+    if (++barrier.arrived == members) {
+      barrier.arrived = 0;
+      ++barrier.generation;
+      return;
+    }
+    fibers_[now_].barrier = &barrier;
+    fibers_[now_].generation = barrier.generation;
+    leave(false);
+    fibers_[now_].barrier = nullptr;
+  }
+
+  // To the next fiber that can run, or back to `run`.
+  void leave(bool finished) {
+    const unsigned from = now_;
+    if (finished) return switch_to(fibers_[from].place, home_);
+    const auto count = static_cast<unsigned>(fibers_.size());
+    unsigned next = from;
+    do {
+      next = next + 1 == count ? 0 : next + 1;
+      const Fiber& fiber = fibers_[next];
+      if (!fiber.done && (!fiber.barrier || fiber.barrier->generation != fiber.generation)) {
+        now_ = next;
+        self = &lanes_[next];
+        return switch_to(fibers_[from].place, fibers_[next].place);
+      }
+    } while (next != from);
+    std::fprintf(stderr, "hfac emulation: a barrier that not every thread of block %u reaches\n", self->block.x);
+    std::abort();
+  }
+
+  std::vector<Fiber> fibers_;
+  Barrier block_;
+  std::vector<Barrier> warps_;
+  const std::function<void()>* kernel_ = nullptr;
+  Place home_{};
+  unsigned now_ = 0, left_ = 0;
+};
+
+}  // namespace
+
+void block_barrier() { team->block_barrier(); }
+void warp_barrier() { team->warp_barrier(); }
+uint64_t* slots(unsigned turn) { return team->slots(turn); }
+
+void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
+  ++launches;
+  static std::vector<std::pair<unsigned, std::unique_ptr<Fibers>>> teams;  // stacks are worth keeping
+  const std::vector<unsigned> order = ordered(blocks);
+  if (threading == "threads") {
+    Threads threads_of_this_grid(threads);
+    team = &threads_of_this_grid;
+    team->run(order, kernel);
+  } else {
+    auto found = std::find_if(teams.begin(), teams.end(), [&](const auto& one) { return one.first == threads; });
+    if (found == teams.end()) found = teams.insert(teams.end(), {threads, std::make_unique<Fibers>(threads)});
+    team = found->second.get();
+    team->run(order, kernel);
+  }
+  team = nullptr;
+}
+
+void set_block_order(const std::string& order) {
+  if (order != "forward" && order != "reverse" && order != "shuffled") {
+    throw std::invalid_argument("order: 'forward', 'reverse' or 'shuffled' is needed, not '" + order + "'");
+  }
+  block_order = order;
+}
+
+void set_threading(const std::string& name) {
+  if (name != "fibers" && name != "threads") {
+    throw std::invalid_argument("threading: 'fibers' or 'threads' is needed, not '" + name + "'");
+  }
+  threading = name;
+}
+
+int64_t take_launches() { return std::exchange(launches, 0); }
+
+}  // namespace emulation
+}  // namespace hfac

@@ -1,0 +1,76 @@
+// What the kernels of csrc/cuda use of CUDA, for a C++ compiler: blocks run one after the other on the host. For tests
+// only: nothing of this is in an installed package.
+//
+// A block's threads are fibers of one thread (fast), or one std::thread each (what ThreadSanitizer understands).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <string>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __shared__ static
+
+namespace hfac {
+namespace emulation {
+
+struct Index {
+  unsigned x, y, z;
+};
+
+// One CUDA thread; `turn` is the number of exchanges its warp has made.
+struct Lane {
+  Index thread, block, block_size, grid_size;
+  unsigned turn;
+};
+
+extern thread_local Lane* self;
+
+void block_barrier();
+void warp_barrier();
+// Two sets of slots per warp, used in turn: whoever writes a set again has passed a barrier that every reader of its
+// last values had reached.
+uint64_t* slots(unsigned turn);
+
+template <class T>
+T exchange(T value, unsigned source) {
+  static_assert(sizeof(T) <= sizeof(uint64_t), "one slot");
+  uint64_t* mine = slots(self->turn++);
+  memcpy(&mine[self->thread.x % 32], &value, sizeof(T));
+  warp_barrier();
+  memcpy(&value, &mine[source], sizeof(T));
+  return value;
+}
+
+void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& kernel);
+
+// "forward", "reverse" or "shuffled"; "fibers" or "threads". Throw std::invalid_argument for anything else.
+void set_block_order(const std::string& order);
+void set_threading(const std::string& threading);
+// Launches since the last call of this function.
+int64_t take_launches();
+
+}  // namespace emulation
+}  // namespace hfac
+
+#define threadIdx (hfac::emulation::self->thread)
+#define blockIdx (hfac::emulation::self->block)
+#define blockDim (hfac::emulation::self->block_size)
+#define gridDim (hfac::emulation::self->grid_size)
+
+inline void __syncthreads() { hfac::emulation::block_barrier(); }
+inline void __syncwarp(unsigned = 0xffffffffu) { hfac::emulation::warp_barrier(); }
+inline void __threadfence() {}  // blocks run one after the other
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return hfac::emulation::exchange(value, (threadIdx.x % 32) ^ static_cast<unsigned>(mask));
+}
+
+inline int atomicAdd(int* p, int value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
+inline int atomicOr(int* p, int value) { return __atomic_fetch_or(p, value, __ATOMIC_RELAXED); }

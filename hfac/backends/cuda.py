@@ -1,0 +1,259 @@
+"""The CUDA kernels of `hfac._C`: lists of tensors become a plan and a table that stay from step to step.
+
+`bind` takes what a step always has (parameters and states) and returns what makes steps of gradients and scalars. The
+kernels find addresses and sizes in a table in device memory, copied anew only where an address changed. A step waits
+for nothing and allocates nothing, but for the memory that grows with the list.
+
+Everything here is written over a `Platform`, which knows the module with the launch functions and the device's memory;
+the tests have one for kernels that run on the host.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version  # tells autograd of writes that it cannot see
+
+from ..schedules import Scalar
+from . import cpu
+from .cpu import _addresses, _codes, _numels, _strides
+
+Tensors = Sequence[Tensor]
+
+#: op -> the states that the kernels call first and second moment, by row and column
+_STATES = {
+    "hfac_step": ("exp_avg_rows", "exp_avg_cols", "exp_avg_sq_rows", "exp_avg_sq_cols"),
+    "smmf_step": ("exp_avg_rows", "exp_avg_cols", "exp_avg_sq_rows", "exp_avg_sq_cols"),
+    "hfac_dense_step": ("exp_avgs", None, "exp_avg_sqs", None),
+    "smmf_dense_step": ("exp_avgs", None, "exp_avg_sqs", None),
+}
+_L2_BYTES: dict[int, int] = {}
+
+
+def why_not(device: torch.device) -> str | None:
+    """None where these kernels serve ``device``, else the reason and what to do."""
+    if device.type != "cuda":
+        return f"the CUDA kernels serve tensors on a GPU, not on {device}. Use backend='auto'."
+    if cpu._C is None:
+        return cpu.why_not(torch.device("cpu"))
+    info = cpu._C.cuda_info()
+    if not info["compiled"]:
+        return (
+            "the extension hfac._C was built without CUDA. Build it again with nvcc on the path: HFAC_CUDA=1 python -m "
+            "pip install -e . in a checkout of hfac."
+        )
+    if info["why_not"] is not None:
+        return f"no CUDA device can be used ({info['why_not']}). Check the driver: nvidia-smi."
+    return None
+
+
+class Platform(Protocol):
+    """Where kernels run: a module with `CudaStep`, and memory."""
+
+    native: Any
+
+    def l2_bytes(self, device: torch.device) -> int: ...
+    def stream(self, device: torch.device) -> int: ...
+    def capturing(self) -> bool: ...
+    def host_table(self, nbytes: int) -> Tensor: ...
+    def before_launch(self, workspace: Tensor) -> None: ...
+
+
+class Cuda:
+    """The GPU, through torch's allocators and streams."""
+
+    @property
+    def native(self) -> Any:
+        return cpu._C
+
+    def l2_bytes(self, device: torch.device) -> int:
+        index = _index(device)
+        if index not in _L2_BYTES:
+            _L2_BYTES[index] = getattr(torch.cuda.get_device_properties(index), "L2_cache_size", 0)
+        return _L2_BYTES[index]
+
+    def stream(self, device: torch.device) -> int:
+        return torch.cuda.current_stream(device).cuda_stream
+
+    def capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def host_table(self, nbytes: int) -> Tensor:
+        # torch's allocator of pinned memory does not hand a buffer out again before the copies from it are done.
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def before_launch(self, workspace: Tensor) -> None:
+        pass
+
+
+class Bound:
+    """Steps of one op on one list of parameters; see `bind`."""
+
+    def __init__(self, platform: Platform, op: str, params: Tensors, states: dict[str, list[Tensor]]) -> None:
+        self.platform, self.op, self.params = platform, op, list(params)
+        self.states = {name: list(tensors) for name, tensors in states.items()}
+        self.device = params[0].device if params else torch.device("cpu")
+        first_rows, first_cols, second_rows, second_cols = (
+            None if name is None else self.states.get(name) for name in _STATES[op]
+        )
+        assert second_rows is not None
+        numels = _numels(params)
+        arguments: dict[str, Any] = {
+            "op": op,
+            "params": _addresses(params),
+            "numels": numels,
+            "param_dtypes": _codes(params),
+            "rows": _numels(second_rows) if second_cols is not None else numels,
+            "cols": _numels(second_cols) if second_cols is not None else [1] * len(numels),
+            "first_rows": None if first_rows is None else _addresses(first_rows),
+            "first_cols": None if first_cols is None else _addresses(first_cols),
+            "second_rows": _addresses(second_rows),
+            "second_cols": None if second_cols is None else _addresses(second_cols),
+            "l2_bytes": platform.l2_bytes(self.device),
+        }
+        signs = self.states.get("exp_avg_signs")
+        if signs is not None:
+            arguments.update(
+                exp_avg_signs=_addresses(signs),
+                sign_bytes=_numels(signs),
+                sign_slices=[sign.shape[0] for sign in signs],
+            )
+        self.shapes = [tuple(p.shape) for p in params]
+        if not all(map(Tensor.is_contiguous, params)):
+            arguments.update(shapes=self.shapes, param_strides=_strides(params))
+        self.step = platform.native.CudaStep(**arguments)
+        self.table = self.workspace = self.counters = self.spare = None
+        self.captured: list[Any] = []  # what a CUDA graph reads in every replay, and nobody may change or free
+
+    def __call__(
+        self,
+        grads: Tensors,
+        nonfinite: Tensor | None = None,
+        *,
+        lr: Scalar,
+        beta1: Scalar | None,
+        beta2: Scalar,
+        eps: float,
+        weight_decay: Scalar,
+        clip_threshold: float | None = None,
+        decoupled_weight_decay: bool = True,
+        maximize: bool = False,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """One step. ``grad_scale``, ``found_inf``: 0-d float32 tensors on the device, as torch's fused optimizers take
+        them: gradients are divided by the one, and nothing is written where the other is not zero."""
+        if not self.params:
+            return
+        strides = None
+        if not all(map(Tensor.is_contiguous, grads)):
+            grads = [grad.resolve_neg() for grad in grads]
+            strides = _strides(grads)
+        stale = self.step.prepare(
+            grads=_addresses(grads),
+            grad_dtypes=_codes(grads),
+            shapes=None if strides is None else self.shapes,
+            grad_strides=strides,
+            clip=clip_threshold is not None,
+            nonfinite=nonfinite is not None,
+        )
+        capturing = self.platform.capturing()
+        if stale or self.table is None:
+            self._refresh(capturing)
+        if self.counters is None:
+            self.counters = torch.zeros(max(self.step.counter_bytes, 1), dtype=torch.uint8, device=self.device)
+        flags = None if nonfinite is None else nonfinite.contiguous()
+        kept: list[Tensor] = []
+        scalars = {
+            name: self._scalar(value, kept)
+            for name, value in (("lr", lr), ("weight_decay", weight_decay), ("beta1", beta1), ("beta2", beta2))
+        }
+        self.platform.before_launch(self.workspace)
+        self.step.launch(
+            table=self.table.data_ptr(),
+            workspace=self.workspace.data_ptr(),
+            counters=self.counters.data_ptr(),
+            **scalars,
+            eps=eps,
+            clip_threshold=clip_threshold,
+            maximize=maximize,
+            coupled=not decoupled_weight_decay,
+            nonfinite=0 if flags is None else flags.data_ptr(),
+            grad_scale=0 if grad_scale is None else grad_scale.data_ptr(),
+            found_inf=0 if found_inf is None else found_inf.data_ptr(),
+            device=_index(self.device),
+            stream=self.platform.stream(self.device),
+        )
+        if flags is not nonfinite:
+            nonfinite.copy_(flags)
+        if capturing:
+            self.captured += [self.table, self.workspace, self.counters, flags, *kept]
+            self.frozen = self.table
+            if not self.warm:  # its zeros are written by the graph, not yet
+                self.counters = None
+        self.warm = self.warm or not capturing
+        increment_version(self.params)
+
+    frozen: Tensor | None = None
+    warm = False  # a step has been made outside a graph
+
+    def workspace_bytes(self) -> int:
+        """Bytes on the device that are kept from step to step: partial sums, and the table."""
+        kept = (self.table, self.workspace, self.counters)
+        return sum(tensor.numel() for tensor in kept if tensor is not None)
+
+    def _refresh(self, capturing: bool) -> None:
+        """A table that is in a graph stays as it is: the graph reads it in every replay, and so does its copy from the
+        host."""
+        nbytes = max(self.step.table_bytes, 1)
+        if self.spare is None or self.spare.numel() < nbytes or not capturing:
+            host = self.platform.host_table(nbytes)
+        else:
+            host, self.spare = self.spare, None
+        self.step.write_table(host.data_ptr())
+        if self.table is None or self.table is self.frozen or capturing or self.table.numel() < nbytes:
+            self.table = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        self.table[:nbytes].copy_(host[:nbytes], non_blocking=True)
+        if capturing:
+            self.captured.append(host)
+        elif self.spare is None or self.spare.numel() < nbytes:
+            self.spare = self.platform.host_table(nbytes)  # a graph capture can allocate no pinned memory
+        wanted = max(self.step.workspace_bytes, 1)
+        if self.workspace is None or self.workspace.numel() < wanted:
+            self.workspace = torch.empty(wanted, dtype=torch.uint8, device=self.device)
+
+    def _scalar(self, value: Scalar | None, kept: list[Tensor]) -> Any:
+        """A number, or the address of a tensor on the device, which is not read here."""
+        if not isinstance(value, Tensor):
+            return value
+        if value.dtype not in (torch.float32, torch.float64) or value.device != self.device:
+            value = value.to(device=self.device, dtype=torch.float64)
+        value = value.contiguous()
+        kept.append(value)
+        return value.data_ptr(), value.dtype == torch.float64, value.ndim
+
+
+def _index(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+class Ops:
+    """The ops of `hfac.reference` on one platform."""
+
+    #: The kernels divide by a GradScaler's scale and look at its found_inf themselves.
+    UNSCALES = True
+
+    def __init__(self, platform: Platform) -> None:
+        self.platform = platform
+
+    def bind(self, op: str, params: Tensors, states: dict[str, list[Tensor]]) -> Callable[..., None]:
+        """The op of that name on these parameters and states, for as long as they lie where they lie."""
+        return Bound(self.platform, op.removesuffix("_"), params, states)
+
+
+_ops = Ops(Cuda())
+UNSCALES = _ops.UNSCALES
+bind = _ops.bind

@@ -1,0 +1,61 @@
+"""The backend "cuda-emulated": the CUDA kernels compiled for the host, for tensors on the CPU. For tests only."""
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfac import backends
+from hfac.backends import cuda
+from hfac.optim import base, options
+
+try:
+    native: Any = import_module("hfac._emulated")
+except ImportError:
+    native = None
+
+NAME = "cuda-emulated"
+WHY_NOT = "hfac._emulated is not built: make test-emulated"
+
+
+class Host:
+    """The host as a device: no streams, and a workspace in which every partial sum that nobody wrote is NaN."""
+
+    def __init__(self) -> None:
+        self.native = native
+
+    def l2_bytes(self, device: torch.device) -> int:
+        return 0
+
+    def stream(self, device: torch.device) -> int:
+        return 0
+
+    def capturing(self) -> bool:
+        return False
+
+    def host_table(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def before_launch(self, workspace: Tensor) -> None:
+        workspace.fill_(0xFF)  # as floats and as doubles: NaN
+
+
+ops = cuda.Ops(Host())
+
+
+def _why_not(device: torch.device) -> str | None:
+    return None if device.type == "cpu" else "it takes tensors on the CPU only."
+
+
+def register() -> None:
+    """Makes the backend known to `hfac.backends`, by name only: "auto" never takes it."""
+    backends.TABLE[NAME] = backends.Backend(
+        NAME,
+        "CUDA kernels on the host",
+        _why_not,
+        lambda: ops,
+    )
+    if NAME not in backends.NAMES:
+        backends.NAMES = (*backends.NAMES, NAME)
+        base._COMMON_RULES["backend"] = options.choice(*backends.NAMES)

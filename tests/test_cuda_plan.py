@@ -1,0 +1,58 @@
+"""The plan of launches: few enough of them, and no more bytes than the algorithms need. Needs no GPU."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent.parent))
+from bench import launch_plan  # noqa: E402
+from bench.shapes import gpt2, llama3_8b  # noqa: E402
+
+try:
+    native = launch_plan._native()
+except SystemExit as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("algorithm", ["hfac", "smmf"])
+def test_gpt2_takes_at_most_twenty_launches(algorithm, dtype):
+    launches = launch_plan.plan(algorithm, gpt2(), dtype)
+    assert len(launches) <= 20, [launch["kernel"] for launch in launches]
+
+
+@pytest.mark.parametrize(("algorithm", "most"), [("hfac", 8.0), ("smmf", 6.5)])
+def test_llama_moves_few_bytes(algorithm, most):
+    shapes = llama3_8b()
+    assert len(shapes) == 291 and sum(map(math.prod, shapes)) == 8_030_261_248
+    assert launch_plan.summary(launch_plan.plan(algorithm, shapes, "bfloat16"), shapes)["bytes"] <= most
+
+
+@pytest.mark.parametrize("algorithm", ["hfac", "smmf"])
+def test_every_element_is_counted_once(algorithm):
+    shapes = [(300, 2104), (127, 129), (9000,), (64, 3, 7, 7), (5, 0), ()]
+    launches = launch_plan.plan(algorithm, shapes, "float32")
+    bytes_ = 4 * sum(map(math.prod, shapes))
+    assert sum(launch["param_written"] for launch in launches) == bytes_
+    assert sum(launch["param_read"] for launch in launches) == bytes_
+
+
+def test_two_thousand_small_matrices_take_few_launches():
+    shapes = [(64, 64)] * 2000
+    assert len(launch_plan.plan("hfac", shapes, "bfloat16")) == 3
+    assert len(launch_plan.plan("smmf", shapes, "bfloat16")) == 2
+
+
+def test_a_gradient_larger_than_the_cache_is_updated_from_its_end():
+    small = launch_plan.plan("hfac", [(1024, 1024)], "bfloat16")
+    large = launch_plan.plan("hfac", [(16384, 8192)], "bfloat16")
+    update = {name: [la for la in p if la["kernel"] == "hfac_update"][0] for name, p in (("s", small), ("l", large))}
+    assert not update["s"]["backward"] and update["s"]["grad"] == 0
+    assert update["l"]["backward"] and 0 < update["l"]["grad_from_cache"] < update["l"]["grad"]
+
+
+def test_an_unknown_op_is_refused():
+    with pytest.raises(ValueError, match="hfac_step, hfac_dense_step, smmf_step or smmf_dense_step is needed"):
+        native.cuda_plan(op="adam", rows=[2], cols=[2], param_dtypes=0, grad_dtypes=0)
