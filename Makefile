@@ -23,7 +23,7 @@ test: $(INSTALLED) ## run the tests (no GPU needed)
 
 test-emulated: $(INSTALLED) ## run the CUDA kernels' tests on the host (no GPU needed)
 	HFAC_EMULATION=1 $(BIN)/python setup.py -q build_ext
-	$(BIN)/python -m pytest tests/test_cuda_emulated.py $(ARGS)
+	$(BIN)/python -m pytest tests/test_cuda_emulated.py tests/test_cuda_sanitizers.py tests/test_cuda_plan.py $(ARGS)
 
 cuda-check: $(INSTALLED) ## compile the CUDA kernels and check registers, spills and accesses (needs nvcc, no GPU)
 	$(BIN)/python -m bench.cuda_check $(ARGS)
