@@ -1,11 +1,13 @@
 """What the compiler made of the CUDA kernels, without a GPU: registers, spills, and the width of memory accesses.
 
-`python -m bench.cuda_check` compiles csrc/cuda for each architecture (`--arch`), reads ptxas' report and the PTX, and
-writes a table to docs/cuda-check.md. Exit status 1: a bulk kernel spills, uses local memory, has no 16-byte accesses,
-or more registers than its bound; or any kernel adds floats atomically.
+`python -m bench.cuda_check` compiles csrc/cuda for each architecture (`--arch`), reads ptxas' report, the machine code
+(cuobjdump, from the CUDA toolkit or from triton's wheel) and the PTX, and writes a table to docs/cuda-check.md. Exit
+status 1: a bulk kernel spills, uses local memory, has no 16-byte accesses, or more registers than its bound; or any
+kernel adds floats atomically. 2: a tool is missing.
 """
 
 import argparse
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -20,13 +22,14 @@ ROOT = Path(__file__).parent.parent
 SOURCES = ("smmf", "hfac", "dense")
 ARCHS = ("80", "90", "100")
 #: kernel -> the registers that its number of threads leaves; kernels with no entry are bound by the architecture's 255
-BOUNDS = {"smmf_tiles": 128, "hfac_update_tiles": 128, "hfac_stats": 128}
+BOUNDS = {"smmf_tiles": 128, "hfac_update_tiles": 128, "hfac_stats, 1 vectors": 128}
 _TYPES = {"f": "float32", "d": "float64", "BFloat16": "bfloat16", "Float16": "float16"}
 
 
 @dataclass
 class Kernel:
-    """One kernel on one architecture; loads and stores are those of 16 bytes in the PTX."""
+    """One kernel on one architecture; loads and stores are those of 16 bytes in the machine code, local its accesses to
+    local memory."""
 
     name: str
     operands: str
@@ -37,6 +40,7 @@ class Kernel:
     shared: int
     loads: int
     stores: int
+    local: int
     float_atomics: int
 
     @property
@@ -49,10 +53,13 @@ class Kernel:
             yield f"{self.float_atomics} atomic additions of floats"
         if not self.bulk:
             return
-        if self.spilled or self.stack:
-            yield f"{self.spilled} bytes spilled, a stack of {self.stack} bytes"
-        if self.registers > BOUNDS.get(self.name, 255):
-            yield f"{self.registers} registers, more than {BOUNDS[self.name]}"
+        if self.spilled or self.stack or self.local:
+            yield (
+                f"{self.spilled} bytes spilled, a stack of {self.stack} bytes, {self.local} accesses to local memory"
+            )
+        bound = BOUNDS.get(f"{self.name}, {self.operands.split(', ')[-1]}", BOUNDS.get(self.name, 255))
+        if self.registers > bound:
+            yield f"{self.registers} registers, more than {bound}"
         if not self.loads:
             yield "no 16-byte loads"
         if self.name in ("smmf_tiles", "hfac_update_tiles") and not self.stores:
@@ -81,7 +88,15 @@ def describe(symbol: str) -> tuple[str, str]:
     return name[1], f"bulk, {pair[0]} with {pair[1]} gradients{suffix}"
 
 
-def compile_one(nvcc: str, source: str, arch: str) -> list[Kernel]:
+def find_cuobjdump() -> str | None:
+    spec = importlib.util.find_spec("triton")
+    wheels = [
+        Path(folder) / "backends" / "nvidia" / "bin" for folder in (spec and spec.submodule_search_locations) or ()
+    ]
+    return shutil.which("cuobjdump") or next(filter(None, (shutil.which("cuobjdump", path=f) for f in wheels)), None)
+
+
+def compile_one(nvcc: str, cuobjdump: str, source: str, arch: str) -> list[Kernel]:
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [nvcc, "-std=c++17", "-O3", "--fmad=false", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v"]
@@ -93,6 +108,9 @@ def compile_one(nvcc: str, source: str, arch: str) -> list[Kernel]:
         if done.returncode:
             sys.exit(f"nvcc failed on {source}.cu for sm_{arch}: {done.stderr.strip().splitlines()[-1]}")
         ptx = "".join(path.read_text() for path in Path(folder).glob("*.ptx"))
+        dump = [cuobjdump, "-sass", str(Path(folder) / "out.o")]
+        sass = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    code = {part.split(None, 1)[0]: part for part in sass.split("Function : ")[1:]}
     bodies = {m[1]: m[2] for m in re.finditer(r"\.entry (\w+)\((.*?)\n}\n", ptx, re.S)}
     kernels = []
     for part in done.stderr.split("Compiling entry function '")[1:]:
@@ -110,8 +128,9 @@ def compile_one(nvcc: str, source: str, arch: str) -> list[Kernel]:
                 spilled=stored,
                 stack=stack,
                 shared=int(shared[1]) if shared else 0,
-                loads=len(re.findall(r"ld\.global\S*\.v4\.\w32", body)),
-                stores=len(re.findall(r"st\.global\S*\.v4\.\w32", body)),
+                loads=len(re.findall(r"\bLDG\.\S*\b128\b", code[symbol])),
+                stores=len(re.findall(r"\bSTG\.\S*\b128\b", code[symbol])),
+                local=len(re.findall(r"\b(?:LDL|STL)\b", code[symbol])),
                 float_atomics=len(re.findall(r"(?:atom|red)\S*\.add\S*\.f(?:16|32|64)", body)),
             )
         )
@@ -122,17 +141,18 @@ def table(kernels: Iterable[Kernel]) -> str:
     lines = [
         "# The CUDA kernels as compiled",
         "",
-        "Written by `make cuda-check`; registers, stack and spills from ptxas, accesses of 16 bytes from the PTX (how",
-        "often they stand in the code, not how often they are executed). Bulk kernels are those for aligned,",
-        "contiguous tensors; they must not spill. The others take any layout, and are there to be right.",
+        "Written by `make cuda-check`; registers, stack and spills from ptxas, accesses of 16 bytes and to local memory",
+        "from the machine code (how often they stand there, not how often they are executed). Bulk kernels are those",
+        "for aligned, contiguous tensors; they must not spill. The others take any layout, and are there to be right.",
+        "No kernel adds floats atomically.",
         "",
-        "| kernel | operands | sm | registers | stack | spilled | shared | 16-byte loads | stores |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| kernel | operands | sm | registers | stack | spilled | shared | 16-byte loads | stores | local |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for k in sorted(kernels, key=lambda k: (not k.bulk, k.name, k.operands, int(k.arch))):
         lines.append(
             f"| {k.name} | {k.operands} | {k.arch} | {k.registers} | {k.stack} | {k.spilled} | {k.shared} "
-            f"| {k.loads} | {k.stores} |"
+            f"| {k.loads} | {k.stores} | {k.local} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -144,11 +164,14 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="JSON of earlier results, which these join (to check in parts)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "cuda-check.md")
     args = parser.parse_args()
-    nvcc = shutil.which("nvcc")
+    nvcc, cuobjdump = shutil.which("nvcc"), find_cuobjdump()
     if nvcc is None:
         print("no nvcc was found: install the CUDA toolkit", file=sys.stderr)
         sys.exit(2)
-    kernels = [k for arch in args.arch for source in args.source for k in compile_one(nvcc, source, arch)]
+    if cuobjdump is None:
+        print("no cuobjdump was found: install the CUDA toolkit's, or triton, whose wheel has it", file=sys.stderr)
+        sys.exit(2)
+    kernels = [k for arch in args.arch for source in args.source for k in compile_one(nvcc, cuobjdump, source, arch)]
     if args.keep is not None:
         fresh = {(k.name, k.operands, k.arch) for k in kernels}
         old = [Kernel(**k) for k in loads(args.keep.read_text())] if args.keep.exists() else []
