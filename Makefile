@@ -29,6 +29,7 @@ test-emulated: $(EMULATED) ## run the CUDA kernels' tests on the host (no GPU ne
 	$(BIN)/python -m pytest tests/test_cuda_emulated.py tests/test_cuda_sanitizers.py tests/test_cuda_plan.py $(ARGS)
 
 cuda-check: $(INSTALLED) ## compile the CUDA kernels and check registers, spills and accesses (needs nvcc, no GPU)
+	$(BIN)/python -m bench.launch_plan --write
 	$(BIN)/python -m bench.cuda_check $(ARGS)
 
 sanitize: $(INSTALLED) ## run the parity table on a build with AddressSanitizer and UndefinedBehaviorSanitizer

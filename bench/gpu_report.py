@@ -237,10 +237,10 @@ def _dry_run(out: Path) -> int:
     if emulated.native is None:
         print(f"gpu-report --dry-run: {emulated.WHY_NOT}", file=sys.stderr)
         return WRONG
-    emulated.register()
     report = Report(out, torch.device("cpu"), (emulated.NAME,))
     report.run("one-step", [sys.executable, "-m", "bench.one_step", "--device", "cpu"], DRY.parity)
-    report.measure(DRY_CASES, DRY)
+    with emulated.registered():
+        report.measure(DRY_CASES, DRY)
     print(f"Written: {report.write()}")
     return OK if report.correct else WRONG
 

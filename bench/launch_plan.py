@@ -1,13 +1,15 @@
 """What a step on the GPU consists of, counted from the plan that the launcher follows; needs no GPU.
 
 `python -m bench.launch_plan` prints, for each list of parameters, optimizer and type: launches, bytes per parameter
-that go through the GPU's memory, and the time that takes at the rate of a copy.
+that go through the GPU's memory, and the time that takes at the rate of a copy. `make cuda-check` writes the same to
+docs/launch-plan.md.
 """
 
 import argparse
 import math
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from hfac.matricize import cut, square
@@ -22,6 +24,14 @@ LISTS = {
     "ResNet-50": resnet50,
     "2,000 of 64x64": lambda: [(64, 64)] * 2000,
 }
+DOCUMENT = Path(__file__).parent.parent / "docs" / "launch-plan.md"
+HEAD = """# What a step on a GPU consists of
+
+Written by `python -m bench.launch_plan --write` from the plan that the launcher follows, for an L2 cache of 50 MB.
+Bytes are per parameter (element) and go through the GPU's memory; a gradient that is read again from the L2 cache
+(`grad_from_cache`) is not among them. The times are arithmetic, those bytes at the rate of a copy (4.3 and 1.9 TB/s):
+nothing here has been measured.
+"""
 _CODES = {"float32": 0, "bfloat16": 1}
 #: what a launch's bytes are made of; of these the first reaches the kernel from the L2 cache
 PARTS = ("grad_from_cache", "grad", "param_read", "param_written", "signs", "partial", "states")
@@ -93,10 +103,35 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def kernels() -> str:
+    """Bytes per parameter of each kernel, all its launches together, as Markdown."""
+    lines = [
+        f"| parameters | kernel | launches | {' | '.join(PARTS)} |",
+        "| --- | --- | ---: |" + " ---: |" * len(PARTS),
+    ]
+    for name, make in LISTS.items():
+        shapes = make()
+        elements = sum(map(math.prod, shapes))
+        for algorithm in ("hfac", "smmf"):
+            by_kernel: dict[str, list[dict[str, Any]]] = {}
+            for launch in plan(algorithm, shapes, "bfloat16"):
+                by_kernel.setdefault(launch["kernel"], []).append(launch)
+            for kernel, found in by_kernel.items():
+                parts = [sum(launch[part] for launch in found) / elements for part in PARTS]
+                cells = " | ".join(f"{part:.3f}" if part else "" for part in parts)
+                lines.append(f"| {name} | {kernel} | {len(found)} | {cells} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.launch_plan", description=__doc__.splitlines()[0])
     parser.add_argument("--launches", choices=LISTS, help="every launch of one list, in bfloat16")
+    parser.add_argument("--write", action="store_true", help="write docs/launch-plan.md instead")
     args = parser.parse_args()
+    if args.write:
+        DOCUMENT.write_text(f"{HEAD}\n{table()}\n\n## Kernel by kernel, in bfloat16\n\n{kernels()}\n")
+        print(f"written to {DOCUMENT}")
+        return
     if args.launches is None:
         print(table())
         return

@@ -3,4 +3,15 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.append(str(Path(__file__).parent.parent))
+
+
+@pytest.fixture(scope="module")
+def emulated_backend():
+    """Where a module of tests asks for it, the CUDA kernels on the host are a backend."""
+    import emulated
+
+    with emulated.registered():
+        yield

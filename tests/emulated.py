@@ -1,5 +1,7 @@
 """The backend "cuda-emulated": the CUDA kernels compiled for the host, for tensors on the CPU. For tests only."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -31,6 +33,9 @@ class Host:
     def stream(self, device: torch.device) -> int:
         return 0
 
+    def used_on_another_stream(self, tensors: Sequence[Tensor], device: torch.device) -> None:
+        pass
+
     def capturing(self) -> bool:
         return False
 
@@ -48,14 +53,20 @@ def _why_not(device: torch.device) -> str | None:
     return None if device.type == "cpu" else "it takes tensors on the CPU only."
 
 
-def register() -> None:
-    """Makes the backend known to `hfac.backends`, by name only: "auto" never takes it."""
+@contextmanager
+def registered() -> Iterator[None]:
+    """Makes the backend known to `hfac.backends` for a while, by name only: "auto" never takes it."""
+    names, rule = backends.NAMES, base._COMMON_RULES["backend"]
     backends.TABLE[NAME] = backends.Backend(
         NAME,
         "CUDA kernels on the host",
-        _why_not,
+        lambda device: None if device.type == "cpu" else "it is for the CPU.",
         lambda: ops,
     )
-    if NAME not in backends.NAMES:
-        backends.NAMES = (*backends.NAMES, NAME)
-        base._COMMON_RULES["backend"] = options.choice(*backends.NAMES)
+    backends.NAMES = (*names, NAME)
+    base._COMMON_RULES["backend"] = options.choice(*backends.NAMES)
+    try:
+        yield
+    finally:
+        del backends.TABLE[NAME]
+        backends.NAMES, base._COMMON_RULES["backend"] = names, rule

@@ -12,9 +12,10 @@ from test_parity import ieee_square_roots  # noqa: F401  (a fixture for every te
 import hfac
 from hfac import backends
 
-pytestmark = pytest.mark.skipif(emulated.native is None, reason=emulated.WHY_NOT)
-if emulated.native is not None:
-    emulated.register()
+pytestmark = [
+    pytest.mark.skipif(emulated.native is None, reason=emulated.WHY_NOT),
+    pytest.mark.usefixtures("emulated_backend"),
+]
 
 ROWS = [(name, key) for name, rows in OPTIONS.items() for key in rows]
 ORDERS = ["forward", "reverse", "shuffled"]

@@ -127,7 +127,6 @@ def threads_and_isa():
 
 
 if emulated.native is not None:
-    emulated.register()
     BACKENDS = [*BACKENDS, emulated.NAME]
 
 
@@ -141,7 +140,7 @@ if emulated.native is not None:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(problem=problems())
-def test_any_list(threads_and_isa, backend, problem):
+def test_any_list(threads_and_isa, emulated_backend, backend, problem):
     name, kwargs = problem["name"], problem["options"]
     if cpu._C is not None:
         cpu._C.set_isa(problem["isa"])

@@ -273,6 +273,9 @@ class Planner {
         [&](const Item& it, Bytes& b) {
           b.grad += grad_bytes(it);
           b.partial += partial(it);
+          if (width_of(it, grad_access(it, true)) == Width::kWide) {  // whose column sums are in memory as they grow
+            b.partial += state_bytes(it) * 2 * 3 * it.cols * ceil_quotient(it.rows, kWideRows);
+          }
           b.states += state_bytes(it) * it.rows;
         });
     emit(

@@ -51,10 +51,11 @@ def why_not(device: torch.device) -> str | None:
 class Platform(Protocol):
     """Where kernels run: a module with `CudaStep`, and memory."""
 
-    native: Any
-
+    @property
+    def native(self) -> Any: ...
     def l2_bytes(self, device: torch.device) -> int: ...
     def stream(self, device: torch.device) -> int: ...
+    def used_on_another_stream(self, tensors: Sequence[Tensor], device: torch.device) -> None: ...
     def capturing(self) -> bool: ...
     def host_table(self, nbytes: int) -> Tensor: ...
     def before_launch(self, workspace: Tensor) -> None: ...
@@ -75,6 +76,10 @@ class Cuda:
 
     def stream(self, device: torch.device) -> int:
         return torch.cuda.current_stream(device).cuda_stream
+
+    def used_on_another_stream(self, tensors: Sequence[Tensor], device: torch.device) -> None:
+        for tensor in tensors:  # so that torch's allocator waits for that stream before it hands the memory out again
+            tensor.record_stream(torch.cuda.current_stream(device))
 
     def capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
@@ -123,7 +128,11 @@ class Bound:
         if not all(map(Tensor.is_contiguous, params)):
             arguments.update(shapes=self.shapes, param_strides=_strides(params))
         self.step = platform.native.CudaStep(**arguments)
-        self.table = self.workspace = self.counters = self.spare = None
+        self.table: Tensor | None = None
+        self.workspace: Tensor | None = None
+        self.counters: Tensor | None = None
+        self.spare: Tensor | None = None
+        self.stream: int | None = None  # on which the memory was made
         self.captured: list[Any] = []  # what a CUDA graph reads in every replay, and nobody may change or free
 
     def __call__(
@@ -163,12 +172,18 @@ class Bound:
             self._refresh(capturing)
         if self.counters is None:
             self.counters = torch.zeros(max(self.step.counter_bytes, 1), dtype=torch.uint8, device=self.device)
+        assert self.table is not None and self.workspace is not None
         flags = None if nonfinite is None else nonfinite.contiguous()
         kept: list[Tensor] = []
         scalars = {
             name: self._scalar(value, kept)
             for name, value in (("lr", lr), ("weight_decay", weight_decay), ("beta1", beta1), ("beta2", beta2))
         }
+        stream = self.platform.stream(self.device)
+        if self.stream is None:
+            self.stream = stream
+        if stream != self.stream:
+            self.platform.used_on_another_stream((self.table, self.workspace, self.counters), self.device)
         self.platform.before_launch(self.workspace)
         self.step.launch(
             table=self.table.data_ptr(),
@@ -183,9 +198,9 @@ class Bound:
             grad_scale=0 if grad_scale is None else grad_scale.data_ptr(),
             found_inf=0 if found_inf is None else found_inf.data_ptr(),
             device=_index(self.device),
-            stream=self.platform.stream(self.device),
+            stream=stream,
         )
-        if flags is not nonfinite:
+        if nonfinite is not None and flags is not None and flags is not nonfinite:
             nonfinite.copy_(flags)
         if capturing:
             self.captured += [self.table, self.workspace, self.counters, flags, *kept]
