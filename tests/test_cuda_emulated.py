@@ -97,16 +97,26 @@ def test_parity_in_other_orders(name, shape, order, monkeypatch):
     test_parity.test_twenty_steps(emulated.NAME, name, "skip", shape, torch.float32)
 
 
+def whole_keys(state):
+    """Of a state those entries that no sum enters."""
+    return [key for key in ("exp_avg_sign", "exp_avg", "exp_avg_sq") if key in state]
+
+
 @pytest.mark.skipif("cpu" not in backends.available(torch.device("cpu")), reason="hfac._C is not built")
-@pytest.mark.parametrize("options", OPTIONS["SMMF"])
-def test_smmf_equals_the_cpu_kernels_to_the_bit(options):
-    """One step from the same state: a parameter depends on no sum of its own step."""
-    kwargs = OPTIONS["SMMF"][options]
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*(("SMMF", key) for key in OPTIONS["SMMF"]), ("HFac", "unclipped")],
+)
+def test_what_depends_on_no_sum_equals_the_cpu_kernels_to_the_bit(name, options):
+    """One step from the same state: SMMF's parameters and signs, and moments that are whole, with H-Fac's parameters
+    where those are not clipped by their norm. Sums are added in another order: the CPU's kernels take the columns of
+    128 rows and more one row after the other, a GPU's block takes a tile, thread by thread."""
+    kwargs = OPTIONS[name][options]
     shapes = [shape for shape in SHAPES if shape != (0,)] + [(300, 2104)]
     params = [torch.nn.Parameter(gradient(shape, k, torch.float32)) for k, shape in enumerate(shapes)]
     twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    ours = hfac.SMMF(params, **kwargs, backend=emulated.NAME)
-    theirs = hfac.SMMF(twins, **kwargs, backend="cpu")
+    ours = getattr(hfac, name)(params, **kwargs, backend=emulated.NAME)
+    theirs = getattr(hfac, name)(twins, **kwargs, backend="cpu")
     for step in range(1, 5):
         for k, (p, q) in enumerate(zip(params, twins, strict=True)):
             p.grad = q.grad = gradient(p.shape, 100 * k + step, torch.float32)
@@ -114,9 +124,10 @@ def test_smmf_equals_the_cpu_kernels_to_the_bit(options):
         ours.step()
         theirs.step()
         for p, q in zip(params, twins, strict=True):
-            assert torch.equal(p, q)
-            if "exp_avg_sign" in ours.state[p]:
-                assert torch.equal(ours.state[p]["exp_avg_sign"], theirs.state[q]["exp_avg_sign"])
+            if name == "SMMF" or "exp_avg" in ours.state[p]:
+                assert torch.equal(p, q)
+            for key in whole_keys(ours.state[p]):
+                assert torch.equal(ours.state[p][key], theirs.state[q][key]), key
 
 
 def layouts(values):
