@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .element import decays, divide, finite, operand, place, pointer, root
+from .element import decays, divide, finite, length, operand, place, pointer, root
 from .table import (
     CHUNK,
     CLIP,
@@ -32,6 +32,8 @@ def look(tiles, items, grads, flags, G: tl.constexpr, T: tl.constexpr, WHOLE: tl
     part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
     record = items + item * FIELDS
     count = tl.load(record + ROWS) * tl.load(record + COLS)
+    if WHOLE:
+        count = tl.multiple_of(count, 8)
     at = part * RUN + tl.arange(0, RUN)
     grad = operand(tl.load(grads + 2 * item), G, WHOLE)
     g = tl.load(grad + place(at, tl.load(grads + 2 * item + 1), WHOLE), at < count, 0.0).to(T)
@@ -62,7 +64,7 @@ def smmf_dense(
             return
     record = items + item * FIELDS
     at = part * RUN + tl.arange(0, RUN)
-    mask = at < tl.load(record + ROWS)
+    mask = at < length(record, ROWS, WHOLE)
     b1, rest1, b2, rest2 = decays(scalars, item, T)
     lr = tl.load(scalars + LR)
     weight_decay = tl.load(scalars + WEIGHT_DECAY)
@@ -78,10 +80,10 @@ def smmf_dense(
         w = w * (1.0 - lr * weight_decay).to(T)
     M = g
     if FIRST:
-        first = pointer(record, FIRST_ROW, T) + at
+        first = operand(tl.load(record + FIRST_ROW), T, WHOLE) + at
         M = b1 * tl.load(first, mask, 0.0) + rest1 * g
         tl.store(first, M, mask)
-    second = pointer(record, SECOND_ROW, T) + at
+    second = operand(tl.load(record + SECOND_ROW), T, WHOLE) + at
     V = b2 * tl.load(second, mask, 0.0) + rest2 * (g * g)
     tl.store(second, V, mask)
     tl.store(to, (w - lr.to(T) * divide(M, root(V) + eps)).to(W), mask)
@@ -96,7 +98,7 @@ def hfac_dense_look(
     item = tl.load(tiles + 2 * tile).to(tl.int64)
     part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
     record = items + item * FIELDS
-    count = tl.load(record + ROWS)
+    count = length(record, ROWS, WHOLE)
     at = part * RUN + tl.arange(0, RUN)
     mask = at < count
     b1, rest1, b2, rest2 = decays(scalars, item, T)
@@ -105,7 +107,7 @@ def hfac_dense_look(
     if LOOK:
         bad = tl.max((finite(g, count) == 0).to(tl.int32), 0)
         tl.store(flags + item, bad, bad != 0)
-    old = tl.load(pointer(record, SECOND_ROW, T) + at, mask, 0.0)
+    old = tl.load(operand(tl.load(record + SECOND_ROW), T, WHOLE) + at, mask, 0.0)
     q = b2 * old + rest2 * (g * g + tl.load(scalars + EPS).to(T))
     U = tl.where(mask, divide(g, root(q)), 0.0)
     tl.store(pointer(record, SPACE_TOTALS, T) + part, tl.sum(U * U, 0))
@@ -132,7 +134,7 @@ def hfac_dense(
         if tl.load(flags + item) != 0:
             return
     record = items + item * FIELDS
-    count = tl.load(record + ROWS)
+    count = length(record, ROWS, WHOLE)
     at = part * RUN + tl.arange(0, RUN)
     mask = at < count
     b1, rest1, b2, rest2 = decays(scalars, item, T)
@@ -141,8 +143,8 @@ def hfac_dense(
     param = operand(tl.load(record + PARAM), W, WHOLE)
     to = param + place(at, tl.load(record + PARAM_LAYOUT), WHOLE)
     w = tl.load(to, mask, 0.0).to(T)
-    first = pointer(record, FIRST_ROW, T) + at
-    second = pointer(record, SECOND_ROW, T) + at
+    first = operand(tl.load(record + FIRST_ROW), T, WHOLE) + at
+    second = operand(tl.load(record + SECOND_ROW), T, WHOLE) + at
     m = b1 * tl.load(first, mask, 0.0) + rest1 * g
     q = b2 * tl.load(second, mask, 0.0) + rest2 * (g * g + tl.load(scalars + EPS).to(T))
     tl.store(first, m, mask)

@@ -38,12 +38,22 @@ def pointer(record, FIELD: tl.constexpr, TYPE: tl.constexpr):
 
 @triton.jit
 def operand(address, TYPE: tl.constexpr, WHOLE: tl.constexpr):
-    """Pointer to a parameter or gradient. From a table it has lost its alignment, and without 16 bytes of it every
-    access would be of one element."""
+    """Pointer to a tensor. From a table it has lost its alignment, and without 16 bytes of it every access would be of
+    one element."""
     p = address.to(tl.pointer_type(TYPE))
     if WHOLE:
         p = tl.multiple_of(p, 16)
     return p
+
+
+@triton.jit
+def length(record, FIELD: tl.constexpr, WHOLE: tl.constexpr):
+    """A record's number of columns or elements. Where it is known to be one of whole vectors, so is every mask made of
+    it. The hint belongs to the load: one on an argument of a function would be lost."""
+    count = tl.load(record + FIELD)
+    if WHOLE:
+        count = tl.multiple_of(count, 8)
+    return count
 
 
 @triton.jit

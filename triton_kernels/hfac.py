@@ -17,7 +17,7 @@ Partial sums of a parameter of m rows and n columns, in float32 (norms in float6
 import triton
 import triton.language as tl
 
-from .element import decays, divide, finite, operand, partial_sums, place, pointer, root
+from .element import decays, divide, finite, length, operand, partial_sums, place, pointer, root
 from .table import (
     AT_ONCE,
     CHUNK,
@@ -69,9 +69,7 @@ def hfac_stats(
     row_tile = tl.load(tiles + 2 * tile + 1).to(tl.int64)
     record = items + item * FIELDS
     rows = tl.load(record + ROWS)
-    cols = tl.load(record + COLS)
-    if WHOLE:
-        cols = tl.multiple_of(cols, 8)
+    cols = length(record, COLS, WHOLE)
     tile_rows = tl.load(record + TILE_ROWS)
     first_row = row_tile * tile_rows
     last_row = tl.minimum(first_row + tile_rows, rows)
@@ -265,18 +263,16 @@ def hfac_update(
     """W <- W - lr ((phi + psi) / 2 + clip(U) + wd W): no root and no division, all of them were the fold's."""
     tile = tl.program_id(0).to(tl.int64)
     item = tl.load(tiles + 2 * tile).to(tl.int64)
-    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
+    part = tl.load(tiles + 2 * tile + 1)
     if SKIP:
         if tl.load(flags + item) != 0:
             return
     record = items + item * FIELDS
     rows = tl.load(record + ROWS)
-    cols = tl.load(record + COLS)
-    if WHOLE:
-        cols = tl.multiple_of(cols, 8)
+    cols = length(record, COLS, WHOLE)
     tile_rows = tl.load(record + TILE_ROWS)
-    col_tiles = tl.load(record + COL_TILES)
-    first_row = (part // col_tiles) * tile_rows
+    col_tiles = tl.load(record + COL_TILES).to(tl.int32)
+    first_row = (part // col_tiles).to(tl.int64) * tile_rows
     last_row = tl.minimum(first_row + tile_rows, rows)
     param = operand(tl.load(record + PARAM), W, WHOLE)
     grad = operand(tl.load(grads + 2 * item), G, WHOLE)
@@ -287,7 +283,7 @@ def hfac_update(
     lr = tl.load(scalars + LR).to(T)
     weight_decay = tl.load(scalars + WEIGHT_DECAY).to(T)
     sign = tl.load(scalars + SIGN).to(T)
-    j = (part % col_tiles) * C + tl.arange(0, C).to(tl.int64)
+    j = (part % col_tiles).to(tl.int64) * C + tl.arange(0, C).to(tl.int64)
     in_cols = j < cols
     half_psi = tl.load(pointer(record, SPACE_PSI, T) + j, in_cols, 0.0)[None, :]
     col_scale = tl.load(pointer(record, SPACE_SCALE, T) + j, in_cols, 0.0)[None, :]

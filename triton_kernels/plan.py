@@ -16,12 +16,15 @@ from . import dense, hfac, smmf, table
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
 _SIZES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.float64: 8}
 
+Shape = tuple[int, int, int]
+
 #: Partial sums of SMMF take at most these bytes; a longer list is taken in groups that share them.
 WORKSPACE = 64 << 20
 
-#: (rows in flight, columns, warps) of a tile: 16 elements per lane, and one warp's row is 64 or 256 columns wide, so
-#: that a row's sum needs no shared memory.
-NARROW, BROAD = (64, 64, 8), (16, 256, 8)
+#: (rows in flight, columns, warps) of a tile: 8 elements per lane for SMMF, which needs many registers for each, 16 for
+#: H-Fac; and one warp holds whole rows of the tile, so that their sums need no shared memory.
+SMMF_TILES = ((32, 64, 8), (8, 256, 8))
+NARROW, BROAD = HFAC_TILES = ((64, 64, 8), (16, 256, 8))
 #: Of H-Fac's statistics, which hold whole rows. Rows beyond the last are read a second time.
 STATS = (NARROW, BROAD, (4, 1024, 8), (2, 4096, 16))
 
@@ -105,11 +108,14 @@ def _cut(item: Item) -> None:
     elements = item.rows * item.cols
     item.tile_rows = 64 if elements < 4 << 20 else 128 if elements < 16 << 20 else 256
     item.row_tiles = -(-item.rows // item.tile_rows)
-    item.col_tiles = -(-item.cols // _shape(item)[1])
+    item.col_tiles = -(-item.cols // _fit(HFAC_TILES, item)[1])
 
 
-def _shape(item: Item) -> tuple[int, int, int]:
-    return NARROW if item.cols <= NARROW[1] else BROAD
+def _fit(shapes: tuple[Shape, ...], item: Item) -> Shape:
+    """The first that holds the item's columns, else the last; with half the rows in flight where addresses take their
+    own registers."""
+    rows, cols, warps = next((shape for shape in shapes if item.cols <= shape[1]), shapes[-1])
+    return rows if item.whole else rows // 2, cols, warps
 
 
 def _parts(items: Sequence[Item], indices: Iterable[int], count: Callable[[Item], int]) -> list[tuple[int, int]]:
@@ -177,7 +183,7 @@ def _smmf(items: Sequence[Item]) -> Plan:
     launches = []
     for group in groups:
         launches += _look(items, group)
-        classes = _classes(items, group, lambda it: (it.param, it.grad, it.whole, it.signs, _shape(it)))
+        classes = _classes(items, group, lambda it: (it.param, it.grad, it.whole, it.signs, _fit(SMMF_TILES, it)))
         for (param, grad, whole, signs, (rows, cols, warps)), mine in classes.items():
             launches.append(
                 Launch(
@@ -232,11 +238,9 @@ def _hfac(items: Sequence[Item]) -> Plan:
     everything = range(len(items))
     launches = []
 
-    def stats_shape(item: Item) -> tuple[tuple[int, int, int], bool]:
-        for shape in STATS:
-            if item.cols <= shape[1]:
-                return shape, False
-        return BROAD, True
+    def stats_shape(item: Item) -> tuple[Shape, bool]:
+        wide = item.cols > STATS[-1][1]
+        return _fit(HFAC_TILES if wide else STATS, item), wide
 
     classes = _classes(items, everything, lambda it: (it.param, it.grad, it.whole, stats_shape(it)))
     merged: dict[tuple[Any, ...], list[int]] = {}
@@ -260,7 +264,7 @@ def _hfac(items: Sequence[Item]) -> Plan:
         ):
             tiles = _parts(items, mine, count)
             launches.append(Launch(kernel, tiles, ("scalars", "flags"), options, {"T": TYPES[wide]}, 4))
-    classes = _classes(items, everything, lambda it: (it.param, it.grad, it.whole, _shape(it)))
+    classes = _classes(items, everything, lambda it: (it.param, it.grad, it.whole, _fit(HFAC_TILES, it)))
     for (param, grad, whole, (rows, cols, warps)), mine in classes.items():
         tiles = _parts(items, mine, lambda it: it.row_tiles * it.col_tiles)
         tiles.reverse()  # what was read last is the likeliest to be in the cache still

@@ -11,7 +11,7 @@ parameter depends on no sum of its own step and is equal to the bit.
 import triton
 import triton.language as tl
 
-from .element import decays, divide, operand, partial_sums, place, pointer, root
+from .element import decays, divide, length, operand, partial_sums, place, pointer, root
 from .table import (
     AT_ONCE,
     BYTE_PER_ELEMENT,
@@ -63,19 +63,17 @@ def smmf_tiles(
 ):
     tile = tl.program_id(0).to(tl.int64)
     item = tl.load(tiles + 2 * tile).to(tl.int64)
-    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
+    part = tl.load(tiles + 2 * tile + 1)
     if SKIP:
         if tl.load(flags + item) != 0:
             return
     record = items + item * FIELDS
     rows = tl.load(record + ROWS)
-    cols = tl.load(record + COLS)
-    if WHOLE:
-        cols = tl.multiple_of(cols, 8)
+    cols = length(record, COLS, WHOLE)
     tile_rows = tl.load(record + TILE_ROWS)
-    col_tiles = tl.load(record + COL_TILES)
-    row_tile = part // col_tiles
-    col_tile = part % col_tiles
+    col_tiles = tl.load(record + COL_TILES).to(tl.int32)
+    row_tile = (part // col_tiles).to(tl.int64)
+    col_tile = (part % col_tiles).to(tl.int64)
     first_row = row_tile * tile_rows
     last_row = tl.minimum(first_row + tile_rows, rows)
 
@@ -104,7 +102,7 @@ def smmf_tiles(
     if LAYOUT != NO_SIGNS:
         c_M = tl.load(pointer(record, FIRST_COL, T) + j, in_cols, 0.0)
         sum_M = tl.zeros([R, C], T)
-        signs = pointer(record, SIGNS, tl.uint8)
+        signs = operand(tl.load(record + SIGNS), tl.uint8, WHOLE)
     if LAYOUT == WHOLE_BYTES:
         jb = col_tile * (C // 8) + tl.arange(0, C // 8).to(tl.int64)
         k = tl.arange(0, 8)[None, None, :]

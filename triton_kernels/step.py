@@ -4,7 +4,7 @@ A step launches a handful of kernels, whatever the length of the list, waits for
 parameters' size. Numbers of a step (learning rate, decays, ...) are values in device memory: none is compiled in.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,9 +16,6 @@ from .plan import Item, Launch, Plan, make_plan, merged_layout, square_slice
 
 Scalar = float | Tensor
 Tensors = Sequence[Tensor]
-
-#: Called with each launch and its arguments before it is made; for the tests.
-observers: list[Callable[[Launch, dict[str, Any]], None]] = []
 
 _SPACES = {
     "rows": table.SPACE_ROWS,
@@ -97,19 +94,21 @@ class Bound:
             if capturing:
                 self.in_graphs += [self.tiles, self.items, self.grad_table, self.workspace]
 
-    def _launch(self, launch: Launch, tiles: Tensor, options: dict[str, bool]) -> None:
+    def _arguments(self, launch: Launch, tiles: Tensor, options: dict[str, bool]) -> dict[str, Any]:
         memory = {"grads": self.grad_table, "scalars": self.scalars, "flags": self.flags}
-        arguments = {
+        return {
             "tiles": tiles,
             "items": self.items,
             **{name: memory[name] for name in launch.arguments},
             **launch.constants,
             **{name: options[name] for name in launch.options},
         }
-        for observe in observers:
-            observe(launch, arguments)
+
+    def _launch(self, launch: Launch, tiles: Tensor, options: dict[str, bool]) -> None:
         warps = max(1, launch.warps // 2) if torch.version.hip else launch.warps  # a wave has 64 lanes there
-        launch.kernel[(len(launch.tiles),)](**arguments, num_warps=warps, enable_fp_fusion=False)
+        launch.kernel[(len(launch.tiles),)](
+            **self._arguments(launch, tiles, options), num_warps=warps, enable_fp_fusion=False
+        )
 
     def _tables(self, grads: Tensors, capturing: bool) -> None:
         """Makes what depends on the gradients' types and layouts, where those changed; else only notes where they
@@ -162,8 +161,10 @@ class Bound:
                 aligned[i]
                 and param.is_contiguous()
                 and param.data_ptr() % 16 == 0
-                and (second_cols is None or cols % 8 == 0)
+                and (rows if second_cols is None else cols) % 8 == 0
+                and (second_cols is not None or all(t[i].data_ptr() % 16 == 0 for t in self.states.values()))
                 and item.signs != table.SHARED_BYTES.value
+                and (not signs or signs[i].data_ptr() % 16 == 0)
             )
             items.append(item)
             starts.append((layout_of(param), layout_of(grad)))

@@ -44,7 +44,7 @@ DECAYS = tl.constexpr(6)
 
 #: Elements of one program of the dense kernels; rows and columns of one of a fold; tiles whose partial sums a fold
 #: loads at once.
-RUN = tl.constexpr(4096)
+RUN = tl.constexpr(2048)
 CHUNK = tl.constexpr(256)
 AT_ONCE = tl.constexpr(8)
 
