@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install compare test sanitize fuzz bench doctor lint clean
+.PHONY: help install compare test sanitize fuzz bench triton-check doctor lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ fuzz: $(INSTALLED) ## try random lists of tensors on every backend (HFAC_FUZZ_LI
 
 bench: $(INSTALLED) ## measure every op and whole steps against their rivals (ARGS="--quick --plot")
 	$(BIN)/python -m bench $(ARGS)
+
+triton-check: $(INSTALLED) ## compile the Triton kernels for four GPUs that need not be here; writes docs/triton-check.md
+	$(BIN)/python -m hfac.triton_kernels.check $(ARGS)
 
 doctor: $(INSTALLED) ## which backends are here, and why others are not
 	$(BIN)/hfac doctor

@@ -92,7 +92,7 @@ def variants() -> Iterator[Variant]:
     yield Variant(hfac.hfac_update, mixed | dict(R=BROAD[0] // 2, C=BROAD[1]), BROAD[2])
     yield Variant(dense.smmf_dense, mixed | dict(FIRST=True, COUPLED=True), 8)
     yield Variant(dense.hfac_dense, mixed | dict(CLIPPED=True), 8)
-    stats = dict(G=F32, T=F32, WHOLE=False, LOOK=True, R=BROAD[0] // 2, C=BROAD[1])
+    stats = dict(G=F32, T=F32, WHOLE=False, LOOK=True, R=BROAD[0] // 4, C=BROAD[1])
     yield Variant(hfac.hfac_stats, stats | dict(WIDE=True), BROAD[2])
     yield Variant(hfac.hfac_stats, stats | dict(WIDE=False), BROAD[2])
     wide = dict(W=tl.float64, G=tl.float64, T=tl.float64, R=r, C=c, WHOLE=False, LAYOUT=WHOLE_BYTES.value)

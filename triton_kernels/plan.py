@@ -111,11 +111,11 @@ def _cut(item: Item) -> None:
     item.col_tiles = -(-item.cols // _fit(HFAC_TILES, item)[1])
 
 
-def _fit(shapes: tuple[Shape, ...], item: Item) -> Shape:
-    """The first that holds the item's columns, else the last; with half the rows in flight where addresses take their
-    own registers."""
+def _fit(shapes: tuple[Shape, ...], item: Item, fewer: int = 2) -> Shape:
+    """The first that holds the item's columns, else the last; with fewer rows in flight where every element's address
+    takes registers of its own."""
     rows, cols, warps = next((shape for shape in shapes if item.cols <= shape[1]), shapes[-1])
-    return rows if item.whole else rows // 2, cols, warps
+    return rows if item.whole else max(1, rows // fewer), cols, warps
 
 
 def _parts(items: Sequence[Item], indices: Iterable[int], count: Callable[[Item], int]) -> list[tuple[int, int]]:
@@ -240,7 +240,7 @@ def _hfac(items: Sequence[Item]) -> Plan:
 
     def stats_shape(item: Item) -> tuple[Shape, bool]:
         wide = item.cols > STATS[-1][1]
-        return _fit(HFAC_TILES if wide else STATS, item), wide
+        return _fit(HFAC_TILES if wide else STATS, item, 4), wide
 
     classes = _classes(items, everything, lambda it: (it.param, it.grad, it.whole, stats_shape(it)))
     merged: dict[tuple[Any, ...], list[int]] = {}
