@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import dense, hfac, smmf
-from .plan import BROAD, HFAC_TILES, SMMF_TILES, STATS
+from .plan import BROAD, HFAC_TILES, REGISTERS, SMMF_TILES, STATS, compile_options
 from .table import BYTE_PER_ELEMENT, NO_SIGNS, SHARED_BYTES, WHOLE_BYTES
 
 #: name -> (target, bytes of shared memory that a program may have)
@@ -33,8 +33,6 @@ TARGETS = {
 }
 F32, BF16, F16 = tl.float32, tl.bfloat16, tl.float16
 _POINTERS = {"tiles": "*i32", "items": "*i64", "grads": "*i64", "scalars": "*fp64", "flags": "*i32"}
-#: Registers that let two programs of 256 lanes run on a multiprocessor.
-REGISTERS = 128
 
 
 @dataclass
@@ -54,13 +52,13 @@ class Variant:
             parts.append("bulk" if c["WHOLE"] else "any")
         if "LAYOUT" in c:
             parts.append(("no signs", "whole bytes", "byte per element", "shared bytes")[c["LAYOUT"]])
-        on = ("WIDE", "FIRST", "COUPLED", "CLIPPED", "SKIP", "LOOK")
+        on = ("WIDE", "FIRST", "COUPLED", "CLIPPED", "NEGATE", "SKIP", "LOOK")
         return " ".join([*parts, *(name.lower() for name in on if c.get(name))])
 
 
 def variants() -> Iterator[Variant]:
     """Every kernel in every shape on the bulk, by type; and the path for any layout, with every option on."""
-    on, off = dict(SKIP=True), dict(SKIP=False)
+    on, off = dict(NEGATE=True, SKIP=True), dict(NEGATE=False, SKIP=False)
     for t in (F32, BF16, F16):
         types = dict(W=t, G=t, T=F32)
         for (r, c, warps), signs in zip(SMMF_TILES, (BYTE_PER_ELEMENT, WHOLE_BYTES), strict=True):
@@ -107,8 +105,8 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Any:
         constexprs={name: variant.constants[name] for name in names if name not in _POINTERS},
         attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in _POINTERS},
     )
-    warps = variant.warps if target.backend == "cuda" else max(1, variant.warps // 2)
-    return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
+    options = compile_options(variant.constants, variant.warps, target.backend)
+    return triton.compile(source, target=target, options=options)
 
 
 @dataclass
@@ -160,8 +158,8 @@ def complaints(variant: Variant, report: Report, target: GPUTarget, shared: int)
         found.append(f"{report.spills} spilled")
     if report.shared > shared:
         found.append(f"{report.shared} bytes of shared memory of {shared}")
-    # AMD's roots and quotients are refined with fused steps of their own; only this kernel has neither.
-    if (target.backend == "cuda" or variant.kernel is hfac.hfac_update) and (report.fused or report.rough):
+    # AMD's roots and quotients, of integers too, are refined with fused steps of their own; this kernel has none.
+    if (target.backend == "cuda" or (bulk and variant.kernel is hfac.hfac_update)) and (report.fused or report.rough):
         found.append(f"{report.fused} fused multiply-adds, {report.rough} rough roots or quotients")
     if bulk and not report.wide:
         found.append("no 128-bit access")
@@ -206,7 +204,7 @@ def _write(rows: list[str], count: int, failed: int) -> None:
         "Asserted: on the bulk (contiguous, 16-byte aligned, rows of whole vectors of 8) 128-bit global accesses and, "
         "but for SMMF's sign bytes, none of 8 or 16 bits; at most 128 registers on NVIDIA GPUs; nothing spilled; "
         "shared memory within the target's; no fused multiply-adds and no approximate roots or quotients in PTX, "
-        "and no fused multiply-adds in hfac_update on AMD, whose other kernels refine roots and quotients with them.",
+        "and none in hfac_update on AMD's bulk, whose other kernels refine roots and quotients with them.",
         "",
         "| kernel | variant | " + " | ".join(TARGETS) + " |",
         "| --- | --- |" + " --- |" * len(TARGETS),

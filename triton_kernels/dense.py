@@ -17,7 +17,6 @@ from .table import (
     ROWS,
     RUN,
     SECOND_ROW,
-    SIGN,
     SPACE_TOTALS,
     WEIGHT_DECAY,
 )
@@ -54,6 +53,7 @@ def smmf_dense(
     WHOLE: tl.constexpr,
     FIRST: tl.constexpr,
     COUPLED: tl.constexpr,
+    NEGATE: tl.constexpr,  # the objective is maximized
     SKIP: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64)
@@ -70,7 +70,9 @@ def smmf_dense(
     weight_decay = tl.load(scalars + WEIGHT_DECAY)
     eps = tl.load(scalars + EPS).to(T)
     grad = operand(tl.load(grads + 2 * item), G, WHOLE)
-    g = tl.load(grad + place(at, tl.load(grads + 2 * item + 1), WHOLE), mask, 0.0).to(T) * tl.load(scalars + SIGN).to(T)
+    g = tl.load(grad + place(at, tl.load(grads + 2 * item + 1), WHOLE), mask, 0.0).to(T)
+    if NEGATE:
+        g = -g
     param = operand(tl.load(record + PARAM), W, WHOLE)
     to = param + place(at, tl.load(record + PARAM_LAYOUT), WHOLE)
     w = tl.load(to, mask, 0.0).to(T)
@@ -125,6 +127,7 @@ def hfac_dense(
     T: tl.constexpr,
     WHOLE: tl.constexpr,
     CLIPPED: tl.constexpr,
+    NEGATE: tl.constexpr,  # the objective is maximized
     SKIP: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64)
@@ -139,7 +142,9 @@ def hfac_dense(
     mask = at < count
     b1, rest1, b2, rest2 = decays(scalars, item, T)
     grad = operand(tl.load(grads + 2 * item), G, WHOLE)
-    g = tl.load(grad + place(at, tl.load(grads + 2 * item + 1), WHOLE), mask, 0.0).to(T) * tl.load(scalars + SIGN).to(T)
+    g = tl.load(grad + place(at, tl.load(grads + 2 * item + 1), WHOLE), mask, 0.0).to(T)
+    if NEGATE:
+        g = -g
     param = operand(tl.load(record + PARAM), W, WHOLE)
     to = param + place(at, tl.load(record + PARAM_LAYOUT), WHOLE)
     w = tl.load(to, mask, 0.0).to(T)

@@ -35,7 +35,6 @@ from .table import (
     ROWS,
     SECOND_COL,
     SECOND_ROW,
-    SIGN,
     SPACE_COLS,
     SPACE_PSI,
     SPACE_ROWS,
@@ -78,7 +77,6 @@ def hfac_stats(
     r_old = pointer(record, SECOND_ROW, T)
     row_sum = pointer(record, SPACE_ROWS, T)
     row_square = pointer(record, SPACE_SQUARES, T)
-    col_sums = pointer(record, SPACE_COLS, T) + row_tile * 3 * cols
     b1, rest1, b2, rest2 = decays(scalars, item, T)
     eps_sum = (cols.to(tl.float64) * tl.load(scalars + EPS)).to(T)
     count = rows * cols
@@ -102,6 +100,7 @@ def hfac_stats(
             old = tl.load(r_old + i, in_rows, 0.0)
             tl.store(row_sum + i, tl.sum(sum_g, 1), in_rows)
             tl.store(row_square + i, b2 * old + rest2 * (tl.sum(sum_q, 1) + eps_sum), in_rows)
+        col_sums = pointer(record, SPACE_COLS, T) + row_tile * 3 * cols
         tl.debug_barrier()  # the r_i that some lanes wrote are read by others
         for first_col in range(0, cols, C):
             j = first_col + tl.arange(0, C).to(tl.int64)
@@ -143,6 +142,7 @@ def hfac_stats(
             sum_g += g
             sum_q += q
             sum_u += q * divide(tl.full([R], 1.0, T), r)[:, None]
+        col_sums = pointer(record, SPACE_COLS, T) + row_tile * 3 * cols
         tl.store(col_sums + j, tl.sum(sum_g, 0), in_cols)
         tl.store(col_sums + cols + j, tl.sum(sum_q, 0), in_cols)
         tl.store(col_sums + 2 * cols + j, tl.sum(sum_u, 0), in_cols)
@@ -164,7 +164,7 @@ def half_drift(beta1, mean_old, mean, square, length):
 
 
 @triton.jit
-def hfac_fold(tiles, items, scalars, flags, T: tl.constexpr, SKIP: tl.constexpr):
+def hfac_fold(tiles, items, scalars, flags, T: tl.constexpr, NEGATE: tl.constexpr, SKIP: tl.constexpr):
     tile = tl.program_id(0).to(tl.int64)
     item = tl.load(tiles + 2 * tile).to(tl.int64)
     part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
@@ -176,7 +176,6 @@ def hfac_fold(tiles, items, scalars, flags, T: tl.constexpr, SKIP: tl.constexpr)
     n = tl.load(record + COLS)
     row_tiles = tl.load(record + ROW_TILES).to(tl.int32)
     b1, rest1, b2, rest2 = decays(scalars, item, T)
-    sign = tl.load(scalars + SIGN).to(T)
     k = part * CHUNK + tl.arange(0, CHUNK)
     ones = tl.full([CHUNK], 1.0, T)
 
@@ -185,7 +184,10 @@ def hfac_fold(tiles, items, scalars, flags, T: tl.constexpr, SKIP: tl.constexpr)
     sum_at = pointer(record, SPACE_ROWS, T) + k
     cols = ones * n.to(T)
     r = tl.load(pointer(record, SPACE_SQUARES, T) + k, in_rows, 1.0)
-    mean = divide(sign * tl.load(sum_at, in_rows, 0.0), cols)
+    sum_g = tl.load(sum_at, in_rows, 0.0)
+    if NEGATE:
+        sum_g = -sum_g
+    mean = divide(sum_g, cols)
     u = average(b1, tl.load(u_at, in_rows, 0.0), rest1, mean)
     tl.store(u_at, u, in_rows)
     tl.store(pointer(record, SECOND_ROW, T) + k, r, in_rows)
@@ -196,7 +198,10 @@ def hfac_fold(tiles, items, scalars, flags, T: tl.constexpr, SKIP: tl.constexpr)
     s_at = pointer(record, SECOND_COL, T) + k
     sums = pointer(record, SPACE_COLS, T) + part * CHUNK
     rows = ones * m.to(T)
-    mean = divide(sign * partial_sums(sums, 3 * n, row_tiles, in_cols, CHUNK, AT_ONCE, T), rows)
+    sum_g = partial_sums(sums, 3 * n, row_tiles, in_cols, CHUNK, AT_ONCE, T)
+    if NEGATE:
+        sum_g = -sum_g
+    mean = divide(sum_g, rows)
     square = partial_sums(sums + n, 3 * n, row_tiles, in_cols, CHUNK, AT_ONCE, T)
     ratio = partial_sums(sums + 2 * n, 3 * n, row_tiles, in_cols, CHUNK, AT_ONCE, T)
     v = average(b1, tl.load(v_at, in_cols, 0.0), rest1, mean)
@@ -258,6 +263,7 @@ def hfac_update(
     R: tl.constexpr,
     C: tl.constexpr,
     WHOLE: tl.constexpr,
+    NEGATE: tl.constexpr,  # the objective is maximized
     SKIP: tl.constexpr,
 ):
     """W <- W - lr ((phi + psi) / 2 + clip(U) + wd W): no root and no division, all of them were the fold's."""
@@ -282,7 +288,6 @@ def hfac_update(
     row_scale = pointer(record, SPACE_SQUARES, T)
     lr = tl.load(scalars + LR).to(T)
     weight_decay = tl.load(scalars + WEIGHT_DECAY).to(T)
-    sign = tl.load(scalars + SIGN).to(T)
     j = (part % col_tiles).to(tl.int64) * C + tl.arange(0, C).to(tl.int64)
     in_cols = j < cols
     half_psi = tl.load(pointer(record, SPACE_PSI, T) + j, in_cols, 0.0)[None, :]
@@ -292,7 +297,9 @@ def hfac_update(
         in_rows = i < last_row
         mask = in_rows[:, None] & in_cols[None, :]
         at = i[:, None] * cols + j[None, :]
-        g = tl.load(grad + place(at, grad_layout, WHOLE), mask, 0.0).to(T) * sign
+        g = tl.load(grad + place(at, grad_layout, WHOLE), mask, 0.0).to(T)
+        if NEGATE:
+            g = -g
         to = param + place(at, param_layout, WHOLE)
         w = tl.load(to, mask, 0.0).to(T)
         drift = tl.load(half_phi + i, in_rows, 0.0)[:, None] + half_psi

@@ -17,6 +17,7 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 _SIZES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.float64: 8}
 
 Shape = tuple[int, int, int]
+REGISTERS = 128
 
 #: Partial sums of SMMF take at most these bytes; a longer list is taken in groups that share them.
 WORKSPACE = 64 << 20
@@ -85,6 +86,20 @@ class Launch:
     @property
     def name(self) -> str:
         return self.kernel.__name__ if hasattr(self.kernel, "__name__") else self.kernel.fn.__name__
+
+
+def compile_options(constants: dict[str, Any], warps: int, maker: str) -> dict[str, Any]:
+    """What Triton is told besides: for GPUs of ``maker``, "cuda", "hip" or another.
+
+    A bound on registers lets two programs of 256 lanes run on a multiprocessor; without one ptxas aims at three of some
+    kernels and parks registers in memory. A wave of AMD's has 64 lanes.
+    """
+    options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
+    if maker == "cuda":
+        options["maxnreg"] = REGISTERS if constants["T"] == tl.float32 else 2 * REGISTERS - 32
+    if maker == "hip":
+        options["num_warps"] = max(1, warps // 2)
+    return options
 
 
 @dataclass
@@ -190,7 +205,7 @@ def _smmf(items: Sequence[Item]) -> Plan:
                     smmf.smmf_tiles,
                     _parts(items, mine, lambda it: it.row_tiles * it.col_tiles),
                     ("grads", "scalars", "flags"),
-                    ("COUPLED", "SKIP"),
+                    ("COUPLED", "NEGATE", "SKIP"),
                     {
                         "W": TYPES[param],
                         "G": TYPES[grad],
@@ -259,7 +274,7 @@ def _hfac(items: Sequence[Item]) -> Plan:
         )
     for (wide,), mine in _classes(items, everything, lambda it: (it.wide,)).items():
         for kernel, count, options in (
-            (hfac.hfac_fold, lambda it: _chunks(max(it.rows, it.cols)), ("SKIP",)),
+            (hfac.hfac_fold, lambda it: _chunks(max(it.rows, it.cols)), ("NEGATE", "SKIP")),
             (hfac.hfac_scale, lambda it: _chunks(it.rows), ("CLIPPED", "SKIP")),
         ):
             tiles = _parts(items, mine, count)
@@ -273,7 +288,7 @@ def _hfac(items: Sequence[Item]) -> Plan:
                 hfac.hfac_update,
                 tiles,
                 ("grads", "scalars", "flags"),
-                ("SKIP",),
+                ("NEGATE", "SKIP"),
                 {
                     "W": TYPES[param],
                     "G": TYPES[grad],
@@ -296,9 +311,9 @@ def _dense(op: str, items: Sequence[Item]) -> Plan:
     classes = _classes(items, everything, lambda it: (it.param, it.grad, it.whole))
     if op == "smmf_dense_step_":
         launches = _look(items, everything)
-        kernel, options = dense.smmf_dense, ("FIRST", "COUPLED", "SKIP")
+        kernel, options = dense.smmf_dense, ("FIRST", "COUPLED", "NEGATE", "SKIP")
     else:
-        kernel, options = dense.hfac_dense, ("CLIPPED", "SKIP")
+        kernel, options = dense.hfac_dense, ("CLIPPED", "NEGATE", "SKIP")
         launches = [
             Launch(
                 dense.hfac_dense_look,

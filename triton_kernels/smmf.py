@@ -31,7 +31,6 @@ from .table import (
     SECOND_COL,
     SECOND_ROW,
     SHARED_BYTES,
-    SIGN,
     SIGNS,
     SLICE,
     SLICE_BYTES,
@@ -59,6 +58,7 @@ def smmf_tiles(
     WHOLE: tl.constexpr,  # contiguous, aligned, rows of whole vectors of 8
     LAYOUT: tl.constexpr,  # of the signs
     COUPLED: tl.constexpr,
+    NEGATE: tl.constexpr,  # the objective is maximized
     SKIP: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64)
@@ -84,7 +84,6 @@ def smmf_tiles(
     r_M = pointer(record, FIRST_ROW, T)
     r_V = pointer(record, SECOND_ROW, T)
     row_sums = pointer(record, SPACE_ROWS, T) + col_tile * 2 * rows
-    col_sums = pointer(record, SPACE_COLS, T) + row_tile * 2 * cols
 
     b1, rest1, b2, rest2 = decays(scalars, item, T)
     lr_wide = tl.load(scalars + LR)
@@ -93,7 +92,6 @@ def smmf_tiles(
     weight_decay = decay_wide.to(T)
     shrink = (1.0 - lr_wide * decay_wide).to(T)
     eps = tl.load(scalars + EPS).to(T)
-    sign = tl.load(scalars + SIGN).to(T)
 
     j = col_tile * C + tl.arange(0, C).to(tl.int64)
     in_cols = j < cols
@@ -116,7 +114,9 @@ def smmf_tiles(
         in_rows = i < last_row
         mask = in_rows[:, None] & in_cols[None, :]
         at = i[:, None] * cols + j[None, :]
-        g = tl.load(grad + place(at, grad_layout, WHOLE), mask, 0.0).to(T) * sign
+        g = tl.load(grad + place(at, grad_layout, WHOLE), mask, 0.0).to(T)
+        if NEGATE:
+            g = -g
         to = param + place(at, param_layout, WHOLE)
         w = tl.load(to, mask, 0.0).to(T)
         if COUPLED:
@@ -166,6 +166,7 @@ def smmf_tiles(
         sum_V += V
         tl.store(row_sums + rows + i, tl.sum(V, 1), in_rows)
 
+    col_sums = pointer(record, SPACE_COLS, T) + row_tile * 2 * cols
     if LAYOUT != NO_SIGNS:
         tl.store(col_sums + j, tl.sum(sum_M, 0), in_cols)
     tl.store(col_sums + cols + j, tl.sum(sum_V, 0), in_cols)

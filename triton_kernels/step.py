@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import table
-from .plan import Item, Launch, Plan, make_plan, merged_layout, square_slice
+from .plan import Item, Launch, Plan, compile_options, make_plan, merged_layout, square_slice
 
 Scalar = float | Tensor
 Tensors = Sequence[Tensor]
@@ -74,14 +74,13 @@ class Bound:
             grads = [grad.resolve_neg() for grad in grads]
             capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
             self._tables(grads, capturing)
-            self._scalars(
-                [lr, weight_decay, eps, clip_threshold or 0.0, -1.0 if maximize else 1.0], beta1, beta2, capturing
-            )
+            self._scalars([lr, weight_decay, eps, clip_threshold or 0.0], beta1, beta2, capturing)
             if nonfinite is not None:
                 self.flags.zero_()
             options = {
                 "FIRST": self.first,
                 "COUPLED": not decoupled_weight_decay,
+                "NEGATE": maximize,
                 "SKIP": nonfinite is not None,
                 "LOOK": nonfinite is not None,
                 "CLIPPED": clip_threshold is not None,
@@ -105,10 +104,9 @@ class Bound:
         }
 
     def _launch(self, launch: Launch, tiles: Tensor, options: dict[str, bool]) -> None:
-        warps = max(1, launch.warps // 2) if torch.version.hip else launch.warps  # a wave has 64 lanes there
-        launch.kernel[(len(launch.tiles),)](
-            **self._arguments(launch, tiles, options), num_warps=warps, enable_fp_fusion=False
-        )
+        maker = "hip" if torch.version.hip else self.device.type
+        compiled = compile_options(launch.constants, launch.warps, maker)
+        launch.kernel[(len(launch.tiles),)](**self._arguments(launch, tiles, options), **compiled)
 
     def _tables(self, grads: Tensors, capturing: bool) -> None:
         """Makes what depends on the gradients' types and layouts, where those changed; else only notes where they

@@ -38,9 +38,8 @@ LR = tl.constexpr(0)
 WEIGHT_DECAY = tl.constexpr(1)
 EPS = tl.constexpr(2)
 CLIP = tl.constexpr(3)
-SIGN = tl.constexpr(4)  # of the gradient: -1 where the objective is maximized
-PER_PARAM = tl.constexpr(5)  # 1 where each parameter has its own decays
-DECAYS = tl.constexpr(6)
+PER_PARAM = tl.constexpr(4)  # 1 where each parameter has its own decays
+DECAYS = tl.constexpr(5)
 
 #: Elements of one program of the dense kernels; rows and columns of one of a fold; tiles whose partial sums a fold
 #: loads at once.

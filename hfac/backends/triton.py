@@ -19,7 +19,7 @@ def why_not(device: torch.device) -> str | None:
     """None where these kernels serve ``device``, else the reason and what to do."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed. Install it with: python -m pip install triton."
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
     if device.type == "cpu":
         if not interpreted:
             return (
