@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 EMULATED := $(VENV)/.emulated
 
 .DEFAULT_GOAL := help
-.PHONY: help install compare test test-emulated cuda-check sanitize fuzz bench gpu-report doctor lint clean
+.PHONY: help install compare test test-emulated cuda-check triton-check sanitize fuzz bench gpu-report doctor lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ bench: $(INSTALLED) ## measure every op and whole steps against their rivals (AR
 
 gpu-report: ## on a machine with a GPU, torch and nvcc: tests, sanitizers, measurements, profiles (ARGS=--quick)
 	$(PYTHON) -m bench.gpu_report $(ARGS)
+
+triton-check: $(INSTALLED) ## compile the Triton kernels for four GPUs that need not be here; writes docs/triton-check.md
+	$(BIN)/python -m hfac.triton_kernels.check $(ARGS)
 
 doctor: $(INSTALLED) ## which backends are here, and why others are not
 	$(BIN)/hfac doctor

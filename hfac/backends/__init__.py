@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 
 from .. import reference
-from . import cpu, cuda
+from . import cpu, cuda, triton
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,11 @@ class Backend:
     load: Callable[[], ModuleType]
 
 
-def _absent(what: str) -> Callable[[torch.device], str | None]:
-    return lambda device: f"this version of hfac has no {what}. Use backend='auto' or backend='reference'."
-
-
-def _unloadable() -> ModuleType:
-    raise AssertionError("a backend that is absent is never loaded")
-
-
 TABLE: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("cuda", "fused CUDA kernels", cuda.why_not, lambda: cuda),
-        Backend("triton", "fused Triton kernels", _absent("Triton kernels"), _unloadable),
+        Backend("triton", "fused Triton kernels", triton.why_not, lambda: triton),
         Backend("cpu", "fused C++ kernels", cpu.why_not, lambda: cpu),
         Backend("reference", "plain torch, any device", lambda device: None, lambda: reference),
     )
@@ -55,8 +47,10 @@ NAMES = ("auto", *TABLE)
 
 
 def available(device: torch.device) -> list[str]:
-    """Names of the backends that serve ``device``, best first."""
-    return [name for name in PREFERENCE if TABLE[name].why_not(device) is None]
+    """Names of the backends that serve ``device``, best first. On the CPU Triton's kernels are interpreted, which is
+    slower than anything else."""
+    here = [name for name in PREFERENCE if TABLE[name].why_not(device) is None]
+    return sorted(here, key="triton".__eq__) if device.type == "cpu" else here
 
 
 def resolve(name: str, device: torch.device) -> ModuleType:

@@ -1,0 +1,68 @@
+"""The Triton kernels of `hfac.triton_kernels`: for GPUs of any maker, without a compiler on the machine.
+
+Nothing of Triton is imported before a step asks for it.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version  # tells autograd of writes that it cannot see
+
+DEVICES = ("cuda", "xpu")
+
+
+def why_not(device: torch.device) -> str | None:
+    """None where these kernels serve ``device``, else the reason and what to do."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed. Install it with: python -m pip install triton."
+    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+    if device.type == "cpu":
+        if not interpreted:
+            return (
+                "the Triton kernels serve tensors on a GPU; on the CPU they run only in Triton's interpreter, which is "
+                "slow and meant for tests. Use backend='auto', or set TRITON_INTERPRET=1 before Python starts."
+            )
+        return None
+    if device.type not in DEVICES:
+        return f"the Triton kernels serve tensors on {' and '.join(DEVICES)}, not on {device}. Use backend='auto'."
+    if interpreted:
+        return (
+            "TRITON_INTERPRET=1 runs the Triton kernels on the host, where they cannot follow the addresses of tensors "
+            f"on {device}. Unset it, or move the tensors to the CPU."
+        )
+    reason = _driver()
+    return reason and f"Triton has no driver for a GPU here ({reason}). Check the GPU's driver, or use backend='auto'."
+
+
+_found: list[str | None] = []
+
+
+def _driver() -> str | None:
+    """Why Triton finds no GPU; None where it finds one. Asked once."""
+    if not _found:
+        try:
+            import triton
+
+            triton.runtime.driver.active.get_current_target()
+            _found.append(None)
+        except Exception as error:  # whatever a broken installation may raise: importing hfac never fails
+            _found.append(f"{type(error).__name__}: {error}")
+    return _found[0]
+
+
+def bind(op: str, params: Sequence[Tensor], states: dict[str, list[Tensor]]) -> Callable[..., None]:
+    """The op of that name on these parameters and states, for as long as they lie where they lie: (grads, nonfinite,
+    **scalars) -> None, as the function of `hfac.reference`."""
+    from ..triton_kernels.step import Bound
+
+    bound = Bound(op, params, states)
+
+    def step(grads: Sequence[Tensor], nonfinite: Tensor | None = None, **scalars: Any) -> None:
+        bound(grads, nonfinite, **scalars)
+        increment_version(params)
+
+    return step

@@ -1,0 +1,180 @@
+"""The Triton backend without a GPU: parity in Triton's interpreter (tests/triton_interpreted.py, in a process of its
+own), launches of real lists, and what is said where it cannot be had."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hfac import backends, matricize
+from hfac.backends import triton as backend
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+def run_python(arguments, tmp_path, **environment):
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    kept["TRITON_CACHE_DIR"] = str(tmp_path)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=kept | environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("part", ["hostile_shapes and HFac", "hostile_shapes and SMMF", "not hostile_shapes"])
+def test_parity_in_the_interpreter(part, tmp_path):
+    file = "tests/triton_interpreted.py"
+    options = ["-q", "-p", "no:cacheprovider", "-k", part]
+    done = run_python(["-m", "pytest", *options, file], tmp_path, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def shapes_of(name):
+    sys.path.insert(0, str(ROOT))
+    try:
+        from bench import shapes
+    finally:
+        sys.path.remove(str(ROOT))
+    return shapes.parse(name)
+
+
+def plans(optimizer, shapes, dtype):
+    """The plans of one step: of the factored parameters and of those with whole moments."""
+    from hfac.triton_kernels import plan
+
+    factored, whole = [], []
+    for shape in shapes:
+        numel = math.prod(shape)
+        if optimizer == "HFac":
+            k = matricize.cut(shape)
+            sides = None if k is None else (math.prod(shape[:k]), math.prod(shape[k:]))
+            slice = 0
+        else:
+            sides = matricize.square(numel)
+            sides, slice = (None, 0) if sides[1] == 1 else (sides, math.prod(shape[1:]))
+        rows, cols = sides or (numel, 1)
+        item = plan.Item(rows, cols, dtype, dtype, slice=slice)
+        item.whole = (numel if sides is None else cols) % 8 == 0 and item.signs != 3
+        (whole if sides is None else factored).append(item)
+    stem = optimizer.lower()
+    return [
+        plan.make_plan(op, items)
+        for op, items in ((f"{stem}_step_", factored), (f"{stem}_dense_step_", whole))
+        if items
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("optimizer", "name", "most"),
+    [
+        ("HFac", "gpt2", 12),
+        ("SMMF", "gpt2", 12),
+        ("HFac", "resnet50", 20),
+        ("SMMF", "resnet50", 20),
+        ("HFac", "400x 768 + 100x 64x64", 12),
+        ("SMMF", "400x 768 + 100x 64x64", 12),
+    ],
+)
+def test_launches_of_a_step(optimizer, name, most, dtype):
+    """A list is a handful of launches, with every option that adds some; their number depends on what the kernels are
+    compiled for, not on how many parameters there are."""
+    shapes = shapes_of(name)
+    launches = [launch for plan in plans(optimizer, shapes, dtype) for launch in plan.launches]
+    assert len(launches) <= most, [launch.name for launch in launches]
+    twice = [launch for plan in plans(optimizer, 2 * shapes, dtype) for launch in plan.launches]
+    assert len(twice) == len(launches)
+    for launch, double in zip(launches, twice, strict=True):
+        assert len(double.tiles) == 2 * len(launch.tiles)
+
+
+def test_partial_sums_are_bounded():
+    """SMMF's take the same memory however long the list is; both optimizers' are a small share of the parameters."""
+    from hfac.triton_kernels import plan
+
+    shapes = 8 * [(8192, 8192)]
+    elements = sum(map(math.prod, shapes))
+    for optimizer in ("HFac", "SMMF"):
+        (made,) = plans(optimizer, shapes, torch.bfloat16)
+        assert made.workspace <= 0.1 * elements
+    assert made.workspace <= plan.WORKSPACE
+
+
+def test_every_tile_is_taken_once():
+    """Each kernel's tiles cover each matrix without overlap."""
+    from hfac.triton_kernels import plan
+
+    items = [plan.Item(rows, cols, torch.float32, torch.float32, slice=8) for rows, cols in ((6216, 6208), (72, 24))]
+    for launch in plan.make_plan("smmf_step_", items).launches:
+        if launch.name == "smmf_tiles":
+            for i, item in enumerate(items):
+                parts = [part for index, part in launch.tiles if index == i]
+                assert sorted(parts) in ([], list(range(item.row_tiles * item.col_tiles)))
+                if parts:
+                    assert item.row_tiles * item.tile_rows >= item.rows > (item.row_tiles - 1) * item.tile_rows
+                    assert item.col_tiles * launch.constants["C"] >= item.cols
+
+
+def test_strides_are_merged():
+    from hfac.triton_kernels.plan import merged_layout
+
+    assert merged_layout((4, 6), (6, 1)) == [1, 24, 1]
+    assert merged_layout((4, 6), (1, 4)) == [2, 6, 4, 4, 1]
+    assert merged_layout((2, 3, 4, 5), (60, 1, 15, 3)) == [3, 20, 3, 3, 1, 2, 60]
+    assert merged_layout((4, 1, 6), (0, 7, 0)) == [1, 24, 0]
+    assert merged_layout((1,), (5,)) == [0]
+
+
+def test_cpu_tensors_need_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="backend='triton' was asked for.*interpreter.*backend='auto'"):
+        backends.resolve("triton", CPU)
+    assert "triton" not in backends.available(CPU)
+
+
+def test_auto_never_takes_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backends.available(CPU)[-1] == "triton"
+    assert backends.resolve("auto", CPU) is not backend
+
+
+def test_gpu_tensors_refuse_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "Unset it" in backend.why_not(torch.device("cuda"))
+
+
+def test_gpu_tensors_need_a_driver(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backend, "_found", ["RuntimeError: 0 active drivers"])
+    assert "no driver for a GPU here (RuntimeError: 0 active drivers)" in backend.why_not(torch.device("cuda"))
+    monkeypatch.setattr(backend, "_found", [None])
+    assert backend.why_not(torch.device("cuda")) is None
+    assert backend.why_not(torch.device("xpu")) is None
+    assert "not on mps" in backend.why_not(torch.device("mps"))
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    assert "pip install triton" in backend.why_not(torch.device("cuda"))
+
+
+def test_cuda_comes_before_triton(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backend, "_found", [None])
+    assert backends.PREFERENCE.index("cuda") < backends.PREFERENCE.index("triton")
+    assert "triton" in backends.available(torch.device("cuda"))
+
+
+def test_choosing_a_backend_loads_no_kernels(tmp_path):
+    """torch itself imports triton sooner or later; the kernels are loaded by the first step that takes them."""
+    code = "import sys, hfac, torch; optimizer = hfac.HFac([torch.ones(4, 3, requires_grad=True)]); "
+    code += "from hfac import backends; backends.available(torch.device('cpu')); "
+    code += "sys.exit('hfac.triton_kernels' in sys.modules)"
+    assert run_python(["-c", code], tmp_path).returncode == 0

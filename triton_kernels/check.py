@@ -1,0 +1,217 @@
+"""`make triton-check`: compiles the kernels for GPUs that are not there, and looks at what came out.
+
+For every kernel and target: 128-bit accesses and none of 8 or 16 bits of parameters and gradients on the aligned bulk,
+nothing spilled, shared memory within the target's, no fused multiply-adds in the arithmetic, correctly rounded roots
+and quotients. Needs no GPU; the result goes to docs/triton-check.md.
+"""
+
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import dense, hfac, smmf
+from .plan import BROAD, HFAC_TILES, REGISTERS, SMMF_TILES, STATS, compile_options
+from .table import BYTE_PER_ELEMENT, NO_SIGNS, SHARED_BYTES, WHOLE_BYTES
+
+#: name -> (target, bytes of shared memory that a program may have)
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 << 10),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 << 10),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 << 10),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
+}
+F32, BF16, F16 = tl.float32, tl.bfloat16, tl.float16
+_POINTERS = {"tiles": "*i32", "items": "*i64", "grads": "*i64", "scalars": "*fp64", "flags": "*i32"}
+
+
+@dataclass
+class Variant:
+    kernel: Any
+    constants: dict[str, Any]
+    warps: int
+
+    @property
+    def label(self) -> str:
+        c = self.constants
+        types = "/".join(dict.fromkeys(str(c[name]) for name in ("W", "G", "T") if name in c))
+        parts = [types]
+        if "R" in c:
+            parts.append(f"{c['R']}x{c['C']}")
+        if "WHOLE" in c:
+            parts.append("bulk" if c["WHOLE"] else "any")
+        if "LAYOUT" in c:
+            parts.append(("no signs", "whole bytes", "byte per element", "shared bytes")[c["LAYOUT"]])
+        on = ("WIDE", "FIRST", "COUPLED", "CLIPPED", "NEGATE", "SKIP", "LOOK")
+        return " ".join([*parts, *(name.lower() for name in on if c.get(name))])
+
+
+def variants() -> Iterator[Variant]:
+    """Every kernel in every shape on the bulk, by type; and the path for any layout, with every option on."""
+    on, off = dict(NEGATE=True, SKIP=True), dict(NEGATE=False, SKIP=False)
+    for t in (F32, BF16, F16):
+        types = dict(W=t, G=t, T=F32)
+        for (r, c, warps), signs in zip(SMMF_TILES, (BYTE_PER_ELEMENT, WHOLE_BYTES), strict=True):
+            shape = dict(R=r, C=c, WHOLE=True, LAYOUT=signs.value, COUPLED=False)
+            yield Variant(smmf.smmf_tiles, types | shape | off, warps)
+        for r, c, warps in HFAC_TILES:
+            yield Variant(hfac.hfac_update, types | dict(R=r, C=c, WHOLE=True) | off, warps)
+        yield Variant(dense.smmf_dense, types | dict(WHOLE=True, FIRST=True, COUPLED=False) | off, 8)
+        yield Variant(dense.hfac_dense, types | dict(WHOLE=True, CLIPPED=True) | off, 8)
+    for t in (F32, BF16):
+        types = dict(G=t, T=F32)
+        for (r, c, warps), wide in (*zip(STATS, itertools.repeat(False)), (BROAD, True)):
+            yield Variant(hfac.hfac_stats, types | dict(R=r, C=c, WHOLE=True, WIDE=wide, LOOK=False), warps)
+        yield Variant(dense.look, types | dict(WHOLE=True), 8)
+        yield Variant(dense.hfac_dense_look, types | dict(WHOLE=True, LOOK=False), 8)
+    for kernel, options in (
+        (smmf.smmf_fold, dict(FIRST=True)),
+        (smmf.smmf_normalize, dict(FIRST=True)),
+        (hfac.hfac_fold, {}),
+        (hfac.hfac_scale, dict(CLIPPED=True)),
+    ):
+        yield Variant(kernel, dict(T=F32) | options | on, 4)
+    mixed = dict(W=BF16, G=F32, T=F32, WHOLE=False) | on
+    (r, c, warps), (_, big, _) = SMMF_TILES[1], HFAC_TILES[1]
+    assert c == big
+    r //= 2
+    for signs in (NO_SIGNS, SHARED_BYTES):
+        yield Variant(smmf.smmf_tiles, mixed | dict(R=r, C=c, LAYOUT=signs.value, COUPLED=True), warps)
+    yield Variant(hfac.hfac_update, mixed | dict(R=BROAD[0] // 2, C=BROAD[1]), BROAD[2])
+    yield Variant(dense.smmf_dense, mixed | dict(FIRST=True, COUPLED=True), 8)
+    yield Variant(dense.hfac_dense, mixed | dict(CLIPPED=True), 8)
+    stats = dict(G=F32, T=F32, WHOLE=False, LOOK=True, R=BROAD[0] // 4, C=BROAD[1])
+    yield Variant(hfac.hfac_stats, stats | dict(WIDE=True), BROAD[2])
+    yield Variant(hfac.hfac_stats, stats | dict(WIDE=False), BROAD[2])
+    wide = dict(W=tl.float64, G=tl.float64, T=tl.float64, R=r, C=c, WHOLE=False, LAYOUT=WHOLE_BYTES.value)
+    yield Variant(smmf.smmf_tiles, wide | dict(COUPLED=False) | off, warps)
+
+
+def compile_variant(variant: Variant, target: GPUTarget) -> Any:
+    names = variant.kernel.arg_names
+    source = ASTSource(
+        fn=variant.kernel,
+        signature={name: _POINTERS.get(name, "constexpr") for name in names},
+        constexprs={name: variant.constants[name] for name in names if name not in _POINTERS},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in _POINTERS},
+    )
+    options = compile_options(variant.constants, variant.warps, target.backend)
+    return triton.compile(source, target=target, options=options)
+
+
+@dataclass
+class Report:
+    registers: int
+    spills: int
+    shared: int
+    wide: int  # accesses of 128 bits and more
+    narrow: int  # of 8 or 16 bits
+    fused: int  # multiply-adds of the source's arithmetic
+    rough: int  # roots and quotients that are not correctly rounded
+
+
+def examine(compiled: Any, target: GPUTarget) -> Report:
+    if target.backend == "cuda":
+        asm = compiled.asm["ptx"]
+        registers, spills = _usage(compiled.asm["cubin"])
+        wide = r"\b(?:ld|st)\.global\S*\.(?:v4\.[bfu]32|v2\.[bfu]64|v8\.[bfu]32)"
+        narrow = r"\b(?:ld|st)\.global\S*\.[bsu](?:8|16)\b"
+        fused = r"\bfma\.rn\.f32|\bfma\.rn\.f64"
+        rough = r"\b(?:sqrt|div|rcp)\.(?:approx|full)\S*|\b(?:sqrt|div)\.rn\.ftz\S*"
+    else:
+        asm = compiled.asm["amdgcn"]
+        registers = int(re.search(r"\.vgpr_count:\s*(\d+)", asm)[1])
+        spills = sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", asm)))
+        wide = r"\b(?:global|buffer|flat)_(?:load|store)_dwordx4"
+        narrow = r"\b(?:global|buffer|flat)_(?:load|store)_(?:[us]?byte|[us]?short)\w*"
+        fused, rough = r"\bv_(?:pk_)?(?:fma|mad)\w*_f(?:32|64)", r"(?!)"
+    counts = [len(re.findall(pattern, asm)) for pattern in (wide, narrow, fused, rough)]
+    return Report(registers, spills, compiled.metadata.shared, *counts)
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of stack and local memory per lane."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    assert found is not None, text
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def complaints(variant: Variant, report: Report, target: GPUTarget, shared: int) -> list[str]:
+    found = []
+    bulk = variant.constants.get("WHOLE", False)
+    if report.spills:
+        found.append(f"{report.spills} spilled")
+    if report.shared > shared:
+        found.append(f"{report.shared} bytes of shared memory of {shared}")
+    # AMD's roots and quotients, of integers too, are refined with fused steps of their own; this kernel has none.
+    if (target.backend == "cuda" or (bulk and variant.kernel is hfac.hfac_update)) and (report.fused or report.rough):
+        found.append(f"{report.fused} fused multiply-adds, {report.rough} rough roots or quotients")
+    if bulk and not report.wide:
+        found.append("no 128-bit access")
+    # SMMF's sign bytes are the only thing on the bulk that is narrower than a word.
+    signs = variant.constants.get("LAYOUT", NO_SIGNS.value) != NO_SIGNS.value
+    if bulk and report.narrow and not signs:
+        found.append(f"{report.narrow} narrow accesses")
+    if bulk and target.backend == "cuda" and variant.constants["T"] == F32 and report.registers > REGISTERS:
+        found.append(f"{report.registers} registers, more than {REGISTERS}")
+    return found
+
+
+def main(names: list[str]) -> int:
+    names = names or list(TARGETS)
+    todo = list(variants())
+    rows, failed = [], 0
+    for variant in todo:
+        cells = []
+        for name in names:
+            target, shared = TARGETS[name]
+            report = examine(compile_variant(variant, target), target)
+            wrong = complaints(variant, report, target, shared)
+            failed += bool(wrong)
+            cells.append(
+                f"{report.registers} / {report.shared} / {report.wide}" + "".join(f" **{text}**" for text in wrong)
+            )
+        rows.append(f"| {variant.kernel.fn.__name__} | {variant.label} | " + " | ".join(cells) + " |")
+        print(rows[-1], flush=True)
+    print(f"{len(todo)} variants for {', '.join(names)}: {failed} complaints")
+    if names == list(TARGETS):
+        _write(rows, len(todo), failed)
+    return 1 if failed else 0
+
+
+def _write(rows: list[str], count: int, failed: int) -> None:
+    head = [
+        "# What the Triton kernels compile to",
+        "",
+        f"Written by `make triton-check` with Triton {triton.__version__}; no GPU was used and nothing here was timed. "
+        f"{count} variants, {failed} complaints. Per target: registers / bytes of shared memory / 128-bit accesses.",
+        "",
+        "Asserted: on the bulk (contiguous, 16-byte aligned, rows of whole vectors of 8) 128-bit global accesses and, "
+        "but for SMMF's sign bytes, none of 8 or 16 bits; at most 128 registers on NVIDIA GPUs; nothing spilled; "
+        "shared memory within the target's; no fused multiply-adds and no approximate roots or quotients in PTX, "
+        "and none in hfac_update on AMD's bulk, whose other kernels refine roots and quotients with them.",
+        "",
+        "| kernel | variant | " + " | ".join(TARGETS) + " |",
+        "| --- | --- |" + " --- |" * len(TARGETS),
+    ]
+    path = Path(__file__).parents[1] / "docs" / "triton-check.md"
+    path.write_text("\n".join([*head, *rows]) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,172 @@
+"""Both moments whole, and the search for what is not finite: programs over runs of elements."""
+
+import triton
+import triton.language as tl
+
+from .element import decays, divide, finite, length, operand, place, pointer, root
+from .table import (
+    CHUNK,
+    CLIP,
+    COLS,
+    EPS,
+    FIELDS,
+    FIRST_ROW,
+    LR,
+    PARAM,
+    PARAM_LAYOUT,
+    ROWS,
+    RUN,
+    SECOND_ROW,
+    SPACE_TOTALS,
+    WEIGHT_DECAY,
+)
+
+
+@triton.jit
+def look(tiles, items, grads, flags, G: tl.constexpr, T: tl.constexpr, WHOLE: tl.constexpr):
+    """flags[parameter] = 1 where an element of its gradient is not finite. Every program that says so writes the same
+    word."""
+    tile = tl.program_id(0).to(tl.int64)
+    item = tl.load(tiles + 2 * tile).to(tl.int64)
+    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
+    record = items + item * FIELDS
+    count = tl.load(record + ROWS) * tl.load(record + COLS)
+    if WHOLE:
+        count = tl.multiple_of(count, 8)
+    at = part * RUN + tl.arange(0, RUN)
+    grad = operand(tl.load(grads + 2 * item), G, WHOLE)
+    g = tl.load(grad + place(at, tl.load(grads + 2 * item + 1), WHOLE), at < count, 0.0).to(T)
+    bad = tl.max((finite(g, count) == 0).to(tl.int32), 0)
+    tl.store(flags + item, bad, bad != 0)
+
+
+@triton.jit
+def smmf_dense(
+    tiles,
+    items,
+    grads,
+    scalars,
+    flags,
+    W: tl.constexpr,
+    G: tl.constexpr,
+    T: tl.constexpr,
+    WHOLE: tl.constexpr,
+    FIRST: tl.constexpr,
+    COUPLED: tl.constexpr,
+    NEGATE: tl.constexpr,  # the objective is maximized
+    SKIP: tl.constexpr,
+):
+    tile = tl.program_id(0).to(tl.int64)
+    item = tl.load(tiles + 2 * tile).to(tl.int64)
+    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
+    if SKIP:
+        if tl.load(flags + item) != 0:
+            return
+    record = items + item * FIELDS
+    at = part * RUN + tl.arange(0, RUN)
+    mask = at < length(record, ROWS, WHOLE)
+    b1, rest1, b2, rest2 = decays(scalars, item, T)
+    lr = tl.load(scalars + LR)
+    weight_decay = tl.load(scalars + WEIGHT_DECAY)
+    eps = tl.load(scalars + EPS).to(T)
+    grad = operand(tl.load(grads + 2 * item), G, WHOLE)
+    g = tl.load(grad + place(at, tl.load(grads + 2 * item + 1), WHOLE), mask, 0.0).to(T)
+    if NEGATE:
+        g = -g
+    param = operand(tl.load(record + PARAM), W, WHOLE)
+    to = param + place(at, tl.load(record + PARAM_LAYOUT), WHOLE)
+    w = tl.load(to, mask, 0.0).to(T)
+    if COUPLED:
+        g = g + weight_decay.to(T) * w
+    else:
+        w = w * (1.0 - lr * weight_decay).to(T)
+    M = g
+    if FIRST:
+        first = operand(tl.load(record + FIRST_ROW), T, WHOLE) + at
+        M = b1 * tl.load(first, mask, 0.0) + rest1 * g
+        tl.store(first, M, mask)
+    second = operand(tl.load(record + SECOND_ROW), T, WHOLE) + at
+    V = b2 * tl.load(second, mask, 0.0) + rest2 * (g * g)
+    tl.store(second, V, mask)
+    tl.store(to, (w - lr.to(T) * divide(M, root(V) + eps)).to(W), mask)
+
+
+@triton.jit
+def hfac_dense_look(
+    tiles, items, grads, scalars, flags, G: tl.constexpr, T: tl.constexpr, WHOLE: tl.constexpr, LOOK: tl.constexpr
+):
+    """Each run's sum of U^2, U = G / sqrt(q) with the new q, which the step forms again; and whether G is finite."""
+    tile = tl.program_id(0).to(tl.int64)
+    item = tl.load(tiles + 2 * tile).to(tl.int64)
+    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
+    record = items + item * FIELDS
+    count = length(record, ROWS, WHOLE)
+    at = part * RUN + tl.arange(0, RUN)
+    mask = at < count
+    b1, rest1, b2, rest2 = decays(scalars, item, T)
+    grad = operand(tl.load(grads + 2 * item), G, WHOLE)
+    g = tl.load(grad + place(at, tl.load(grads + 2 * item + 1), WHOLE), mask, 0.0).to(T)
+    if LOOK:
+        bad = tl.max((finite(g, count) == 0).to(tl.int32), 0)
+        tl.store(flags + item, bad, bad != 0)
+    old = tl.load(operand(tl.load(record + SECOND_ROW), T, WHOLE) + at, mask, 0.0)
+    q = b2 * old + rest2 * (g * g + tl.load(scalars + EPS).to(T))
+    U = tl.where(mask, divide(g, root(q)), 0.0)
+    tl.store(pointer(record, SPACE_TOTALS, T) + part, tl.sum(U * U, 0))
+
+
+@triton.jit
+def hfac_dense(
+    tiles,
+    items,
+    grads,
+    scalars,
+    flags,
+    W: tl.constexpr,
+    G: tl.constexpr,
+    T: tl.constexpr,
+    WHOLE: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    NEGATE: tl.constexpr,  # the objective is maximized
+    SKIP: tl.constexpr,
+):
+    tile = tl.program_id(0).to(tl.int64)
+    item = tl.load(tiles + 2 * tile).to(tl.int64)
+    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
+    if SKIP:
+        if tl.load(flags + item) != 0:
+            return
+    record = items + item * FIELDS
+    count = length(record, ROWS, WHOLE)
+    at = part * RUN + tl.arange(0, RUN)
+    mask = at < count
+    b1, rest1, b2, rest2 = decays(scalars, item, T)
+    grad = operand(tl.load(grads + 2 * item), G, WHOLE)
+    g = tl.load(grad + place(at, tl.load(grads + 2 * item + 1), WHOLE), mask, 0.0).to(T)
+    if NEGATE:
+        g = -g
+    param = operand(tl.load(record + PARAM), W, WHOLE)
+    to = param + place(at, tl.load(record + PARAM_LAYOUT), WHOLE)
+    w = tl.load(to, mask, 0.0).to(T)
+    first = operand(tl.load(record + FIRST_ROW), T, WHOLE) + at
+    second = operand(tl.load(record + SECOND_ROW), T, WHOLE) + at
+    m = b1 * tl.load(first, mask, 0.0) + rest1 * g
+    q = b2 * tl.load(second, mask, 0.0) + rest2 * (g * g + tl.load(scalars + EPS).to(T))
+    tl.store(first, m, mask)
+    tl.store(second, q, mask)
+    q = root(q)
+    U = divide(g, q)
+    if CLIPPED:
+        runs = tl.cdiv(count, RUN).to(tl.int32)
+        totals = pointer(record, SPACE_TOTALS, T)
+        lanes = tl.zeros([CHUNK], T)
+        for start in range(0, runs, CHUNK):
+            c = start + tl.arange(0, CHUNK)
+            lanes += tl.load(totals + c, c < runs, 0.0)
+        rms = root(divide(tl.sum(lanes, 0), count.to(T)))
+        ratio = divide(rms, tl.load(scalars + CLIP).to(T))
+        U = divide(U, tl.where(ratio <= 1, 1.0, ratio).to(T))  # max(1, rms / d), which keeps a NaN
+    drift = divide(b1 * (m - g), q)
+    lr = tl.load(scalars + LR).to(T)
+    weight_decay = tl.load(scalars + WEIGHT_DECAY).to(T)
+    tl.store(to, (w - lr * ((drift + U) + weight_decay * w)).to(W), mask)

@@ -1,0 +1,307 @@
+"""H-Fac on matrices: sums from one read of the gradient, a fold of O(rows + columns), the update with a second read.
+
+The statistics hold whole rows, because r_i is needed for the third column sum, that of g^2 / r_i, which gives the clip
+norm without a third read:
+
+    sum_ij U_ij^2 = R sum_j w_j / s_j,  w_j = sum_i g_ij^2 / r_i,  R = sum_i r_i.
+
+Partial sums of a parameter of m rows and n columns, in float32 (norms in float64):
+
+    rows     [m]              the gradient's sums; after the fold phi / 2
+    squares  [m]              the new r; after `hfac_scale` sqrt(R / r_i) with the clipping
+    cols     [row tiles, 3, n]   sums of g, g^2 and g^2 / r_i
+    psi, scale  [n]           psi / 2 and 1 / sqrt(s_j)
+    totals   [chunks, 2]      shares of R and of sum_j w_j / s_j
+"""
+
+import triton
+import triton.language as tl
+
+from .element import decays, divide, finite, length, operand, partial_sums, place, pointer, root
+from .table import (
+    AT_ONCE,
+    CHUNK,
+    CLIP,
+    COL_TILES,
+    COLS,
+    EPS,
+    FIELDS,
+    FIRST_COL,
+    FIRST_ROW,
+    LR,
+    PARAM,
+    PARAM_LAYOUT,
+    ROW_TILES,
+    ROWS,
+    SECOND_COL,
+    SECOND_ROW,
+    SPACE_COLS,
+    SPACE_PSI,
+    SPACE_ROWS,
+    SPACE_SCALE,
+    SPACE_SQUARES,
+    SPACE_TOTALS,
+    TILE_ROWS,
+    WEIGHT_DECAY,
+)
+
+
+@triton.jit
+def hfac_stats(
+    tiles,
+    items,
+    grads,
+    scalars,
+    flags,
+    G: tl.constexpr,
+    T: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WIDE: tl.constexpr,  # rows longer than C
+    LOOK: tl.constexpr,
+):
+    """A tile is a number of whole rows. Where a row fits the registers, a row's sum, its r_i and its share of the
+    columns' sums come from one read; longer rows are read again, from the cache, once their r_i are known."""
+    tile = tl.program_id(0).to(tl.int64)
+    item = tl.load(tiles + 2 * tile).to(tl.int64)
+    row_tile = tl.load(tiles + 2 * tile + 1).to(tl.int64)
+    record = items + item * FIELDS
+    rows = tl.load(record + ROWS)
+    cols = length(record, COLS, WHOLE)
+    tile_rows = tl.load(record + TILE_ROWS)
+    first_row = row_tile * tile_rows
+    last_row = tl.minimum(first_row + tile_rows, rows)
+    grad = operand(tl.load(grads + 2 * item), G, WHOLE)
+    layout = tl.load(grads + 2 * item + 1)
+    r_old = pointer(record, SECOND_ROW, T)
+    row_sum = pointer(record, SPACE_ROWS, T)
+    row_square = pointer(record, SPACE_SQUARES, T)
+    b1, rest1, b2, rest2 = decays(scalars, item, T)
+    eps_sum = (cols.to(tl.float64) * tl.load(scalars + EPS)).to(T)
+    count = rows * cols
+    bad = tl.zeros([R, C], tl.int32)
+
+    if WIDE:
+        for step in range(first_row, last_row, R):
+            i = step + tl.arange(0, R).to(tl.int64)
+            in_rows = i < last_row
+            sum_g = tl.zeros([R, C], T)
+            sum_q = tl.zeros([R, C], T)
+            for first_col in range(0, cols, C):
+                j = first_col + tl.arange(0, C).to(tl.int64)
+                mask = in_rows[:, None] & (j < cols)[None, :]
+                at = i[:, None] * cols + j[None, :]
+                g = tl.load(grad + place(at, layout, WHOLE), mask, 0.0).to(T)
+                if LOOK:
+                    bad |= (finite(g, count) == 0).to(tl.int32)
+                sum_g += g
+                sum_q += g * g
+            old = tl.load(r_old + i, in_rows, 0.0)
+            tl.store(row_sum + i, tl.sum(sum_g, 1), in_rows)
+            tl.store(row_square + i, b2 * old + rest2 * (tl.sum(sum_q, 1) + eps_sum), in_rows)
+        col_sums = pointer(record, SPACE_COLS, T) + row_tile * 3 * cols
+        tl.debug_barrier()  # the r_i that some lanes wrote are read by others
+        for first_col in range(0, cols, C):
+            j = first_col + tl.arange(0, C).to(tl.int64)
+            in_cols = j < cols
+            sum_g = tl.zeros([R, C], T)
+            sum_q = tl.zeros([R, C], T)
+            sum_u = tl.zeros([R, C], T)
+            for step in range(first_row, last_row, R):
+                i = step + tl.arange(0, R).to(tl.int64)
+                in_rows = i < last_row
+                mask = in_rows[:, None] & in_cols[None, :]
+                at = i[:, None] * cols + j[None, :]
+                g = tl.load(grad + place(at, layout, WHOLE), mask, 0.0).to(T)
+                r = tl.load(row_square + i, in_rows, 1.0)
+                sum_g += g
+                sum_q += g * g
+                sum_u += g * g * divide(tl.full([R], 1.0, T), r)[:, None]
+            tl.store(col_sums + j, tl.sum(sum_g, 0), in_cols)
+            tl.store(col_sums + cols + j, tl.sum(sum_q, 0), in_cols)
+            tl.store(col_sums + 2 * cols + j, tl.sum(sum_u, 0), in_cols)
+    else:
+        j = tl.arange(0, C).to(tl.int64)
+        in_cols = j < cols
+        sum_g = tl.zeros([R, C], T)
+        sum_q = tl.zeros([R, C], T)
+        sum_u = tl.zeros([R, C], T)
+        for step in range(first_row, last_row, R):
+            i = step + tl.arange(0, R).to(tl.int64)
+            in_rows = i < last_row
+            mask = in_rows[:, None] & in_cols[None, :]
+            at = i[:, None] * cols + j[None, :]
+            g = tl.load(grad + place(at, layout, WHOLE), mask, 0.0).to(T)
+            if LOOK:
+                bad |= (finite(g, count) == 0).to(tl.int32)
+            q = g * g
+            r = b2 * tl.load(r_old + i, in_rows, 1.0) + rest2 * (tl.sum(q, 1) + eps_sum)
+            tl.store(row_sum + i, tl.sum(g, 1), in_rows)
+            tl.store(row_square + i, r, in_rows)
+            sum_g += g
+            sum_q += q
+            sum_u += q * divide(tl.full([R], 1.0, T), r)[:, None]
+        col_sums = pointer(record, SPACE_COLS, T) + row_tile * 3 * cols
+        tl.store(col_sums + j, tl.sum(sum_g, 0), in_cols)
+        tl.store(col_sums + cols + j, tl.sum(sum_q, 0), in_cols)
+        tl.store(col_sums + 2 * cols + j, tl.sum(sum_u, 0), in_cols)
+    if LOOK:
+        any_bad = tl.max(tl.max(bad, 1), 0)
+        tl.store(flags + item, any_bad, any_bad != 0)
+
+
+@triton.jit
+def average(beta, old, rest, new):
+    return beta * old + rest * new
+
+
+@triton.jit
+def half_drift(beta1, mean_old, mean, square, length):
+    """Half of phi_i (or psi_j): b1 (u - mean) / sqrt(r / length) / 2. Halving is exact, so the sum of two halves is the
+    reference's (phi + psi) / 2."""
+    return divide(beta1 * (mean_old - mean), root(divide(square, length))) * 0.5
+
+
+@triton.jit
+def hfac_fold(tiles, items, scalars, flags, T: tl.constexpr, NEGATE: tl.constexpr, SKIP: tl.constexpr):
+    tile = tl.program_id(0).to(tl.int64)
+    item = tl.load(tiles + 2 * tile).to(tl.int64)
+    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
+    if SKIP:
+        if tl.load(flags + item) != 0:
+            return
+    record = items + item * FIELDS
+    m = tl.load(record + ROWS)
+    n = tl.load(record + COLS)
+    row_tiles = tl.load(record + ROW_TILES).to(tl.int32)
+    b1, rest1, b2, rest2 = decays(scalars, item, T)
+    k = part * CHUNK + tl.arange(0, CHUNK)
+    ones = tl.full([CHUNK], 1.0, T)
+
+    in_rows = k < m
+    u_at = pointer(record, FIRST_ROW, T) + k
+    sum_at = pointer(record, SPACE_ROWS, T) + k
+    cols = ones * n.to(T)
+    r = tl.load(pointer(record, SPACE_SQUARES, T) + k, in_rows, 1.0)
+    sum_g = tl.load(sum_at, in_rows, 0.0)
+    if NEGATE:
+        sum_g = -sum_g
+    mean = divide(sum_g, cols)
+    u = average(b1, tl.load(u_at, in_rows, 0.0), rest1, mean)
+    tl.store(u_at, u, in_rows)
+    tl.store(pointer(record, SECOND_ROW, T) + k, r, in_rows)
+    tl.store(sum_at, half_drift(b1, u, mean, r, cols), in_rows)
+
+    in_cols = k < n
+    v_at = pointer(record, FIRST_COL, T) + k
+    s_at = pointer(record, SECOND_COL, T) + k
+    sums = pointer(record, SPACE_COLS, T) + part * CHUNK
+    rows = ones * m.to(T)
+    sum_g = partial_sums(sums, 3 * n, row_tiles, in_cols, CHUNK, AT_ONCE, T)
+    if NEGATE:
+        sum_g = -sum_g
+    mean = divide(sum_g, rows)
+    square = partial_sums(sums + n, 3 * n, row_tiles, in_cols, CHUNK, AT_ONCE, T)
+    ratio = partial_sums(sums + 2 * n, 3 * n, row_tiles, in_cols, CHUNK, AT_ONCE, T)
+    v = average(b1, tl.load(v_at, in_cols, 0.0), rest1, mean)
+    s = average(b2, tl.load(s_at, in_cols, 1.0), rest2, square + (m.to(tl.float64) * tl.load(scalars + EPS)).to(T))
+    tl.store(v_at, v, in_cols)
+    tl.store(s_at, s, in_cols)
+    tl.store(pointer(record, SPACE_PSI, T) + k, half_drift(b1, v, mean, s, rows), in_cols)
+    tl.store(pointer(record, SPACE_SCALE, T) + k, divide(ones, root(s)), in_cols)
+
+    # In double, where no partial result can overflow.
+    totals = pointer(record, SPACE_TOTALS, tl.float64) + part * 2
+    tl.store(totals, tl.sum(tl.where(in_rows, r.to(tl.float64), 0.0), 0))
+    tl.store(totals + 1, tl.sum(tl.where(in_cols, ratio.to(tl.float64) / s.to(tl.float64), 0.0), 0))
+
+
+@triton.jit
+def hfac_scale(tiles, items, scalars, flags, T: tl.constexpr, CLIPPED: tl.constexpr, SKIP: tl.constexpr):
+    """Each row's factor of U: sqrt(R / r_i) / max(1, rms(U) / d). The quotient R / r_i could overflow and is not
+    formed."""
+    tile = tl.program_id(0).to(tl.int64)
+    item = tl.load(tiles + 2 * tile).to(tl.int64)
+    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
+    if SKIP:
+        if tl.load(flags + item) != 0:
+            return
+    record = items + item * FIELDS
+    m = tl.load(record + ROWS)
+    n = tl.load(record + COLS)
+    chunks = tl.cdiv(tl.maximum(m, n), CHUNK).to(tl.int32)
+    totals = pointer(record, SPACE_TOTALS, tl.float64)
+    total = tl.zeros([CHUNK], tl.float64)
+    norm = tl.zeros([CHUNK], tl.float64)
+    for first in range(0, chunks, CHUNK):
+        c = first + tl.arange(0, CHUNK)
+        total += tl.load(totals + 2 * c, c < chunks, 0.0)
+        norm += tl.load(totals + 2 * c + 1, c < chunks, 0.0)
+    R = tl.sum(total, 0)
+    k = part * CHUNK + tl.arange(0, CHUNK)
+    in_rows = k < m
+    at = pointer(record, SPACE_SQUARES, T) + k
+    scale = root(R.to(T)) * divide(tl.full([CHUNK], 1.0, T), root(tl.load(at, in_rows, 1.0)))
+    if CLIPPED:
+        mean_square = R * tl.sum(norm, 0) / (m.to(tl.float64) * n.to(tl.float64))
+        ratio = divide(root(mean_square.to(T)), tl.load(scalars + CLIP).to(T))
+        scale = divide(scale, tl.where(ratio <= 1, 1.0, ratio).to(T))  # max(1, rms / d), which keeps a NaN
+    tl.store(at, scale, in_rows)
+
+
+@triton.jit
+def hfac_update(
+    tiles,
+    items,
+    grads,
+    scalars,
+    flags,
+    W: tl.constexpr,
+    G: tl.constexpr,
+    T: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    WHOLE: tl.constexpr,
+    NEGATE: tl.constexpr,  # the objective is maximized
+    SKIP: tl.constexpr,
+):
+    """W <- W - lr ((phi + psi) / 2 + clip(U) + wd W): no root and no division, all of them were the fold's."""
+    tile = tl.program_id(0).to(tl.int64)
+    item = tl.load(tiles + 2 * tile).to(tl.int64)
+    part = tl.load(tiles + 2 * tile + 1)
+    if SKIP:
+        if tl.load(flags + item) != 0:
+            return
+    record = items + item * FIELDS
+    rows = tl.load(record + ROWS)
+    cols = length(record, COLS, WHOLE)
+    tile_rows = tl.load(record + TILE_ROWS)
+    col_tiles = tl.load(record + COL_TILES).to(tl.int32)
+    first_row = (part // col_tiles).to(tl.int64) * tile_rows
+    last_row = tl.minimum(first_row + tile_rows, rows)
+    param = operand(tl.load(record + PARAM), W, WHOLE)
+    grad = operand(tl.load(grads + 2 * item), G, WHOLE)
+    param_layout = tl.load(record + PARAM_LAYOUT)
+    grad_layout = tl.load(grads + 2 * item + 1)
+    half_phi = pointer(record, SPACE_ROWS, T)
+    row_scale = pointer(record, SPACE_SQUARES, T)
+    lr = tl.load(scalars + LR).to(T)
+    weight_decay = tl.load(scalars + WEIGHT_DECAY).to(T)
+    j = (part % col_tiles).to(tl.int64) * C + tl.arange(0, C).to(tl.int64)
+    in_cols = j < cols
+    half_psi = tl.load(pointer(record, SPACE_PSI, T) + j, in_cols, 0.0)[None, :]
+    col_scale = tl.load(pointer(record, SPACE_SCALE, T) + j, in_cols, 0.0)[None, :]
+    for step in range(first_row, last_row, R):
+        i = step + tl.arange(0, R).to(tl.int64)
+        in_rows = i < last_row
+        mask = in_rows[:, None] & in_cols[None, :]
+        at = i[:, None] * cols + j[None, :]
+        g = tl.load(grad + place(at, grad_layout, WHOLE), mask, 0.0).to(T)
+        if NEGATE:
+            g = -g
+        to = param + place(at, param_layout, WHOLE)
+        w = tl.load(to, mask, 0.0).to(T)
+        drift = tl.load(half_phi + i, in_rows, 0.0)[:, None] + half_psi
+        U = g * col_scale * tl.load(row_scale + i, in_rows, 0.0)[:, None]
+        tl.store(to, (w - lr * ((drift + U) + weight_decay * w)).to(W), mask)

@@ -1,0 +1,242 @@
+"""SMMF on matrices: one read of the gradient and one read and write of the parameter and its signs are the whole step.
+
+A program takes a tile of the matrix and walks down its rows, R at a time. Its columns' factors stay in registers, and
+so do the columns' sums, one per lane, until the tile is done; each row's sums leave as soon as it is. Both are partial
+sums: `smmf_fold` adds them in fixed order, `smmf_normalize` divides.
+
+Which lane holds which element is Triton's choice, so sums are equal to the CUDA kernels' only within rounding; the
+parameter depends on no sum of its own step and is equal to the bit.
+"""
+
+import triton
+import triton.language as tl
+
+from .element import decays, divide, length, operand, partial_sums, place, pointer, root
+from .table import (
+    AT_ONCE,
+    BYTE_PER_ELEMENT,
+    CHUNK,
+    COL_TILES,
+    COLS,
+    EPS,
+    FIELDS,
+    FIRST_COL,
+    FIRST_ROW,
+    LR,
+    NO_SIGNS,
+    PARAM,
+    PARAM_LAYOUT,
+    ROW_TILES,
+    ROWS,
+    SECOND_COL,
+    SECOND_ROW,
+    SHARED_BYTES,
+    SIGNS,
+    SLICE,
+    SLICE_BYTES,
+    SPACE_COLS,
+    SPACE_ROWS,
+    SPACE_TOTALS,
+    TILE_ROWS,
+    WEIGHT_DECAY,
+    WHOLE_BYTES,
+)
+
+
+@triton.jit
+def smmf_tiles(
+    tiles,  # int32 [programs, 2]: which parameter, which of its tiles
+    items,
+    grads,  # int64 [parameters, 2]: address, address of the layout
+    scalars,
+    flags,  # int32 [parameters]: not 0 where the parameter is to keep its value
+    W: tl.constexpr,
+    G: tl.constexpr,
+    T: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    WHOLE: tl.constexpr,  # contiguous, aligned, rows of whole vectors of 8
+    LAYOUT: tl.constexpr,  # of the signs
+    COUPLED: tl.constexpr,
+    NEGATE: tl.constexpr,  # the objective is maximized
+    SKIP: tl.constexpr,
+):
+    tile = tl.program_id(0).to(tl.int64)
+    item = tl.load(tiles + 2 * tile).to(tl.int64)
+    part = tl.load(tiles + 2 * tile + 1)
+    if SKIP:
+        if tl.load(flags + item) != 0:
+            return
+    record = items + item * FIELDS
+    rows = tl.load(record + ROWS)
+    cols = length(record, COLS, WHOLE)
+    tile_rows = tl.load(record + TILE_ROWS)
+    col_tiles = tl.load(record + COL_TILES).to(tl.int32)
+    row_tile = (part // col_tiles).to(tl.int64)
+    col_tile = (part % col_tiles).to(tl.int64)
+    first_row = row_tile * tile_rows
+    last_row = tl.minimum(first_row + tile_rows, rows)
+
+    param = operand(tl.load(record + PARAM), W, WHOLE)
+    grad = operand(tl.load(grads + 2 * item), G, WHOLE)
+    param_layout = tl.load(record + PARAM_LAYOUT)
+    grad_layout = tl.load(grads + 2 * item + 1)
+    r_M = pointer(record, FIRST_ROW, T)
+    r_V = pointer(record, SECOND_ROW, T)
+    row_sums = pointer(record, SPACE_ROWS, T) + col_tile * 2 * rows
+
+    b1, rest1, b2, rest2 = decays(scalars, item, T)
+    lr_wide = tl.load(scalars + LR)
+    decay_wide = tl.load(scalars + WEIGHT_DECAY)
+    lr = lr_wide.to(T)
+    weight_decay = decay_wide.to(T)
+    shrink = (1.0 - lr_wide * decay_wide).to(T)
+    eps = tl.load(scalars + EPS).to(T)
+
+    j = col_tile * C + tl.arange(0, C).to(tl.int64)
+    in_cols = j < cols
+    c_V = tl.load(pointer(record, SECOND_COL, T) + j, in_cols, 0.0)
+    sum_V = tl.zeros([R, C], T)
+    if LAYOUT != NO_SIGNS:
+        c_M = tl.load(pointer(record, FIRST_COL, T) + j, in_cols, 0.0)
+        sum_M = tl.zeros([R, C], T)
+        signs = operand(tl.load(record + SIGNS), tl.uint8, WHOLE)
+    if LAYOUT == WHOLE_BYTES:
+        jb = col_tile * (C // 8) + tl.arange(0, C // 8).to(tl.int64)
+        k = tl.arange(0, 8)[None, None, :]
+    if LAYOUT == SHARED_BYTES:
+        slice = tl.load(record + SLICE)
+        slice_bytes = tl.load(record + SLICE_BYTES)
+        start = tl.load(record + SIGNS)
+
+    for step in range(first_row, last_row, R):
+        i = step + tl.arange(0, R).to(tl.int64)
+        in_rows = i < last_row
+        mask = in_rows[:, None] & in_cols[None, :]
+        at = i[:, None] * cols + j[None, :]
+        g = tl.load(grad + place(at, grad_layout, WHOLE), mask, 0.0).to(T)
+        if NEGATE:
+            g = -g
+        to = param + place(at, param_layout, WHOLE)
+        w = tl.load(to, mask, 0.0).to(T)
+        if COUPLED:
+            g = g + weight_decay * w
+        else:
+            w = w * shrink
+
+        if LAYOUT == NO_SIGNS:
+            M = g
+        else:
+            # M = b1 (+-) r_M c_M^T + (1 - b1) G  (SMMF, Algorithm 1; decompression is its Algorithm 3)
+            if LAYOUT == WHOLE_BYTES:
+                in_bytes = in_rows[:, None] & (8 * jb < cols)[None, :]
+                byte_at = signs + i[:, None] * (cols // 8) + jb[None, :]
+                packed = tl.load(byte_at, in_bytes, 0).to(tl.int32)
+                bits = tl.reshape((packed[:, :, None] >> k) & 1, [R, C])
+            elif LAYOUT == BYTE_PER_ELEMENT:
+                bits = tl.load(signs + at, mask, 0).to(tl.int32) & 1
+            else:
+                outer = at // slice
+                within = at - outer * slice
+                byte = outer * slice_bytes + within // 8
+                bits = (tl.load(signs + byte, mask, 0).to(tl.int32) >> (within % 8).to(tl.int32)) & 1
+            old = (b1 * tl.load(r_M + i, in_rows, 0.0))[:, None] * c_M[None, :]
+            M = tl.where(bits != 0, old, -old) + rest1 * g
+            positive = (M > 0).to(tl.int32)
+            if LAYOUT == WHOLE_BYTES:
+                packed = tl.sum(tl.reshape(positive, [R, C // 8, 8]) << k, 2)
+                tl.store(byte_at, packed.to(tl.uint8), in_bytes)
+            elif LAYOUT == BYTE_PER_ELEMENT:
+                tl.store(signs + at, positive.to(tl.uint8), mask)
+            else:
+                # A byte may belong to several tiles. Each turns over its own bits, so no order of them changes the
+                # result: an exclusive or of the aligned word that holds the bit.
+                address = start + byte
+                word = (address // 4 * 4).to(tl.pointer_type(tl.int32))
+                bit = (8 * (address % 4) + within % 8).to(tl.int32)
+                tl.atomic_xor(word, (positive ^ bits) << bit, mask & (positive != bits), sem="relaxed")
+            size = tl.where(mask, tl.abs(M), 0.0)
+            sum_M += size
+            tl.store(row_sums + i, tl.sum(size, 1), in_rows)
+
+        V = (b2 * tl.load(r_V + i, in_rows, 0.0))[:, None] * c_V[None, :] + rest2 * (g * g)
+        w = w - lr * divide(M, root(V) + eps)
+        tl.store(to, w.to(W), mask)
+        V = tl.where(mask, V, 0.0)
+        sum_V += V
+        tl.store(row_sums + rows + i, tl.sum(V, 1), in_rows)
+
+    col_sums = pointer(record, SPACE_COLS, T) + row_tile * 2 * cols
+    if LAYOUT != NO_SIGNS:
+        tl.store(col_sums + j, tl.sum(sum_M, 0), in_cols)
+    tl.store(col_sums + cols + j, tl.sum(sum_V, 0), in_cols)
+
+
+@triton.jit
+def smmf_fold(tiles, items, flags, T: tl.constexpr, FIRST: tl.constexpr, SKIP: tl.constexpr):
+    """Factors from partial sums, the columns' not yet normalized; and the total of each chunk of columns.
+
+    (SMMF, Algorithm 4) n >= m, so the columns' factors carry the normalization; the rows' are sums as they stand.
+    """
+    tile = tl.program_id(0).to(tl.int64)
+    item = tl.load(tiles + 2 * tile).to(tl.int64)
+    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
+    if SKIP:
+        if tl.load(flags + item) != 0:
+            return
+    record = items + item * FIELDS
+    rows = tl.load(record + ROWS)
+    cols = tl.load(record + COLS)
+    row_tiles = tl.load(record + ROW_TILES).to(tl.int32)
+    col_tiles = tl.load(record + COL_TILES).to(tl.int32)
+    row_sums = pointer(record, SPACE_ROWS, T) + part * CHUNK
+    col_sums = pointer(record, SPACE_COLS, T) + part * CHUNK
+    totals = pointer(record, SPACE_TOTALS, T) + part * 2
+    k = part * CHUNK + tl.arange(0, CHUNK)
+    in_rows = k < rows
+    in_cols = k < cols
+    if FIRST:
+        tl.store(
+            pointer(record, FIRST_ROW, T) + k,
+            partial_sums(row_sums, 2 * rows, col_tiles, in_rows, CHUNK, AT_ONCE, T),
+            in_rows,
+        )
+        col = partial_sums(col_sums, 2 * cols, row_tiles, in_cols, CHUNK, AT_ONCE, T)
+        tl.store(pointer(record, FIRST_COL, T) + k, col, in_cols)
+        tl.store(totals, tl.sum(col, 0))
+    row = partial_sums(row_sums + rows, 2 * rows, col_tiles, in_rows, CHUNK, AT_ONCE, T)
+    tl.store(pointer(record, SECOND_ROW, T) + k, row, in_rows)
+    col = partial_sums(col_sums + cols, 2 * cols, row_tiles, in_cols, CHUNK, AT_ONCE, T)
+    tl.store(pointer(record, SECOND_COL, T) + k, col, in_cols)
+    tl.store(totals + 1, tl.sum(col, 0))
+
+
+@triton.jit
+def smmf_normalize(tiles, items, flags, T: tl.constexpr, FIRST: tl.constexpr, SKIP: tl.constexpr):
+    """Columns' factors divided by their total; a zero total divides nothing."""
+    tile = tl.program_id(0).to(tl.int64)
+    item = tl.load(tiles + 2 * tile).to(tl.int64)
+    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
+    if SKIP:
+        if tl.load(flags + item) != 0:
+            return
+    record = items + item * FIELDS
+    cols = tl.load(record + COLS)
+    chunks = tl.cdiv(cols, CHUNK).to(tl.int32)
+    totals = pointer(record, SPACE_TOTALS, T)
+    k = part * CHUNK + tl.arange(0, CHUNK)
+    in_cols = k < cols
+    if FIRST:
+        normalize(pointer(record, FIRST_COL, T) + k, totals, chunks, in_cols, T)
+    normalize(pointer(record, SECOND_COL, T) + k, totals + 1, chunks, in_cols, T)
+
+
+@triton.jit
+def normalize(factors, totals, chunks, in_cols, T: tl.constexpr):
+    lanes = tl.zeros([CHUNK], T)
+    for first in range(0, chunks, CHUNK):
+        c = first + tl.arange(0, CHUNK)
+        lanes += tl.load(totals + 2 * c, c < chunks, 0.0)
+    total = tl.sum(lanes, 0)
+    total = tl.where(total == 0, 1.0, total).to(T)
+    tl.store(factors, divide(tl.load(factors, in_cols, 0.0), total), in_cols)

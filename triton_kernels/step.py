@@ -1,0 +1,230 @@
+"""Steps over whole lists: the tables that the kernels read, and their launches.
+
+A step launches a handful of kernels, whatever the length of the list, waits for nothing, and allocates nothing of the
+parameters' size. Numbers of a step (learning rate, decays, ...) are values in device memory: none is compiled in.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import table
+from .plan import Item, Launch, Plan, compile_options, make_plan, merged_layout, square_slice
+
+Scalar = float | Tensor
+Tensors = Sequence[Tensor]
+
+_SPACES = {
+    "rows": table.SPACE_ROWS,
+    "squares": table.SPACE_SQUARES,
+    "cols": table.SPACE_COLS,
+    "psi": table.SPACE_PSI,
+    "scale": table.SPACE_SCALE,
+    "totals": table.SPACE_TOTALS,
+}
+_FIRST_ROW, _FIRST_COL = table.FIRST_ROW, table.FIRST_COL
+_SECOND_ROW, _SECOND_COL = table.SECOND_ROW, table.SECOND_COL
+_STATES = {
+    "exp_avg_rows": _FIRST_ROW,
+    "exp_avg_cols": _FIRST_COL,
+    "exp_avg_sq_rows": _SECOND_ROW,
+    "exp_avg_sq_cols": _SECOND_COL,
+    "exp_avg_signs": table.SIGNS,
+    "exp_avgs": _FIRST_ROW,
+    "exp_avg_sqs": _SECOND_ROW,
+}
+
+
+class Bound:
+    """An op of `hfac.reference`, by its name, on these parameters and states, for as long as they lie where they lie.
+
+    Where a parameter or gradient is not contiguous, its elements are found through its strides, in place.
+    """
+
+    def __init__(self, op: str, params: Tensors, states: dict[str, list[Tensor]]) -> None:
+        self.op, self.params, self.states = op, list(params), states
+        self.device = params[0].device
+        self.first = "exp_avg_rows" in states or "exp_avgs" in states
+        self.scalars = torch.zeros(table.DECAYS.value + 2 + 2 * len(params), dtype=torch.float64, device=self.device)
+        self.flags = torch.zeros(len(params), dtype=torch.int32, device=self.device)
+        self.known: tuple[Any, ...] | None = None
+        self.addresses: list[int] = []
+        self.grad_table = torch.empty(0)
+        self.spare: Tensor | None = None
+        self.in_graphs: list[Any] = []  # what a CUDA graph reads in every replay, and nobody may change or free
+
+    def __call__(
+        self,
+        grads: Tensors,
+        nonfinite: Tensor | None = None,
+        *,
+        lr: Scalar,
+        beta1: Scalar | None,
+        beta2: Scalar,
+        eps: float,
+        weight_decay: Scalar,
+        clip_threshold: float | None = None,
+        decoupled_weight_decay: bool = True,
+        maximize: bool = False,
+    ) -> None:
+        with _current(self.device):
+            grads = [grad.resolve_neg() for grad in grads]
+            capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            self._tables(grads, capturing)
+            self._scalars([lr, weight_decay, eps, clip_threshold or 0.0], beta1, beta2, capturing)
+            if nonfinite is not None:
+                self.flags.zero_()
+            options = {
+                "FIRST": self.first,
+                "COUPLED": not decoupled_weight_decay,
+                "NEGATE": maximize,
+                "SKIP": nonfinite is not None,
+                "LOOK": nonfinite is not None,
+                "CLIPPED": clip_threshold is not None,
+            }
+            for launch, tiles in zip(self.plan.launches, self.tiles, strict=True):
+                if not launch.when or any(options[name] for name in launch.when):
+                    self._launch(launch, tiles, options)
+            if nonfinite is not None:
+                nonfinite.copy_(self.flags)
+            if capturing:
+                self.in_graphs += [self.tiles, self.items, self.grad_table, self.workspace]
+
+    def _arguments(self, launch: Launch, tiles: Tensor, options: dict[str, bool]) -> dict[str, Any]:
+        memory = {"grads": self.grad_table, "scalars": self.scalars, "flags": self.flags}
+        return {
+            "tiles": tiles,
+            "items": self.items,
+            **{name: memory[name] for name in launch.arguments},
+            **launch.constants,
+            **{name: options[name] for name in launch.options},
+        }
+
+    def _launch(self, launch: Launch, tiles: Tensor, options: dict[str, bool]) -> None:
+        maker = "hip" if torch.version.hip else self.device.type
+        compiled = compile_options(launch.constants, launch.warps, maker)
+        launch.kernel[(len(launch.tiles),)](**self._arguments(launch, tiles, options), **compiled)
+
+    def _tables(self, grads: Tensors, capturing: bool) -> None:
+        """Makes what depends on the gradients' types and layouts, where those changed; else only notes where they
+        lie."""
+        addresses = [grad.data_ptr() for grad in grads]
+        contiguous = [grad.is_contiguous() for grad in grads]
+        known = (
+            [grad.dtype for grad in grads],
+            [yes and address % 16 == 0 for yes, address in zip(contiguous, addresses, strict=True)],
+            None if all(contiguous) else [grad.stride() for grad in grads],
+        )
+        if known != self.known:
+            self._plan(grads, known[1])
+            self.known = known
+            self.addresses = []
+        if addresses != self.addresses or capturing:
+            rows = [x for pair in zip(addresses, self.grad_layouts, strict=True) for x in pair]
+            host = self.spare if capturing and self.spare is not None else self._host(len(rows))
+            host.copy_(torch.tensor(rows, dtype=torch.int64))
+            self.grad_table.copy_(host, non_blocking=True)
+            self.addresses = addresses
+            if capturing:  # every replay copies from this buffer
+                self.in_graphs.append(host)
+                self.spare = None
+            elif self.spare is None and host.is_pinned():
+                self.spare = self._host(len(rows))  # a graph capture can allocate no pinned memory
+
+    def _host(self, count: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        """Memory that a copy to the device need not wait for. torch's allocator of pinned memory does not hand a buffer
+        out again before the copies from it are done."""
+        return torch.empty(count, dtype=dtype, pin_memory=self.device.type == "cuda")
+
+    def _plan(self, grads: Tensors, aligned: list[bool]) -> None:
+        items, layouts, starts = [], [0], []  # the first layout is that of everything contiguous
+        second_rows = self.states.get("exp_avg_sq_rows")
+        second_cols = self.states.get("exp_avg_sq_cols")
+        signs = self.states.get("exp_avg_signs")
+
+        def layout_of(tensor: Tensor) -> int:
+            if tensor.is_contiguous():
+                return 0
+            layouts.extend(merged := merged_layout(tensor.shape, tensor.stride()))
+            return len(layouts) - len(merged)
+
+        for i, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
+            rows = param.numel() if second_rows is None else second_rows[i].numel()
+            cols = 1 if second_cols is None else second_cols[i].numel()
+            item = Item(rows, cols, param.dtype, grad.dtype, slice=square_slice(param.shape) if signs else 0)
+            item.whole = (
+                aligned[i]
+                and param.is_contiguous()
+                and param.data_ptr() % 16 == 0
+                and (rows if second_cols is None else cols) % 8 == 0
+                and (second_cols is not None or all(t[i].data_ptr() % 16 == 0 for t in self.states.values()))
+                and item.signs != table.SHARED_BYTES.value
+                and (not signs or signs[i].data_ptr() % 16 == 0)
+            )
+            items.append(item)
+            starts.append((layout_of(param), layout_of(grad)))
+        self.plan: Plan = make_plan(self.op, items)
+
+        self.workspace = torch.empty(max(self.plan.workspace, 16), dtype=torch.uint8, device=self.device)
+        self.layouts = torch.tensor(layouts, dtype=torch.int64).to(self.device)
+        base, space = self.layouts.data_ptr(), self.workspace.data_ptr()
+        self.grad_layouts = [base + 8 * start for _, start in starts]
+        records = []
+        for i, (param, item) in enumerate(zip(self.params, items, strict=True)):
+            record = [0] * table.FIELDS.value
+            record[table.PARAM.value] = param.data_ptr()
+            record[table.PARAM_LAYOUT.value] = base + 8 * starts[i][0]
+            record[table.ROWS.value] = item.rows
+            record[table.COLS.value] = item.cols
+            for name, tensors in self.states.items():
+                record[_STATES[name].value] = tensors[i].data_ptr()
+            if signs:
+                record[table.SLICE.value] = item.slice
+                record[table.SLICE_BYTES.value] = -(-item.slice // 8)
+            record[table.TILE_ROWS.value] = item.tile_rows
+            record[table.ROW_TILES.value] = item.row_tiles if second_cols is not None else 0
+            record[table.COL_TILES.value] = item.col_tiles
+            for name, start in item.spaces.items():
+                record[_SPACES[name].value] = space + start
+            records.append(record)
+        self.items = torch.tensor(records, dtype=torch.int64).to(self.device)
+        # A tensor of its own for each launch: alike aligned, so that no launch compiles its kernel anew.
+        self.tiles = [torch.tensor(launch.tiles, dtype=torch.int32).to(self.device) for launch in self.plan.launches]
+        self.grad_table = torch.empty(2 * len(items), dtype=torch.int64, device=self.device)
+        self.spare = None
+
+    def _scalars(self, numbers: list[Scalar], beta1: Scalar | None, beta2: Scalar, capturing: bool) -> None:
+        """Values to device memory. A tensor's value is copied on its device and never read here."""
+        beta1 = 0.0 if beta1 is None else beta1
+        each = any(isinstance(beta, Tensor) and beta.ndim == 1 for beta in (beta1, beta2))
+        shared = table.DECAYS.value
+        values = [*numbers, 1.0 if each else 0.0, beta1, beta2]
+        on_host = [0.0 if isinstance(value, Tensor) else value for value in values]
+        if capturing:  # a graph would copy from memory that has been given away since
+            for place, value in enumerate(on_host):
+                self.scalars[place].fill_(value)
+        else:
+            host = self._host(len(on_host), torch.float64)
+            host.copy_(torch.tensor(on_host, dtype=torch.float64))
+            self.scalars[: len(on_host)].copy_(host, non_blocking=True)
+        for place, value in enumerate(numbers):
+            if isinstance(value, Tensor):
+                self.scalars[place].copy_(value.reshape(()))
+        for place, beta in enumerate((beta1, beta2)):
+            to = self.scalars[shared + 2 + place :: 2] if each else self.scalars[shared + place]
+            if isinstance(beta, Tensor):
+                to.copy_(beta if each else beta.reshape(()))
+            elif each:
+                to.fill_(beta)
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """The device made current, and with it the stream that torch uses there."""
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    if device.type == "xpu":
+        return torch.xpu.device(device)
+    return nullcontext()
