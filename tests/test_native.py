@@ -267,8 +267,13 @@ def arguments_of(op):
 
 @pytest.mark.parametrize(
     ("op", "argument", "value"),
-    [(op, argument, value) for op in NATIVE for argument, value in BAD if argument in arguments_of(op)],
-    ids=lambda v: str(v)[:24],
+    [
+        # the ids hold no address: runs in several processes must find the same tests
+        pytest.param(op, argument, value, id=f"{op}-{argument}-{i}")
+        for op in NATIVE
+        for i, (argument, value) in enumerate(BAD)
+        if argument in arguments_of(op)
+    ],
 )
 def test_bad_calls_are_refused(op, argument, value):
     arguments = arguments_of(op)
