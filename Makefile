@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Named first, so that pip does not choose another build while it resolves the rest.
 TORCH ?= torch==2.13.0
+# Registers and spills are the compiler's: docs/triton-check.md is of this one.
+TRITON ?= triton==3.7.1
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -31,6 +33,7 @@ bench: $(INSTALLED) ## measure every op and whole steps against their rivals (AR
 	$(BIN)/python -m bench $(ARGS)
 
 triton-check: $(INSTALLED) ## compile the Triton kernels for four GPUs that need not be here; writes docs/triton-check.md
+	$(BIN)/python -m pip install -q $(TRITON)
 	$(BIN)/python -m hfac.triton_kernels.check $(ARGS)
 
 doctor: $(INSTALLED) ## which backends are here, and why others are not
