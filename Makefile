@@ -6,6 +6,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # For the GPU that is here; a checkout serves its own machine. Wheels are built for all (setup.py).
 export HFAC_CUDA_ARCHS ?= $(or $(subst .,,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1)),90)
+# Registers and spills are the compiler's: docs/triton-check.md is of this one.
+TRITON ?= triton==3.7.1
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # The CUDA kernels compiled for the host, for the tests.
@@ -45,6 +47,7 @@ gpu-report: ## on a machine with a GPU, torch and nvcc: tests, sanitizers, measu
 	$(PYTHON) -m bench.gpu_report $(ARGS)
 
 triton-check: $(INSTALLED) ## compile the Triton kernels for four GPUs that need not be here; writes docs/triton-check.md
+	$(BIN)/python -m pip install -q $(TRITON)
 	$(BIN)/python -m hfac.triton_kernels.check $(ARGS)
 
 doctor: $(INSTALLED) ## which backends are here, and why others are not

@@ -95,6 +95,18 @@ def test_launches_of_a_step(optimizer, name, most, dtype):
         assert len(double.tiles) == 2 * len(launch.tiles)
 
 
+def test_variants_are_bounded():
+    """However many shapes a list has, the kernels that are compiled for it are few: what one type of parameters and
+    gradients and one set of options can ask for."""
+    shapes = [
+        (rows, cols) for rows in (2, 3, 8, 24, 60, 100, 2048) for cols in (2, 9, 16, 63, 64, 200, 1000, 3000, 6000)
+    ]
+    shapes += [(n,) for n in (1, 7, 8, 9, 24, 1000, 4097, 65536)] + [(6, 4, 3, 3), (16, 3, 7, 7), (2, 3, 5, 7, 2)]
+    for optimizer in ("HFac", "SMMF"):
+        launches = [launch for plan in plans(optimizer, shapes, torch.bfloat16) for launch in plan.launches]
+        assert len({(launch.name, *map(str, launch.constants.items())) for launch in launches}) <= 20
+
+
 def test_partial_sums_are_bounded():
     """SMMF's take the same memory however long the list is; both optimizers' are a small share of the parameters."""
     from hfac.triton_kernels import plan

@@ -280,3 +280,26 @@ def test_wide_rows_are_read_twice():
         states.append(optimizer.state[param])
     agree("HFac", params[0].detach(), params[1].detach(), before, 0.02)
     states_agree("HFac", *states, grad)
+
+
+def test_gradients_move_and_change_their_layout():
+    """What a bound op knows of its gradients is found out anew where they changed, and only there."""
+    shape = (16, 24)
+    names = ("exp_avg_rows", "exp_avg_cols", "exp_avg_sq_rows", "exp_avg_sq_cols")
+    scalars = dict(lr=0.1, weight_decay=0.1, beta1=0.5, beta2=0.5, eps=1e-30, clip_threshold=1.0, maximize=False)
+    param, states = gradient(shape, 0, torch.float32), [torch.zeros(s) for s in (16, 24, 16, 24)]
+    twin, twin_states = param.clone(), [s.clone() for s in states]
+    bound = ops.Bound("hfac_step_", [param], {n: [s] for n, s in zip(names, states, strict=True)}, backend="triton")
+    plain = gradient(shape, 1, torch.float32)
+    kinds = [plain, plain, plain.clone(), strided(shape, "transposed", 2), strided(shape, "unaligned", 3)]
+    kinds += [strided(shape, "padded", 4), gradient(shape, 5, torch.bfloat16), torch._neg_view(plain), plain]
+    for grad in kinds:
+        twin.copy_(param)
+        for old, new in zip(twin_states, states, strict=True):
+            old.copy_(new)
+        before = param.clone()
+        bound.prepare([grad], **scalars)()
+        ops.hfac_step_([twin], [grad], *([s] for s in twin_states), **scalars, backend="reference")
+        agree("HFac", param, twin, before, 0.1)
+        ours, theirs = ({n.removesuffix("s"): s for n, s in zip(names, g, strict=True)} for g in (states, twin_states))
+        states_agree("HFac", ours, theirs, grad.float())

@@ -11,6 +11,7 @@ from .table import (
     EPS,
     FIELDS,
     FIRST_ROW,
+    LOOKED,
     LR,
     PARAM,
     PARAM_LAYOUT,
@@ -33,11 +34,16 @@ def look(tiles, items, grads, flags, G: tl.constexpr, T: tl.constexpr, WHOLE: tl
     count = tl.load(record + ROWS) * tl.load(record + COLS)
     if WHOLE:
         count = tl.multiple_of(count, 8)
-    at = part * RUN + tl.arange(0, RUN)
     grad = operand(tl.load(grads + 2 * item), G, WHOLE)
-    g = tl.load(grad + place(at, tl.load(grads + 2 * item + 1), WHOLE), at < count, 0.0).to(T)
-    bad = tl.max((finite(g, count) == 0).to(tl.int32), 0)
-    tl.store(flags + item, bad, bad != 0)
+    layout = tl.load(grads + 2 * item + 1)
+    first = part * LOOKED
+    bad = tl.zeros([RUN], tl.int32)
+    for start in range(first, tl.minimum(first + LOOKED, count), RUN):
+        at = start + tl.arange(0, RUN).to(tl.int64)
+        g = tl.load(grad + place(at, layout, WHOLE), at < count, 0.0).to(T)
+        bad |= (finite(g, count) == 0).to(tl.int32)
+    found = tl.max(bad, 0)
+    tl.store(flags + item, found, found != 0)
 
 
 @triton.jit

@@ -167,7 +167,7 @@ def _look(items: Sequence[Item], indices: Iterable[int]) -> list[Launch]:
     return [
         Launch(
             dense.look,
-            _parts(items, mine, _runs),
+            _parts(items, mine, lambda it: -(-it.rows * it.cols // table.LOOKED.value)),
             ("grads", "flags"),
             (),
             {"G": TYPES[grad], "T": TYPES[wide], "WHOLE": whole},

@@ -6,6 +6,7 @@ parameters' size. Numbers of a step (learning rate, decays, ...) are values in d
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ _SPACES = {
     "scale": table.SPACE_SCALE,
     "totals": table.SPACE_TOTALS,
 }
+_DTYPE = attrgetter("dtype")
 _FIRST_ROW, _FIRST_COL = table.FIRST_ROW, table.FIRST_COL
 _SECOND_ROW, _SECOND_COL = table.SECOND_ROW, table.SECOND_COL
 _STATES = {
@@ -71,7 +73,8 @@ class Bound:
         maximize: bool = False,
     ) -> None:
         with _current(self.device):
-            grads = [grad.resolve_neg() for grad in grads]
+            if any(map(Tensor.is_neg, grads)):
+                grads = [grad.resolve_neg() for grad in grads]
             capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
             self._tables(grads, capturing)
             self._scalars([lr, weight_decay, eps, clip_threshold or 0.0], beta1, beta2, capturing)
@@ -110,16 +113,20 @@ class Bound:
 
     def _tables(self, grads: Tensors, capturing: bool) -> None:
         """Makes what depends on the gradients' types and layouts, where those changed; else only notes where they
-        lie."""
-        addresses = [grad.data_ptr() for grad in grads]
-        contiguous = [grad.is_contiguous() for grad in grads]
-        known = (
-            [grad.dtype for grad in grads],
-            [yes and address % 16 == 0 for yes, address in zip(contiguous, addresses, strict=True)],
-            None if all(contiguous) else [grad.stride() for grad in grads],
-        )
+        lie, and where they lie as they lay, nothing."""
+        addresses = list(map(Tensor.data_ptr, grads))
+        dtypes = list(map(_DTYPE, grads))
+        strides = None if all(map(Tensor.is_contiguous, grads)) else list(map(Tensor.stride, grads))
+        if addresses == self.addresses and self.known is not None and not capturing:
+            if dtypes == self.known[0] and strides == self.known[1]:
+                return
+        aligned = [
+            address % 16 == 0 and (strides is None or grad.is_contiguous())
+            for address, grad in zip(addresses, grads, strict=True)
+        ]
+        known = dtypes, strides, aligned
         if known != self.known:
-            self._plan(grads, known[1])
+            self._plan(grads, aligned)
             self.known = known
             self.addresses = []
         if addresses != self.addresses or capturing:

@@ -41,9 +41,10 @@ CLIP = tl.constexpr(3)
 PER_PARAM = tl.constexpr(4)  # 1 where each parameter has its own decays
 DECAYS = tl.constexpr(5)
 
-#: Elements of one program of the dense kernels; rows and columns of one of a fold; tiles whose partial sums a fold
-#: loads at once.
+#: Elements of one program of the dense kernels, and of one that only looks for what is not finite; rows and columns of
+#: one of a fold; tiles whose partial sums a fold loads at once.
 RUN = tl.constexpr(2048)
+LOOKED = tl.constexpr(16 * 2048)
 CHUNK = tl.constexpr(256)
 AT_ONCE = tl.constexpr(8)
 

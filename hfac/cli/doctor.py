@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -92,7 +93,12 @@ def _backend(backend: backends.Backend, kinds: list[str]) -> dict[str, Any]:
 
 
 def _fix(name: str) -> str | None:
-    """The command after which the backend would be here; None where this version of hfac cannot have it."""
+    """What to do, if possible a command, to have the backend here; None where this version of hfac cannot have it."""
+    if name == "triton":
+        installed = importlib.util.find_spec("triton") is not None
+        return (
+            "a GPU and its driver, which Triton looks for" if installed else f"{sys.executable} -m pip install triton"
+        )
     if name != "cpu":
         return None
     root = Path(hfac.__file__).parent.parent
