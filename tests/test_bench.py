@@ -245,6 +245,22 @@ def test_rounds_are_interleaved_and_slow_ones_sit_out(monkeypatch):
     assert list(samples["slow"]) == [0, 4, 8]
 
 
+def test_a_fast_call_is_made_once_before_it_is_timed(monkeypatch):
+    made = {"fast": 0, "slow": 0}
+    timed = []
+    costs = {"fast": 0.001, "slow": 0.2}
+
+    def call(name):
+        made[name] += 1
+        return name
+
+    monkeypatch.setattr(timing, "_warm_up", lambda call, device: costs[call()])
+    monkeypatch.setattr(timing, "_seconds", lambda call, repeats, device: timed.append(call()) or 0.01)
+    timing.measure({name: (lambda name=name: call(name)) for name in costs}, CPU, rounds=5, seconds=100.0)
+    assert timed == ["fast", "slow"] * 5
+    assert made == {"fast": 1 + 2 * 5, "slow": 1 + 5}
+
+
 def test_quantiles_and_speedups_of_known_samples():
     ours, rival = {0: 1.0, 1: 2.0, 2: 3.0}, {0: 4.0, 2: 6.0}
     assert timing.quantiles(ours) == timing.Quantiles(2.0, pytest.approx(1.4), pytest.approx(2.6))
