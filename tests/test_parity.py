@@ -53,7 +53,8 @@ def params_agree(name, ours, theirs, before, lr, slack=1.0):
         assert torch.equal(ours, theirs)
         return
     wide = torch.float64 if ours.dtype == torch.float64 else torch.float32
-    ulp = torch.finfo(ours.dtype).eps * theirs.to(wide).abs()
+    info = torch.finfo(ours.dtype)
+    ulp = info.eps * theirs.to(wide).abs().clamp(min=info.tiny)  # subnormal numbers lie no closer
     error = (ours.to(wide) - theirs.to(wide)).abs()
     # The update is of order lr, and far larger where a row or a column has been quiet.
     bound = ulp + 20 * slack * SUMS[wide] * (lr + (theirs.to(wide) - before.to(wide)).abs())
