@@ -1,6 +1,7 @@
 """The CUDA kernels, compiled for the host: the whole parity table, block orders, and what only these kernels have."""
 
 import copy
+import itertools
 
 import emulated
 import pytest
@@ -34,6 +35,14 @@ def forward():
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 @pytest.mark.parametrize(("name", "options"), ROWS)
 def test_the_parity_table(name, options, shape, dtype, monkeypatch):
+    """Every case in all three orders of blocks: the order changes from op to op."""
+    orders, fill = itertools.cycle(ORDERS), emulated.Host.before_launch
+
+    def before_launch(host, workspace):
+        emulated.native.set_block_order(next(orders))
+        fill(host, workspace)
+
+    monkeypatch.setattr(emulated.Host, "before_launch", before_launch)
     monkeypatch.setattr(test_parity, "STEPS", 5)  # each from the same state: the later ones show nothing new
     test_parity.test_twenty_steps(emulated.NAME, name, options, shape, dtype)
 

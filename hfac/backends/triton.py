@@ -59,10 +59,14 @@ def bind(op: str, params: Sequence[Tensor], states: dict[str, list[Tensor]]) -> 
     **scalars) -> None, as the function of `hfac.reference`."""
     from ..triton_kernels.step import Bound
 
-    bound = Bound(op, params, states)
+    class Step(Bound):
+        def __call__(self, grads: Sequence[Tensor], nonfinite: Tensor | None = None, **scalars: Any) -> None:
+            super().__call__(grads, nonfinite, **scalars)
+            increment_version(params)
 
-    def step(grads: Sequence[Tensor], nonfinite: Tensor | None = None, **scalars: Any) -> None:
-        bound(grads, nonfinite, **scalars)
-        increment_version(params)
+        def workspace_bytes(self) -> int:
+            """Bytes on the device that are kept from step to step; 0 before the first."""
+            workspace = getattr(self, "workspace", None)
+            return 0 if workspace is None else workspace.numel()
 
-    return step
+    return Step(op, params, states)
