@@ -5,8 +5,11 @@ for the whole of a training run, and a checkpoint fits any layout.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
+
+from torch import Tensor
 
 MATRICIZE = ("balanced", "flatten")
 
@@ -57,3 +60,74 @@ def sign_shape(shape: Sequence[int]) -> tuple[int, int]:
     Each slice of the first dimension is padded to whole bytes, so that the signs shard as the parameter does.
     """
     return shape[0], -(-math.prod(shape[1:]) // 8)
+
+
+class Block(NamedTuple):
+    """A rectangle of a square matrix [n, m] whose elements lie in a flat part of the parameter.
+
+    Element (a, b) of the block, a < rows and b < cols, is element ``first + a * stride + b`` of the part and stands in
+    row ``row + a * row_step`` and column ``col + b`` of the matrix.
+    """
+
+    first: int
+    stride: int
+    row: int
+    row_step: int
+    col: int
+    rows: int
+    cols: int
+
+    @property
+    def row_slice(self) -> slice:
+        return slice(self.row, self.row + (self.rows - 1) * self.row_step + 1, self.row_step)
+
+    @property
+    def col_slice(self) -> slice:
+        return slice(self.col, self.col + self.cols)
+
+    def of(self, part: Tensor) -> Tensor:
+        """[rows, cols] view of a contiguous 1-d tensor of the part."""
+        return part.as_strided((self.rows, self.cols), (self.stride, 1), part.storage_offset() + self.first)
+
+
+def blocks(runs: Iterable[tuple[int, int]], m: int) -> list[Block]:
+    """Where the elements of a part lie in a row-major matrix of ``m`` columns, in as few blocks as come of it.
+
+    Args:
+        runs: (first element, number of elements) of the whole that the part consists of, in the part's order.
+    """
+    pieces: list[Block] = []
+    first = 0
+    for start, length in runs:
+        end = start + length
+        while start < end:
+            row, col = divmod(start, m)
+            rows = 1 if col else max(1, (end - start) // m)
+            cols = m if rows > 1 else min(m - col, end - start)
+            pieces.append(Block(first, cols, row, 1, col, rows, cols))
+            start, first = start + rows * cols, first + rows * cols
+    return _joined(pieces)
+
+
+def _joined(pieces: Iterable[Block]) -> list[Block]:
+    """Single rows of the same columns, at regular distances, become one block."""
+    done: list[Block] = []
+    growing: dict[tuple[int, int], Block] = {}
+    for piece in pieces:
+        if piece.rows > 1:
+            done.append(piece)
+            continue
+        key = piece.col, piece.cols
+        last = growing.get(key)
+        if last is None:
+            growing[key] = piece
+            continue
+        stride, step = piece.first - last.first, piece.row - last.row
+        if last.rows > 1:
+            stride, step = stride - (last.rows - 1) * last.stride, step - (last.rows - 1) * last.row_step
+        if step > 0 and (last.rows == 1 or (stride, step) == (last.stride, last.row_step)):
+            growing[key] = last._replace(stride=stride, row_step=step, rows=last.rows + 1)
+        else:
+            done.append(last)
+            growing[key] = piece
+    return done + list(growing.values())

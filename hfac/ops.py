@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .matricize import sign_shape
+from .matricize import Block, sign_shape
 from .schedules import Scalar
 
 PARAM_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -118,6 +118,187 @@ def smmf_dense_step_(
 ) -> None:
     """One step of SMMF with both moments whole: states have their parameter's shape. beta1 None: exp_avgs is None."""
     _call("smmf_dense_step_", **locals())
+
+
+def hfac_sums(
+    grads: Tensors,
+    old_rows: Tensors,
+    row_sums: Tensors,
+    new_rows: Tensors,
+    col_sums: Tensors | None = None,
+    col_squares: Tensors | None = None,
+    col_ratios: Tensors | None = None,
+    *,
+    cols: Sequence[int],
+    beta2: Scalar,
+    eps: float,
+    backend: str = "auto",
+) -> None:
+    """Fills the lists of sums with what one read of parts [m, n] of gradients gives; row lists are [m], column lists
+    [n]."""
+    rows = {"old_rows": old_rows, "row_sums": row_sums, "new_rows": new_rows}
+    columns = {"col_sums": col_sums, "col_squares": col_squares, "col_ratios": col_ratios}
+    if {value is None for value in columns.values()} == {False, True}:
+        raise ValueError("col_sums, col_squares and col_ratios must be given together, or none of them")
+    given = {name: tensors for name, tensors in columns.items() if tensors is not None}
+    _check_parts(grads, {"cols": cols}, {**rows, **given})
+    for i, grad in enumerate(grads):
+        for name, tensors in given.items():
+            if tensors[i].numel() * old_rows[i].numel() != grad.numel():
+                raise ValueError(
+                    f"{name}[{i}] of {tensors[i].numel()} and old_rows[{i}] of {old_rows[i].numel()} elements do not "
+                    f"make the {grad.numel()} of grads[{i}]"
+                )
+    _part_op("hfac_sums", grads, backend)(grads, **rows, **columns, cols=cols, beta2=beta2, eps=eps)
+
+
+def hfac_apply_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avg_rows: Tensors,
+    exp_avg_cols: Tensors,
+    exp_avg_sq_rows: Tensors,
+    exp_avg_sq_cols: Tensors,
+    row_sums: Tensors,
+    new_rows: Tensors,
+    col_sums: Tensors,
+    new_cols: Tensors,
+    totals: Tensor,
+    mean_squares: Tensor,
+    *,
+    rows: Sequence[int],
+    cols: Sequence[int],
+    lr: Scalar,
+    beta1: Scalar,
+    clip_threshold: float | None,
+    weight_decay: Scalar,
+    maximize: bool = False,
+    backend: str = "auto",
+) -> None:
+    """The rest of a step of H-Fac on parts [m, n] of matrices of `rows` rows and `cols` columns, whose sums are known.
+    Row lists are [m], column lists [n], totals and mean_squares [len(params)]."""
+    by_row = dict(
+        exp_avg_rows=exp_avg_rows, exp_avg_sq_rows=exp_avg_sq_rows, row_sums=row_sums, new_rows=new_rows
+    )
+    by_col = dict(
+        exp_avg_cols=exp_avg_cols, exp_avg_sq_cols=exp_avg_sq_cols, col_sums=col_sums, new_cols=new_cols
+    )
+    _check_parts(params, {"rows": rows, "cols": cols, "grads": grads}, {**by_row, **by_col})
+    for i, param in enumerate(params):
+        sizes = {tensors[i].numel() for tensors in by_row.values()}, {tensors[i].numel() for tensors in by_col.values()}
+        if max(map(len, sizes)) > 1 or sizes[0].pop() * sizes[1].pop() != param.numel():
+            raise ValueError(
+                f"rows and columns of the lists' entries {i} do not agree with each other and with the "
+                f"{param.numel()} elements of params[{i}]"
+            )
+        if grads[i].shape != param.shape:
+            raise ValueError(
+                f"grads[{i}] must have its parameter's shape {tuple(param.shape)}, got {tuple(grads[i].shape)}"
+            )
+    _part_op("hfac_apply_", params, backend)(
+        params,
+        grads,
+        **by_row,
+        **by_col,
+        totals=totals,
+        mean_squares=mean_squares,
+        rows=rows,
+        cols=cols,
+        lr=lr,
+        beta1=beta1,
+        clip_threshold=clip_threshold,
+        weight_decay=weight_decay,
+        maximize=maximize,
+    )
+
+
+def smmf_sums_step_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avg_rows: Tensors | None,
+    exp_avg_cols: Tensors | None,
+    exp_avg_signs: Tensors | None,
+    exp_avg_sq_rows: Tensors,
+    exp_avg_sq_cols: Tensors,
+    new_rows: Tensors | None,
+    new_cols: Tensors | None,
+    new_sq_rows: Tensors,
+    new_sq_cols: Tensors,
+    *,
+    blocks: Sequence[Sequence[Block]],
+    lr: Scalar,
+    beta1: Scalar | None,
+    beta2: Scalar,
+    eps: float,
+    weight_decay: Scalar,
+    decoupled_weight_decay: bool = True,
+    maximize: bool = False,
+    backend: str = "auto",
+) -> None:
+    """One step of SMMF on parts of parameters that lie in the whole's square matrix [n, m] as `blocks` say. The whole's
+    factors, [n] and [m], are read; sums over the part are added to the new ones. beta1 None: no first moment, and its
+    five lists are None."""
+    second = dict(
+        exp_avg_sq_rows=exp_avg_sq_rows,
+        exp_avg_sq_cols=exp_avg_sq_cols,
+        new_sq_rows=new_sq_rows,
+        new_sq_cols=new_sq_cols,
+    )
+    first = {
+        "exp_avg_rows": exp_avg_rows,
+        "exp_avg_cols": exp_avg_cols,
+        "exp_avg_signs": exp_avg_signs,
+        "new_rows": new_rows,
+        "new_cols": new_cols,
+    }
+    if {tensors is None for tensors in first.values()} != {beta1 is None}:
+        raise ValueError("lists of the first moment are required exactly where beta1 is not None")
+    given = {name: tensors for name, tensors in first.items() if tensors is not None}
+    _check_parts(params, {"grads": grads, "blocks": blocks}, {**second, **given})
+    for i, param in enumerate(params):
+        n, m = exp_avg_sq_rows[i].numel(), exp_avg_sq_cols[i].numel()
+        if any(tensors[i].numel() != (n if "rows" in name else m) for name, tensors in second.items()):
+            raise ValueError(f"second moments of params[{i}] must have {n} rows and {m} columns throughout")
+        if sum(block.rows * block.cols for block in blocks[i]) != param.numel() or any(
+            block.row + (block.rows - 1) * block.row_step >= n or block.col + block.cols > m for block in blocks[i]
+        ):
+            raise ValueError(
+                f"blocks[{i}] must place the {param.numel()} elements of params[{i}] in a matrix of {n} rows and {m} "
+                "columns"
+            )
+    _part_op("smmf_sums_step_", params, backend)(
+        params,
+        grads,
+        **second,
+        **first,
+        blocks=blocks,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        decoupled_weight_decay=decoupled_weight_decay,
+        maximize=maximize,
+    )
+
+
+#: Ops on parts of parameters, whose wholes lie on several ranks (`hfac.distributed`).
+PART_OPS = {"hfac": ("hfac_sums", "hfac_apply_"), "smmf": ("smmf_sums_step_",)}
+
+
+def _part_op(op: str, tensors: Tensors, backend: str) -> Callable[..., None]:
+    return getattr(backends.resolve(backend, tensors[0].device if tensors else _HOST, op), op)
+
+
+def _check_parts(tensors: Tensors, lists: Mapping[str, Sequence[Any]], states: Mapping[str, Tensors]) -> None:
+    for name, entries in {**lists, **states}.items():
+        if len(entries) != len(tensors):
+            raise ValueError(f"{name} must have one entry per parameter ({len(tensors)}), got {len(entries)}")
+    for i, tensor in enumerate(tensors):
+        check_tensor(f"part {i}", tensor)
+        for name, entries in states.items():
+            if not entries[i].is_contiguous() or entries[i].device != tensor.device:
+                raise ValueError(f"{name}[{i}] must be contiguous and on {tensor.device}")
 
 
 def _call(op: str, params: Tensors, grads: Tensors, nonfinite: Tensor | None, backend: str, **arguments: Any) -> None:
@@ -218,7 +399,7 @@ class Bound:
                 f"nonfinite must be an int32 tensor of shape ({len(grads)},) on {self._device}, got {nonfinite.dtype} "
                 f"{tuple(nonfinite.shape)} on {nonfinite.device}"
             )
-        step = partial(self._step, grads, nonfinite=nonfinite, **scalars)
+        step = partial(self._run, grads, nonfinite=nonfinite, **scalars)
         given = {"grad_scale": grad_scale, "found_inf": found_inf}
         scaling = {name: tensor for name, tensor in given.items() if tensor is not None}
         for name, tensor in scaling.items():
@@ -240,6 +421,11 @@ class Bound:
             step()
 
         return unscaled
+
+    def _run(self, *args: Any, **kwargs: Any) -> None:
+        """A prepared step holds this object, and so the states whose addresses the backend was given."""
+        assert self._step is not None
+        self._step(*args, **kwargs)
 
     def _check_grads(self, grads: Tensors) -> None:
         if (
@@ -394,4 +580,5 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
+_HOST = torch.device("cpu")
 _LAYOUT, _DTYPE, _DEVICE, _SHAPE = (attrgetter(name) for name in ("layout", "dtype", "device", "shape"))

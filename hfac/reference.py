@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .matricize import Block
 from .schedules import Scalar
 
 
@@ -57,19 +58,124 @@ def hfac_step_(
         r = b2 * r_row.view(m) + (1 - b2) * sq.sum(1)
         s = b2 * s_col.view(n) + (1 - b2) * sq.sum(0)
 
-        phi = b1 * (u - row_mean) / (r / n).sqrt()
-        psi = b1 * (v - col_mean) / (s / m).sqrt()
-
-        # U = G / sqrt(V) with V = r s^T / sum(r). V is never formed and sum(r) / r_i never divided: the first would
-        # underflow float32 (eps = 1e-30), the second can overflow. |G_ij| <= sqrt(s_j / (1 - b2)) keeps the first
-        # product finite.
-        U = G * (1 / s.sqrt()) * (r.sum().sqrt() * (1 / r.sqrt()))[:, None]
-        U = _clip(U, clip_threshold)
-        W = W - lr * ((phi[:, None] + psi) / 2 + U + weight_decay * W)
+        W = _hfac_update(W, G, u, v, r, s, row_mean, col_mean, (m, n), r.sum(), b1, lr, weight_decay, clip_threshold)
 
         keep = _keep(G, nonfinite, i)
         for old, new in ((param, W), (u_row, u), (v_col, v), (r_row, r), (s_col, s)):
             _write(old, new, keep)
+
+
+def hfac_sums(
+    grads: Sequence[Tensor],
+    old_rows: Sequence[Tensor],
+    row_sums: Sequence[Tensor],
+    new_rows: Sequence[Tensor],
+    col_sums: Sequence[Tensor] | None = None,
+    col_squares: Sequence[Tensor] | None = None,
+    col_ratios: Sequence[Tensor] | None = None,
+    *,
+    cols: Sequence[int],
+    beta2: Scalar,
+    eps: float,
+) -> None:
+    """What a step of H-Fac must know of gradients of which a rank has a part; one read of the part.
+
+    A part is [m, n], some rows and columns of a matrix that has `cols` columns. With r = beta2 old_rows + (1 - beta2)
+    (row sums of G^2 + cols eps) this fills row_sums [m] with sums of G, new_rows [m] with r, and col_sums, col_squares
+    and col_ratios [n] with sums of G, G^2 and G_ij^2 / r_i. The last three, added up over all parts, give the clip norm
+    without another look at G: sum_ij U_ij^2 = sum(r) sum_j ratio_j / s_j. Without lists for them only rows are summed.
+    """
+    for i, grad in enumerate(grads):
+        old = old_rows[i].reshape(-1)
+        if grad.numel() == 0:
+            continue
+        b2 = _of(beta2, i)
+        G = grad.reshape(old.numel(), -1).to(old.dtype).contiguous()
+        sq = G * G
+        row_sums[i].copy_(G.sum(1))
+        new_rows[i].copy_(b2 * old + (1 - b2) * (sq.sum(1) + cols[i] * eps))
+        if col_sums is not None and col_squares is not None and col_ratios is not None:
+            col_sums[i].copy_(G.sum(0))
+            col_squares[i].copy_(sq.sum(0))
+            col_ratios[i].copy_((sq / new_rows[i][:, None]).sum(0))
+
+
+def hfac_apply_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg_rows: Sequence[Tensor],
+    exp_avg_cols: Sequence[Tensor],
+    exp_avg_sq_rows: Sequence[Tensor],
+    exp_avg_sq_cols: Sequence[Tensor],
+    row_sums: Sequence[Tensor],
+    new_rows: Sequence[Tensor],
+    col_sums: Sequence[Tensor],
+    new_cols: Sequence[Tensor],
+    totals: Tensor,
+    mean_squares: Tensor,
+    *,
+    rows: Sequence[int],
+    cols: Sequence[int],
+    lr: Scalar,
+    beta1: Scalar,
+    clip_threshold: float | None,
+    weight_decay: Scalar,
+    maximize: bool,
+) -> None:
+    """The rest of a step of H-Fac, on parts [m, n] of matrices of `rows` rows and `cols` columns.
+
+    row_sums [m] and col_sums [n] are the sums of G over whole rows and columns, new_rows [m] and new_cols [n] the new
+    second moments r and s; totals and mean_squares, one entry per parameter, are sum(r) and the mean of U^2. A part
+    without rows still has columns, whose moments go on, and the other way round.
+    """
+    for i, param in enumerate(params):
+        u_row, v_col, r, s = exp_avg_rows[i], exp_avg_cols[i], new_rows[i], new_cols[i]
+        b1 = _of(beta1, i)
+        row_mean, col_mean = row_sums[i] / cols[i], col_sums[i] / rows[i]
+        if maximize:
+            row_mean, col_mean = -row_mean, -col_mean
+        u = b1 * u_row.view(-1) + (1 - b1) * row_mean
+        v = b1 * v_col.view(-1) + (1 - b1) * col_mean
+        if param.numel():
+            W, G = _operands(param, grads[i], (u.numel(), v.numel()), r.dtype, maximize)
+            whole = rows[i], cols[i]
+            W = _hfac_update(
+                W, G, u, v, r, s, row_mean, col_mean, whole, totals[i], b1, lr, weight_decay, clip_threshold,
+                mean_squares[i],
+            )  # fmt: skip
+            _write(param, W, None)
+        for old, new in ((u_row, u), (v_col, v), (exp_avg_sq_rows[i], r), (exp_avg_sq_cols[i], s)):
+            _write(old, new, None)
+
+
+def _hfac_update(
+    W: Tensor,
+    G: Tensor,
+    u: Tensor,
+    v: Tensor,
+    r: Tensor,
+    s: Tensor,
+    row_mean: Tensor,
+    col_mean: Tensor,
+    shape: tuple[int, int],
+    total: Tensor,
+    b1: Scalar,
+    lr: Scalar,
+    weight_decay: Scalar,
+    clip_threshold: float | None,
+    mean_square: Tensor | None = None,
+) -> Tensor:
+    """The new W of a matrix of `shape`, or of a part of one, whose new moments are given; `total` is sum(r)."""
+    m, n = shape
+    phi = b1 * (u - row_mean) / (r / n).sqrt()
+    psi = b1 * (v - col_mean) / (s / m).sqrt()
+
+    # U = G / sqrt(V) with V = r s^T / sum(r). V is never formed and sum(r) / r_i never divided: the first would
+    # underflow float32 (eps = 1e-30), the second can overflow. |G_ij| <= sqrt(s_j / (1 - b2)) keeps the first
+    # product finite.
+    U = G * (1 / s.sqrt()) * (total.sqrt() * (1 / r.sqrt()))[:, None]
+    U = _clip(U, clip_threshold, mean_square)
+    return W - lr * ((phi[:, None] + psi) / 2 + U + weight_decay * W)
 
 
 def hfac_dense_step_(
@@ -86,11 +192,13 @@ def hfac_dense_step_(
     clip_threshold: float | None,
     weight_decay: Scalar,
     maximize: bool,
+    mean_squares: Tensor | None = None,
 ) -> None:
     """One step of H-Fac where nothing can be factored (vectors, scalars, one row or one column): both moments are
     whole.
 
-    The formula is that of `hfac_step_` with u = v = m and rowmean = colmean = G.
+    The formula is that of `hfac_step_` with u = v = m and rowmean = colmean = G. `mean_squares`, one entry per
+    parameter, replaces the mean of U^2 by which U is clipped where a parameter is part of a larger one.
     """
     for i, param in enumerate(params):
         if param.numel() == 0:
@@ -99,13 +207,29 @@ def hfac_dense_step_(
         W, G = _operands(param, grads[i], (-1,), exp_avg_sqs[i].dtype, maximize)
 
         m = b1 * exp_avgs[i].view(-1) + (1 - b1) * G
-        q = b2 * exp_avg_sqs[i].view(-1) + (1 - b2) * (G * G + eps)
-        U = _clip(G / q.sqrt(), clip_threshold)
+        q = _hfac_dense_square(exp_avg_sqs[i], G, b2, eps)
+        mean_square = None if mean_squares is None else mean_squares[i]
+        U = _clip(G / q.sqrt(), clip_threshold, mean_square)
         W = W - lr * (b1 * (m - G) / q.sqrt() + U + weight_decay * W)
 
         keep = _keep(G, nonfinite, i)
         for old, new in ((param, W), (exp_avgs[i], m), (exp_avg_sqs[i], q)):
             _write(old, new, keep)
+
+
+def hfac_dense_squares(
+    grads: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor], *, beta2: Scalar, eps: float
+) -> list[Tensor]:
+    """The sums of U^2 (0-d) of the step that `hfac_dense_step_` would make with these gradients."""
+    sums = []
+    for i, grad in enumerate(grads):
+        G = grad.reshape(-1).to(exp_avg_sqs[i].dtype)
+        sums.append((G * G / _hfac_dense_square(exp_avg_sqs[i], G, _of(beta2, i), eps)).sum())
+    return sums
+
+
+def _hfac_dense_square(old: Tensor, G: Tensor, b2: Scalar, eps: float) -> Tensor:
+    return b2 * old.view(-1) + (1 - b2) * (G * G + eps)
 
 
 def smmf_step_(
@@ -146,18 +270,87 @@ def smmf_step_(
         if beta1 is not None:
             assert exp_avg_rows is not None and exp_avg_cols is not None and exp_avg_signs is not None
             b1, r_M, c_M, sign = _of(beta1, i), exp_avg_rows[i], exp_avg_cols[i], exp_avg_signs[i]
-            magnitude = torch.outer(b1 * r_M, c_M)
-            positive = unpack_signs(sign, param.shape).reshape(n, m)
-            M = torch.where(positive, magnitude, -magnitude) + (1 - b1) * G
+            M = _smmf_first(G, b1, r_M, c_M, unpack_signs(sign, param.shape).reshape(n, m))
             r, c = nnmf(M.abs())
             for old, new in ((r_M, r), (c_M, c), (sign, pack_signs((M > 0).view(param.shape)))):
                 _write(old, new, keep)
 
-        V = torch.outer(b2 * r_V, c_V) + (1 - b2) * (G * G)
+        V = _smmf_second(G, b2, r_V, c_V)
         r, c = nnmf(V)
         W = W - lr * (M / (V.sqrt() + eps))
         for old, new in ((param, W), (r_V, r), (c_V, c)):
             _write(old, new, keep)
+
+
+def smmf_sums_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg_rows: Sequence[Tensor] | None,
+    exp_avg_cols: Sequence[Tensor] | None,
+    exp_avg_signs: Sequence[Tensor] | None,
+    exp_avg_sq_rows: Sequence[Tensor],
+    exp_avg_sq_cols: Sequence[Tensor],
+    new_rows: Sequence[Tensor] | None,
+    new_cols: Sequence[Tensor] | None,
+    new_sq_rows: Sequence[Tensor],
+    new_sq_cols: Sequence[Tensor],
+    *,
+    blocks: Sequence[Sequence[Block]],
+    lr: Scalar,
+    beta1: Scalar | None,
+    beta2: Scalar,
+    eps: float,
+    weight_decay: Scalar,
+    decoupled_weight_decay: bool,
+    maximize: bool,
+) -> None:
+    """One step of SMMF on parts of parameters. The factors of the whole, [n] and [m], are read and stay as they are;
+    row and column sums of |M| and V over the part are added to the lists `new_...` of the same shapes.
+
+    Added up over all parts they make the next factors: rows as they stand, columns divided by their sum (`nnmf`).
+    Signs are those of the part, `pack_signs` of its shape. `blocks` says where the elements of the part lie in the
+    square matrix (`Block`).
+    """
+    for i, param in enumerate(params):
+        if param.numel() == 0:
+            continue
+        b2 = _of(beta2, i)
+        W, G = _operands(param, grads[i], (-1,), exp_avg_sq_rows[i].dtype, maximize)
+        W, G = _decay(W, G, lr, weight_decay, decoupled_weight_decay)
+        positive = None
+        if beta1 is not None:
+            assert exp_avg_signs is not None
+            positive = unpack_signs(exp_avg_signs[i], param.shape).reshape(-1)
+        new = torch.empty_like(W)
+        for block in blocks[i]:
+            rows, cols = block.row_slice, block.col_slice
+            g = block.of(G)
+            M = g
+            if beta1 is not None:
+                assert exp_avg_rows is not None and exp_avg_cols is not None
+                assert new_rows is not None and new_cols is not None and positive is not None
+                signs = block.of(positive)
+                M = _smmf_first(g, _of(beta1, i), exp_avg_rows[i][rows], exp_avg_cols[i][cols], signs)
+                new_rows[i][rows] += M.abs().sum(1)
+                new_cols[i][cols] += M.abs().sum(0)
+                signs.copy_(M > 0)
+            V = _smmf_second(g, b2, exp_avg_sq_rows[i][rows], exp_avg_sq_cols[i][cols])
+            new_sq_rows[i][rows] += V.sum(1)
+            new_sq_cols[i][cols] += V.sum(0)
+            block.of(new).copy_(block.of(W) - lr * (M / (V.sqrt() + eps)))
+        _write(param, new, None)
+        if positive is not None:
+            assert exp_avg_signs is not None
+            exp_avg_signs[i].copy_(pack_signs(positive.view(param.shape)))
+
+
+def _smmf_first(G: Tensor, b1: Scalar, r_M: Tensor, c_M: Tensor, positive: Tensor) -> Tensor:
+    magnitude = torch.outer(b1 * r_M, c_M)
+    return torch.where(positive, magnitude, -magnitude) + (1 - b1) * G
+
+
+def _smmf_second(G: Tensor, b2: Scalar, r_V: Tensor, c_V: Tensor) -> Tensor:
+    return torch.outer(b2 * r_V, c_V) + (1 - b2) * (G * G)
 
 
 def smmf_dense_step_(
@@ -241,11 +434,11 @@ def _decay(W: Tensor, G: Tensor, lr: Scalar, weight_decay: Scalar, decoupled: bo
     return (W * (1 - lr * weight_decay), G) if decoupled else (W, G + weight_decay * W)
 
 
-def _clip(U: Tensor, clip_threshold: float | None) -> Tensor:
+def _clip(U: Tensor, clip_threshold: float | None, mean_square: Tensor | None = None) -> Tensor:
     """U / max(1, rms(U) / d), the update clipping of Adafactor (Shazeer, Stern 2018, section 6)."""
     if clip_threshold is None:
         return U
-    rms = (U * U).mean().sqrt()
+    rms = ((U * U).mean() if mean_square is None else mean_square).sqrt()
     return U / (rms / clip_threshold).clamp(min=1)
 
 

@@ -17,7 +17,7 @@ ALLOWED = {
     "_version": set(),
     "matricize": set(),
     "schedules": set(),
-    "reference": {"schedules"},
+    "reference": {"matricize", "schedules"},
     "backends": {"reference", "triton_kernels", "_C", "schedules", "matricize"},
     "ops": {"backends", "matricize", "schedules"},
     "functional": {"ops", "schedules"},

@@ -53,15 +53,16 @@ def available(device: torch.device) -> list[str]:
     return sorted(here, key="triton".__eq__) if device.type == "cpu" else here
 
 
-def resolve(name: str, device: torch.device) -> ModuleType:
-    """The module whose ops serve ``device``.
+def resolve(name: str, device: torch.device, op: str | None = None) -> ModuleType:
+    """The module whose ops serve ``device``; with ``op``, one of the ops that not every backend has, one that has it.
 
     Raises:
         ValueError: no backend has this name.
         RuntimeError: the one asked for cannot serve the device; the message says why, what is there and what to do.
     """
     if name == "auto":
-        return TABLE[available(device)[0]].load()
+        modules = (TABLE[here].load() for here in available(device))
+        return next(module for module in modules if op is None or hasattr(module, op))
     if name not in TABLE:
         raise ValueError(f"backend must be one of {', '.join(map(repr, NAMES))}, got {name!r}")
     reason = TABLE[name].why_not(device)
@@ -70,7 +71,13 @@ def resolve(name: str, device: torch.device) -> ModuleType:
         raise RuntimeError(
             f"backend={name!r} was asked for tensors on {device}, but {reason} Present for {device}: {here}."
         )
-    return TABLE[name].load()
+    module = TABLE[name].load()
+    if op is not None and not hasattr(module, op):
+        raise RuntimeError(
+            f"backend={name!r} was asked for, but it cannot update a part of a parameter ({op}), which sharded "
+            "parameters need. Use backend='auto' or 'reference'."
+        )
+    return module
 
 
 def host_counters() -> ModuleType | None:
