@@ -177,12 +177,8 @@ def hfac_apply_(
 ) -> None:
     """The rest of a step of H-Fac on parts [m, n] of matrices of `rows` rows and `cols` columns, whose sums are known.
     Row lists are [m], column lists [n], totals and mean_squares [len(params)]."""
-    by_row = dict(
-        exp_avg_rows=exp_avg_rows, exp_avg_sq_rows=exp_avg_sq_rows, row_sums=row_sums, new_rows=new_rows
-    )
-    by_col = dict(
-        exp_avg_cols=exp_avg_cols, exp_avg_sq_cols=exp_avg_sq_cols, col_sums=col_sums, new_cols=new_cols
-    )
+    by_row = dict(exp_avg_rows=exp_avg_rows, exp_avg_sq_rows=exp_avg_sq_rows, row_sums=row_sums, new_rows=new_rows)
+    by_col = dict(exp_avg_cols=exp_avg_cols, exp_avg_sq_cols=exp_avg_sq_cols, col_sums=col_sums, new_cols=new_cols)
     _check_parts(params, {"rows": rows, "cols": cols, "grads": grads}, {**by_row, **by_col})
     for i, param in enumerate(params):
         sizes = {tensors[i].numel() for tensors in by_row.values()}, {tensors[i].numel() for tensors in by_col.values()}
@@ -280,6 +276,30 @@ def smmf_sums_step_(
         decoupled_weight_decay=decoupled_weight_decay,
         maximize=maximize,
     )
+
+
+def hfac_dense_squares(grads: Tensors, exp_avg_sqs: Tensors, *, beta2: Scalar, eps: float) -> list[Tensor]:
+    """Sums of U^2 over parts of vectors. In plain torch with every backend: vectors are few."""
+    return backends.TABLE["reference"].load().hfac_dense_squares(grads, exp_avg_sqs, beta2=beta2, eps=eps)
+
+
+def hfac_dense_apply_(
+    params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, mean_squares: Tensor, **scalars: Any
+) -> None:
+    """`hfac_dense_step_` on parts of vectors whose means of U^2 are known, in plain torch likewise."""
+    step = backends.TABLE["reference"].load().hfac_dense_step_
+    step(params, grads, exp_avgs, exp_avg_sqs, mean_squares=mean_squares, **scalars)
+
+
+def nonfinite(grads: Tensors, elements: Sequence[int]) -> Tensor:
+    """int32 [len(grads)]: 1 where a gradient that is part of a tensor of so many elements must be refused, by the rule
+    of `hfac.reference`. Nothing of a gradient's size is made."""
+    flags = torch.zeros(len(grads), dtype=torch.int32, device=grads[0].device if grads else None)
+    for i, grad in enumerate(grads):
+        if grad.numel():
+            largest = torch.stack(torch.aminmax(grad)).to(state_dtype(grad.dtype))
+            flags[i] = ~(largest * largest * elements[i]).isfinite().all()
+    return flags
 
 
 #: Ops on parts of parameters, whose wholes lie on several ranks (`hfac.distributed`).

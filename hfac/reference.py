@@ -316,11 +316,11 @@ def smmf_sums_step_(
             continue
         b2 = _of(beta2, i)
         W, G = _operands(param, grads[i], (-1,), exp_avg_sq_rows[i].dtype, maximize)
-        W, G = _decay(W, G, lr, weight_decay, decoupled_weight_decay)
+        W, G = _decay(W.contiguous(), G, lr, weight_decay, decoupled_weight_decay)
         positive = None
         if beta1 is not None:
             assert exp_avg_signs is not None
-            positive = unpack_signs(exp_avg_signs[i], param.shape).reshape(-1)
+            positive = unpack_signs(exp_avg_signs[i], param.shape).reshape(-1).contiguous()
         new = torch.empty_like(W)
         for block in blocks[i]:
             rows, cols = block.row_slice, block.col_slice

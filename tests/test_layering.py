@@ -21,7 +21,8 @@ ALLOWED = {
     "backends": {"reference", "triton_kernels", "_C", "schedules", "matricize"},
     "ops": {"backends", "matricize", "schedules"},
     "functional": {"ops", "schedules"},
-    "optim": {"functional", "ops", "backends", "matricize", "schedules"},
+    "distributed": {"functional", "ops", "matricize"},
+    "optim": {"distributed", "functional", "ops", "backends", "matricize", "schedules"},
     "triton_kernels": set(),
     "cli": {"", "optim", "backends", "_version", "matricize"},
 }

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import backends, functional, ops
+from .. import backends, distributed, functional, ops, schedules
+from ..distributed import layout
 from . import options
 
 State = dict[str, Tensor]
-#: shape and dtype of every factor or moment of a parameter, by state key
-Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+#: global shape and dtype of every factor or moment of a parameter, by state key, and for each dimension the parameter's
+#: that it follows where the parameter is sharded (None: whole on every rank)
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype, layout.Follows]]
 
 NONFINITE = ("propagate", "skip")
 _COMMON_RULES: dict[str, options.Rule] = {
@@ -38,7 +40,8 @@ class FactoredOptimizer(Optimizer):
     State is made when parameters are added, as plain tensors: factors or moments in float32 (float64 for float64
     parameters), ``step`` as a 0-d float32 tensor on the host, and with nonfinite="skip" the count ``skipped``. With
     ``capturable``, "skip" or ``amp_scaling`` the step lives beside the parameter, because only the device knows it
-    then.
+    then. State of a DTensor is DTensors, whose global shapes do not depend on how it is sharded; its steps are on the
+    host, because what ranks add up says there who made one.
     """
 
     #: name of the subclass's functional form, and every state key that it takes lists of
@@ -50,11 +53,13 @@ class FactoredOptimizer(Optimizer):
     _seen: "_Seen | None"
     #: by group: which of its parameters had a gradient, and those, bound
     _bound: dict[int, tuple[list[bool], functional.Group]]
+    #: the sharded parameters, bound; None where there are none, or they are to be looked at again
+    _sharded: distributed.Sharded | None = None
     #: an option that every version of the subclass has and no other optimizer: tells whose a state dict is
     _own_option: ClassVar[str]
 
     def _layout(self, param: Tensor, group: Mapping[str, Any]) -> Layout:
-        """Shapes and types of a parameter's state; the keys are the same for every step."""
+        """Global shapes and types of a parameter's state; the keys are the same for every step."""
         raise NotImplementedError
 
     def _scalars(self, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +124,10 @@ class FactoredOptimizer(Optimizer):
             self._forget()
             self._sync_state()
             self._seen = _Seen(self)
+            self._sharded = self._bind_sharded()
         work = [self._prepare(index, group) for index, group in enumerate(self.param_groups)]
+        if self._sharded is not None:
+            work.append(self._sharded.prepare({i: self._shared(group) for i, group in enumerate(self.param_groups)}))
         for update in work:
             if update is not None:
                 update()
@@ -127,8 +135,9 @@ class FactoredOptimizer(Optimizer):
 
     def _prepare(self, group_index: int, group: dict[str, Any]) -> Callable[[], None] | None:
         """Checks a step of one group, on the parameters that have a gradient, and returns it, yet to be made."""
-        params = group["params"]
-        grads = [param.grad for param in params]
+        assert self._seen is not None
+        params = self._seen.whole[group_index]
+        grads = self._seen.gradients(group_index)
         present = list(map(is_not, grads, repeat(None)))
         if not all(present):
             params = [param for param, here in zip(params, present, strict=True) if here]
@@ -146,7 +155,8 @@ class FactoredOptimizer(Optimizer):
                     return update
             if bound is not None:
                 self._sync_state()  # what moved may have left its state behind
-            functional_group = self._bind(group, params, grads, [self.state[param] for param in params])
+            states = [{key: layout.local(value) for key, value in self.state[param].items()} for param in params]
+            functional_group = self._bind(group, list(map(layout.local, params)), grads, states)
             self._bound[group_index] = present, functional_group
             return functional_group.prepare(grads, **options)
         except RuntimeError:
@@ -174,8 +184,35 @@ class FactoredOptimizer(Optimizer):
             group["backend"],
         )
 
+    def _shared(self, group: dict[str, Any]) -> distributed.Options:
+        """What a step is told anew of sharded parameters."""
+        options = self._options(group)
+        options.update({name: schedules.as_scalar(name, options[name]) for name in ("lr", "weight_decay")})
+        return distributed.Options(options, group["nonfinite"] == "skip", group["backend"])
+
+    def _bind_sharded(self) -> distributed.Sharded | None:
+        """Sharded parameters of all groups; nobody else's gradients decide which, so that all ranks agree on them."""
+        entries = [
+            distributed.Entry(f"parameter {i} of group {index}", index, param, self.state[param])
+            for index, group in enumerate(self.param_groups)
+            for i, param in enumerate(group["params"])
+            if layout.is_sharded(param) and param in self.state
+        ]
+        return distributed.Sharded(self._algorithm, entries) if entries else None
+
+    def _wait(self) -> None:
+        """Takes up what collectives of the last step have yet to bring."""
+        if self._sharded is not None:
+            self._sharded.wait()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._wait()
+        return super().__getstate__()
+
     def _forget(self) -> None:
         """What earlier steps found in order is to be looked at again."""
+        self._wait()
+        self._sharded = None
         self._seen = None
         self._bound = {}
 
@@ -195,7 +232,8 @@ class FactoredOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim: {"state": {index: {key: tensor}}, "param_groups": [...]}, plain tensors that share memory
-        with the state."""
+        with the state. What collectives have yet to bring is waited for."""
+        self._wait()
         self._sync_state()
         return super().state_dict()
 
@@ -255,16 +293,10 @@ class FactoredOptimizer(Optimizer):
         if not isinstance(param, Tensor):
             return  # torch says what it thinks of it
         where = f"{type(self).__name__}: parameter {index} of the group"
-        if hasattr(param, "placements") and hasattr(param, "_local_tensor"):
-            raise TypeError(
-                f"{where} is a sharded DTensor, which this version does not support: factoring each shard by itself "
-                "would give other numbers for every number of ranks. Use DistributedDataParallel, or pass unsharded "
-                "parameters."
-            )
         if getattr(param, "_is_flat_param", False):
             raise TypeError(
                 f"{where} is a flat parameter of FSDP1 (or of use_orig_params=False), which has no rows and columns to "
-                "factor. Pass the model's own parameters."
+                "factor. Shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead."
             )
         ops.check_tensor(where, param)
         if param.dtype not in ops.PARAM_DTYPES:
@@ -273,6 +305,23 @@ class FactoredOptimizer(Optimizer):
                 "tensors out of the optimizer, or keep a floating-point copy to train."
             )
         backends.resolve(group["backend"], param.device)
+        if layout.is_dtensor(param):
+            self._check_dtensor(where, param, group)
+
+    def _check_dtensor(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
+        reason = layout.refusal(param)
+        if reason is not None:
+            raise ValueError(f"{where} {reason}")
+        if not layout.is_sharded(param):
+            return
+        for name in ("capturable", "amp_scaling"):
+            if group[name]:
+                raise ValueError(
+                    f"{where} is sharded, and {name}=True is not supported with sharded parameters: whether ranks make "
+                    f"a step is decided on the host. Leave {name}=False."
+                )
+        for op in ops.PART_OPS[self._algorithm]:
+            backends.resolve(group["backend"], param.device, op)
 
     def _sync_state(self) -> None:
         """Makes state follow the parameters: creates what is missing, moves what is elsewhere, drops what is gone.
@@ -282,7 +331,6 @@ class FactoredOptimizer(Optimizer):
         live = set()
         for group in self.param_groups:
             skip = group["nonfinite"] == "skip"
-            beside = _steps_beside(group)
             for param in group["params"]:
                 state = self.state.get(param)
                 if state is None:
@@ -296,7 +344,7 @@ class FactoredOptimizer(Optimizer):
                     anchor is None
                     or anchor.device != device
                     or anchor.dtype != ops.state_dtype(param.dtype)
-                    or state["step"].device != (device if beside else _HOST)
+                    or state["step"].device != (device if _steps_beside(group, param) else _HOST)
                     or (skip and "skipped" not in state)
                 ):
                     self._complete_state(param, group, state)
@@ -308,18 +356,19 @@ class FactoredOptimizer(Optimizer):
 
     def _complete_state(self, param: Tensor, group: Mapping[str, Any], state: State) -> None:
         """Every key of a parameter's state, on the device and of the type it must have; what is new is zero."""
-        layout = {key: (shape, dtype, param.device) for key, (shape, dtype) in self._layout(param, group).items()}
-        skip = group["nonfinite"] == "skip"
-        layout["step"] = (), torch.float32, param.device if _steps_beside(group) else _HOST
-        if skip:
-            layout["skipped"] = (), torch.int32, param.device
+        counters = [("step", torch.float32, param.device if _steps_beside(group, param) else _HOST)]
+        if group["nonfinite"] == "skip":
+            counters.append(("skipped", torch.int32, param.device))
         if not param.is_meta and any(value.is_meta for value in state.values()):
             state.clear()  # moments that went to the meta device are lost, and the step counts them
-        for key, (shape, dtype, device) in layout.items():
+        for key, (shape, dtype, follows) in self._layout(param, group).items():
             if key in state:
-                state[key] = state[key].to(device=device, dtype=dtype)
+                state[key] = state[key].to(device=param.device, dtype=dtype)
             else:
-                state[key] = torch.zeros(shape, dtype=dtype, device=device)
+                state[key] = layout.zeros(param, shape, follows, dtype, param.device)
+        for key, dtype, device in counters:
+            count = state[key] if key in state else torch.zeros((), dtype=dtype)
+            state[key] = count.to(device=device, dtype=dtype)
 
     def _checked_state(self, state_dict: dict[str, Any]) -> dict[int, State]:
         """The state of every parameter that ``state_dict`` has one for, by the parameter's position in this
@@ -367,15 +416,15 @@ class FactoredOptimizer(Optimizer):
         where = f"{type(self).__name__}: state of parameter {index} (shape {tuple(param.shape)})"
         if not isinstance(state, Mapping):
             raise TypeError(f"{where} must be a dict of tensors, got {type(state).__name__}")
-        layout = self._layout(param, group)
-        needed = {*layout, "step"}
+        needed_layout = self._layout(param, group)
+        needed = {*needed_layout, "step"}
         if not needed <= state.keys() or not state.keys() <= {*needed, "skipped"}:
             raise ValueError(
                 f"{where} must have the keys {sorted(needed)}, got {sorted(map(str, state))}. It was saved by another "
                 "optimizer, or with options that give another state."
             )
         entry: State = {}
-        for key, (shape, dtype) in layout.items():
+        for key, (shape, dtype, follows) in needed_layout.items():
             value = state[key]
             if not isinstance(value, Tensor):
                 raise TypeError(f"{where}: '{key}' must be a tensor of shape {shape}, got {type(value).__name__}")
@@ -385,7 +434,10 @@ class FactoredOptimizer(Optimizer):
                 value.dtype != dtype and not dtype.is_floating_point
             ):
                 raise ValueError(f"{where}: '{key}' must be {dtype}, got {value.dtype}")
-            entry[key] = value.to(dtype)
+            try:
+                entry[key] = layout.placed(param, value.to(dtype), follows)
+            except ValueError as error:
+                raise ValueError(f"{where}: '{key}' {error}") from None
         for key, dtype in (("step", torch.float32), ("skipped", torch.int32)):
             if key in state:
                 count = state[key]
@@ -403,22 +455,32 @@ class _Seen:
     made, moved or dropped, and what was bound still stands."""
 
     def __init__(self, optimizer: FactoredOptimizer) -> None:
+        self.whole = [[p for p in group["params"] if not layout.is_sharded(p)] for group in optimizer.param_groups]
+        self._dtensors = [p for group in optimizer.param_groups for p in group["params"] if layout.is_dtensor(p)]
         self._lists = list(map(list, self._walk(optimizer)))
         self._options = self._execution(optimizer)
 
     def holds(self, optimizer: FactoredOptimizer) -> bool:
         return self._execution(optimizer) == self._options and all(map(_same, self._walk(optimizer), self._lists))
 
-    @staticmethod
-    def _walk(optimizer: FactoredOptimizer) -> list[Collection[Any]]:
+    def gradients(self, group_index: int) -> list[Tensor | None]:
+        """Of the parameters in `whole`, which each rank has all of."""
+        params = self.whole[group_index]
+        if not self._dtensors:
+            return [param.grad for param in params]
+        label = f"a parameter of group {group_index}"
+        return [layout.gradient(param, label) for param in params]
+
+    def _walk(self, optimizer: FactoredOptimizer) -> list[Collection[Any]]:
         states = optimizer.state
         tensors = list(chain.from_iterable(map(dict.values, states.values())))
-        return [states.keys(), states.values(), tensors, *(group["params"] for group in optimizer.param_groups)]
+        parts = [param._local_tensor for param in self._dtensors]
+        return [states.keys(), states.values(), tensors, parts, *(group["params"] for group in optimizer.param_groups)]
 
     @staticmethod
     def _execution(optimizer: FactoredOptimizer) -> list[tuple[Any, ...]]:
         return [
-            (group["backend"], _steps_beside(group), group["nonfinite"], group.get("beta", 0.0) is None)
+            (*(group[name] for name in (*_EXECUTION, "nonfinite")), group.get("beta", 0.0) is None)
             for group in optimizer.param_groups
         ]
 
@@ -430,9 +492,10 @@ def _same(now: Collection[Any], then: Collection[Any]) -> bool:
 _HOST = torch.device("cpu")
 
 
-def _steps_beside(group: Mapping[str, Any]) -> bool:
-    """Whether steps live beside their parameters: where only the device knows whether one was made, or reads them."""
-    return group["nonfinite"] == "skip" or group["capturable"] or group["amp_scaling"]
+def _steps_beside(group: Mapping[str, Any], param: Tensor) -> bool:
+    """Whether a step lives beside its parameter: where only the device knows whether it was made, or reads it."""
+    beside = group["nonfinite"] == "skip" or group["capturable"] or group["amp_scaling"]
+    return beside and not layout.is_sharded(param)
 
 
 def _described(tensor: Tensor) -> str:

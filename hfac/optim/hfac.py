@@ -106,9 +106,10 @@ class HFac(FactoredOptimizer):
     def _layout(self, param: Tensor, group: Mapping[str, Any]) -> Layout:
         shape, dtype = tuple(param.shape), ops.state_dtype(param.dtype)
         k = matricize.cut(shape, group["matricize"])
+        dims = tuple(range(len(shape)))
         if k is None:
-            return {"exp_avg": (shape, dtype), "exp_avg_sq": (shape, dtype)}
-        rows, cols = (shape[:k], dtype), (shape[k:], dtype)
+            return {"exp_avg": (shape, dtype, dims), "exp_avg_sq": (shape, dtype, dims)}
+        rows, cols = (shape[:k], dtype, dims[:k]), (shape[k:], dtype, dims[k:])
         return {"exp_avg_row": rows, "exp_avg_col": cols, "exp_avg_sq_row": rows, "exp_avg_sq_col": cols}
 
     def _scalars(self, group: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import matricize, ops
+from ..distributed.layout import sign_refusal
 from ..schedules import Scalar
 from . import options
 from .base import FactoredOptimizer, Layout
@@ -108,14 +109,21 @@ class SMMF(FactoredOptimizer):
         first = group["beta"] is not None
         n, m = matricize.square(param.numel())
         if m == 1 or (not group["vector_reshape"] and sum(side > 1 for side in shape) == 1):
-            whole = (shape, dtype)
+            whole = (shape, dtype, tuple(range(len(shape))))
             return {"exp_avg": whole, "exp_avg_sq": whole} if first else {"exp_avg_sq": whole}
-        rows, cols = ((n,), dtype), ((m,), dtype)
+        rows, cols = ((n,), dtype, (None,)), ((m,), dtype, (None,))
         layout: Layout = {"exp_avg_sq_row": rows, "exp_avg_sq_col": cols}
         if first:
-            signs = (matricize.sign_shape(shape), torch.uint8)
+            signs = (matricize.sign_shape(shape), torch.uint8, (0, 1))
             layout = {"exp_avg_row": rows, "exp_avg_col": cols, "exp_avg_sign": signs, **layout}
         return layout
+
+    def _check_dtensor(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
+        super()._check_dtensor(where, param, group)
+        if "exp_avg_sign" in self._layout(param, group):
+            reason = sign_refusal(param)
+            if reason is not None:
+                raise ValueError(f"{where} {reason}")
 
     def _scalars(self, group: Mapping[str, Any]) -> dict[str, Any]:
         return {name: group[name] for name in ("beta", "eps", "decay_rate", "growth_rate", "weight_decay_mode")}

@@ -1,0 +1,54 @@
+"""The sharded parameters of an optimizer: the same numbers on any number of ranks.
+
+Each rank computes sums over its part of every parameter; a few numbers per row and column are added up over the ranks;
+each rank updates its part. See docs/distributed.md.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from . import hfac, layout, schedule, smmf
+from .bucket import Bucket, Entry, Options
+
+__all__ = ["Entry", "Options", "Sharded", "layout"]
+
+
+class Sharded:
+    """The sharded parameters of all groups of an optimizer, for as long as they and their states are the same objects.
+
+    Args:
+        algorithm: "hfac" or "smmf".
+        entries: in the optimizer's order, which is that of every rank.
+    """
+
+    def __init__(self, algorithm: str, entries: Sequence[Entry]) -> None:
+        self._parts: list[smmf.Parts] = smmf.buckets(entries) if algorithm == "smmf" else []
+        self._buckets: Sequence[Bucket] = self._parts or hfac.buckets(entries)
+        self._sent: list[smmf.Sent] = []
+
+    def prepare(self, options: Mapping[int, Options]) -> Callable[[], None]:
+        """Adds up over the ranks what the step needs, checks it, and returns the step, yet to be made.
+
+        Args:
+            options: by group.
+
+        Raises:
+            RuntimeError: ranks do not agree on which parameters have a gradient; nothing has been written by H-Fac,
+                and SMMF, which learns it one step later, names the parameter then.
+        """
+        self.wait()
+        rest = schedule.run([bucket.plan(options[bucket.group]) for bucket in self._buckets])
+
+        def step() -> None:
+            if self._parts:
+                self._sent = smmf.send(self._parts, rest)
+            else:
+                for finish in rest:
+                    finish()
+
+        return step
+
+    def wait(self) -> None:
+        """Takes up what is still under way; every reader of the state calls it first."""
+        sent, self._sent = self._sent, []
+        for under_way in sent:
+            under_way.take()

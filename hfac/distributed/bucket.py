@@ -1,0 +1,118 @@
+"""Sharded parameters that step together, and what both algorithms do with them alike."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..functional import ALGORITHMS
+from . import layout
+from .schedule import Planned
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sharded parameter of an optimizer.
+
+    Attributes:
+        label: how messages call it.
+        group: the position of its group.
+        param: the DTensor.
+        state: its state by key, DTensors and the plain ``step`` (and ``skipped``).
+    """
+
+    label: str
+    group: int
+    param: Tensor
+    state: Mapping[str, Tensor]
+
+    def local_state(self, key: str) -> Tensor:
+        return layout.local(self.state[key])
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a step is told of one group anew every time."""
+
+    scalars: Mapping[str, Any]
+    skip: bool
+    backend: str
+
+
+class Bucket:
+    """Entries of one group that agree in type and in who shares them. Subclasses give the numbers."""
+
+    algorithm: str
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = list(entries)
+        self.group = entries[0].group
+        self.params = [layout.local(entry.param) for entry in entries]
+        self.elements = [entry.param.numel() for entry in entries]
+        self.dtype = ops.state_dtype(entries[0].param.dtype)
+        self.device = self.params[0].device
+
+    def plan(self, options: Options) -> Planned:
+        """A step with the gradients that the parameters have now, yet to be made."""
+        raise NotImplementedError
+
+    def gradients(self) -> list[Tensor | None]:
+        """This rank's parts of the gradients, placed as their parameters are."""
+        return [layout.gradient(entry.param, entry.label) for entry in self.entries]
+
+    def decays(self, options: Options) -> tuple[Tensor | None, Tensor]:
+        """beta1 and beta2, one entry per parameter, of the step to be made."""
+        steps = torch.tensor(ops.read_steps([entry.state["step"] for entry in self.entries]), dtype=torch.float64)
+        found = ALGORITHMS[self.algorithm].decays(steps + 1, dict(options.scalars))
+        return found["beta1"], found["beta2"]
+
+    def flags(self, here: Sequence[int], grads: Sequence[Tensor | None], options: Options) -> Tensor:
+        """1 at the parameters in ``here`` whose gradient, in this part, must be refused; zeros unless it is asked
+        for."""
+        flags = torch.zeros(len(self.entries), dtype=self.dtype, device=self.device)
+        if options.skip and here:
+            found = ops.nonfinite([g for g in grads if g is not None], [self.elements[i] for i in here])
+            flags[list(here)] = found.to(self.dtype)
+        return flags
+
+    def at(self, here: Sequence[int]) -> Tensor:
+        """1 at the places in ``here``, 0 elsewhere."""
+        ones = torch.zeros(len(self.entries), dtype=self.dtype, device=self.device)
+        ones[list(here)] = 1
+        return ones
+
+    def count_skipped(self, refused: Sequence[int]) -> None:
+        for i in refused:
+            self.entries[i].state["skipped"].add_(1)
+
+    def advance(self, going: Sequence[int]) -> None:
+        if going:
+            ops.advance_steps_([self.entries[i].state["step"] for i in going])
+
+    def who(self, counts: Sequence[float], expected: Sequence[int]) -> list[int]:
+        """The parameters that have a gradient, as far as every rank that shares them says so.
+
+        Raises:
+            RuntimeError: some ranks have a gradient of a parameter and some do not.
+        """
+        for entry, count, all_of_them in zip(self.entries, counts, expected, strict=True):
+            if count not in (0, all_of_them):
+                raise RuntimeError(
+                    f"{entry.label} (shape {tuple(entry.param.shape)}) has a gradient on {int(count)} of the "
+                    f"{all_of_them} ranks that share it. A sharded parameter needs one on all of them or on none: let "
+                    "every rank use the parameter in its loss (a zero times its output will do), or set requires_grad "
+                    "to False on all."
+                )
+        return [i for i, count in enumerate(counts) if count]
+
+
+def ranks_that_share(param: Tensor) -> int:
+    """How many parts the parameter has."""
+    return torch.Size(param.device_mesh.size(d) for cut in layout.cuts(param) for d in cut).numel()  # type: ignore[attr-defined]
+
+
+def pick(values: Sequence[Any], places: Sequence[int]) -> list[Any]:
+    return [values[i] for i in places]

@@ -1,0 +1,249 @@
+"""How a DTensor lies on its mesh: what of its state lies where, and who shares its rows and columns.
+
+A rank's part of a parameter is a product of index sets, one for each dimension, whatever the placements. Rows and
+columns of its matrix are groups of dimensions, so a part is some whole rows of some columns: sums over a row are
+complete after they have been added up over those mesh dimensions that cut the columns' dimensions, and the other way
+round. Everything here is decided by global shapes and placements, alike on every rank.
+"""
+
+from __future__ import annotations  # not every torch has the types that are named here
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import matricize
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+#: for every dimension of a state the parameter's dimension that it follows, or None where it is whole on every rank
+Follows = tuple[int | None, ...]
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Asked without importing what only sharded training needs."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "_local_tensor")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that lies on this rank, or the tensor itself. Call it without gradients."""
+    if not is_dtensor(tensor):
+        return tensor
+    part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return part.wait() if hasattr(part, "wait") else part  # what a collective has yet to bring
+
+
+def gradient(param: Tensor, label: str) -> Tensor | None:
+    """This rank's part of a parameter's gradient, placed as the parameter is; None where there is no gradient."""
+    grad = param.grad
+    if grad is None or not is_dtensor(param):
+        return grad
+    if not is_dtensor(grad):
+        raise RuntimeError(
+            f"the gradient of {label} must be a DTensor like its parameter, got a plain tensor of shape "
+            f"{tuple(grad.shape)}"
+        )
+    placements = param.placements  # type: ignore[attr-defined]
+    if grad.placements != placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(placements=placements)  # type: ignore[attr-defined]
+    return local(grad)
+
+
+def cuts(tensor: Tensor) -> list[list[int]]:
+    """For each dimension of the tensor the mesh dimensions that cut it, in the mesh's order. Empty for a plain tensor;
+    a mesh dimension of one rank cuts nothing."""
+    found: list[list[int]] = [[] for _ in range(tensor.ndim)]
+    if is_dtensor(tensor):
+        for mesh_dim, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
+            if _is_shard(placement) and tensor.device_mesh.size(mesh_dim) > 1:  # type: ignore[attr-defined]
+                found[placement.dim].append(mesh_dim)
+    return found
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Is there a rank that does not have all of it? An empty tensor is whole everywhere."""
+    return any(cuts(tensor)) and tensor.numel() > 0
+
+
+def refusal(param: Tensor) -> str | None:
+    """Why a DTensor cannot be optimized, or None."""
+    if any(placement.is_partial() for placement in param.placements):  # type: ignore[attr-defined]
+        return (
+            "is a DTensor with a Partial placement, whose values no rank has. Give the optimizer parameters that are "
+            "Shard or Replicate (param.redistribute(...))."
+        )
+    return None
+
+
+def sign_refusal(param: Tensor) -> str | None:
+    """Why the sign bits of this parameter cannot be sharded as it is, or None.
+
+    Signs are [d0, bytes of one slice], so that a cut of the first dimension is always one of bytes; a cut of the second
+    must fall between bytes on every rank, and further dimensions cannot be cut.
+    """
+    by_dim = cuts(param)
+    if not any(by_dim[1:]):
+        return None
+    what = f"has shape {tuple(param.shape)} and placements {tuple(param.placements)}"  # type: ignore[attr-defined]
+    advice = "Shard its first dimension, or use hfac.HFac, which takes any placement."
+    if any(by_dim[2:]):
+        return f"{what}; SMMF's packed signs can follow a shard of the first or second dimension only. {advice}"
+    ranks = torch.Size(param.device_mesh.size(d) for d in by_dim[1]).numel()  # type: ignore[attr-defined]
+    (_, d1), rest = param.shape[:2], param.shape[2:].numel()
+    size = matricize.sign_shape(param.shape)[1]
+    even = d1 % ranks == 0 and size % ranks == 0
+    if (-(-size // ranks) * 8 == -(-d1 // ranks) * rest) and (even or len(by_dim[1]) == 1):
+        return None
+    return (
+        f"{what}; SMMF's packed signs need every rank's piece of the second dimension, times the dimensions after it, "
+        f"to be a multiple of 8 elements. {advice}"
+    )
+
+
+def zeros(param: Tensor, shape: Sequence[int], follows: Follows, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A state of a global ``shape`` that lies where the dimensions it follows lie: a DTensor on the parameter's mesh,
+    or a plain tensor for a plain parameter."""
+    if not is_dtensor(param):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    sizes = [len(mine) for mine in _own_indices(param, shape, follows)]
+    return _as_dtensor(param, shape, follows, torch.zeros(sizes, dtype=dtype, device=device))
+
+
+def placed(param: Tensor, value: Tensor, follows: Follows) -> Tensor:
+    """A state that was saved under any layout, of the right global shape, as it must lie here.
+
+    Raises:
+        ValueError: that would need a collective, which loading must not start; the message says what to do.
+    """
+    if not is_dtensor(value):
+        if not is_dtensor(param):
+            return value
+        part = value
+        for d, mine in enumerate(_own_indices(param, value.shape, follows)):
+            part = part.index_select(d, mine.to(part.device))
+        return _as_dtensor(param, value.shape, follows, part)
+    if not is_sharded(value) and not is_dtensor(param):
+        return local(value)
+    if is_dtensor(param) and value.device_mesh == param.device_mesh:  # type: ignore[attr-defined]
+        placements = state_placements(param, follows)
+        if list(value.placements) == placements:  # type: ignore[attr-defined]
+            return value
+        if not is_sharded(value):
+            return placed(param, local(value), follows)
+    raise ValueError(
+        "is sharded otherwise than its parameter. Load it with torch.distributed.checkpoint and "
+        "set_optimizer_state_dict, which move it, or gather it with .full_tensor() on every rank first."
+    )
+
+
+def _own_indices(param: Tensor, shape: Sequence[int], follows: Follows) -> list[Tensor]:
+    """For each dimension of a state, the indices on this rank."""
+    mesh: DeviceMesh = param.device_mesh  # type: ignore[attr-defined]
+    placements = list(enumerate(state_placements(param, follows)))
+    return [
+        indices(size, mesh, [(i, p) for i, p in placements if _is_shard(p) and p.dim == d])
+        for d, size in enumerate(shape)
+    ]
+
+
+def _as_dtensor(param: Tensor, shape: Sequence[int], follows: Follows, part: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    stride = torch.empty(shape, device="meta").stride()
+    placements = state_placements(param, follows)
+    mesh: DeviceMesh = param.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def state_placements(param: Tensor, follows: Follows) -> list[Any]:
+    """Placements of a state of a DTensor."""
+    from torch.distributed.tensor import Replicate
+
+    placements = []
+    for placement in param.placements:  # type: ignore[attr-defined]
+        if _is_shard(placement) and placement.dim in follows:
+            placements.append(_moved(placement, follows.index(placement.dim)))
+        else:
+            placements.append(Replicate())
+    return placements
+
+
+def indices(size: int, mesh: DeviceMesh, placements: Sequence[tuple[int, Any]]) -> Tensor:
+    """Which of the ``size`` indices of a dimension lie on this rank, in the order of its part, where the given mesh
+    dimensions cut it, first to last."""
+    mine = torch.arange(size)
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "this rank is not in the parameter's mesh"
+    for mesh_dim, placement in placements:
+        pieces, _ = _moved(placement, 0)._split_tensor(mine, mesh.size(mesh_dim), with_padding=False, contiguous=False)
+        mine = pieces[coordinate[mesh_dim]]
+    return mine
+
+
+def blocks(param: DTensor) -> list[matricize.Block]:
+    """Where the elements of this rank's part lie in SMMF's square matrix of the whole."""
+    shape = param.shape
+    own = _own_indices(param, shape, tuple(range(len(shape))))[:2]
+    slice_, rest = shape[1:].numel(), shape[2:].numel()
+    inner = _intervals(own[1]) if len(own) > 1 else [(0, 1)]
+    if inner == [(0, slice_ // max(rest, 1))]:  # slices are whole, and those that are neighbours are one run
+        runs = [(start * slice_, count * slice_) for start, count in _intervals(own[0])]
+    else:
+        runs = [(i * slice_ + start * rest, count * rest) for i in own[0].tolist() for start, count in inner]
+    return matricize.blocks(runs, matricize.square(param.numel())[1])
+
+
+def groups(mesh: DeviceMesh, mesh_dims: Sequence[int]) -> list[dist.ProcessGroup]:
+    """The process groups of this rank along mesh dimensions, the innermost first."""
+    return [mesh.get_group(d) for d in sorted(mesh_dims, reverse=True)]
+
+
+def joint_group(mesh: DeviceMesh, mesh_dims: Sequence[int]) -> dist.ProcessGroup:
+    """The group of the ranks that differ from this one in these mesh dimensions only. Making one is a collective of its
+    members, done once."""
+    if len(mesh_dims) == 1:
+        return mesh.get_group(mesh_dims[0])
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "this rank is not in the parameter's mesh"
+    place = tuple(slice(None) if d in mesh_dims else c for d, c in enumerate(coordinate))
+    ranks = tuple(mesh.mesh[place].flatten().tolist())
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD
+    group = _made.get(ranks)
+    try:
+        if group is not None and dist.get_process_group_ranks(group) == list(ranks):
+            return group
+    except (KeyError, ValueError):
+        pass  # it went down with an earlier initialization
+    backend = dist.get_backend(mesh.get_group(mesh_dims[0]))
+    group = _made[ranks] = dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
+    return group
+
+
+_made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+
+def _is_shard(placement: Any) -> bool:
+    return hasattr(placement, "dim")  # Shard, and _StridedShard, which is no subclass of it in every torch
+
+
+def _moved(placement: Any, dim: int) -> Any:
+    """The same cut of another dimension."""
+    if placement.dim == dim:
+        return placement
+    if hasattr(placement, "split_factor"):
+        return type(placement)(dim, split_factor=placement.split_factor)
+    return type(placement)(dim)
+
+
+def _intervals(indices: Tensor) -> list[tuple[int, int]]:
+    """(first, count) of the runs of consecutive numbers."""
+    if not len(indices):
+        return []
+    breaks = (indices[1:] != indices[:-1] + 1).nonzero().flatten() + 1
+    return [(int(run[0]), len(run)) for run in indices.tensor_split(breaks)]

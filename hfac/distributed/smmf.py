@@ -1,0 +1,223 @@
+"""SMMF on sharded parameters: one asynchronous all-reduce for all of them.
+
+A step needs the factors of the step before and nothing of this one, so no rank waits: the sums over its part that make
+the next factors are sent off at the end of a step, travel while the next gradient is computed, and are taken up before
+anything reads a factor.
+"""
+
+from __future__ import annotations  # not every torch has the types that are named here
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import ops
+from . import layout
+from .bucket import Bucket, Entry, Options, pick, ranks_that_share
+from .schedule import Job, Planned, reduced
+
+
+def buckets(entries: Sequence[Entry]) -> list[Parts]:
+    """Entries sorted into buckets, in an order that is the same on every rank."""
+    mesh_dims: dict[object, set[int]] = {}
+    for entry in entries:
+        mesh_dims.setdefault(_mesh(entry), set()).update(sum(layout.cuts(entry.param), []))
+    found: dict[tuple[object, ...], list[Entry]] = {}
+    for entry in entries:
+        factored = "exp_avg_sq_row" in entry.state
+        found.setdefault((entry.group, entry.param.dtype, _mesh(entry), factored), []).append(entry)
+    return [
+        (Factored if factored else Whole)(mine, sorted(mesh_dims[mesh])) for (*_, mesh, factored), mine in found.items()
+    ]
+
+
+def _mesh(entry: Entry) -> object:
+    return entry.param.device_mesh  # type: ignore[attr-defined]
+
+
+class Parts(Bucket):
+    """Parameters of one mesh. Sums go over all mesh dimensions that cut any of the mesh's parameters, so that one
+    collective serves them all; where a parameter is not cut in one of these, one rank speaks for its copies."""
+
+    algorithm = "smmf"
+
+    def __init__(self, entries: Sequence[Entry], mesh_dims: Sequence[int]) -> None:
+        super().__init__(entries)
+        mesh = entries[0].param.device_mesh  # type: ignore[attr-defined]
+        self.joint = layout.joint_group(mesh, mesh_dims)
+        self.ranks = [ranks_that_share(entry.param) for entry in entries]
+        coordinate = mesh.get_coordinate()
+        self.speaks = []
+        for entry in entries:
+            own = sum(layout.cuts(entry.param), [])
+            self.speaks.append(all(coordinate[d] == 0 for d in mesh_dims if d not in own))
+
+    #: numbers that a step sends off
+    size: int
+
+    def step(self, room: Tensor, going: Sequence[int], grads: Sequence[Tensor | None], options: Options) -> None:
+        """Makes the step on the parts of the parameters in ``going`` and adds what is to be sent off to ``room``."""
+        raise NotImplementedError
+
+    def take(self, room: Tensor) -> None:
+        """Makes the factors of the sums over all parts."""
+        raise NotImplementedError
+
+    def plan(self, options: Options) -> Planned:
+        groups = [self.joint] if options.skip else []
+        return Planned(groups, self.dtype, self.device, self._job(self.gradients(), options))
+
+    def _job(self, grads: list[Tensor | None], options: Options) -> Job:
+        here = [i for i, grad in enumerate(grads) if grad is not None]
+        left: set[int] = set()
+        if options.skip:
+            count = len(self.entries)
+            flags = yield from reduced(
+                [self.joint], count, lambda room: room.copy_(self.flags(here, grads, options))
+            )  # fmt: skip
+            left = {i for i, flag in enumerate(flags.tolist()) if flag}
+        going = [i for i in here if i not in left]
+        self._call = lambda room: self.step(room, going, grads, options)
+
+        def count_steps() -> None:
+            self.count_skipped([i for i in here if i in left])
+            self.advance(going)
+
+        return count_steps
+
+    def send(self, room: Tensor) -> None:
+        """The step that has been planned."""
+        self._call(room)
+        del self._call  # and the gradients with it
+
+
+class Factored(Parts):
+    """Matrices whose factors every rank has."""
+
+    def __init__(self, entries: Sequence[Entry], mesh_dims: Sequence[int]) -> None:
+        super().__init__(entries, mesh_dims)
+        second = ("exp_avg_sq_row", "exp_avg_sq_col")
+        first = ("exp_avg_row", "exp_avg_col") if "exp_avg_row" in entries[0].state else ()
+        self.factors = [[entry.local_state(name) for entry in entries] for name in (*second, *first)]
+        self.signs = [entry.local_state("exp_avg_sign") for entry in entries] if first else None
+        self.blocks = [layout.blocks(entry.param) for entry in entries]  # type: ignore[arg-type]
+        self._sizes = [factor.numel() for factors in self.factors for factor in factors]
+        self.size = sum(self._sizes) + len(entries)
+
+    def _split(self, room: Tensor) -> tuple[list[list[Tensor]], Tensor]:
+        """Sums as `factors` are, and who had a gradient."""
+        count = len(self.entries)
+        *pieces, present = room.split([*self._sizes, count])
+        return [pieces[k : k + count] for k in range(0, len(pieces), count)], present
+
+    def step(self, room: Tensor, going: Sequence[int], grads: Sequence[Tensor | None], options: Options) -> None:
+        sums, present = self._split(room)
+        beta1, beta2 = self.decays(options)
+        scalars = options.scalars
+        old, new = ([pick(factor, going) for factor in factors] for factors in (self.factors, sums))
+        if len(old) == 2:
+            old, new = ([*factors, None, None] for factors in (old, new))
+        if going:
+            ops.smmf_sums_step_(
+                pick(self.params, going),
+                pick(grads, going),
+                *old[2:],
+                None if self.signs is None else pick(self.signs, going),
+                *old[:2],
+                *new[2:],
+                *new[:2],
+                blocks=pick(self.blocks, going),
+                lr=scalars["lr"],
+                beta1=None if beta1 is None else beta1[list(going)],
+                beta2=beta2[list(going)],
+                eps=scalars["eps"],
+                weight_decay=scalars["weight_decay"],
+                decoupled_weight_decay=scalars["weight_decay_mode"] == "adamw",
+                maximize=scalars["maximize"],
+                backend=options.backend,
+            )
+        for i, speaks in enumerate(self.speaks):
+            if not speaks:
+                for factors in sums:
+                    factors[i].zero_()
+        present.copy_(self.at([i for i in going if self.speaks[i]]))
+
+    def take(self, room: Tensor) -> None:
+        sums, present = self._split(room)
+        going = self.who(present.tolist(), self.ranks)
+        for rows, cols, new_rows, new_cols in zip(
+            self.factors[::2], self.factors[1::2], sums[::2], sums[1::2], strict=True
+        ):
+            for i in going:
+                rows[i].copy_(new_rows[i])
+                total = new_cols[i].sum()
+                cols[i].copy_(new_cols[i] / torch.where(total == 0, 1, total))
+
+
+class Whole(Parts):
+    """Parameters whose moments are whole and cut as they are: nothing but who had a gradient is shared."""
+
+    def __init__(self, entries: Sequence[Entry], mesh_dims: Sequence[int]) -> None:
+        super().__init__(entries, mesh_dims)
+        self.squares = [entry.local_state("exp_avg_sq") for entry in entries]
+        self.averages = [entry.local_state("exp_avg") for entry in entries] if "exp_avg" in entries[0].state else None
+        self.size = len(entries)
+
+    def step(self, room: Tensor, going: Sequence[int], grads: Sequence[Tensor | None], options: Options) -> None:
+        beta1, beta2 = self.decays(options)
+        scalars = options.scalars
+        if going:
+            ops.smmf_dense_step_(
+                pick(self.params, going),
+                pick(grads, going),
+                None if self.averages is None else pick(self.averages, going),
+                pick(self.squares, going),
+                lr=scalars["lr"],
+                beta1=None if beta1 is None else beta1[list(going)],
+                beta2=beta2[list(going)],
+                eps=scalars["eps"],
+                weight_decay=scalars["weight_decay"],
+                decoupled_weight_decay=scalars["weight_decay_mode"] == "adamw",
+                maximize=scalars["maximize"],
+                backend=options.backend,
+            )
+        room.copy_(self.at([i for i in going if self.speaks[i]]))
+
+    def take(self, room: Tensor) -> None:
+        self.who(room.tolist(), self.ranks)
+
+
+@dataclass
+class Sent:
+    """An all-reduce under way, and whose sums it brings."""
+
+    work: dist.Work
+    rooms: list[tuple[Parts, Tensor]]
+
+    def take(self) -> None:
+        self.work.wait()
+        for bucket, room in self.rooms:
+            bucket.take(room)
+
+
+def send(parts: Sequence[Parts], rest: Sequence[Callable[[], None]]) -> list[Sent]:
+    """Makes the steps that were planned and sends off their sums, in one all-reduce for each group and type."""
+    kinds: dict[tuple[object, ...], list[Parts]] = {}
+    for bucket in parts:
+        kinds.setdefault((bucket.joint.group_name, bucket.dtype, bucket.device), []).append(bucket)
+    sent = []
+    for buckets in kinds.values():
+        sizes = [bucket.size for bucket in buckets]
+        buffer = torch.zeros(sum(sizes), dtype=buckets[0].dtype, device=buckets[0].device)
+        rooms = list(zip(buckets, buffer.split(sizes), strict=True))
+        for bucket, room in rooms:
+            bucket.send(room)
+        work = dist.all_reduce(buffer, group=buckets[0].joint, async_op=True)
+        assert work is not None
+        sent.append(Sent(work, rooms))
+    for count in rest:
+        count()
+    return sent

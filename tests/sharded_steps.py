@@ -1,0 +1,140 @@
+"""Twenty steps of sharded parameters beside the same steps of whole ones; runs on every rank."""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+import hfac
+
+STEPS = 20
+#: how FSDP2 cuts what tensor parallelism has cut already
+STRIDED = "strided"
+
+#: name: (mesh, [(shape, placements)]). None: a plain parameter among sharded ones.
+S0, S1, S2, R = Shard(0), Shard(1), Shard(2), Replicate()
+CASES = {
+    "even": ((4,), [((8, 6), [S0]), ((16, 24), [S0]), ((12,), [S0])]),
+    "uneven": ((4,), [((7, 6), [S0]), ((10, 9), [S0]), ((13,), [S0]), ((17, 2, 3), [S0])]),
+    "empty-shards": ((4,), [((2, 6), [S0]), ((5, 4), [S0]), ((3,), [S0]), ((1, 7), [S0]), ((0, 3), [S0])]),
+    "convolutions": ((4,), [((8, 3, 3, 3), [S0]), ((6, 4, 1, 1), [S0]), ((5, 2, 3, 3, 2), [S0]), ((6,), [S0])]),
+    "columns": ((4,), [((6, 64), [S1]), ((32, 32), [S1]), ((9, 32), [S1])]),
+    "columns-hfac": ((4,), [((6, 10), [S1]), ((3, 5, 7), [S1]), ((4, 3, 6), [S2])]),
+    "whole": ((4,), [((8, 6), [R]), ((5,), [R])]),
+    "mixed": ((4,), [((8, 6), [S0]), ((8, 6), None), ((12,), None), ((9, 4), [S0]), ((16, 32), [S1]), ((6, 5), [R])]),
+    "hsdp": ((2, 2), [((8, 6), [R, S0]), ((7, 5), [R, S0]), ((9,), [R, S0])]),
+    "fsdp-tp": (
+        (2, 2),
+        [
+            ((8, 16), [S0, S1]),
+            ((12, 16), STRIDED),
+            ((16, 32), [S1, S0]),
+            ((8, 8), [S0, R]),
+            ((16,), [S0, R]),
+            ((16,), STRIDED),
+        ],
+    ),
+    "fsdp-tp-uneven": ((2, 2), [((7, 16), [S0, S1]), ((5, 32), [S0, S1]), ((3, 6), [S0, R]), ((9, 7), [S0, S0])]),
+    "tp-only": ((2, 2), [((8, 16), [R, S1]), ((9, 6), [R, S0]), ((5,), [R, S0]), ((6,), [R, R])]),
+    "three-dims": ((2, 1, 2), [((8, 16), [R, S0, S1]), ((8, 16), [S0, S0, S1]), ((9, 5), [S0, R, S0])]),
+}
+OPTIONS = {
+    "HFac": {
+        "all": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, clip_threshold=0.7),
+        "unclipped": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, clip_threshold=None, maximize=True),
+        "skip": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, clip_threshold=0.7, nonfinite="skip"),
+    },
+    "SMMF": {
+        "all": dict(lr=0.01, weight_decay=0.1, decay_rate=-0.8),
+        "adam": dict(lr=0.01, weight_decay=0.1, weight_decay_mode="adam", vector_reshape=False, maximize=True),
+        "no-first": dict(lr=0.01, weight_decay=0.1, beta=None),
+        "skip": dict(lr=0.01, weight_decay=0.1, nonfinite="skip"),
+    },
+}
+
+
+def part_of(full, mesh, placements):
+    """A DTensor of the parts that torch.chunk gives; independent of the package's own layout code."""
+    if placements is None:
+        return full.clone()
+    if placements == STRIDED:  # tensor parallelism first, FSDP then
+        part = full.chunk(mesh.size(1))[mesh.get_local_rank(1)].chunk(mesh.size(0))[mesh.get_local_rank(0)]
+        placements = [_StridedShard(0, split_factor=mesh.size(1)), Shard(0)]
+    else:
+        part = full
+        for d, placement in enumerate(placements):
+            if isinstance(placement, Shard):
+                size = -(-part.shape[placement.dim] // mesh.size(d))
+                start = min(size * mesh.get_local_rank(d), part.shape[placement.dim])
+                size = min(size, part.shape[placement.dim] - start)
+                part = part.narrow(placement.dim, start, size)
+    return DTensor.from_local(
+        part.clone(memory_format=torch.contiguous_format),
+        mesh,
+        placements,
+        run_check=False,
+        shape=full.shape,
+        stride=full.stride(),
+    )
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def run_case(name, options, case, dtype, backend, steps=STEPS):
+    """Largest difference from the run on whole tensors: of parameters, and of every state, relative to its size."""
+    mesh_shape, params = CASES[case]
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("a", "b", "c")[: len(mesh_shape)])
+    kwargs = OPTIONS[name][options]
+    generator = torch.Generator().manual_seed(0)
+    full = [torch.randn(shape, generator=generator, dtype=dtype) for shape, _ in params]
+    ours = [torch.nn.Parameter(part_of(p, mesh, places)) for p, (_, places) in zip(full, params, strict=True)]
+    theirs = [torch.nn.Parameter(p.clone()) for p in full]
+    optimizer = getattr(hfac, name)(ours, **kwargs, backend=backend)
+    reference = getattr(hfac, name)(theirs, **kwargs, backend="reference")
+    for step in range(steps):
+        for i, (p, q, (shape, places)) in enumerate(zip(ours, theirs, params, strict=True)):
+            grad = 0.1 * torch.randn(shape, generator=generator, dtype=dtype)
+            if step % 5 == 3 and i == 1:
+                p.grad = q.grad = None  # a parameter that no rank used
+                continue
+            if options == "skip" and step in (2, 7) and i in (0, 2) and grad.numel():
+                grad.view(-1)[-1] = float("nan")
+            q.grad, p.grad = grad, part_of(grad, mesh, places)
+        optimizer.step()
+        reference.step()
+    state = optimizer.state_dict()["state"]
+    errors = {}
+    for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+        errors[f"{i}"] = difference(whole(p.detach()), q.detach())
+        for key, value in reference.state_dict()["state"][i].items():
+            found = whole(state[i][key])
+            assert found.shape == value.shape and found.dtype == value.dtype, (i, key, found.shape, value.shape)
+            if value.dtype == torch.uint8:
+                errors[f"{i}.{key}"] = float((found != value).sum())
+            else:
+                errors[f"{i}.{key}"] = difference(found, value)
+    return errors
+
+
+def difference(ours, theirs):
+    if not theirs.numel():
+        return 0.0
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)).item()
+
+
+def run_all(cases):
+    """{case: errors, or the message of what it raised}."""
+    found = {}
+    for case in cases:
+        try:
+            found[case] = run_case(*case)
+        except Exception as error:
+            import traceback
+
+            found[case] = traceback.format_exc()
+            del error
+    dist.barrier()
+    return found
