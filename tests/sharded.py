@@ -6,6 +6,7 @@ to the test. Starting ranks costs seconds, so one start runs many cases.
 
 import datetime
 import importlib
+import logging
 import os
 import pickle
 import sys
@@ -34,6 +35,7 @@ def on_ranks(world: int, function: str, *args: Any) -> Any:
 
 def _rank(rank: int, world: int, folder: str, function: str, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # full_tensor() in two gathers
     sys.path.insert(0, str(Path(__file__).parent))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=TIMEOUT)
