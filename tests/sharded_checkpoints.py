@@ -1,0 +1,105 @@
+"""Checkpoints of sharded training, saved on one layout and continued on another."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from sharded_models import everything, model, optimizer_of, train, with_state, wrap
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+
+BEFORE, AFTER = 5, 5
+NAMES = ("HFac", "SMMF")
+FORMATS = (False, True)  # flattened optimizer state
+SAVED_ON = ("fsdp", "fsdp-tp")
+
+
+def place(folder, kind, name, flat):
+    return str(Path(folder) / f"{kind}-{name}-{'flat' if flat else 'nested'}")
+
+
+def save_all(folder):
+    """Trains and saves, under every wrapper, with every optimizer, in both formats."""
+    for kind in SAVED_ON:
+        for name in NAMES:
+            net = wrap(kind, model())
+            optimizer = optimizer_of(name, net)
+            train(net, optimizer, BEFORE)
+            for flat in FORMATS:
+                options = StateDictOptions(flatten_optimizer_state_dict=flat)
+                model_state, state = get_state_dict(net, optimizer, options=options)
+                dcp.save({"model": model_state, "optimizer": state}, checkpoint_id=place(folder, kind, name, flat))
+
+
+def continue_all(folder, kind):
+    """Loads every checkpoint under the wrapper ``kind``, trains on, and returns everything by (saved on, optimizer,
+    flat)."""
+    found = {}
+    for saved_on in SAVED_ON:
+        for name in NAMES:
+            for flat in FORMATS:
+                net = wrap(kind, model())
+                torch.nn.init.zeros_(net.head.weight)  # what is not loaded shows
+                optimizer = optimizer_of(name, net)
+                options = StateDictOptions(flatten_optimizer_state_dict=flat)
+                model_state, state = get_state_dict(net, optimizer, options=options)
+                parts = {"model": model_state, "optimizer": state}
+                dcp.load(parts, checkpoint_id=place(folder, saved_on, name, flat), no_dist=not dist.is_initialized())
+                set_state_dict(
+                    net,
+                    optimizer,
+                    model_state_dict=parts["model"],
+                    optim_state_dict=parts["optimizer"],
+                    options=options,
+                )
+                train(net, optimizer, AFTER, first=BEFORE)
+                found[saved_on, name, flat] = everything(net, with_state(optimizer))
+    return found
+
+
+def uninterrupted(name):
+    net = model()
+    optimizer = optimizer_of(name, net, backend="reference")
+    train(net, optimizer, BEFORE + AFTER)
+    return everything(net, with_state(optimizer))
+
+
+def full_state(kind):
+    """Full state gathered on rank 0 goes back through broadcast_from_rank0; returns what came of training on."""
+    found = {}
+    for name in NAMES:
+        net = wrap(kind, model())
+        optimizer = optimizer_of(name, net)
+        train(net, optimizer, BEFORE)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        model_state, state = get_state_dict(net, optimizer, options=options)
+        if dist.get_rank():
+            model_state, state = {}, {}
+        net = wrap(kind, model())
+        torch.nn.init.zeros_(net.head.weight)
+        optimizer = optimizer_of(name, net)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_state_dict(net, optimizer, model_state_dict=model_state, optim_state_dict=state, options=options)
+        train(net, optimizer, AFTER, first=BEFORE)
+        found[name] = everything(net, with_state(optimizer))
+    return found
+
+
+def keys_and_shapes(kind):
+    """Key, global shape and type of all state: the same on every layout."""
+    found = {}
+    for name in NAMES:
+        net = wrap(kind, model())
+        optimizer = optimizer_of(name, net)
+        state = get_optimizer_state_dict(net, optimizer)["state"]
+        found[name] = {
+            f"{param}.{key}": (tuple(value.shape), str(value.dtype))
+            for param, entry in state.items()
+            for key, value in entry.items()
+        }
+    return found

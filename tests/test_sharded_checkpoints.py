@@ -1,0 +1,48 @@
+"""A checkpoint saved on any layout goes on, on any other, as if nothing had happened."""
+
+import pytest
+import torch
+from sharded import on_ranks
+from sharded_checkpoints import NAMES, continue_all, keys_and_shapes, uninterrupted
+from sharded_steps import difference
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Checkpoints of four ranks: FSDP, and FSDP x TP; nested and flat."""
+    folder = str(tmp_path_factory.mktemp("checkpoints"))
+    on_ranks(4, "sharded_checkpoints:save_all", folder)
+    return folder
+
+
+def goes_on(found, name):
+    wanted = uninterrupted(name)
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert found[key].dtype == value.dtype and found[key].shape == value.shape, key
+        if value.dtype == torch.uint8:
+            assert torch.equal(found[key], value), key
+        else:
+            assert difference(found[key], value) <= 1e-12, key
+
+
+@pytest.mark.parametrize(("world", "kind"), [(1, "fsdp"), (2, "fsdp"), (3, "fsdp"), (4, "hsdp"), (4, "fsdp-tp")])
+def test_continued_on_another_layout(saved, world, kind):
+    for (_, name, _), found in on_ranks(world, "sharded_checkpoints:continue_all", saved, kind).items():
+        goes_on(found, name)
+
+
+def test_continued_without_a_process_group(saved):
+    for (_, name, _), found in continue_all(saved, "plain").items():
+        goes_on(found, name)
+
+
+def test_full_state_from_rank_0():
+    for name, found in on_ranks(4, "sharded_checkpoints:full_state", "fsdp").items():
+        goes_on(found, name)
+
+
+def test_keys_and_global_shapes_are_those_of_whole_tensors():
+    wanted = keys_and_shapes("plain")
+    assert wanted.keys() == set(NAMES)
+    assert on_ranks(4, "sharded_checkpoints:keys_and_shapes", "fsdp-tp") == wanted
