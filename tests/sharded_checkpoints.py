@@ -10,6 +10,8 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
     set_state_dict,
 )
 
@@ -78,13 +80,13 @@ def full_state(kind):
         train(net, optimizer, BEFORE)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         model_state, state = get_state_dict(net, optimizer, options=options)
-        if dist.get_rank():
-            model_state, state = {}, {}
         net = wrap(kind, model())
         torch.nn.init.zeros_(net.head.weight)
         optimizer = optimizer_of(name, net)
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_state_dict(net, optimizer, model_state_dict=model_state, optim_state_dict=state, options=options)
+        # One by one: set_state_dict takes a rank's empty model state for "optimizer only", and ranks part ways.
+        set_model_state_dict(net, model_state, options=options)
+        set_optimizer_state_dict(net, optimizer, state, options=options)
         train(net, optimizer, AFTER, first=BEFORE)
         found[name] = everything(net, with_state(optimizer))
     return found
