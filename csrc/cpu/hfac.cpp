@@ -116,7 +116,7 @@ class HfacOp : public Op {
     const T beta1 = static_cast<T>(it.beta1), rest1 = static_cast<T>(1 - it.beta1);
     const T beta2 = static_cast<T>(it.beta2), rest2 = static_cast<T>(1 - it.beta2);
     const T rows = static_cast<T>(m), cols = static_cast<T>(n);
-    const T sign = options_.maximize ? T(-1) : T(1);
+    const T sign = options_.maximize ? T(-1) : T(1), lr = static_cast<T>(options_.lr);
 
     T *sum = at.cols, *square = sum + padded(n), *ratio = square + padded(n);
     for (int64_t c = 1; c < chunks(i, 0); ++c) {
@@ -135,7 +135,7 @@ class HfacOp : public Op {
       v[j] = hfac_average(beta1, v[j], rest1, mean);
       s[j] = hfac_average(beta2, s[j], rest2, square[j] + eps_sum);
       norm += static_cast<double>(ratio[j]) / static_cast<double>(s[j]);
-      sum[j] = hfac_half_drift(beta1, v[j], mean, s[j], rows);
+      sum[j] = lr * hfac_half_drift(beta1, v[j], mean, s[j], rows);
       square[j] = T(1) / root(s[j]);
     }
     T divisor = T(1);
@@ -150,8 +150,8 @@ class HfacOp : public Op {
       const T mean = sign * at.row_a[k] / cols;
       u[k] = hfac_average(beta1, u[k], rest1, mean);
       r[k] = at.row_b[k];
-      at.row_a[k] = hfac_half_drift(beta1, u[k], mean, r[k], cols);
-      at.row_b[k] = scale * (T(1) / root(r[k])) / divisor;
+      at.row_a[k] = lr * hfac_half_drift(beta1, u[k], mean, r[k], cols);
+      at.row_b[k] = sign * lr * (scale * (T(1) / root(r[k])) / divisor);
     }
   }
 
@@ -166,9 +166,7 @@ class HfacOp : public Op {
     a.grad_stride = a.param_stride = a.cols = it.cols;
     a.half_psi = space_.cols;
     a.col_scale = space_.cols + padded(it.cols);
-    a.lr = static_cast<T>(options_.lr);
-    a.weight_decay = static_cast<T>(options_.weight_decay);
-    a.negate = options_.maximize;
+    a.decay = static_cast<T>(options_.lr * options_.weight_decay);
     const int64_t step = to.stage_param || to.stage_grad ? std::min(rows, staged_rows(it.cols)) : rows;
     for (int64_t r = first; r < first + rows; r += step) {
       a.rows = std::min(step, first + rows - r);

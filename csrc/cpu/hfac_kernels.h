@@ -137,11 +137,9 @@ HFAC_HD void hfac_update_rows(const HfacUpdate<T>& a, int64_t i) {
     g[r] = static_cast<const Sg*>(a.grad) + (i + r) * a.grad_stride;
     w[r] = static_cast<Sw*>(a.param) + (i + r) * a.param_stride;
   }
-  const Vec<T> lr(a.lr), weight_decay(a.weight_decay);
-  const auto mask = flip_mask<T>(a.negate);
+  const Vec<T> decay(a.decay);
   const auto step = [&](int r, Vec<T> w, Vec<T> g, Vec<T> half_psi, Vec<T> col_scale) __attribute__((always_inline)) {
-    return hfac_update(w, flip(g, mask), Vec<T>(a.half_phi[i + r]), half_psi, col_scale, Vec<T>(a.row_scale[i + r]), lr,
-                       weight_decay);
+    return hfac_update_by_lr(w, g, Vec<T>(a.half_phi[i + r]), half_psi, col_scale, Vec<T>(a.row_scale[i + r]), decay);
   };
   int64_t j = 0;
   for (; j + L <= a.cols; j += L) {

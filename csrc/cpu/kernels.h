@@ -62,10 +62,9 @@ struct HfacUpdate {
   const void* grad;
   void* param;
   int64_t grad_stride, param_stride;
-  const T *half_phi, *row_scale;  // [rows]
-  const T *half_psi, *col_scale;  // [cols]
-  T lr, weight_decay;
-  bool negate;
+  const T *half_phi, *row_scale;  // [rows] times lr, the scale negative where the gradient is maximized
+  const T *half_psi, *col_scale;  // [cols] half_psi times lr
+  T decay;                        // lr weight_decay
   int64_t rows, cols;
 };
 

@@ -7,7 +7,7 @@ namespace hfac {
 namespace HFAC_LEVEL {
 
 // How far ahead of a loop lines are asked for, in bytes; the streams of four rows outrun the hardware's own guess.
-constexpr int64_t kAhead = 1024;
+constexpr int64_t kAhead = 512;
 
 template <class T>
 HFAC_HD Vec<T> load(const T* p) {

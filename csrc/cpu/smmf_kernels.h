@@ -27,13 +27,13 @@ struct SmmfSplat {
 
   // (SMMF, weight_decay_mode) through the gradient, or on the parameter.
   template <bool kCoupled>
-  HFAC_HD void decay(Vec<T>& w, Vec<T>& g) const {
+  HFAC_HD Vec<T> gradient(Vec<T> g, Vec<T> w) const {
     g = hfac::HFAC_LEVEL::flip(g, flip);
-    if constexpr (kCoupled) {
-      g = g + weight_decay * w;
-    } else {
-      w = w * shrink;
-    }
+    return kCoupled ? g + weight_decay * w : g;
+  }
+  template <bool kCoupled>
+  HFAC_HD Vec<T> decayed(Vec<T> w) const {
+    return kCoupled ? w : w * shrink;
   }
 };
 
@@ -44,30 +44,30 @@ struct SmmfRowState {
   Vec<T> sum_m[R], sum_v[R];
 };
 
-// R rows and one vector of columns: everything the step does to them.
-template <class T, bool kFirst, bool kCoupled, int R>
-struct SmmfCell {
-  Vec<T> w[R], g[R];
+// R rows and one vector of columns: their new moments, and all that these are needed for but the update.
+template <class T, bool kFirst, int R>
+struct SmmfMoments {
+  Vec<T> first[R];  // holds the gradient at first
+  Vec<T> root_second[R];
   uint32_t bits[R];
   Vec<T> sum_m, sum_v;  // of the columns
 
   HFAC_HD void step(const SmmfSplat<T>& s, SmmfRowState<T, R>& rows, Vec<T> col_m, Vec<T> col_v) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      s.template decay<kCoupled>(w[r], g[r]);
-      Vec<T> first = g[r];
+      const Vec<T> g = first[r];
+      const Vec<T> second = smmf_second_moment(Vec<T>(rows.b2_r[r]) * col_v, s.rest2, g);
+      rows.sum_v[r] = rows.sum_v[r] + second;
+      sum_v = r == 0 ? second : sum_v + second;
+      root_second[r] = root(second);
       if constexpr (kFirst) {
         const Vec<T> old = flip_where(Vec<T>(rows.minus_b1_r[r]) * col_m, bits[r]);
-        first = smmf_first_moment(old, s.rest1, g[r]);
-        bits[r] = positive_bits(first);
-        const Vec<T> size = magnitude(first);
+        first[r] = smmf_first_moment(old, s.rest1, g);
+        bits[r] = positive_bits(first[r]);
+        const Vec<T> size = magnitude(first[r]);
         rows.sum_m[r] = rows.sum_m[r] + size;
         sum_m = r == 0 ? size : sum_m + size;
       }
-      const Vec<T> second = smmf_second_moment(Vec<T>(rows.b2_r[r]) * col_v, s.rest2, g[r]);
-      rows.sum_v[r] = rows.sum_v[r] + second;
-      sum_v = r == 0 ? second : sum_v + second;
-      w[r] = smmf_update(w[r], s.lr, first, second, s.eps);
     }
   }
 };
@@ -92,7 +92,8 @@ struct SmmfPlace {
   T *sum_m, *sum_v;
 };
 
-// R rows over `vectors` whole vectors of columns.
+// R rows over `vectors` whole vectors of columns. Between a vector's square roots and its divisions, which depend on
+// them, stand the divisions of the vector before: a processor looks ahead too short a way to find other work by itself.
 template <class T, class Sw, class Sg, bool kFirst, bool kCoupled, int R>
 __attribute__((noinline)) void smmf_columns(const SmmfSplat<T>& s, SmmfRowState<T, R>& state, SmmfPlace<T, Sw, Sg> at,
                                             int64_t vectors) {
@@ -103,20 +104,20 @@ __attribute__((noinline)) void smmf_columns(const SmmfSplat<T>& s, SmmfRowState<
   const int64_t gs3 = 3 * gs, ws3 = 3 * ws, bs3 = 3 * bs;
   const SmmfSplat<T> splat = s;
   SmmfRowState<T, R> rows = state;
-  for (; vectors > 0; --vectors) {
-    SmmfCell<T, kFirst, kCoupled, R> cell;
+  Vec<T> first[R], root_second[R], quotient[R];  // of the vector that waits for its update
+
+  const auto moments = [&]() __attribute__((always_inline)) {
+    SmmfMoments<T, kFirst, R> cell;
     // Past the end of its row a prefetch would find the next row, which is at work too; the row R further on is wanted.
     const int64_t g_ahead = vectors > kGradAhead ? kAhead : kAhead + (R - 1) * gs;
     const int64_t w_ahead = vectors > kParamAhead ? kAhead : kAhead + (R - 1) * ws;
-    // All loads stand before the first store: rows a multiple of 4096 bytes apart would else wait for each other.
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Sg* g_at = row(at.g, gs, gs3, r);
       const Sw* w_at = row(at.w, ws, ws3, r);
       __builtin_prefetch(reinterpret_cast<const char*>(g_at) + g_ahead);
       __builtin_prefetch(reinterpret_cast<const char*>(w_at) + w_ahead, 1);
-      cell.g[r] = load(g_at);
-      cell.w[r] = load(w_at);
+      cell.first[r] = splat.template gradient<kCoupled>(load(g_at), load(w_at));
       if constexpr (kFirst) cell.bits[r] = load_bits<T>(row(at.bits, bs, bs3, r));
     }
     Vec<T> c_m, c_v = load(at.col_v);
@@ -124,7 +125,8 @@ __attribute__((noinline)) void smmf_columns(const SmmfSplat<T>& s, SmmfRowState<
     cell.step(splat, rows, c_m, c_v);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      store(row(at.w, ws, ws3, r), cell.w[r]);
+      first[r] = cell.first[r];
+      root_second[r] = cell.root_second[r];
       if constexpr (kFirst) store_bits<T>(row(at.bits, bs, bs3, r), cell.bits[r]);
     }
     store(at.sum_v, load(static_cast<const T*>(at.sum_v)) + cell.sum_v);
@@ -138,7 +140,33 @@ __attribute__((noinline)) void smmf_columns(const SmmfSplat<T>& s, SmmfRowState<
     at.w += L;
     at.col_v += L;
     at.sum_v += L;
+  };
+  // What follows is `smmf_update` in two halves.
+  const auto divide = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) quotient[r] = first[r] / (root_second[r] + splat.eps);
+  };
+  // All loads stand before the first store: rows a multiple of 4096 bytes apart would else wait for each other.
+  const auto update = [&](Sw* param) __attribute__((always_inline)) {
+    Vec<T> w[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      w[r] = splat.template decayed<kCoupled>(load(static_cast<const Sw*>(row(param, ws, ws3, r))));
+      w[r] = w[r] - splat.lr * quotient[r];
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) store(row(param, ws, ws3, r), w[r]);
+  };
+
+  if (vectors == 0) return;
+  moments();
+  while (--vectors > 0) {
+    divide();
+    moments();
+    update(at.w - 2 * L);
   }
+  divide();
+  update(at.w - L);
   state = rows;
 }
 
@@ -238,7 +266,8 @@ void smmf_dense(const SmmfScalars<T>& scalars, const DenseRun<T>& a) {
     Vec<T> g = whole ? load(g_at + j) : load_part<T>(g_at + j, left);
     Vec<T> w = whole ? load(static_cast<const Sw*>(w_at + j)) : load_part<T>(w_at + j, left);
     Vec<T> second = whole ? load(static_cast<const T*>(a.exp_avg_sq + j)) : load_part<T>(a.exp_avg_sq + j, left);
-    scalars.coupled ? s.template decay<true>(w, g) : s.template decay<false>(w, g);
+    g = scalars.coupled ? s.template gradient<true>(g, w) : s.template gradient<false>(g, w);
+    w = scalars.coupled ? w : s.template decayed<false>(w);
     Vec<T> first = g;
     if (a.exp_avg) {
       first = whole ? load(static_cast<const T*>(a.exp_avg + j)) : load_part<T>(a.exp_avg + j, left);

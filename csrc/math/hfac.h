@@ -25,6 +25,13 @@ HFAC_HD V hfac_update(V w, V g, V half_phi, V half_psi, V col_scale, V row_scale
   return w - lr * (((half_phi + half_psi) + g * col_scale * row_scale) + weight_decay * w);
 }
 
+// The same with lr, and its sign where the gradient's is flipped, in the factors: `half_phi` and `half_psi` times lr,
+// `row_scale` times +-lr; `decay` is lr wd.
+template <class V>
+HFAC_HD V hfac_update_by_lr(V w, V g, V half_phi, V half_psi, V col_scale, V row_scale, V decay) {
+  return w - (((half_phi + half_psi) + g * col_scale * row_scale) + decay * w);
+}
+
 // The same where both moments are whole; `denominator` is sqrt(q), `update` the clipped g / sqrt(q).
 template <class V>
 HFAC_HD V hfac_dense_update(V w, V g, V average, V denominator, V update, V beta1, V lr, V weight_decay) {
