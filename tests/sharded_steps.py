@@ -84,10 +84,14 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def mesh_of(case):
+    shape = CASES[case][0]
+    return init_device_mesh("cpu", shape, mesh_dim_names=("a", "b", "c")[: len(shape)])
+
+
 def run_case(name, options, case, dtype, backend, steps=STEPS):
     """Largest difference from the run on whole tensors: of parameters, and of every state, relative to its size."""
-    mesh_shape, params = CASES[case]
-    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("a", "b", "c")[: len(mesh_shape)])
+    params, mesh = CASES[case][1], mesh_of(case)
     kwargs = OPTIONS[name][options]
     generator = torch.Generator().manual_seed(0)
     full = [torch.randn(shape, generator=generator, dtype=dtype) for shape, _ in params]

@@ -1,10 +1,16 @@
 """Sharded training gives the numbers of unsharded training: every placement and wrapper, with gloo on this machine."""
 
+import re
+
 import pytest
 import torch
-from sharded import on_ranks
+import torch.distributed.checkpoint as dcp
+from sharded import TIMEOUT, on_ranks
+from sharded_models import model, optimizer_of
 from sharded_steps import CASES, OPTIONS
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from bench import sharding
 from hfac import backends
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -65,3 +71,80 @@ def test_replicas_are_equal_to_the_bit_after_200_steps():
     cases = [(kind, name) for kind in ("hsdp", "ddp") for name in OPTIONS]
     found = on_ranks(4, "sharded_models:replicas_all", cases)
     assert found == {(kind, name): (True, 2 if kind == "hsdp" else 4) for kind, name in cases}
+
+
+def test_collectives_of_a_step():
+    """One for FSDP and HSDP, three for H-Fac under FSDP x TP; and the optimizer knows them. SMMF has one for each mesh:
+    what tensor parallelism leaves alone lies on FSDP's."""
+    cases = [
+        *((kind, name) for kind in ("fsdp", "hsdp", "fsdp-tp", "ddp") for name in OPTIONS),
+        ("fsdp", "SMMF", ("nonfinite", "skip")),
+        ("fsdp", "HFac", ("nonfinite", "skip")),
+    ]
+    found = on_ranks(4, "sharded_traffic:counted", cases)
+    wanted = {
+        ("fsdp-tp", "HFac"): [2, 2, 2],
+        ("fsdp-tp", "SMMF"): [2, 4],
+        ("fsdp", "SMMF", ("nonfinite", "skip")): [4, 4],
+    }
+    for case, (counted, said) in found.items():
+        assert counted == said, case
+        ranks = wanted.get(case, {"fsdp": [4], "hsdp": [2], "ddp": []}.get(case[0]))
+        assert [count for count, _ in counted] == ranks, case
+
+
+def test_collectives_on_one_mesh_of_two_dimensions():
+    found = on_ranks(4, "sharded_traffic:counted_on_one_mesh", "fsdp-tp")
+    for name, ranks in {"HFac": [2, 2, 2], "SMMF": [4]}.items():
+        counted, said = found[name]
+        assert counted == said and [count for count, _ in counted] == ranks, name
+
+
+def test_llama_on_64_ranks_sends_what_the_design_says():
+    """Three sums per column and matrix for H-Fac, four factors for SMMF: 15.0 and 18.9 MB, in one all-reduce."""
+    found = sharding.count()
+    for name, megabytes in {"HFac": 15.0, "SMMF": 18.9}.items():
+        calls, _ = found["FSDP, 64", name]
+        assert [ranks for ranks, _ in calls] == [64]
+        assert calls[0][1] == pytest.approx(megabytes * 1e6, rel=0.01)
+    assert sharding.table() in sharding.DOCUMENT.read_text(), "run python -m bench.sharding --write"
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_gradient_on_some_ranks_only(name):
+    message, untouched, step = on_ranks(4, "sharded_traffic:part_ways", name)
+    assert re.match(r"parameter 1 of group 0 \(shape \(16, 4\)\) has a gradient on 3 of the 4 ranks", message)
+    # SMMF's sums arrive with the next step, so that is when it learns of it.
+    assert untouched and step == {"HFac": 1, "SMMF": 2}[name]
+
+
+def test_what_cannot_be_sharded_is_refused():
+    found = on_ranks(4, "sharded_traffic:refusals")
+    patterns = {
+        "partial": r"ValueError: HFac: parameter 0 .* Partial placement.*redistribute",
+        "signs": r"ValueError: SMMF: parameter 0 .*\(4, 12\).*multiple of 8 elements.*HFac",
+        "signs-third": r"ValueError: SMMF: parameter 0 .*first or second dimension only.*HFac",
+        "capturable": r"ValueError: HFac: parameter 0 .* sharded, and capturable=True is not supported",
+        "amp": r"ValueError: SMMF: parameter 0 .* sharded, and amp_scaling=True is not supported",
+        "triton": r"RuntimeError: backend='cuda' was asked for",
+    }
+    for case, pattern in patterns.items():
+        assert re.match(pattern, found[case] or "nothing"), (case, found[case])
+
+
+@pytest.mark.parametrize("how", ["dies", "raises"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_rank_that_is_lost_ends_the_others(name, how, tmp_path):
+    """With an error, within the time that a collective may take; and the last checkpoint loads."""
+    with pytest.raises(FileNotFoundError):  # no rank comes to its end, so rank 0 leaves no result
+        on_ranks(4, "sharded_traffic:lose_one", str(tmp_path), name, how)
+    for rank in (0, 1, 3):
+        outcome, seconds = (tmp_path / str(rank)).read_text().split()
+        assert outcome != "nothing" and float(seconds) < TIMEOUT.total_seconds() + 15, rank
+    net = model()
+    optimizer = optimizer_of(name, net)
+    model_state, state = get_state_dict(net, optimizer)
+    parts = {"model": model_state, "optimizer": state}
+    dcp.load(parts, checkpoint_id=str(tmp_path / "checkpoint"), no_dist=True)
+    set_state_dict(net, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
+    assert {int(state["step"]) for state in optimizer.state.values()} == {2}

@@ -39,16 +39,28 @@ class Sharded:
         rest = schedule.run([bucket.plan(options[bucket.group]) for bucket in self._buckets])
 
         def step() -> None:
-            if self._parts:
-                self._sent = smmf.send(self._parts, rest)
-            else:
-                for finish in rest:
-                    finish()
+            self._sent = smmf.send(self._parts)
+            for finish in rest:
+                finish()
 
         return step
+
+    def collectives(self, skip: Mapping[int, bool]) -> list[tuple[int, int]]:
+        """(ranks, bytes) of every all-reduce of a step; ``skip`` says by group whether nonfinite="skip"."""
+        planned = []
+        for bucket in self._buckets:
+            requests = bucket.requests(skip[bucket.group])
+            planned.append(schedule.Planned(requests, bucket.dtype, bucket.device, _nothing()))
+        found = [*schedule.collectives(planned), *smmf.sends(self._parts)]
+        return [(collective.group.size(), collective.bytes) for collective in found]
 
     def wait(self) -> None:
         """Takes up what is still under way; every reader of the state calls it first."""
         sent, self._sent = self._sent, []
         for under_way in sent:
             under_way.take()
+
+
+def _nothing() -> schedule.Job:
+    yield
+    return lambda: None

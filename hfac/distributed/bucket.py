@@ -1,16 +1,19 @@
 """Sharded parameters that step together, and what both algorithms do with them alike."""
 
+from __future__ import annotations  # not every torch has the types that are named here
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
 from ..functional import ALGORITHMS
 from . import layout
-from .schedule import Planned
+from .schedule import Job, Planned
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,17 @@ class Bucket:
         self.dtype = ops.state_dtype(entries[0].param.dtype)
         self.device = self.params[0].device
 
-    def plan(self, options: Options) -> Planned:
-        """A step with the gradients that the parameters have now, yet to be made."""
+    def requests(self, skip: bool) -> list[tuple[dist.ProcessGroup, int]]:
+        """The groups that the numbers of a step go over, in order, and how many they are."""
         raise NotImplementedError
+
+    def job(self, grads: list[Tensor | None], options: Options) -> Job:
+        """A step with these gradients, yet to be made."""
+        raise NotImplementedError
+
+    def plan(self, options: Options) -> Planned:
+        """A step with the gradients that the parameters have now."""
+        return Planned(self.requests(options.skip), self.dtype, self.device, self.job(self.gradients(), options))
 
     def gradients(self) -> list[Tensor | None]:
         """This rank's parts of the gradients, placed as their parameters are."""

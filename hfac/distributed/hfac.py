@@ -6,16 +6,19 @@ look. With whole columns the same is done on the transposed matrix. With neither
 clip norm, of which each rank then knows its columns' part, last.
 """
 
+from __future__ import annotations  # not every torch has the types that are named here
+
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
 from . import layout
 from .bucket import Bucket, Entry, Options, pick, ranks_that_share
-from .schedule import Job, Planned, reduced
+from .schedule import Job, reduced
 
 
 def buckets(entries: Sequence[Entry]) -> list[Bucket]:
@@ -83,12 +86,17 @@ class Matrices(Bucket):
         k = self.entries[i].state["exp_avg_row"].ndim
         return part.permute(*range(k, part.ndim), *range(k))
 
-    def plan(self, options: Options) -> Planned:
-        grads = [None if g is None else self._turned(i, g) for i, g in enumerate(self.gradients())]
-        groups = [*self.row_groups, *self.col_groups, *self.row_groups]
-        return Planned(groups, self.dtype, self.device, self._job(grads, options))
+    def requests(self, skip: bool) -> list[tuple[dist.ProcessGroup, int]]:
+        count = len(self.entries)
+        rows, cols = (sum(t.numel() for t in state) for state in (self.u, self.v))
+        by_row = [(group, 2 * rows + 2 * count) for group in self.row_groups]
+        by_col = [(group, 3 * cols + 3 * count) for group in self.col_groups]
+        return [*by_row, *by_col, *((group, count) for group in self.row_groups)]
 
-    def _job(self, grads: list[Tensor | None], options: Options) -> Job:
+    def gradients(self) -> list[Tensor | None]:
+        return [None if g is None else self._turned(i, g) for i, g in enumerate(super().gradients())]
+
+    def job(self, grads: list[Tensor | None], options: Options) -> Job:
         count, backend = len(self.entries), options.backend
         eps = options.scalars["eps"]
         here = [i for i, grad in enumerate(grads) if grad is not None]
@@ -115,7 +123,7 @@ class Matrices(Bucket):
                     cols=pick(self.cols, here), beta2=0.0, eps=0.0, backend=backend,
                 )  # fmt: skip
 
-            room = yield from reduced(self.row_groups, 2 * sum(m) + 2 * count, fill_rows)
+            room = yield from reduced(len(self.row_groups), fill_rows)
             row_sums, squares = rows_of(room[: 2 * sum(m)])
             present, refused = room[2 * sum(m) :].split([count, count])
             # What is known goes through the second look at the gradient unchanged: its decay is 1.
@@ -137,7 +145,7 @@ class Matrices(Bucket):
             for i in here:
                 torch.sum(new_rows[i], 0, out=totals[i])
 
-        room = yield from reduced(self.col_groups, sum(sizes), fill_cols)
+        room = yield from reduced(len(self.col_groups), fill_cols)
         pieces = room.split(sizes)
         col_sums, col_squares, ratios = (list(pieces[k * count : (k + 1) * count]) for k in range(3))
         totals, present, refused = pieces[3 * count :]
@@ -145,7 +153,7 @@ class Matrices(Bucket):
         torch._foreach_div_(ratios, new_cols)
         norms = torch.stack([ratio.sum() for ratio in ratios])
         if self.row_groups:
-            norms = yield from reduced(self.row_groups, count, lambda room: room.copy_(norms))
+            norms = yield from reduced(len(self.row_groups), lambda room, own=norms: room.copy_(own))
 
         with_gradient = self.who(present.tolist(), self.ranks)
         left = {i for i, flag in enumerate(refused.tolist()) if flag}
@@ -192,10 +200,10 @@ class Vectors(Bucket):
         )
         self.ranks = [ranks_that_share(entry.param) for entry in entries]
 
-    def plan(self, options: Options) -> Planned:
-        return Planned(self.groups, self.dtype, self.device, self._job(self.gradients(), options))
+    def requests(self, skip: bool) -> list[tuple[dist.ProcessGroup, int]]:
+        return [(group, 3 * len(self.entries)) for group in self.groups]
 
-    def _job(self, grads: list[Tensor | None], options: Options) -> Job:
+    def job(self, grads: list[Tensor | None], options: Options) -> Job:
         count, eps = len(self.entries), options.scalars["eps"]
         here = [i for i, grad in enumerate(grads) if grad is not None]
         beta1, beta2 = self.decays(options)
@@ -210,7 +218,7 @@ class Vectors(Bucket):
                 )  # fmt: skip
                 norms[here] = torch.stack(sums)
 
-        room = yield from reduced(self.groups, 3 * count, fill)
+        room = yield from reduced(len(self.groups), fill)
         norms, present, refused = room.split([count] * 3)
         with_gradient = self.who(present.tolist(), self.ranks)
         left = {i for i, flag in enumerate(refused.tolist()) if flag}

@@ -5,78 +5,96 @@ from __future__ import annotations  # not every torch has the types that are nam
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if TYPE_CHECKING:
-    Request = tuple[dist.ProcessGroup, int] | None
-#: A job asks for room, (group, number of numbers), gets a zeroed 1-d tensor, fills it, yields None, and goes on when
-#: the tensor holds the sums over the group. At its end it returns what is left to do when all jobs have come so far.
-Job: TypeAlias = "Generator[Request, Tensor | None, Callable[[], None]]"
+#: A job yields where it needs room, is sent a zeroed 1-d tensor of the size that it has planned, fills it, yields, and
+#: goes on when the tensor holds the sums over the group. At its end it returns what is left to do when all jobs have
+#: come so far.
+Job = Generator[None, Tensor | None, Callable[[], None]]
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A job, and all that it will ask for, in order."""
+    """A job, and all that it will ask for, in order: groups and how many numbers."""
 
-    groups: Sequence[dist.ProcessGroup]
+    requests: Sequence[tuple[dist.ProcessGroup, int]]
     dtype: torch.dtype
     device: torch.device
     job: Job
 
 
+@dataclass
+class Collective:
+    """One all-reduce: who takes part, and which jobs have how much room in it."""
+
+    group: dist.ProcessGroup
+    dtype: torch.dtype
+    device: torch.device
+    jobs: list[int]
+    sizes: list[int]
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.sizes) * self.dtype.itemsize
+
+
+def collectives(planned: Sequence[Planned]) -> list[Collective]:
+    """The all-reduces that the jobs need, in order: one for all of them wherever they meet."""
+    left = [list(p.requests) for p in planned]
+    found = []
+    for group in merged([[group for group, _ in requests] for requests in left]):
+        kinds: dict[tuple[torch.dtype, torch.device], Collective] = {}
+        for i, requests in enumerate(left):
+            if requests and requests[0][0].group_name == group.group_name:
+                kind = planned[i].dtype, planned[i].device
+                collective = kinds.setdefault(kind, Collective(group, *kind, [], []))
+                collective.jobs.append(i)
+                collective.sizes.append(requests.pop(0)[1])
+        found += kinds.values()
+    return found
+
+
 def run(planned: Sequence[Planned]) -> list[Callable[[], None]]:
-    """Runs the jobs, with one all-reduce for all of them wherever they meet, and returns what they return.
+    """Runs the jobs and returns what they return.
 
     Every rank of a group must call it with jobs that ask for the same of that group.
     """
     rest: list[Callable[[], None]] = []
-    waiting: dict[int, tuple[dist.ProcessGroup, int]] = {}
 
     def advance(i: int) -> None:
         try:
-            request = next(planned[i].job)
-            assert request is not None, "a job that got its sums asks for more, or ends"
-            waiting[i] = request
+            next(planned[i].job)
         except StopIteration as end:
             rest.append(end.value)
 
     for i in range(len(planned)):
         advance(i)
-    for group in merged([p.groups for p in planned]):
-        kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-        for i, (wanted, _) in waiting.items():
-            if wanted.group_name == group.group_name:
-                kinds.setdefault((planned[i].dtype, planned[i].device), []).append(i)
-        for (dtype, device), jobs in kinds.items():
-            sizes = [waiting.pop(i)[1] for i in jobs]
-            buffer = torch.zeros(sum(sizes), dtype=dtype, device=device)
-            for i, room in zip(jobs, buffer.split(sizes), strict=True):
-                planned[i].job.send(room)
-            dist.all_reduce(buffer, group=group)
-            for i in jobs:
-                advance(i)
-    assert not waiting, "a job asked for a group that it had not planned for"
+    for collective in collectives(planned):
+        buffer = torch.zeros(sum(collective.sizes), dtype=collective.dtype, device=collective.device)
+        for i, room in zip(collective.jobs, buffer.split(collective.sizes), strict=True):
+            planned[i].job.send(room)
+        dist.all_reduce(buffer, group=collective.group)
+        for i in collective.jobs:
+            advance(i)
+    assert len(rest) == len(planned), "a job asks for more than it had planned"
     return rest
 
 
-def reduced(
-    groups: Sequence[dist.ProcessGroup], size: int, fill: Callable[[Tensor], None]
-) -> Generator[Request, Tensor | None, Tensor]:
+def reduced(times: int, fill: Callable[[Tensor], None]) -> Generator[None, Tensor | None, Tensor]:
     """The part of a job that sums over several groups, one after the other."""
     sums: Tensor | None = None
-    for group in groups:
-        room = yield group, size
+    for _ in range(times):
+        room = yield
         assert room is not None
         if sums is None:
             fill(room)
         else:
             room.copy_(sums)
         sums = room
-        yield None
+        yield
     assert sums is not None
     return sums
 

@@ -7,7 +7,7 @@ anything reads a factor.
 
 from __future__ import annotations  # not every torch has the types that are named here
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import ops
 from . import layout
 from .bucket import Bucket, Entry, Options, pick, ranks_that_share
-from .schedule import Job, Planned, reduced
+from .schedule import Collective, Job, reduced
 
 
 def buckets(entries: Sequence[Entry]) -> list[Parts]:
@@ -66,18 +66,14 @@ class Parts(Bucket):
         """Makes the factors of the sums over all parts."""
         raise NotImplementedError
 
-    def plan(self, options: Options) -> Planned:
-        groups = [self.joint] if options.skip else []
-        return Planned(groups, self.dtype, self.device, self._job(self.gradients(), options))
+    def requests(self, skip: bool) -> list[tuple[dist.ProcessGroup, int]]:
+        return [(self.joint, len(self.entries))] if skip else []
 
-    def _job(self, grads: list[Tensor | None], options: Options) -> Job:
+    def job(self, grads: list[Tensor | None], options: Options) -> Job:
         here = [i for i, grad in enumerate(grads) if grad is not None]
         left: set[int] = set()
         if options.skip:
-            count = len(self.entries)
-            flags = yield from reduced(
-                [self.joint], count, lambda room: room.copy_(self.flags(here, grads, options))
-            )  # fmt: skip
+            flags = yield from reduced(1, lambda room: room.copy_(self.flags(here, grads, options)))
             left = {i for i, flag in enumerate(flags.tolist()) if flag}
         going = [i for i in here if i not in left]
         self._call = lambda room: self.step(room, going, grads, options)
@@ -203,21 +199,28 @@ class Sent:
             bucket.take(room)
 
 
-def send(parts: Sequence[Parts], rest: Sequence[Callable[[], None]]) -> list[Sent]:
-    """Makes the steps that were planned and sends off their sums, in one all-reduce for each group and type."""
-    kinds: dict[tuple[object, ...], list[Parts]] = {}
-    for bucket in parts:
-        kinds.setdefault((bucket.joint.group_name, bucket.dtype, bucket.device), []).append(bucket)
+def sends(parts: Sequence[Parts]) -> list[Collective]:
+    """The all-reduces that a step sends off: one for each group and type."""
+    found: dict[tuple[object, ...], Collective] = {}
+    for i, bucket in enumerate(parts):
+        collective = found.setdefault(
+            (bucket.joint.group_name, bucket.dtype, bucket.device),
+            Collective(bucket.joint, bucket.dtype, bucket.device, [], []),
+        )
+        collective.jobs.append(i)
+        collective.sizes.append(bucket.size)
+    return list(found.values())
+
+
+def send(parts: Sequence[Parts]) -> list[Sent]:
+    """Makes the steps that were planned and sends off their sums."""
     sent = []
-    for buckets in kinds.values():
-        sizes = [bucket.size for bucket in buckets]
-        buffer = torch.zeros(sum(sizes), dtype=buckets[0].dtype, device=buckets[0].device)
-        rooms = list(zip(buckets, buffer.split(sizes), strict=True))
+    for collective in sends(parts):
+        buffer = torch.zeros(sum(collective.sizes), dtype=collective.dtype, device=collective.device)
+        rooms = list(zip([parts[i] for i in collective.jobs], buffer.split(collective.sizes), strict=True))
         for bucket, room in rooms:
             bucket.send(room)
-        work = dist.all_reduce(buffer, group=buckets[0].joint, async_op=True)
+        work = dist.all_reduce(buffer, group=collective.group, async_op=True)
         assert work is not None
         sent.append(Sent(work, rooms))
-    for count in rest:
-        count()
     return sent

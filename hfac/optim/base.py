@@ -121,10 +121,7 @@ class FactoredOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._seen is None or not self._seen.holds(self):
-            self._forget()
-            self._sync_state()
-            self._seen = _Seen(self)
-            self._sharded = self._bind_sharded()
+            self._look_again()
         work = [self._prepare(index, group) for index, group in enumerate(self.param_groups)]
         if self._sharded is not None:
             work.append(self._sharded.prepare({i: self._shared(group) for i, group in enumerate(self.param_groups)}))
@@ -229,6 +226,20 @@ class FactoredOptimizer(Optimizer):
     def workspace_bytes(self) -> int:
         """Bytes on the device that fused kernels keep from step to step beside the state; 0 before the first step."""
         return sum(group.workspace_bytes() for _, group in self._bound.values())
+
+    def collectives(self) -> list[tuple[int, int]]:
+        """What a step adds up over ranks for sharded parameters: (ranks, bytes) of every all-reduce, in order."""
+        if self._seen is None or not self._seen.holds(self):
+            self._look_again()
+        if self._sharded is None:
+            return []
+        return self._sharded.collectives({i: g["nonfinite"] == "skip" for i, g in enumerate(self.param_groups)})
+
+    def _look_again(self) -> None:
+        self._forget()
+        self._sync_state()
+        self._seen = _Seen(self)
+        self._sharded = self._bind_sharded()
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim: {"state": {index: {key: tensor}}, "param_groups": [...]}, plain tensors that share memory

@@ -1,0 +1,141 @@
+"""What a sharded step sends, and what becomes of ranks that part ways; runs on every rank."""
+
+import os
+import time
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from sharded_models import OPTIMIZERS, loss_of, model, optimizer_of, train, wrap
+from sharded_steps import CASES, mesh_of, part_of
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+import hfac
+from hfac import ops
+
+
+class Counted:
+    """Counts all-reduces, with their ranks and bytes, while it is entered."""
+
+    def __enter__(self):
+        self.calls, self._real = [], dist.all_reduce
+
+        def all_reduce(tensor, *args, group=None, **kwargs):
+            self.calls.append((dist.get_world_size(group), tensor.numel() * tensor.itemsize))
+            return self._real(tensor, *args, group=group, **kwargs)
+
+        dist.all_reduce = all_reduce
+        return self
+
+    def __exit__(self, *exception):
+        dist.all_reduce = self._real
+
+
+def counted(cases):
+    """For every (wrapper, optimizer): all-reduces counted in one step, and what the optimizer says of them."""
+    found = {}
+    for case in cases:
+        kind, name, *options = case
+        net = wrap(kind, model(torch.float32))
+        optimizer = optimizer_of(name, net, **dict(options))
+        train(net, optimizer, 1)
+        loss_of(net, 1).backward()
+        with Counted() as counter:
+            optimizer.step()
+        found[case] = counter.calls, optimizer.collectives()
+    return found
+
+
+def counted_on_one_mesh(case):
+    """The same for parameters that all lie on one mesh of two dimensions, by optimizer."""
+    found = {}
+    for name, kwargs in OPTIMIZERS.items():
+        mesh = mesh_of(case)
+        params = [torch.nn.Parameter(part_of(torch.ones(shape), mesh, places)) for shape, places in CASES[case][1]]
+        for p, (shape, places) in zip(params, CASES[case][1], strict=True):
+            p.grad = part_of(torch.ones(shape), mesh, places)
+        optimizer = getattr(hfac, name)(params, **kwargs)
+        with Counted() as counter:
+            optimizer.step()
+        found[name] = counter.calls, optimizer.collectives()
+    return found
+
+
+def part_ways(name):
+    """One rank has no gradient of one parameter. Returns (message, whether the parameters were left alone, step in
+    which it was raised)."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def part(shape):
+        local = torch.ones(shape[0] // mesh.size(), *shape[1:])
+        return DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+
+    params = [torch.nn.Parameter(part(shape)) for shape in ((8, 6), (16, 4), (8,))]
+    optimizer = getattr(hfac, name)(params)
+    for step in range(3):
+        before = [p.to_local().clone() for p in params]
+        for i, p in enumerate(params):
+            p.grad = None if step == 1 and i == 1 and dist.get_rank() == 1 else part(tuple(p.shape))
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            untouched = all(torch.equal(p.to_local(), old) for p, old in zip(params, before, strict=True))
+            return str(error), untouched, step
+    return None
+
+
+def refusals():
+    """What constructing an optimizer says of parameters that it cannot take."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+
+    def made(shape, placements):
+        return torch.nn.Parameter(DTensor.from_local(torch.ones(shape), mesh, placements, run_check=False))
+
+    from torch.distributed.tensor import Partial
+
+    cases = {
+        "partial": lambda: hfac.HFac([made((4, 6), [Partial(), Replicate()])]),
+        "signs": lambda: hfac.SMMF([made((4, 6), [Replicate(), Shard(1)])]),
+        "signs-third": lambda: hfac.SMMF([made((4, 6, 8), [Replicate(), Shard(2)])]),
+        "capturable": lambda: hfac.HFac([made((4, 6), [Shard(0), Replicate()])], capturable=True),
+        "amp": lambda: hfac.SMMF([made((4, 6), [Shard(0), Replicate()])], amp_scaling=True),
+        "triton": lambda: hfac.SMMF([made((4, 6), [Shard(0), Replicate()])], backend="cuda"),
+    }
+    found = {}
+    for case, act in cases.items():
+        try:
+            act()
+            found[case] = None
+        except (TypeError, ValueError, RuntimeError) as error:
+            found[case] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def lose_one(folder, name, how):
+    """Rank 2 dies, or raises, in the middle of the third step. The others write down what they got, and when."""
+    rank = dist.get_rank()
+    net = wrap("fsdp", model())
+    optimizer = optimizer_of(name, net, backend="reference")
+    train(net, optimizer, 2)
+    model_state, state = get_state_dict(net, optimizer)
+    dcp.save({"model": model_state, "optimizer": state}, checkpoint_id=f"{folder}/checkpoint")
+    op = "hfac_sums" if name == "HFac" else "smmf_sums_step_"
+    if rank == 2:
+
+        def broken(*args, **kwargs):
+            if how == "dies":
+                os._exit(0)  # to the parent all is well: it must not end the others
+            raise ArithmeticError("broken on purpose")
+
+        setattr(ops, op, broken)
+    start = time.monotonic()
+    try:
+        train(net, optimizer, 3, first=2)  # SMMF's sums arrive a step later
+        outcome = "nothing"
+    except Exception as error:
+        outcome = type(error).__name__
+    with open(f"{folder}/{rank}", "w") as file:
+        file.write(f"{outcome} {time.monotonic() - start:.1f}")
+    os._exit(0)
