@@ -121,9 +121,7 @@ def table() -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Counts what a sharded step of Llama-3-8B on 64 ranks sends and keeps."
-    )
+    parser = argparse.ArgumentParser(description="Counts what a sharded step of Llama-3-8B sends and keeps.")
     parser.add_argument("--write", action="store_true", help=f"write docs/{DOCUMENT.name}")
     args = parser.parse_args()
     text = f"{HEAD}\n{table()}\n"

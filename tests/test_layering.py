@@ -21,7 +21,7 @@ ALLOWED = {
     "backends": {"reference", "triton_kernels", "_C", "schedules", "matricize"},
     "ops": {"backends", "matricize", "schedules"},
     "functional": {"ops", "schedules"},
-    "distributed": {"functional", "ops", "matricize"},
+    "distributed": {"functional", "ops", "matricize", "schedules"},
     "optim": {"distributed", "functional", "ops", "backends", "matricize", "schedules"},
     "triton_kernels": set(),
     "cli": {"", "optim", "backends", "_version", "matricize"},

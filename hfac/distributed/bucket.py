@@ -55,6 +55,7 @@ class Bucket:
         self.group = entries[0].group
         self.params = [layout.local(entry.param) for entry in entries]
         self.elements = [entry.param.numel() for entry in entries]
+        self.ranks = [ranks_that_share(entry.param) for entry in entries]
         self.dtype = ops.state_dtype(entries[0].param.dtype)
         self.device = self.params[0].device
 
@@ -118,6 +119,12 @@ class Bucket:
                     "to False on all."
                 )
         return [i for i, count in enumerate(counts) if count]
+
+    def who_goes(self, present: Tensor, refused: Tensor) -> tuple[list[int], list[int]]:
+        """The parameters that make the step, and those whose gradient is refused, of the sums over all ranks."""
+        with_gradient = self.who(present.tolist(), self.ranks)
+        flags = refused.tolist()
+        return [i for i in with_gradient if not flags[i]], [i for i in with_gradient if flags[i]]
 
 
 def ranks_that_share(param: Tensor) -> int:

@@ -9,6 +9,7 @@ clip norm, of which each rank then knows its columns' part, last.
 from __future__ import annotations  # not every torch has the types that are named here
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
+from ..schedules import Scalar
 from . import layout
-from .bucket import Bucket, Entry, Options, pick, ranks_that_share
+from .bucket import Bucket, Entry, Options, pick
 from .schedule import Job, reduced
+
+Numbers = list[Tensor]
 
 
 def buckets(entries: Sequence[Entry]) -> list[Bucket]:
@@ -78,7 +82,6 @@ class Matrices(Bucket):
         )  # fmt: skip
         self.rows, self.cols = ([entry.state[name].numel() for entry in entries] for name in names[:2])
         self.params = [self._turned(i, param) for i, param in enumerate(self.params)]
-        self.ranks = [ranks_that_share(entry.param) for entry in entries]
 
     def _turned(self, i: int, part: Tensor) -> Tensor:
         if not self.transposed:
@@ -97,90 +100,92 @@ class Matrices(Bucket):
         return [None if g is None else self._turned(i, g) for i, g in enumerate(super().gradients())]
 
     def job(self, grads: list[Tensor | None], options: Options) -> Job:
-        count, backend = len(self.entries), options.backend
-        eps = options.scalars["eps"]
+        count, eps = len(self.entries), options.scalars["eps"]
         here = [i for i, grad in enumerate(grads) if grad is not None]
-        mine = [grad for grad in grads if grad is not None]
         beta1, beta2 = self.decays(options)
-        b2 = beta2.tolist()
+        assert beta1 is not None
+        b2: list[float] = beta2.tolist()
         present, refused = self.at(here), self.flags(here, grads, options)
         m, n = ([t.numel() for t in state] for state in (self.u, self.v))
 
-        def rows_of(numbers: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-            pieces = numbers.split([*m, *m])
-            return list(pieces[:count]), list(pieces[count:])
+        def look(rows: tuple[Numbers, ...], cols: tuple[Numbers, ...], beta2: Scalar, eps: float) -> None:
+            """One look at the gradients; ``rows`` are what is read, and what is filled."""
+            ops.hfac_sums(
+                pick(grads, here),
+                *(pick(numbers, here) for numbers in (*rows, *cols)),
+                cols=pick(self.cols, here),
+                beta2=beta2,
+                eps=eps,
+                backend=options.backend,
+            )
 
-        found = rows_of(torch.zeros(2 * sum(m), dtype=self.dtype, device=self.device))
-        row_sums, new_rows, old_rows, decay = *found, self.r, beta2[here]
+        row_sums, new_rows = _split(torch.zeros(2 * sum(m), dtype=self.dtype, device=self.device), m, 2)
+        read: tuple[Numbers, ...] = (self.r, row_sums, new_rows)
         if self.row_groups:
 
             def fill_rows(room: Tensor) -> None:
-                sums, marks = room[: 2 * sum(m)], room[2 * sum(m) :]
+                sums, marks = room.split([2 * sum(m), 2 * count])
                 marks.copy_(torch.cat([present, refused]))
-                all_sums, squares = (pick(rows, here) for rows in rows_of(sums))
-                ops.hfac_sums(
-                    mine, pick(self.r, here), all_sums, squares,
-                    cols=pick(self.cols, here), beta2=0.0, eps=0.0, backend=backend,
-                )  # fmt: skip
+                look((self.r, *_split(sums, m, 2)), (), 0.0, 0.0)
 
             room = yield from reduced(len(self.row_groups), fill_rows)
-            row_sums, squares = rows_of(room[: 2 * sum(m)])
-            present, refused = room[2 * sum(m) :].split([count, count])
-            # What is known goes through the second look at the gradient unchanged: its decay is 1.
-            new_rows = old_rows = _averaged(self.r, squares, b2, [cols * eps for cols in self.cols])
-            decay = torch.ones(len(here), dtype=torch.float64)
-
-        sizes = [*n, *n, *n, count, count, count]
+            sums, marks = room.split([2 * sum(m), 2 * count])
+            present, refused = marks.split(count)
+            # What is known goes through the second look unchanged: its decay is 1. What that look finds of rows is of
+            # this part only, and goes where nobody reads.
+            _, *nowhere = read
+            row_sums, squares = _split(sums, m, 2)
+            new_rows = _averaged(self.r, squares, b2, [cols * eps for cols in self.cols])
+            read = (new_rows, *nowhere)
 
         def fill_cols(room: Tensor) -> None:
-            pieces = room.split(sizes)
-            totals, marks, flags = pieces[3 * count :]
-            marks.copy_(present)
-            flags.copy_(refused)
-            ops.hfac_sums(
-                mine, pick(old_rows, here), *(pick(rows, here) for rows in found),
-                *(pick(pieces[k * count : (k + 1) * count], here) for k in range(3)),
-                cols=pick(self.cols, here), beta2=decay, eps=eps, backend=backend,
-            )  # fmt: skip
-            for i in here:
-                torch.sum(new_rows[i], 0, out=totals[i])
+            sums, marks = room.split([3 * sum(n), 3 * count])
+            decay = torch.ones(len(here), dtype=torch.float64) if self.row_groups else beta2[here]
+            look(read, tuple(_split(sums, n, 3)), decay, eps)
+            totals, *rest = marks.split(count)
+            for total, rows in zip(pick(totals, here), pick(new_rows, here), strict=True):
+                torch.sum(rows, 0, out=total)
+            for mark, mine in zip(rest, (present, refused), strict=True):
+                mark.copy_(mine)
 
         room = yield from reduced(len(self.col_groups), fill_cols)
-        pieces = room.split(sizes)
-        col_sums, col_squares, ratios = (list(pieces[k * count : (k + 1) * count]) for k in range(3))
-        totals, present, refused = pieces[3 * count :]
+        sums, marks = room.split([3 * sum(n), 3 * count])
+        col_sums, col_squares, ratios = _split(sums, n, 3)
+        totals, present, refused = marks.split(count)
         new_cols = _averaged(self.s, col_squares, b2, [rows * eps for rows in self.rows])
         torch._foreach_div_(ratios, new_cols)
         norms = torch.stack([ratio.sum() for ratio in ratios])
         if self.row_groups:
-            norms = yield from reduced(len(self.row_groups), lambda room, own=norms: room.copy_(own))
+            mine = norms
+            norms = yield from reduced(len(self.row_groups), partial(_copy, mine))
 
-        with_gradient = self.who(present.tolist(), self.ranks)
-        left = {i for i, flag in enumerate(refused.tolist()) if flag}
-        going = [i for i in with_gradient if i not in left]
+        going, left = self.who_goes(present, refused)
         # In double, where no partial result can overflow.
         whole = torch.tensor([a * b for a, b in zip(self.rows, self.cols, strict=True)], dtype=torch.float64)
         mean_squares = (totals.double() * norms.double() / whole.to(self.device)).to(self.dtype)
 
         def apply() -> None:
-            self.count_skipped([i for i in with_gradient if i in left])
+            self.count_skipped(left)
             if not going:
                 return
             ops.hfac_apply_(
                 pick(self.params, going),
                 pick(grads, going),
-                *(pick(state, going) for state in (self.u, self.v, self.r, self.s)),
-                pick(row_sums, going),
-                pick(new_rows, going),
-                pick(col_sums, going),
-                pick(new_cols, going),
-                totals[going],
-                mean_squares[going],
+                exp_avg_rows=pick(self.u, going),
+                exp_avg_cols=pick(self.v, going),
+                exp_avg_sq_rows=pick(self.r, going),
+                exp_avg_sq_cols=pick(self.s, going),
+                row_sums=pick(row_sums, going),
+                new_rows=pick(new_rows, going),
+                col_sums=pick(col_sums, going),
+                new_cols=pick(new_cols, going),
+                totals=totals[going],
+                mean_squares=mean_squares[going],
                 rows=pick(self.rows, going),
                 cols=pick(self.cols, going),
                 beta1=beta1[going],
                 **_scalars(options),
-                backend=backend,
+                backend=options.backend,
             )
             self.advance(going)
 
@@ -198,7 +203,6 @@ class Vectors(Bucket):
         self.averages, self.squares = (
             [entry.local_state(name) for entry in entries] for name in ("exp_avg", "exp_avg_sq")
         )
-        self.ranks = [ranks_that_share(entry.param) for entry in entries]
 
     def requests(self, skip: bool) -> list[tuple[dist.ProcessGroup, int]]:
         return [(group, 3 * len(self.entries)) for group in self.groups]
@@ -207,30 +211,30 @@ class Vectors(Bucket):
         count, eps = len(self.entries), options.scalars["eps"]
         here = [i for i, grad in enumerate(grads) if grad is not None]
         beta1, beta2 = self.decays(options)
+        assert beta1 is not None
 
         def fill(room: Tensor) -> None:
-            norms, present, refused = room.split([count] * 3)
+            norms, present, refused = room.split(count)
             present.copy_(self.at(here))
             refused.copy_(self.flags(here, grads, options))
             if here and options.scalars["clip_threshold"] is not None:
-                sums = ops.hfac_dense_squares(
-                    pick(grads, here), pick(self.squares, here), beta2=beta2[here], eps=eps
-                )  # fmt: skip
+                sums = ops.hfac_dense_squares(pick(grads, here), pick(self.squares, here), beta2=beta2[here], eps=eps)
                 norms[here] = torch.stack(sums)
 
         room = yield from reduced(len(self.groups), fill)
-        norms, present, refused = room.split([count] * 3)
-        with_gradient = self.who(present.tolist(), self.ranks)
-        left = {i for i, flag in enumerate(refused.tolist()) if flag}
-        going = [i for i in with_gradient if i not in left]
+        norms, present, refused = room.split(count)
+        going, left = self.who_goes(present, refused)
         mean_squares = norms / torch.tensor(self.elements, dtype=self.dtype, device=self.device)
 
         def apply() -> None:
-            self.count_skipped([i for i in with_gradient if i in left])
+            self.count_skipped(left)
             if not going:
                 return
             ops.hfac_dense_apply_(
-                *(pick(tensors, going) for tensors in (self.params, grads, self.averages, self.squares)),
+                pick(self.params, going),
+                pick(grads, going),
+                pick(self.averages, going),
+                pick(self.squares, going),
                 mean_squares[going],
                 beta1=beta1[going],
                 beta2=beta2[going],
@@ -244,6 +248,16 @@ class Vectors(Bucket):
 
 def _scalars(options: Options) -> dict[str, Any]:
     return {name: options.scalars[name] for name in ("lr", "weight_decay", "maximize", "clip_threshold")}
+
+
+def _split(numbers: Tensor, sizes: Sequence[int], times: int) -> list[Numbers]:
+    """So many lists of tensors of these sizes."""
+    pieces = numbers.split([*sizes] * times)
+    return [list(pieces[k * len(sizes) : (k + 1) * len(sizes)]) for k in range(times)]
+
+
+def _copy(numbers: Tensor, room: Tensor) -> None:
+    room.copy_(numbers)
 
 
 def _averaged(

@@ -213,7 +213,9 @@ def joint_group(mesh: DeviceMesh, mesh_dims: Sequence[int]) -> dist.ProcessGroup
     place = tuple(slice(None) if d in mesh_dims else c for d, c in enumerate(coordinate))
     ranks = tuple(mesh.mesh[place].flatten().tolist())
     if len(ranks) == dist.get_world_size():
-        return dist.group.WORLD
+        world = dist.group.WORLD
+        assert world is not None
+        return world
     group = _made.get(ranks)
     try:
         if group is not None and dist.get_process_group_ranks(group) == list(ranks):

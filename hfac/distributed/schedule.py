@@ -44,7 +44,7 @@ class Collective:
 def collectives(planned: Sequence[Planned]) -> list[Collective]:
     """The all-reduces that the jobs need, in order: one for all of them wherever they meet."""
     left = [list(p.requests) for p in planned]
-    found = []
+    found: list[Collective] = []
     for group in merged([[group for group, _ in requests] for requests in left]):
         kinds: dict[tuple[torch.dtype, torch.device], Collective] = {}
         for i, requests in enumerate(left):

@@ -9,6 +9,7 @@ from __future__ import annotations  # not every torch has the types that are nam
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .. import ops
 from . import layout
-from .bucket import Bucket, Entry, Options, pick, ranks_that_share
+from .bucket import Bucket, Entry, Options, pick
 from .schedule import Collective, Job, reduced
 
 
@@ -48,7 +49,6 @@ class Parts(Bucket):
         super().__init__(entries)
         mesh = entries[0].param.device_mesh  # type: ignore[attr-defined]
         self.joint = layout.joint_group(mesh, mesh_dims)
-        self.ranks = [ranks_that_share(entry.param) for entry in entries]
         coordinate = mesh.get_coordinate()
         self.speaks = []
         for entry in entries:
@@ -73,7 +73,11 @@ class Parts(Bucket):
         here = [i for i, grad in enumerate(grads) if grad is not None]
         left: set[int] = set()
         if options.skip:
-            flags = yield from reduced(1, lambda room: room.copy_(self.flags(here, grads, options)))
+
+            def fill(room: Tensor) -> None:
+                room.copy_(self.flags(here, grads, options))
+
+            flags = yield from reduced(1, fill)
             left = {i for i, flag in enumerate(flags.tolist()) if flag}
         going = [i for i in here if i not in left]
         self._call = lambda room: self.step(room, going, grads, options)
@@ -112,27 +116,27 @@ class Factored(Parts):
     def step(self, room: Tensor, going: Sequence[int], grads: Sequence[Tensor | None], options: Options) -> None:
         sums, present = self._split(room)
         beta1, beta2 = self.decays(options)
-        scalars = options.scalars
         old, new = ([pick(factor, going) for factor in factors] for factors in (self.factors, sums))
-        if len(old) == 2:
-            old, new = ([*factors, None, None] for factors in (old, new))
+        none: list[Any] = [None, None]
+        second, first = old[:2], old[2:] or none
+        new_second, new_first = new[:2], new[2:] or none
         if going:
             ops.smmf_sums_step_(
                 pick(self.params, going),
                 pick(grads, going),
-                *old[2:],
-                None if self.signs is None else pick(self.signs, going),
-                *old[:2],
-                *new[2:],
-                *new[:2],
+                exp_avg_rows=first[0],
+                exp_avg_cols=first[1],
+                exp_avg_signs=None if self.signs is None else pick(self.signs, going),
+                exp_avg_sq_rows=second[0],
+                exp_avg_sq_cols=second[1],
+                new_rows=new_first[0],
+                new_cols=new_first[1],
+                new_sq_rows=new_second[0],
+                new_sq_cols=new_second[1],
                 blocks=pick(self.blocks, going),
-                lr=scalars["lr"],
                 beta1=None if beta1 is None else beta1[list(going)],
                 beta2=beta2[list(going)],
-                eps=scalars["eps"],
-                weight_decay=scalars["weight_decay"],
-                decoupled_weight_decay=scalars["weight_decay_mode"] == "adamw",
-                maximize=scalars["maximize"],
+                **_scalars(options),
                 backend=options.backend,
             )
         for i, speaks in enumerate(self.speaks):
@@ -164,26 +168,26 @@ class Whole(Parts):
 
     def step(self, room: Tensor, going: Sequence[int], grads: Sequence[Tensor | None], options: Options) -> None:
         beta1, beta2 = self.decays(options)
-        scalars = options.scalars
         if going:
             ops.smmf_dense_step_(
                 pick(self.params, going),
                 pick(grads, going),
                 None if self.averages is None else pick(self.averages, going),
                 pick(self.squares, going),
-                lr=scalars["lr"],
                 beta1=None if beta1 is None else beta1[list(going)],
                 beta2=beta2[list(going)],
-                eps=scalars["eps"],
-                weight_decay=scalars["weight_decay"],
-                decoupled_weight_decay=scalars["weight_decay_mode"] == "adamw",
-                maximize=scalars["maximize"],
+                **_scalars(options),
                 backend=options.backend,
             )
         room.copy_(self.at([i for i in going if self.speaks[i]]))
 
     def take(self, room: Tensor) -> None:
         self.who(room.tolist(), self.ranks)
+
+
+def _scalars(options: Options) -> dict[str, Any]:
+    scalars = {name: options.scalars[name] for name in ("lr", "eps", "weight_decay", "maximize")}
+    return scalars | {"decoupled_weight_decay": options.scalars["weight_decay_mode"] == "adamw"}
 
 
 @dataclass

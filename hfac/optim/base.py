@@ -474,7 +474,7 @@ class _Seen:
     def holds(self, optimizer: FactoredOptimizer) -> bool:
         return self._execution(optimizer) == self._options and all(map(_same, self._walk(optimizer), self._lists))
 
-    def gradients(self, group_index: int) -> list[Tensor | None]:
+    def gradients(self, group_index: int) -> list[Any]:
         """Of the parameters in `whole`, which each rank has all of."""
         params = self.whole[group_index]
         if not self._dtensors:
