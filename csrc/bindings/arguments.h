@@ -14,8 +14,7 @@
 #include <utility>
 #include <vector>
 
-#include "../cpu/signs.h"
-#include "../cpu/tensor.h"
+#include "../cpu/ops.h"
 
 namespace hfac {
 namespace bindings {
@@ -126,8 +125,8 @@ class Tensors {
 
   py::ssize_t size() const { return addresses_.size(); }
 
-  TensorRef at(py::ssize_t i, const List& numels, const py::object& shapes) {
-    return {addresses_.address(i, true), dtypes_.dtype(i), strided(i, numels, shapes)};
+  TensorRef at(py::ssize_t i, const List& numels, const py::object& shapes, bool empty = false) {
+    return {addresses_.address(i, !empty), dtypes_.dtype(i), strided(i, numels, shapes)};
   }
 
  private:
@@ -159,7 +158,7 @@ class Tensors {
   std::deque<Strided> layouts_;  // addresses of its entries stay valid as it grows
 };
 
-// The arguments that every op has: parameters and gradients.
+// The arguments that every step has: parameters and gradients.
 class Operands {
  public:
   Operands(const py::object& params, const py::object& grads, const py::object& numels, const py::object& param_dtypes,
@@ -172,8 +171,8 @@ class Operands {
 
   py::ssize_t size() const { return params_.size(); }
   int64_t numel(py::ssize_t i) const { return numels_.count(i); }
-  TensorRef param(py::ssize_t i) { return params_.at(i, numels_, shapes_); }
-  TensorRef grad(py::ssize_t i) { return grads_.at(i, numels_, shapes_); }
+  TensorRef param(py::ssize_t i, bool empty = false) { return params_.at(i, numels_, shapes_, empty); }
+  TensorRef grad(py::ssize_t i, bool empty = false) { return grads_.at(i, numels_, shapes_, empty); }
 
  private:
   Tensors params_, grads_;
@@ -192,6 +191,40 @@ inline int64_t matrix(const List& rows, const List& cols, py::ssize_t i, int64_t
                        std::to_string(numel));
   }
   return elements;
+}
+
+// Where the `numel` elements of a part lie in a matrix of `rows` rows and `cols` columns: 7 numbers for each block.
+inline std::vector<SmmfBlock> blocks(const py::handle& value, int64_t numel, int64_t rows, int64_t cols) {
+  const char* name = "blocks";
+  const List list(py::reinterpret_borrow<py::object>(value), name, -1);
+  std::vector<SmmfBlock> out;
+  out.reserve(static_cast<size_t>(list.size()));
+  int64_t elements = 0;
+  for (py::ssize_t b = 0; b < list.size(); ++b) {
+    const List numbers(py::reinterpret_borrow<py::object>(list[b]), name, -1);
+    if (numbers.size() != 7) list.bad(b, "7 numbers are needed, not " + std::to_string(numbers.size()));
+    const SmmfBlock block{numbers.count(0), numbers.count(1), numbers.count(2), numbers.count(3),
+                          numbers.count(4), numbers.count(5), numbers.count(6)};
+    if (block.rows == 0 || block.cols == 0) list.bad(b, "no elements");
+    const bool many = block.rows > 1;
+    if (many && (block.stride < block.cols || block.row_step == 0)) list.bad(b, "its rows overlap");
+    const int64_t last = many ? product(block.rows - 1, block.stride, name) : 0;
+    const int64_t last_row = many ? product(block.rows - 1, block.row_step, name) : 0;
+    // Each comparison leaves out what the one before has shown to fit, so that no sum overflows.
+    if (block.first > numel || last > numel - block.first || block.cols > numel - block.first - last) {
+      list.bad(b, "it ends beyond the part's " + std::to_string(numel) + " elements");
+    }
+    if (block.row >= rows || last_row >= rows - block.row || block.col > cols || block.cols > cols - block.col) {
+      list.bad(b, "it leaves the matrix of " + std::to_string(rows) + " x " + std::to_string(cols));
+    }
+    elements += block.rows * block.cols;
+    if (elements > numel) list.bad(b, "more elements than the part's " + std::to_string(numel));
+    out.push_back(block);
+  }
+  if (elements != numel) {
+    refuse(name, std::to_string(elements) + " elements, but the part has " + std::to_string(numel));
+  }
+  return out;
 }
 
 // How the sign bits of a parameter of `numel` elements lie: `bytes` of them, in `slices` slices of the first dimension

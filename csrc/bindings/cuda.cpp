@@ -117,20 +117,20 @@ class CudaStep {
       numels_.push_back(numel);
       if (matrix(n, m, i, numel) == 0) continue;
       BoundItem item{i,
-                           params_.at(i, count, shapes),
-                           n.count(i),
-                           m.count(i),
-                           optional(first_rows, "first_rows", size, i),
-                           optional(first_cols, "first_cols", size, i),
-                           optional(second_rows, "second_rows", size, i),
-                           optional(second_cols, "second_cols", size, i),
-                           nullptr,
-                           0,
-                           0};
+                     params_.at(i, count, shapes),
+                     n.count(i),
+                     m.count(i),
+                     optional(first_rows, "first_rows", size, i),
+                     optional(first_cols, "first_cols", size, i),
+                     optional(second_rows, "second_rows", size, i),
+                     optional(second_cols, "second_cols", size, i),
+                     nullptr,
+                     0,
+                     0};
       if (!exp_avg_signs.is_none()) {
-        const Signs s = signs(optional(exp_avg_signs, "exp_avg_signs", size, i),
-                                    List(sign_bytes, "sign_bytes", size).count(i),
-                                    List(sign_slices, "sign_slices", size).count(i), numel, i);
+        const Signs s =
+            signs(optional(exp_avg_signs, "exp_avg_signs", size, i), List(sign_bytes, "sign_bytes", size).count(i),
+                  List(sign_slices, "sign_slices", size).count(i), numel, i);
         item.signs = s.data;
         item.slice = s.slice;
         item.slice_bytes = s.slice_bytes;
@@ -176,7 +176,7 @@ class CudaStep {
     s.coupled = coupled;
     s.first = first_;
     const Memory memory{reinterpret_cast<void*>(table), reinterpret_cast<void*>(workspace),
-                              reinterpret_cast<void*>(counters)};
+                        reinterpret_cast<void*>(counters)};
     if (step_->table_bytes() && !table) refuse("table", "a null address");
     const py::gil_scoped_release release;
     step_->launch(memory, s, reinterpret_cast<int32_t*>(nonfinite), reinterpret_cast<const float*>(grad_scale),
