@@ -274,6 +274,7 @@ BLOCK_PARTS = {
     "odd columns": ((64, 96), col_range((64, 96), 3, 50)),
     "columns of a convolution": ((32, 12, 3, 3), col_range((32, 12, 3, 3), 4, 9)),
     "a block for each row": ((1201, 30), col_range((1201, 30), 2, 9)),
+    "runs from within a byte": ((64, 64), ((2, 104), [(60, 104), (16 * 64 + 60, 104)])),
     "every third row": ((90, 64), row_range((90, 64), 1, 90, 3)),
     "every other odd row": ((127, 129), row_range((127, 129), 0, 127, 2)),
     "no rows": ((24, 18), row_range((24, 18), 5, 5)),
@@ -355,6 +356,7 @@ def test_the_table_has_blocks_of_every_kind():
     assert any(block.stride != block.cols and block.cols % 8 == 0 for block in found["columns that stride"])
     assert any(block.row_step > 1 for block in found["columns that stride"])
     assert len(found["rows with a head and a tail"]) == 3
+    assert any(block.first % 8 and block.cols % 8 == 0 for block in found["runs from within a byte"])
     assert len(found["a block for each row"]) > 1000
 
 
