@@ -37,6 +37,9 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS["avx2"] = ["-mavx2", "-mf16c"]
     LEVELS["avx512"] = [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mf16c", "-mprefer-vector-width=512"]
 
+#: All that knows pybind11.
+BINDINGS = [CSRC / "bindings.cpp", *sorted((CSRC / "bindings").glob("*.cpp"))]
+
 #: Results equal the reference's to the bit: no contraction to fused multiply-adds, no fast math. errno and traps are
 #: nobody's business here, and without them loops with square roots become vectors.
 EXACT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -126,7 +129,10 @@ class BuildNative(build_ext):
         jobs += [(f.stem, f, common) for f in sorted((CSRC / "cpu").glob("*.cpp")) if f != kernels]
         plan = CSRC / "cuda" / "plan.cpp"  # needs no CUDA
         jobs += [("cuda_plan", plan, common)]
-        jobs += [("bindings", CSRC / "bindings.cpp", [*common, *filter(None, binding)])]
+        jobs += [
+            ("_".join(f.relative_to(CSRC).with_suffix("").parts), f, [*common, *filter(None, binding)])
+            for f in BINDINGS
+        ]
         jobs = [(name, source, [*compiler, *flags]) for name, source, flags in jobs]
         if nvcc:
             command = [nvcc, "-ccbin", compiler[0], *cuda_flags(nvcc, common)]
@@ -171,7 +177,7 @@ class BuildEmulated(build_ext):
         for source in emulated_sources():
             out = temp / f"{source.stem}{source.suffix[1:]}.o"
             files = ["-MD", "-MF", str(out.with_suffix(".d")), "-x", "c++", "-c", str(source), "-o", str(out)]
-            own = includes if source.stem == "bindings" else []
+            own = includes if source in BINDINGS else []
             steps.append(([*compiler, *flags, *own, *files], source, out))
         target = ROOT / "hfac" / Path(self.get_ext_fullpath(ext.name)).name
         objects = [str(out) for _, _, out in steps]
@@ -180,7 +186,7 @@ class BuildEmulated(build_ext):
 
 def emulated_sources() -> list[Path]:
     cuda = [f for f in sorted((CSRC / "cuda").glob("*.c*")) if f.suffix in (".cpp", ".cu") and f.stem != "device"]
-    return [CSRC / "bindings.cpp", *cuda, CSRC / "emulation" / "emulation.cpp"]
+    return [*(f for f in BINDINGS if f.stem != "cpu"), *cuda, CSRC / "emulation" / "emulation.cpp"]
 
 
 def cuda_flags(nvcc: str, common: list[str]) -> list[str]:

@@ -141,8 +141,16 @@ def hfac_sums(
     if {value is None for value in columns.values()} == {False, True}:
         raise ValueError("col_sums, col_squares and col_ratios must be given together, or none of them")
     given = {name: tensors for name, tensors in columns.items() if tensors is not None}
-    _check_parts(grads, {"cols": cols}, {**rows, **given})
+    _check_parts(grads, {"cols": cols}, {**rows, **given}, [old.dtype for old in old_rows])
     for i, grad in enumerate(grads):
+        if old_rows[i].dtype not in (torch.float32, torch.float64) or grad.dtype not in PARAM_DTYPES:
+            raise ValueError(f"sums of {grad.dtype} in {old_rows[i].dtype} (old_rows[{i}]) are not to be had")
+        for name, tensors in rows.items():
+            if tensors[i].numel() != old_rows[i].numel():
+                raise ValueError(
+                    f"{name}[{i}] must have the {old_rows[i].numel()} elements of old_rows[{i}], got "
+                    f"{tensors[i].numel()}"
+                )
         for name, tensors in given.items():
             if tensors[i].numel() * old_rows[i].numel() != grad.numel():
                 raise ValueError(
@@ -179,17 +187,15 @@ def hfac_apply_(
     Row lists are [m], column lists [n], totals and mean_squares [len(params)]."""
     by_row = dict(exp_avg_rows=exp_avg_rows, exp_avg_sq_rows=exp_avg_sq_rows, row_sums=row_sums, new_rows=new_rows)
     by_col = dict(exp_avg_cols=exp_avg_cols, exp_avg_sq_cols=exp_avg_sq_cols, col_sums=col_sums, new_cols=new_cols)
-    _check_parts(params, {"rows": rows, "cols": cols, "grads": grads}, {**by_row, **by_col})
+    lists = {"rows": rows, "cols": cols, "grads": grads, "totals": totals, "mean_squares": mean_squares}
+    _check_parts(params, lists, {**by_row, **by_col}, [state_dtype(param.dtype) for param in params])
+    _check_part_grads(params, grads)
     for i, param in enumerate(params):
         sizes = {tensors[i].numel() for tensors in by_row.values()}, {tensors[i].numel() for tensors in by_col.values()}
         if max(map(len, sizes)) > 1 or sizes[0].pop() * sizes[1].pop() != param.numel():
             raise ValueError(
                 f"rows and columns of the lists' entries {i} do not agree with each other and with the "
                 f"{param.numel()} elements of params[{i}]"
-            )
-        if grads[i].shape != param.shape:
-            raise ValueError(
-                f"grads[{i}] must have its parameter's shape {tuple(param.shape)}, got {tuple(grads[i].shape)}"
             )
     _part_op("hfac_apply_", params, backend)(
         params,
@@ -250,11 +256,18 @@ def smmf_sums_step_(
     if {tensors is None for tensors in first.values()} != {beta1 is None}:
         raise ValueError("lists of the first moment are required exactly where beta1 is not None")
     given = {name: tensors for name, tensors in first.items() if tensors is not None}
-    _check_parts(params, {"grads": grads, "blocks": blocks}, {**second, **given})
+    states = {**second, **given}
+    signs = states.pop("exp_avg_signs", None)
+    _check_parts(params, {"grads": grads, "blocks": blocks}, states, [state_dtype(param.dtype) for param in params])
+    _check_part_grads(params, grads)
+    if signs is not None:
+        _check_parts(params, {}, {"exp_avg_signs": signs}, [torch.uint8] * len(params))
+        held = [i for i, param in enumerate(params) if param.numel()]
+        _check_signs([params[i] for i in held], [signs[i] for i in held])
     for i, param in enumerate(params):
         n, m = exp_avg_sq_rows[i].numel(), exp_avg_sq_cols[i].numel()
-        if any(tensors[i].numel() != (n if "rows" in name else m) for name, tensors in second.items()):
-            raise ValueError(f"second moments of params[{i}] must have {n} rows and {m} columns throughout")
+        if any(tensors[i].numel() != (n if "rows" in name else m) for name, tensors in states.items()):
+            raise ValueError(f"moments of params[{i}] must have {n} rows and {m} columns throughout")
         if sum(block.rows * block.cols for block in blocks[i]) != param.numel() or any(
             block.row + (block.rows - 1) * block.row_step >= n or block.col + block.cols > m for block in blocks[i]
         ):
@@ -310,7 +323,12 @@ def _part_op(op: str, tensors: Tensors, backend: str) -> Callable[..., None]:
     return getattr(backends.resolve(backend, tensors[0].device if tensors else _HOST, op), op)
 
 
-def _check_parts(tensors: Tensors, lists: Mapping[str, Sequence[Any]], states: Mapping[str, Tensors]) -> None:
+def _check_parts(
+    tensors: Tensors,
+    lists: Mapping[str, Sequence[Any] | Tensor],
+    states: Mapping[str, Tensors],
+    dtypes: Sequence[torch.dtype],
+) -> None:
     for name, entries in {**lists, **states}.items():
         if len(entries) != len(tensors):
             raise ValueError(f"{name} must have one entry per parameter ({len(tensors)}), got {len(entries)}")
@@ -319,6 +337,20 @@ def _check_parts(tensors: Tensors, lists: Mapping[str, Sequence[Any]], states: M
         for name, entries in states.items():
             if not entries[i].is_contiguous() or entries[i].device != tensor.device:
                 raise ValueError(f"{name}[{i}] must be contiguous and on {tensor.device}")
+            if entries[i].dtype != dtypes[i]:
+                raise ValueError(f"{name}[{i}] must be {dtypes[i]}, got {entries[i].dtype}")
+
+
+def _check_part_grads(params: Tensors, grads: Tensors) -> None:
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        check_tensor(f"grads[{i}]", grad)
+        if grad.shape != param.shape or grad.device != param.device:
+            raise ValueError(
+                f"grads[{i}] must have its parameter's shape {tuple(param.shape)} and device {param.device}, got "
+                f"{tuple(grad.shape)} on {grad.device}"
+            )
+        if {param.dtype, grad.dtype} - _FLOATING:
+            raise ValueError(f"params[{i}] and grads[{i}] must be of {_names(PARAM_DTYPES)}")
 
 
 def _call(op: str, params: Tensors, grads: Tensors, nonfinite: Tensor | None, backend: str, **arguments: Any) -> None:

@@ -320,7 +320,7 @@ def smmf_sums_step_(
         positive = None
         if beta1 is not None:
             assert exp_avg_signs is not None
-            positive = unpack_signs(exp_avg_signs[i], param.shape).reshape(-1).contiguous()
+            positive = unpack_signs(exp_avg_signs[i], param.shape).reshape(-1).contiguous()  # a vector's is a view
         new = torch.empty_like(W)
         for block in blocks[i]:
             rows, cols = block.row_slice, block.col_slice

@@ -298,9 +298,184 @@ def test_bad_strides_are_refused(argument, more):
         _C.hfac_dense_step(**arguments)
 
 
+#: Ops on parts: a part of 3 x 2 elements of a matrix of 6 x 4.
+ROW, COL = (
+    dict.fromkeys(("exp_avg_rows", "exp_avg_sq_rows"), [HERE]),
+    dict.fromkeys(("exp_avg_cols", "exp_avg_sq_cols"), [HERE]),
+)
+PARTS = {
+    "hfac_sums": dict(
+        grads=[HERE], numels=[6], grad_dtypes=0, state_dtypes=0, rows=[3], whole_cols=[4], beta2=0.9, eps=0.0
+    )
+    | dict.fromkeys(("old_rows", "row_sums", "new_rows", "col_sums", "col_squares", "col_ratios"), [HERE]),
+    "hfac_apply": GOOD["operands"]
+    | GOOD["matrix"]
+    | dict(whole_rows=[6], whole_cols=[4], totals=[1.0], mean_squares=[1.0], beta1=0.9, lr=0.1)
+    | dict(clip_threshold=1.0, weight_decay=0.0, maximize=False)
+    | dict.fromkeys(("row_sums", "new_rows", "col_sums", "new_cols"), [HERE]),
+    "smmf_sums_step": GOOD["operands"]
+    | GOOD["scalars"]
+    | GOOD["matrix"]
+    | GOOD["signs"]
+    | dict(rows=[6], cols=[4], blocks=[[(0, 2, 1, 2, 2, 3, 2)]], decoupled_weight_decay=True)
+    | dict.fromkeys(("new_rows", "new_cols", "new_sq_rows", "new_sq_cols"), [HERE]),
+}
+HUGE = (1 << 63) - 1
+BAD_PARTS = {
+    "hfac_sums": [
+        ("grads", [0]),
+        ("grads", []),
+        ("numels", [-1]),
+        ("grad_dtypes", 4),
+        ("state_dtypes", 1),
+        ("state_dtypes", [0, 0]),
+        ("rows", [4]),
+        ("rows", [0]),
+        ("rows", [-3]),
+        ("rows", [HUGE]),
+        ("rows", []),
+        ("whole_cols", [-1]),
+        ("whole_cols", []),
+        ("old_rows", [0]),
+        ("row_sums", []),
+        ("new_rows", [0]),
+        ("col_sums", [0]),
+        ("col_squares", None),
+        ("col_ratios", None),
+        ("col_ratios", [HERE, HERE]),
+        ("beta2", [0.1, 0.2]),
+        ("threads", 0),
+    ],
+    "hfac_apply": [
+        ("params", [0]),
+        ("grads", []),
+        ("numels", [5]),
+        ("rows", [2]),
+        ("rows", [-3]),
+        ("cols", [HUGE]),
+        ("whole_rows", [-6]),
+        ("whole_cols", []),
+        ("exp_avg_rows", [0]),
+        ("exp_avg_cols", []),
+        ("exp_avg_sq_rows", [0]),
+        ("exp_avg_sq_cols", [0]),
+        ("row_sums", [0]),
+        ("new_rows", []),
+        ("col_sums", [0]),
+        ("new_cols", [0]),
+        ("totals", []),
+        ("totals", ["x"]),
+        ("mean_squares", [1.0, 1.0]),
+        ("beta1", []),
+        ("threads", -1),
+    ],
+    "smmf_sums_step": [
+        ("params", [0]),
+        ("grads", [0]),
+        ("numels", [7]),
+        ("numels", [5]),
+        ("rows", [5]),
+        ("rows", [-1]),
+        ("rows", []),
+        ("cols", [3]),
+        ("exp_avg_rows", [0]),
+        ("exp_avg_cols", None),
+        ("exp_avg_signs", [0]),
+        ("sign_bytes", [2]),
+        ("sign_bytes", []),
+        ("exp_avg_sq_rows", [0]),
+        ("exp_avg_sq_cols", []),
+        ("new_rows", None),
+        ("new_rows", [0]),
+        ("new_cols", None),
+        ("new_cols", []),
+        ("new_sq_rows", [0]),
+        ("new_sq_cols", []),
+        ("blocks", None),
+        ("blocks", []),
+        ("blocks", [[]]),
+        ("blocks", [5]),
+        ("blocks", [[5]]),
+        ("blocks", [[(0, 2, 1, 2, 2, 3)]]),
+        ("blocks", [[(0.5, 2, 1, 2, 2, 3, 2)]]),
+        ("blocks", [[(0, 2, 1, 2, 2, 3, 1)]]),  # not all elements
+        ("blocks", [[(0, 2, 1, 2, 2, 3, 2)] * 2]),  # more than there are
+        ("beta2", ["x"]),
+        ("threads", 0),
+    ],
+}
+#: what replaces a number of the block (0, 2, 1, 2, 2, 3, 2)
+BAD_BLOCKS = [
+    *((k, value) for k in range(7) for value in (-1, HUGE, "x", None)),
+    (0, 1),
+    (0, 7),
+    (1, 1),  # rows that overlap
+    (1, 3),
+    (2, 2),
+    (2, 6),
+    (3, 0),
+    (3, 3),
+    (4, 3),
+    (4, 4),
+    (5, 0),
+    (5, 4),
+    (6, 0),
+    (6, 3),
+]
+#: Whose bad value another argument's check names.
+NAMED = {
+    ("hfac_apply", "numels"): "rows",
+    ("hfac_apply", "cols"): "rows",
+    ("smmf_sums_step", "numels"): "blocks|sign_bytes",
+    ("smmf_sums_step", "rows"): "rows|blocks",
+    ("smmf_sums_step", "cols"): "blocks",
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "argument", "value"),
+    [
+        pytest.param(op, argument, value, id=f"{op}-{argument}-{i}")
+        for op, rows in BAD_PARTS.items()
+        for i, (argument, value) in enumerate(rows)
+    ],
+)
+def test_bad_calls_on_parts_are_refused(op, argument, value):
+    with pytest.raises(ValueError, match=f"^({NAMED.get((op, argument), argument)})"):
+        getattr(_C, op)(**(PARTS[op] | {argument: value}))
+
+
+@pytest.mark.parametrize(("place", "value"), BAD_BLOCKS)
+def test_bad_blocks_are_refused(place, value):
+    block = [0, 2, 1, 2, 2, 3, 2]
+    block[place] = value
+    with pytest.raises(ValueError, match="^blocks"):
+        _C.smmf_sums_step(**(PARTS["smmf_sums_step"] | {"blocks": [[block]]}))
+
+
+def test_strides_of_parts_need_shapes():
+    for op in PARTS:
+        with pytest.raises(ValueError, match="^shapes"):
+            getattr(_C, op)(**PARTS[op], grad_strides=[(1, 3)])
+
+
 def test_a_good_call_is_not_refused():
     for op, (names, more) in NATIVE.items():
         getattr(_C, op)(**{k: v for name in names.split() for k, v in GOOD[name].items()}, **more)
+    for op, arguments in PARTS.items():
+        getattr(_C, op)(**arguments)
+        getattr(_C, op)(**arguments, grad_strides=[(1, 3)], shapes=[(3, 2)])
+
+
+def test_an_empty_part_needs_no_addresses():
+    """But for the moments that exist."""
+    for rows, cols in ((0, 0), (3, 0), (0, 2)):
+        none = {name: [0] for name in PARTS["hfac_apply"] if name.endswith(("rows", "row_sums")) and not rows}
+        none |= {name: [0] for name in PARTS["hfac_apply"] if name.endswith(("cols", "col_sums")) and not cols}
+        empty = none | dict(params=[0], grads=[0], numels=[0], rows=[rows], cols=[cols], whole_rows=[6], whole_cols=[4])
+        _C.hfac_apply(**(PARTS["hfac_apply"] | empty))
+    _C.hfac_sums(**(PARTS["hfac_sums"] | dict(grads=[0], numels=[0], rows=[0], old_rows=[0], row_sums=[0])))
+    _C.smmf_sums_step(**(PARTS["smmf_sums_step"] | dict(params=[0], grads=[0], numels=[0], blocks=[[]])))
 
 
 def test_an_unknown_instruction_set_is_refused():

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "level.h"
+#include "ops.h"
 #include "schedule.h"
 #include "tensor.h"
 
@@ -40,6 +41,16 @@ Route<T> route(const TensorRef& param, const TensorRef& grad) {
     pair = &pair_kernels(wide, wide, T());
   }
   return {pair, &grad_kernels(stage_grad ? wide : grad.dtype, T()), stage_param, stage_grad};
+}
+
+// The same where there is no parameter.
+template <class T>
+Route<T> route(const TensorRef& grad) {
+  constexpr bool wide = std::is_same<T, double>::value;
+  const bool direct = wide ? grad.dtype == DType::kFloat64 : grad_kernels(grad.dtype, T()).hfac_stats != nullptr;
+  const bool stage = grad.strided || !direct;
+  const DType seen = !stage ? grad.dtype : wide ? DType::kFloat64 : DType::kFloat32;
+  return {nullptr, &grad_kernels(seen, T()), false, stage};
 }
 
 // Elements of a contiguous tensor from `first` on.
@@ -96,12 +107,19 @@ bool nonfinite_range(const Route<T>& route, const TensorRef& grad, int64_t first
   return false;
 }
 
+// Is the arithmetic that of double?
+template <class Item>
+bool wide(const Item& item) {
+  return item.param.dtype == DType::kFloat64;
+}
+inline bool wide(const HfacSumsItem& item) { return item.wide; }
+
 // Parameters of both arithmetics may share a list: `make` builds and runs the op of one of them.
 template <class Item, class Make>
 size_t by_arithmetic(const std::vector<Item>& items, const Make& make) {
-  std::vector<Item> single, wide;
-  for (const Item& item : items) (item.param.dtype == DType::kFloat64 ? wide : single).push_back(item);
-  const size_t a = make(std::move(single), float()), b = make(std::move(wide), double());
+  std::vector<Item> single, twice;
+  for (const Item& item : items) (wide(item) ? twice : single).push_back(item);
+  const size_t a = make(std::move(single), float()), b = make(std::move(twice), double());
   return std::max(a, b);
 }
 

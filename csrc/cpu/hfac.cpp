@@ -1,9 +1,10 @@
 // H-Fac on matrices: the sums of one read of the gradient, a fold of O(rows + columns), and the update with a second
-// read.
+// read. Of a part of a matrix the sums are an op of their own, and the rest another.
+#include "../math/hfac.h"
+
 #include <atomic>
 #include <cmath>
 
-#include "../math/hfac.h"
 #include "driver.h"
 #include "ops.h"
 
@@ -21,6 +22,100 @@ T clip_divisor(T rms, double threshold) {
   return ratio <= T(1) ? T(1) : ratio;
 }
 
+// Three sums per column and chunk: 1.2 % of the bytes of a parameter of 1024 rows and more. With fewer rows the same
+// share would leave too few chunks to divide among threads.
+int64_t chunk_rows(int64_t rows, int64_t cols, DType dtype) {
+  const int64_t some = rows < 1024 ? 64 : size_of(dtype) == 2 ? 512 : 256;
+  return std::max(some, ceil_div(ceil_div(kChunkElements, cols), kRowsAtOnce) * kRowsAtOnce);
+}
+
+// What one read of rows [first, first + rows) gives: the rows' sums, in place, and in `sums`, where it is not null,
+// three per column: of g, g^2 and g^2 / r_i. True where a square times the number of elements is not finite.
+template <class T>
+bool read_rows(const HfacSumsItem& it, double eps, const Route<T>& to, int64_t first, int64_t rows, T* sums,
+               Scratch& scratch) {
+  HfacStats<T> a{};
+  a.grad_stride = a.cols = it.cols;
+  if (sums) {
+    a.col_sum = sums;
+    a.col_square = a.col_sum + padded(it.cols);
+    a.col_ratio = a.col_square + padded(it.cols);
+    std::fill_n(a.col_sum, 3 * padded(it.cols), T(0));
+  }
+  a.beta2 = static_cast<T>(it.beta2);
+  a.rest2 = static_cast<T>(1 - it.beta2);
+  a.eps_sum = static_cast<T>(static_cast<double>(it.whole_cols) * eps);
+  a.elements = static_cast<T>(it.rows * it.cols);
+  const int64_t step = to.stage_grad ? std::min(rows, staged_rows(it.cols)) : rows;
+  for (int64_t r = first; r < first + rows; r += step) {
+    a.rows = std::min(step, first + rows - r);
+    a.grad = at(it.grad, r * it.cols);
+    if (to.stage_grad) {
+      T* staged = static_cast<T*>(scratch.at(Scratch::kGrad, static_cast<size_t>(a.rows * it.cols) * sizeof(T)));
+      gather(it.grad, r * it.cols, a.rows * it.cols, staged);
+      a.grad = staged;
+    }
+    a.row_square_old = static_cast<const T*>(it.old_row) + r;
+    a.row_sum = static_cast<T*>(it.row_sum) + r;
+    a.row_square = static_cast<T*>(it.new_row) + r;
+    to.grad->hfac_stats(a);
+  }
+  return a.nonfinite;
+}
+
+// The chunks' sums, one after the other from `sums` on, added up in the first one's place.
+template <class T>
+void add_chunks(T* sums, int64_t chunks, int64_t cols) {
+  for (int64_t c = 1; c < chunks; ++c) {
+    const T* more = sums + c * 3 * padded(cols);
+    for (int64_t j = 0; j < 3 * padded(cols); ++j) sums[j] += more[j];
+  }
+}
+
+template <class T>
+class HfacSumsOp : public Op {
+ public:
+  HfacSumsOp(std::vector<HfacSumsItem> items, double eps) : items_(std::move(items)), eps_(eps) {
+    routes_.reserve(items_.size());
+    for (const HfacSumsItem& item : items_) routes_.push_back(route<T>(item.grad));
+  }
+
+  int64_t items() const override { return static_cast<int64_t>(items_.size()); }
+  int64_t elements(int64_t i) const override { return item(i).rows * item(i).cols; }
+  int phases() const override { return 1; }
+  int64_t chunks(int64_t i, int) const override { return ceil_div(item(i).rows, rows_of(item(i))); }
+
+  size_t workspace_bytes(int64_t i) const override {
+    return item(i).col_sum ? static_cast<size_t>(chunks(i, 0) * 3 * padded(item(i).cols)) * sizeof(T) : 0;
+  }
+
+  void chunk(int64_t i, int, int64_t c, void* workspace, Scratch& scratch) override {
+    const HfacSumsItem& it = item(i);
+    const int64_t first = c * rows_of(it), rows = std::min(rows_of(it), it.rows - first);
+    T* sums = it.col_sum ? static_cast<T*>(workspace) + c * 3 * padded(it.cols) : nullptr;
+    read_rows(it, eps_, routes_[static_cast<size_t>(i)], first, rows, sums, scratch);
+  }
+
+  void finish(int64_t i, int, void* workspace) override {
+    const HfacSumsItem& it = item(i);
+    if (!it.col_sum) return;
+    T* sums = static_cast<T*>(workspace);
+    add_chunks(sums, chunks(i, 0), it.cols);
+    std::copy_n(sums, it.cols, static_cast<T*>(it.col_sum));
+    std::copy_n(sums + padded(it.cols), it.cols, static_cast<T*>(it.col_square));
+    std::copy_n(sums + 2 * padded(it.cols), it.cols, static_cast<T*>(it.col_ratio));
+  }
+
+ private:
+  const HfacSumsItem& item(int64_t i) const { return items_[static_cast<size_t>(i)]; }
+  static int64_t rows_of(const HfacSumsItem& it) { return chunk_rows(it.rows, it.cols, it.grad.dtype); }
+
+  std::vector<HfacSumsItem> items_;
+  std::vector<Route<T>> routes_;
+  double eps_;
+};
+
+// Phase 0 sums and folds, or for a part folds sums that are given; phase 1 updates.
 template <class T>
 class HfacOp : public Op {
  public:
@@ -34,7 +129,9 @@ class HfacOp : public Op {
   int64_t elements(int64_t i) const override { return item(i).rows * item(i).cols; }
   int phases() const override { return 2; }
   int64_t chunks(int64_t i, int phase) const override {
-    return ceil_div(item(i).rows, phase == 0 ? chunk_rows(item(i)) : update_rows(item(i)));
+    const HfacItem& it = item(i);
+    if (phase == 0) return it.part ? 1 : ceil_div(it.rows, rows_of(it));
+    return elements(i) == 0 ? 0 : ceil_div(it.rows, update_rows(it));
   }
 
   size_t workspace_bytes(int64_t i) const override {
@@ -49,7 +146,7 @@ class HfacOp : public Op {
     if (phase > 0) return;
     const bool refused = refused_[static_cast<size_t>(i)];
     if (options_.nonfinite) options_.nonfinite[item(i).index] = refused;
-    if (!refused) fold(i, workspace);
+    if (!refused) item(i).part ? fold_part(i, workspace) : fold(i, workspace);
   }
 
  private:
@@ -66,12 +163,7 @@ class HfacOp : public Op {
     return {base, base + padded(it.rows), base + 2 * padded(it.rows)};
   }
 
-  // Three sums per column and chunk: 1.2 % of the bytes of a parameter of 1024 rows and more. With fewer rows the same
-  // share would leave too few chunks to divide among threads.
-  static int64_t chunk_rows(const HfacItem& it) {
-    const int64_t rows = it.rows < 1024 ? 64 : size_of(it.param.dtype) == 2 ? 512 : 256;
-    return std::max(rows, ceil_div(ceil_div(kChunkElements, it.cols), kRowsAtOnce) * kRowsAtOnce);
-  }
+  static int64_t rows_of(const HfacItem& it) { return chunk_rows(it.rows, it.cols, it.param.dtype); }
 
   static int64_t update_rows(const HfacItem& it) {
     return std::max<int64_t>(kRowsAtOnce, ceil_div(ceil_div(kChunkElements * 4, it.cols), kRowsAtOnce) * kRowsAtOnce);
@@ -79,80 +171,74 @@ class HfacOp : public Op {
 
   void statistics(int64_t i, int64_t c, void* workspace, Scratch& scratch) {
     const HfacItem& it = item(i);
-    const Route<T>& to = routes_[static_cast<size_t>(i)];
-    const Space space_ = space(it, workspace);
-    const int64_t first = c * chunk_rows(it), rows = std::min(chunk_rows(it), it.rows - first);
-    HfacStats<T> a{};
-    a.grad_stride = a.cols = it.cols;
-    a.col_sum = space_.cols + c * 3 * padded(it.cols);
-    a.col_square = a.col_sum + padded(it.cols);
-    a.col_ratio = a.col_square + padded(it.cols);
-    std::fill_n(a.col_sum, 3 * padded(it.cols), T(0));
-    a.beta2 = static_cast<T>(it.beta2);
-    a.rest2 = static_cast<T>(1 - it.beta2);
-    a.eps_sum = static_cast<T>(static_cast<double>(it.cols) * options_.eps);
-    a.elements = static_cast<T>(elements(i));
-    const int64_t step = to.stage_grad ? std::min(rows, staged_rows(it.cols)) : rows;
-    for (int64_t r = first; r < first + rows; r += step) {
-      a.rows = std::min(step, first + rows - r);
-      a.grad = at(it.grad, r * it.cols);
-      if (to.stage_grad) {
-        T* staged = static_cast<T*>(scratch.at(Scratch::kGrad, static_cast<size_t>(a.rows * it.cols) * sizeof(T)));
-        gather(it.grad, r * it.cols, a.rows * it.cols, staged);
-        a.grad = staged;
-      }
-      a.row_square_old = static_cast<const T*>(it.exp_avg_sq_row) + r;
-      a.row_sum = space_.row_a + r;
-      a.row_square = space_.row_b + r;
-      to.grad->hfac_stats(a);
-    }
-    if (a.nonfinite && options_.nonfinite) refused_[static_cast<size_t>(i)] = true;
+    if (it.part) return;
+    const Space at = space(it, workspace);
+    const int64_t first = c * rows_of(it), rows = std::min(rows_of(it), it.rows - first);
+    const HfacSumsItem sums{it.grad,  wide(it), it.rows, it.cols, it.cols, it.exp_avg_sq_row,
+                            at.row_a, at.row_b, nullptr, nullptr, nullptr, it.beta2};
+    T* cols = at.cols + c * 3 * padded(it.cols);
+    const bool nonfinite = read_rows(sums, options_.eps, routes_[static_cast<size_t>(i)], first, rows, cols, scratch);
+    if (nonfinite && options_.nonfinite) refused_[static_cast<size_t>(i)] = true;
   }
 
   void fold(int64_t i, void* workspace) const {
     const HfacItem& it = item(i);
     const Space at = space(it, workspace);
     const int64_t m = it.rows, n = it.cols;
-    const T beta1 = static_cast<T>(it.beta1), rest1 = static_cast<T>(1 - it.beta1);
     const T beta2 = static_cast<T>(it.beta2), rest2 = static_cast<T>(1 - it.beta2);
-    const T rows = static_cast<T>(m), cols = static_cast<T>(n);
-    const T sign = options_.maximize ? T(-1) : T(1), lr = static_cast<T>(options_.lr);
-
-    T *sum = at.cols, *square = sum + padded(n), *ratio = square + padded(n);
-    for (int64_t c = 1; c < chunks(i, 0); ++c) {
-      const T* more = at.cols + c * 3 * padded(n);
-      for (int64_t j = 0; j < 3 * padded(n); ++j) sum[j] += more[j];
-    }
+    const T *square = at.cols + padded(n), *ratio = square + padded(n);
+    add_chunks(at.cols, chunks(i, 0), n);
 
     // sum of U^2 = R sum_j w_j / s_j with w_j = sum_i g_ij^2 / r_i (see docs): in double, where no partial result can
     // overflow.
     double total = 0, norm = 0;
     for (int64_t k = 0; k < m; ++k) total += static_cast<double>(at.row_b[k]);
     const T eps_sum = static_cast<T>(static_cast<double>(m) * options_.eps);
-    T *v = static_cast<T*>(it.exp_avg_col), *s = static_cast<T*>(it.exp_avg_sq_col);
+    T* s = static_cast<T*>(it.exp_avg_sq_col);
     for (int64_t j = 0; j < n; ++j) {
-      const T mean = sign * sum[j] / rows;
-      v[j] = hfac_average(beta1, v[j], rest1, mean);
       s[j] = hfac_average(beta2, s[j], rest2, square[j] + eps_sum);
       norm += static_cast<double>(ratio[j]) / static_cast<double>(s[j]);
-      sum[j] = lr * hfac_half_drift(beta1, v[j], mean, s[j], rows);
-      square[j] = T(1) / root(s[j]);
     }
-    T divisor = T(1);
-    if (options_.clip) {
-      const double mean_square = total * norm / (static_cast<double>(m) * static_cast<double>(n));
-      divisor = clip_divisor(root(static_cast<T>(mean_square)), options_.clip_threshold);
-    }
+    const double mean_square = total * norm / (static_cast<double>(m) * static_cast<double>(n));
+    step(it, at, {at.row_a, at.row_b, at.cols, s, m, n, total, mean_square});
+  }
 
-    const T scale = root(static_cast<T>(total));
-    T *u = static_cast<T*>(it.exp_avg_row), *r = static_cast<T*>(it.exp_avg_sq_row);
-    for (int64_t k = 0; k < m; ++k) {
-      const T mean = sign * at.row_a[k] / cols;
-      u[k] = hfac_average(beta1, u[k], rest1, mean);
-      r[k] = at.row_b[k];
-      at.row_a[k] = lr * hfac_half_drift(beta1, u[k], mean, r[k], cols);
-      at.row_b[k] = sign * lr * (scale * (T(1) / root(r[k])) / divisor);
+  void fold_part(int64_t i, void* workspace) const { step(item(i), space(item(i), workspace), *item(i).part); }
+
+  // Every moment's step, and of each row and column what `update` reads. The sums may lie where that is written.
+  void step(const HfacItem& it, const Space& at, const HfacPart& known) const {
+    T divisor = T(1);
+    if (options_.clip) divisor = clip_divisor(root(static_cast<T>(known.mean_square)), options_.clip_threshold);
+
+    const T* s =
+        step_side(it, it.cols, known.col_sum, known.new_col, known.rows, it.exp_avg_col, it.exp_avg_sq_col, at.cols);
+    T* col_scale = at.cols + padded(it.cols);
+    for (int64_t j = 0; j < it.cols; ++j) col_scale[j] = T(1) / root(s[j]);
+
+    const T* r =
+        step_side(it, it.rows, known.row_sum, known.new_row, known.cols, it.exp_avg_row, it.exp_avg_sq_row, at.row_a);
+    const T scale = root(static_cast<T>(known.total)), lr = static_cast<T>(options_.lr);
+    const T step = options_.maximize ? -lr : lr;
+    for (int64_t k = 0; k < it.rows; ++k) at.row_b[k] = step * (scale * (T(1) / root(r[k])) / divisor);
+  }
+
+  // The moments of one side, each entry of which stands for `length` elements, and lr times half of its drift. Returns
+  // the new second moment.
+  const T* step_side(const HfacItem& it, int64_t count, const void* sums, const void* fresh, int64_t length,
+                     void* first, void* second, T* half_drift) const {
+    const T beta1 = static_cast<T>(it.beta1), rest1 = static_cast<T>(1 - it.beta1);
+    const T sign = options_.maximize ? T(-1) : T(1), lr = static_cast<T>(options_.lr);
+    const T elements = static_cast<T>(length);
+    const T* sum = static_cast<const T*>(sums);
+    T *average = static_cast<T*>(first), *square = static_cast<T*>(second);
+    if (fresh != second) std::copy_n(static_cast<const T*>(fresh), count, square);
+#pragma GCC ivdep  // what lies in one place is one entry's
+    for (int64_t k = 0; k < count; ++k) {
+      const T mean = sign * sum[k] / elements;
+      average[k] = hfac_average(beta1, average[k], rest1, mean);
+      half_drift[k] = lr * hfac_half_drift(beta1, average[k], mean, square[k], elements);
     }
+    return square;
   }
 
   // Chunks run backwards: the end of the gradient was read last and is the likeliest to be in cache still.
@@ -264,6 +350,13 @@ size_t hfac_step(const std::vector<HfacItem>& items, const HfacOptions& options)
   return by_arithmetic(items, [&](std::vector<HfacItem> mine, auto zero) {
     HfacOp<decltype(zero)> op(std::move(mine), options);
     return run(op, options.threads);
+  });
+}
+
+size_t hfac_sums(const std::vector<HfacSumsItem>& items, double eps, int threads) {
+  return by_arithmetic(items, [&](std::vector<HfacSumsItem> mine, auto zero) {
+    HfacSumsOp<decltype(zero)> op(std::move(mine), eps);
+    return run(op, threads);
   });
 }
 

@@ -113,7 +113,7 @@ HFAC_HD int64_t hfac_stats_by(HfacStats<T>& a, int64_t i) {
   for (; i + R <= a.rows; i += R) {
     const int64_t next = i + 2 * R <= a.rows ? R * a.grad_stride : 0;
     hfac_row_sums<T, Sg, R>(a, i, next);
-    hfac_col_sums<T, Sg, R>(a, i, next);
+    if (a.col_sum) hfac_col_sums<T, Sg, R>(a, i, next);
   }
   return i;
 }

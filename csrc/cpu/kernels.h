@@ -50,7 +50,7 @@ struct HfacStats {
   const T* row_square_old;              // [rows] r of the last step
   T* row_sum;                           // [rows] out: sum of the gradient
   T* row_square;                        // [rows] out: the new r
-  T *col_sum, *col_square, *col_ratio;  // [cols, padded] added to: sums of g, g^2, g^2 / r_i
+  T *col_sum, *col_square, *col_ratio;  // [cols, padded] added to: sums of g, g^2, g^2 / r_i; null: rows only
   T beta2, rest2, eps_sum;              // eps_sum = cols * eps
   int64_t rows, cols;
   T elements;      // of the whole matrix

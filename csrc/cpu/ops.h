@@ -1,4 +1,4 @@
-// The four ops over lists, as the bindings call them. Arguments are valid: the bindings have checked what can be
+// The ops over lists, as the bindings call them. Arguments are valid: the bindings have checked what can be
 // checked.
 #pragma once
 
@@ -11,6 +11,15 @@
 
 namespace hfac {
 
+// What is known of a matrix of which a parameter is a part [m, n]: sums of the gradient over whole rows and columns,
+// the new second moments, their sum over all rows, and the mean of U^2.
+struct HfacPart {
+  const void *row_sum, *new_row;  // [m]
+  const void *col_sum, *new_col;  // [n]
+  int64_t rows, cols;             // of the whole
+  double total, mean_square;
+};
+
 // States have the arithmetic's type: double for float64 parameters, else float. `index` is the place in the caller's
 // list.
 struct HfacItem {
@@ -19,6 +28,19 @@ struct HfacItem {
   int64_t rows, cols;
   void *exp_avg_row, *exp_avg_col, *exp_avg_sq_row, *exp_avg_sq_col;
   double beta1, beta2;
+  const HfacPart* part = nullptr;  // null: the matrix is whole, and summed up here
+};
+
+// The sums of a gradient; the columns' are null where only rows are summed.
+struct HfacSumsItem {
+  TensorRef grad;
+  bool wide;  // sums in double
+  int64_t rows, cols;
+  int64_t whole_cols;  // of the matrix that the gradient is a part of
+  const void* old_row;
+  void *row_sum, *new_row;                 // [rows]
+  void *col_sum, *col_square, *col_ratio;  // [cols]
+  double beta2;
 };
 
 struct SmmfItem {
@@ -29,6 +51,18 @@ struct SmmfItem {
   Signs signs;
   void *exp_avg_sq_row, *exp_avg_sq_col;
   double beta1, beta2;
+};
+
+// A rectangle of a matrix: element (a, b) is element first + a * stride + b of a part, and stands in row row + a *
+// row_step and column col + b (hfac.matricize.Block).
+struct SmmfBlock {
+  int64_t first, stride, row, row_step, col, rows, cols;
+};
+
+// A part of a matrix [rows, cols]: its factors are read, and sums over the part's blocks added to the new ones.
+struct SmmfSumsItem : SmmfItem {
+  std::vector<SmmfBlock> blocks;
+  void *new_row, *new_col, *new_sq_row, *new_sq_col;
 };
 
 struct DenseItem {
@@ -55,8 +89,10 @@ struct SmmfOptions {
 
 // Each returns the bytes of workspace that the call held at most.
 size_t hfac_step(const std::vector<HfacItem>& items, const HfacOptions& options);
+size_t hfac_sums(const std::vector<HfacSumsItem>& items, double eps, int threads);
 size_t hfac_dense_step(const std::vector<DenseItem>& items, const HfacOptions& options);
 size_t smmf_step(const std::vector<SmmfItem>& items, const SmmfOptions& options);
+size_t smmf_sums_step(const std::vector<SmmfSumsItem>& items, const SmmfOptions& options);
 size_t smmf_dense_step(const std::vector<DenseItem>& items, const SmmfOptions& options);
 
 }  // namespace hfac

@@ -23,6 +23,67 @@ SmmfScalars<T> scalars(const SmmfOptions& o, double beta1, double beta2) {
   return s;
 }
 
+// Two sums per column and chunk: 1.6 % of the parameter's bytes. A multiple of 8 rows keeps a chunk's sign bits in
+// bytes of its own, and of kRowsAtOnce.
+int64_t chunk_rows(int64_t cols, DType dtype) {
+  const int64_t rows = size_of(dtype) == 2 ? 256 : 128;
+  return std::max(rows, ceil_div(ceil_div(kChunkElements, cols), 8) * 8);
+}
+
+// Rows of a block, `stride` elements apart in a tensor and one after the other in `values`.
+template <class T>
+void gather_rows(const TensorRef& from, const SmmfBlock& block, int64_t first, int64_t rows, T* values) {
+  if (block.stride == block.cols) return gather(from, first, rows * block.cols, values);
+  for (int64_t k = 0; k < rows; ++k) gather(from, first + k * block.stride, block.cols, values + k * block.cols);
+}
+
+template <class T>
+void scatter_rows(const TensorRef& to, const SmmfBlock& block, int64_t first, int64_t rows, const T* values) {
+  if (block.stride == block.cols) return scatter(to, first, rows * block.cols, values);
+  for (int64_t k = 0; k < rows; ++k) scatter(to, first + k * block.stride, block.cols, values + k * block.cols);
+}
+
+// The step on rows [row, row + rows) of a block. `a` brings the factors from there on, of which the rows' become their
+// sums, and the columns' sums; what the kernel reads of param, grad and signs is set here.
+template <class T>
+void step_rows(const SmmfScalars<T>& s, SmmfRows<T> a, const SmmfItem& it, const Route<T>& route,
+               const SmmfBlock& block, int64_t row, int64_t rows, Scratch& scratch) {
+  const bool whole_bytes =
+      block.cols % 8 == 0 && block.stride % 8 == 0 && block.first % 8 == 0 && it.signs.slice % 8 == 0;
+  const bool stage_signs = a.col_m && !whole_bytes;
+  const bool in_place = !route.stage_param && !route.stage_grad && !stage_signs;
+  const int64_t step = in_place ? rows : std::min(rows, staged_rows(block.cols));
+  const auto staged = [&](Scratch::Slot slot, const TensorRef& tensor, int64_t first) {
+    T* values = static_cast<T*>(scratch.at(slot, static_cast<size_t>(a.rows * block.cols) * sizeof(T)));
+    gather_rows(tensor, block, first, a.rows, values);
+    return values;
+  };
+  a.cols = block.cols;
+  a.grad_stride = route.stage_grad ? block.cols : block.stride;
+  a.param_stride = route.stage_param ? block.cols : block.stride;
+  a.sign_stride = stage_signs ? padded(block.cols) / 8 : block.stride / 8;
+  for (int64_t done = 0; done < rows; done += a.rows) {
+    a.rows = std::min(step, rows - done);
+    const int64_t first = block.first + (row + done) * block.stride;
+    a.grad = route.stage_grad ? staged(Scratch::kGrad, it.grad, first) : at(it.grad, first);
+    a.param = route.stage_param ? staged(Scratch::kParam, it.param, first) : at(it.param, first);
+    if (a.col_m && !stage_signs) a.signs = it.signs.data + first / 8;
+    if (stage_signs) {
+      a.signs = static_cast<uint8_t*>(scratch.at(Scratch::kSigns, static_cast<size_t>(a.rows * a.sign_stride)));
+      for (int64_t k = 0; k < a.rows; ++k)
+        read_signs(it.signs, first + k * block.stride, block.cols, a.signs + k * a.sign_stride);
+    }
+    route.pair->smmf(s, a);
+    if (stage_signs) {
+      for (int64_t k = 0; k < a.rows; ++k)
+        write_signs(it.signs, first + k * block.stride, block.cols, a.signs + k * a.sign_stride);
+    }
+    if (route.stage_param) scatter_rows(it.param, block, first, a.rows, static_cast<const T*>(a.param));
+    if (a.row_m) a.row_m += a.rows;
+    a.row_v += a.rows;
+  }
+}
+
 // Where a gradient may be refused it is read once before anything is written: phase 0 looks, phase 1 steps.
 template <class T>
 class SmmfOp : public Op {
@@ -36,7 +97,7 @@ class SmmfOp : public Op {
   int64_t items() const override { return static_cast<int64_t>(items_.size()); }
   int64_t elements(int64_t i) const override { return item(i).rows * item(i).cols; }
   int phases() const override { return options_.nonfinite ? 2 : 1; }
-  int64_t chunks(int64_t i, int) const override { return ceil_div(item(i).rows, chunk_rows(item(i))); }
+  int64_t chunks(int64_t i, int) const override { return ceil_div(item(i).rows, rows_of(item(i))); }
 
   size_t workspace_bytes(int64_t i) const override {
     return static_cast<size_t>(chunks(i, 0) * 2 * padded(item(i).cols)) * sizeof(T);
@@ -46,35 +107,24 @@ class SmmfOp : public Op {
     const SmmfItem& it = item(i);
     const Route<T>& route = routes_[static_cast<size_t>(i)];
     std::atomic<bool>& refused = refused_[static_cast<size_t>(i)];
-    const int64_t first = c * chunk_rows(it), rows = std::min(chunk_rows(it), it.rows - first);
+    const int64_t first = c * rows_of(it), rows = std::min(rows_of(it), it.rows - first);
     if (phase + 1 < phases()) {
       if (nonfinite_range(route, it.grad, first * it.cols, rows * it.cols, elements(i), scratch)) refused = true;
       return;
     }
     if (refused) return;
 
-    const SmmfScalars<T> s = scalars<T>(options_, it.beta1, it.beta2);
-    SmmfRows<T> a{};
     T* sums = static_cast<T*>(workspace) + c * 2 * padded(it.cols);
     std::fill_n(sums, 2 * padded(it.cols), T(0));
-    a.sum_m = sums;
-    a.sum_v = sums + padded(it.cols);
+    SmmfRows<T> a{};
+    a.row_m = it.exp_avg_row ? static_cast<T*>(it.exp_avg_row) + first : nullptr;
+    a.row_v = static_cast<T*>(it.exp_avg_sq_row) + first;
     a.col_m = static_cast<const T*>(it.exp_avg_col);
     a.col_v = static_cast<const T*>(it.exp_avg_sq_col);
-    a.cols = it.cols;
-    const bool whole_bytes = it.cols % 8 == 0 && it.signs.slice % 8 == 0;
-    const bool stage_signs = a.col_m && !whole_bytes;
-    const bool in_place = !route.stage_param && !route.stage_grad && !stage_signs;
-    const int64_t step = in_place ? rows : std::min(rows, staged_rows(it.cols));
-    for (int64_t r = first; r < first + rows; r += step) {
-      stage(a, it, route, r, std::min(step, first + rows - r), stage_signs, scratch);
-      route.pair->smmf(s, a);
-      if (stage_signs) {
-        for (int64_t k = 0; k < a.rows; ++k)
-          write_signs(it.signs, (r + k) * it.cols, it.cols, a.signs + k * a.sign_stride);
-      }
-      if (route.stage_param) scatter(it.param, r * it.cols, a.rows * it.cols, static_cast<const T*>(a.param));
-    }
+    a.sum_m = sums;
+    a.sum_v = sums + padded(it.cols);
+    step_rows(scalars<T>(options_, it.beta1, it.beta2), a, it, route, {0, it.cols, 0, 1, 0, it.rows, it.cols}, first,
+              rows, scratch);
   }
 
   // (SMMF, Algorithm 4) n >= m, so the columns' factors carry the normalisation; the rows' are sums as they stand.
@@ -94,31 +144,7 @@ class SmmfOp : public Op {
  private:
   const SmmfItem& item(int64_t i) const { return items_[static_cast<size_t>(i)]; }
 
-  // Two sums per column and chunk: 1.6 % of the parameter's bytes. A multiple of 8 rows keeps a chunk's sign bits in
-  // bytes of its own, and of kRowsAtOnce.
-  static int64_t chunk_rows(const SmmfItem& it) {
-    const int64_t rows = size_of(it.param.dtype) == 2 ? 256 : 128;
-    return std::max(rows, ceil_div(ceil_div(kChunkElements, it.cols), 8) * 8);
-  }
-
-  void stage(SmmfRows<T>& a, const SmmfItem& it, const Route<T>& route, int64_t r, int64_t rows, bool stage_signs,
-             Scratch& scratch) const {
-    const int64_t first = r * it.cols, count = rows * it.cols;
-    a.rows = rows;
-    a.grad_stride = a.param_stride = it.cols;
-    a.row_m = static_cast<T*>(it.exp_avg_row) + (it.exp_avg_row ? r : 0);
-    a.row_v = static_cast<T*>(it.exp_avg_sq_row) + r;
-    const DenseRun<T> run =
-        dense_run<T>(route, it.param, it.grad, nullptr, static_cast<T*>(it.exp_avg_sq_row), first, count, scratch);
-    a.grad = run.grad;
-    a.param = run.param;
-    if (!a.col_m) return;
-    a.sign_stride = stage_signs ? padded(it.cols) / 8 : it.cols / 8;
-    a.signs = it.signs.data + first / 8;
-    if (!stage_signs) return;
-    a.signs = static_cast<uint8_t*>(scratch.at(Scratch::kSigns, static_cast<size_t>(rows * a.sign_stride)));
-    for (int64_t k = 0; k < rows; ++k) read_signs(it.signs, first + k * it.cols, it.cols, a.signs + k * a.sign_stride);
-  }
+  static int64_t rows_of(const SmmfItem& it) { return chunk_rows(it.cols, it.param.dtype); }
 
   void factor(const SmmfItem& it, int64_t i, T* sums, T* col) const {
     const int64_t m = it.cols;
@@ -140,6 +166,140 @@ class SmmfOp : public Op {
   std::vector<Route<T>> routes_;
   SmmfOptions options_;
   std::vector<std::atomic<bool>> refused_;
+};
+
+// Parts of matrices, in blocks. Rows and columns that several blocks share are added up at the end, in the blocks'
+// order.
+template <class T>
+class SmmfSumsOp : public Op {
+ public:
+  SmmfSumsOp(std::vector<SmmfSumsItem> items, const SmmfOptions& options)
+      : items_(std::move(items)), options_(options) {
+    routes_.reserve(items_.size());
+    plans_.reserve(items_.size());
+    for (const SmmfSumsItem& item : items_) {
+      routes_.push_back(route<T>(item.param, item.grad));
+      plans_.push_back(plan(item));
+    }
+  }
+
+  int64_t items() const override { return static_cast<int64_t>(items_.size()); }
+  int64_t elements(int64_t i) const override { return plan_of(i).elements; }
+  int phases() const override { return 1; }
+  int64_t chunks(int64_t i, int) const override { return static_cast<int64_t>(plan_of(i).chunks.size()); }
+  size_t workspace_bytes(int64_t i) const override { return static_cast<size_t>(plan_of(i).numbers) * sizeof(T); }
+
+  void chunk(int64_t i, int, int64_t c, void* workspace, Scratch& scratch) override {
+    const SmmfSumsItem& it = items_[static_cast<size_t>(i)];
+    const Plan& plan = plan_of(i);
+    const Chunk& mine = plan.chunks[static_cast<size_t>(c)];
+    const SmmfScalars<T> s = scalars<T>(options_, it.beta1, it.beta2);
+    T *row_sums = static_cast<T*>(workspace), *col_sums = row_sums + mine.sums;
+    std::fill_n(col_sums, 2 * width(mine), T(0));
+    for (size_t p = mine.first; p < mine.last; ++p) {
+      const Piece& piece = plan.pieces[p];
+      const SmmfBlock& block = it.blocks[piece.block];
+      const int64_t row = block.row + piece.row * block.row_step, col = block.col - mine.col;
+      SmmfRows<T> a{};
+      if (it.exp_avg_row) {
+        a.row_m = row_sums + piece.sums;
+        read_factors(it.exp_avg_row, row, block.row_step, piece.rows, a.row_m);
+        a.col_m = static_cast<const T*>(it.exp_avg_col) + block.col;
+        a.sum_m = col_sums + col;
+      }
+      a.row_v = row_sums + plan.rows + piece.sums;
+      read_factors(it.exp_avg_sq_row, row, block.row_step, piece.rows, a.row_v);
+      a.col_v = static_cast<const T*>(it.exp_avg_sq_col) + block.col;
+      a.sum_v = col_sums + width(mine) + col;
+      step_rows(s, a, it, routes_[static_cast<size_t>(i)], block, piece.row, piece.rows, scratch);
+    }
+  }
+
+  void finish(int64_t i, int, void* workspace) override {
+    const SmmfSumsItem& it = items_[static_cast<size_t>(i)];
+    const T* sums = static_cast<const T*>(workspace);
+    if (it.exp_avg_row) add_up(it, plan_of(i), sums, 0, it.new_row, it.new_col);
+    add_up(it, plan_of(i), sums, 1, it.new_sq_row, it.new_sq_col);
+  }
+
+ private:
+  // Some rows of a block; `sums` is the place of theirs in the workspace.
+  struct Piece {
+    size_t block;
+    int64_t row, rows, sums;
+  };
+  // Pieces [first, last) share sums of columns [col, end), which lie at `sums` in the workspace.
+  struct Chunk {
+    size_t first, last;
+    int64_t col, end, elements, sums;
+  };
+  struct Plan {
+    std::vector<Piece> pieces;
+    std::vector<Chunk> chunks;
+    int64_t rows = 0, elements = 0, numbers = 0;
+  };
+
+  // A vector of sums may reach beyond its piece's columns, by less than kPad.
+  static int64_t width(const Chunk& chunk) { return padded(chunk.end - chunk.col + kPad); }
+
+  // Long blocks are cut like whole matrices; short ones share a chunk, so that thousands of them cost no more than
+  // their elements, and the columns' sums less than those.
+  static Plan plan(const SmmfSumsItem& it) {
+    Plan plan;
+    const int64_t enough = std::max(kChunkElements, 16 * it.cols);
+    for (size_t b = 0; b < it.blocks.size(); ++b) {
+      const SmmfBlock& block = it.blocks[b];
+      const int64_t some = chunk_rows(block.cols, it.param.dtype);
+      for (int64_t row = 0; row < block.rows; row += some) {
+        const int64_t rows = std::min(some, block.rows - row), size = rows * block.cols;
+        const size_t p = plan.pieces.size();
+        if (plan.chunks.empty() || plan.chunks.back().elements + size > enough) {
+          plan.chunks.push_back({p, p, block.col, block.col + block.cols, 0, 0});
+        }
+        Chunk& chunk = plan.chunks.back();
+        chunk.col = std::min(chunk.col, block.col);
+        chunk.end = std::max(chunk.end, block.col + block.cols);
+        chunk.elements += size;
+        ++chunk.last;
+        plan.pieces.push_back({b, row, rows, plan.rows});
+        plan.rows += rows;
+        plan.elements += size;
+      }
+    }
+    plan.numbers = 2 * plan.rows;
+    for (Chunk& chunk : plan.chunks) {
+      chunk.sums = plan.numbers;
+      plan.numbers += 2 * width(chunk);
+    }
+    return plan;
+  }
+
+  static void read_factors(const void* factors, int64_t row, int64_t step, int64_t rows, T* out) {
+    for (int64_t k = 0; k < rows; ++k) out[k] = static_cast<const T*>(factors)[row + k * step];
+  }
+
+  // Sums of the first moment (0) or the second (1).
+  static void add_up(const SmmfSumsItem& it, const Plan& plan, const T* sums, int64_t moment, void* new_row,
+                     void* new_col) {
+    for (const Piece& piece : plan.pieces) {
+      const SmmfBlock& block = it.blocks[piece.block];
+      const T* mine = sums + moment * plan.rows + piece.sums;
+      T* row = static_cast<T*>(new_row) + block.row + piece.row * block.row_step;
+      for (int64_t k = 0; k < piece.rows; ++k) row[k * block.row_step] += mine[k];
+    }
+    for (const Chunk& chunk : plan.chunks) {
+      const T* mine = sums + chunk.sums + moment * width(chunk);
+      T* col = static_cast<T*>(new_col) + chunk.col;
+      for (int64_t j = 0; j < chunk.end - chunk.col; ++j) col[j] += mine[j];
+    }
+  }
+
+  const Plan& plan_of(int64_t i) const { return plans_[static_cast<size_t>(i)]; }
+
+  std::vector<SmmfSumsItem> items_;
+  std::vector<Route<T>> routes_;
+  std::vector<Plan> plans_;
+  SmmfOptions options_;
 };
 
 template <class T>
@@ -187,6 +347,13 @@ class SmmfDenseOp : public Op {
 size_t smmf_step(const std::vector<SmmfItem>& items, const SmmfOptions& options) {
   return by_arithmetic(items, [&](std::vector<SmmfItem> mine, auto zero) {
     SmmfOp<decltype(zero)> op(std::move(mine), options);
+    return run(op, options.threads);
+  });
+}
+
+size_t smmf_sums_step(const std::vector<SmmfSumsItem>& items, const SmmfOptions& options) {
+  return by_arithmetic(items, [&](std::vector<SmmfSumsItem> mine, auto zero) {
+    SmmfSumsOp<decltype(zero)> op(std::move(mine), options);
     return run(op, options.threads);
   });
 }

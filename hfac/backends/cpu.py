@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version  # tells autograd of writes that it cannot see
 
+from ..matricize import Block
 from ..schedules import Scalar
+
+Tensors = Sequence[Tensor]
 
 try:
     _C: Any = import_module("hfac._C")
@@ -54,9 +57,7 @@ def bind(op: str, params: Sequence[Tensor], states: dict[str, list[Tensor]]) -> 
 
     Of SMMF's states those of the first moment may be left out; beta1 is None then.
     """
-    operands: dict[str, Any] = {"params": _addresses(params), "numels": _numels(params), "param_dtypes": _codes(params)}
-    if not all(map(Tensor.is_contiguous, params)):
-        operands["param_strides"] = _strides(params)
+    operands = _params(params)
     operands.update(_factors(operands["numels"], states))
     operands.update({name: _addresses(tensors) for name, tensors in states.items()})
     if op.startswith("smmf"):
@@ -72,19 +73,12 @@ def bind(op: str, params: Sequence[Tensor], states: dict[str, list[Tensor]]) -> 
         weight_decay: Scalar,
         **scalars: Any,
     ) -> None:
-        places: dict[str, Any] = {}
-        if not all(map(Tensor.is_contiguous, grads)):
-            grads = [grad.resolve_neg() for grad in grads]
-            places["grad_strides"] = _strides(grads)
-        if places or "param_strides" in operands:
-            places["shapes"] = [tuple(param.shape) for param in params]
+        grads, strides = _resolved(grads)
         with _Flags(nonfinite) as flags:
             getattr(_C, op.removesuffix("_"))(
                 **operands,
-                **places,
+                **_grads(grads, strides, "param_strides" in operands),
                 **scalars,
-                grads=_addresses(grads),
-                grad_dtypes=_codes(grads),
                 beta1=None if beta1 is None else _scalar(beta1),
                 beta2=_scalar(beta2),
                 lr=_scalar(lr),
@@ -95,6 +89,137 @@ def bind(op: str, params: Sequence[Tensor], states: dict[str, list[Tensor]]) -> 
         increment_version(params)
 
     return step
+
+
+def hfac_sums(
+    grads: Tensors,
+    old_rows: Tensors,
+    row_sums: Tensors,
+    new_rows: Tensors,
+    col_sums: Tensors | None = None,
+    col_squares: Tensors | None = None,
+    col_ratios: Tensors | None = None,
+    *,
+    cols: Sequence[int],
+    beta2: Scalar,
+    eps: float,
+) -> None:
+    grads, strides = _resolved(grads)
+    columns = {"col_sums": col_sums, "col_squares": col_squares, "col_ratios": col_ratios}
+    _C.hfac_sums(
+        **_grads(grads, strides),
+        numels=_numels(grads),
+        state_dtypes=_codes(old_rows),
+        rows=_numels(old_rows),
+        whole_cols=cols,
+        old_rows=_addresses(old_rows),
+        row_sums=_addresses(row_sums),
+        new_rows=_addresses(new_rows),
+        **{name: None if tensors is None else _addresses(tensors) for name, tensors in columns.items()},
+        beta2=_scalar(beta2),
+        eps=eps,
+        threads=torch.get_num_threads(),
+    )
+
+
+def hfac_apply_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avg_rows: Tensors,
+    exp_avg_cols: Tensors,
+    exp_avg_sq_rows: Tensors,
+    exp_avg_sq_cols: Tensors,
+    row_sums: Tensors,
+    new_rows: Tensors,
+    col_sums: Tensors,
+    new_cols: Tensors,
+    totals: Tensor,
+    mean_squares: Tensor,
+    *,
+    rows: Sequence[int],
+    cols: Sequence[int],
+    lr: Scalar,
+    beta1: Scalar,
+    clip_threshold: float | None,
+    weight_decay: Scalar,
+    maximize: bool,
+) -> None:
+    operands, (grads, strides) = _params(params), _resolved(grads)
+    _C.hfac_apply(
+        **operands,
+        **_grads(grads, strides, "param_strides" in operands),
+        rows=_numels(exp_avg_sq_rows),
+        cols=_numels(exp_avg_sq_cols),
+        whole_rows=rows,
+        whole_cols=cols,
+        exp_avg_rows=_addresses(exp_avg_rows),
+        exp_avg_cols=_addresses(exp_avg_cols),
+        exp_avg_sq_rows=_addresses(exp_avg_sq_rows),
+        exp_avg_sq_cols=_addresses(exp_avg_sq_cols),
+        row_sums=_addresses(row_sums),
+        new_rows=_addresses(new_rows),
+        col_sums=_addresses(col_sums),
+        new_cols=_addresses(new_cols),
+        totals=totals.tolist(),
+        mean_squares=mean_squares.tolist(),
+        beta1=_scalar(beta1),
+        lr=_scalar(lr),
+        clip_threshold=clip_threshold,
+        weight_decay=_scalar(weight_decay),
+        maximize=maximize,
+        threads=torch.get_num_threads(),
+    )
+    increment_version(params)
+
+
+def smmf_sums_step_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avg_rows: Tensors | None,
+    exp_avg_cols: Tensors | None,
+    exp_avg_signs: Tensors | None,
+    exp_avg_sq_rows: Tensors,
+    exp_avg_sq_cols: Tensors,
+    new_rows: Tensors | None,
+    new_cols: Tensors | None,
+    new_sq_rows: Tensors,
+    new_sq_cols: Tensors,
+    *,
+    blocks: Sequence[Sequence[Block]],
+    lr: Scalar,
+    beta1: Scalar | None,
+    beta2: Scalar,
+    eps: float,
+    weight_decay: Scalar,
+    decoupled_weight_decay: bool,
+    maximize: bool,
+) -> None:
+    operands, (grads, strides) = _params(params), _resolved(grads)
+    first = {"exp_avg_rows": exp_avg_rows, "exp_avg_cols": exp_avg_cols, "new_rows": new_rows, "new_cols": new_cols}
+    states = {"exp_avg_sq_rows": exp_avg_sq_rows, "exp_avg_sq_cols": exp_avg_sq_cols}
+    if exp_avg_signs is not None:
+        states["exp_avg_signs"] = exp_avg_signs
+    _C.smmf_sums_step(
+        **operands,
+        **_grads(grads, strides, "param_strides" in operands),
+        **{"sign_bytes": None, "sign_slices": None} | _factors(operands["numels"], states),
+        **{name: None if tensors is None else _addresses(tensors) for name, tensors in first.items()},
+        exp_avg_signs=None if exp_avg_signs is None else _addresses(exp_avg_signs),
+        exp_avg_sq_rows=_addresses(exp_avg_sq_rows),
+        exp_avg_sq_cols=_addresses(exp_avg_sq_cols),
+        new_sq_rows=_addresses(new_sq_rows),
+        new_sq_cols=_addresses(new_sq_cols),
+        blocks=blocks,
+        beta1=None if beta1 is None else _scalar(beta1),
+        beta2=_scalar(beta2),
+        lr=_scalar(lr),
+        eps=eps,
+        weight_decay=_scalar(weight_decay),
+        decoupled_weight_decay=decoupled_weight_decay,
+        maximize=maximize,
+        threads=torch.get_num_threads(),
+    )
+    increment_version(params)
 
 
 #: What the extension is told of a first moment, None where there is none.
@@ -127,6 +252,30 @@ def advance_steps_(steps: Sequence[Tensor]) -> None:
     """Adds one to 0-d float32 tensors."""
     _C.advance_floats(_addresses(steps))
     increment_version(steps)
+
+
+def _params(params: Tensors) -> dict[str, Any]:
+    found: dict[str, Any] = {"params": _addresses(params), "numels": _numels(params), "param_dtypes": _codes(params)}
+    if not all(map(Tensor.is_contiguous, params)):
+        found["param_strides"] = _strides(params)
+    return found
+
+
+def _resolved(grads: Tensors) -> tuple[Tensors, dict[str, Any]]:
+    """Gradients that are no views that negate, which the caller holds while the extension reads, and their strides,
+    where there are any."""
+    if all(map(Tensor.is_contiguous, grads)):
+        return grads, {}
+    grads = [grad.resolve_neg() for grad in grads]
+    return grads, {"grad_strides": _strides(grads)}
+
+
+def _grads(grads: Tensors, strides: dict[str, Any], shapes: bool = False) -> dict[str, Any]:
+    """Strides need shapes, a parameter's as well as a gradient's."""
+    found = {"grads": _addresses(grads), "grad_dtypes": _codes(grads)} | strides
+    if strides or shapes:
+        found["shapes"] = [tuple(grad.shape) for grad in grads]
+    return found
 
 
 def _addresses(tensors: Iterable[Tensor]) -> list[int]:

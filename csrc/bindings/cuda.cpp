@@ -1,0 +1,264 @@
+// The CUDA kernels' part of the module: plans, which need no GPU, steps bound to a list, and what CUDA finds here.
+#if defined(HFAC_WITH_CUDA) || defined(HFAC_EMULATED)
+#define HFAC_CUDA_STEP
+#endif
+
+#include <memory>
+#include <optional>
+
+#include "../cuda/plan.h"
+#include "arguments.h"
+#include "modules.h"
+#ifdef HFAC_CUDA_STEP
+#include "../cuda/step.h"
+#endif
+#ifdef HFAC_WITH_CUDA
+#include "../cuda/device.h"
+#endif
+
+namespace hfac {
+namespace bindings {
+namespace {
+
+#ifdef HFAC_CUDA_STEP
+// A step scalar: a number, or (address, is it a double, 1 for one entry per parameter else 0).
+Scalar scalar(const py::object& value, const char* name) {
+  Scalar s{};
+  if (!py::isinstance<py::tuple>(value)) {
+    s.value = PyFloat_AsDouble(value.ptr());
+    if (s.value == -1 && PyErr_Occurred()) {
+      PyErr_Clear();
+      refuse(name, "a number or (address, double, stride) is needed");
+    }
+    return s;
+  }
+  const List parts(value, name, -1);
+  if (parts.size() != 3) refuse(name, "a number or (address, double, stride) is needed");
+  s.address = parts.address(0, true);
+  s.wide = static_cast<int32_t>(parts.count(1));
+  s.stride = static_cast<int32_t>(parts.count(2));
+  return s;
+}
+#endif
+
+OpKind op_kind(const std::string& op) {
+  if (op == "hfac_step") return OpKind::kHfac;
+  if (op == "hfac_dense_step") return OpKind::kHfacDense;
+  if (op == "smmf_step") return OpKind::kSmmf;
+  if (op == "smmf_dense_step") return OpKind::kSmmfDense;
+  refuse("op", "hfac_step, hfac_dense_step, smmf_step or smmf_dense_step is needed, not '" + op + "'");
+}
+
+// A plan as a list with one dict per launch.
+py::list described(const Plan& plan) {
+  py::list out;
+  for (const Launch& launch : plan.launches) {
+    py::dict d;
+    d["kernel"] = name_of(launch.kernel);
+    d["access"] = name_of(launch.access);
+    d["width"] = launch.kernel == Kernel::kHfacStats ? name_of(launch.width) : "";
+    d["group"] = launch.group;
+    d["backward"] = launch.backward;
+    d["blocks"] = launch.tiles;
+    d["threads"] = launch.threads;
+    d["bytes"] = launch.bytes.from_memory();
+    d["grad"] = launch.bytes.grad;
+    d["grad_from_cache"] = launch.bytes.grad_again;
+    d["param_read"] = launch.bytes.param_read;
+    d["param_written"] = launch.bytes.param_written;
+    d["signs"] = launch.bytes.signs;
+    d["partial"] = launch.bytes.partial;
+    d["states"] = launch.bytes.states;
+    out.append(d);
+  }
+  return out;
+}
+
+py::dict cuda_plan(const std::string& op, py::object rows, py::object cols, py::object param_dtypes,
+                   py::object grad_dtypes, py::object slices, bool first, bool clip, bool nonfinite, int64_t l2_bytes) {
+  const List n(rows, "rows", -1), m(cols, "cols", n.size());
+  const PerParameter params(param_dtypes, "param_dtypes", n.size()), grads(grad_dtypes, "grad_dtypes", n.size());
+  std::vector<Item> items;
+  for (py::ssize_t i = 0; i < n.size(); ++i) {
+    Item item{};
+    item.rows = n.count(i);
+    item.cols = m.count(i);
+    item.param = {nullptr, static_cast<int32_t>(params.dtype(i)), -1};
+    item.grad = {nullptr, static_cast<int32_t>(grads.dtype(i)), -1};
+    if (!slices.is_none()) {
+      item.slice = List(slices, "slices", n.size()).count(i);
+      item.slice_bytes = (item.slice + 7) / 8;
+    }
+    if (product(item.rows, item.cols, "rows") > 0) items.push_back(item);
+  }
+  PlanOptions options{op_kind(op), first, clip, nonfinite};
+  if (l2_bytes > 0) options.l2_bytes = l2_bytes;
+  const Plan plan = make_plan(items, assumed_bulk(items), options);
+  py::dict d;
+  d["launches"] = described(plan);
+  d["workspace_bytes"] = plan.workspace_bytes;
+  return d;
+}
+
+#ifdef HFAC_CUDA_STEP
+// Step, with what it was told of strides.
+class CudaStep {
+ public:
+  CudaStep(const std::string& op, py::object params, py::object numels, py::object param_dtypes, py::object rows,
+           py::object cols, py::object first_rows, py::object first_cols, py::object second_rows,
+           py::object second_cols, py::object exp_avg_signs, py::object sign_bytes, py::object sign_slices,
+           py::object shapes, py::object param_strides, int64_t l2_bytes)
+      : params_(params, "params", -1, param_dtypes, "param_dtypes", param_strides, "param_strides") {
+    const py::ssize_t size = params_.size();
+    const List count(numels, "numels", size), n(rows, "rows", size), m(cols, "cols", size);
+    std::vector<BoundItem> items;
+    for (py::ssize_t i = 0; i < size; ++i) {
+      const int64_t numel = count.count(i);
+      numels_.push_back(numel);
+      if (matrix(n, m, i, numel) == 0) continue;
+      BoundItem item{i,
+                     params_.at(i, count, shapes),
+                     n.count(i),
+                     m.count(i),
+                     optional(first_rows, "first_rows", size, i),
+                     optional(first_cols, "first_cols", size, i),
+                     optional(second_rows, "second_rows", size, i),
+                     optional(second_cols, "second_cols", size, i),
+                     nullptr,
+                     0,
+                     0};
+      if (!exp_avg_signs.is_none()) {
+        const Signs s =
+            signs(optional(exp_avg_signs, "exp_avg_signs", size, i), List(sign_bytes, "sign_bytes", size).count(i),
+                  List(sign_slices, "sign_slices", size).count(i), numel, i);
+        item.signs = s.data;
+        item.slice = s.slice;
+        item.slice_bytes = s.slice_bytes;
+      }
+      items.push_back(item);
+    }
+    first_ = !first_rows.is_none();
+    PlanOptions options{op_kind(op), first_};
+    if (l2_bytes > 0) options.l2_bytes = l2_bytes;
+    step_ = std::make_unique<Step>(std::move(items), size, options);
+  }
+
+  bool prepare(py::object grads, py::object grad_dtypes, py::object shapes, py::object grad_strides, bool clip,
+               bool nonfinite) {
+    py::list numels;
+    if (!grad_strides.is_none()) {
+      for (const int64_t n : numels_) numels.append(n);
+    }
+    const auto size = static_cast<py::ssize_t>(numels_.size());
+    Tensors tensors(grads, "grads", size, grad_dtypes, "grad_dtypes", grad_strides, "grad_strides");
+    const List counts(numels, "numels", -1);
+    std::vector<BoundGrad> bound;
+    for (const BoundItem& item : step_->items()) {
+      const TensorRef grad = tensors.at(static_cast<py::ssize_t>(item.index), counts, shapes);
+      bound.push_back({grad.data, grad.dtype, grad.strided});
+    }
+    return step_->prepare(bound, clip, nonfinite);
+  }
+
+  void launch(uintptr_t table, uintptr_t workspace, uintptr_t counters, py::object lr, py::object weight_decay,
+              py::object beta1, py::object beta2, double eps, std::optional<double> clip_threshold, bool maximize,
+              bool coupled, uintptr_t nonfinite, uintptr_t grad_scale, uintptr_t found_inf, int device,
+              uintptr_t stream) const {
+    Scalars s{};
+    s.lr = scalar(lr, "lr");
+    s.weight_decay = scalar(weight_decay, "weight_decay");
+    s.beta1 = scalar(beta1.is_none() ? py::float_(0.0) : beta1, "beta1");
+    s.beta2 = scalar(beta2, "beta2");
+    s.eps = eps;
+    s.clip_threshold = clip_threshold.value_or(1.0);
+    s.clip = clip_threshold.has_value();
+    s.maximize = maximize;
+    s.coupled = coupled;
+    s.first = first_;
+    const Memory memory{reinterpret_cast<void*>(table), reinterpret_cast<void*>(workspace),
+                        reinterpret_cast<void*>(counters)};
+    if (step_->table_bytes() && !table) refuse("table", "a null address");
+    const py::gil_scoped_release release;
+    step_->launch(memory, s, reinterpret_cast<int32_t*>(nonfinite), reinterpret_cast<const float*>(grad_scale),
+                  reinterpret_cast<const float*>(found_inf), device, reinterpret_cast<void*>(stream));
+  }
+
+  void write_table(uintptr_t host) const { step_->write_table(reinterpret_cast<void*>(host)); }
+  size_t table_bytes() const { return step_->table_bytes(); }
+  size_t workspace_bytes() const { return step_->workspace_bytes(); }
+  size_t counter_bytes() const { return step_->counter_bytes(); }
+  py::list plan() const { return described(step_->plan()); }
+
+ private:
+  Tensors params_;
+  std::vector<int64_t> numels_;
+  bool first_ = false;
+  std::unique_ptr<Step> step_;
+};
+#endif
+
+#ifndef HFAC_EMULATED
+py::dict cuda_info() {
+  py::dict d;
+#ifdef HFAC_WITH_CUDA
+  const CudaInfo found = hfac::cuda_info();
+  py::list devices;
+  for (const CudaDevice& device : found.devices) {
+    py::dict one;
+    one["name"] = device.name;
+    one["capability"] = py::make_tuple(device.major, device.minor);
+    devices.append(one);
+  }
+  d["compiled"] = true;
+  d["devices"] = devices;
+  d["driver_version"] = found.driver_version;
+  d["runtime_version"] = found.runtime_version;
+  d["why_not"] = found.why_not.empty() ? py::object(py::none()) : py::object(py::str(found.why_not));
+#else
+  d["compiled"] = false;
+  d["devices"] = py::list();
+  d["driver_version"] = 0;
+  d["runtime_version"] = 0;
+  d["why_not"] = "hfac._C was built without CUDA";
+#endif
+  return d;
+}
+#endif
+
+}  // namespace
+
+void define_cuda(py::module_& m) {
+  m.def("cuda_plan", &cuda_plan, py::kw_only(), py::arg("op"), py::arg("rows"), py::arg("cols"),
+        py::arg("param_dtypes"), py::arg("grad_dtypes"), py::arg("slices") = py::none(), py::arg("first") = true,
+        py::arg("clip") = true, py::arg("nonfinite") = false, py::arg("l2_bytes") = 0,
+        "The launches that a step on the GPU consists of, with blocks, threads and bytes; needs no GPU.");
+#ifdef HFAC_CUDA_STEP
+  py::class_<CudaStep>(m, "CudaStep", "One op over one list of parameters, bound to their addresses.")
+      .def(py::init<const std::string&, py::object, py::object, py::object, py::object, py::object, py::object,
+                    py::object, py::object, py::object, py::object, py::object, py::object, py::object, py::object,
+                    int64_t>(),
+           py::kw_only(), py::arg("op"), py::arg("params"), py::arg("numels"), py::arg("param_dtypes"), py::arg("rows"),
+           py::arg("cols"), py::arg("first_rows"), py::arg("first_cols"), py::arg("second_rows"),
+           py::arg("second_cols"), py::arg("exp_avg_signs") = py::none(), py::arg("sign_bytes") = py::none(),
+           py::arg("sign_slices") = py::none(), py::arg("shapes") = py::none(), py::arg("param_strides") = py::none(),
+           py::arg("l2_bytes") = 0)
+      .def("prepare", &CudaStep::prepare, py::kw_only(), py::arg("grads"), py::arg("grad_dtypes"),
+           py::arg("shapes") = py::none(), py::arg("grad_strides") = py::none(), py::arg("clip"), py::arg("nonfinite"),
+           "Takes this step's gradients; true where the table in device memory is out of date.")
+      .def("launch", &CudaStep::launch, py::kw_only(), py::arg("table"), py::arg("workspace"), py::arg("counters"),
+           py::arg("lr"), py::arg("weight_decay"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+           py::arg("clip_threshold"), py::arg("maximize"), py::arg("coupled"), py::arg("nonfinite") = 0,
+           py::arg("grad_scale") = 0, py::arg("found_inf") = 0, py::arg("device") = 0, py::arg("stream") = 0)
+      .def("write_table", &CudaStep::write_table, py::arg("host"))
+      .def("plan", &CudaStep::plan)
+      .def_property_readonly("table_bytes", &CudaStep::table_bytes)
+      .def_property_readonly("workspace_bytes", &CudaStep::workspace_bytes)
+      .def_property_readonly("counter_bytes", &CudaStep::counter_bytes);
+#endif
+#ifndef HFAC_EMULATED
+  m.def("cuda_info", &cuda_info, "Whether CUDA was compiled in, the devices, and if none is usable, why.");
+#endif
+}
+
+}  // namespace bindings
+}  // namespace hfac
