@@ -1,0 +1,34 @@
+"""transformers' Trainer and accelerate shard parameters after the optimizer has been made, and save its state in their
+own ways: the losses are those of whole parameters, and go on from a checkpoint bit for bit."""
+
+from typing import Any
+
+import pytest
+from sharded import on_ranks
+
+pytest.importorskip("accelerate")
+pytest.importorskip("transformers")
+
+TRAINERS, NAMES = ("accelerate", "transformers"), ("HFac", "SMMF")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One start of two ranks for all."""
+    return on_ranks(2, "sharded_trainers:run_all", list(NAMES), str(tmp_path_factory.mktemp("checkpoints")))
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_are_those_of_whole_parameters(found: Any, trainer: str, name: str) -> None:
+    assert len(found[trainer, name]["whole"]) == 8
+    assert found[trainer, name]["sharded"] == pytest.approx(found[trainer, name]["whole"], abs=5e-6)
+    states = found[trainer, name]["states"]
+    assert not states.pop("step")
+    assert states and all(states.values())
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_goes_on(found: Any, trainer: str, name: str) -> None:
+    assert found[trainer, name]["resumed"] == found[trainer, name]["sharded"][4:]
