@@ -1,12 +1,13 @@
 """What tests of sharded training run on every rank: processes on this machine that talk over gloo.
 
-A test names a function of a module here by its qualified name; every rank calls it, and what rank 0 returns comes back
-to the test. Starting ranks costs seconds, so one start runs many cases.
+A test names functions of modules here; every rank calls them, and what rank 0 returns comes back to the test. Starting
+ranks costs seconds, so one start makes many calls.
 """
 
 import datetime
 import importlib
 import logging
+import multiprocessing
 import os
 import pickle
 import sys
@@ -21,29 +22,43 @@ import torch.multiprocessing as mp
 
 TIMEOUT = datetime.timedelta(seconds=60)
 
+# Ranks are forked from a process that has imported what they need and run nothing: importing it takes each of them
+# longer than most tests do.
+multiprocessing.set_forkserver_preload(
+    [
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "torch.distributed.checkpoint",
+        "hfac",
+    ]
+)
 
-def on_ranks(world: int, function: str, *args: Any) -> Any:
-    """Calls ``module:function`` with ``args`` on ``world`` ranks and returns what rank 0 returned.
+
+def on_ranks(world: int, *calls: tuple[Any, ...]) -> list[Any]:
+    """Makes ``calls``, ("module:function", *arguments) each, on ``world`` ranks; returns what rank 0 returned.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: a rank raised.
+        torch.multiprocessing.ProcessRaisedException, ProcessExitedException: a rank raised.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world, folder, function, args), nprocs=world)
-        return pickle.loads((Path(folder) / "result").read_bytes())
+        mp.start_processes(_rank, (world, folder, calls), nprocs=world, start_method="forkserver")
+        return pickle.loads((Path(folder) / "results").read_bytes())
 
 
-def _rank(rank: int, world: int, folder: str, function: str, args: tuple[Any, ...]) -> None:
+def _rank(rank: int, world: int, folder: str, calls: tuple[tuple[Any, ...], ...]) -> None:
     torch.set_num_threads(1)
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # full_tensor() in two gathers
     sys.path.insert(0, str(Path(__file__).parent))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=TIMEOUT)
-    module, name = function.split(":")
     try:
-        result = getattr(importlib.import_module(module), name)(*args)
+        results = []
+        for function, *args in calls:
+            module, name = function.split(":")
+            results.append(getattr(importlib.import_module(module), name)(*args))
         if rank == 0:
-            (Path(folder) / "result").write_bytes(pickle.dumps(result))
+            (Path(folder) / "results").write_bytes(pickle.dumps(results))
         dist.barrier()
     except BaseException:
         traceback.print_exc()

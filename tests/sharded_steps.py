@@ -1,6 +1,7 @@
 """Twenty steps of sharded parameters beside the same steps of whole ones; runs on every rank."""
 
 import traceback
+from functools import lru_cache
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -85,7 +86,11 @@ def whole(tensor):
 
 
 def mesh_of(case):
-    shape = CASES[case][0]
+    return _mesh(CASES[case][0])
+
+
+@lru_cache
+def _mesh(shape):
     return init_device_mesh("cpu", shape, mesh_dim_names=("a", "b", "c")[: len(shape)])
 
 

@@ -30,25 +30,21 @@ def agree(found, tolerance):
     assert not wrong, "\n".join(f"{case}: {what}" for case, what in wrong.items())
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_placement_equals_whole_tensors(name, dtype, backend):
-    if backend != "reference" and backends.TABLE[backend].why_not(torch.device("cpu")):
-        pytest.skip("hfac._C is not built here")
-    cases = [(name, "all", case, dtype, backend) for case in placements(name)]
-    agree(on_ranks(4, "sharded_steps:run_all", cases), TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_under_sharding(name):
-    cases = [
-        (name, options, case, torch.float64, "reference")
-        for options in OPTIONS[name]
-        for case in ("mixed", "fsdp-tp", "empty-shards")
-        if options != "all"
-    ]
-    agree(on_ranks(4, "sharded_steps:run_all", cases), TOLERANCE[torch.float64])
+def test_every_placement_equals_whole_tensors(name):
+    """For every type, backend and option; the float32 run is compared with that of whole tensors in float32."""
+    here = [backend for backend in ("reference", "cpu") if not backends.TABLE[backend].why_not(torch.device("cpu"))]
+    for dtype, tolerance in TOLERANCE.items():
+        cases = [(name, "all", case, dtype, backend) for case in placements(name) for backend in here]
+        if dtype == torch.float64:
+            cases += [
+                (name, options, case, dtype, "reference")
+                for options in OPTIONS[name]
+                for case in ("mixed", "fsdp-tp", "empty-shards")
+                if options != "all"
+            ]
+        (found,) = on_ranks(4, ("sharded_steps:run_all", cases))
+        agree(found, tolerance)
 
 
 def test_every_wrapper_equals_the_bare_model():
@@ -64,12 +60,13 @@ def test_every_wrapper_equals_the_bare_model():
             ("ddp",),
         )
     ]
-    agree(on_ranks(4, "sharded_models:compare_all", cases), TOLERANCE[torch.float64])
+    (found,) = on_ranks(4, ("sharded_models:compare_all", cases))
+    agree(found, TOLERANCE[torch.float64])
 
 
 def test_replicas_are_equal_to_the_bit_after_200_steps():
     cases = [(kind, name) for kind in ("hsdp", "ddp") for name in OPTIONS]
-    found = on_ranks(4, "sharded_models:replicas_all", cases)
+    (found,) = on_ranks(4, ("sharded_models:replicas_all", cases))
     assert found == {(kind, name): (True, 2 if kind == "hsdp" else 4) for kind, name in cases}
 
 
@@ -81,7 +78,9 @@ def test_collectives_of_a_step():
         ("fsdp", "SMMF", ("nonfinite", "skip")),
         ("fsdp", "HFac", ("nonfinite", "skip")),
     ]
-    found = on_ranks(4, "sharded_traffic:counted", cases)
+    found, on_one_mesh = on_ranks(
+        4, ("sharded_traffic:counted", cases), ("sharded_traffic:counted_on_one_mesh", "fsdp-tp")
+    )
     wanted = {
         ("fsdp-tp", "HFac"): [2, 2, 2],
         ("fsdp-tp", "SMMF"): [2, 4],
@@ -91,12 +90,8 @@ def test_collectives_of_a_step():
         assert counted == said, case
         ranks = wanted.get(case, {"fsdp": [4], "hsdp": [2], "ddp": []}.get(case[0]))
         assert [count for count, _ in counted] == ranks, case
-
-
-def test_collectives_on_one_mesh_of_two_dimensions():
-    found = on_ranks(4, "sharded_traffic:counted_on_one_mesh", "fsdp-tp")
     for name, ranks in {"HFac": [2, 2, 2], "SMMF": [4]}.items():
-        counted, said = found[name]
+        counted, said = on_one_mesh[name]
         assert counted == said and [count for count, _ in counted] == ranks, name
 
 
@@ -110,16 +105,18 @@ def test_llama_on_64_ranks_sends_what_the_design_says():
     assert sharding.table() in sharding.DOCUMENT.read_text(), "run python -m bench.sharding --write"
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_a_gradient_on_some_ranks_only(name):
-    message, untouched, step = on_ranks(4, "sharded_traffic:part_ways", name)
-    assert re.match(r"parameter 1 of group 0 \(shape \(16, 4\)\) has a gradient on 3 of the 4 ranks", message)
-    # SMMF's sums arrive with the next step, so that is when it learns of it.
-    assert untouched and step == {"HFac": 1, "SMMF": 2}[name]
+def test_a_gradient_on_some_ranks_only():
+    for name, found in zip(
+        OPTIONS, on_ranks(4, *(("sharded_traffic:part_ways", name) for name in OPTIONS)), strict=True
+    ):
+        message, untouched, step = found
+        assert re.match(r"parameter 1 of group 0 \(shape \(16, 4\)\) has a gradient on 3 of the 4 ranks", message)
+        # SMMF's sums arrive with the next step, so that is when it learns of it.
+        assert untouched and step == {"HFac": 1, "SMMF": 2}[name]
 
 
 def test_what_cannot_be_sharded_is_refused():
-    found = on_ranks(4, "sharded_traffic:refusals")
+    (found,) = on_ranks(4, ("sharded_traffic:refusals",))
     patterns = {
         "partial": r"ValueError: HFac: parameter 0 .* Partial placement.*redistribute",
         "signs": r"ValueError: SMMF: parameter 0 .*\(4, 12\).*multiple of 8 elements.*HFac",
@@ -137,7 +134,7 @@ def test_what_cannot_be_sharded_is_refused():
 def test_a_rank_that_is_lost_ends_the_others(name, how, tmp_path):
     """With an error, within the time that a collective may take; and the last checkpoint loads."""
     with pytest.raises(FileNotFoundError):  # no rank comes to its end, so rank 0 leaves no result
-        on_ranks(4, "sharded_traffic:lose_one", str(tmp_path), name, how)
+        on_ranks(4, ("sharded_traffic:lose_one", str(tmp_path), name, how))
     for rank in (0, 1, 3):
         outcome, seconds = (tmp_path / str(rank)).read_text().split()
         assert outcome != "nothing" and float(seconds) < TIMEOUT.total_seconds() + 15, rank
