@@ -35,9 +35,11 @@ struct Progress {
 class Run {
  public:
   Run(Op& op, int threads) : op_(op), progress_(static_cast<size_t>(op.items())) {
-    plan();
-    const int64_t useful = std::min<int64_t>(elements_ / kPerThread + 1, static_cast<int64_t>(tasks_.size()));
-    threads_ = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, useful)));
+    int64_t elements = 0;
+    for (int64_t i = 0; i < op.items(); ++i) elements += op.elements(i);
+    const int64_t useful = std::max<int64_t>(1, std::min<int64_t>(threads, elements / kPerThread + 1));
+    plan(useful, elements);
+    threads_ = static_cast<int>(std::min<int64_t>(useful, static_cast<int64_t>(tasks_.size())));
   }
 
   size_t go() {
@@ -46,7 +48,9 @@ class Run {
   }
 
  private:
-  void plan() {
+  // An item is done whole by one thread where what comes after it keeps the others as busy: nobody waits between its
+  // phases, and a thread reads a second time what it has read first itself. The last items are divided among all.
+  void plan(int64_t threads, int64_t left) {
     const int64_t items = op_.items();
     const int phases = op_.phases();
     int64_t batch = -1, batched = 0;
@@ -57,7 +61,7 @@ class Run {
     };
     for (int64_t i = 0; i < items; ++i) {
       const int64_t size = op_.elements(i);
-      elements_ += size;
+      left -= size;
       if (size <= kSmall) {
         if (batch < 0) batch = i;
         batched += size;
@@ -65,6 +69,10 @@ class Run {
         continue;
       }
       close(i);
+      if (left >= (threads - 1) * size) {
+        tasks_.push_back({i, i + 1, -1, 0});
+        continue;
+      }
       progress_[static_cast<size_t>(i)].left = op_.chunks(i, 0);
       for (int phase = 0; phase < phases; ++phase) {
         for (int64_t c = 0; c < op_.chunks(i, phase); ++c) tasks_.push_back({i, i + 1, phase, c});
@@ -146,7 +154,6 @@ class Run {
   Op& op_;
   std::vector<Task> tasks_;
   std::vector<Progress> progress_;
-  int64_t elements_ = 0;
   int threads_ = 1;
   std::atomic<size_t> next_{0};
   std::atomic<bool> failed_{false};
