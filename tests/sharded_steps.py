@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import hfac
@@ -127,6 +127,21 @@ def run_case(name, options, case, dtype, backend, steps=STEPS):
             else:
                 errors[f"{i}.{key}"] = difference(found, value)
     return errors
+
+
+def partial_gradient(name):
+    """A gradient whose sum over the copies of a part is yet to be formed: as the whole one."""
+    mesh = mesh_of("hsdp")
+    full = torch.randn(8, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ours, theirs = torch.nn.Parameter(part_of(full, mesh, [R, S0])), torch.nn.Parameter(full.clone())
+    optimizer, reference = (getattr(hfac, name)([p], **OPTIONS[name]["all"]) for p in (ours, theirs))
+    for step in range(3):
+        theirs.grad = torch.randn(8, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        part = part_of(theirs.grad, mesh, [R, S0]).to_local() * (0.25, 0.75)[mesh.get_local_rank(0)]
+        ours.grad = DTensor.from_local(part, mesh, [Partial(), S0], run_check=False)
+        optimizer.step()
+        reference.step()
+    return difference(whole(ours.detach()), theirs.detach())
 
 
 def difference(ours, theirs):

@@ -10,7 +10,7 @@ from sharded_models import OPTIMIZERS, loss_of, model, optimizer_of, train, wrap
 from sharded_steps import CASES, mesh_of, part_of
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import hfac
 from hfac import ops
@@ -92,8 +92,6 @@ def refusals():
 
     def made(shape, placements):
         return torch.nn.Parameter(DTensor.from_local(torch.ones(shape), mesh, placements, run_check=False))
-
-    from torch.distributed.tensor import Partial
 
     cases = {
         "partial": lambda: hfac.HFac([made((4, 6), [Partial(), Replicate()])]),

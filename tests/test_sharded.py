@@ -115,6 +115,11 @@ def test_a_gradient_on_some_ranks_only():
         assert untouched and step == {"HFac": 1, "SMMF": 2}[name]
 
 
+def test_a_gradient_that_is_placed_otherwise():
+    for error in on_ranks(4, *(("sharded_steps:partial_gradient", name) for name in OPTIONS)):
+        assert error <= 1e-12
+
+
 def test_what_cannot_be_sharded_is_refused():
     (found,) = on_ranks(4, ("sharded_traffic:refusals",))
     patterns = {
