@@ -382,6 +382,14 @@ def test_sums_of_parts(dtype, columns):
                 sums_agree(a, b, largest if kind in (0, 2) else 0.0, f"list {kind} of {case}")
 
 
+def test_sums_of_parts_without_decay_and_eps():
+    """Rows of a tile that the part does not have must not bring 0 / 0 into the columns' sums."""
+    grad = torch.ones(5, 16)
+    lists = [[torch.zeros(size)] for size in (5, 5, 5, 16, 16, 16)]
+    ops.hfac_sums([grad], *lists, cols=[16], beta2=0.0, eps=0.0, backend="triton")
+    assert [tensor[0].item() for (tensor,) in lists] == [0, 16, 16, 5, 5, 5 / 16]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "options", [dict(clip_threshold=0.7, maximize=False), dict(clip_threshold=None, maximize=True)], ids=["clip", "max"]
@@ -550,7 +558,7 @@ def test_smmf_on_parts(options, dtype):
 def test_smmf_on_parts_of_several_tiles():
     """Blocks that share columns and rows with each other, over several tiles and chunks: the same sums twice, and the
     same where their partial sums do not fit the workspace at once."""
-    cases = [rows_of((600, 136), 3, 597), cols_of((40, 1024), range(40), 256, 600), BLOCKS["some-rows"]]
+    cases = [rows_of((400, 136), 3, 397), cols_of((40, 1024), range(40), 256, 600), rows_of((622, 8), 4, 620)]
     arguments = smmf_parts(cases, torch.float32, True)
     scalars = SMMF_PARTS["adamw"] | dict(beta1=0.9, beta2=0.5)
     found = []
