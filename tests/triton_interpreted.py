@@ -447,6 +447,22 @@ def test_update_of_parts(dtype, options):
             assert torch.equal(mine[i], his[i]), case
 
 
+def test_update_of_parts_of_several_types():
+    """Totals have one type, whatever the parameters'."""
+    found = []
+    for backend in ("triton", "reference"):
+        params = [gradient((8, 16), i, dtype) for i, dtype in enumerate((torch.float32, torch.float64, torch.bfloat16))]
+        grads = [gradient((8, 16), 5, p.dtype) for p in params]
+        lists = [[torch.ones(n, dtype=ops.state_dtype(p.dtype)) for p in params] for n in (8, 16, 8, 16, 8, 8, 16, 16)]
+        totals, mean_squares = torch.linspace(1, 3, 6, dtype=torch.float64)[::2], torch.full((3,), 4.0)
+        options = dict(lr=0.1, beta1=0.5, weight_decay=0.1, clip_threshold=1.0)
+        whole = dict(rows=[8] * 3, cols=[16] * 3)
+        ops.hfac_apply_(params, grads, *lists, totals, mean_squares, **whole, **options, backend=backend)
+        found.append(params)
+    for i, (mine, his) in enumerate(zip(*found, strict=True)):
+        agree("HFac", mine, his, gradient((8, 16), i, mine.dtype), 0.1)
+
+
 def rows_of(shape, first, last):
     """A range of slices of the first dimension: the part's shape, and where it lies in the whole."""
     size = torch.Size(shape[1:]).numel()

@@ -134,12 +134,12 @@ def hfac_apply_(
             "new_cols": new_cols,
         },
     )
-    # In the type of each parameter's arithmetic, which is that of all of them but in lists of several.
-    wides = {item.wide for item in items}
-    for field, numbers in ((table.TOTAL, totals), (table.MEAN_SQUARE, mean_squares)):
-        by_type = {wide: numbers.to(wide).contiguous() for wide in wides}
-        starts = [by_type[item.wide].data_ptr() + i * item.wide.itemsize for i, item in enumerate(items)]
-        fields[field.value] = starts
+    # In the type of each parameter's arithmetic. Where that makes new tensors, they must live until the launches.
+    by_type = {wide: [t.to(wide).contiguous() for t in (totals, mean_squares)] for wide in {it.wide for it in items}}
+    for place, field in enumerate((table.TOTAL, table.MEAN_SQUARE)):
+        fields[field.value] = [
+            by_type[item.wide][place].data_ptr() + i * item.wide.itemsize for i, item in enumerate(items)
+        ]
     options = {"NEGATE": maximize, "CLIPPED": clip_threshold is not None}
     scalars = [lr, weight_decay, 0.0, clip_threshold or 0.0]
     _Call("hfac_apply_", items, fields, params, grads, scalars, (beta1, 0.0), options)
