@@ -27,7 +27,12 @@ def run_python(arguments, tmp_path, **environment):
     )
 
 
-@pytest.mark.parametrize("part", ["hostile_shapes and HFac", "hostile_shapes and SMMF", "not hostile_shapes"])
+PARTS = "_parts or a_part"
+
+
+@pytest.mark.parametrize(
+    "part", ["hostile_shapes and HFac", "hostile_shapes and SMMF", PARTS, f"not hostile_shapes and not ({PARTS})"]
+)
 def test_parity_in_the_interpreter(part, tmp_path):
     file = "tests/triton_interpreted.py"
     options = ["-q", "-p", "no:cacheprovider", "-k", part]
@@ -93,6 +98,40 @@ def test_launches_of_a_step(optimizer, name, most, dtype):
     assert len(twice) == len(launches)
     for launch, double in zip(launches, twice, strict=True):
         assert len(double.tiles) == 2 * len(launch.tiles)
+
+
+def plans_of_parts(shapes, dtype, ranks):
+    """The plans of one step of H-Fac (sums, update; matrices only) and of SMMF on a rank's rows, the second rank's of
+    so many."""
+    from hfac.triton_kernels import plan
+
+    sums, update, blocks = [], [], []
+    for i, shape in enumerate(shapes):
+        (rows, *_), numel = shape, math.prod(shape)
+        slice, cut = numel // rows, -(-rows // ranks)
+        mine = min(cut, rows - cut)
+        k = matricize.cut(shape)
+        if k is not None:
+            m, n = mine * math.prod(shape[1:k]), math.prod(shape[k:])
+            for items, param in ((sums, torch.float32), (update, dtype)):
+                items.append(plan.Item(m, n, param, dtype, n % 8 == 0, all_rows=math.prod(shape[:k]), all_cols=n))
+        n, m = matricize.square(numel)
+        for block in matricize.blocks([(cut * slice, mine * slice)], m):
+            item = plan.Item(block.rows, block.cols, dtype, dtype, slice=slice, owner=i, all_rows=n, all_cols=m)
+            item.start, item.stride, item.row, item.row_step, item.col = block[:5]
+            item.whole = item.signs != 3 and all(length % 8 == 0 for length in (block.cols, block.first, block.stride))
+            blocks.append(item)
+    ops = ("hfac_sums", sums), ("hfac_apply_", update), ("smmf_sums_step_", blocks)
+    return [plan.make_plan(op, items) for op, items in ops]
+
+
+def test_launches_of_a_sharded_step():
+    """As few as of a whole one, however long the list and into how many blocks its parts fall."""
+    for times in (1, 2):
+        sums, update, smmf = plans_of_parts(times * shapes_of("gpt2"), torch.bfloat16, 8)
+        assert [len(made.launches) for made in (sums, update, smmf)] == [3, 2, 3]
+    blocks = [tiles for launch in smmf.launches if launch.name == "smmf_part_fold" for tiles in launch.tiles]
+    assert len(blocks) == len(set(blocks))  # no two programs add to the same sums
 
 
 def test_variants_are_bounded():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import DTYPES, OPTIONS, SHAPES, gradient, shape_id
 from test_parity import (
+    SUMS,
     ieee_square_roots,
     params_agree,
     states_agree,
@@ -20,12 +21,12 @@ from test_parity import (
 )
 
 import hfac
-from hfac import ops
+from hfac import matricize, ops, reference
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/test_triton.py"
 triton = pytest.importorskip("triton")
 
-from hfac.triton_kernels import plan, step, table  # noqa: E402
+from hfac.triton_kernels import parts, plan, step, table  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 __all__ = ["ieee_square_roots", "test_autograd_notices_the_write"]
@@ -121,18 +122,22 @@ def test_gradients_of_another_type(name):
 
 def strided(shape, how, seed):
     """A tensor of this shape that is laid out otherwise than row by row."""
-    values = gradient(shape, seed, torch.float32)
+    return laid_out(gradient(shape, seed, torch.float32), how)
+
+
+def laid_out(values, how):
+    shape = tuple(values.shape)
     if how == "transposed":
         return values.mT.contiguous().mT
     if how == "permuted":
         order = list(range(values.ndim))[::-1]
         return values.permute(order).contiguous().permute(order)
     if how == "padded":
-        wide = torch.full((*shape[:-1], shape[-1] + 3), float("nan"))
+        wide = torch.full((*shape[:-1], shape[-1] + 3), float("nan"), dtype=values.dtype)
         wide[..., 1:-2] = values
         return wide[..., 1:-2]
     assert how == "unaligned"
-    return torch.cat([torch.full((1,), float("nan")), values.view(-1)])[1:].view(shape)
+    return torch.cat([torch.full((1,), float("nan"), dtype=values.dtype), values.view(-1)])[1:].view(shape)
 
 
 @pytest.mark.parametrize("how", ["transposed", "permuted", "padded", "unaligned"])
@@ -300,3 +305,341 @@ def test_gradients_move_and_change_their_layout():
         agree("HFac", param, twin, before, 0.1)
         ours, theirs = ({n.removesuffix("s"): s for n, s in zip(names, g, strict=True)} for g in (states, twin_states))
         states_agree("HFac", ours, theirs, grad.float())
+
+
+def between(lists):
+    """Copies of lists of vectors that lie in one buffer, unaligned, with NaN between them; and the buffer."""
+    size = 1 + sum(t.numel() + 1 for tensors in lists for t in tensors)
+    buffer = torch.full((size,), float("nan"), dtype=lists[0][0].dtype)
+    at, found = 1, []
+    for tensors in lists:
+        found.append([])
+        for t in tensors:
+            found[-1].append(buffer[at : at + t.numel()].copy_(t))
+            at += t.numel() + 1
+    return found, buffer
+
+
+def sums_agree(ours, theirs, terms, what, slack=1.0):
+    """Sums of numbers up to ``terms`` in size, and their surroundings, which are NaN in both."""
+    assert torch.equal(ours.isnan(), theirs.isnan()), what
+    if not (ours == theirs).logical_or(ours.isnan()).all():
+        scale = max(theirs.nan_to_num().abs().max().item(), terms)
+        error = (ours - theirs).nan_to_num().abs().max().item()
+        assert error <= slack * SUMS[theirs.dtype] * scale, f"{what} is off by {error / scale:.3g} of {scale:.3g}"
+
+
+#: shape of the matrix, its rows and columns that are the part, how the part lies
+RECTANGLES = [
+    ((48, 40), (8, 24), (0, 40), "plain"),
+    ((47, 40), (40, 47), (0, 40), "plain"),
+    ((37, 21), (5, 30), (0, 21), "plain"),
+    ((40, 48), (0, 40), (16, 32), "plain"),
+    ((40, 48), (0, 40), (16, 32), "transposed"),
+    ((30, 19), (0, 30), (7, 12), "padded"),
+    ((33, 200), (3, 20), (72, 168), "plain"),
+    ((33, 200), (20, 33), (1, 150), "unaligned"),
+    ((70, 300), (1, 69), (9, 293), "transposed"),
+    ((9, 4200), (2, 7), (0, 4200), "plain"),
+    ((12, 16), (12, 12), (0, 16), "plain"),
+    ((12, 16), (0, 12), (5, 5), "plain"),
+]
+
+
+def rectangle(values, rows, cols, how):
+    part = values[slice(*rows), slice(*cols)].contiguous()
+    return part if how == "plain" or not part.numel() else laid_out(part, how)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [True, False], ids=["columns", "rows"])
+def test_sums_of_parts(dtype, columns):
+    wide = ops.state_dtype(dtype)
+    for decays in ("each", "one"):
+        grads, old_rows, sizes = [], [], []
+        for i, (shape, rows, cols, how) in enumerate(RECTANGLES):
+            grad = rectangle(gradient(shape, i, dtype), rows, cols, how)
+            grads.append(grad)
+            sizes.append(grad.shape)
+            old_rows.append(gradient((grad.shape[0],), 50 + i, wide).abs() + 1e-3)
+        beta2 = 0.75
+        if decays == "each":
+            beta2 = torch.linspace(0, 1, len(grads), dtype=torch.float64)
+        found = []
+        for backend in ("triton", "reference"):
+            lists = [[torch.full((m,), -7.0, dtype=wide) for m, _ in sizes] for _ in range(2)]
+            if columns:
+                lists += [[torch.full((n,), -7.0, dtype=wide) for _, n in sizes] for _ in range(3)]
+            filled, buffer = between(lists)
+            whole_cols = [shape[1] for shape, *_ in RECTANGLES]
+            ops.hfac_sums(grads, old_rows, *filled, cols=whole_cols, beta2=beta2, eps=1e-6, backend=backend)
+            found.append((filled, buffer))
+        (ours, our_buffer), (theirs, their_buffer) = found
+        assert torch.equal(our_buffer.isnan(), their_buffer.isnan())
+        for kind, (mine, his) in enumerate(zip(ours, theirs, strict=True)):
+            for grad, a, b, case in zip(grads, mine, his, RECTANGLES, strict=True):
+                largest = grad.abs().max().to(wide).item() if grad.numel() else 0.0
+                sums_agree(a, b, largest if kind in (0, 2) else 0.0, f"list {kind} of {case}")
+
+
+def test_sums_of_parts_without_decay_and_eps():
+    """Rows of a tile that the part does not have must not bring 0 / 0 into the columns' sums."""
+    grad = torch.ones(5, 16)
+    lists = [[torch.zeros(size)] for size in (5, 5, 5, 16, 16, 16)]
+    ops.hfac_sums([grad], *lists, cols=[16], beta2=0.0, eps=0.0, backend="triton")
+    assert [tensor[0].item() for (tensor,) in lists] == [0, 16, 16, 5, 5, 5 / 16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(clip_threshold=0.7, maximize=False), dict(clip_threshold=None, maximize=True)], ids=["clip", "max"]
+)
+def test_update_of_parts(dtype, options):
+    """With the sums of the whole, which the reference gives; parts without elements take their moments on."""
+    wide = ops.state_dtype(dtype)
+    scalars = dict(lr=0.02, weight_decay=0.1, **options)
+    scalars["beta1"] = torch.linspace(0.9, 0, len(RECTANGLES), dtype=torch.float64)
+    if options["maximize"]:
+        scalars |= dict(beta1=0.8, lr=torch.tensor(0.02))
+    params, grads, totals, mean_squares = [], [], [], []
+    u, v, r, s, row_sums, new_rows, col_sums, new_cols = lists = [[] for _ in range(8)]
+    for i, (shape, rows, cols, how) in enumerate(RECTANGLES):
+        G = gradient(shape, i, dtype)
+        params.append(rectangle(gradient(shape, 20 + i, dtype), rows, cols, how))
+        grads.append(rectangle(G, rows, cols, how))
+        G = G.to(wide)
+        squares = G * G + 1e-6
+        new_r, new_s = squares.sum(1), squares.sum(0)
+        totals.append(new_r.sum())
+        mean_squares.append((G * G / (new_r[:, None] * new_s / new_r.sum())).mean())
+        for values, side, to in (
+            (gradient(shape[:1], 30 + i, wide), rows, u),
+            (gradient(shape[1:], 40 + i, wide), cols, v),
+            (new_r / 2, rows, r),
+            (new_s / 2, cols, s),
+            (G.sum(1), rows, row_sums),
+            (new_r, rows, new_rows),
+            (G.sum(0), cols, col_sums),
+            (new_s, cols, new_cols),
+        ):
+            to.append(values[slice(*side)])
+    whole = dict(rows=[shape[0] for shape, *_ in RECTANGLES], cols=[shape[1] for shape, *_ in RECTANGLES])
+    before = [param.clone() for param in params]
+    twins = [param.clone(memory_format=torch.contiguous_format) for param in params]
+    around = [param.as_strided((param.untyped_storage().nbytes() // dtype.itemsize,), (1,), 0) for param in params]
+    outside = [storage.isnan() for storage in around]
+    found = []
+    for backend, mine in (("triton", params), ("reference", twins)):
+        copies, buffer = between(lists)
+        numbers = torch.stack(totals), torch.stack(mean_squares)
+        ops.hfac_apply_(mine, grads, *copies, *numbers, **whole, **scalars, backend=backend)
+        found.append((copies, buffer))
+    (ours, our_buffer), (theirs, their_buffer) = found
+    assert torch.equal(our_buffer.isnan(), their_buffer.isnan())
+    for i, case in enumerate(RECTANGLES):
+        agree("HFac", params[i], twins[i], before[i], 0.02)
+        assert torch.equal(around[i].isnan(), outside[i]), case
+        largest = max(grads[i].abs().max().item(), 1.0) if grads[i].numel() else 1.0
+        for mine, his in zip(ours[:2], theirs[:2], strict=True):
+            assert not torch.equal(mine[i], lists[0][i]) or not mine[i].numel()
+            sums_agree(mine[i], his[i], largest, case)
+        for mine, his in zip(ours[2:], theirs[2:], strict=True):
+            assert torch.equal(mine[i], his[i]), case
+
+
+def test_update_of_parts_of_several_types():
+    """Totals have one type, whatever the parameters'."""
+    found = []
+    for backend in ("triton", "reference"):
+        params = [gradient((8, 16), i, dtype) for i, dtype in enumerate((torch.float32, torch.float64, torch.bfloat16))]
+        grads = [gradient((8, 16), 5, p.dtype) for p in params]
+        lists = [[torch.ones(n, dtype=ops.state_dtype(p.dtype)) for p in params] for n in (8, 16, 8, 16, 8, 8, 16, 16)]
+        totals, mean_squares = torch.linspace(1, 3, 6, dtype=torch.float64)[::2], torch.full((3,), 4.0)
+        options = dict(lr=0.1, beta1=0.5, weight_decay=0.1, clip_threshold=1.0)
+        whole = dict(rows=[8] * 3, cols=[16] * 3)
+        ops.hfac_apply_(params, grads, *lists, totals, mean_squares, **whole, **options, backend=backend)
+        found.append(params)
+    for i, (mine, his) in enumerate(zip(*found, strict=True)):
+        agree("HFac", mine, his, gradient((8, 16), i, mine.dtype), 0.1)
+
+
+def rows_of(shape, first, last):
+    """A range of slices of the first dimension: the part's shape, and where it lies in the whole."""
+    size = torch.Size(shape[1:]).numel()
+    return shape, (last - first, *shape[1:]), [(first * size, (last - first) * size)]
+
+
+def cols_of(shape, rows, first, last):
+    """The same columns of some rows: one run for each."""
+    return shape, (len(rows), last - first), [(row * shape[1] + first, last - first) for row in rows]
+
+
+#: shapes of the whole and of the part, and the runs of the whole that the part consists of
+BLOCKS = {
+    "whole-rows": rows_of((64, 48), 16, 40),
+    "head-and-tail": rows_of((96, 24), 3, 10),
+    "uneven": rows_of((50, 24), 11, 33),
+    "odd": rows_of((23, 19), 4, 17),
+    "within-a-row": rows_of((96, 24), 2, 3),
+    "three-dims": rows_of((10, 4, 9), 3, 7),
+    "vector": rows_of((96,), 16, 80),
+    "odd-vector": rows_of((97 * 3,), 10, 201),
+    "empty": rows_of((64, 48), 64, 64),
+    "columns": cols_of((20, 48), range(20), 16, 32),
+    "odd-columns": cols_of((60, 22), range(60), 3, 10),
+    "every-third-row": cols_of((32, 40), range(1, 32, 3), 0, 40),
+    "some-rows": cols_of((32, 40), [0, 1, 4, 9, 11, 12, 13, 30], 0, 40),
+    "tile": cols_of((32, 40), range(8, 24), 8, 40),
+}
+
+
+def smmf_parts(cases, dtype, first):
+    """Arguments of smmf_sums_step_ but for the scalars, by name."""
+    wide = ops.state_dtype(dtype)
+    found = {name: [] for name in ("params", "grads", "blocks")}
+    sides = ("rows", "cols", "sq_rows", "sq_cols") if first else ("sq_rows", "sq_cols")
+    found |= {f"{kind}{side}": [] for kind in ("exp_avg_", "new_") for side in sides}
+    if first:
+        found["exp_avg_signs"] = []
+    for i, (whole, shape, runs) in enumerate(cases):
+        n, m = matricize.square(torch.Size(whole).numel())
+        found["params"].append(gradient(shape, i, dtype))
+        found["grads"].append(gradient(shape, 20 + i, dtype))
+        found["blocks"].append(matricize.blocks(runs, m))
+        for side in sides:
+            length = n if "rows" in side else m
+            for seed, kind in ((40, "exp_avg_"), (60, "new_")):
+                found[kind + side].append(gradient((length,), seed + i, wide).abs())
+        if first:
+            signs = gradient(shape, 80 + i, wide) > 0
+            packed = torch.zeros(matricize.sign_shape(shape), dtype=torch.uint8)
+            found["exp_avg_signs"].append(reference.pack_signs(signs) if signs.numel() else packed)
+    return found
+
+
+def copied(arguments):
+    """Those that a step writes, its own; its sums lie as a bucket of a collective has them."""
+    new = {name: [t.clone() for t in tensors] for name, tensors in arguments.items() if name != "blocks"}
+    names = [name for name in new if name.startswith("new_")]
+    lists, buffer = between([new[name] for name in names])
+    return {**new, **dict(zip(names, lists, strict=True)), "blocks": arguments["blocks"]}, buffer
+
+
+def missing(first):
+    names = ("exp_avg_rows", "exp_avg_cols", "exp_avg_signs", "new_rows", "new_cols")
+    return {} if first else dict.fromkeys(names)
+
+
+SMMF_PARTS = {
+    "adamw": dict(lr=0.02, weight_decay=0.1, eps=1e-6, decoupled_weight_decay=True, maximize=False),
+    "adam": dict(lr=0.02, weight_decay=0.1, eps=1e-8, decoupled_weight_decay=False, maximize=True),
+    "no-first": dict(lr=0.02, weight_decay=0.1, eps=1e-8, decoupled_weight_decay=True, maximize=True),
+}
+
+
+def smmf_agree(ours, theirs, before):
+    for name, tensors in theirs.items():
+        if name in ("blocks", "grads"):
+            continue
+        for i, his in enumerate(tensors):
+            mine, old = ours[name][i], before[name][i]
+            if name == "params":
+                agree("SMMF", mine, his, old, 0.02)
+            elif name.startswith("new_"):
+                sums_agree(mine, his, 0.0, f"{name}[{i}]")
+            else:
+                assert torch.equal(mine, his), f"{name}[{i}]"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", SMMF_PARTS)
+def test_smmf_on_parts(options, dtype):
+    first = options != "no-first"
+    arguments = smmf_parts(list(BLOCKS.values()), dtype, first)
+    count = len(arguments["params"])
+    decays = dict(beta1=torch.linspace(0.9, 0, count).double(), beta2=torch.linspace(0, 0.99, count).double())
+    if options == "adam":
+        decays = dict(beta1=0.8, beta2=torch.tensor(0.75))
+    scalars = SMMF_PARTS[options] | decays | ({} if first else {"beta1": None})
+    found = []
+    for backend in ("triton", "reference"):
+        own, buffer = copied(arguments)
+        ops.smmf_sums_step_(**own, **missing(first), **scalars, backend=backend)
+        found.append((own, buffer))
+    (ours, our_buffer), (theirs, their_buffer) = found
+    assert torch.equal(our_buffer.isnan(), their_buffer.isnan())
+    smmf_agree(ours, theirs, arguments)
+
+
+def test_smmf_on_parts_of_several_tiles():
+    """Blocks that share columns and rows with each other, over several tiles and chunks: the same sums twice, and the
+    same where their partial sums do not fit the workspace at once."""
+    cases = [rows_of((400, 136), 3, 397), cols_of((40, 1024), range(40), 256, 600), rows_of((622, 8), 4, 620)]
+    arguments = smmf_parts(cases, torch.float32, True)
+    scalars = SMMF_PARTS["adamw"] | dict(beta1=0.9, beta2=0.5)
+    found = []
+    for bound in (plan.WORKSPACE, plan.WORKSPACE, 4096):
+        parts._planned.cache_clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plan, "WORKSPACE", bound)
+            own, _ = copied(arguments)
+            ops.smmf_sums_step_(**own, **scalars, backend="triton")
+            found.append(own)
+    parts._planned.cache_clear()
+    theirs, _ = copied(arguments)
+    ops.smmf_sums_step_(**theirs, **scalars, backend="reference")
+    smmf_agree(found[0], theirs, arguments)
+    for again in found[1:]:
+        for name in theirs:
+            if name != "blocks":
+                assert all(torch.equal(a, b) for a, b in zip(found[0][name], again[name], strict=True)), name
+
+
+def test_parts_of_any_layout():
+    """A part need not be contiguous, nor its gradient of its type."""
+    case = rows_of((16, 24), 2, 12)
+    for how, grad_dtype in (("transposed", torch.float32), ("padded", torch.bfloat16), ("unaligned", torch.float32)):
+        arguments = smmf_parts([case], torch.float32, True)
+        scalars = SMMF_PARTS["adam"] | dict(beta1=0.9, beta2=0.5)
+        theirs, _ = copied(arguments)
+        theirs["grads"] = [g.to(grad_dtype) for g in theirs["grads"]]
+        ours, _ = copied(arguments)
+        ours["params"], ours["grads"] = ([laid_out(t, how) for t in theirs[name]] for name in ("params", "grads"))
+        ops.smmf_sums_step_(**ours, **scalars, backend="triton")
+        ops.smmf_sums_step_(**theirs, **scalars, backend="reference")
+        smmf_agree(ours, theirs, arguments)
+
+
+def test_nothing_is_compiled_anew_for_parts(monkeypatch):
+    """As of whole parameters: other numbers, and tensors that lie elsewhere, ask for the same kernels."""
+    keys, calls = [], []
+
+    def observe(self, launch, tiles, options):
+        arguments = self._arguments(launch, tiles, options)
+        assert all(v.data_ptr() % 16 == 0 for v in arguments.values() if isinstance(v, torch.Tensor))
+        keys[-1].append((launch.name, *(str(v) for v in arguments.values() if not isinstance(v, torch.Tensor))))
+        calls.append(launch.name)
+
+    monkeypatch.setattr(step.Launcher, "_launch", observe)
+    cases = [BLOCKS["whole-rows"], BLOCKS["head-and-tail"]]
+    for lr in (0.1, 1.0, 16.0):
+        keys.append([])
+        arguments, _ = copied(smmf_parts(cases, torch.float32, True))
+        options = dict(eps=1e-8, decoupled_weight_decay=True, maximize=False)
+        ops.smmf_sums_step_(**arguments, lr=lr, beta1=0.9 / lr, beta2=0.5, weight_decay=lr, **options, backend="triton")
+        grads, (old, *lists) = [torch.ones(16, 24)], ([torch.ones(size)] for size in (16, 16, 16, 24, 24, 24))
+        ops.hfac_sums(grads, old, *lists, cols=[24], beta2=lr, eps=lr, backend="triton")
+    assert keys[0] == keys[1] == keys[2]
+    assert calls[:4] == ["smmf_tiles", "smmf_part_fold", "hfac_stats", "hfac_part_cols"]
+
+
+def test_autograd_notices_a_write_to_a_part():
+    leaf = torch.ones(16, 24, requires_grad=True)
+    loss = (leaf * leaf).sum()
+    states = [[torch.ones(size)] for size in (16, 24, 16, 24, 16, 16, 24, 24)]
+    options = dict(lr=0.1, beta1=0.5, clip_threshold=1.0, weight_decay=0.0, backend="triton")
+    one = torch.ones(1)
+    with torch.no_grad():
+        ops.hfac_apply_([leaf], [torch.ones(16, 24)], *states, one, one, rows=[16], cols=[24], **options)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -52,7 +52,9 @@ class Variant:
             parts.append("bulk" if c["WHOLE"] else "any")
         if "LAYOUT" in c:
             parts.append(("no signs", "whole bytes", "byte per element", "shared bytes")[c["LAYOUT"]])
-        on = ("WIDE", "FIRST", "COUPLED", "CLIPPED", "NEGATE", "SKIP", "LOOK")
+        if not c.get("COLUMNS", True):
+            parts.append("rows only")
+        on = ("PART", "WIDE", "FIRST", "COUPLED", "CLIPPED", "NEGATE", "SKIP", "LOOK")
         return " ".join([*parts, *(name.lower() for name in on if c.get(name))])
 
 
@@ -63,7 +65,8 @@ def variants() -> Iterator[Variant]:
         types = dict(W=t, G=t, T=F32)
         for (r, c, warps), signs in zip(SMMF_TILES, (BYTE_PER_ELEMENT, WHOLE_BYTES), strict=True):
             shape = dict(R=r, C=c, WHOLE=True, LAYOUT=signs.value, COUPLED=False)
-            yield Variant(smmf.smmf_tiles, types | shape | off, warps)
+            for part in (False, True):
+                yield Variant(smmf.smmf_tiles, types | shape | off | dict(PART=part), warps)
         for r, c, warps in HFAC_TILES:
             yield Variant(hfac.hfac_update, types | dict(R=r, C=c, WHOLE=True) | off, warps)
         yield Variant(dense.smmf_dense, types | dict(WHOLE=True, FIRST=True, COUPLED=False) | off, 8)
@@ -71,30 +74,38 @@ def variants() -> Iterator[Variant]:
     for t in (F32, BF16):
         types = dict(G=t, T=F32)
         for (r, c, warps), wide in (*zip(STATS, itertools.repeat(False)), (BROAD, True)):
-            yield Variant(hfac.hfac_stats, types | dict(R=r, C=c, WHOLE=True, WIDE=wide, LOOK=False), warps)
+            bulk = dict(R=r, C=c, WHOLE=True, WIDE=wide, LOOK=False)
+            for columns in (True, False):
+                yield Variant(hfac.hfac_stats, types | bulk | dict(COLUMNS=columns), warps)
         yield Variant(dense.look, types | dict(WHOLE=True), 8)
         yield Variant(dense.hfac_dense_look, types | dict(WHOLE=True, LOOK=False), 8)
     for kernel, options in (
-        (smmf.smmf_fold, dict(FIRST=True)),
-        (smmf.smmf_normalize, dict(FIRST=True)),
-        (hfac.hfac_fold, {}),
-        (hfac.hfac_scale, dict(CLIPPED=True)),
+        (smmf.smmf_fold, dict(FIRST=True) | on),
+        (smmf.smmf_normalize, dict(FIRST=True) | on),
+        (hfac.hfac_fold, on),
+        (hfac.hfac_scale, dict(CLIPPED=True) | on),
+        (smmf.smmf_part_fold, dict(FIRST=True)),
+        (hfac.hfac_part_cols, {}),
+        (hfac.hfac_part_fold, dict(CLIPPED=True, NEGATE=True)),
     ):
-        yield Variant(kernel, dict(T=F32) | options | on, 4)
+        yield Variant(kernel, dict(T=F32) | options, 4)
     mixed = dict(W=BF16, G=F32, T=F32, WHOLE=False) | on
     (r, c, warps), (_, big, _) = SMMF_TILES[1], HFAC_TILES[1]
     assert c == big
     r //= 2
     for signs in (NO_SIGNS, SHARED_BYTES):
-        yield Variant(smmf.smmf_tiles, mixed | dict(R=r, C=c, LAYOUT=signs.value, COUPLED=True), warps)
+        for part in (False, True):
+            layout = dict(R=r, C=c, LAYOUT=signs.value, COUPLED=True, PART=part)
+            yield Variant(smmf.smmf_tiles, mixed | layout, warps)
     yield Variant(hfac.hfac_update, mixed | dict(R=BROAD[0] // 2, C=BROAD[1]), BROAD[2])
     yield Variant(dense.smmf_dense, mixed | dict(FIRST=True, COUPLED=True), 8)
     yield Variant(dense.hfac_dense, mixed | dict(CLIPPED=True), 8)
-    stats = dict(G=F32, T=F32, WHOLE=False, LOOK=True, R=BROAD[0] // 4, C=BROAD[1])
+    stats = dict(G=F32, T=F32, WHOLE=False, LOOK=True, COLUMNS=True, R=BROAD[0] // 4, C=BROAD[1])
     yield Variant(hfac.hfac_stats, stats | dict(WIDE=True), BROAD[2])
     yield Variant(hfac.hfac_stats, stats | dict(WIDE=False), BROAD[2])
     wide = dict(W=tl.float64, G=tl.float64, T=tl.float64, R=r, C=c, WHOLE=False, LAYOUT=WHOLE_BYTES.value)
-    yield Variant(smmf.smmf_tiles, wide | dict(COUPLED=False) | off, warps)
+    for part in (False, True):
+        yield Variant(smmf.smmf_tiles, wide | dict(COUPLED=False, PART=part) | off, warps)
 
 
 def compile_variant(variant: Variant, target: GPUTarget) -> Any:

@@ -90,10 +90,10 @@ def finite(g, count):
 
 
 @triton.jit
-def partial_sums(start, stride, tiles, mask, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, T: tl.constexpr):
-    """Sums over `tiles` vectors, `stride` elements apart, in an order that depends on their number alone."""
+def partial_sums(start, stride, tiles, k, mask, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, T: tl.constexpr):
+    """Sums of the elements `k` of `tiles` vectors, `stride` elements apart, in an order that depends on their number
+    alone."""
     total = tl.zeros([AT_ONCE, BLOCK], T)
-    k = tl.arange(0, BLOCK)
     for first in range(0, tiles, AT_ONCE):
         t = (first + tl.arange(0, AT_ONCE)).to(tl.int64)
         keep = (t < tiles)[:, None] & mask[None, :]

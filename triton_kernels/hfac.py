@@ -12,6 +12,10 @@ Partial sums of a parameter of m rows and n columns, in float32 (norms in float6
     cols     [row tiles, 3, n]   sums of g, g^2 and g^2 / r_i
     psi, scale  [n]           psi / 2 and 1 / sqrt(s_j)
     totals   [chunks, 2]      shares of R and of sum_j w_j / s_j
+
+Of a matrix that lies on several ranks each has a part. The statistics then leave rows and squares in the caller's
+lists and `hfac_part_cols` the columns' sums; what comes back, added up over the ranks, `hfac_part_fold` makes into what
+the update reads.
 """
 
 import triton
@@ -19,6 +23,8 @@ import triton.language as tl
 
 from .element import decays, divide, finite, length, operand, partial_sums, place, pointer, root
 from .table import (
+    ALL_COLS,
+    ALL_ROWS,
     AT_ONCE,
     CHUNK,
     CLIP,
@@ -29,8 +35,12 @@ from .table import (
     FIRST_COL,
     FIRST_ROW,
     LR,
+    MEAN_SQUARE,
+    NEW_COL,
+    NEW_ROW,
     PARAM,
     PARAM_LAYOUT,
+    RATIO_COL,
     ROW_TILES,
     ROWS,
     SECOND_COL,
@@ -41,7 +51,10 @@ from .table import (
     SPACE_SCALE,
     SPACE_SQUARES,
     SPACE_TOTALS,
+    SUM_COL,
+    SUM_ROW,
     TILE_ROWS,
+    TOTAL,
     WEIGHT_DECAY,
 )
 
@@ -59,6 +72,7 @@ def hfac_stats(
     C: tl.constexpr,
     WHOLE: tl.constexpr,
     WIDE: tl.constexpr,  # rows longer than C
+    COLUMNS: tl.constexpr,  # whether columns are summed too
     LOOK: tl.constexpr,
 ):
     """A tile is a number of whole rows. Where a row fits the registers, a row's sum, its r_i and its share of the
@@ -78,7 +92,7 @@ def hfac_stats(
     row_sum = pointer(record, SPACE_ROWS, T)
     row_square = pointer(record, SPACE_SQUARES, T)
     b1, rest1, b2, rest2 = decays(scalars, item, T)
-    eps_sum = (cols.to(tl.float64) * tl.load(scalars + EPS)).to(T)
+    eps_sum = (tl.load(record + ALL_COLS).to(tl.float64) * tl.load(scalars + EPS)).to(T)
     count = rows * cols
     bad = tl.zeros([R, C], tl.int32)
 
@@ -100,27 +114,28 @@ def hfac_stats(
             old = tl.load(r_old + i, in_rows, 0.0)
             tl.store(row_sum + i, tl.sum(sum_g, 1), in_rows)
             tl.store(row_square + i, b2 * old + rest2 * (tl.sum(sum_q, 1) + eps_sum), in_rows)
-        col_sums = pointer(record, SPACE_COLS, T) + row_tile * 3 * cols
-        tl.debug_barrier()  # the r_i that some lanes wrote are read by others
-        for first_col in range(0, cols, C):
-            j = first_col + tl.arange(0, C).to(tl.int64)
-            in_cols = j < cols
-            sum_g = tl.zeros([R, C], T)
-            sum_q = tl.zeros([R, C], T)
-            sum_u = tl.zeros([R, C], T)
-            for step in range(first_row, last_row, R):
-                i = step + tl.arange(0, R).to(tl.int64)
-                in_rows = i < last_row
-                mask = in_rows[:, None] & in_cols[None, :]
-                at = i[:, None] * cols + j[None, :]
-                g = tl.load(grad + place(at, layout, WHOLE), mask, 0.0).to(T)
-                r = tl.load(row_square + i, in_rows, 1.0)
-                sum_g += g
-                sum_q += g * g
-                sum_u += g * g * divide(tl.full([R], 1.0, T), r)[:, None]
-            tl.store(col_sums + j, tl.sum(sum_g, 0), in_cols)
-            tl.store(col_sums + cols + j, tl.sum(sum_q, 0), in_cols)
-            tl.store(col_sums + 2 * cols + j, tl.sum(sum_u, 0), in_cols)
+        if COLUMNS:
+            col_sums = pointer(record, SPACE_COLS, T) + row_tile * 3 * cols
+            tl.debug_barrier()  # the r_i that some lanes wrote are read by others
+            for first_col in range(0, cols, C):
+                j = first_col + tl.arange(0, C).to(tl.int64)
+                in_cols = j < cols
+                sum_g = tl.zeros([R, C], T)
+                sum_q = tl.zeros([R, C], T)
+                sum_u = tl.zeros([R, C], T)
+                for step in range(first_row, last_row, R):
+                    i = step + tl.arange(0, R).to(tl.int64)
+                    in_rows = i < last_row
+                    mask = in_rows[:, None] & in_cols[None, :]
+                    at = i[:, None] * cols + j[None, :]
+                    g = tl.load(grad + place(at, layout, WHOLE), mask, 0.0).to(T)
+                    r = tl.load(row_square + i, in_rows, 1.0)
+                    sum_g += g
+                    sum_q += g * g
+                    sum_u += g * g * divide(tl.full([R], 1.0, T), r)[:, None]
+                tl.store(col_sums + j, tl.sum(sum_g, 0), in_cols)
+                tl.store(col_sums + cols + j, tl.sum(sum_q, 0), in_cols)
+                tl.store(col_sums + 2 * cols + j, tl.sum(sum_u, 0), in_cols)
     else:
         j = tl.arange(0, C).to(tl.int64)
         in_cols = j < cols
@@ -139,13 +154,16 @@ def hfac_stats(
             r = b2 * tl.load(r_old + i, in_rows, 1.0) + rest2 * (tl.sum(q, 1) + eps_sum)
             tl.store(row_sum + i, tl.sum(g, 1), in_rows)
             tl.store(row_square + i, r, in_rows)
-            sum_g += g
-            sum_q += q
-            sum_u += q * divide(tl.full([R], 1.0, T), r)[:, None]
-        col_sums = pointer(record, SPACE_COLS, T) + row_tile * 3 * cols
-        tl.store(col_sums + j, tl.sum(sum_g, 0), in_cols)
-        tl.store(col_sums + cols + j, tl.sum(sum_q, 0), in_cols)
-        tl.store(col_sums + 2 * cols + j, tl.sum(sum_u, 0), in_cols)
+            if COLUMNS:
+                sum_g += g
+                sum_q += q
+                # Where there are no more rows r may be 0.
+                sum_u += q * divide(tl.full([R], 1.0, T), tl.where(in_rows, r, 1.0))[:, None]
+        if COLUMNS:
+            col_sums = pointer(record, SPACE_COLS, T) + row_tile * 3 * cols
+            tl.store(col_sums + j, tl.sum(sum_g, 0), in_cols)
+            tl.store(col_sums + cols + j, tl.sum(sum_q, 0), in_cols)
+            tl.store(col_sums + 2 * cols + j, tl.sum(sum_u, 0), in_cols)
     if LOOK:
         any_bad = tl.max(tl.max(bad, 1), 0)
         tl.store(flags + item, any_bad, any_bad != 0)
@@ -161,6 +179,28 @@ def half_drift(beta1, mean_old, mean, square, length):
     """Half of phi_i (or psi_j): b1 (u - mean) / sqrt(r / length) / 2. Halving is exact, so the sum of two halves is the
     reference's (phi + psi) / 2."""
     return divide(beta1 * (mean_old - mean), root(divide(square, length))) * 0.5
+
+
+@triton.jit
+def half_new_drift(old_at, mask, sum_g, length, square, beta, rest, NEGATE: tl.constexpr):
+    """Takes a first moment of rows or columns a step on, in place, and gives half of the drift that comes of it."""
+    if NEGATE:
+        sum_g = -sum_g
+    mean = divide(sum_g, length)
+    new = average(beta, tl.load(old_at, mask, 0.0), rest, mean)
+    tl.store(old_at, new, mask)
+    return half_drift(beta, new, mean, square, length)
+
+
+@triton.jit
+def row_scale(r, total, mean_square, scalars, CLIPPED: tl.constexpr, T: tl.constexpr):
+    """Each row's factor of U: sqrt(R / r_i) / max(1, rms(U) / d). The quotient R / r_i could overflow and is not
+    formed."""
+    scale = root(total) * divide(tl.full([CHUNK], 1.0, T), root(r))
+    if CLIPPED:
+        ratio = divide(root(mean_square), tl.load(scalars + CLIP).to(T))
+        scale = divide(scale, tl.where(ratio <= 1, 1.0, ratio).to(T))  # max(1, rms / d), which keeps a NaN
+    return scale
 
 
 @triton.jit
@@ -180,35 +220,25 @@ def hfac_fold(tiles, items, scalars, flags, T: tl.constexpr, NEGATE: tl.constexp
     ones = tl.full([CHUNK], 1.0, T)
 
     in_rows = k < m
-    u_at = pointer(record, FIRST_ROW, T) + k
     sum_at = pointer(record, SPACE_ROWS, T) + k
-    cols = ones * n.to(T)
     r = tl.load(pointer(record, SPACE_SQUARES, T) + k, in_rows, 1.0)
     sum_g = tl.load(sum_at, in_rows, 0.0)
-    if NEGATE:
-        sum_g = -sum_g
-    mean = divide(sum_g, cols)
-    u = average(b1, tl.load(u_at, in_rows, 0.0), rest1, mean)
-    tl.store(u_at, u, in_rows)
+    u_at = pointer(record, FIRST_ROW, T) + k
+    half_phi = half_new_drift(u_at, in_rows, sum_g, ones * n.to(T), r, b1, rest1, NEGATE)
     tl.store(pointer(record, SECOND_ROW, T) + k, r, in_rows)
-    tl.store(sum_at, half_drift(b1, u, mean, r, cols), in_rows)
+    tl.store(sum_at, half_phi, in_rows)
 
     in_cols = k < n
-    v_at = pointer(record, FIRST_COL, T) + k
     s_at = pointer(record, SECOND_COL, T) + k
-    sums = pointer(record, SPACE_COLS, T) + part * CHUNK
-    rows = ones * m.to(T)
-    sum_g = partial_sums(sums, 3 * n, row_tiles, in_cols, CHUNK, AT_ONCE, T)
-    if NEGATE:
-        sum_g = -sum_g
-    mean = divide(sum_g, rows)
-    square = partial_sums(sums + n, 3 * n, row_tiles, in_cols, CHUNK, AT_ONCE, T)
-    ratio = partial_sums(sums + 2 * n, 3 * n, row_tiles, in_cols, CHUNK, AT_ONCE, T)
-    v = average(b1, tl.load(v_at, in_cols, 0.0), rest1, mean)
+    sums = pointer(record, SPACE_COLS, T)
+    sum_g = partial_sums(sums, 3 * n, row_tiles, k, in_cols, CHUNK, AT_ONCE, T)
+    square = partial_sums(sums + n, 3 * n, row_tiles, k, in_cols, CHUNK, AT_ONCE, T)
+    ratio = partial_sums(sums + 2 * n, 3 * n, row_tiles, k, in_cols, CHUNK, AT_ONCE, T)
     s = average(b2, tl.load(s_at, in_cols, 1.0), rest2, square + (m.to(tl.float64) * tl.load(scalars + EPS)).to(T))
-    tl.store(v_at, v, in_cols)
+    v_at = pointer(record, FIRST_COL, T) + k
+    half_psi = half_new_drift(v_at, in_cols, sum_g, ones * m.to(T), s, b1, rest1, NEGATE)
     tl.store(s_at, s, in_cols)
-    tl.store(pointer(record, SPACE_PSI, T) + k, half_drift(b1, v, mean, s, rows), in_cols)
+    tl.store(pointer(record, SPACE_PSI, T) + k, half_psi, in_cols)
     tl.store(pointer(record, SPACE_SCALE, T) + k, divide(ones, root(s)), in_cols)
 
     # In double, where no partial result can overflow.
@@ -219,8 +249,6 @@ def hfac_fold(tiles, items, scalars, flags, T: tl.constexpr, NEGATE: tl.constexp
 
 @triton.jit
 def hfac_scale(tiles, items, scalars, flags, T: tl.constexpr, CLIPPED: tl.constexpr, SKIP: tl.constexpr):
-    """Each row's factor of U: sqrt(R / r_i) / max(1, rms(U) / d). The quotient R / r_i could overflow and is not
-    formed."""
     tile = tl.program_id(0).to(tl.int64)
     item = tl.load(tiles + 2 * tile).to(tl.int64)
     part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
@@ -242,12 +270,67 @@ def hfac_scale(tiles, items, scalars, flags, T: tl.constexpr, CLIPPED: tl.conste
     k = part * CHUNK + tl.arange(0, CHUNK)
     in_rows = k < m
     at = pointer(record, SPACE_SQUARES, T) + k
-    scale = root(R.to(T)) * divide(tl.full([CHUNK], 1.0, T), root(tl.load(at, in_rows, 1.0)))
-    if CLIPPED:
-        mean_square = R * tl.sum(norm, 0) / (m.to(tl.float64) * n.to(tl.float64))
-        ratio = divide(root(mean_square.to(T)), tl.load(scalars + CLIP).to(T))
-        scale = divide(scale, tl.where(ratio <= 1, 1.0, ratio).to(T))  # max(1, rms / d), which keeps a NaN
+    mean_square = R * tl.sum(norm, 0) / (m.to(tl.float64) * n.to(tl.float64))
+    scale = row_scale(tl.load(at, in_rows, 1.0), R.to(T), mean_square.to(T), scalars, CLIPPED, T)
     tl.store(at, scale, in_rows)
+
+
+@triton.jit
+def hfac_part_cols(tiles, items, T: tl.constexpr):
+    """The columns' sums of parts, from those of their tiles."""
+    tile = tl.program_id(0).to(tl.int64)
+    item = tl.load(tiles + 2 * tile).to(tl.int64)
+    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
+    record = items + item * FIELDS
+    n = tl.load(record + COLS)
+    row_tiles = tl.load(record + ROW_TILES).to(tl.int32)
+    k = part * CHUNK + tl.arange(0, CHUNK)
+    in_cols = k < n
+    sums = pointer(record, SPACE_COLS, T)
+    sum_g = partial_sums(sums, 3 * n, row_tiles, k, in_cols, CHUNK, AT_ONCE, T)
+    square = partial_sums(sums + n, 3 * n, row_tiles, k, in_cols, CHUNK, AT_ONCE, T)
+    ratio = partial_sums(sums + 2 * n, 3 * n, row_tiles, k, in_cols, CHUNK, AT_ONCE, T)
+    tl.store(pointer(record, SUM_COL, T) + k, sum_g, in_cols)
+    tl.store(pointer(record, NEW_COL, T) + k, square, in_cols)
+    tl.store(pointer(record, RATIO_COL, T) + k, ratio, in_cols)
+
+
+@triton.jit
+def hfac_part_fold(tiles, items, scalars, T: tl.constexpr, NEGATE: tl.constexpr, CLIPPED: tl.constexpr):
+    """`hfac_fold` and `hfac_scale` of parts, whose sums over the whole are known. A part without rows still has
+    columns, and the other way round."""
+    tile = tl.program_id(0).to(tl.int64)
+    item = tl.load(tiles + 2 * tile).to(tl.int64)
+    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
+    record = items + item * FIELDS
+    m = tl.load(record + ROWS)
+    n = tl.load(record + COLS)
+    b1, rest1, b2, rest2 = decays(scalars, item, T)
+    k = part * CHUNK + tl.arange(0, CHUNK)
+    ones = tl.full([CHUNK], 1.0, T)
+
+    in_rows = k < m
+    r = tl.load(pointer(record, NEW_ROW, T) + k, in_rows, 1.0)
+    sum_g = tl.load(pointer(record, SUM_ROW, T) + k, in_rows, 0.0)
+    length_of_row = ones * tl.load(record + ALL_COLS).to(T)
+    u_at = pointer(record, FIRST_ROW, T) + k
+    half_phi = half_new_drift(u_at, in_rows, sum_g, length_of_row, r, b1, rest1, NEGATE)
+    total = tl.load(pointer(record, TOTAL, T))
+    mean_square = tl.load(pointer(record, MEAN_SQUARE, T))
+    tl.store(pointer(record, SECOND_ROW, T) + k, r, in_rows)
+    tl.store(pointer(record, SPACE_ROWS, T) + k, half_phi, in_rows)
+    scale = row_scale(r, total, mean_square, scalars, CLIPPED, T)
+    tl.store(pointer(record, SPACE_SQUARES, T) + k, scale, in_rows)
+
+    in_cols = k < n
+    s = tl.load(pointer(record, NEW_COL, T) + k, in_cols, 1.0)
+    sum_g = tl.load(pointer(record, SUM_COL, T) + k, in_cols, 0.0)
+    length_of_col = ones * tl.load(record + ALL_ROWS).to(T)
+    v_at = pointer(record, FIRST_COL, T) + k
+    half_psi = half_new_drift(v_at, in_cols, sum_g, length_of_col, s, b1, rest1, NEGATE)
+    tl.store(pointer(record, SECOND_COL, T) + k, s, in_cols)
+    tl.store(pointer(record, SPACE_PSI, T) + k, half_psi, in_cols)
+    tl.store(pointer(record, SPACE_SCALE, T) + k, divide(ones, root(s)), in_cols)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 The tiling is a function of the shape alone, and nothing is tuned at run time: the order of every sum is fixed.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,9 @@ class Item:
         rows, cols: the matrix; dense: the elements and 1.
         slice: elements of one slice of the first dimension; 0 without signs.
         whole: contiguous and aligned, rows and runs in whole vectors of 8.
+        owner: of SMMF's parts, whose matrices are blocks: the parameter that the block is of.
+        start, stride, row, row_step, col: the block's place (`hfac.matricize.Block`).
+        all_rows, all_cols: of the whole matrix, where this is a part; 0 where it is none.
     """
 
     rows: int
@@ -46,9 +50,18 @@ class Item:
     grad: torch.dtype
     whole: bool = True
     slice: int = 0
+    owner: int = 0
+    start: int = 0
+    stride: int = 0
+    row: int = 0
+    row_step: int = 1
+    col: int = 0
+    all_rows: int = 0
+    all_cols: int = 0
     tile_rows: int = 0
     row_tiles: int = 0
     col_tiles: int = 0
+    blocks: int = 0  # from this one on, of its owner
     spaces: dict[str, int] = field(default_factory=dict)  # name -> bytes from the start of the workspace
 
     @property
@@ -61,7 +74,7 @@ class Item:
             return table.NO_SIGNS.value
         if self.slice == 1:
             return table.BYTE_PER_ELEMENT.value
-        whole = self.cols % 8 == 0 and self.slice % 8 == 0
+        whole = all(length % 8 == 0 for length in (self.cols, self.slice, self.start, self.stride))
         return (table.WHOLE_BYTES if whole else table.SHARED_BYTES).value
 
 
@@ -110,11 +123,7 @@ class Plan:
 
 def make_plan(op: str, items: Sequence[Item]) -> Plan:
     """Launches of one op; sets each item's tiling and spaces."""
-    if op == "smmf_step_":
-        return _smmf(items)
-    if op == "hfac_step_":
-        return _hfac(items)
-    return _dense(op, items)
+    return _dense(op, items) if "dense" in op else _MAKERS[op](items)
 
 
 def _cut(item: Item) -> None:
@@ -178,6 +187,45 @@ def _look(items: Sequence[Item], indices: Iterable[int]) -> list[Launch]:
 
 
 def _smmf(items: Sequence[Item]) -> Plan:
+    groups, workspace = _smmf_groups(items)
+    launches = []
+    for group in groups:
+        launches += _look(items, group)
+        launches += _smmf_tiles(items, group, False)
+        for (wide,), mine in _classes(items, group, lambda it: (it.wide,)).items():
+            for kernel, side in ((smmf.smmf_fold, "rows"), (smmf.smmf_normalize, "cols")):
+                launches.append(
+                    Launch(
+                        kernel,
+                        _parts(items, mine, lambda it, side=side: _chunks(getattr(it, side))),
+                        ("flags",),
+                        ("FIRST", "SKIP"),
+                        {"T": TYPES[wide]},
+                        4,
+                    )
+                )
+    return Plan(launches, workspace)
+
+
+def _smmf_sums(items: Sequence[Item]) -> Plan:
+    """Parts: items are blocks, those of one parameter behind each other."""
+    groups, workspace = _smmf_groups(items)
+    launches = []
+    for group in groups:
+        launches += _smmf_tiles(items, group, True)
+        for (wide,), mine in _classes(items, group, lambda it: (it.wide,)).items():
+            tiles = []
+            for _, blocks in itertools.groupby(mine, lambda i: items[i].owner):
+                first, *others = blocks
+                items[first].blocks = 1 + len(others)
+                touched = sorted({chunk for i in (first, *others) for chunk in _chunks_touched(items[i])})
+                tiles += [(first, chunk) for chunk in touched]
+            launches.append(Launch(smmf.smmf_part_fold, tiles, (), ("FIRST",), {"T": TYPES[wide]}, 4))
+    return Plan(launches, workspace)
+
+
+def _smmf_groups(items: Sequence[Item]) -> tuple[list[list[int]], int]:
+    """Tilings and spaces, the groups that share a workspace, and its bytes."""
     groups: list[list[int]] = []
     at = workspace = 0
     for i, item in enumerate(items):
@@ -195,112 +243,156 @@ def _smmf(items: Sequence[Item]) -> Plan:
         groups[-1].append(i)
         at = end
         workspace = max(workspace, end)
-    launches = []
-    for group in groups:
-        launches += _look(items, group)
-        classes = _classes(items, group, lambda it: (it.param, it.grad, it.whole, it.signs, _fit(SMMF_TILES, it)))
-        for (param, grad, whole, signs, (rows, cols, warps)), mine in classes.items():
-            launches.append(
-                Launch(
-                    smmf.smmf_tiles,
-                    _parts(items, mine, lambda it: it.row_tiles * it.col_tiles),
-                    ("grads", "scalars", "flags"),
-                    ("COUPLED", "NEGATE", "SKIP"),
-                    {
-                        "W": TYPES[param],
-                        "G": TYPES[grad],
-                        "T": TYPES[_wide(param)],
-                        "R": rows,
-                        "C": cols,
-                        "WHOLE": whole,
-                        "LAYOUT": signs,
-                    },
-                    warps,
-                )
-            )
-        for (wide,), mine in _classes(items, group, lambda it: (it.wide,)).items():
-            for kernel, side in ((smmf.smmf_fold, "rows"), (smmf.smmf_normalize, "cols")):
-                launches.append(
-                    Launch(
-                        kernel,
-                        _parts(items, mine, lambda it, side=side: _chunks(getattr(it, side))),
-                        ("flags",),
-                        ("FIRST", "SKIP"),
-                        {"T": TYPES[wide]},
-                        4,
-                    )
-                )
-    return Plan(launches, workspace)
+    return groups, workspace
+
+
+def _smmf_tiles(items: Sequence[Item], group: Sequence[int], part: bool) -> list[Launch]:
+    classes = _classes(items, group, lambda it: (it.param, it.grad, it.whole, it.signs, _fit(SMMF_TILES, it)))
+    return [
+        Launch(
+            smmf.smmf_tiles,
+            _parts(items, mine, lambda it: it.row_tiles * it.col_tiles),
+            ("grads", "scalars", "flags"),
+            ("COUPLED", "NEGATE", "SKIP"),
+            {
+                "W": TYPES[param],
+                "G": TYPES[grad],
+                "T": TYPES[_wide(param)],
+                "R": rows,
+                "C": cols,
+                "WHOLE": whole,
+                "LAYOUT": signs,
+                "PART": part,
+            },
+            warps,
+        )
+        for (param, grad, whole, signs, (rows, cols, warps)), mine in classes.items()
+    ]
+
+
+def _chunks_touched(block: Item) -> set[int]:
+    """Of the whole's rows and columns, those that a block adds to."""
+    last_row = block.row + (block.rows - 1) * block.row_step
+    return {
+        chunk
+        for first, last in ((block.row, last_row), (block.col, block.col + block.cols - 1))
+        for chunk in range(first // table.CHUNK.value, last // table.CHUNK.value + 1)
+    }
 
 
 def _hfac(items: Sequence[Item]) -> Plan:
     at = 0
     for item in items:
         _cut(item)
-        size = _SIZES[item.wide]
-        at = _place(
-            item,
-            at,
-            {
-                "rows": item.rows * size,
-                "squares": item.rows * size,
-                "cols": 3 * item.row_tiles * item.cols * size,
-                "psi": item.cols * size,
-                "scale": item.cols * size,
-                "totals": 16 * _chunks(max(item.rows, item.cols)),
-            },
-        )
-    everything = range(len(items))
-    launches = []
-
-    def stats_shape(item: Item) -> tuple[Shape, bool]:
-        wide = item.cols > STATS[-1][1]
-        return _fit(HFAC_TILES if wide else STATS, item, 4), wide
-
-    classes = _classes(items, everything, lambda it: (it.param, it.grad, it.whole, stats_shape(it)))
-    merged: dict[tuple[Any, ...], list[int]] = {}
-    for (param, *key), mine in classes.items():
-        merged.setdefault((_wide(param), *key), []).extend(mine)
-    for (wide, grad, whole, ((rows, cols, warps), twice)), mine in merged.items():
-        launches.append(
-            Launch(
-                hfac.hfac_stats,
-                _parts(items, mine, lambda it: it.row_tiles),
-                ("grads", "scalars", "flags"),
-                ("LOOK",),
-                {"G": TYPES[grad], "T": TYPES[wide], "R": rows, "C": cols, "WHOLE": whole, "WIDE": twice},
-                warps,
-            )
-        )
-    for (wide,), mine in _classes(items, everything, lambda it: (it.wide,)).items():
+        at = _place(item, at, _row_sizes(item) | _col_sum_sizes(item) | _col_sizes(item) | _total_sizes(item))
+    launches = _hfac_stats(items, True)
+    for (wide,), mine in _classes(items, range(len(items)), lambda it: (it.wide,)).items():
         for kernel, count, options in (
             (hfac.hfac_fold, lambda it: _chunks(max(it.rows, it.cols)), ("NEGATE", "SKIP")),
             (hfac.hfac_scale, lambda it: _chunks(it.rows), ("CLIPPED", "SKIP")),
         ):
             tiles = _parts(items, mine, count)
             launches.append(Launch(kernel, tiles, ("scalars", "flags"), options, {"T": TYPES[wide]}, 4))
-    classes = _classes(items, everything, lambda it: (it.param, it.grad, it.whole, _fit(HFAC_TILES, it)))
+    return Plan(launches + _hfac_updates(items), at)
+
+
+def _hfac_sums(items: Sequence[Item]) -> Plan:
+    """The rows' sums go where the caller has them, so the workspace is the columns'."""
+    at = 0
+    for item in items:
+        _cut(item)
+        at = _place(item, at, _col_sum_sizes(item))
+    launches = _hfac_stats(items, True)
+    for (wide,), mine in _classes(items, range(len(items)), lambda it: (it.wide,)).items():
+        tiles = _parts(items, mine, lambda it: _chunks(it.cols))
+        launches.append(Launch(hfac.hfac_part_cols, tiles, (), (), {"T": TYPES[wide]}, 4))
+    return Plan(launches, at)
+
+
+def _hfac_row_sums(items: Sequence[Item]) -> Plan:
+    for item in items:
+        _cut(item)
+    return Plan(_hfac_stats(items, False), 0)
+
+
+def _hfac_apply(items: Sequence[Item]) -> Plan:
+    at = 0
+    for item in items:
+        _cut(item)
+        at = _place(item, at, _row_sizes(item) | _col_sizes(item))
+    launches = []
+    # Moments go on where only they are there, too.
+    for wide in dict.fromkeys(item.wide for item in items):
+        tiles = [
+            (i, chunk)
+            for i, item in enumerate(items)
+            if item.wide == wide
+            for chunk in range(_chunks(max(item.rows, item.cols)))
+        ]
+        if tiles:
+            options = ("NEGATE", "CLIPPED")
+            launches.append(Launch(hfac.hfac_part_fold, tiles, ("scalars",), options, {"T": TYPES[wide]}, 4))
+    return Plan(launches + _hfac_updates(items), at)
+
+
+def _row_sizes(item: Item) -> dict[str, int]:
+    return {name: item.rows * _SIZES[item.wide] for name in ("rows", "squares")}
+
+
+def _col_sum_sizes(item: Item) -> dict[str, int]:
+    return {"cols": 3 * item.row_tiles * item.cols * _SIZES[item.wide]}
+
+
+def _col_sizes(item: Item) -> dict[str, int]:
+    return {name: item.cols * _SIZES[item.wide] for name in ("psi", "scale")}
+
+
+def _total_sizes(item: Item) -> dict[str, int]:
+    return {"totals": 16 * _chunks(max(item.rows, item.cols))}
+
+
+def _hfac_stats(items: Sequence[Item], columns: bool) -> list[Launch]:
+    def stats_shape(item: Item) -> tuple[Shape, bool]:
+        wide = item.cols > STATS[-1][1]
+        return _fit(HFAC_TILES if wide else STATS, item, 4), wide
+
+    classes = _classes(items, range(len(items)), lambda it: (it.param, it.grad, it.whole, stats_shape(it)))
+    merged: dict[tuple[Any, ...], list[int]] = {}
+    for (param, *key), mine in classes.items():
+        merged.setdefault((_wide(param), *key), []).extend(mine)
+    return [
+        Launch(
+            hfac.hfac_stats,
+            _parts(items, mine, lambda it: it.row_tiles),
+            ("grads", "scalars", "flags"),
+            ("LOOK",),
+            {
+                "G": TYPES[grad],
+                "T": TYPES[wide],
+                "R": rows,
+                "C": cols,
+                "WHOLE": whole,
+                "WIDE": twice,
+                "COLUMNS": columns,
+            },
+            warps,
+        )
+        for (wide, grad, whole, ((rows, cols, warps), twice)), mine in merged.items()
+    ]
+
+
+def _hfac_updates(items: Sequence[Item]) -> list[Launch]:
+    launches = []
+    classes = _classes(items, range(len(items)), lambda it: (it.param, it.grad, it.whole, _fit(HFAC_TILES, it)))
     for (param, grad, whole, (rows, cols, warps)), mine in classes.items():
         tiles = _parts(items, mine, lambda it: it.row_tiles * it.col_tiles)
         tiles.reverse()  # what was read last is the likeliest to be in the cache still
+        constants = {"W": TYPES[param], "G": TYPES[grad], "T": TYPES[_wide(param)], "R": rows, "C": cols}
+        constants["WHOLE"] = whole
         launches.append(
-            Launch(
-                hfac.hfac_update,
-                tiles,
-                ("grads", "scalars", "flags"),
-                ("NEGATE", "SKIP"),
-                {
-                    "W": TYPES[param],
-                    "G": TYPES[grad],
-                    "T": TYPES[_wide(param)],
-                    "R": rows,
-                    "C": cols,
-                    "WHOLE": whole,
-                },
-                warps,
-            )
+            Launch(hfac.hfac_update, tiles, ("grads", "scalars", "flags"), ("NEGATE", "SKIP"), constants, warps)
         )
-    return Plan(launches, at)
+    return launches
 
 
 def _dense(op: str, items: Sequence[Item]) -> Plan:
@@ -329,6 +421,16 @@ def _dense(op: str, items: Sequence[Item]) -> Plan:
         constants = {"W": TYPES[param], "G": TYPES[grad], "T": TYPES[_wide(param)], "WHOLE": whole}
         launches.append(Launch(kernel, _parts(items, mine, _runs), ("grads", "scalars", "flags"), options, constants))
     return Plan(launches, at)
+
+
+_MAKERS: dict[str, Callable[[Sequence[Item]], Plan]] = {
+    "smmf_step_": _smmf,
+    "hfac_step_": _hfac,
+    "hfac_sums": _hfac_sums,
+    "hfac_row_sums": _hfac_row_sums,
+    "hfac_apply_": _hfac_apply,
+    "smmf_sums_step_": _smmf_sums,
+}
 
 
 def _wide(param: torch.dtype) -> torch.dtype:

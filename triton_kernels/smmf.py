@@ -4,6 +4,10 @@ A program takes a tile of the matrix and walks down its rows, R at a time. Its c
 so do the columns' sums, one per lane, until the tile is done; each row's sums leave as soon as it is. Both are partial
 sums: `smmf_fold` adds them in fixed order, `smmf_normalize` divides.
 
+Of a matrix that lies on several ranks each has a part, which is some blocks of it, each with a record of its own. The
+same tiles make the step; `smmf_part_fold` adds up what blocks have in common, and columns are divided when the sums of
+all parts are known.
+
 Which lane holds which element is Triton's choice, so sums are equal to the CUDA kernels' only within rounding; the
 parameter depends on no sum of its own step and is equal to the bit.
 """
@@ -13,9 +17,13 @@ import triton.language as tl
 
 from .element import decays, divide, length, operand, partial_sums, place, pointer, root
 from .table import (
+    ALL_COLS,
+    ALL_ROWS,
     AT_ONCE,
+    BLOCKS,
     BYTE_PER_ELEMENT,
     CHUNK,
+    COL,
     COL_TILES,
     COLS,
     EPS,
@@ -23,9 +31,13 @@ from .table import (
     FIRST_COL,
     FIRST_ROW,
     LR,
+    NEW_COL,
+    NEW_ROW,
     NO_SIGNS,
     PARAM,
     PARAM_LAYOUT,
+    ROW,
+    ROW_STEP,
     ROW_TILES,
     ROWS,
     SECOND_COL,
@@ -37,6 +49,10 @@ from .table import (
     SPACE_COLS,
     SPACE_ROWS,
     SPACE_TOTALS,
+    START,
+    STRIDE,
+    SUM_COL,
+    SUM_ROW,
     TILE_ROWS,
     WEIGHT_DECAY,
     WHOLE_BYTES,
@@ -57,6 +73,7 @@ def smmf_tiles(
     C: tl.constexpr,
     WHOLE: tl.constexpr,  # contiguous, aligned, rows of whole vectors of 8
     LAYOUT: tl.constexpr,  # of the signs
+    PART: tl.constexpr,  # the matrix is a block of a larger one
     COUPLED: tl.constexpr,
     NEGATE: tl.constexpr,  # the objective is maximized
     SKIP: tl.constexpr,
@@ -81,6 +98,15 @@ def smmf_tiles(
     grad = operand(tl.load(grads + 2 * item), G, WHOLE)
     param_layout = tl.load(record + PARAM_LAYOUT)
     grad_layout = tl.load(grads + 2 * item + 1)
+    if PART:
+        # Of whole vectors like `length`, where WHOLE.
+        start_at = length(record, START, WHOLE)
+        stride = length(record, STRIDE, WHOLE)
+        row_step = tl.load(record + ROW_STEP)
+    else:
+        start_at = 0
+        stride = cols
+        row_step = 1
     r_M = pointer(record, FIRST_ROW, T)
     r_V = pointer(record, SECOND_ROW, T)
     row_sums = pointer(record, SPACE_ROWS, T) + col_tile * 2 * rows
@@ -113,7 +139,7 @@ def smmf_tiles(
         i = step + tl.arange(0, R).to(tl.int64)
         in_rows = i < last_row
         mask = in_rows[:, None] & in_cols[None, :]
-        at = i[:, None] * cols + j[None, :]
+        at = start_at + i[:, None] * stride + j[None, :]
         g = tl.load(grad + place(at, grad_layout, WHOLE), mask, 0.0).to(T)
         if NEGATE:
             g = -g
@@ -130,7 +156,7 @@ def smmf_tiles(
             # M = b1 (+-) r_M c_M^T + (1 - b1) G  (SMMF, Algorithm 1; decompression is its Algorithm 3)
             if LAYOUT == WHOLE_BYTES:
                 in_bytes = in_rows[:, None] & (8 * jb < cols)[None, :]
-                byte_at = signs + i[:, None] * (cols // 8) + jb[None, :]
+                byte_at = signs + start_at // 8 + i[:, None] * (stride // 8) + jb[None, :]
                 packed = tl.load(byte_at, in_bytes, 0).to(tl.int32)
                 bits = tl.reshape((packed[:, :, None] >> k) & 1, [R, C])
             elif LAYOUT == BYTE_PER_ELEMENT:
@@ -140,7 +166,7 @@ def smmf_tiles(
                 within = at - outer * slice
                 byte = outer * slice_bytes + within // 8
                 bits = (tl.load(signs + byte, mask, 0).to(tl.int32) >> (within % 8).to(tl.int32)) & 1
-            old = (b1 * tl.load(r_M + i, in_rows, 0.0))[:, None] * c_M[None, :]
+            old = (b1 * tl.load(r_M + i * row_step, in_rows, 0.0))[:, None] * c_M[None, :]
             M = tl.where(bits != 0, old, -old) + rest1 * g
             positive = (M > 0).to(tl.int32)
             if LAYOUT == WHOLE_BYTES:
@@ -159,7 +185,7 @@ def smmf_tiles(
             sum_M += size
             tl.store(row_sums + i, tl.sum(size, 1), in_rows)
 
-        V = (b2 * tl.load(r_V + i, in_rows, 0.0))[:, None] * c_V[None, :] + rest2 * (g * g)
+        V = (b2 * tl.load(r_V + i * row_step, in_rows, 0.0))[:, None] * c_V[None, :] + rest2 * (g * g)
         w = w - lr * divide(M, root(V) + eps)
         tl.store(to, w.to(W), mask)
         V = tl.where(mask, V, 0.0)
@@ -189,8 +215,8 @@ def smmf_fold(tiles, items, flags, T: tl.constexpr, FIRST: tl.constexpr, SKIP: t
     cols = tl.load(record + COLS)
     row_tiles = tl.load(record + ROW_TILES).to(tl.int32)
     col_tiles = tl.load(record + COL_TILES).to(tl.int32)
-    row_sums = pointer(record, SPACE_ROWS, T) + part * CHUNK
-    col_sums = pointer(record, SPACE_COLS, T) + part * CHUNK
+    row_sums = pointer(record, SPACE_ROWS, T)
+    col_sums = pointer(record, SPACE_COLS, T)
     totals = pointer(record, SPACE_TOTALS, T) + part * 2
     k = part * CHUNK + tl.arange(0, CHUNK)
     in_rows = k < rows
@@ -198,17 +224,67 @@ def smmf_fold(tiles, items, flags, T: tl.constexpr, FIRST: tl.constexpr, SKIP: t
     if FIRST:
         tl.store(
             pointer(record, FIRST_ROW, T) + k,
-            partial_sums(row_sums, 2 * rows, col_tiles, in_rows, CHUNK, AT_ONCE, T),
+            partial_sums(row_sums, 2 * rows, col_tiles, k, in_rows, CHUNK, AT_ONCE, T),
             in_rows,
         )
-        col = partial_sums(col_sums, 2 * cols, row_tiles, in_cols, CHUNK, AT_ONCE, T)
+        col = partial_sums(col_sums, 2 * cols, row_tiles, k, in_cols, CHUNK, AT_ONCE, T)
         tl.store(pointer(record, FIRST_COL, T) + k, col, in_cols)
         tl.store(totals, tl.sum(col, 0))
-    row = partial_sums(row_sums + rows, 2 * rows, col_tiles, in_rows, CHUNK, AT_ONCE, T)
+    row = partial_sums(row_sums + rows, 2 * rows, col_tiles, k, in_rows, CHUNK, AT_ONCE, T)
     tl.store(pointer(record, SECOND_ROW, T) + k, row, in_rows)
-    col = partial_sums(col_sums + cols, 2 * cols, row_tiles, in_cols, CHUNK, AT_ONCE, T)
+    col = partial_sums(col_sums + cols, 2 * cols, row_tiles, k, in_cols, CHUNK, AT_ONCE, T)
     tl.store(pointer(record, SECOND_COL, T) + k, col, in_cols)
     tl.store(totals + 1, tl.sum(col, 0))
+
+
+@triton.jit
+def smmf_part_fold(tiles, items, T: tl.constexpr, FIRST: tl.constexpr):
+    """Adds the sums of a parameter's blocks to those of the whole, block after block. A tile is the first of the blocks
+    and a chunk of the whole's rows and columns, so that no two programs add to the same number."""
+    tile = tl.program_id(0).to(tl.int64)
+    item = tl.load(tiles + 2 * tile).to(tl.int64)
+    low = tl.load(tiles + 2 * tile + 1).to(tl.int64) * CHUNK
+    record = items + item * FIELDS
+    k = low + tl.arange(0, CHUNK)
+    in_rows = k < tl.load(record + ALL_ROWS)
+    in_cols = k < tl.load(record + ALL_COLS)
+    row_at = pointer(record, NEW_ROW, T) + k
+    col_at = pointer(record, NEW_COL, T) + k
+    row_V = tl.load(row_at, in_rows, 0.0)
+    col_V = tl.load(col_at, in_cols, 0.0)
+    if FIRST:
+        row_at_M = pointer(record, SUM_ROW, T) + k
+        col_at_M = pointer(record, SUM_COL, T) + k
+        row_M = tl.load(row_at_M, in_rows, 0.0)
+        col_M = tl.load(col_at_M, in_cols, 0.0)
+    for b in range(0, tl.load(record + BLOCKS).to(tl.int32)):
+        block = record + b * FIELDS
+        rows = tl.load(block + ROWS)
+        cols = tl.load(block + COLS)
+        row = tl.load(block + ROW)
+        row_step = tl.load(block + ROW_STEP)
+        col = tl.load(block + COL)
+        row_tiles = tl.load(block + ROW_TILES).to(tl.int32)
+        col_tiles = tl.load(block + COL_TILES).to(tl.int32)
+        row_sums = pointer(block, SPACE_ROWS, T)
+        col_sums = pointer(block, SPACE_COLS, T)
+        if (row < low + CHUNK) & (row + (rows - 1) * row_step >= low):
+            i = (k - row) // row_step
+            mine = (k >= row) & (i < rows) & (row + i * row_step == k)
+            if FIRST:
+                row_M += partial_sums(row_sums, 2 * rows, col_tiles, i, mine, CHUNK, AT_ONCE, T)
+            row_V += partial_sums(row_sums + rows, 2 * rows, col_tiles, i, mine, CHUNK, AT_ONCE, T)
+        if (col < low + CHUNK) & (col + cols > low):
+            j = k - col
+            mine = (j >= 0) & (j < cols)
+            if FIRST:
+                col_M += partial_sums(col_sums, 2 * cols, row_tiles, j, mine, CHUNK, AT_ONCE, T)
+            col_V += partial_sums(col_sums + cols, 2 * cols, row_tiles, j, mine, CHUNK, AT_ONCE, T)
+    if FIRST:
+        tl.store(row_at_M, row_M, in_rows)
+        tl.store(col_at_M, col_M, in_cols)
+    tl.store(row_at, row_V, in_rows)
+    tl.store(col_at, col_V, in_cols)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from .plan import Item, Launch, Plan, compile_options, make_plan, merged_layout,
 Scalar = float | Tensor
 Tensors = Sequence[Tensor]
 
-_SPACES = {
+SPACES = {
     "rows": table.SPACE_ROWS,
     "squares": table.SPACE_SQUARES,
     "cols": table.SPACE_COLS,
@@ -29,7 +29,7 @@ _SPACES = {
 _DTYPE = attrgetter("dtype")
 _FIRST_ROW, _FIRST_COL = table.FIRST_ROW, table.FIRST_COL
 _SECOND_ROW, _SECOND_COL = table.SECOND_ROW, table.SECOND_COL
-_STATES = {
+STATES = {
     "exp_avg_rows": _FIRST_ROW,
     "exp_avg_cols": _FIRST_COL,
     "exp_avg_sq_rows": _SECOND_ROW,
@@ -40,7 +40,33 @@ _STATES = {
 }
 
 
-class Bound:
+class Launcher:
+    """Launches kernels over what lies in device memory: the records of a list (``items``), where its gradients are
+    (``grad_table``), a step's numbers (``scalars``), and which parameters keep their value (``flags``)."""
+
+    device: torch.device
+    items: Tensor
+    grad_table: Tensor
+    scalars: Tensor
+    flags: Tensor
+
+    def _arguments(self, launch: Launch, tiles: Tensor, options: dict[str, bool]) -> dict[str, Any]:
+        memory = {"grads": self.grad_table, "scalars": self.scalars, "flags": self.flags}
+        return {
+            "tiles": tiles,
+            "items": self.items,
+            **{name: memory[name] for name in launch.arguments},
+            **launch.constants,
+            **{name: options[name] for name in launch.options},
+        }
+
+    def _launch(self, launch: Launch, tiles: Tensor, options: dict[str, bool]) -> None:
+        maker = "hip" if torch.version.hip else self.device.type
+        compiled = compile_options(launch.constants, launch.warps, maker)
+        launch.kernel[(len(launch.tiles),)](**self._arguments(launch, tiles, options), **compiled)
+
+
+class Bound(Launcher):
     """An op of `hfac.reference`, by its name, on these parameters and states, for as long as they lie where they lie.
 
     Where a parameter or gradient is not contiguous, its elements are found through its strides, in place.
@@ -72,7 +98,7 @@ class Bound:
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
     ) -> None:
-        with _current(self.device):
+        with current(self.device):
             if any(map(Tensor.is_neg, grads)):
                 grads = [grad.resolve_neg() for grad in grads]
             capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -96,21 +122,6 @@ class Bound:
             if capturing:
                 self.in_graphs += [self.tiles, self.items, self.grad_table, self.workspace]
 
-    def _arguments(self, launch: Launch, tiles: Tensor, options: dict[str, bool]) -> dict[str, Any]:
-        memory = {"grads": self.grad_table, "scalars": self.scalars, "flags": self.flags}
-        return {
-            "tiles": tiles,
-            "items": self.items,
-            **{name: memory[name] for name in launch.arguments},
-            **launch.constants,
-            **{name: options[name] for name in launch.options},
-        }
-
-    def _launch(self, launch: Launch, tiles: Tensor, options: dict[str, bool]) -> None:
-        maker = "hip" if torch.version.hip else self.device.type
-        compiled = compile_options(launch.constants, launch.warps, maker)
-        launch.kernel[(len(launch.tiles),)](**self._arguments(launch, tiles, options), **compiled)
-
     def _tables(self, grads: Tensors, capturing: bool) -> None:
         """Makes what depends on the gradients' types and layouts, where those changed; else only notes where they
         lie, and where they lie as they lay, nothing."""
@@ -131,7 +142,7 @@ class Bound:
             self.addresses = []
         if addresses != self.addresses or capturing:
             rows = [x for pair in zip(addresses, self.grad_layouts, strict=True) for x in pair]
-            host = self.spare if capturing and self.spare is not None else self._host(len(rows))
+            host = self.spare if capturing and self.spare is not None else host_memory(self.device, len(rows))
             host.copy_(torch.tensor(rows, dtype=torch.int64))
             self.grad_table.copy_(host, non_blocking=True)
             self.addresses = addresses
@@ -139,24 +150,13 @@ class Bound:
                 self.in_graphs.append(host)
                 self.spare = None
             elif self.spare is None and host.is_pinned():
-                self.spare = self._host(len(rows))  # a graph capture can allocate no pinned memory
-
-    def _host(self, count: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        """Memory that a copy to the device need not wait for. torch's allocator of pinned memory does not hand a buffer
-        out again before the copies from it are done."""
-        return torch.empty(count, dtype=dtype, pin_memory=self.device.type == "cuda")
+                self.spare = host_memory(self.device, len(rows))  # a graph capture can allocate no pinned memory
 
     def _plan(self, grads: Tensors, aligned: list[bool]) -> None:
-        items, layouts, starts = [], [0], []  # the first layout is that of everything contiguous
+        items, layouts, starts = [], Layouts(), []
         second_rows = self.states.get("exp_avg_sq_rows")
         second_cols = self.states.get("exp_avg_sq_cols")
         signs = self.states.get("exp_avg_signs")
-
-        def layout_of(tensor: Tensor) -> int:
-            if tensor.is_contiguous():
-                return 0
-            layouts.extend(merged := merged_layout(tensor.shape, tensor.stride()))
-            return len(layouts) - len(merged)
 
         for i, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
             rows = param.numel() if second_rows is None else second_rows[i].numel()
@@ -172,34 +172,23 @@ class Bound:
                 and (not signs or signs[i].data_ptr() % 16 == 0)
             )
             items.append(item)
-            starts.append((layout_of(param), layout_of(grad)))
+            starts.append((layouts.of(param), layouts.of(grad)))
         self.plan: Plan = make_plan(self.op, items)
 
         self.workspace = torch.empty(max(self.plan.workspace, 16), dtype=torch.uint8, device=self.device)
-        self.layouts = torch.tensor(layouts, dtype=torch.int64).to(self.device)
+        self.layouts = torch.tensor(layouts.numbers, dtype=torch.int64).to(self.device)
         base, space = self.layouts.data_ptr(), self.workspace.data_ptr()
         self.grad_layouts = [base + 8 * start for _, start in starts]
         records = []
         for i, (param, item) in enumerate(zip(self.params, items, strict=True)):
-            record = [0] * table.FIELDS.value
+            record = make_record(item, space)
             record[table.PARAM.value] = param.data_ptr()
             record[table.PARAM_LAYOUT.value] = base + 8 * starts[i][0]
-            record[table.ROWS.value] = item.rows
-            record[table.COLS.value] = item.cols
             for name, tensors in self.states.items():
-                record[_STATES[name].value] = tensors[i].data_ptr()
-            if signs:
-                record[table.SLICE.value] = item.slice
-                record[table.SLICE_BYTES.value] = -(-item.slice // 8)
-            record[table.TILE_ROWS.value] = item.tile_rows
-            record[table.ROW_TILES.value] = item.row_tiles if second_cols is not None else 0
-            record[table.COL_TILES.value] = item.col_tiles
-            for name, start in item.spaces.items():
-                record[_SPACES[name].value] = space + start
+                record[STATES[name].value] = tensors[i].data_ptr()
             records.append(record)
         self.items = torch.tensor(records, dtype=torch.int64).to(self.device)
-        # A tensor of its own for each launch: alike aligned, so that no launch compiles its kernel anew.
-        self.tiles = [torch.tensor(launch.tiles, dtype=torch.int32).to(self.device) for launch in self.plan.launches]
+        self.tiles = tile_tables(self.plan, self.device)
         self.grad_table = torch.empty(2 * len(items), dtype=torch.int64, device=self.device)
         self.spare = None
 
@@ -214,21 +203,77 @@ class Bound:
             for place, value in enumerate(on_host):
                 self.scalars[place].fill_(value)
         else:
-            host = self._host(len(on_host), torch.float64)
+            host = host_memory(self.device, len(on_host), torch.float64)
             host.copy_(torch.tensor(on_host, dtype=torch.float64))
             self.scalars[: len(on_host)].copy_(host, non_blocking=True)
-        for place, value in enumerate(numbers):
-            if isinstance(value, Tensor):
-                self.scalars[place].copy_(value.reshape(()))
         for place, beta in enumerate((beta1, beta2)):
-            to = self.scalars[shared + 2 + place :: 2] if each else self.scalars[shared + place]
-            if isinstance(beta, Tensor):
-                to.copy_(beta if each else beta.reshape(()))
-            elif each:
-                to.fill_(beta)
+            if each and not isinstance(beta, Tensor):
+                self.scalars[shared + 2 + place :: 2].fill_(beta)
+        copy_tensors(self.scalars, numbers, (beta1, beta2), each)
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
+def copy_tensors(scalars: Tensor, numbers: Sequence[Any], decays: Sequence[Any], each: bool) -> None:
+    """Puts the values of those that are tensors in their places. With ``each`` every parameter has its own decays."""
+    shared = table.DECAYS.value
+    for place, value in enumerate(numbers):
+        if isinstance(value, Tensor):
+            scalars[place].copy_(value.reshape(()))
+    for place, beta in enumerate(decays):
+        if isinstance(beta, Tensor):
+            to = scalars[shared + 2 + place :: 2] if each else scalars[shared + place]
+            to.copy_(beta if each else beta.reshape(()))
+
+
+class Layouts:
+    """Layouts of tensors, one behind the other; the first is that of everything contiguous."""
+
+    def __init__(self) -> None:
+        self.numbers = [0]
+
+    def of(self, tensor: Tensor) -> int:
+        """Where the tensor's begins."""
+        if tensor.is_contiguous():
+            return 0
+        self.numbers.extend(merged := merged_layout(tensor.shape, tensor.stride()))
+        return len(self.numbers) - len(merged)
+
+
+def make_record(item: Item, space: int) -> list[int]:
+    """What the kernels read of an item that has been planned, but for the addresses of its tensors; its workspace is at
+    ``space``."""
+    record = [0] * table.FIELDS.value
+    record[table.ROWS.value] = item.rows
+    record[table.COLS.value] = item.cols
+    record[table.SLICE.value] = item.slice
+    record[table.SLICE_BYTES.value] = -(-item.slice // 8)
+    record[table.TILE_ROWS.value] = item.tile_rows
+    record[table.ROW_TILES.value] = item.row_tiles
+    record[table.COL_TILES.value] = item.col_tiles
+    record[table.ALL_ROWS.value] = item.all_rows or item.rows
+    record[table.ALL_COLS.value] = item.all_cols or item.cols
+    record[table.START.value] = item.start
+    record[table.STRIDE.value] = item.stride
+    record[table.ROW.value] = item.row
+    record[table.ROW_STEP.value] = item.row_step
+    record[table.COL.value] = item.col
+    record[table.BLOCKS.value] = item.blocks
+    for name, start in item.spaces.items():
+        record[SPACES[name].value] = space + start
+    return record
+
+
+def tile_tables(plan: Plan, device: torch.device) -> list[Tensor]:
+    """A tensor of its own for each launch: alike aligned, so that no launch compiles its kernel anew."""
+    return [torch.tensor(launch.tiles, dtype=torch.int32).to(device) for launch in plan.launches]
+
+
+def host_memory(device: torch.device, count: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Memory that a copy to the device need not wait for. torch's allocator of pinned memory does not hand a buffer
+    out again before the copies from it are done."""
+    return torch.empty(count, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
     """The device made current, and with it the stream that torch uses there."""
     if device.type == "cuda":
         return torch.cuda.device(device)

@@ -24,14 +24,35 @@ SLICE_BYTES = tl.constexpr(10)
 TILE_ROWS = tl.constexpr(11)
 ROW_TILES = tl.constexpr(12)
 COL_TILES = tl.constexpr(13)
-#: addresses of the partial sums, see each kernel
+#: addresses of the partial sums, see each kernel; of a part's rows, the lists that `hfac_sums` fills
 SPACE_ROWS = tl.constexpr(14)
 SPACE_SQUARES = tl.constexpr(15)
 SPACE_COLS = tl.constexpr(16)
 SPACE_PSI = tl.constexpr(17)
 SPACE_SCALE = tl.constexpr(18)
 SPACE_TOTALS = tl.constexpr(19)
-FIELDS = tl.constexpr(20)
+#: rows and columns of the whole matrix, of which a part may have some; else those above
+ALL_ROWS = tl.constexpr(20)
+ALL_COLS = tl.constexpr(21)
+#: of parts, addresses. H-Fac: sums of g, of g^2 (or the new r and s) and of g^2 / r, then sum(r) and the mean of U^2.
+#: SMMF: the whole's sums of |M| and of V, to be added to
+SUM_ROW = tl.constexpr(22)
+SUM_COL = tl.constexpr(23)
+NEW_ROW = tl.constexpr(24)
+NEW_COL = tl.constexpr(25)
+RATIO_COL = tl.constexpr(26)
+TOTAL = tl.constexpr(27)
+MEAN_SQUARE = tl.constexpr(28)
+#: of SMMF's parts: where a block begins, its stride, and its place in the whole matrix (`hfac.matricize.Block`); the
+#: row factors' address is that of its first row, the column factors' that of its first column. And how many records
+#: from this one on are blocks of the same parameter
+START = tl.constexpr(29)
+STRIDE = tl.constexpr(30)
+ROW = tl.constexpr(31)
+ROW_STEP = tl.constexpr(32)
+COL = tl.constexpr(33)
+BLOCKS = tl.constexpr(34)
+FIELDS = tl.constexpr(35)
 
 #: Of a step, in float64: the two decays follow from DECAYS on, shared, then per parameter.
 LR = tl.constexpr(0)

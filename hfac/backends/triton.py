@@ -70,3 +70,26 @@ def bind(op: str, params: Sequence[Tensor], states: dict[str, list[Tensor]]) -> 
             return 0 if workspace is None else workspace.numel()
 
     return Step(op, params, states)
+
+
+def hfac_sums(grads: Sequence[Tensor], *lists: Any, **arguments: Any) -> None:
+    """As the function of `hfac.reference`."""
+    from ..triton_kernels import parts
+
+    parts.hfac_sums(grads, *lists, **arguments)
+
+
+def hfac_apply_(params: Sequence[Tensor], *lists: Any, **arguments: Any) -> None:
+    """As the function of `hfac.reference`."""
+    from ..triton_kernels import parts
+
+    parts.hfac_apply_(params, *lists, **arguments)
+    increment_version(params)
+
+
+def smmf_sums_step_(params: Sequence[Tensor], *lists: Any, **arguments: Any) -> None:
+    """As the function of `hfac.reference`."""
+    from ..triton_kernels import parts
+
+    parts.smmf_sums_step_(params, *lists, **arguments)
+    increment_version(params)
