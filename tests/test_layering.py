@@ -93,3 +93,14 @@ def test_an_uninstalled_checkout_works(tmp_path):
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import hfac.triton_kernels, hfac; hfac.HFac", tmp_path
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_every_package_is_installed():
+    """setup.py names packages one by one; a checkout works without the names, a wheel does not."""
+    (named,) = (
+        {element.value for element in node.value.elts}
+        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
+        if isinstance(node, ast.keyword) and node.arg == "packages"
+    )
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "hfac").rglob("__init__.py")}
+    assert named == {".".join(folder.parts) for folder in folders} | {"hfac.triton_kernels"}
