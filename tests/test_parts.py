@@ -59,7 +59,7 @@ def positive(count, dtype, seed):
 
 def copy_of(tensor):
     """With the same strides, gaps included."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def close(ours, theirs, scale=None):

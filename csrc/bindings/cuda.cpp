@@ -301,7 +301,7 @@ class CudaParts : public CudaPlan {
     CudaParts parts;
     parts.first_ = !exp_avg_rows.is_none();
     if (parts.first_) {
-      for (const py::object& list : {exp_avg_cols, exp_avg_signs, sign_bytes, sign_slices, new_rows, new_cols}) {
+      for (const py::object& list : {exp_avg_cols, exp_avg_signs, sign_bytes, new_rows, new_cols}) {
         if (list.is_none()) refuse("exp_avg_rows", "given without the other lists of the first moment");
       }
     }
@@ -324,7 +324,7 @@ class CudaParts : public CudaPlan {
         item.part.col[0] = optional(new_cols, "new_cols", size, i);
         const Signs s =
             signs(optional(exp_avg_signs, "exp_avg_signs", size, i), List(sign_bytes, "sign_bytes", size).count(i),
-                  List(sign_slices, "sign_slices", size).count(i), numel, i);
+                  sign_slices.is_none() ? 0 : List(sign_slices, "sign_slices", size).count(i), numel, i);
         item.signs = s.data;
         item.slice = s.slice;
         item.slice_bytes = s.slice_bytes;
