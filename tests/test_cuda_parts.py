@@ -119,7 +119,7 @@ def test_scalars_may_be_tensors():
 def test_totals_of_any_type_and_stride(clip):
     parts, results = MatrixParts(["rows", "odd tile"], [torch.float32] * 2), []
     known = parts.known() | {name: torch.tensor([1.5, 1.5]) for name in ("totals", "mean_squares")}
-    for made in (torch.Tensor.double, torch.Tensor.half, lambda numbers: numbers[0].expand(2)):
+    for made in (torch.Tensor.double, torch.Tensor.half, lambda numbers: torch.tensor([1.5, 9.0])[0].expand(2)):
         given = {name: made(known[name]) for name in ("totals", "mean_squares")}
         params, states = parts.apply(emulated.NAME, known | given, **HFAC_OPTIONS[clip])
         results.append([*params, *itertools.chain(*states.values())])
