@@ -81,6 +81,7 @@ py::dict cuda_plan(const std::string& op, py::object rows, py::object cols, py::
   std::vector<Item> items;
   for (py::ssize_t i = 0; i < n.size(); ++i) {
     Item item{};
+    item.index = static_cast<int32_t>(i);
     item.rows = n.count(i);
     item.cols = m.count(i);
     item.param = {nullptr, static_cast<int32_t>(params.dtype(i)), -1};
