@@ -69,15 +69,15 @@ class Kernel:
 def describe(symbol: str) -> tuple[str, str]:
     """(kernel, operands) of a mangled name."""
     name = re.search(
-        r"\d(smmf_tiles|smmf_fold|hfac_stats_wide|hfac_stats|hfac_fold|hfac_update_tiles|look|dense_look|"
-        r"hfac_dense|smmf_dense)I",
+        r"\d(smmf_tiles|smmf_fold|smmf_sums_fold|hfac_stats_wide|hfac_stats|hfac_fold|hfac_sums_fold|hfac_apply_fold|"
+        r"hfac_update_tiles|look|dense_look|hfac_dense|smmf_dense)I",
         symbol,
     )
     if name is None:
         raise ValueError(f"a kernel of csrc/cuda is needed, got {symbol}; add it to bench/cuda_check.py")
     rest = symbol[name.end() :]
     vectors = re.search(r"Li(\d+)E", rest)
-    suffix = f", {vectors[1]} vectors" if vectors else ""
+    suffix = f", {vectors[1]} vectors" if vectors else ", blocks of parts" if "Lb1E" in rest else ""
     types = re.match(r"NS_\d+BulkAccessIf(.*?)EE", rest)
     if types is None:
         return name[1], f"any, {'float64' if re.match(r'(NS_9AnyAccessI)?d', rest) else 'float32'}{suffix}"

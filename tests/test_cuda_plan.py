@@ -45,6 +45,12 @@ def test_two_thousand_small_matrices_take_few_launches():
     assert len(launch_plan.plan("smmf", shapes, "bfloat16")) == 2
 
 
+def test_partial_sums_of_a_group_have_a_bound():
+    tiles = [launch for launch in launch_plan.plan("smmf", llama3_8b(), "bfloat16") if launch["kernel"] == "smmf_tiles"]
+    for group in {launch["group"] for launch in tiles}:
+        assert sum(launch["partial"] for launch in tiles if launch["group"] == group) <= 64 << 20
+
+
 def test_a_gradient_larger_than_the_cache_is_updated_from_its_end():
     small = launch_plan.plan("hfac", [(1024, 1024)], "bfloat16")
     large = launch_plan.plan("hfac", [(16384, 8192)], "bfloat16")

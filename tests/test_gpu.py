@@ -7,10 +7,12 @@ Without a GPU there is nothing here to run: the CUDA kernels run on the host in 
 import copy
 
 import pytest
+import test_parts
 import torch
 from cases import OPTIONS, SHAPES, gradient
 from running import bits, gradients, parameters
 from test_parity import ieee_square_roots, params_agree, states_agree  # noqa: F401 (a fixture)
+from test_parts import BLOCK_PARTS, HFAC_OPTIONS, MATRIX_PARTS, SMMF_OPTIONS, BlockParts, MatrixParts
 from torch.nn import Parameter
 
 import hfac
@@ -26,6 +28,7 @@ LARGE = [(300, 2100), (2100, 300), (40, 20000), (1024, 4096), (50257, 16)]
 FEW = [(24, 18), (127, 129), (300, 2100), (1024,), (7,), ()]
 BOTH = pytest.mark.parametrize("name", OPTIONS)
 EACH = pytest.mark.parametrize("backend", BACKENDS)
+PARTS = pytest.mark.skipif("cuda" not in BACKENDS, reason="the CUDA kernels are not built: hfac doctor says why")
 
 
 def on_device(param, dtype=None):
@@ -219,3 +222,93 @@ def test_a_checkpoint_goes_on_on_the_cpu(name, backend):
     for param, twin in zip(params, twins, strict=True):
         ours = {key: value.cpu() for key, value in optimizer.state[param].items()}
         assert bits(ours) == bits(dict(other.state[twin]))
+
+
+def moved(value, device=DEVICE):
+    """A tensor, or lists and dicts of them, on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: moved(entry, device) for key, entry in value.items()}
+    return [moved(entry, device) for entry in value]
+
+
+def move(parts):
+    for name in ("params", "grads", "by_row", "by_col", "states"):
+        if hasattr(parts, name):
+            setattr(parts, name, moved(getattr(parts, name)))
+
+
+@PARTS
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_parts_of_hfac(dtype, layout):
+    parts, options = (
+        MatrixParts(list(MATRIX_PARTS), [dtype] * len(MATRIX_PARTS), layout=layout),
+        HFAC_OPTIONS["clipped"],
+    )
+    known, sums, before = parts.known(), parts.sums("reference"), parts.params
+    grads = [grad.to(sums[0][0].dtype) for grad in parts.grads]
+    params, states = parts.apply("reference", known, **options)
+    move(parts)
+    for k, (ours, theirs) in enumerate(zip(moved(parts.sums("cuda"), "cpu"), sums, strict=True)):
+        for mine, other, grad in zip(ours, theirs, grads, strict=True):
+            cancels = k in (0, 2) and grad.numel()  # sums of the gradient itself
+            test_parts.close(mine, other, grad.abs().sum(1 if k == 0 else 0).max() if cancels else None)
+    ours, our_states = moved(parts.apply("cuda", moved(known), **options), "cpu")
+    for mine, other, old in zip(ours, params, before, strict=True):
+        params_agree("HFac", mine, other, old, 0.02)
+    for name, entries in our_states.items():
+        for k, (mine, other) in enumerate(zip(entries, states[name], strict=True)):
+            scale = torch.cat([known["row_sums"][k].abs(), known["col_sums"][k].abs(), mine.new_ones(1)]).max()
+            test_parts.close(mine, other, scale)
+
+
+@PARTS
+@pytest.mark.parametrize("options", SMMF_OPTIONS)
+@pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "transposed"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_parts_of_smmf(dtype, transposed, options):
+    parts = BlockParts(list(BLOCK_PARTS), [dtype] * len(BLOCK_PARTS), transposed=transposed)
+    theirs = parts.step("reference", **SMMF_OPTIONS[options])
+    move(parts)
+    ours = moved(parts.step("cuda", **SMMF_OPTIONS[options]), "cpu")
+    parts.states = moved(parts.states, "cpu")
+    test_parts.smmf_agrees(parts, ours, theirs)
+
+
+@PARTS
+def test_sanitized_parts():
+    test_parts_of_hfac(torch.bfloat16, "contiguous")
+    test_parts_of_smmf(torch.bfloat16, False, "decoupled")
+
+
+@PARTS
+def test_ops_on_parts_do_not_wait_for_the_device():
+    names = ["rows", "columns"]
+    parts, square_parts = (kind(names, [torch.float32] * 2) for kind in (MatrixParts, BlockParts))
+    known, decays = moved(parts.known()), torch.tensor([0.8, 0.9], dtype=torch.float64)
+    move(parts)
+    move(square_parts)
+
+    def steps():
+        parts.sums("cuda", beta2=decays)
+        parts.apply("cuda", known, beta1=decays, **HFAC_OPTIONS["clipped"])
+        square_parts.step("cuda", **(SMMF_OPTIONS["decoupled"] | dict(beta1=decays, beta2=decays)))
+
+    steps()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        steps()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@PARTS
+def test_two_runs_on_parts_have_the_same_bits():
+    results = []
+    for _ in range(2):
+        parts = BlockParts(list(BLOCK_PARTS), [torch.bfloat16] * len(BLOCK_PARTS))
+        move(parts)
+        results.append(bits(moved(parts.step("cuda", **SMMF_OPTIONS["decoupled"]), "cpu")))
+    assert results[0] == results[1]

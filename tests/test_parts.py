@@ -1,5 +1,6 @@
 """The CPU kernels on parts of parameters against the reference: rows, columns and tiles of H-Fac's matrices, blocks of
-SMMF's; parts put together are the step on the whole."""
+SMMF's; parts put together are the step on the whole. tests/test_cuda_parts.py has the CUDA kernels take the same tests.
+"""
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hfac import ops, reference
 from hfac.backends import cpu
 from hfac.matricize import Block, blocks, sign_shape, square
 
-_C = pytest.importorskip("hfac._C", reason="the extension is not built: hfac doctor says why")
+pytestmark = pytest.mark.skipif(cpu._C is None, reason="the extension is not built: hfac doctor says why")
 
 #: (rows, columns) of the whole, and those of the part
 MATRIX_PARTS = {
@@ -49,7 +50,7 @@ def settings_are_put_back():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    _C.set_isa("")
+    cpu._C.set_isa("")
 
 
 def positive(count, dtype, seed):
@@ -58,7 +59,7 @@ def positive(count, dtype, seed):
 
 def copy_of(tensor):
     """With the same strides, gaps included."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def close(ours, theirs, scale=None):
@@ -132,25 +133,25 @@ class MatrixParts:
 @pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("part", MATRIX_PARTS)
-def test_hfac_sums(part, wide, grad_dtype, layout):
+def test_hfac_sums(part, wide, grad_dtype, layout, backend="cpu"):
     parts = MatrixParts([part], [wide], grad_dtype, layout)
     grad = parts.grads[0].to(wide)
-    ours, theirs = parts.sums("cpu"), parts.sums("reference")
+    ours, theirs = parts.sums(backend), parts.sums("reference")
     scales = [grad.abs().sum(1), None, grad.abs().sum(0), None, None]
     for (mine,), (other,), scale in zip(ours, theirs, scales, strict=True):
         close(mine, other, scale.max() if scale is not None and scale.numel() else None)
-    assert same_bits(parts.sums("cpu", columns=False)[0] + parts.sums("cpu", columns=False)[1], ours[0] + ours[1])
+    assert same_bits(sum(parts.sums(backend, columns=False), []), ours[0] + ours[1])
 
 
 @pytest.mark.parametrize("options", HFAC_OPTIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("part", MATRIX_PARTS)
-def test_hfac_apply(part, dtype, layout, options):
+def test_hfac_apply(part, dtype, layout, options, backend="cpu"):
     grad_dtype = torch.bfloat16 if dtype == torch.float32 and layout == "cut out" else dtype
     parts = MatrixParts([part], [dtype], grad_dtype, layout)
     known = parts.known()
-    (param,), states = parts.apply("cpu", known, **HFAC_OPTIONS[options])
+    (param,), states = parts.apply(backend, known, **HFAC_OPTIONS[options])
     (twin,), others = parts.apply("reference", known, **HFAC_OPTIONS[options])
     assert param.stride() == parts.params[0].stride()
     params_agree("HFac", param, twin, parts.params[0], 0.02)
@@ -159,27 +160,27 @@ def test_hfac_apply(part, dtype, layout, options):
         close(mine, others[name][0], scale)
 
 
-def test_hfac_takes_a_list_of_both_arithmetics():
+def test_hfac_takes_a_list_of_both_arithmetics(backend="cpu"):
     names = list(MATRIX_PARTS)
     dtypes = [DTYPES[k % len(DTYPES)] for k in range(len(names))]
     parts, beta = MatrixParts(names, dtypes), torch.linspace(0.5, 0.95, len(names), dtype=torch.float64)
     alone = [MatrixParts([name], [dtype]) for name, dtype in zip(names, dtypes, strict=True)]
-    ours, known = parts.sums("cpu", beta2=beta), parts.known()
-    params, states = parts.apply("cpu", known, beta1=beta, **HFAC_OPTIONS["clipped"])
+    ours, known = parts.sums(backend, beta2=beta), parts.known()
+    params, states = parts.apply(backend, known, beta1=beta, **HFAC_OPTIONS["clipped"])
     for k, one in enumerate(alone):
         one.params, one.grads = [parts.params[k]], [parts.grads[k]]
         one.by_row = {name: [entries[k]] for name, entries in parts.by_row.items()}
         one.by_col = {name: [entries[k]] for name, entries in parts.by_col.items()}
-        assert same_bits([sums[k] for sums in ours], [sums[0] for sums in one.sums("cpu", beta2=beta[k].item())])
+        assert same_bits([sums[k] for sums in ours], [sums[0] for sums in one.sums(backend, beta2=beta[k].item())])
         mine = {name: entries[k : k + 1] for name, entries in known.items()}
-        again, kept = one.apply("cpu", mine, beta1=beta[k].item(), **HFAC_OPTIONS["clipped"])
+        again, kept = one.apply(backend, mine, beta1=beta[k].item(), **HFAC_OPTIONS["clipped"])
         assert same_bits([params[k]] + [s[k] for s in states.values()], again + [s[0] for s in kept.values()])
 
 
 @pytest.mark.parametrize("options", HFAC_OPTIONS)
 @pytest.mark.parametrize("grid", [(1, 1), (3, 1), (1, 2), (2, 3)], ids=lambda grid: "x".join(map(str, grid)))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_hfac_parts_make_the_whole(dtype, grid, options):
+def test_hfac_parts_make_the_whole(dtype, grid, options, backend="cpu"):
     (m, n), wide, eps, beta2, options = (130, 96), ops.state_dtype(dtype), 1e-6, 0.95, HFAC_OPTIONS[options]
     param, grad = gradient((m, n), 0, dtype), gradient((m, n), 1, dtype)
     u, v, r, s = (positive(count, wide, seed) for seed, count in enumerate((m, n, m, n)))
@@ -193,7 +194,7 @@ def test_hfac_parts_make_the_whole(dtype, grid, options):
     count = [n] * len(at)
 
     row_sums, squares = [[torch.zeros_like(r[a]) for a, _ in at] for _ in range(2)]
-    ops.hfac_sums(grads, [r[a] * 0 for a, _ in at], row_sums, squares, cols=count, beta2=0.0, eps=0.0, backend="cpu")
+    ops.hfac_sums(grads, [r[a] * 0 for a, _ in at], row_sums, squares, cols=count, beta2=0.0, eps=0.0, backend=backend)
     total_rows, new_r = torch.zeros_like(r), torch.zeros_like(r)
     for (a, _), sums, square_sums in zip(at, row_sums, squares, strict=True):
         total_rows[a] += sums
@@ -201,7 +202,7 @@ def test_hfac_parts_make_the_whole(dtype, grid, options):
     new_r = beta2 * r + (1 - beta2) * (new_r + n * eps)
     scratch = [[torch.zeros_like(r[a]) for a, _ in at] for _ in range(2)]
     by_col = [[torch.zeros_like(s[b]) for _, b in at] for _ in range(3)]
-    ops.hfac_sums(grads, [new_r[a] for a, _ in at], *scratch, *by_col, cols=count, beta2=1.0, eps=eps, backend="cpu")
+    ops.hfac_sums(grads, [new_r[a] for a, _ in at], *scratch, *by_col, cols=count, beta2=1.0, eps=eps, backend=backend)
     whole = torch.zeros(3, n, dtype=wide)
     for k, sums in enumerate(by_col):
         for (_, b), part in zip(at, sums, strict=True):
@@ -228,12 +229,12 @@ def test_hfac_parts_make_the_whole(dtype, grid, options):
         cols=count,
         lr=0.02,
         beta1=0.8,
-        backend="cpu",
+        backend=backend,
         **options,
     )
     before, theirs = param.clone(), [x.clone() for x in (u, v, r, s)]
     ops.hfac_step_(
-        [param], [grad], *([x] for x in theirs), lr=0.02, beta1=0.8, beta2=beta2, eps=eps, backend="cpu", **options
+        [param], [grad], *([x] for x in theirs), lr=0.02, beta1=0.8, beta2=beta2, eps=eps, backend=backend, **options
     )
     for part, mine in zip(at, params, strict=True):
         params_agree("HFac", mine, param[part], before[part], 0.02)
@@ -343,9 +344,9 @@ def smmf_agrees(parts, ours, theirs, which=slice(None)):
 @pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "transposed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("part", BLOCK_PARTS)
-def test_smmf_sums(part, dtype, transposed, options):
+def test_smmf_sums(part, dtype, transposed, options, backend="cpu"):
     parts = BlockParts([part], [dtype], transposed=transposed)
-    ours, theirs = (parts.step(backend, **SMMF_OPTIONS[options]) for backend in ("cpu", "reference"))
+    ours, theirs = (parts.step(each, **SMMF_OPTIONS[options]) for each in (backend, "reference"))
     assert ours[0][0].stride() == parts.params[0].stride()
     smmf_agrees(parts, ours, theirs)
 
@@ -362,10 +363,10 @@ def test_the_table_has_blocks_of_every_kind():
 
 @pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", ["coupled", "no first moment"])
-def test_smmf_takes_a_list_of_both_arithmetics(options, grad_dtype):
+def test_smmf_takes_a_list_of_both_arithmetics(options, grad_dtype, backend="cpu"):
     names = list(BLOCK_PARTS)
     parts = BlockParts(names, [DTYPES[k % len(DTYPES)] for k in range(len(names))], grad_dtype)
-    ours, theirs = (parts.step(backend, **SMMF_OPTIONS[options]) for backend in ("cpu", "reference"))
+    ours, theirs = (parts.step(each, **SMMF_OPTIONS[options]) for each in (backend, "reference"))
     for k in range(len(names)):
         smmf_agrees(parts, ours, theirs, slice(k, k + 1))
 
@@ -373,7 +374,7 @@ def test_smmf_takes_a_list_of_both_arithmetics(options, grad_dtype):
 @pytest.mark.parametrize("options", SMMF_OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pieces", [1, 3])
-def test_smmf_parts_make_the_whole(pieces, dtype, options):
+def test_smmf_parts_make_the_whole(pieces, dtype, options, backend="cpu"):
     """With the columns' sums divided by their sum."""
     shape, options = (127, 129), SMMF_OPTIONS[options]
     wide, (n, m) = ops.state_dtype(dtype), square(127 * 129)
@@ -381,7 +382,7 @@ def test_smmf_parts_make_the_whole(pieces, dtype, options):
     first, second = ([positive(count, wide, seed + k) for k, count in enumerate((n, m))] for seed in (0, 5))
     positive_signs = gradient(shape, 3) > 0
     sums = [torch.zeros(count, dtype=wide) for count in (n, m, n, m)]
-    scalars = dict(lr=0.02, eps=1e-6, weight_decay=0.1, beta2=0.95, backend="cpu") | options
+    scalars = dict(lr=0.02, eps=1e-6, weight_decay=0.1, beta2=0.95, backend=backend) | options
     with_first = options["beta1"] is not None
     found, signs = [], []
     for k in range(pieces):
@@ -407,13 +408,17 @@ def test_smmf_parts_make_the_whole(pieces, dtype, options):
         close(sums[1] / sums[1].sum(), moments[1][0])
 
 
-def everything(dtype, grad_dtype=None):
+def everything(dtype, grad_dtype=None, backend="cpu"):
     """All that the three ops leave behind on all parts of both tables."""
     parts = MatrixParts(list(MATRIX_PARTS), [dtype] * len(MATRIX_PARTS), grad_dtype)
-    params, states = parts.apply("cpu", parts.known(), **HFAC_OPTIONS["clipped"])
-    found = [*params, *(s for side in states.values() for s in side), *(s for side in parts.sums("cpu") for s in side)]
+    params, states = parts.apply(backend, parts.known(), **HFAC_OPTIONS["clipped"])
+    found = [
+        *params,
+        *(s for side in states.values() for s in side),
+        *(s for side in parts.sums(backend) for s in side),
+    ]
     square_parts = BlockParts(list(BLOCK_PARTS), [dtype] * len(BLOCK_PARTS), grad_dtype)
-    params, states = square_parts.step("cpu", **SMMF_OPTIONS["decoupled"])
+    params, states = square_parts.step(backend, **SMMF_OPTIONS["decoupled"])
     return [*found, *params, *(s for side in states.values() for s in side)]
 
 
@@ -429,8 +434,8 @@ def test_bits_of_parts_do_not_depend_on_threads(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_of_parts_do_not_depend_on_the_instruction_set(dtype):
     results = []
-    for isa in _C.info()["isa_usable"]:
-        _C.set_isa(isa)
+    for isa in cpu._C.info()["isa_usable"]:
+        cpu._C.set_isa(isa)
         results.append(everything(dtype))
     assert all(same_bits(results[0], other) for other in results[1:])
 
@@ -440,13 +445,13 @@ def test_the_backend_has_every_op_on_parts(op):
     assert callable(getattr(cpu, op))
 
 
-def test_autograd_notices_the_write_of_a_part():
+def test_autograd_notices_the_write_of_a_part(backend="cpu"):
     parts, square_parts = MatrixParts(["rows"], [torch.float32]), BlockParts(["rows"], [torch.float32])
     for params, step in ((parts.params, parts.apply), (square_parts.params, square_parts.step)):
         counts = [p._version for p in params]
         options = HFAC_OPTIONS["clipped"] | {"known": parts.known()} if step == parts.apply else SMMF_OPTIONS["coupled"]
-        written, _ = step("cpu", **options)
-        assert all(p._version > 0 for p in written) and [p._version for p in params] == counts
+        written, _ = step(backend, **options)
+        assert all(p._version > copy_of(p)._version for p in written) and [p._version for p in params] == counts
 
 
 #: list -> an entry for the part "rows" that does not fit

@@ -81,6 +81,7 @@ py::dict cuda_plan(const std::string& op, py::object rows, py::object cols, py::
   std::vector<Item> items;
   for (py::ssize_t i = 0; i < n.size(); ++i) {
     Item item{};
+    item.index = static_cast<int32_t>(i);
     item.rows = n.count(i);
     item.cols = m.count(i);
     item.param = {nullptr, static_cast<int32_t>(params.dtype(i)), -1};
@@ -101,8 +102,49 @@ py::dict cuda_plan(const std::string& op, py::object rows, py::object cols, py::
 }
 
 #ifdef HFAC_CUDA_STEP
-// Step, with what it was told of strides.
-class CudaStep {
+// A plan with its table and launches.
+class CudaPlan {
+ public:
+  void launch(uintptr_t table, uintptr_t workspace, uintptr_t counters, py::object lr, py::object weight_decay,
+              py::object beta1, py::object beta2, double eps, std::optional<double> clip_threshold, bool maximize,
+              bool coupled, uintptr_t nonfinite, uintptr_t grad_scale, uintptr_t found_inf, py::object totals,
+              py::object mean_squares, int device, uintptr_t stream) const {
+    Scalars s{};
+    s.lr = scalar(lr, "lr");
+    s.weight_decay = scalar(weight_decay, "weight_decay");
+    s.beta1 = scalar(beta1.is_none() ? py::float_(0.0) : beta1, "beta1");
+    s.beta2 = scalar(beta2, "beta2");
+    s.totals = scalar(totals, "totals");
+    s.mean_squares = scalar(mean_squares, "mean_squares");
+    s.eps = eps;
+    s.clip_threshold = clip_threshold.value_or(1.0);
+    s.clip = clip_threshold.has_value();
+    s.maximize = maximize;
+    s.coupled = coupled;
+    s.first = first_;
+    const Memory memory{reinterpret_cast<void*>(table), reinterpret_cast<void*>(workspace),
+                        reinterpret_cast<void*>(counters)};
+    if (step_->table_bytes() && !table) refuse("table", "a null address");
+    const py::gil_scoped_release release;
+    step_->launch(memory, s, reinterpret_cast<int32_t*>(nonfinite), reinterpret_cast<const float*>(grad_scale),
+                  reinterpret_cast<const float*>(found_inf), device, reinterpret_cast<void*>(stream));
+  }
+
+  void write_table(uintptr_t host) const { step_->write_table(reinterpret_cast<void*>(host)); }
+  size_t table_bytes() const { return step_->table_bytes(); }
+  size_t workspace_bytes() const { return step_->workspace_bytes(); }
+  size_t counter_bytes() const { return step_->counter_bytes(); }
+  py::list plan() const { return described(step_->plan()); }
+
+ protected:
+  CudaPlan() = default;
+
+  std::unique_ptr<Step> step_;
+  bool first_ = false;  // there is a first moment
+};
+
+// Steps of one op on tensors that stay where they are, with what it was told of their strides.
+class CudaStep : public CudaPlan {
  public:
   CudaStep(const std::string& op, py::object params, py::object numels, py::object param_dtypes, py::object rows,
            py::object cols, py::object first_rows, py::object first_cols, py::object second_rows,
@@ -160,40 +202,169 @@ class CudaStep {
     return step_->prepare(bound, clip, nonfinite);
   }
 
-  void launch(uintptr_t table, uintptr_t workspace, uintptr_t counters, py::object lr, py::object weight_decay,
-              py::object beta1, py::object beta2, double eps, std::optional<double> clip_threshold, bool maximize,
-              bool coupled, uintptr_t nonfinite, uintptr_t grad_scale, uintptr_t found_inf, int device,
-              uintptr_t stream) const {
-    Scalars s{};
-    s.lr = scalar(lr, "lr");
-    s.weight_decay = scalar(weight_decay, "weight_decay");
-    s.beta1 = scalar(beta1.is_none() ? py::float_(0.0) : beta1, "beta1");
-    s.beta2 = scalar(beta2, "beta2");
-    s.eps = eps;
-    s.clip_threshold = clip_threshold.value_or(1.0);
-    s.clip = clip_threshold.has_value();
-    s.maximize = maximize;
-    s.coupled = coupled;
-    s.first = first_;
-    const Memory memory{reinterpret_cast<void*>(table), reinterpret_cast<void*>(workspace),
-                        reinterpret_cast<void*>(counters)};
-    if (step_->table_bytes() && !table) refuse("table", "a null address");
-    const py::gil_scoped_release release;
-    step_->launch(memory, s, reinterpret_cast<int32_t*>(nonfinite), reinterpret_cast<const float*>(grad_scale),
-                  reinterpret_cast<const float*>(found_inf), device, reinterpret_cast<void*>(stream));
-  }
-
-  void write_table(uintptr_t host) const { step_->write_table(reinterpret_cast<void*>(host)); }
-  size_t table_bytes() const { return step_->table_bytes(); }
-  size_t workspace_bytes() const { return step_->workspace_bytes(); }
-  size_t counter_bytes() const { return step_->counter_bytes(); }
-  py::list plan() const { return described(step_->plan()); }
-
  private:
   Tensors params_;
   std::vector<int64_t> numels_;
-  bool first_ = false;
-  std::unique_ptr<Step> step_;
+};
+
+// An op on parts, for one step: its lists are new ones each time.
+class CudaParts : public CudaPlan {
+ public:
+  static CudaParts hfac_sums(py::object grads, py::object numels, py::object grad_dtypes, py::object state_dtypes,
+                             py::object rows, py::object whole_cols, py::object old_rows, py::object row_sums,
+                             py::object new_rows, py::object col_sums, py::object col_squares, py::object col_ratios,
+                             py::object shapes, py::object grad_strides) {
+    const List counts(numels, "numels", -1);
+    const py::ssize_t size = counts.size();
+    Tensors tensors(grads, "grads", size, grad_dtypes, "grad_dtypes", grad_strides, "grad_strides");
+    const PerParameter dtypes(state_dtypes, "state_dtypes", size);
+    const List m(rows, "rows", size), whole(whole_cols, "whole_cols", size);
+    const List old(old_rows, "old_rows", size), sums(row_sums, "row_sums", size), r(new_rows, "new_rows", size);
+    if (col_sums.is_none() != col_squares.is_none()) refuse("col_squares", "needed exactly where col_sums is given");
+    if (col_sums.is_none() != col_ratios.is_none()) refuse("col_ratios", "needed exactly where col_sums is given");
+    CudaParts parts;
+    for (py::ssize_t i = 0; i < size; ++i) {
+      const int64_t numel = counts.count(i), height = m.count(i);
+      if (numel == 0) continue;
+      if (height == 0 || numel % height != 0) {
+        m.bad(i, "no divisor of the part's " + std::to_string(numel) + " elements: " + std::to_string(height));
+      }
+      const DType state = dtypes.dtype(i);
+      if (state != DType::kFloat32 && state != DType::kFloat64) refuse("state_dtypes", "float32 or float64 is needed");
+      BoundItem item{};
+      item.index = i;
+      item.param.dtype = state;  // there is no parameter, but its type says in which type sums are made
+      item.rows = height;
+      item.cols = numel / height;
+      item.second_row = old.address(i, true);
+      item.part.cols = whole.count(i);
+      item.part.row[0] = sums.address(i, true);
+      item.part.row[1] = r.address(i, true);
+      item.part.col[0] = optional(col_sums, "col_sums", size, i);
+      item.part.col[1] = optional(col_squares, "col_squares", size, i);
+      item.part.col[2] = optional(col_ratios, "col_ratios", size, i);
+      parts.add(item, tensors.at(i, counts, shapes));
+    }
+    parts.prepare(OpKind::kHfacSums, size);
+    return parts;
+  }
+
+  static CudaParts hfac_apply(py::object params, py::object grads, py::object numels, py::object param_dtypes,
+                              py::object grad_dtypes, py::object rows, py::object cols, py::object whole_rows,
+                              py::object whole_cols, py::object exp_avg_rows, py::object exp_avg_cols,
+                              py::object exp_avg_sq_rows, py::object exp_avg_sq_cols, py::object row_sums,
+                              py::object new_rows, py::object col_sums, py::object new_cols, py::object shapes,
+                              py::object param_strides, py::object grad_strides) {
+    Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides);
+    const py::ssize_t size = operands.size();
+    const List m(rows, "rows", size), n(cols, "cols", size);
+    const List whole_m(whole_rows, "whole_rows", size), whole_n(whole_cols, "whole_cols", size);
+    const List u(exp_avg_rows, "exp_avg_rows", size), v(exp_avg_cols, "exp_avg_cols", size);
+    const List r(exp_avg_sq_rows, "exp_avg_sq_rows", size), s(exp_avg_sq_cols, "exp_avg_sq_cols", size);
+    const List row_sum(row_sums, "row_sums", size), new_row(new_rows, "new_rows", size);
+    const List col_sum(col_sums, "col_sums", size), new_col(new_cols, "new_cols", size);
+    CudaParts parts;
+    for (py::ssize_t i = 0; i < size; ++i) {
+      const bool empty = matrix(m, n, i, operands.numel(i)) == 0;
+      const bool tall = m.count(i) > 0, broad = n.count(i) > 0;
+      if (!tall && !broad) continue;
+      BoundItem item{};
+      item.index = i;
+      item.param = operands.param(i, empty);
+      item.rows = m.count(i);
+      item.cols = n.count(i);
+      item.first_row = u.address(i, tall);
+      item.first_col = v.address(i, broad);
+      item.second_row = r.address(i, tall);
+      item.second_col = s.address(i, broad);
+      item.part.rows = whole_m.count(i);
+      item.part.cols = whole_n.count(i);
+      item.part.row[0] = row_sum.address(i, tall);
+      item.part.row[1] = new_row.address(i, tall);
+      item.part.col[0] = col_sum.address(i, broad);
+      item.part.col[1] = new_col.address(i, broad);
+      parts.add(item, operands.grad(i, empty));
+    }
+    parts.prepare(OpKind::kHfacApply, size);
+    return parts;
+  }
+
+  static CudaParts smmf_sums_step(py::object params, py::object grads, py::object numels, py::object param_dtypes,
+                                  py::object grad_dtypes, py::object rows, py::object cols, py::object exp_avg_rows,
+                                  py::object exp_avg_cols, py::object exp_avg_signs, py::object sign_bytes,
+                                  py::object sign_slices, py::object exp_avg_sq_rows, py::object exp_avg_sq_cols,
+                                  py::object new_rows, py::object new_cols, py::object new_sq_rows,
+                                  py::object new_sq_cols, py::object blocks, py::object shapes,
+                                  py::object param_strides, py::object grad_strides) {
+    Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides);
+    const py::ssize_t size = operands.size();
+    const List n(rows, "rows", size), m(cols, "cols", size), lists(blocks, "blocks", size);
+    CudaParts parts;
+    parts.first_ = !exp_avg_rows.is_none();
+    if (parts.first_) {
+      for (const py::object& list : {exp_avg_cols, exp_avg_signs, sign_bytes, new_rows, new_cols}) {
+        if (list.is_none()) refuse("exp_avg_rows", "given without the other lists of the first moment");
+      }
+    }
+    for (py::ssize_t i = 0; i < size; ++i) {
+      const int64_t numel = operands.numel(i);
+      if (numel == 0) continue;
+      BoundItem item{};
+      item.index = i;
+      item.param = operands.param(i);
+      item.second_row = optional(exp_avg_sq_rows, "exp_avg_sq_rows", size, i);
+      item.second_col = optional(exp_avg_sq_cols, "exp_avg_sq_cols", size, i);
+      item.part.rows = n.count(i);
+      item.part.cols = m.count(i);
+      item.part.row[1] = optional(new_sq_rows, "new_sq_rows", size, i);
+      item.part.col[1] = optional(new_sq_cols, "new_sq_cols", size, i);
+      if (parts.first_) {
+        item.first_row = optional(exp_avg_rows, "exp_avg_rows", size, i);
+        item.first_col = optional(exp_avg_cols, "exp_avg_cols", size, i);
+        item.part.row[0] = optional(new_rows, "new_rows", size, i);
+        item.part.col[0] = optional(new_cols, "new_cols", size, i);
+        const Signs s =
+            signs(optional(exp_avg_signs, "exp_avg_signs", size, i), List(sign_bytes, "sign_bytes", size).count(i),
+                  sign_slices.is_none() ? 0 : List(sign_slices, "sign_slices", size).count(i), numel, i);
+        item.signs = s.data;
+        item.slice = s.slice;
+        item.slice_bytes = s.slice_bytes;
+      }
+      const TensorRef grad = operands.grad(i);
+      const std::vector<SmmfBlock> found = bindings::blocks(lists[i], numel, item.part.rows, item.part.cols);
+      item.part.blocks = static_cast<int64_t>(found.size());
+      for (const SmmfBlock& block : found) {
+        const bool many = block.rows > 1;  // or the distance of its rows says nothing
+        item.rows = block.rows;
+        item.cols = block.cols;
+        item.part.first = block.first;
+        item.part.stride = many ? block.stride : block.cols;
+        item.part.row_at = block.row;
+        item.part.row_step = many ? block.row_step : 1;
+        item.part.col_at = block.col;
+        parts.add(item, grad);
+        item.part.blocks = 0;
+      }
+    }
+    parts.prepare(OpKind::kSmmfSums, size);
+    return parts;
+  }
+
+ private:
+  void add(const BoundItem& item, const TensorRef& grad) {
+    items_.push_back(item);
+    grads_.push_back({grad.data, grad.dtype, grad.strided});
+  }
+
+  // While the strides that the entries point at are there; what is read of them is kept.
+  void prepare(OpKind op, py::ssize_t size) {
+    step_ = std::make_unique<Step>(std::move(items_), size, PlanOptions{op, first_});
+    step_->prepare(grads_, false, false);
+    grads_.clear();
+  }
+
+  std::vector<BoundItem> items_;
+  std::vector<BoundGrad> grads_;
 };
 #endif
 
@@ -233,7 +404,18 @@ void define_cuda(py::module_& m) {
         py::arg("clip") = true, py::arg("nonfinite") = false, py::arg("l2_bytes") = 0,
         "The launches that a step on the GPU consists of, with blocks, threads and bytes; needs no GPU.");
 #ifdef HFAC_CUDA_STEP
-  py::class_<CudaStep>(m, "CudaStep", "One op over one list of parameters, bound to their addresses.")
+  py::class_<CudaPlan>(m, "CudaPlan", "The launches of one op over one list, and the table that they read.")
+      .def("launch", &CudaPlan::launch, py::kw_only(), py::arg("table"), py::arg("workspace"), py::arg("counters"),
+           py::arg("lr"), py::arg("weight_decay"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+           py::arg("clip_threshold"), py::arg("maximize"), py::arg("coupled"), py::arg("nonfinite") = 0,
+           py::arg("grad_scale") = 0, py::arg("found_inf") = 0, py::arg("totals") = 0.0, py::arg("mean_squares") = 0.0,
+           py::arg("device") = 0, py::arg("stream") = 0)
+      .def("write_table", &CudaPlan::write_table, py::arg("host"))
+      .def("plan", &CudaPlan::plan)
+      .def_property_readonly("table_bytes", &CudaPlan::table_bytes)
+      .def_property_readonly("workspace_bytes", &CudaPlan::workspace_bytes)
+      .def_property_readonly("counter_bytes", &CudaPlan::counter_bytes);
+  py::class_<CudaStep, CudaPlan>(m, "CudaStep", "One op over one list of parameters, bound to their addresses.")
       .def(py::init<const std::string&, py::object, py::object, py::object, py::object, py::object, py::object,
                     py::object, py::object, py::object, py::object, py::object, py::object, py::object, py::object,
                     int64_t>(),
@@ -244,16 +426,26 @@ void define_cuda(py::module_& m) {
            py::arg("l2_bytes") = 0)
       .def("prepare", &CudaStep::prepare, py::kw_only(), py::arg("grads"), py::arg("grad_dtypes"),
            py::arg("shapes") = py::none(), py::arg("grad_strides") = py::none(), py::arg("clip"), py::arg("nonfinite"),
-           "Takes this step's gradients; true where the table in device memory is out of date.")
-      .def("launch", &CudaStep::launch, py::kw_only(), py::arg("table"), py::arg("workspace"), py::arg("counters"),
-           py::arg("lr"), py::arg("weight_decay"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-           py::arg("clip_threshold"), py::arg("maximize"), py::arg("coupled"), py::arg("nonfinite") = 0,
-           py::arg("grad_scale") = 0, py::arg("found_inf") = 0, py::arg("device") = 0, py::arg("stream") = 0)
-      .def("write_table", &CudaStep::write_table, py::arg("host"))
-      .def("plan", &CudaStep::plan)
-      .def_property_readonly("table_bytes", &CudaStep::table_bytes)
-      .def_property_readonly("workspace_bytes", &CudaStep::workspace_bytes)
-      .def_property_readonly("counter_bytes", &CudaStep::counter_bytes);
+           "Takes this step's gradients; true where the table in device memory is out of date.");
+  py::class_<CudaParts, CudaPlan>(m, "CudaParts", "An op on parts of parameters, for one step.")
+      .def_static("hfac_sums", &CudaParts::hfac_sums, py::kw_only(), py::arg("grads"), py::arg("numels"),
+                  py::arg("grad_dtypes"), py::arg("state_dtypes"), py::arg("rows"), py::arg("whole_cols"),
+                  py::arg("old_rows"), py::arg("row_sums"), py::arg("new_rows"), py::arg("col_sums"),
+                  py::arg("col_squares"), py::arg("col_ratios"), py::arg("shapes") = py::none(),
+                  py::arg("grad_strides") = py::none())
+      .def_static("hfac_apply", &CudaParts::hfac_apply, py::kw_only(), py::arg("params"), py::arg("grads"),
+                  py::arg("numels"), py::arg("param_dtypes"), py::arg("grad_dtypes"), py::arg("rows"), py::arg("cols"),
+                  py::arg("whole_rows"), py::arg("whole_cols"), py::arg("exp_avg_rows"), py::arg("exp_avg_cols"),
+                  py::arg("exp_avg_sq_rows"), py::arg("exp_avg_sq_cols"), py::arg("row_sums"), py::arg("new_rows"),
+                  py::arg("col_sums"), py::arg("new_cols"), py::arg("shapes") = py::none(),
+                  py::arg("param_strides") = py::none(), py::arg("grad_strides") = py::none())
+      .def_static("smmf_sums_step", &CudaParts::smmf_sums_step, py::kw_only(), py::arg("params"), py::arg("grads"),
+                  py::arg("numels"), py::arg("param_dtypes"), py::arg("grad_dtypes"), py::arg("rows"), py::arg("cols"),
+                  py::arg("exp_avg_rows"), py::arg("exp_avg_cols"), py::arg("exp_avg_signs"), py::arg("sign_bytes"),
+                  py::arg("sign_slices"), py::arg("exp_avg_sq_rows"), py::arg("exp_avg_sq_cols"), py::arg("new_rows"),
+                  py::arg("new_cols"), py::arg("new_sq_rows"), py::arg("new_sq_cols"), py::arg("blocks"),
+                  py::arg("shapes") = py::none(), py::arg("param_strides") = py::none(),
+                  py::arg("grad_strides") = py::none());
 #endif
 #ifndef HFAC_EMULATED
   m.def("cuda_info", &cuda_info, "Whether CUDA was compiled in, the devices, and if none is usable, why.");

@@ -103,7 +103,8 @@ struct Stats {
   // Between two barriers: the batch's r_i, and the inverses that its column sums need.
   HFAC_DEVICE void finish_rows(int base, int batch) {
     __syncthreads();
-    const T eps_sum = static_cast<T>(static_cast<double>(cols) * a.scalars.eps);
+    const int64_t length = a.parts ? a.parts[&it - a.items].cols : cols;
+    const T eps_sum = static_cast<T>(static_cast<double>(length) * a.scalars.eps);
     for (int k = static_cast<int>(threadIdx.x); k < batch; k += static_cast<int>(blockDim.x)) {
       if (base + k >= tile_rows) continue;
       T sum = T(0), square = T(0);
@@ -262,6 +263,19 @@ __global__ void __launch_bounds__(kLongThreads, 1) hfac_stats_wide(Arguments a) 
   s.finish();
 }
 
+// The sums of column k over all tiles of rows, in their order.
+template <class T>
+HFAC_DEVICE void sum_tiles(const HfacSpace<T>& space, const Item& it, int64_t k, T (&sums)[kSums]) {
+#pragma unroll
+  for (int j = 0; j < kSums; ++j) sums[j] = T(0);
+  for (int t = 0; t < it.tiling.row_tiles; ++t) {
+#pragma unroll
+    for (int j = 0; j < kSums; ++j) {
+      sums[j] = sums[j] + space.cols[(static_cast<int64_t>(t) * kSums + j) * it.cols + k];
+    }
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(kTileThreads) hfac_fold(Arguments a) {
   __shared__ double shared[kTileThreads];
@@ -286,11 +300,8 @@ __global__ void __launch_bounds__(kTileThreads) hfac_fold(Arguments a) {
     total = static_cast<double>(r[k]);
   }
   if (k < n) {
-    T sums[kSums] = {T(0), T(0), T(0)};
-    for (int t = 0; t < it.tiling.row_tiles; ++t) {
-#pragma unroll
-      for (int j = 0; j < kSums; ++j) sums[j] = sums[j] + space.cols[(static_cast<int64_t>(t) * kSums + j) * n + k];
-    }
+    T sums[kSums];
+    sum_tiles(space, it, k, sums);
     T *v = static_cast<T*>(it.first_col), *s = static_cast<T*>(it.second_col);
     const T mean = sign * sums[0] / rows;
     v[k] = hfac_average(b1.beta, v[k], b1.rest, mean);
@@ -320,6 +331,57 @@ __global__ void __launch_bounds__(kTileThreads) hfac_fold(Arguments a) {
   const double mean_square = total * norm / (static_cast<double>(m) * static_cast<double>(n));
   *space.divisor =
       a.scalars.clip ? clip_divisor(root(static_cast<T>(mean_square)), a.scalars.clip_threshold) : T(1);
+}
+
+// The statistics of a part, for the other ranks: the end of `hfac_sums`.
+template <class T>
+__global__ void __launch_bounds__(kTileThreads) hfac_sums_fold(Arguments a) {
+  const Tile tile = tile_of(a);
+  const Item& it = a.items[tile.item];
+  const Part& part = a.parts[tile.item];
+  const HfacSpace<T> space(it, a.workspace);
+  const int64_t k = static_cast<int64_t>(tile.part) * kFoldChunk + threadIdx.x;
+  if (k < it.rows) {
+    static_cast<T*>(part.row[0])[k] = space.row_sum[k];
+    static_cast<T*>(part.row[1])[k] = space.row_square[k];
+  }
+  if (!part.col[0] || k >= it.cols) return;
+  T sums[kSums];
+  sum_tiles(space, it, k, sums);
+#pragma unroll
+  for (int j = 0; j < kSums; ++j) static_cast<T*>(part.col[j])[k] = sums[j];
+}
+
+// What `hfac_fold` leaves to the update, of sums over whole rows and columns that are known: the moments go on, also
+// those of a part that has rows and no columns, or columns and no rows.
+template <class T>
+__global__ void __launch_bounds__(kTileThreads) hfac_apply_fold(Arguments a) {
+  const Tile tile = tile_of(a);
+  const Item& it = a.items[tile.item];
+  const Part& part = a.parts[tile.item];
+  const HfacSpace<T> space(it, a.workspace);
+  const T rows = static_cast<T>(part.rows), cols = static_cast<T>(part.cols), sign = a.scalars.maximize ? T(-1) : T(1);
+  const Decay<T> b1(a.scalars.beta1, it.index);
+  const int64_t k = static_cast<int64_t>(tile.part) * kFoldChunk + threadIdx.x;
+  if (k < it.rows) {
+    T *u = static_cast<T*>(it.first_row), *r = static_cast<T*>(it.second_row);
+    const T mean = sign * static_cast<const T*>(part.row[0])[k] / cols;
+    u[k] = hfac_average(b1.beta, u[k], b1.rest, mean);
+    r[k] = static_cast<const T*>(part.row[1])[k];
+    space.row_sum[k] = hfac_half_drift(b1.beta, u[k], mean, r[k], cols);
+  }
+  if (k < it.cols) {
+    T *v = static_cast<T*>(it.first_col), *s = static_cast<T*>(it.second_col);
+    const T mean = sign * static_cast<const T*>(part.col[0])[k] / rows;
+    v[k] = hfac_average(b1.beta, v[k], b1.rest, mean);
+    s[k] = static_cast<const T*>(part.col[1])[k];
+    space.half_psi[k] = hfac_half_drift(b1.beta, v[k], mean, s[k], rows);
+    space.col_scale[k] = T(1) / root(s[k]);
+  }
+  if (k > 0) return;
+  *space.scale = root(static_cast<T>(value_of(a.scalars.totals, it.index)));
+  const T mean_square = static_cast<T>(value_of(a.scalars.mean_squares, it.index));
+  *space.divisor = a.scalars.clip ? clip_divisor(root(mean_square), a.scalars.clip_threshold) : T(1);
 }
 
 // No root and no division in the loop: a tile's rows are prepared in shared memory, its columns in registers.
@@ -421,6 +483,16 @@ void launch_hfac_stats(const Launch& l, const Arguments& a, void* stream) {
 void launch_hfac_fold(const Launch& l, const Arguments& a, void* stream) {
   launch("hfac_fold", l.access == Access::kDouble ? hfac_fold<double> : hfac_fold<float>, l.tiles, l.threads, stream,
          a);
+}
+
+void launch_hfac_sums_fold(const Launch& l, const Arguments& a, void* stream) {
+  launch("hfac_sums_fold", l.access == Access::kDouble ? hfac_sums_fold<double> : hfac_sums_fold<float>, l.tiles,
+         l.threads, stream, a);
+}
+
+void launch_hfac_apply_fold(const Launch& l, const Arguments& a, void* stream) {
+  launch("hfac_apply_fold", l.access == Access::kDouble ? hfac_apply_fold<double> : hfac_apply_fold<float>, l.tiles,
+         l.threads, stream, a);
 }
 
 void launch_hfac_update(const Launch& l, const Arguments& a, void* stream) {

@@ -21,11 +21,20 @@ void launch_all(const Plan& plan, Arguments arguments, int64_t flags, int device
       case Kernel::kSmmfFold:
         launch_smmf_fold(launch, arguments, stream);
         break;
+      case Kernel::kSmmfSumsFold:
+        launch_smmf_sums_fold(launch, arguments, stream);
+        break;
       case Kernel::kHfacStats:
         launch_hfac_stats(launch, arguments, stream);
         break;
       case Kernel::kHfacFold:
         launch_hfac_fold(launch, arguments, stream);
+        break;
+      case Kernel::kHfacSumsFold:
+        launch_hfac_sums_fold(launch, arguments, stream);
+        break;
+      case Kernel::kHfacApplyFold:
+        launch_hfac_apply_fold(launch, arguments, stream);
         break;
       case Kernel::kHfacUpdate:
         launch_hfac_update(launch, arguments, stream);

@@ -7,8 +7,11 @@ namespace hfac {
 
 void launch_smmf_tiles(const Launch& launch, const Arguments& arguments, void* stream);
 void launch_smmf_fold(const Launch& launch, const Arguments& arguments, void* stream);
+void launch_smmf_sums_fold(const Launch& launch, const Arguments& arguments, void* stream);
 void launch_hfac_stats(const Launch& launch, const Arguments& arguments, void* stream);
 void launch_hfac_fold(const Launch& launch, const Arguments& arguments, void* stream);
+void launch_hfac_sums_fold(const Launch& launch, const Arguments& arguments, void* stream);
+void launch_hfac_apply_fold(const Launch& launch, const Arguments& arguments, void* stream);
 void launch_hfac_update(const Launch& launch, const Arguments& arguments, void* stream);
 void launch_look(const Launch& launch, const Arguments& arguments, void* stream);
 void launch_dense_look(const Launch& launch, const Arguments& arguments, void* stream);

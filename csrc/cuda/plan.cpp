@@ -6,7 +6,7 @@
 namespace hfac {
 namespace {
 
-constexpr int64_t kWorkspaceCap = 64 << 20;  // of SMMF's partial sums: longer lists are taken in groups
+constexpr int64_t kWorkspaceCap = 64 << 20;  // of SMMF's and of parts' partial sums: longer lists are taken in groups
 constexpr int64_t kFewBytes = 512ll << 20;   // of gradients; up to here the number of launches matters more than L2
 constexpr int64_t kFewGroups = 6;
 
@@ -93,25 +93,32 @@ Width width_of(const Item& it, Access access) {
 
 class Planner {
  public:
-  Planner(std::vector<Item>& items, const std::vector<bool>& bulk, const PlanOptions& options)
-      : items_(items), bulk_(bulk), options_(options) {}
+  Planner(std::vector<Item>& items, const std::vector<bool>& bulk, const PlanOptions& options,
+          const std::vector<Part>& parts)
+      : items_(items), bulk_(bulk), options_(options), parts_(parts) {}
 
   Plan make() {
     for (size_t i = 0; i < items_.size(); ++i) {
       Item& it = items_[i];
       it.counter = static_cast<int32_t>(i);
-      if (options_.op == OpKind::kSmmf) it.tiling = tiles_of(it.rows, it.cols);
-      if (options_.op == OpKind::kHfac) {
-        it.tiling = rows_of(it.rows, it.cols);
-        it.update = tiles_of(it.rows, it.cols);
-      }
+      if (elements(it) == 0) continue;  // part of a parameter: it has moments, and no tiles
+      if (smmf_matrices()) it.tiling = tiles_of(it.rows, it.cols);
+      if (options_.op == OpKind::kHfac || options_.op == OpKind::kHfacSums) it.tiling = rows_of(it.rows, it.cols);
+      if (options_.op == OpKind::kHfac || options_.op == OpKind::kHfacApply) it.update = tiles_of(it.rows, it.cols);
     }
     switch (options_.op) {
       case OpKind::kSmmf:
-        for (const auto& group : smmf_groups()) smmf(group);
+      case OpKind::kSmmfSums:
+        for (const auto& group : capped_groups()) smmf(group);
         break;
       case OpKind::kHfac:
         for (const auto& group : hfac_groups()) hfac(group);
+        break;
+      case OpKind::kHfacSums:
+        for (const auto& group : capped_groups()) hfac_sums(group);
+        break;
+      case OpKind::kHfacApply:
+        for (const auto& group : capped_groups()) hfac_apply(group);
         break;
       default:
         dense();
@@ -122,6 +129,13 @@ class Planner {
  private:
   using Group = std::vector<int32_t>;
 
+  static size_t at(int32_t i) { return static_cast<size_t>(i); }
+
+  bool smmf_matrices() const { return options_.op == OpKind::kSmmf || options_.op == OpKind::kSmmfSums; }
+  bool hfac_matrices() const {
+    return options_.op == OpKind::kHfac || options_.op == OpKind::kHfacSums || options_.op == OpKind::kHfacApply;
+  }
+
   int64_t workspace_of(const Item& item) const {
     Item it = item;
     it.workspace = 0;
@@ -129,8 +143,8 @@ class Planner {
     int64_t bytes = 0;
     const auto end_of = [&](auto zero) {
       using T = decltype(zero);
-      if (options_.op == OpKind::kSmmf) return reinterpret_cast<char*>(SmmfSpace<T>(it, base).end) - base;
-      if (options_.op == OpKind::kHfac) return reinterpret_cast<char*>(HfacSpace<T>(it, base).end) - base;
+      if (smmf_matrices()) return reinterpret_cast<char*>(SmmfSpace<T>(it, base).end) - base;
+      if (hfac_matrices()) return reinterpret_cast<char*>(HfacSpace<T>(it, base).end) - base;
       return reinterpret_cast<char*>(DenseSpace<T>(it, base).end) - base;
     };
     bytes = is_double(it) ? end_of(double()) : end_of(float());
@@ -182,16 +196,21 @@ class Planner {
 
   static int64_t runs(const Item& it) { return ceil_quotient(elements(it), kRun); }
 
-  std::vector<Group> smmf_groups() const {
+  // Blocks of one part stay together, because one fold adds them up.
+  std::vector<Group> capped_groups() const {
     std::vector<Group> groups;
     int64_t held = 0;
-    for (int32_t i = 0; i < static_cast<int32_t>(items_.size()); ++i) {
-      const int64_t mine = workspace_of(items_[static_cast<size_t>(i)]) + 16;
+    const auto count = static_cast<int32_t>(items_.size());
+    for (int32_t i = 0, end = 0; i < count; i = end) {
+      int64_t mine = 0;
+      for (end = i; end < count && items_[at(end)].index == items_[at(i)].index; ++end) {
+        mine += workspace_of(items_[at(end)]) + 16;
+      }
       if (groups.empty() || held + mine > kWorkspaceCap) {
         groups.emplace_back();
         held = 0;
       }
-      groups.back().push_back(i);
+      for (int32_t k = i; k < end; ++k) groups.back().push_back(k);
       held += mine;
     }
     return groups;
@@ -215,8 +234,14 @@ class Planner {
           b.partial += partial(it) * moments / 2;
           b.states += state_bytes(it) * moments * (it.rows + it.cols);
         });
+    const bool sums = options_.op == OpKind::kSmmfSums;  // that the part's rows and columns of the whole are added to
     emit(
-        Kernel::kSmmfFold, group, [&](int32_t i) { return state(i); }, fold_chunks,
+        sums ? Kernel::kSmmfSumsFold : Kernel::kSmmfFold, group, [&](int32_t i) { return state(i); },
+        [&](const Item& it) {
+          if (!sums) return fold_chunks(it);
+          const Part& part = parts_[static_cast<size_t>(&it - items_.data())];
+          return part.blocks ? fold_chunks(part.rows, part.cols) : 0;
+        },
         [&](const Item& it, Bytes& b) {
           b.partial += partial(it) * moments / 2;
           b.states += state_bytes(it) * moments * (it.rows + it.cols);
@@ -264,9 +289,45 @@ class Planner {
     // What is left in the cache of a group that does not fit is its end, so the update begins there.
     const bool backward = bytes > cache();
     const double kept = bytes ? static_cast<double>(std::min(bytes, cache())) / static_cast<double>(bytes) : 0;
-    const auto partial = [](const Item& it) {
-      return state_bytes(it) * (3 * it.tiling.row_tiles * it.cols + 2 * it.rows);
-    };
+    statistics(group);
+    emit(
+        Kernel::kHfacFold, group, [&](int32_t i) { return state(i); }, chunks_of,
+        [&](const Item& it, Bytes& b) {
+          b.partial += partial(it);
+          b.states += state_bytes(it) * (3 * it.rows + 4 * it.cols);
+        });
+    update(group, backward, kept);
+    ++group_;
+  }
+
+  void hfac_sums(const Group& group) {
+    place(group);
+    statistics(group);
+    emit(
+        Kernel::kHfacSumsFold, group, [&](int32_t i) { return state(i); }, chunks_of,
+        [](const Item& it, Bytes& b) {
+          b.partial += partial(it);
+          b.states += state_bytes(it) * (2 * it.rows + 3 * it.cols);
+        });
+    ++group_;
+  }
+
+  // The other ranks' numbers have come since the gradient was read: nothing of it is in the cache.
+  void hfac_apply(const Group& group) {
+    place(group);
+    emit(
+        Kernel::kHfacApplyFold, group, [&](int32_t i) { return state(i); }, chunks_of,
+        [](const Item& it, Bytes& b) { b.states += state_bytes(it) * 6 * (it.rows + it.cols); });
+    update(group, false, 0);
+    ++group_;
+  }
+
+  static int64_t chunks_of(const Item& it) { return fold_chunks(it); }
+  static int64_t partial(const Item& it) {
+    return state_bytes(it) * (3 * it.tiling.row_tiles * it.cols + 2 * it.rows);
+  }
+
+  void statistics(const Group& group) {
     emit(
         Kernel::kHfacStats, group, [&](int32_t i) { return grad(i); },
         [](const Item& it) { return int64_t{it.tiling.row_tiles}; },
@@ -278,12 +339,10 @@ class Planner {
           }
           b.states += state_bytes(it) * it.rows;
         });
-    emit(
-        Kernel::kHfacFold, group, [&](int32_t i) { return state(i); }, fold_chunks,
-        [&](const Item& it, Bytes& b) {
-          b.partial += partial(it);
-          b.states += state_bytes(it) * (3 * it.rows + 4 * it.cols);
-        });
+  }
+
+  // `kept`: the share of the gradients that is in the cache.
+  void update(const Group& group, bool backward, double kept) {
     emit(
         Kernel::kHfacUpdate, group, [&](int32_t i) { return pair(i); },
         [](const Item& it) { return int64_t{it.update.row_tiles} * it.update.col_tiles; },
@@ -296,7 +355,6 @@ class Planner {
           b.partial += state_bytes(it) * 2 * (it.rows + it.cols);
         },
         backward);
-    ++group_;
   }
 
   // A short run is looked at by the block that steps it; of a longer one all blocks must have looked first.
@@ -334,14 +392,16 @@ class Planner {
   std::vector<Item>& items_;
   const std::vector<bool>& bulk_;
   PlanOptions options_;
+  const std::vector<Part>& parts_;
   Plan plan_;
   int group_ = 0;
 };
 
 }  // namespace
 
-Plan make_plan(std::vector<Item>& items, const std::vector<bool>& bulk, const PlanOptions& options) {
-  return Planner(items, bulk, options).make();
+Plan make_plan(std::vector<Item>& items, const std::vector<bool>& bulk, const PlanOptions& options,
+               const std::vector<Part>& parts) {
+  return Planner(items, bulk, options, parts).make();
 }
 
 std::vector<bool> assumed_bulk(const std::vector<Item>& items) {
@@ -351,8 +411,9 @@ std::vector<bool> assumed_bulk(const std::vector<Item>& items) {
 }
 
 const char* name_of(Kernel kernel) {
-  static const char* const names[] = {"look",        "smmf_tiles", "smmf_fold",  "hfac_stats", "hfac_fold",
-                                      "hfac_update", "dense_look", "hfac_dense", "smmf_dense"};
+  static const char* const names[] = {"look",        "smmf_tiles", "smmf_fold",      "smmf_sums_fold",
+                                      "hfac_stats",  "hfac_fold",  "hfac_sums_fold", "hfac_apply_fold",
+                                      "hfac_update", "dense_look", "hfac_dense",     "smmf_dense"};
   return names[static_cast<int>(kernel)];
 }
 

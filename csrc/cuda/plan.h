@@ -10,8 +10,21 @@
 
 namespace hfac {
 
-enum class OpKind { kHfac, kHfacDense, kSmmf, kSmmfDense };
-enum class Kernel { kLook, kSmmfTiles, kSmmfFold, kHfacStats, kHfacFold, kHfacUpdate, kDenseLook, kHfacDense, kSmmfDense };
+enum class OpKind { kHfac, kHfacDense, kSmmf, kSmmfDense, kHfacSums, kHfacApply, kSmmfSums };
+enum class Kernel {
+  kLook,
+  kSmmfTiles,
+  kSmmfFold,
+  kSmmfSumsFold,
+  kHfacStats,
+  kHfacFold,
+  kHfacSumsFold,
+  kHfacApplyFold,
+  kHfacUpdate,
+  kDenseLook,
+  kHfacDense,
+  kSmmfDense
+};
 
 // How a kernel reaches its elements: types known when it was compiled and 16-byte accesses, or anything at all.
 enum class Access { kFloat, kBFloat16, kFloat16, kBFloat16Float, kFloatBFloat16, kAny, kDouble };
@@ -50,8 +63,10 @@ struct Plan {
   size_t workspace_bytes = 0;
 };
 
-// `bulk[i]`: contiguous and aligned, rows and signs in whole vectors. Sets each item's tiling, workspace and counter.
-Plan make_plan(std::vector<Item>& items, const std::vector<bool>& bulk, const PlanOptions& options);
+// `bulk[i]`: contiguous and aligned, rows and signs in whole vectors; `parts`: as many as items where the op is one on
+// parts. Sets each item's tiling, workspace and counter.
+Plan make_plan(std::vector<Item>& items, const std::vector<bool>& bulk, const PlanOptions& options,
+               const std::vector<Part>& parts = {});
 
 // For a list that exists in shapes only: everything contiguous and aligned.
 std::vector<bool> assumed_bulk(const std::vector<Item>& items);

@@ -22,8 +22,30 @@ HFAC_DEVICE double flip_sign(double x, unsigned bits, int k) { return bits >> k 
 HFAC_DEVICE float magnitude(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 HFAC_DEVICE double magnitude(double x) { return fabs(x); }
 
+// How the rows of an item follow each other: one after the other, or as a block of a part lies in the part and in the
+// whole's matrix.
+template <bool kPart>
+struct Places {
+  int64_t first = 0, stride, row_at = 0, row_step = 1, col_at = 0;
+  HFAC_DEVICE Places(const Arguments& a, int32_t item, int64_t cols) : stride(cols) {
+    if constexpr (kPart) {
+      const Part& part = a.parts[item];
+      first = part.first;
+      stride = part.stride;
+      row_at = part.row_at;
+      row_step = part.row_step;
+      col_at = part.col_at;
+    }
+  }
+  HFAC_DEVICE int64_t element(int64_t row, int64_t col) const {
+    return kPart ? first + row * stride + col : row * stride + col;
+  }
+  HFAC_DEVICE int64_t row(int64_t i) const { return kPart ? row_at + i * row_step : i; }
+  HFAC_DEVICE int64_t col(int64_t j) const { return kPart ? col_at + j : j; }
+};
+
 // Two blocks per multiprocessor: with the columns' factors and sums and four rows in flight, 128 registers suffice.
-template <class A>
+template <class A, bool kPart>
 __global__ void __launch_bounds__(kTileThreads, A::kWhole ? 2 : 1) smmf_tiles(Arguments a) {
   using T = typename A::T;
   __shared__ T shared[kSharedSums];
@@ -45,6 +67,7 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole ? 2 : 1) smmf_tiles(Ar
   const int64_t col = static_cast<int64_t>(col_tile) * tiling.cols + x * kVector;
   const int count = vector_count(col, tile_end < cols ? tile_end : cols);  // 8 or 0 where vectors are whole
 
+  const Places<kPart> places(a, tile.item, cols);
   const Operand grad = it.grad, param = it.param;
   const Signs signs{it.signs, it.slice, it.slice_bytes};
   const Gradient<T> gradient(a);
@@ -59,8 +82,8 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole ? 2 : 1) smmf_tiles(Ar
   T col_m[kVector], col_v[kVector], sum_m[kVector], sum_v[kVector];
 #pragma unroll
   for (int k = 0; k < kVector; ++k) {
-    col_m[k] = first && k < count ? static_cast<const T*>(it.first_col)[col + k] : T(0);
-    col_v[k] = k < count ? static_cast<const T*>(it.second_col)[col + k] : T(0);
+    col_m[k] = first && k < count ? static_cast<const T*>(it.first_col)[places.col(col + k)] : T(0);
+    col_v[k] = k < count ? static_cast<const T*>(it.second_col)[places.col(col + k)] : T(0);
     sum_m[k] = sum_v[k] = T(0);
   }
 
@@ -76,19 +99,19 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole ? 2 : 1) smmf_tiles(Ar
       for (int r = 0; r < A::kRows; ++r) {
         const int row = base + (half + r) * ys + y;
         if (row >= tile_rows || !count) continue;
-        const int64_t i = first_row + row, at = i * cols + col;
+        const int64_t i = first_row + row, at = places.element(i, col), whole_row = places.row(i);
         g_raw[r] = A::grad(grad, a.layouts, at, count, true);
         w_raw[r] = A::param(param, a.layouts, at, count);
         bits[r] = first ? A::signs(signs, at, count) : 0u;
-        r_m[r] = first ? row_m[i] : T(0);
-        r_v[r] = row_v[i];
+        r_m[r] = first ? row_m[whole_row] : T(0);
+        r_v[r] = row_v[whole_row];
       }
 #pragma unroll
       for (int r = 0; r < A::kRows; ++r) {
         const int row = base + (half + r) * ys + y;
         T total_m = T(0), total_v = T(0);
         if (row < tile_rows && count) {
-          const int64_t at = (first_row + row) * cols + col;
+          const int64_t at = places.element(first_row + row, col);
           T g[kVector], w[kVector], m[kVector];
           A::widen(g_raw[r], g);
           A::widen(w_raw[r], w);
@@ -227,25 +250,66 @@ __global__ void __launch_bounds__(kTileThreads) smmf_fold(Arguments a) {
   }
 }
 
+// Adds the sums over a part to those over the whole: block after block, each tile after tile.
+template <class T>
+__global__ void __launch_bounds__(kTileThreads) smmf_sums_fold(Arguments a) {
+  const Tile tile = tile_of(a);
+  const Item* const items = a.items + tile.item;
+  const Part* const parts = a.parts + tile.item;
+  const int64_t rows = parts->rows, cols = parts->cols, blocks = parts->blocks;
+  const int64_t k = static_cast<int64_t>(tile.part) * kFoldChunk + threadIdx.x;
+  for (int moment = a.scalars.first ? 0 : 1; moment < 2; ++moment) {
+    T *const row_total = static_cast<T*>(parts->row[moment]), *const col_total = static_cast<T*>(parts->col[moment]);
+    T row = k < rows ? row_total[k] : T(0), col = k < cols ? col_total[k] : T(0);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const Item& it = items[b];
+      const SmmfSpace<T> space(it, a.workspace);
+      const int64_t i = (k - parts[b].row_at) / parts[b].row_step, j = k - parts[b].col_at;
+      if (k >= parts[b].row_at && i < it.rows && parts[b].row_at + i * parts[b].row_step == k) {
+        T sum = T(0);
+        for (int t = 0; t < it.tiling.col_tiles; ++t) sum = sum + space.rows[(t * 2 + moment) * it.rows + i];
+        row = row + sum;
+      }
+      if (j >= 0 && j < it.cols) {
+        T sum = T(0);
+        for (int t = 0; t < it.tiling.row_tiles; ++t) sum = sum + space.cols[(t * 2 + moment) * it.cols + j];
+        col = col + sum;
+      }
+    }
+    if (k < rows) row_total[k] = row;
+    if (k < cols) col_total[k] = col;
+  }
+}
+
+template <class A>
+void (*tiles_kernel(bool parts))(Arguments) {
+  return parts ? smmf_tiles<A, true> : smmf_tiles<A, false>;
+}
+
 }  // namespace
+
+void launch_smmf_sums_fold(const Launch& l, const Arguments& a, void* stream) {
+  launch("smmf_sums_fold", l.access == Access::kDouble ? smmf_sums_fold<double> : smmf_sums_fold<float>, l.tiles,
+         l.threads, stream, a);
+}
 
 void launch_smmf_tiles(const Launch& l, const Arguments& a, void* stream) {
   const auto with = [&](void (*kernel)(Arguments)) { launch("smmf_tiles", kernel, l.tiles, l.threads, stream, a); };
   switch (l.access) {
     case Access::kFloat:
-      return with(smmf_tiles<Float>);
+      return with(tiles_kernel<Float>(a.parts));
     case Access::kBFloat16:
-      return with(smmf_tiles<Brain>);
+      return with(tiles_kernel<Brain>(a.parts));
     case Access::kFloat16:
-      return with(smmf_tiles<Half>);
+      return with(tiles_kernel<Half>(a.parts));
     case Access::kBFloat16Float:
-      return with(smmf_tiles<BrainFloat>);
+      return with(tiles_kernel<BrainFloat>(a.parts));
     case Access::kFloatBFloat16:
-      return with(smmf_tiles<FloatBrain>);
+      return with(tiles_kernel<FloatBrain>(a.parts));
     case Access::kAny:
-      return with(smmf_tiles<AnyAccess<float>>);
+      return with(tiles_kernel<AnyAccess<float>>(a.parts));
     case Access::kDouble:
-      return with(smmf_tiles<AnyAccess<double>>);
+      return with(tiles_kernel<AnyAccess<double>>(a.parts));
   }
 }
 

@@ -12,12 +12,19 @@ bool same(const Operand& a, const Operand& b) {
   return a.data == b.data && a.dtype == b.dtype && a.layout == b.layout;
 }
 
+bool on_parts(OpKind op) {
+  return op == OpKind::kHfacSums || op == OpKind::kHfacApply || op == OpKind::kSmmfSums;
+}
+
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 }  // namespace
 
 Step::Step(std::vector<BoundItem> items, int64_t entries, const PlanOptions& options)
-    : bound_(std::move(items)), entries_(entries), options_(options) {}
+    : bound_(std::move(items)), entries_(entries), options_(options) {
+  if (!on_parts(options.op)) return;
+  for (const BoundItem& item : bound_) parts_.push_back(item.part);
+}
 
 Operand Step::operand(void* data, DType dtype, const Strided* strided, std::vector<int64_t>& layouts) const {
   Operand o{data, static_cast<int32_t>(dtype), -1};
@@ -29,10 +36,10 @@ Operand Step::operand(void* data, DType dtype, const Strided* strided, std::vect
   return o;
 }
 
-bool Step::bulk(const Item& it) const {
+bool Step::bulk(const Item& it, const Part& part) const {
   const bool whole_bytes = !it.signs || it.slice % kVector == 0;
   return it.param.layout < 0 && it.grad.layout < 0 && aligned(it.param.data) && aligned(it.grad.data) &&
-         it.cols % kVector == 0 && whole_bytes;
+         it.cols % kVector == 0 && part.first % kVector == 0 && part.stride % kVector == 0 && whole_bytes;
 }
 
 bool Step::prepare(const std::vector<BoundGrad>& grads, bool clip, bool nonfinite) {
@@ -57,7 +64,7 @@ bool Step::prepare(const std::vector<BoundGrad>& grads, bool clip, bool nonfinit
     it.index = static_cast<int32_t>(from.index);
     it.param = operand(from.param.data, from.param.dtype, from.param.strided, layouts);
     it.grad = operand(grads[i].data, grads[i].dtype, grads[i].strided, layouts);
-    whole.push_back(bulk(it));
+    whole.push_back(bulk(it, from.part));
     if (planned_ && !replan) {
       replan = whole[i] != bulk_[i] || it.grad.dtype != items_[i].grad.dtype;
       changed = changed || replan || !same(it.grad, items_[i].grad) || !same(it.param, items_[i].param);
@@ -70,18 +77,20 @@ bool Step::prepare(const std::vector<BoundGrad>& grads, bool clip, bool nonfinit
   bulk_ = std::move(whole);
   options_.clip = clip;
   options_.nonfinite = nonfinite;
-  if (replan) plan_ = make_plan(items_, bulk_, options_);
+  if (replan) plan_ = make_plan(items_, bulk_, options_, parts_);
   planned_ = true;
   return true;
 }
 
-size_t Step::layouts_at() const { return items_.size() * sizeof(Item); }
+size_t Step::parts_at() const { return items_.size() * sizeof(Item); }
+size_t Step::layouts_at() const { return parts_at() + parts_.size() * sizeof(Part); }
 size_t Step::tiles_at() const { return layouts_at() + layouts_.size() * sizeof(int64_t); }
 size_t Step::table_bytes() const { return tiles_at() + plan_.tiles.size() * sizeof(Tile); }
 
 void Step::write_table(void* host) const {
   char* to = static_cast<char*>(host);
   if (!items_.empty()) memcpy(to, items_.data(), items_.size() * sizeof(Item));
+  if (!parts_.empty()) memcpy(to + parts_at(), parts_.data(), parts_.size() * sizeof(Part));
   if (!layouts_.empty()) memcpy(to + layouts_at(), layouts_.data(), layouts_.size() * sizeof(int64_t));
   if (!plan_.tiles.empty()) memcpy(to + tiles_at(), plan_.tiles.data(), plan_.tiles.size() * sizeof(Tile));
 }
@@ -91,6 +100,7 @@ void Step::launch(const Memory& memory, const Scalars& scalars, int32_t* nonfini
   const char* table = static_cast<const char*>(memory.table);
   Arguments a{};
   a.items = reinterpret_cast<const Item*>(table);
+  a.parts = parts_.empty() ? nullptr : reinterpret_cast<const Part*>(table + parts_at());
   a.layouts = reinterpret_cast<const int64_t*>(table + layouts_at());
   a.tiles = reinterpret_cast<const Tile*>(table + tiles_at());
   a.workspace = static_cast<char*>(memory.workspace);

@@ -18,6 +18,7 @@ struct BoundItem {
   void *first_row, *first_col, *second_row, *second_col;
   uint8_t* signs;
   int64_t slice, slice_bytes;
+  Part part{};  // where the op is one on parts
 };
 
 struct BoundGrad {
@@ -50,7 +51,8 @@ class Step {
 
  private:
   Operand operand(void* data, DType dtype, const Strided* strided, std::vector<int64_t>& layouts) const;
-  bool bulk(const Item& item) const;
+  bool bulk(const Item& item, const Part& part) const;
+  size_t parts_at() const;
   size_t layouts_at() const;
   size_t tiles_at() const;
 
@@ -58,6 +60,7 @@ class Step {
   int64_t entries_;
   PlanOptions options_;
   std::vector<Item> items_;
+  std::vector<Part> parts_;  // as many, or none
   std::vector<int64_t> layouts_;
   std::vector<bool> bulk_;
   Plan plan_;

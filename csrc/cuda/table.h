@@ -49,6 +49,16 @@ struct Item {
   Tiling tiling, update;  // of the first pass; of H-Fac's second
 };
 
+// How an item stands in the parameter of which it is a part: an op on parts has one of these beside each item. H-Fac's
+// item is the part itself, SMMF's is one block of it (hfac.matricize.Block), and blocks of a part follow each other.
+struct Part {
+  int64_t rows, cols;  // of the whole
+  // H-Fac: sums of G, then those of G^2, or the new r and s; for columns also those of G^2 / r. SMMF: sums of |M|, of V.
+  void *row[2], *col[3];
+  int64_t first, stride, row_at, row_step, col_at;  // SMMF: the block's elements in the part; its place in the matrix
+  int64_t blocks;                                   // SMMF: of the part, said by its first one; 0 in the others
+};
+
 struct Tile {
   int32_t item, part;
 };
@@ -62,6 +72,7 @@ struct Scalar {
 
 struct Scalars {
   Scalar lr, weight_decay, beta1, beta2;
+  Scalar totals, mean_squares;  // of whole parameters, to H-Fac's parts: sum of r, mean of U^2
   double eps, clip_threshold;
   bool clip, maximize, coupled, first;  // first: there is a first moment
 };
@@ -69,6 +80,7 @@ struct Scalars {
 // Arguments of every kernel.
 struct Arguments {
   const Item* items;
+  const Part* parts;  // one for each item, or null: parameters are whole
   const int64_t* layouts;
   const Tile* tiles;
   char* workspace;
@@ -80,9 +92,8 @@ struct Arguments {
 };
 
 HFAC_HD int64_t ceil_quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
-HFAC_HD int64_t fold_chunks(const Item& it) {
-  return ceil_quotient(it.rows > it.cols ? it.rows : it.cols, kFoldChunk);
-}
+HFAC_HD int64_t fold_chunks(int64_t rows, int64_t cols) { return ceil_quotient(rows > cols ? rows : cols, kFoldChunk); }
+HFAC_HD int64_t fold_chunks(const Item& it) { return fold_chunks(it.rows, it.cols); }
 
 // Where a parameter's partial sums lie. The same function tells the host their size and the kernels their places.
 template <class T>

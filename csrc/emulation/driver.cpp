@@ -106,6 +106,98 @@ bool run(OpKind op, const std::vector<Matrix>& matrices) {
   return arena.finite();
 }
 
+// Parts of parameters: H-Fac's statistics and update, and SMMF's blocks, which share rows, columns and bytes of signs.
+// A part without rows has columns whose moments go on.
+bool run_parts(OpKind op) {
+  Arena arena;
+  std::vector<BoundItem> items;
+  std::vector<BoundGrad> grads;
+  int64_t entries = 0;
+  const auto add = [&](float* param, float* grad, BoundItem item, int64_t index) {
+    item.index = index;
+    item.param = {param, DType::kFloat32, nullptr};
+    items.push_back(item);
+    grads.push_back({grad, DType::kFloat32, nullptr});
+    entries = index + 1;
+  };
+  if (op == OpKind::kSmmfSums) {
+    // Rows 1 to 2.5 of a matrix 6 x 20, and columns 8 to 24 of every other row of one of 80 x 48.
+    const std::vector<std::vector<hfac::Part>> parts = {
+        {{6, 20, {}, {}, 0, 20, 1, 1, 7, 0}, {6, 20, {}, {}, 13, 20, 2, 1, 0, 0}, {6, 20, {}, {}, 33, 20, 3, 1, 0, 0}},
+        {{80, 48, {}, {}, 0, 16, 0, 2, 8, 0}}};
+    const std::vector<std::vector<Matrix>> sizes = {{{1, 13, 1}, {1, 20, 1}, {1, 9, 1}}, {{40, 16, 1}}};
+    for (size_t p = 0; p < parts.size(); ++p) {
+      int64_t count = 0;
+      for (const Matrix& m : sizes[p]) count += m.rows * m.cols;
+      const int64_t rows = parts[p][0].rows, cols = parts[p][0].cols;
+      float *const param = arena.floats(count, 1.0f), *const grad = arena.floats(count, 0.1f);
+      BoundItem item{};
+      item.first_row = arena.floats(rows, 0.0f);
+      item.first_col = arena.floats(cols, 0.0f);
+      item.second_row = arena.floats(rows, 0.0f);
+      item.second_col = arena.floats(cols, 0.0f);
+      item.slice = count;
+      item.slice_bytes = (count + 7) / 8;
+      item.signs = arena.bytes(static_cast<size_t>(item.slice_bytes), 0);
+      void *const row[2] = {arena.floats(rows, 1.0f), arena.floats(rows, 1.0f)};
+      void *const col[2] = {arena.floats(cols, 1.0f), arena.floats(cols, 1.0f)};
+      for (size_t b = 0; b < parts[p].size(); ++b) {
+        item.part = parts[p][b];
+        item.rows = sizes[p][b].rows;
+        item.cols = sizes[p][b].cols;
+        for (int k = 0; k < 2; ++k) {
+          item.part.row[k] = row[k];
+          item.part.col[k] = col[k];
+        }
+        item.part.blocks = b == 0 ? static_cast<int64_t>(parts[p].size()) : 0;
+        add(param, grad, item, static_cast<int64_t>(p));
+      }
+    }
+  } else {
+    const bool sums = op == OpKind::kHfacSums;
+    for (const Matrix& m : std::vector<Matrix>{{24, 16, 1}, {19, 17, 1}, {300, 9, 1}, {0, 300, 1}}) {
+      const int64_t count = m.rows * m.cols;
+      if (sums && count == 0) continue;
+      BoundItem item{};
+      item.rows = m.rows;
+      item.cols = m.cols;
+      item.first_row = arena.floats(m.rows, 0.0f);
+      item.first_col = arena.floats(m.cols, 0.0f);
+      item.second_row = arena.floats(m.rows, 0.0f);
+      item.second_col = arena.floats(m.cols, 0.0f);
+      item.part.rows = m.rows + 3;
+      item.part.cols = m.cols + 5;
+      // What is given must be positive, where it is a sum of squares.
+      const auto given = [&](int64_t size) {
+        float* p = arena.floats(size, 0.1f);
+        for (int64_t k = 0; k < size; ++k) p[k] += 1.0f;
+        return p;
+      };
+      for (void*& p : item.part.row) p = given(m.rows);
+      for (void*& p : item.part.col) p = given(m.cols);
+      float* const grad = arena.floats(count, 0.1f);
+      add(sums ? nullptr : arena.floats(count, 1.0f), grad, item, static_cast<int64_t>(items.size()));
+    }
+  }
+  hfac::Step step(items, entries, hfac::PlanOptions{op});
+  step.prepare(grads, false, false);
+  unsigned char* const table = arena.bytes(step.table_bytes(), 0);
+  unsigned char* const workspace = arena.bytes(step.workspace_bytes(), 0xff);
+  step.write_table(table);
+  hfac::Scalars s{};
+  s.lr.value = 0.01;
+  s.weight_decay.value = 0.1;
+  s.beta1.value = 0.9;
+  s.beta2.value = 0.99;
+  s.totals.value = 2.0;
+  s.mean_squares.value = 4.0;
+  s.eps = 1e-8;
+  s.clip_threshold = 1.0;
+  s.clip = s.first = true;
+  step.launch({table, workspace, nullptr}, s, nullptr, nullptr, nullptr, 0, nullptr);
+  return arena.finite();
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -113,7 +205,8 @@ int main(int argc, char** argv) {
   const std::vector<Matrix> matrices = {{24, 16, 1}, {19, 17, 19}, {12, 12, 4}, {40, 264, 1}, {9, 8, 72}};
   const bool finite = run(OpKind::kSmmf, matrices) & run(OpKind::kHfac, matrices) &
                       run(OpKind::kSmmfDense, {{24, 1, 1}, {8200, 1, 1}}) &
-                      run(OpKind::kHfacDense, {{24, 1, 1}, {8200, 1, 1}});
+                      run(OpKind::kHfacDense, {{24, 1, 1}, {8200, 1, 1}}) & run_parts(OpKind::kSmmfSums) &
+                      run_parts(OpKind::kHfacSums) & run_parts(OpKind::kHfacApply);
   if (!finite) {
     std::fprintf(stderr, "not finite: a partial sum was read that nobody wrote\n");
     return 3;

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version  # tells autograd of writes that it cannot see
 
+from ..matricize import Block
 from ..schedules import Scalar
 from . import cpu
-from .cpu import _addresses, _codes, _numels, _strides
+from .cpu import _addresses, _codes, _grads, _numels, _params, _resolved, _strides
 
 Tensors = Sequence[Tensor]
 
@@ -49,7 +50,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 class Platform(Protocol):
-    """Where kernels run: a module with `CudaStep`, and memory."""
+    """Where kernels run: a module with `CudaStep` and `CudaParts`, and memory."""
 
     @property
     def native(self) -> Any: ...
@@ -268,7 +269,173 @@ class Ops:
         """The op of that name on these parameters and states, for as long as they lie where they lie."""
         return Bound(self.platform, op.removesuffix("_"), params, states)
 
+    def hfac_sums(
+        self,
+        grads: Tensors,
+        old_rows: Tensors,
+        row_sums: Tensors,
+        new_rows: Tensors,
+        col_sums: Tensors | None = None,
+        col_squares: Tensors | None = None,
+        col_ratios: Tensors | None = None,
+        *,
+        cols: Sequence[int],
+        beta2: Scalar,
+        eps: float,
+    ) -> None:
+        grads, strides = _resolved(grads)
+        columns = {"col_sums": col_sums, "col_squares": col_squares, "col_ratios": col_ratios}
+        plan = self.platform.native.CudaParts.hfac_sums(
+            **_grads(grads, strides),
+            numels=_numels(grads),
+            state_dtypes=_codes(old_rows),
+            rows=_numels(old_rows),
+            whole_cols=cols,
+            old_rows=_addresses(old_rows),
+            row_sums=_addresses(row_sums),
+            new_rows=_addresses(new_rows),
+            **{name: None if tensors is None else _addresses(tensors) for name, tensors in columns.items()},
+        )
+        self._launch(plan, grads, {"beta2": beta2}, {}, eps=eps)
+
+    def hfac_apply_(
+        self,
+        params: Tensors,
+        grads: Tensors,
+        exp_avg_rows: Tensors,
+        exp_avg_cols: Tensors,
+        exp_avg_sq_rows: Tensors,
+        exp_avg_sq_cols: Tensors,
+        row_sums: Tensors,
+        new_rows: Tensors,
+        col_sums: Tensors,
+        new_cols: Tensors,
+        totals: Tensor,
+        mean_squares: Tensor,
+        *,
+        rows: Sequence[int],
+        cols: Sequence[int],
+        lr: Scalar,
+        beta1: Scalar,
+        clip_threshold: float | None,
+        weight_decay: Scalar,
+        maximize: bool,
+    ) -> None:
+        operands, (grads, strides) = _params(params), _resolved(grads)
+        plan = self.platform.native.CudaParts.hfac_apply(
+            **operands,
+            **_grads(grads, strides, "param_strides" in operands),
+            rows=_numels(exp_avg_sq_rows),
+            cols=_numels(exp_avg_sq_cols),
+            whole_rows=rows,
+            whole_cols=cols,
+            exp_avg_rows=_addresses(exp_avg_rows),
+            exp_avg_cols=_addresses(exp_avg_cols),
+            exp_avg_sq_rows=_addresses(exp_avg_sq_rows),
+            exp_avg_sq_cols=_addresses(exp_avg_sq_cols),
+            row_sums=_addresses(row_sums),
+            new_rows=_addresses(new_rows),
+            col_sums=_addresses(col_sums),
+            new_cols=_addresses(new_cols),
+        )
+        scalars = {"lr": lr, "weight_decay": weight_decay, "beta1": beta1}
+        given = {"totals": totals, "mean_squares": mean_squares}
+        self._launch(plan, params, scalars, given, clip_threshold=clip_threshold, maximize=maximize)
+        increment_version(params)
+
+    def smmf_sums_step_(
+        self,
+        params: Tensors,
+        grads: Tensors,
+        exp_avg_rows: Tensors | None,
+        exp_avg_cols: Tensors | None,
+        exp_avg_signs: Tensors | None,
+        exp_avg_sq_rows: Tensors,
+        exp_avg_sq_cols: Tensors,
+        new_rows: Tensors | None,
+        new_cols: Tensors | None,
+        new_sq_rows: Tensors,
+        new_sq_cols: Tensors,
+        *,
+        blocks: Sequence[Sequence[Block]],
+        lr: Scalar,
+        beta1: Scalar | None,
+        beta2: Scalar,
+        eps: float,
+        weight_decay: Scalar,
+        decoupled_weight_decay: bool,
+        maximize: bool,
+    ) -> None:
+        operands, (grads, strides) = _params(params), _resolved(grads)
+        first = {"exp_avg_rows": exp_avg_rows, "exp_avg_cols": exp_avg_cols, "new_rows": new_rows, "new_cols": new_cols}
+        signs = exp_avg_signs
+        plan = self.platform.native.CudaParts.smmf_sums_step(
+            **operands,
+            **_grads(grads, strides, "param_strides" in operands),
+            rows=_numels(exp_avg_sq_rows),
+            cols=_numels(exp_avg_sq_cols),
+            **{name: None if tensors is None else _addresses(tensors) for name, tensors in first.items()},
+            exp_avg_signs=None if signs is None else _addresses(signs),
+            sign_bytes=None if signs is None else _numels(signs),
+            sign_slices=None if signs is None else [sign.shape[0] for sign in signs],
+            exp_avg_sq_rows=_addresses(exp_avg_sq_rows),
+            exp_avg_sq_cols=_addresses(exp_avg_sq_cols),
+            new_sq_rows=_addresses(new_sq_rows),
+            new_sq_cols=_addresses(new_sq_cols),
+            blocks=blocks,
+        )
+        scalars = {"lr": lr, "weight_decay": weight_decay, "beta2": beta2}
+        if beta1 is not None:
+            scalars["beta1"] = beta1
+        self._launch(plan, params, scalars, {}, eps=eps, maximize=maximize, coupled=not decoupled_weight_decay)
+        increment_version(params)
+
+    def _launch(
+        self, plan: Any, tensors: Tensors, scalars: dict[str, Scalar], given: dict[str, Tensor], **options: Any
+    ) -> None:
+        """Runs a plan on parts whose table is for this once. ``given`` lies on the device; scalars on the host that
+        have one entry per parameter go there with the table, in the same copy, so that nothing waits for the device."""
+        if not plan.table_bytes:
+            return
+        device = tensors[0].device
+        end = -(-plan.table_bytes // 8) * 8
+        found: dict[str, Any] = {"lr": 0.0, "weight_decay": 0.0, "beta1": 0.0, "beta2": 0.0}
+        given, places = dict(given), {}
+        for name, value in scalars.items():
+            if not isinstance(value, Tensor):
+                found[name] = value
+            elif not value.is_cpu:
+                given[name] = value
+            elif not value.ndim:
+                found[name] = value.item()
+            else:
+                places[name] = end, end + 8 * value.numel()
+                end = places[name][1]
+        host = self.platform.host_table(end)
+        table = torch.empty(end, dtype=torch.uint8, device=device)
+        plan.write_table(host.data_ptr())
+        for name, (first, last) in places.items():
+            host[first:last].view(torch.float64).copy_(scalars[name])
+            found[name] = table.data_ptr() + first, True, 1
+        table.copy_(host, non_blocking=True)
+        for name, value in given.items():
+            given[name] = value.contiguous() if value.dtype in (torch.float32, torch.float64) else value.double()
+            found[name] = given[name].data_ptr(), given[name].dtype == torch.float64, value.ndim
+        workspace = torch.empty(max(plan.workspace_bytes, 1), dtype=torch.uint8, device=device)
+        self.platform.before_launch(workspace)
+        plan.launch(
+            table=table.data_ptr(),
+            workspace=workspace.data_ptr(),
+            counters=0,
+            **({"eps": 0.0, "clip_threshold": None, "maximize": False, "coupled": False} | options | found),
+            device=_index(device),
+            stream=self.platform.stream(device),
+        )
+
 
 _ops = Ops(Cuda())
 UNSCALES = _ops.UNSCALES
 bind = _ops.bind
+hfac_sums = _ops.hfac_sums
+hfac_apply_ = _ops.hfac_apply_
+smmf_sums_step_ = _ops.smmf_sums_step_
