@@ -15,7 +15,9 @@ TRAINERS, NAMES = ("accelerate", "transformers"), ("HFac", "SMMF")
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One start of two ranks for all."""
-    return on_ranks(2, "sharded_trainers:run_all", list(NAMES), str(tmp_path_factory.mktemp("checkpoints")))
+    folder = str(tmp_path_factory.mktemp("checkpoints"))
+    (results,) = on_ranks(2, ("sharded_trainers:run_all", list(NAMES), folder))
+    return results
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
