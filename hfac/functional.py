@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops, schedules
+from .rounding import Place
 from .schedules import Scalar
 
 States = Sequence[Tensor | None]
@@ -29,6 +30,7 @@ def hfac(
     exp_avg_sqs: States,
     state_steps: Sequence[Tensor],
     skipped: Sequence[Tensor] | None = None,
+    master_lows: States | None = None,
     *,
     lr: Scalar,
     beta1: float,
@@ -37,6 +39,8 @@ def hfac(
     clip_threshold: float | None,
     weight_decay: Scalar,
     maximize: bool = False,
+    places: Sequence[Place | None] | None = None,
+    seed: int = 0,
     capturable: bool = False,
     backend: str = "auto",
 ) -> None:
@@ -51,6 +55,10 @@ def hfac(
         state_steps: 0-d float32 tensors, the number of steps made so far; advanced by one.
         skipped: 0-d int32 tensors. Where given, a parameter whose gradient is not finite keeps its value and its state,
             its step included, and its entry here is advanced instead.
+        master_lows: int16 or int8 of p.shape: what a bfloat16 parameter lacks of its master weight, or None
+            (`hfac.rounding`).
+        places: of parameters that are rounded stochastically their place among the optimizer's (`hfac.rounding.Place`),
+            which with ``seed`` makes their random bits; None for those that are rounded to nearest.
         capturable: read the steps on their device (needed in a CUDA graph).
 
     Raises:
@@ -71,6 +79,7 @@ def smmf(
     exp_avg_sqs: States,
     state_steps: Sequence[Tensor],
     skipped: Sequence[Tensor] | None = None,
+    master_lows: States | None = None,
     *,
     lr: Scalar,
     beta: float | None,
@@ -80,6 +89,8 @@ def smmf(
     growth_rate: float,
     weight_decay_mode: str = "adamw",
     maximize: bool = False,
+    places: Sequence[Place | None] | None = None,
+    seed: int = 0,
     capturable: bool = False,
     backend: str = "auto",
 ) -> None:
@@ -92,7 +103,7 @@ def smmf(
         exp_avg_cols, exp_avg_sq_cols: likewise [m].
         exp_avg_signs: uint8 of `hfac.matricize.sign_shape`, likewise.
         exp_avgs, exp_avg_sqs: per parameter, whole moments of shape p.shape, or None where they are factored.
-        state_steps, skipped, capturable: as for `hfac`.
+        state_steps, skipped, master_lows, places, seed, capturable: as for `hfac`.
 
     With beta None there is no first moment: the entries of exp_avg_rows, exp_avg_cols, exp_avg_signs and exp_avgs
     are not read.
@@ -109,13 +120,17 @@ def _step(
     grads: Sequence[Tensor],
     state_steps: Sequence[Tensor],
     skipped: Sequence[Tensor] | None,
+    master_lows: States | None,
+    places: Sequence[Place | None] | None,
     capturable: bool,
     backend: str,
     **arguments: Any,
 ) -> None:
     states = {name: arguments.pop(name) for name in ALGORITHMS[algorithm].states}
+    if master_lows is not None:
+        states[ops.LOWS] = master_lows
     first_moment = arguments.get("beta", 0.0) is not None
-    group = Group(algorithm, params, grads, states, state_steps, skipped, first_moment, capturable, backend)
+    group = Group(algorithm, params, grads, states, state_steps, skipped, first_moment, capturable, backend, places)
     update = group.prepare(grads, **arguments)
     assert update is not None  # just bound
     update()
@@ -198,8 +213,8 @@ class Group:
     """The parameters of one group with their states, bucketed and checked once; every step brings gradients and
     options.
 
-    Args: as `hfac` and `smmf`; ``states`` are their lists of states by name, and without ``first_moment`` those of the
-        first are not read. ``grads`` are read for their types only.
+    Args: as `hfac` and `smmf`; ``states`` are their lists of states by name, ``master_lows`` among them where there are
+        any, and without ``first_moment`` those of the first are not read. ``grads`` are read for their types only.
     """
 
     def __init__(
@@ -213,9 +228,16 @@ class Group:
         first_moment: bool,
         capturable: bool,
         backend: str,
+        places: Sequence[Place | None] | None = None,
     ) -> None:
         self._algorithm = ALGORITHMS[algorithm]
-        lists: dict[str, States | None] = {"grads": grads, **states, "state_steps": state_steps, "skipped": skipped}
+        lists: dict[str, Sequence[Any] | None] = {
+            "grads": grads,
+            **states,
+            "state_steps": state_steps,
+            "skipped": skipped,
+            "places": places,
+        }
         for name, tensors in lists.items():
             if tensors is not None and len(tensors) != len(params):
                 raise ValueError(f"{name} must have one entry per parameter ({len(params)}), got {len(tensors)}")
@@ -239,20 +261,25 @@ class Group:
         for i, (param, grad, step) in enumerate(zip(params, grads, state_steps, strict=True)):
             on_host = step.is_cpu and not capturable
             factored = states["exp_avg_sqs"][i] is None
-            key = (factored, param.device, param.dtype, grad.dtype, on_host, step.item() if on_host else None)
+            low = None if ops.LOWS not in states else states[ops.LOWS][i]
+            stored = None if low is None else low.dtype, places is not None and places[i] is not None
+            like = param.device, param.dtype, grad.dtype
+            key = (factored, *like, *stored, on_host, step.item() if on_host else None)
             indices.setdefault(key, []).append(i)
         self._buckets = []
-        for (factored, *_, on_host, _), index in indices.items():
+        for (factored, *_, low, stochastic, on_host, _), index in indices.items():
 
             def of(tensors: Sequence[Any], index: list[int] = index) -> list[Any]:
                 return [tensors[i] for i in index]
 
             names = self._algorithm.factored if factored else self._algorithm.whole
+            if low is not None:
+                names = (*names, ops.LOWS)
             mine = {name: of(states[name]) for name in names if first_moment or name not in ops.FIRST_MOMENT}
             op = f"{algorithm}_step_" if factored else f"{algorithm}_dense_step_"
             self._buckets.append(
                 _Bucket(
-                    ops.Bound(op, of(params), mine, backend=backend),
+                    ops.Bound(op, of(params), mine, places=of(places) if stochastic else None, backend=backend),
                     None if len(index) == len(params) else index,
                     of(state_steps),
                     None if skipped is None else of(skipped),
@@ -300,7 +327,14 @@ class Group:
                 flags = torch.zeros(len(bucket.steps), dtype=torch.int32, device=bucket.steps[0].device)
             decays = self._algorithm.decays(t, options)
             call = bucket.call.prepare(
-                bucket.of(grads), flags, grad_scale=grad_scale, found_inf=found_inf, **decays, **scalars
+                bucket.of(grads),
+                flags,
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+                seed=options.get("seed", 0),
+                step=t,
+                **decays,
+                **scalars,
             )
             calls.append((bucket, call, flags))
 

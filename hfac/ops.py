@@ -6,6 +6,9 @@ checked before anything is written; a `Bound` op checks a call now and makes it 
 checked before the first one writes. Scalars (lr, decays, ...) have been checked where they were set
 (`hfac.optim.options`).
 
+Every op that writes parameters takes ``master_lows``, ``places``, ``seed`` and ``step``: how they are stored, where
+that is more than one rounding to the nearest (`hfac.rounding`).
+
 Errors of every op:
     ValueError: lists of different lengths; a shape, or the type of a state, that does not fit its parameter.
     RuntimeError: a sparse or complex tensor; tensors on different devices; a backend that cannot serve them.
@@ -20,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, rounding
 from .matricize import Block, sign_shape
+from .rounding import Place
 from .schedules import Scalar
 
 PARAM_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -50,6 +54,10 @@ def hfac_step_(
     clip_threshold: float | None,
     weight_decay: Scalar,
     maximize: bool = False,
+    master_lows: Tensors | None = None,
+    places: Sequence[Place] | None = None,
+    seed: int = 0,
+    step: Scalar = 0.0,
     backend: str = "auto",
 ) -> None:
     """One step of H-Fac on parameters viewed as [m, n] matrices. Row states have m elements, column states n."""
@@ -70,6 +78,10 @@ def hfac_dense_step_(
     clip_threshold: float | None,
     weight_decay: Scalar,
     maximize: bool = False,
+    master_lows: Tensors | None = None,
+    places: Sequence[Place] | None = None,
+    seed: int = 0,
+    step: Scalar = 0.0,
     backend: str = "auto",
 ) -> None:
     """One step of H-Fac with both moments whole: states have their parameter's shape."""
@@ -93,6 +105,10 @@ def smmf_step_(
     weight_decay: Scalar,
     decoupled_weight_decay: bool = True,
     maximize: bool = False,
+    master_lows: Tensors | None = None,
+    places: Sequence[Place] | None = None,
+    seed: int = 0,
+    step: Scalar = 0.0,
     backend: str = "auto",
 ) -> None:
     """One step of SMMF on parameters viewed as [n, m] matrices, n >= m. Row states are [n], column states [m], signs
@@ -114,6 +130,10 @@ def smmf_dense_step_(
     weight_decay: Scalar,
     decoupled_weight_decay: bool = True,
     maximize: bool = False,
+    master_lows: Tensors | None = None,
+    places: Sequence[Place] | None = None,
+    seed: int = 0,
+    step: Scalar = 0.0,
     backend: str = "auto",
 ) -> None:
     """One step of SMMF with both moments whole: states have their parameter's shape. beta1 None: exp_avgs is None."""
@@ -181,6 +201,10 @@ def hfac_apply_(
     clip_threshold: float | None,
     weight_decay: Scalar,
     maximize: bool = False,
+    master_lows: Tensors | None = None,
+    places: Sequence[Place] | None = None,
+    seed: int = 0,
+    step: Scalar = 0.0,
     backend: str = "auto",
 ) -> None:
     """The rest of a step of H-Fac on parts [m, n] of matrices of `rows` rows and `cols` columns, whose sums are known.
@@ -211,6 +235,7 @@ def hfac_apply_(
         clip_threshold=clip_threshold,
         weight_decay=weight_decay,
         maximize=maximize,
+        **_stored(params, master_lows, places, seed, step, backend),
     )
 
 
@@ -235,6 +260,10 @@ def smmf_sums_step_(
     weight_decay: Scalar,
     decoupled_weight_decay: bool = True,
     maximize: bool = False,
+    master_lows: Tensors | None = None,
+    places: Sequence[Place] | None = None,
+    seed: int = 0,
+    step: Scalar = 0.0,
     backend: str = "auto",
 ) -> None:
     """One step of SMMF on parts of parameters that lie in the whole's square matrix [n, m] as `blocks` say. The whole's
@@ -288,6 +317,7 @@ def smmf_sums_step_(
         weight_decay=weight_decay,
         decoupled_weight_decay=decoupled_weight_decay,
         maximize=maximize,
+        **_stored(params, master_lows, places, seed, step, backend),
     )
 
 
@@ -353,11 +383,43 @@ def _check_part_grads(params: Tensors, grads: Tensors) -> None:
             raise ValueError(f"params[{i}] and grads[{i}] must be of {_names(PARAM_DTYPES)}")
 
 
-def _call(op: str, params: Tensors, grads: Tensors, nonfinite: Tensor | None, backend: str, **arguments: Any) -> None:
+def _call(
+    op: str,
+    params: Tensors,
+    grads: Tensors,
+    nonfinite: Tensor | None,
+    backend: str,
+    places: Sequence[Place] | None,
+    master_lows: Tensors | None,
+    **arguments: Any,
+) -> None:
     states = {name: arguments.pop(name) for name in STATES[op]}
     if arguments["beta1"] is None:
         states = {name: tensors for name, tensors in states.items() if name not in FIRST_MOMENT}
-    Bound(op, params, states, backend=backend).prepare(grads, nonfinite, **arguments)()
+    if master_lows is not None:
+        states[LOWS] = master_lows
+    Bound(op, params, states, places=places, backend=backend).prepare(grads, nonfinite, **arguments)()
+
+
+def _stored(
+    params: Tensors,
+    master_lows: Tensors | None,
+    places: Sequence[Place] | None,
+    seed: int,
+    step: Scalar,
+    backend: str,
+) -> dict[str, Any]:
+    """What a backend's op on parts is told of how parameters are stored, checked."""
+    found: dict[str, Any] = {}
+    if master_lows is not None:
+        found[LOWS] = master_lows
+        _check_lows(params, _entries(LOWS, master_lows, "a part op", len(params)))
+    if places is not None:
+        found.update(places=places, seed=seed, step=step)
+        _check_places(params, places, master_lows)
+    if found and params:
+        _check_stores(backend, params[0].device)
+    return found
 
 
 #: State lists of each op.
@@ -369,6 +431,8 @@ STATES = {
 }
 #: Those that SMMF does without where beta1 is None.
 FIRST_MOMENT = frozenset(("exp_avg_rows", "exp_avg_cols", "exp_avg_signs", "exp_avgs"))
+#: The list, of any op, of what bfloat16 parameters lack of master weights.
+LOWS = "master_lows"
 
 
 class Bound:
@@ -379,18 +443,30 @@ class Bound:
 
     Args:
         op: name of the op.
-        states: lists by the names that the op gives them; SMMF without a first moment leaves its lists out.
+        states: lists by the names that the op gives them; SMMF without a first moment leaves its lists out, and
+            `LOWS` is there where there are master weights.
+        places: as the op takes it. A step then brings ``seed`` and ``step`` among its scalars.
         backend: as the op takes it.
 
     Raises:
         ValueError, RuntimeError: as every op, see above.
     """
 
-    def __init__(self, op: str, params: Tensors, states: Mapping[str, Tensors], *, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        op: str,
+        params: Tensors,
+        states: Mapping[str, Tensors],
+        *,
+        places: Sequence[Place] | None = None,
+        backend: str = "auto",
+    ) -> None:
         self._op = op
         self._first = not op.startswith("smmf") or not FIRST_MOMENT.isdisjoint(states)
         needed = STATES[op] if self._first else [name for name in STATES[op] if name not in FIRST_MOMENT]
         self._params = list(params)
+        if LOWS in states:
+            needed = [*needed, LOWS]
         self._states = {name: _entries(name, states.get(name), op, len(params)) for name in needed}
         self._step: Callable[..., None] | None = None
         if not params:
@@ -398,13 +474,20 @@ class Bound:
         self._device = params[0].device
         _check_params(self._params)
         _check_states(op, self._params, self._states)
+        self._stochastic = places is not None
+        stored: dict[str, Any] = {}
+        if places is not None:
+            _check_places(self._params, places, self._states.get(LOWS))
+            stored["places"] = list(places)
+        if LOWS in states or stored:
+            _check_stores(backend, self._device)
         module = backends.resolve(backend, self._device)
         self._unscales = getattr(module, "UNSCALES", False)
         if hasattr(module, "bind"):
-            self._step = module.bind(op, self._params, self._states)
+            self._step = module.bind(op, self._params, self._states, **stored)
         else:
             missing = dict.fromkeys(set(STATES[op]) - set(needed))
-            self._step = partial(getattr(module, op), self._params, **self._states, **missing)
+            self._step = partial(getattr(module, op), self._params, **self._states, **missing, **stored)
         self._layout = self._layouts()
         self._shapes = self._layout[2]
 
@@ -428,14 +511,17 @@ class Bound:
         *,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
+        seed: int = 0,
+        step: Scalar = 0.0,
         **scalars: Any,
     ) -> Callable[[], None]:
         """Checks a step with these gradients and returns it, yet to be made.
 
-        ``grad_scale`` and ``found_inf`` are what `torch.amp.GradScaler` hands to an optimizer that unscales gradients
-        itself: float32 tensors of one element. Gradients are divided by the one, and nothing is written where the other
-        is not zero. The CUDA kernels do both as they go; for other backends gradients are divided in place, as the
-        scaler would do it, and found_inf is read on the host.
+        ``seed`` and ``step`` are read where the op has places. ``grad_scale`` and ``found_inf`` are what
+        `torch.amp.GradScaler` hands to an optimizer that unscales gradients itself: float32 tensors of one element.
+        Gradients are divided by the one, and nothing is written where the other is not zero. The CUDA kernels do both
+        as they go; for other backends gradients are divided in place, as the scaler would do it, and found_inf is read
+        on the host.
         """
         if len(grads) != len(self._params):
             raise ValueError(f"grads must have one entry per parameter ({len(self._params)}), got {len(grads)}")
@@ -451,7 +537,9 @@ class Bound:
                 f"nonfinite must be an int32 tensor of shape ({len(grads)},) on {self._device}, got {nonfinite.dtype} "
                 f"{tuple(nonfinite.shape)} on {nonfinite.device}"
             )
-        step = partial(self._run, grads, nonfinite=nonfinite, **scalars)
+        if self._stochastic:
+            scalars.update(seed=seed, step=step)
+        run = partial(self._run, grads, nonfinite=nonfinite, **scalars)
         given = {"grad_scale": grad_scale, "found_inf": found_inf}
         scaling = {name: tensor for name, tensor in given.items() if tensor is not None}
         for name, tensor in scaling.items():
@@ -461,7 +549,7 @@ class Bound:
                     f"{tensor.numel()} of {tensor.dtype} on {tensor.device}"
                 )
         if not scaling or self._unscales:
-            return partial(step, **scaling)
+            return partial(run, **scaling)
 
         def unscaled() -> None:
             if found_inf is not None and found_inf.item():
@@ -470,7 +558,7 @@ class Bound:
                 return
             if grad_scale is not None:
                 torch._foreach_div_(list(grads), grad_scale)
-            step()
+            run()
 
         return unscaled
 
@@ -550,6 +638,9 @@ def _check_params(params: Tensors) -> None:
 
 
 def _check_states(op: str, params: Tensors, states: Mapping[str, Tensors]) -> None:
+    states = dict(states)
+    if LOWS in states:
+        _check_lows(params, states.pop(LOWS))
     for i, param in enumerate(params):
         for name, tensors in states.items():
             tensor = tensors[i]
@@ -626,6 +717,41 @@ def _check_signs(params: Tensors, signs: Tensors) -> None:
                 f"exp_avg_signs[{i}] for a parameter of shape {tuple(param.shape)} must have shape {wanted}, "
                 f"got {tuple(sign.shape)}"
             )
+
+
+def _check_lows(params: Tensors, lows: Tensors) -> None:
+    dtypes = tuple(rounding.LOW_DTYPES.values())
+    for i, (param, low) in enumerate(zip(params, lows, strict=True)):
+        if param.dtype != torch.bfloat16 or low.dtype not in dtypes or low.shape != param.shape:
+            raise ValueError(
+                f"{LOWS}[{i}] must be {_names(dtypes)} of the shape of a bfloat16 parameter, got {low.dtype} "
+                f"{tuple(low.shape)} for {param.dtype} {tuple(param.shape)}"
+            )
+        if low.device != param.device:
+            raise RuntimeError(f"{LOWS}[{i}] must be on {param.device} like its parameter, got {low.device}")
+    if len({low.dtype for low in lows}) > 1:
+        raise ValueError(f"{LOWS} must be of one type, got {_names(sorted({low.dtype for low in lows}, key=str))}")
+
+
+def _check_places(params: Tensors, places: Sequence[Place], lows: Tensors | None) -> None:
+    if len(places) != len(params):
+        raise ValueError(f"places must have one entry per parameter ({len(params)}), got {len(places)}")
+    for i, (param, place) in enumerate(zip(params, places, strict=True)):
+        if param.dtype not in rounding.DTYPES:
+            raise ValueError(f"params[{i}] must be {_names(rounding.DTYPES)} to be rounded, got {param.dtype}")
+        if not 0 <= place.position < 2**32 or place.first < 0:
+            raise ValueError(f"places[{i}] must have an unsigned 32-bit position and a first >= 0, got {place}")
+        if place.strides is not None and (len(place.strides) != param.ndim or min(place.strides, default=0) < 0):
+            raise ValueError(f"places[{i}] must have a stride >= 0 for each of {param.ndim} dimensions, got {place}")
+
+
+def _check_stores(backend: str, device: torch.device) -> None:
+    module = backends.resolve(backend, device)
+    if not getattr(module, "STORES", False):
+        raise RuntimeError(
+            f"backend={backend!r} on {device} rounds to the nearest only; stochastic rounding and master weights in "
+            "two pieces need another. Use backend='reference'."
+        )
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

@@ -14,6 +14,11 @@ arrive evaluated for the step (`hfac.schedules`), may also be 1-d with one entry
 `nonfinite`, where given, is an int32 tensor [len(params)] that the op fills: 1 where a gradient holds an element whose
 square, times the number of elements, is not finite: inf, NaN, or so large that a sum of squares could overflow. Such a
 parameter and its states keep every bit. The test is of elements, so that no order of summation can change its outcome.
+
+A new parameter is rounded to the nearest number of its type, but for two options (`hfac.rounding`). `master_lows`,
+where given, are int16 or int8 tensors of the parameters' shapes: with its entry a bfloat16 parameter makes a master
+weight, which is what is read and written. `places`, where given, ask for stochastic rounding with the random bits of
+`seed` and `step`, the number t of the step, a float or a tensor, also 1-d with one entry per parameter.
 """
 
 from collections.abc import Sequence
@@ -21,8 +26,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import rounding
 from .matricize import Block
+from .rounding import Place
 from .schedules import Scalar
+
+#: Knows `master_lows` and `places`.
+STORES = True
 
 
 def hfac_step_(
@@ -41,6 +51,10 @@ def hfac_step_(
     clip_threshold: float | None,
     weight_decay: Scalar,
     maximize: bool,
+    master_lows: Sequence[Tensor] | None = None,
+    places: Sequence[Place] | None = None,
+    seed: int = 0,
+    step: Scalar = 0.0,
 ) -> None:
     """One step of H-Fac on matrices (H-Fac, Algorithm 1): u, r [m] and v, s [n] are the whole optimizer state."""
     for i, param in enumerate(params):
@@ -49,7 +63,8 @@ def hfac_step_(
         if m * n == 0:
             continue
         b1, b2 = _of(beta1, i), _of(beta2, i)
-        W, G = _operands(param, grads[i], (m, n), r_row.dtype, maximize)
+        stored = _stored(param, i, master_lows, places, seed, step)
+        W, G = _operands(stored, grads[i], (m, n), r_row.dtype, maximize)
 
         row_mean, col_mean = G.mean(1), G.mean(0)
         sq = G * G + eps
@@ -61,7 +76,8 @@ def hfac_step_(
         W = _hfac_update(W, G, u, v, r, s, row_mean, col_mean, (m, n), r.sum(), b1, lr, weight_decay, clip_threshold)
 
         keep = _keep(G, nonfinite, i)
-        for old, new in ((param, W), (u_row, u), (v_col, v), (r_row, r), (s_col, s)):
+        stored.write(W, keep)
+        for old, new in ((u_row, u), (v_col, v), (r_row, r), (s_col, s)):
             _write(old, new, keep)
 
 
@@ -121,6 +137,10 @@ def hfac_apply_(
     clip_threshold: float | None,
     weight_decay: Scalar,
     maximize: bool,
+    master_lows: Sequence[Tensor] | None = None,
+    places: Sequence[Place] | None = None,
+    seed: int = 0,
+    step: Scalar = 0.0,
 ) -> None:
     """The rest of a step of H-Fac, on parts [m, n] of matrices of `rows` rows and `cols` columns.
 
@@ -137,13 +157,14 @@ def hfac_apply_(
         u = b1 * u_row.view(-1) + (1 - b1) * row_mean
         v = b1 * v_col.view(-1) + (1 - b1) * col_mean
         if param.numel():
-            W, G = _operands(param, grads[i], (u.numel(), v.numel()), r.dtype, maximize)
+            stored = _stored(param, i, master_lows, places, seed, step)
+            W, G = _operands(stored, grads[i], (u.numel(), v.numel()), r.dtype, maximize)
             whole = rows[i], cols[i]
             W = _hfac_update(
                 W, G, u, v, r, s, row_mean, col_mean, whole, totals[i], b1, lr, weight_decay, clip_threshold,
                 mean_squares[i],
             )  # fmt: skip
-            _write(param, W, None)
+            stored.write(W, None)
         for old, new in ((u_row, u), (v_col, v), (exp_avg_sq_rows[i], r), (exp_avg_sq_cols[i], s)):
             _write(old, new, None)
 
@@ -192,6 +213,10 @@ def hfac_dense_step_(
     clip_threshold: float | None,
     weight_decay: Scalar,
     maximize: bool,
+    master_lows: Sequence[Tensor] | None = None,
+    places: Sequence[Place] | None = None,
+    seed: int = 0,
+    step: Scalar = 0.0,
     mean_squares: Tensor | None = None,
 ) -> None:
     """One step of H-Fac where nothing can be factored (vectors, scalars, one row or one column): both moments are
@@ -204,7 +229,8 @@ def hfac_dense_step_(
         if param.numel() == 0:
             continue
         b1, b2 = _of(beta1, i), _of(beta2, i)
-        W, G = _operands(param, grads[i], (-1,), exp_avg_sqs[i].dtype, maximize)
+        stored = _stored(param, i, master_lows, places, seed, step)
+        W, G = _operands(stored, grads[i], (-1,), exp_avg_sqs[i].dtype, maximize)
 
         m = b1 * exp_avgs[i].view(-1) + (1 - b1) * G
         q = _hfac_dense_square(exp_avg_sqs[i], G, b2, eps)
@@ -213,7 +239,8 @@ def hfac_dense_step_(
         W = W - lr * (b1 * (m - G) / q.sqrt() + U + weight_decay * W)
 
         keep = _keep(G, nonfinite, i)
-        for old, new in ((param, W), (exp_avgs[i], m), (exp_avg_sqs[i], q)):
+        stored.write(W, keep)
+        for old, new in ((exp_avgs[i], m), (exp_avg_sqs[i], q)):
             _write(old, new, keep)
 
 
@@ -249,6 +276,10 @@ def smmf_step_(
     weight_decay: Scalar,
     decoupled_weight_decay: bool,
     maximize: bool,
+    master_lows: Sequence[Tensor] | None = None,
+    places: Sequence[Place] | None = None,
+    seed: int = 0,
+    step: Scalar = 0.0,
 ) -> None:
     """One step of SMMF (SMMF, Algorithm 1): decompress the old moments, update, compress (`nnmf`), step.
 
@@ -262,7 +293,8 @@ def smmf_step_(
         if n * m == 0:
             continue
         b2 = _of(beta2, i)
-        W, G = _operands(param, grads[i], (n, m), r_V.dtype, maximize)
+        stored = _stored(param, i, master_lows, places, seed, step)
+        W, G = _operands(stored, grads[i], (n, m), r_V.dtype, maximize)
         keep = _keep(G, nonfinite, i)
         W, G = _decay(W, G, lr, weight_decay, decoupled_weight_decay)
 
@@ -278,7 +310,8 @@ def smmf_step_(
         V = _smmf_second(G, b2, r_V, c_V)
         r, c = nnmf(V)
         W = W - lr * (M / (V.sqrt() + eps))
-        for old, new in ((param, W), (r_V, r), (c_V, c)):
+        stored.write(W, keep)
+        for old, new in ((r_V, r), (c_V, c)):
             _write(old, new, keep)
 
 
@@ -303,6 +336,10 @@ def smmf_sums_step_(
     weight_decay: Scalar,
     decoupled_weight_decay: bool,
     maximize: bool,
+    master_lows: Sequence[Tensor] | None = None,
+    places: Sequence[Place] | None = None,
+    seed: int = 0,
+    step: Scalar = 0.0,
 ) -> None:
     """One step of SMMF on parts of parameters. The factors of the whole, [n] and [m], are read and stay as they are;
     row and column sums of |M| and V over the part are added to the lists `new_...` of the same shapes.
@@ -315,7 +352,8 @@ def smmf_sums_step_(
         if param.numel() == 0:
             continue
         b2 = _of(beta2, i)
-        W, G = _operands(param, grads[i], (-1,), exp_avg_sq_rows[i].dtype, maximize)
+        stored = _stored(param, i, master_lows, places, seed, step)
+        W, G = _operands(stored, grads[i], (-1,), exp_avg_sq_rows[i].dtype, maximize)
         W, G = _decay(W.contiguous(), G, lr, weight_decay, decoupled_weight_decay)
         positive = None
         if beta1 is not None:
@@ -338,7 +376,7 @@ def smmf_sums_step_(
             new_sq_rows[i][rows] += V.sum(1)
             new_sq_cols[i][cols] += V.sum(0)
             block.of(new).copy_(block.of(W) - lr * (M / (V.sqrt() + eps)))
-        _write(param, new, None)
+        stored.write(new, None)
         if positive is not None:
             assert exp_avg_signs is not None
             exp_avg_signs[i].copy_(pack_signs(positive.view(param.shape)))
@@ -367,13 +405,18 @@ def smmf_dense_step_(
     weight_decay: Scalar,
     decoupled_weight_decay: bool,
     maximize: bool,
+    master_lows: Sequence[Tensor] | None = None,
+    places: Sequence[Place] | None = None,
+    seed: int = 0,
+    step: Scalar = 0.0,
 ) -> None:
     """One step of SMMF with both moments whole: where the square matrix has one column, or vector_reshape is off."""
     for i, param in enumerate(params):
         if param.numel() == 0:
             continue
         b2 = _of(beta2, i)
-        W, G = _operands(param, grads[i], (-1,), exp_avg_sqs[i].dtype, maximize)
+        stored = _stored(param, i, master_lows, places, seed, step)
+        W, G = _operands(stored, grads[i], (-1,), exp_avg_sqs[i].dtype, maximize)
         keep = _keep(G, nonfinite, i)
         W, G = _decay(W, G, lr, weight_decay, decoupled_weight_decay)
 
@@ -385,8 +428,8 @@ def smmf_dense_step_(
             _write(exp_avgs[i], M, keep)
         V = b2 * exp_avg_sqs[i].view(-1) + (1 - b2) * (G * G)
         W = W - lr * (M / (V.sqrt() + eps))
-        for old, new in ((param, W), (exp_avg_sqs[i], V)):
-            _write(old, new, keep)
+        stored.write(W, keep)
+        _write(exp_avg_sqs[i], V, keep)
 
 
 def nnmf(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -418,14 +461,48 @@ def _bit_values(device: torch.device) -> Tensor:
     return 1 << torch.arange(8, dtype=torch.uint8, device=device)
 
 
+class _Stored:
+    """A parameter as it is stored: what is read as W, and what becomes of the new one."""
+
+    def __init__(self, param: Tensor, low: Tensor | None, place: Place | None, seed: int, step: Scalar) -> None:
+        self.param, self._low, self._place, self._seed, self._step = param, low, place, seed, step
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        return self.param.to(dtype) if self._low is None else rounding.join(self.param, self._low)
+
+    def write(self, new: Tensor, keep: Tensor | None) -> None:
+        new, param = new.view(self.param.shape), self.param
+        bits = None
+        if self._place is not None:
+            bits = rounding.random_bits(self._place, param.shape, self._seed, self._step, param.device)
+        if self._low is not None:
+            new, low = rounding.split(new, self._low.dtype, bits)
+            _write(self._low, low, keep)
+        elif bits is not None:
+            new = rounding.stochastic(new, param.dtype, bits)
+        _write(param, new, keep)
+
+
+def _stored(
+    param: Tensor,
+    i: int,
+    master_lows: Sequence[Tensor] | None,
+    places: Sequence[Place] | None,
+    seed: int,
+    step: Scalar,
+) -> _Stored:
+    low, place = (None if entries is None else entries[i] for entries in (master_lows, places))
+    return _Stored(param, low, place, seed, _of(step, i))
+
+
 def _operands(
-    param: Tensor, grad: Tensor, shape: tuple[int, ...], dtype: torch.dtype, maximize: bool
+    stored: _Stored, grad: Tensor, shape: tuple[int, ...], dtype: torch.dtype, maximize: bool
 ) -> tuple[Tensor, Tensor]:
     """Parameter and gradient as row-major matrices (or vectors) of the arithmetic's type.
 
     The gradient is made contiguous because torch's order of summation follows the strides."""
     G = grad.reshape(shape).to(dtype).contiguous()
-    return param.reshape(shape).to(dtype), -G if maximize else G
+    return stored.read(dtype).reshape(shape), -G if maximize else G
 
 
 def _decay(W: Tensor, G: Tensor, lr: Scalar, weight_decay: Scalar, decoupled: bool) -> tuple[Tensor, Tensor]:

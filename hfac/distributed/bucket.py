@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..functional import ALGORITHMS
+from ..rounding import Place
 from . import layout
 from .schedule import Job, Planned
 
@@ -25,12 +26,20 @@ class Entry:
         group: the position of its group.
         param: the DTensor.
         state: its state by key, DTensors and the plain ``step`` (and ``skipped``).
+        place: where this rank's part stands, if it is rounded stochastically.
     """
 
     label: str
     group: int
     param: Tensor
     state: Mapping[str, Tensor]
+    place: Place | None = None
+
+    @property
+    def storage(self) -> tuple[torch.dtype | None, bool]:
+        """How the parameter is stored; those that share a call agree in it."""
+        low = self.state.get("master_low")
+        return None if low is None else low.dtype, self.place is not None
 
     def local_state(self, key: str) -> Tensor:
         return layout.local(self.state[key])
@@ -58,6 +67,9 @@ class Bucket:
         self.ranks = [ranks_that_share(entry.param) for entry in entries]
         self.dtype = ops.state_dtype(entries[0].param.dtype)
         self.device = self.params[0].device
+        low, stochastic = entries[0].storage
+        self.lows = None if low is None else [entry.local_state("master_low") for entry in entries]
+        self.places = [entry.place for entry in entries] if stochastic else None
 
     def requests(self, skip: bool) -> list[tuple[dist.ProcessGroup, int]]:
         """The groups that the numbers of a step go over, in order, and how many they are."""
@@ -80,6 +92,16 @@ class Bucket:
         steps = torch.tensor(ops.read_steps([entry.state["step"] for entry in self.entries]), dtype=torch.float64)
         found = ALGORITHMS[self.algorithm].decays(steps + 1, dict(options.scalars))
         return found["beta1"], found["beta2"]
+
+    def stored(self, going: Sequence[int], options: Options) -> dict[str, Any]:
+        """What an op is told of how the parameters in ``going`` are stored."""
+        found: dict[str, Any] = {}
+        if self.lows is not None:
+            found[ops.LOWS] = pick(self.lows, going)
+        if self.places is not None:
+            steps = torch.tensor(ops.read_steps([self.entries[i].state["step"] for i in going]), dtype=torch.float64)
+            found.update(places=pick(self.places, going), seed=options.scalars["seed"], step=steps + 1)
+        return found
 
     def flags(self, here: Sequence[int], grads: Sequence[Tensor | None], options: Options) -> Tensor:
         """1 at the parameters in ``here`` whose gradient, in this part, must be refused; zeros unless it is asked

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
+from ..rounding import Place
 from ..schedules import Scalar
 from . import layout
 from .bucket import Bucket, Entry, Options, pick
@@ -31,7 +32,7 @@ def buckets(entries: Sequence[Entry]) -> list[Bucket]:
     vectors: dict[tuple[object, ...], list[Entry]] = {}
     for entry in entries:
         names = tuple(tuple(g.group_name for g in groups) for groups in _groups(entry))
-        key = entry.group, entry.param.dtype, names, _transposed(entry)
+        key = entry.group, entry.param.dtype, entry.storage, names, _transposed(entry)
         (vectors if _cut(entry) is None else matrices).setdefault(key, []).append(entry)
     return [Matrices(mine) for mine in matrices.values()] + [Vectors(mine) for mine in vectors.values()]
 
@@ -82,12 +83,24 @@ class Matrices(Bucket):
         )  # fmt: skip
         self.rows, self.cols = ([entry.state[name].numel() for entry in entries] for name in names[:2])
         self.params = [self._turned(i, param) for i, param in enumerate(self.params)]
+        if self.lows is not None:
+            self.lows = [self._turned(i, low) for i, low in enumerate(self.lows)]
+        if self.transposed and self.places is not None:
+            self.places = [self._turned_place(i, place) for i, place in enumerate(self.places)]
+
+    def _order(self, i: int) -> list[int]:
+        """The parameter's dimensions, those of its columns first."""
+        k = self.entries[i].state["exp_avg_row"].ndim
+        return [*range(k, self.params[i].ndim), *range(k)]
 
     def _turned(self, i: int, part: Tensor) -> Tensor:
-        if not self.transposed:
-            return part
-        k = self.entries[i].state["exp_avg_row"].ndim
-        return part.permute(*range(k, part.ndim), *range(k))
+        return part.permute(self._order(i)) if self.transposed else part
+
+    def _turned_place(self, i: int, place: Place | None) -> Place:
+        assert place is not None
+        shape = self.entries[i].param.shape
+        strides = place.strides or tuple(shape[d + 1 :].numel() for d in range(len(shape)))
+        return place._replace(strides=tuple(strides[d] for d in self._order(i)))
 
     def requests(self, skip: bool) -> list[tuple[dist.ProcessGroup, int]]:
         count = len(self.entries)
@@ -185,6 +198,7 @@ class Matrices(Bucket):
                 cols=pick(self.cols, going),
                 beta1=beta1[going],
                 **_scalars(options),
+                **self.stored(going, options),
                 backend=options.backend,
             )
             self.advance(going)
@@ -240,6 +254,7 @@ class Vectors(Bucket):
                 beta2=beta2[going],
                 eps=eps,
                 **_scalars(options),
+                **self.stored(going, options),
             )
             self.advance(going)
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import matricize
+from ..rounding import Place
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -183,6 +184,37 @@ def indices(size: int, mesh: DeviceMesh, placements: Sequence[tuple[int, Any]]) 
         pieces, _ = _moved(placement, 0)._split_tensor(mine, mesh.size(mesh_dim), with_padding=False, contiguous=False)
         mine = pieces[coordinate[mesh_dim]]
     return mine
+
+
+def like(param: Tensor, part: Tensor) -> Tensor:
+    """A DTensor of the shape and placements of ``param`` with this local part; for a plain parameter the part."""
+    return _as_dtensor(param, param.shape, tuple(range(param.ndim)), part) if is_dtensor(param) else part
+
+
+def place(param: Tensor, position: int) -> Place:
+    """Where this rank's part of a parameter stands in the parameter at ``position``.
+
+    Raises:
+        ValueError: the part is no box of neighbouring indices, so that no strides say where its elements stand.
+    """
+    if not is_sharded(param):
+        return Place(position)
+    first, strides = 0, []
+    own = _own_indices(param, param.shape, tuple(range(param.ndim)))
+    for d, mine in enumerate(own):
+        stride = param.shape[d + 1 :].numel()
+        runs = _intervals(mine)
+        if len(runs) > 1:
+            raise ValueError(
+                f"rounding='stochastic' needs parts of parameters whose indices are neighbours in each dimension, but "
+                f"dimension {d} of a parameter of shape {tuple(param.shape)} with placements "
+                f"{tuple(param.placements)} is cut into pieces of several runs. Use master='split'."  # type: ignore
+            )
+        first += stride * (runs[0][0] if runs else 0)
+        strides.append(stride)
+    if all(len(mine) == size for mine, size in zip(own[1:], param.shape[1:], strict=True)):
+        return Place(position, first)  # whole slices follow each other
+    return Place(position, first, tuple(strides))
 
 
 def blocks(param: DTensor) -> list[matricize.Block]:

@@ -29,7 +29,8 @@ def buckets(entries: Sequence[Entry]) -> list[Parts]:
     found: dict[tuple[object, ...], list[Entry]] = {}
     for entry in entries:
         factored = "exp_avg_sq_row" in entry.state
-        found.setdefault((entry.group, entry.param.dtype, _mesh(entry), factored), []).append(entry)
+        key = entry.group, entry.param.dtype, entry.storage, _mesh(entry), factored
+        found.setdefault(key, []).append(entry)
     return [
         (Factored if factored else Whole)(mine, sorted(mesh_dims[mesh])) for (*_, mesh, factored), mine in found.items()
     ]
@@ -137,6 +138,7 @@ class Factored(Parts):
                 beta1=None if beta1 is None else beta1[list(going)],
                 beta2=beta2[list(going)],
                 **_scalars(options),
+                **self.stored(going, options),
                 backend=options.backend,
             )
         for i, speaks in enumerate(self.speaks):
@@ -177,6 +179,7 @@ class Whole(Parts):
                 beta1=None if beta1 is None else beta1[list(going)],
                 beta2=beta2[list(going)],
                 **_scalars(options),
+                **self.stored(going, options),
                 backend=options.backend,
             )
         room.copy_(self.at([i for i in going if self.speaks[i]]))

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import backends, distributed, functional, ops, schedules
+from .. import backends, distributed, functional, ops, rounding, schedules
 from ..distributed import layout
+from ..rounding import Place
 from . import options
 
 State = dict[str, Tensor]
@@ -21,17 +22,24 @@ State = dict[str, Tensor]
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype, layout.Follows]]
 
 NONFINITE = ("propagate", "skip")
+ROUNDING = ("nearest", "stochastic")
+MASTER = tuple(rounding.LOW_DTYPES)
 _COMMON_RULES: dict[str, options.Rule] = {
     "lr": options.number(0.0, tensor=True),
     "weight_decay": options.number(0.0, tensor=True),
     "maximize": options.flag,
     "capturable": options.flag,
     "nonfinite": options.choice(*NONFINITE),
+    "rounding": options.choice(*ROUNDING),
+    "seed": options.whole(2**64 - 1),
+    "master": options.choice(*MASTER, none="no master weights"),
     "amp_scaling": options.flag,
     "backend": options.choice(*backends.NAMES),
 }
 #: how a step is carried out, not what it computes: kept from the running optimizer when a checkpoint is loaded
 _EXECUTION = ("capturable", "backend", "amp_scaling")
+#: the state key of what a bfloat16 parameter lacks of its master weight
+LOW = "master_low"
 
 
 class FactoredOptimizer(Optimizer):
@@ -153,7 +161,8 @@ class FactoredOptimizer(Optimizer):
             if bound is not None:
                 self._sync_state()  # what moved may have left its state behind
             states = [{key: layout.local(value) for key, value in self.state[param].items()} for param in params]
-            functional_group = self._bind(group, list(map(layout.local, params)), grads, states)
+            places = [self._place(param, group) for param in params]
+            functional_group = self._bind(group, list(map(layout.local, params)), grads, states, places)
             self._bound[group_index] = present, functional_group
             return functional_group.prepare(grads, **options)
         except RuntimeError:
@@ -164,21 +173,41 @@ class FactoredOptimizer(Optimizer):
 
     def _options(self, group: dict[str, Any]) -> dict[str, Any]:
         """What a step is told anew every time."""
-        return {**{name: group[name] for name in ("lr", "weight_decay", "maximize")}, **self._scalars(group)}
+        return {**{name: group[name] for name in ("lr", "weight_decay", "maximize", "seed")}, **self._scalars(group)}
+
+    def _place(self, param: Tensor, group: Mapping[str, Any]) -> Place | None:
+        """Where a parameter's random bits come from, if it is rounded stochastically."""
+        exact = self._low_dtype(param, group) == torch.int16
+        if group["rounding"] == "nearest" or param.dtype not in rounding.DTYPES or exact:
+            return None
+        assert self._seen is not None
+        return layout.place(param, self._seen.positions[param])
+
+    @staticmethod
+    def _low_dtype(param: Tensor, group: Mapping[str, Any]) -> torch.dtype | None:
+        """The type of what is kept of a master weight beside this parameter, if anything is."""
+        master = group["master"]
+        return None if master is None or param.dtype != torch.bfloat16 else rounding.LOW_DTYPES[master]
 
     def _bind(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[State]
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        places: list[Place | None] | None = None,
     ) -> functional.Group:
         return functional.Group(
             self._algorithm,
             params,
             grads,
-            {f"{key}s": [state.get(key) for state in states] for key in self._state_keys},
+            {f"{key}s": [state.get(key) for state in states] for key in (*self._state_keys, LOW)},
             [state["step"] for state in states],
             [state["skipped"] for state in states] if group["nonfinite"] == "skip" else None,
             group.get("beta", 0.0) is not None,
             group["capturable"] or group["amp_scaling"],
             group["backend"],
+            places,
         )
 
     def _shared(self, group: dict[str, Any]) -> distributed.Options:
@@ -190,7 +219,9 @@ class FactoredOptimizer(Optimizer):
     def _bind_sharded(self) -> distributed.Sharded | None:
         """Sharded parameters of all groups; nobody else's gradients decide which, so that all ranks agree on them."""
         entries = [
-            distributed.Entry(f"parameter {i} of group {index}", index, param, self.state[param])
+            distributed.Entry(
+                f"parameter {i} of group {index}", index, param, self.state[param], self._place(param, group)
+            )
             for index, group in enumerate(self.param_groups)
             for i, param in enumerate(group["params"])
             if layout.is_sharded(param) and param in self.state
@@ -291,6 +322,61 @@ class FactoredOptimizer(Optimizer):
             for handle in handles:
                 handle.remove()
 
+    def fp32_state_dict(self, model: torch.nn.Module) -> dict[str, Tensor]:
+        """``model.state_dict()`` with parameters in float32: the master weights where the optimizer has them.
+
+        Other parameters of fewer bits are widened, float64 ones and buffers are as they are. Sharded parameters give
+        DTensors. Tensors are new where they were converted, and else share memory with the model.
+        """
+        return {
+            name: self._fp32(value) if isinstance(value, torch.nn.Parameter) else value
+            for name, value in model.state_dict(keep_vars=True).items()
+        }
+
+    def _fp32(self, param: Tensor) -> Tensor:
+        low, value = self.state.get(param, {}).get(LOW), param.detach()
+        if low is None:
+            return value.float() if value.dtype in rounding.DTYPES else value
+        joined = rounding.join(layout.local(value), layout.local(low))
+        return layout.like(param, joined)
+
+    @torch.no_grad()
+    def load_fp32_state_dict(self, model: torch.nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+        """Loads what `fp32_state_dict` returned, or any state dict of the model: weights of more bits than a parameter
+        has go into its master weight, and are rounded to nearest where there is none.
+
+        Raises:
+            ValueError: names or shapes are not the model's; nothing has been loaded then.
+        """
+        mine = model.state_dict(keep_vars=True)
+        if mine.keys() != state_dict.keys():
+            odd = sorted(mine.keys() ^ state_dict.keys())
+            raise ValueError(
+                f"{type(self).__name__}: the state dict must have the model's {len(mine)} names, but {odd[:5]} "
+                f"{'are' if len(odd) > 1 else 'is'} in one of them only"
+            )
+        values = {}
+        for name, target in mine.items():
+            where = f"{type(self).__name__}: {name!r} of the state dict"
+            value = state_dict[name]
+            if not isinstance(value, Tensor) or value.shape != target.shape:
+                found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{where} must be a tensor of shape {tuple(target.shape)}, got {found}")
+            try:
+                values[name] = layout.local(layout.placed(target, value.detach(), tuple(range(value.ndim))))
+            except ValueError as error:
+                raise ValueError(f"{where} {error}") from None
+        self._wait()
+        self._sync_state()
+        for name, target in mine.items():
+            value, to = values[name], layout.local(target.detach())
+            low = self.state.get(target, {}).get(LOW) if isinstance(target, torch.nn.Parameter) else None
+            if low is not None:
+                high, rest = rounding.split(value.to(to.device, torch.float32), low.dtype)
+                layout.local(low).copy_(rest)
+                value = high
+            to.copy_(value)
+
     def _checked(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The options among ``values``, each by its rule."""
         rules = {**_COMMON_RULES, **self._rules}
@@ -316,6 +402,11 @@ class FactoredOptimizer(Optimizer):
                 "tensors out of the optimizer, or keep a floating-point copy to train."
             )
         backends.resolve(group["backend"], param.device)
+        if group["master"] is not None and param.dtype == torch.float16:
+            raise ValueError(
+                f"{where} is float16, and master={group['master']!r} keeps the bits that a bfloat16 lacks of a "
+                "float32; a float16 has another exponent. Use bfloat16, or rounding='stochastic'."
+            )
         if layout.is_dtensor(param):
             self._check_dtensor(where, param, group)
 
@@ -325,6 +416,11 @@ class FactoredOptimizer(Optimizer):
             raise ValueError(f"{where} {reason}")
         if not layout.is_sharded(param):
             return
+        if group["rounding"] == "stochastic" and param.dtype in rounding.DTYPES:
+            try:
+                layout.place(param, 0)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
         for name in ("capturable", "amp_scaling"):
             if group[name]:
                 raise ValueError(
@@ -333,6 +429,11 @@ class FactoredOptimizer(Optimizer):
                 )
         for op in ops.PART_OPS[self._algorithm]:
             backends.resolve(group["backend"], param.device, op)
+
+    def _full_layout(self, param: Tensor, group: Mapping[str, Any]) -> Layout:
+        """`_layout`, and what is kept of a master weight."""
+        found, low = self._layout(param, group), self._low_dtype(param, group)
+        return found if low is None else {**found, LOW: (tuple(param.shape), low, tuple(range(param.ndim)))}
 
     def _sync_state(self) -> None:
         """Makes state follow the parameters: creates what is missing, moves what is elsewhere, drops what is gone.
@@ -357,6 +458,8 @@ class FactoredOptimizer(Optimizer):
                     or anchor.dtype != ops.state_dtype(param.dtype)
                     or state["step"].device != (device if _steps_beside(group, param) else _HOST)
                     or (skip and "skipped" not in state)
+                    or (group["master"] is not None or LOW in state)
+                    and self._low_is_off(param, group, state)
                 ):
                     self._complete_state(param, group, state)
         if len(live) != len(self.state):
@@ -365,6 +468,10 @@ class FactoredOptimizer(Optimizer):
                 del self.state[param]
             self._forget()  # nor is what is gone kept alive
 
+    def _low_is_off(self, param: Tensor, group: Mapping[str, Any], state: State) -> bool:
+        """The lower piece of a master weight is missing, or of another type than it must be, or no longer wanted."""
+        return (state[LOW].dtype if LOW in state else None) != self._low_dtype(param, group)
+
     def _complete_state(self, param: Tensor, group: Mapping[str, Any], state: State) -> None:
         """Every key of a parameter's state, on the device and of the type it must have; what is new is zero."""
         counters = [("step", torch.float32, param.device if _steps_beside(group, param) else _HOST)]
@@ -372,7 +479,9 @@ class FactoredOptimizer(Optimizer):
             counters.append(("skipped", torch.int32, param.device))
         if not param.is_meta and any(value.is_meta for value in state.values()):
             state.clear()  # moments that went to the meta device are lost, and the step counts them
-        for key, (shape, dtype, follows) in self._layout(param, group).items():
+        if LOW in state and self._low_is_off(param, group, state):
+            del state[LOW]  # of another option, or of the bfloat16 that the parameter was
+        for key, (shape, dtype, follows) in self._full_layout(param, group).items():
             if key in state:
                 state[key] = state[key].to(device=param.device, dtype=dtype)
             else:
@@ -427,7 +536,7 @@ class FactoredOptimizer(Optimizer):
         where = f"{type(self).__name__}: state of parameter {index} (shape {tuple(param.shape)})"
         if not isinstance(state, Mapping):
             raise TypeError(f"{where} must be a dict of tensors, got {type(state).__name__}")
-        needed_layout = self._layout(param, group)
+        needed_layout = self._full_layout(param, group)
         needed = {*needed_layout, "step"}
         if not needed <= state.keys() or not state.keys() <= {*needed, "skipped"}:
             raise ValueError(
@@ -468,6 +577,8 @@ class _Seen:
     def __init__(self, optimizer: FactoredOptimizer) -> None:
         self.whole = [[p for p in group["params"] if not layout.is_sharded(p)] for group in optimizer.param_groups]
         self._dtensors = [p for group in optimizer.param_groups for p in group["params"] if layout.is_dtensor(p)]
+        #: of each parameter among all of the optimizer's
+        self.positions = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
         self._lists = list(map(list, self._walk(optimizer)))
         self._options = self._execution(optimizer)
 
@@ -491,7 +602,7 @@ class _Seen:
     @staticmethod
     def _execution(optimizer: FactoredOptimizer) -> list[tuple[Any, ...]]:
         return [
-            (*(group[name] for name in (*_EXECUTION, "nonfinite")), group.get("beta", 0.0) is None)
+            (*(group[n] for n in (*_EXECUTION, "nonfinite", "rounding", "master")), group.get("beta", 0.0) is None)
             for group in optimizer.param_groups
         ]
 

@@ -42,10 +42,20 @@ class HFac(FactoredOptimizer):
         amp_scaling: leave unscaling, and whether to step at all, to the step when a `torch.amp.GradScaler` drives it,
             as torch's fused optimizers do: the CUDA kernels then do both as they go, and the host waits for nothing
             (default False, because some trainers refuse gradient clipping with such an optimizer).
+        rounding: "nearest", or "stochastic" for bfloat16 and float16 parameters: a new value is rounded up or down with
+            the probability of its distance from either, so that updates smaller than half the distance between two
+            values of the type are not lost but made now and then. The random bits hang on ``seed``, the step, the
+            parameter's position among the optimizer's and the element's index alone (`hfac.rounding`): the same on
+            any number of ranks, on any backend and after a resume (default "nearest").
+        seed: of the random bits, in [0, 2^64) (default 0).
+        master: None, or master weights for bfloat16 parameters, of which the parameter is the rounded value and the
+            state ``master_low`` the rest: "split" keeps 16 bits, 2 bytes per parameter, and steps exactly as on float32
+            parameters; "split8" keeps 8 bits, 1 byte. See `fp32_state_dict` and `load_fp32_state_dict`. Other types
+            have no use for them; float16 is refused (default None).
 
     State of a parameter (k is `hfac.matricize.cut` of its shape): ``exp_avg_row``, ``exp_avg_sq_row`` of shape
     p.shape[:k], ``exp_avg_col``, ``exp_avg_sq_col`` of shape p.shape[k:]; or ``exp_avg``, ``exp_avg_sq`` of p.shape;
-    and ``step``.
+    and ``step``. With ``master`` also ``master_low``, int16 or int8 of p.shape.
 
     Raises:
         TypeError, ValueError: an option or a parameter that cannot be; the message says what is required.
@@ -77,6 +87,9 @@ class HFac(FactoredOptimizer):
         backend: str = "auto",
         nonfinite: str = "propagate",
         amp_scaling: bool = False,
+        rounding: str = "nearest",
+        seed: int = 0,
+        master: str | None = None,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -90,6 +103,9 @@ class HFac(FactoredOptimizer):
             backend=backend,
             nonfinite=nonfinite,
             amp_scaling=amp_scaling,
+            rounding=rounding,
+            seed=seed,
+            master=master,
         )
         super().__init__(params, defaults)
 

@@ -6,12 +6,14 @@ what was given.
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 Rule = Callable[[str, Any], Any]
+_NONE = ("none", "null")
 
 
 def number(
@@ -83,22 +85,41 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
-def choice(*names: str) -> Rule:
-    """One of some names."""
+def choice(*names: str, none: str | None = None) -> Rule:
+    """One of some names; ``none`` says what None means, where None is allowed."""
+    wanted = f"one of {', '.join(map(repr, names))}" + (f" or None ({none})" if none else "")
 
-    def rule(name: str, value: Any) -> str:
+    def rule(name: str, value: Any) -> str | None:
+        if none and (value is None or (isinstance(value, str) and value.strip().lower() in _NONE)):
+            return None
         if not isinstance(value, str):
-            raise TypeError(f"{name} must be one of {', '.join(map(repr, names))}, got {value!r}")
+            raise TypeError(f"{name} must be {wanted}, got {value!r}")
         if value not in names:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}, got {value!r}")
+            raise ValueError(f"{name} must be {wanted}, got {value!r}")
         return value
+
+    return rule
+
+
+def whole(high: int) -> Rule:
+    """A whole number in [0, high]."""
+
+    def rule(name: str, value: Any) -> int:
+        if isinstance(value, str):
+            value = _read(value, int)
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            error = ValueError if isinstance(value, str) else TypeError
+            raise error(f"{name} must be a whole number in [0, {high}], got {value!r}")
+        if not 0 <= operator.index(value) <= high:
+            raise ValueError(f"{name} must be a whole number in [0, {high}], got {value!r}")
+        return operator.index(value)
 
     return rule
 
 
 def _read(text: str, kind: Callable[[str], Any]) -> Any:
     """The value a command line means by ``text``; the text itself where it means none."""
-    if text.strip().lower() in ("none", "null"):
+    if text.strip().lower() in _NONE:
         return None
     try:
         return kind(text)

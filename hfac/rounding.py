@@ -1,0 +1,133 @@
+"""How a new weight becomes what is stored, where that is more than one rounding to the nearest: random bits for
+stochastic rounding, and master weights in two pieces. In plain torch: the definition that every backend repeats.
+
+Stochastic rounding needs 16 random bits per element. They come from a counter, Philox 4x32-10 (Salmon, Moraes, Dror,
+Shaw, *Parallel random numbers: as easy as 1, 2, 3*, SC 2011), keyed by seed, step, the parameter's position in the
+optimizer and the element's index in the whole parameter: no state, and the same bits on any rank, in any tiling, on any
+backend and after a resume.
+
+A master weight in float32 is stored as a bfloat16, the parameter, and the bits that it lacks: 16 of them (int16) give
+the whole float32, 8 (int8) a float of 24 bits. The parameter is the master weight rounded to nearest, ties away from
+zero (to even, as torch rounds, a tie could have come from either side); the lower piece is what was rounded off, with
+its sign.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .schedules import Scalar
+
+#: Types of the lower piece, by what `master` is called.
+LOW_DTYPES = {"split": torch.int16, "split8": torch.int8}
+#: Types that can be rounded to stochastically.
+DTYPES = (torch.bfloat16, torch.float16)
+
+_MASK = 0xFFFFFFFF
+#: Multipliers of a round and what the key grows by, from the paper.
+_PHILOX = ((0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85))
+_ROUNDS = 10
+
+
+class Place(NamedTuple):
+    """Where the elements of a tensor stand among all the optimizer's, which their random bits depend on.
+
+    Element (i, j, ...) of the tensor is element ``first + i * strides[0] + j * strides[1] + ...`` of the parameter at
+    ``position``, an unsigned 32-bit number; without strides they follow each other from ``first`` on, in row-major
+    order.
+    """
+
+    position: int
+    first: int = 0
+    strides: tuple[int, ...] | None = None
+
+    def indices(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """int64 of ``shape``: every element's index in the whole parameter."""
+        if self.strides is None:
+            count = torch.Size(shape).numel()
+            return torch.arange(self.first, self.first + count, device=device).view(tuple(shape))
+        index = torch.full(tuple(shape), self.first, dtype=torch.int64, device=device)
+        for d, (size, stride) in enumerate(zip(shape, self.strides, strict=True)):
+            along = torch.arange(size, device=device) * stride
+            index += along.view(-1, *[1] * (len(shape) - d - 1))
+        return index
+
+
+def philox(counter: Sequence[Tensor], key: Sequence[int]) -> list[Tensor]:
+    """Four random words for four words of a counter and two of a key; unsigned 32-bit numbers in int64."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    (m0, m1), (w0, w1) = _PHILOX
+    for _ in range(_ROUNDS):
+        # The products wrap around in int64, with all their 64 bits right.
+        a, b = m0 * c0, m1 * c2
+        c0, c1, c2, c3 = (b >> 32 & _MASK) ^ c1 ^ k0, b & _MASK, (a >> 32 & _MASK) ^ c3 ^ k1, a & _MASK
+        k0, k1 = k0 + w0 & _MASK, k1 + w1 & _MASK
+    return [c0, c1, c2, c3]
+
+
+def random_bits(place: Place, shape: Sequence[int], seed: int, step: Scalar, device: torch.device) -> Tensor:
+    """int64 of ``shape`` in [0, 2^16): each element's random bits.
+
+    Eight elements share one call: index g takes the half g % 2 (1: upper) of word g % 8 // 2 of the counter
+    (g // 8, low and high word; step; position) under the key (seed, low and high word).
+    """
+    index = place.indices(shape, device)
+    block = index >> 3
+    t = step.to(device=device, dtype=torch.int64) if isinstance(step, Tensor) else int(step)
+    zero = torch.zeros_like(block)
+    words = philox([block & _MASK, block >> 32 & _MASK, zero + t, zero + place.position], [seed & _MASK, seed >> 32])
+    word = torch.stack(words).gather(0, (index >> 1 & 3)[None])[0]
+    return word >> 16 * (index & 1) & 0xFFFF
+
+
+def stochastic(W: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
+    """float32 ``W`` in ``dtype``, rounded up in magnitude with the probability of what would be cut off, to 2^-16 of
+    the distance between two neighbours. NaN and inf stay what they are."""
+    u = _bits(W)
+    if dtype == torch.bfloat16:
+        rounded = (u + bits & 0xFFFF0000) >> 16
+    else:
+        # Magnitude and exponent. What is below 2^-14 is a multiple of 2^-24, of which `shift` bits are cut.
+        u = u & 0x7FFFFFFF
+        exponent = u >> 23
+        shift = (126 - exponent).clamp(14, 24)
+        significand = (u & 0x7FFFFF | 0x800000) >> (126 - exponent - shift).clamp(0, 31)
+        drawn = torch.where(shift <= 16, bits >> (16 - shift).clamp(min=0), bits << (shift - 16).clamp(min=0))
+        small = significand + drawn >> shift
+        normal = (u + (bits >> 3) >> 13) - (112 << 10)
+        rounded = torch.where(exponent >= 113, normal, small).clamp(max=0x7C00) | (_bits(W) >> 31 << 15)
+    return torch.where(W.isfinite(), _as_signed(rounded, torch.int16).view(dtype), W.to(dtype))
+
+
+def join(high: Tensor, low: Tensor) -> Tensor:
+    """The master weight in float32 of a bfloat16 and its lower piece (int16 or int8)."""
+    u = (high.view(torch.int16).to(torch.int64) << 16) + (low.to(torch.int64) << (0 if low.dtype == torch.int16 else 8))
+    return _as_signed(u & _MASK, torch.int32).view(torch.float32)
+
+
+def split(W: Tensor, low_dtype: torch.dtype, bits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A bfloat16 and its lower piece for master weights in float32: exact in int16; in int8 rounded to nearest even, or
+    stochastically by the upper half of ``bits``. A NaN has the lower piece 0."""
+    u = _bits(W)
+    if low_dtype == torch.int8:
+        u = (u + ((u >> 8 & 1) + 0x7F if bits is None else bits >> 8)) & 0xFFFFFF00
+    high = u + 0x8000 >> 16
+    low = u - (high << 16) >> (0 if low_dtype == torch.int16 else 8)
+    nan = W.isnan()
+    return (
+        torch.where(nan, W.to(torch.bfloat16), _as_signed(high, torch.int16).view(torch.bfloat16)),
+        low.masked_fill(nan, 0).to(low_dtype),
+    )
+
+
+def _bits(W: Tensor) -> Tensor:
+    return W.contiguous().view(torch.int32).to(torch.int64) & _MASK
+
+
+def _as_signed(u: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unsigned numbers as the signed ones of the same bits."""
+    size = 8 * dtype.itemsize
+    return (u - (u >> size - 1 << size)).to(dtype)
