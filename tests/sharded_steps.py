@@ -150,12 +150,52 @@ def difference(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)).item()
 
 
-def run_all(cases):
+def run_all(cases, run=run_case):
     """{case: errors, or the message of what it raised}."""
     found = {}
     for case in cases:
         try:
-            found[case] = run_case(*case)
+            found[case] = run(*case)
         except Exception:
             found[case] = traceback.format_exc()
     return found
+
+
+#: how bfloat16 parameters are stored, and what the comparison below is of
+STORED = {
+    "stochastic": dict(rounding="stochastic", seed=2**40 + 3),
+    "split": dict(master="split"),
+    "split8": dict(master="split8", rounding="stochastic"),
+}
+
+
+def run_stored(name, stored, case, backend, steps=6):
+    """Largest share of elements of a bfloat16 parameter that differ from those of the run on whole tensors; with master
+    weights the largest difference of those."""
+    params, mesh = CASES[case][1], mesh_of(case)
+    kwargs = {**OPTIONS[name]["all"], **STORED[stored], "lr": 1e-3}
+    generator = torch.Generator().manual_seed(0)
+    full = [torch.randn(shape, generator=generator).bfloat16() for shape, _ in params]
+    ours = [torch.nn.Parameter(part_of(p, mesh, places)) for p, (_, places) in zip(full, params, strict=True)]
+    theirs = [torch.nn.Parameter(p.clone()) for p in full]
+    optimizer = getattr(hfac, name)(ours, **kwargs, backend=backend)
+    reference = getattr(hfac, name)(theirs, **kwargs, backend="reference")
+    for _ in range(steps):
+        for p, q, (shape, places) in zip(ours, theirs, params, strict=True):
+            q.grad = (0.1 * torch.randn(shape, generator=generator)).bfloat16()
+            p.grad = part_of(q.grad, mesh, places)
+        optimizer.step()
+        reference.step()
+    values = [
+        [whole(value) for value in opt.fp32_state_dict(torch.nn.ParameterList(tensors)).values()]
+        for opt, tensors in ((optimizer, ours), (reference, theirs))
+    ]
+    moved = [float((p != start.float()).float().mean()) for p, start in zip(values[1], full, strict=True) if p.numel()]
+    assert min(moved) > 0.1, moved
+    if stored == "split":
+        return {str(i): difference(p, q) for i, (p, q) in enumerate(zip(*values, strict=True))}
+    return {str(i): float((p != q).float().mean()) for i, (p, q) in enumerate(zip(*values, strict=True)) if p.numel()}
+
+
+def stored_all(cases):
+    return run_all(cases, run_stored)
