@@ -241,6 +241,8 @@ def test_a_checkpoint_is_data_only_and_of_this_format(tmp_path, capsys):
         (["--layers", "-2"], ["--layers", "at least 1", "'-2'"]),
         (["--d-model", "many"], ["--d-model", "whole number", "'many'"]),
         (["--d-model", "10", "--heads", "4"], ["multiple of --heads", "10", "4", "--d-model 12"]),
+        (["--rounding", "stochastic"], ["--rounding", "--dtype float32", "--dtype bfloat16"]),
+        (["--master", "split", "--rounding", "stochastic"], ["--rounding and --master", "--dtype bfloat16"]),
         (["--warmup-steps", "9", "--steps", "9"], ["--warmup-steps", "less than --steps", "9"]),
         (["--lr", "-1"], ["--lr", "above 0", "'-1'"]),
         (["--lr", "hfac=nan"], ["--lr", "above 0", "'nan'"]),
@@ -384,6 +386,18 @@ def test_every_step_takes_its_learning_rate_from_the_schedule(text):
         run.train_step()
         taken.append({group["lr"] for group in run.optimizer.param_groups})
     assert taken == [{scheduled_lr(settings, 0.5, step)} for step in range(4)]
+
+
+def test_how_weights_are_stored_reaches_our_optimizers(text, compare, capsys):
+    options = ("--dtype", "bfloat16", "--rounding", "stochastic", "--master", "split8", "--optimizers", "adamw", "smmf")
+    status, report = compare(*options)
+    assert status == 0 and report["settings"]["master"] == "split8"
+    assert "smmf round stochastically, master=split8." in capsys.readouterr().out
+    settings = Settings(d_model=8, heads=1, layers=1, dtype="bfloat16", rounding="stochastic", master="split8")
+    corpus = load_corpus([str(text)], 1000, 8)
+    for name in ("hfac", "smmf"):
+        groups = TrainingRun(settings, corpus, name, 0.1).optimizer.param_groups
+        assert {(group["rounding"], group["master"]) for group in groups} == {("stochastic", "split8")}
 
 
 def test_state_bytes_and_weight_decay_groups():

@@ -17,6 +17,7 @@ from hfac.cli.progress import make_progress
 from hfac.cli.report import best_runs, environment, print_table, write_json
 from hfac.cli.runner import Comparison, StopRequest
 from hfac.cli.settings import DTYPES, NAMES, SCHEDULES, Settings, flag, resolve
+from hfac.optim.base import MASTER, ROUNDING
 
 HELP = "train a small GPT with several optimizers and compare loss, memory and time"
 SWEEP_FACTORS = (0.5, 1.0, 2.0)
@@ -57,6 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _setting(add, "seed", arguments.nonnegative_int, "seed of the initial weights and the batches")
     _setting(add, "device", arguments.device_name, "cpu, cuda or cuda:N")
     _setting(add, "dtype", str, "type of the parameters", choices=tuple(DTYPES))
+    meaning = "how hfac and smmf round new parameters of fewer bits than the arithmetic's"
+    _setting(add, "rounding", str, meaning, choices=ROUNDING)
+    meaning = "master weights that hfac and smmf keep beside bfloat16 parameters"
+    _setting(add, "master", str, meaning, shown="none", choices=MASTER)
 
     add = parser.add_argument_group("files").add_argument
     meaning = "where compare.json and compare.png go (default: %(default)s)"
@@ -150,12 +155,17 @@ def _print_heading(comparison: Comparison) -> None:
     )
     print(
         f"Model: byte-level GPT, width {settings.d_model}, {settings.layers} layers, context {settings.context}, in"
-        f" {settings.dtype} on {settings.device}."
+        f" {settings.dtype} on {settings.device}{_stored(settings)}."
     )
     print(
         f"Training: {len(comparison.plan)} runs of {settings.steps:,} steps, {settings.batch_size} x {settings.context}"
         " bytes each."
     )
+
+
+def _stored(settings: Settings) -> str:
+    said = ", hfac and smmf round stochastically" if settings.rounding == "stochastic" else ""
+    return said + (f", master={settings.master}" if settings.master else "")
 
 
 def _print_resumed(comparison: Comparison, checkpoint: dict) -> None:

@@ -33,13 +33,22 @@ CHOICES = {
 }
 
 
-def build_optimizer(name: str, model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """The named optimizer over `model`, with weight decay on its matrices and none on its vectors."""
+#: Those that can store low-precision weights otherwise than rounded to nearest.
+STORING = ("hfac", "smmf")
+
+
+def build_optimizer(
+    name: str, model: torch.nn.Module, lr: float, weight_decay: float, **stored: str | None
+) -> torch.optim.Optimizer:
+    """The named optimizer over `model`, with weight decay on its matrices and none on its vectors. `stored` are its
+    options `rounding` and `master`, which those in `STORING` have."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+    if name in STORING:
+        groups = [{**group, **stored} for group in groups]
     return CHOICES[name].build(groups, lr=lr)
 
 

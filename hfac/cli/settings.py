@@ -42,6 +42,8 @@ class Settings:
     seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
+    rounding: str = "nearest"
+    master: str | None = None
 
     @property
     def warmup(self) -> int:
@@ -64,6 +66,12 @@ class Settings:
             raise UsageError(
                 f"--warmup-steps is required to be less than --steps, got {self.warmup} and {self.steps};"
                 " lower the one or raise the other"
+            )
+        stored = [flag(name) for name in ("rounding", "master") if getattr(self, name) != getattr(Settings, name)]
+        if stored and self.dtype == "float32":
+            raise UsageError(
+                f"{' and '.join(stored)} {'is' if len(stored) == 1 else 'are'} for weights of fewer bits than the"
+                f" arithmetic's, got --dtype float32; add --dtype bfloat16 or leave {' and '.join(stored)} out"
             )
         unused = [name for name, _ in self.lr if name not in (*self.optimizers, EVERY_OPTIMIZER)]
         if unused:

@@ -46,7 +46,9 @@ class TrainingRun:
         model = ByteGPT(settings.d_model, settings.layers, settings.heads, settings.context)
         self.model = model.to(self.device, DTYPES[settings.dtype])
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.optimizer = build_optimizer(optimizer, self.model, lr, settings.weight_decay)
+        self.optimizer = build_optimizer(
+            optimizer, self.model, lr, settings.weight_decay, rounding=settings.rounding, master=settings.master
+        )
         self.train_data, self.validation_data = corpus.train.to(self.device), corpus.validation.to(self.device)
         self.batches = torch.Generator().manual_seed(settings.seed)
         self.step = 0
