@@ -13,6 +13,9 @@ struct Random {
 };
 
 constexpr int kDraws = 8;
+constexpr int kPhiloxRounds = 10;
+constexpr uint32_t kPhiloxFactor0 = 0xD2511F53u, kPhiloxFactor1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxKey0 = 0x9E3779B9u, kPhiloxKey1 = 0xBB67AE85u;  // what the key grows by
 
 HFAC_HD uint32_t upper_half(uint64_t x) { return static_cast<uint32_t>(x >> 32); }
 
@@ -21,14 +24,15 @@ HFAC_HD uint32_t upper_half(uint64_t x) { return static_cast<uint32_t>(x >> 32);
 HFAC_HD Random philox(uint64_t block, uint32_t step, uint32_t position, uint64_t seed) {
   uint32_t c0 = static_cast<uint32_t>(block), c1 = upper_half(block), c2 = step, c3 = position;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = upper_half(seed);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t a = static_cast<uint64_t>(c0) * 0xD2511F53u, b = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t a = static_cast<uint64_t>(c0) * kPhiloxFactor0;
+    const uint64_t b = static_cast<uint64_t>(c2) * kPhiloxFactor1;
     c0 = upper_half(b) ^ c1 ^ k0;
     c1 = static_cast<uint32_t>(b);
     c2 = upper_half(a) ^ c3 ^ k1;
     c3 = static_cast<uint32_t>(a);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    k0 += kPhiloxKey0;
+    k1 += kPhiloxKey1;
   }
   return Random{{c0, c1, c2, c3}};
 }
