@@ -113,6 +113,25 @@ inline int64_t product(int64_t a, int64_t b, const char* name) {
   return c;
 }
 
+// How the `numel` elements of an entry lie that has `strides`; without a check of what lies there.
+inline Strided strided(const py::handle& strides, const char* name, py::ssize_t size, py::ssize_t i, int64_t numel,
+                       const py::object& shapes) {
+  if (shapes.is_none()) refuse("shapes", "needed where " + std::string(name) + " is given");
+  Strided s;
+  s.sizes = counts(List(shapes, "shapes", size)[i], "shapes");
+  s.strides = counts(strides, name);
+  if (s.sizes.size() != s.strides.size()) {
+    refuse(name, "entry " + std::to_string(i) + ": not as many as dimensions");
+  }
+  int64_t elements = 1;
+  for (const int64_t d : s.sizes) elements = product(elements, d, "shapes");
+  if (elements != numel) {
+    refuse("shapes", "entry " + std::to_string(i) + ": " + std::to_string(elements) + " elements, numels has " +
+                         std::to_string(numel));
+  }
+  return s;
+}
+
 // Tensors by address, with their types and, where not contiguous, strides.
 class Tensors {
  public:
@@ -134,20 +153,7 @@ class Tensors {
     if (strides_.is_none()) return nullptr;
     const py::handle mine = List(strides_, strides_name_, size())[i];
     if (mine.is_none()) return nullptr;
-    if (shapes.is_none()) refuse("shapes", "needed where " + std::string(strides_name_) + " is given");
-    Strided s;
-    s.sizes = counts(List(shapes, "shapes", size())[i], "shapes");
-    s.strides = counts(mine, strides_name_);
-    if (s.sizes.size() != s.strides.size()) {
-      refuse(strides_name_, "entry " + std::to_string(i) + ": not as many as dimensions");
-    }
-    int64_t elements = 1;
-    for (const int64_t d : s.sizes) elements = product(elements, d, "shapes");
-    if (elements != numels.count(i)) {
-      refuse("shapes", "entry " + std::to_string(i) + ": " + std::to_string(elements) + " elements, numels has " +
-                           std::to_string(numels.count(i)));
-    }
-    layouts_.push_back(std::move(s));
+    layouts_.push_back(bindings::strided(mine, strides_name_, size(), i, numels.count(i), shapes));
     return &layouts_.back();
   }
 
@@ -158,26 +164,140 @@ class Tensors {
   std::deque<Strided> layouts_;  // addresses of its entries stay valid as it grows
 };
 
+// What a call is told of parameters that are more than rounded to the nearest (hfac/rounding.py); nothing where they
+// are not. All by keyword:
+//   master_lows    addresses of the lower pieces of bfloat16 parameters, of `low_bytes` (1 or 2) per element;
+//   low_strides    of those, or None, as param_strides; needs shapes;
+//   positions      of parameters that are rounded stochastically, by the random bits of `seed` and `step`;
+//   place_firsts   the first element's index in its whole parameter (default: 0);
+//   place_strides  of the indices, one per dimension, or None where they follow each other; needs shapes.
+class Storing {
+ public:
+  Storing(const py::kwargs& given, py::ssize_t size) : size_(size) {
+    if (given.empty()) return;
+    for (const auto& item : given) {
+      const auto name = py::cast<std::string>(item.first);
+      py::object* const to = slot(name);
+      if (!to) throw py::type_error("unexpected keyword argument '" + name + "'");
+      *to = py::reinterpret_borrow<py::object>(item.second);
+    }
+    if (!lows_.is_none()) {
+      low_bytes_ = PyLong_AsLongLong(low_bytes_given_.ptr());
+      if (low_bytes_ == -1) PyErr_Clear();
+      if (low_bytes_ != 1 && low_bytes_ != 2) refuse("low_bytes", "1 or 2 is needed where master_lows is given");
+    }
+    if (!positions_.is_none()) {
+      seed_ = PyLong_AsUnsignedLongLong(PyLong_Check(seed_given_.ptr()) ? seed_given_.ptr() : py::int_(-1).ptr());
+      if (PyErr_Occurred()) {
+        PyErr_Clear();
+        refuse("seed", "an integer in [0, 2^64) is needed where positions is given");
+      }
+      if (step_.is_none()) refuse("step", "needed where positions is given");
+    }
+  }
+
+  // Of entry i; null where it is rounded to the nearest.
+  const Stored* at(py::ssize_t i, DType dtype, const List& numels, const py::object& shapes, bool empty) {
+    const bool pieces = !lows_.is_none(), drawn = !positions_.is_none();
+    if (!pieces && !drawn) return nullptr;
+    Stored s{};
+    if (pieces) {
+      const List lows(lows_, "master_lows", size_);
+      if (dtype != DType::kBFloat16) lows.bad(i, "of a parameter that is no bfloat16");
+      s.low = lows.address(i, !empty);
+      s.low_bytes = low_bytes_;
+      s.low_strided = strided(low_strides_, "low_strides", i, numels, shapes);
+    }
+    if (drawn) {
+      const List positions(positions_, "positions", size_);
+      if (dtype != DType::kBFloat16 && dtype != DType::kFloat16) positions.bad(i, "of a parameter of more than 16 bits");
+      s.stochastic = true;
+      s.key = {word(PerParameter(step_, "step", size_).number(i), "step", i),
+               word(static_cast<double>(positions.integer(i)), "positions", i), seed_};
+      s.first = firsts_.is_none() ? 0 : List(firsts_, "place_firsts", size_).count(i);
+      s.strided = strided(strides_, "place_strides", i, numels, shapes);
+      check_end(s, numels.count(i), i);
+    }
+    stored_.push_back(s);
+    return &stored_.back();
+  }
+
+ private:
+  py::object* slot(const std::string& name) {
+    const std::pair<const char*, py::object*> slots[] = {
+        {"master_lows", &lows_},      {"low_bytes", &low_bytes_given_}, {"low_strides", &low_strides_},
+        {"positions", &positions_},   {"place_firsts", &firsts_},       {"place_strides", &strides_},
+        {"seed", &seed_given_},       {"step", &step_},
+    };
+    for (const auto& [known, to] : slots) {
+      if (name == known) return to;
+    }
+    return nullptr;
+  }
+
+  const Strided* strided(const py::object& strides, const char* name, py::ssize_t i, const List& numels,
+                         const py::object& shapes) {
+    if (strides.is_none()) return nullptr;
+    const py::handle mine = List(strides, name, size_)[i];
+    if (mine.is_none()) return nullptr;
+    layouts_.push_back(bindings::strided(mine, name, size_, i, numels.count(i), shapes));
+    return &layouts_.back();
+  }
+
+  static uint32_t word(double value, const char* name, py::ssize_t i) {
+    if (!(value >= 0 && value < 4294967296.0)) {
+      refuse(name, "entry " + std::to_string(i) + ": a number in [0, 2^32) is needed");
+    }
+    return static_cast<uint32_t>(value);
+  }
+
+  // The last element's index must be a number still.
+  static void check_end(const Stored& s, int64_t numel, py::ssize_t i) {
+    int64_t end = s.first;
+    bool over = !s.strided && __builtin_add_overflow(end, numel, &end);
+    for (size_t d = 0; s.strided && d < s.strided->sizes.size(); ++d) {
+      int64_t along = 0;
+      over |= __builtin_mul_overflow(s.strided->sizes[d], s.strided->strides[d], &along) ||
+              __builtin_add_overflow(end, along, &end);
+    }
+    if (over) refuse("place_firsts", "entry " + std::to_string(i) + ": the elements' indices overflow");
+  }
+
+  py::ssize_t size_;
+  py::object lows_ = py::none(), low_bytes_given_ = py::none(), low_strides_ = py::none(), positions_ = py::none(),
+             firsts_ = py::none(), strides_ = py::none(), seed_given_ = py::none(), step_ = py::none();
+  int64_t low_bytes_ = 0;
+  uint64_t seed_ = 0;
+  std::deque<Strided> layouts_;
+  std::deque<Stored> stored_;
+};
+
 // The arguments that every step has: parameters and gradients.
 class Operands {
  public:
   Operands(const py::object& params, const py::object& grads, const py::object& numels, const py::object& param_dtypes,
            const py::object& grad_dtypes, const py::object& shapes, const py::object& param_strides,
-           const py::object& grad_strides)
+           const py::object& grad_strides, const py::kwargs& storing)
       : params_(params, "params", -1, param_dtypes, "param_dtypes", param_strides, "param_strides"),
         grads_(grads, "grads", size(), grad_dtypes, "grad_dtypes", grad_strides, "grad_strides"),
         numels_(numels, "numels", size()),
-        shapes_(shapes) {}
+        shapes_(shapes),
+        storing_(storing, size()) {}
 
   py::ssize_t size() const { return params_.size(); }
   int64_t numel(py::ssize_t i) const { return numels_.count(i); }
-  TensorRef param(py::ssize_t i, bool empty = false) { return params_.at(i, numels_, shapes_, empty); }
+  TensorRef param(py::ssize_t i, bool empty = false) {
+    TensorRef param = params_.at(i, numels_, shapes_, empty);
+    param.stored = storing_.at(i, param.dtype, numels_, shapes_, empty);
+    return param;
+  }
   TensorRef grad(py::ssize_t i, bool empty = false) { return grads_.at(i, numels_, shapes_, empty); }
 
  private:
   Tensors params_, grads_;
   List numels_;
   py::object shapes_;
+  Storing storing_;
 };
 
 inline void* optional(const py::object& list, const char* name, py::ssize_t size, py::ssize_t i) {

@@ -32,8 +32,8 @@ size_t hfac_step(py::object params, py::object grads, py::object numels, py::obj
                  py::object exp_avg_cols, py::object exp_avg_sq_rows, py::object exp_avg_sq_cols, py::object beta1,
                  py::object beta2, double lr, double eps, std::optional<double> clip_threshold, double weight_decay,
                  bool maximize, uintptr_t nonfinite, int threads, py::object shapes, py::object param_strides,
-                 py::object grad_strides) {
-  Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides);
+                 py::object grad_strides, const py::kwargs& storing) {
+  Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides, storing);
   const py::ssize_t size = operands.size();
   const List m(rows, "rows", size), n(cols, "cols", size);
   const List u(exp_avg_rows, "exp_avg_rows", size), v(exp_avg_cols, "exp_avg_cols", size);
@@ -94,8 +94,8 @@ size_t hfac_apply(py::object params, py::object grads, py::object numels, py::ob
                   py::object exp_avg_sq_cols, py::object row_sums, py::object new_rows, py::object col_sums,
                   py::object new_cols, py::object totals, py::object mean_squares, py::object beta1, double lr,
                   std::optional<double> clip_threshold, double weight_decay, bool maximize, int threads,
-                  py::object shapes, py::object param_strides, py::object grad_strides) {
-  Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides);
+                  py::object shapes, py::object param_strides, py::object grad_strides, const py::kwargs& storing) {
+  Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides, storing);
   const py::ssize_t size = operands.size();
   const List m(rows, "rows", size), n(cols, "cols", size);
   const List whole_m(whole_rows, "whole_rows", size), whole_n(whole_cols, "whole_cols", size);
@@ -142,8 +142,8 @@ size_t hfac_dense_step(py::object params, py::object grads, py::object numels, p
                        py::object grad_dtypes, py::object exp_avgs, py::object exp_avg_sqs, py::object beta1,
                        py::object beta2, double lr, double eps, std::optional<double> clip_threshold,
                        double weight_decay, bool maximize, uintptr_t nonfinite, int threads, py::object shapes,
-                       py::object param_strides, py::object grad_strides) {
-  Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides);
+                       py::object param_strides, py::object grad_strides, const py::kwargs& storing) {
+  Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides, storing);
   if (exp_avgs.is_none()) refuse("exp_avgs", "a list is needed, not None");
   const auto items = dense_items(operands, exp_avgs, exp_avg_sqs, beta1, beta2);
   const HfacOptions options{lr,
@@ -204,8 +204,9 @@ size_t smmf_step(py::object params, py::object grads, py::object numels, py::obj
                  py::object exp_avg_cols, py::object exp_avg_signs, py::object sign_bytes, py::object sign_slices,
                  py::object exp_avg_sq_rows, py::object exp_avg_sq_cols, py::object beta1, py::object beta2, double lr,
                  double eps, double weight_decay, bool decoupled_weight_decay, bool maximize, uintptr_t nonfinite,
-                 int threads, py::object shapes, py::object param_strides, py::object grad_strides) {
-  Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides);
+                 int threads, py::object shapes, py::object param_strides, py::object grad_strides,
+                 const py::kwargs& storing) {
+  Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides, storing);
   const py::ssize_t size = operands.size();
   const SmmfMatrices matrices(size, rows, cols, exp_avg_rows, exp_avg_cols, exp_avg_signs, sign_bytes, sign_slices,
                               exp_avg_sq_rows, exp_avg_sq_cols, beta1, beta2);
@@ -225,9 +226,9 @@ size_t smmf_sums_step(py::object params, py::object grads, py::object numels, py
                       py::object exp_avg_sq_rows, py::object exp_avg_sq_cols, py::object new_rows, py::object new_cols,
                       py::object new_sq_rows, py::object new_sq_cols, py::object blocks, py::object beta1,
                       py::object beta2, double lr, double eps, double weight_decay, bool decoupled_weight_decay,
-                      bool maximize, int threads, py::object shapes, py::object param_strides,
-                      py::object grad_strides) {
-  Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides);
+                      bool maximize, int threads, py::object shapes, py::object param_strides, py::object grad_strides,
+                      const py::kwargs& storing) {
+  Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides, storing);
   const py::ssize_t size = operands.size();
   const SmmfMatrices matrices(size, rows, cols, exp_avg_rows, exp_avg_cols, exp_avg_signs, sign_bytes, sign_slices,
                               exp_avg_sq_rows, exp_avg_sq_cols, beta1, beta2);
@@ -256,8 +257,8 @@ size_t smmf_dense_step(py::object params, py::object grads, py::object numels, p
                        py::object grad_dtypes, py::object exp_avgs, py::object exp_avg_sqs, py::object beta1,
                        py::object beta2, double lr, double eps, double weight_decay, bool decoupled_weight_decay,
                        bool maximize, uintptr_t nonfinite, int threads, py::object shapes, py::object param_strides,
-                       py::object grad_strides) {
-  Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides);
+                       py::object grad_strides, const py::kwargs& storing) {
+  Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides, storing);
   if (beta1.is_none()) exp_avgs = py::none();
   if (!beta1.is_none() && exp_avgs.is_none()) refuse("exp_avgs", "a list is needed where beta1 is given");
   const auto items = dense_items(operands, exp_avgs, exp_avg_sqs, beta1, beta2);

@@ -12,7 +12,8 @@
 namespace hfac {
 
 // How one parameter's operands reach the kernels: in place, or as rows staged in the arithmetic's type T, which is
-// exact: widening loses nothing, and the store rounds once either way.
+// exact: widening loses nothing, and the store rounds once either way. Where it does not round to the nearest, it
+// follows the kernel, so that no kernel knows of it.
 template <class T>
 struct Route {
   const PairKernels<T>* pair;
@@ -33,10 +34,11 @@ inline const GradKernels<double>& grad_kernels(DType, double) { return kernels()
 template <class T>
 Route<T> route(const TensorRef& param, const TensorRef& grad) {
   constexpr DType wide = std::is_same<T, double>::value ? DType::kFloat64 : DType::kFloat32;
-  bool stage_param = param.strided, stage_grad = grad.strided;
+  const bool apart = param.strided || param.stored;
+  bool stage_param = apart, stage_grad = grad.strided;
   const PairKernels<T>* pair = &pair_kernels(stage_param ? wide : param.dtype, stage_grad ? wide : grad.dtype, T());
   if (!pair->smmf) {
-    stage_param = param.strided || param.dtype != wide;
+    stage_param = apart || param.dtype != wide;
     stage_grad = grad.strided || grad.dtype != wide;
     pair = &pair_kernels(wide, wide, T());
   }

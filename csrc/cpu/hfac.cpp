@@ -24,8 +24,8 @@ T clip_divisor(T rms, double threshold) {
 
 // Three sums per column and chunk: 1.2 % of the bytes of a parameter of 1024 rows and more. With fewer rows the same
 // share would leave too few chunks to divide among threads.
-int64_t chunk_rows(int64_t rows, int64_t cols, DType dtype) {
-  const int64_t some = rows < 1024 ? 64 : size_of(dtype) == 2 ? 512 : 256;
+int64_t chunk_rows(int64_t rows, int64_t cols, int64_t bytes) {
+  const int64_t some = rows < 1024 ? 64 : bytes == 2 ? 512 : 256;
   return std::max(some, ceil_div(ceil_div(kChunkElements, cols), kRowsAtOnce) * kRowsAtOnce);
 }
 
@@ -108,7 +108,7 @@ class HfacSumsOp : public Op {
 
  private:
   const HfacSumsItem& item(int64_t i) const { return items_[static_cast<size_t>(i)]; }
-  static int64_t rows_of(const HfacSumsItem& it) { return chunk_rows(it.rows, it.cols, it.grad.dtype); }
+  static int64_t rows_of(const HfacSumsItem& it) { return chunk_rows(it.rows, it.cols, bytes_of(it.grad)); }
 
   std::vector<HfacSumsItem> items_;
   std::vector<Route<T>> routes_;
@@ -163,7 +163,7 @@ class HfacOp : public Op {
     return {base, base + padded(it.rows), base + 2 * padded(it.rows)};
   }
 
-  static int64_t rows_of(const HfacItem& it) { return chunk_rows(it.rows, it.cols, it.param.dtype); }
+  static int64_t rows_of(const HfacItem& it) { return chunk_rows(it.rows, it.cols, bytes_of(it.param)); }
 
   static int64_t update_rows(const HfacItem& it) {
     return std::max<int64_t>(kRowsAtOnce, ceil_div(ceil_div(kChunkElements * 4, it.cols), kRowsAtOnce) * kRowsAtOnce);

@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "hfac_kernels.h"
+#include "rounding_kernels.h"
 #include "smmf_kernels.h"
 
 namespace hfac {
@@ -35,6 +36,15 @@ constexpr Kernels make() {
   k.grads[f16] = grad<float, Float16>();
   k.pair_double = pair<double, double, double>();
   k.grad_double = grad<double, double>();
+  k.rounding = {draw,
+                widen_all<BFloat16>,
+                widen_all<Float16>,
+                round_all<BFloat16>,
+                round_all<Float16>,
+                join_all<int16_t>,
+                join_all<int8_t>,
+                split_all<int16_t>,
+                split_all<int8_t>};
   return k;
 }
 

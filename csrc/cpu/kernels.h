@@ -102,12 +102,35 @@ struct GradKernels {
   bool (*nonfinite)(const void* grad, int64_t count, T elements);
 };
 
+// What random bits hang on beside an element's index in its whole parameter (math/rounding.h).
+struct DrawKey {
+  uint32_t step, position;
+  uint64_t seed;
+};
+
+// Runs of contiguous elements between float and what is stored of them.
+struct RoundingKernels {
+  // Bits of `blocks` blocks of 8 elements from `block` on; `bits` has room for kDrawsAtOnce more than those.
+  void (*draw)(uint64_t block, int64_t blocks, const DrawKey&, uint16_t* bits);
+  void (*widen_bfloat16)(const BFloat16*, int64_t count, float* out);
+  void (*widen_float16)(const Float16*, int64_t count, float* out);
+  void (*round_bfloat16)(const float*, const uint16_t* bits, int64_t count, BFloat16* out);
+  void (*round_float16)(const float*, const uint16_t* bits, int64_t count, Float16* out);
+  void (*join16)(const BFloat16*, const int16_t*, int64_t count, float* out);
+  void (*join8)(const BFloat16*, const int8_t*, int64_t count, float* out);
+  // `bits` null: to the nearest.
+  void (*split16)(const float*, const uint16_t* bits, int64_t count, BFloat16*, int16_t*);
+  void (*split8)(const float*, const uint16_t* bits, int64_t count, BFloat16*, int8_t*);
+};
+constexpr int64_t kDrawsAtOnce = 64;
+
 // Indexed by DType; a null pointer means that the pair has no kernel of its own and is staged in the arithmetic's type.
 struct Kernels {
   PairKernels<float> pairs[kDTypes][kDTypes];
   GradKernels<float> grads[kDTypes];
   PairKernels<double> pair_double;
   GradKernels<double> grad_double;
+  RoundingKernels rounding;
 };
 
 }  // namespace hfac

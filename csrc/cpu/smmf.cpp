@@ -25,8 +25,8 @@ SmmfScalars<T> scalars(const SmmfOptions& o, double beta1, double beta2) {
 
 // Two sums per column and chunk: 1.6 % of the parameter's bytes. A multiple of 8 rows keeps a chunk's sign bits in
 // bytes of its own, and of kRowsAtOnce.
-int64_t chunk_rows(int64_t cols, DType dtype) {
-  const int64_t rows = size_of(dtype) == 2 ? 256 : 128;
+int64_t chunk_rows(int64_t cols, int64_t bytes) {
+  const int64_t rows = bytes == 2 ? 256 : 128;
   return std::max(rows, ceil_div(ceil_div(kChunkElements, cols), 8) * 8);
 }
 
@@ -144,7 +144,7 @@ class SmmfOp : public Op {
  private:
   const SmmfItem& item(int64_t i) const { return items_[static_cast<size_t>(i)]; }
 
-  static int64_t rows_of(const SmmfItem& it) { return chunk_rows(it.cols, it.param.dtype); }
+  static int64_t rows_of(const SmmfItem& it) { return chunk_rows(it.cols, bytes_of(it.param)); }
 
   void factor(const SmmfItem& it, int64_t i, T* sums, T* col) const {
     const int64_t m = it.cols;
@@ -249,7 +249,7 @@ class SmmfSumsOp : public Op {
     const int64_t enough = std::max(kChunkElements, 16 * it.cols);
     for (size_t b = 0; b < it.blocks.size(); ++b) {
       const SmmfBlock& block = it.blocks[b];
-      const int64_t some = chunk_rows(block.cols, it.param.dtype);
+      const int64_t some = chunk_rows(block.cols, bytes_of(it.param));
       for (int64_t row = 0; row < block.rows; row += some) {
         const int64_t rows = std::min(some, block.rows - row), size = rows * block.cols;
         const size_t p = plan.pieces.size();

@@ -2,10 +2,16 @@
 
 #include <algorithm>
 
+#include "../math/rounding.h"
+#include "level.h"
+
 namespace hfac {
 namespace {
 
+using common::kDraws;
 using common::Narrow;
+using common::philox;
+using common::random_bits;
 using common::widen;
 
 // Calls body(offset, step, count) for runs of elements that lie `step` apart, in row-major order.
@@ -53,6 +59,119 @@ void scatter_as(const TensorRef& to, int64_t first, int64_t count, const T* valu
   to.strided ? each_run(*to.strided, first, count, copy) : copy(first, 1, count);
 }
 
+// Elements that are rounded, or joined of two pieces, at a time.
+constexpr int64_t kPiece = 2048;
+
+// Calls body(first, count, done) for pieces of [first, first + count), of which `done` elements precede.
+template <class Body>
+void each_piece(int64_t first, int64_t count, const Body& body) {
+  for (int64_t done = 0; done < count; done += kPiece) body(first + done, std::min(kPiece, count - done), done);
+}
+
+// Contiguous elements [first, first + count): where they lie, or copied from where they lie apart.
+template <class S>
+const S* collected(const void* data, const Strided* strided, int64_t first, int64_t count, S* copy) {
+  const S* from = static_cast<const S*>(data);
+  if (!strided) return from + first;
+  S* to = copy;
+  each_run(*strided, first, count, [&](int64_t offset, int64_t step, int64_t run) {
+    for (int64_t k = 0; k < run; ++k) *to++ = from[offset + k * step];
+  });
+  return copy;
+}
+
+// Calls write(place) with the place of elements [first, first + count), or with one from which they are spread.
+template <class S, class Write>
+void spread(void* data, const Strided* strided, int64_t first, int64_t count, S* copy, const Write& write) {
+  S* to = static_cast<S*>(data);
+  if (!strided) return write(to + first);
+  write(copy);
+  const S* from = copy;
+  each_run(*strided, first, count, [&](int64_t offset, int64_t step, int64_t run) {
+    for (int64_t k = 0; k < run; ++k) to[offset + k * step] = *from++;
+  });
+}
+
+// Room for the bits of a piece whose first and last element share their blocks with others.
+struct Bits {
+  uint16_t drawn[kPiece + 2 * kDraws + kDrawsAtOnce], spread[kPiece];
+};
+
+// Random bits of elements whose indices follow each other from `index` on.
+const uint16_t* draw(const DrawKey& key, int64_t index, int64_t count, Bits& bits) {
+  const int64_t block = index / kDraws, last = (index + count - 1) / kDraws;
+  kernels().rounding.draw(static_cast<uint64_t>(block), last - block + 1, key, bits.drawn);
+  return bits.drawn + index % kDraws;
+}
+
+// Random bits of the elements [first, first + count) of a piece.
+const uint16_t* draw(const Stored& stored, int64_t first, int64_t count, Bits& bits) {
+  const DrawKey& key = stored.key;
+  if (!stored.strided) return draw(key, stored.first + first, count, bits);
+  uint16_t* out = bits.spread;
+  each_run(*stored.strided, first, count, [&](int64_t offset, int64_t step, int64_t run) {
+    const int64_t index = stored.first + offset;
+    if (step == 1) {
+      std::copy_n(draw(key, index, run, bits), run, out);
+    } else {
+      for (int64_t k = 0; k < run; ++k) {
+        const int64_t mine = index + k * step;
+        const auto random = philox(static_cast<uint64_t>(mine / kDraws), key.step, key.position, key.seed);
+        out[k] = static_cast<uint16_t>(random_bits(random, mine));
+      }
+    }
+    out += run;
+  });
+  return bits.spread;
+}
+
+template <class Low, class Join>
+void gather_joined(const TensorRef& from, int64_t first, int64_t count, float* out, const Join& join) {
+  BFloat16 high[kPiece];
+  Low low[kPiece];
+  each_piece(first, count, [&](int64_t at, int64_t some, int64_t done) {
+    const BFloat16* h = collected(from.data, from.strided, at, some, static_cast<BFloat16*>(high));
+    const Low* l = collected(from.stored->low, from.stored->low_strided, at, some, static_cast<Low*>(low));
+    join(h, l, some, out + done);
+  });
+}
+
+template <class Low, class Split>
+void scatter_split(const TensorRef& to, int64_t first, int64_t count, const float* values, const Split& split) {
+  const Stored& stored = *to.stored;
+  BFloat16 high[kPiece];
+  Low low[kPiece];
+  Bits room;
+  each_piece(first, count, [&](int64_t at, int64_t some, int64_t done) {
+    // What int16 holds needs no rounding.
+    const uint16_t* bits = stored.stochastic && sizeof(Low) == 1 ? draw(stored, at, some, room) : nullptr;
+    spread(to.data, to.strided, at, some, static_cast<BFloat16*>(high), [&](BFloat16* h) {
+      spread(stored.low, stored.low_strided, at, some, static_cast<Low*>(low),
+             [&](Low* l) { split(values + done, bits, some, h, l); });
+    });
+  });
+}
+
+template <class S, class Round>
+void scatter_rounded(const TensorRef& to, int64_t first, int64_t count, const float* values, const Round& round) {
+  S high[kPiece];
+  Bits room;
+  each_piece(first, count, [&](int64_t at, int64_t some, int64_t done) {
+    const uint16_t* bits = draw(*to.stored, at, some, room);
+    spread(to.data, to.strided, at, some, static_cast<S*>(high),
+           [&](S* h) { round(values + done, bits, some, h); });
+  });
+}
+
+void scatter_stored(const TensorRef& to, int64_t first, int64_t count, const float* values) {
+  const RoundingKernels& k = kernels().rounding;
+  const int64_t low_bytes = to.stored->low_bytes;
+  if (low_bytes == 2) return scatter_split<int16_t>(to, first, count, values, k.split16);
+  if (low_bytes == 1) return scatter_split<int8_t>(to, first, count, values, k.split8);
+  if (to.dtype == DType::kBFloat16) return scatter_rounded<BFloat16>(to, first, count, values, k.round_bfloat16);
+  scatter_rounded<Float16>(to, first, count, values, k.round_float16);
+}
+
 template <class T>
 void gather_any(const TensorRef& from, int64_t first, int64_t count, T* out) {
   switch (from.dtype) {
@@ -69,11 +188,24 @@ void gather_any(const TensorRef& from, int64_t first, int64_t count, T* out) {
 
 }  // namespace
 
-void gather(const TensorRef& from, int64_t first, int64_t count, float* out) { gather_any(from, first, count, out); }
+void gather(const TensorRef& from, int64_t first, int64_t count, float* out) {
+  const RoundingKernels& k = kernels().rounding;
+  const int64_t low_bytes = from.stored ? from.stored->low_bytes : 0;
+  if (low_bytes == 2) return gather_joined<int16_t>(from, first, count, out, k.join16);
+  if (low_bytes == 1) return gather_joined<int8_t>(from, first, count, out, k.join8);
+  if (!from.strided && from.dtype == DType::kBFloat16) {
+    return k.widen_bfloat16(static_cast<const BFloat16*>(from.data) + first, count, out);
+  }
+  if (!from.strided && from.dtype == DType::kFloat16) {
+    return k.widen_float16(static_cast<const Float16*>(from.data) + first, count, out);
+  }
+  gather_any(from, first, count, out);
+}
 void gather(const TensorRef& from, int64_t first, int64_t count, double* out) { gather_any(from, first, count, out); }
 
 // The arithmetic's type follows the parameter's: double for float64 parameters and for nothing else.
 void scatter(const TensorRef& to, int64_t first, int64_t count, const float* values) {
+  if (to.stored) return scatter_stored(to, first, count, values);
   switch (to.dtype) {
     case DType::kBFloat16:
       return scatter_as<BFloat16>(to, first, count, values);

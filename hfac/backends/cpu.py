@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version  # tells autograd of writes that it cannot see
 
 from ..matricize import Block
+from ..rounding import Place
 from ..schedules import Scalar
 
 Tensors = Sequence[Tensor]
@@ -25,6 +26,8 @@ try:
 except ImportError as error:  # not built, or built for another Python: `why_not` tells
     _C, _IMPORT_ERROR = None, str(error)
 
+#: Knows `master_lows` and `places`.
+STORES = True
 #: The codes of csrc/math/storage.h.
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _DTYPE = attrgetter("dtype")
@@ -51,17 +54,22 @@ def _build_failure() -> str:
     return reason or _IMPORT_ERROR
 
 
-def bind(op: str, params: Sequence[Tensor], states: dict[str, list[Tensor]]) -> Callable[..., None]:
+def bind(
+    op: str, params: Sequence[Tensor], states: dict[str, list[Tensor]], *, places: Sequence[Place] | None = None
+) -> Callable[..., None]:
     """The op of that name on these parameters and states, for as long as they lie where they lie: (grads, nonfinite,
     **scalars) -> None, as the function of `hfac.reference`.
 
-    Of SMMF's states those of the first moment may be left out; beta1 is None then.
+    Of SMMF's states those of the first moment may be left out; beta1 is None then. ``master_lows`` are there where
+    there are master weights, and where there are places every step brings ``seed`` and ``step``.
     """
-    operands = _params(params)
+    operands = _params(params, states.get("master_lows"), places)
     operands.update(_factors(operands["numels"], states))
     operands.update({name: _addresses(tensors) for name, tensors in states.items()})
     if op.startswith("smmf"):
         operands = dict.fromkeys(_FIRST_MOMENT[op]) | operands
+
+    shapes = _needs_shapes(operands)
 
     def step(
         grads: Sequence[Tensor],
@@ -74,10 +82,12 @@ def bind(op: str, params: Sequence[Tensor], states: dict[str, list[Tensor]]) -> 
         **scalars: Any,
     ) -> None:
         grads, strides = _resolved(grads)
+        if places is not None:
+            scalars["step"] = _scalar(scalars["step"])
         with _Flags(nonfinite) as flags:
             getattr(_C, op.removesuffix("_"))(
                 **operands,
-                **_grads(grads, strides, "param_strides" in operands),
+                **_grads(grads, strides, shapes),
                 **scalars,
                 beta1=None if beta1 is None else _scalar(beta1),
                 beta2=_scalar(beta2),
@@ -143,11 +153,16 @@ def hfac_apply_(
     clip_threshold: float | None,
     weight_decay: Scalar,
     maximize: bool,
+    master_lows: Tensors | None = None,
+    places: Sequence[Place] | None = None,
+    seed: int = 0,
+    step: Scalar = 0.0,
 ) -> None:
-    operands, (grads, strides) = _params(params), _resolved(grads)
+    operands, (grads, strides) = _params(params, master_lows, places), _resolved(grads)
     _C.hfac_apply(
         **operands,
-        **_grads(grads, strides, "param_strides" in operands),
+        **_grads(grads, strides, _needs_shapes(operands)),
+        **({} if places is None else {"seed": seed, "step": _scalar(step)}),
         rows=_numels(exp_avg_sq_rows),
         cols=_numels(exp_avg_sq_cols),
         whole_rows=rows,
@@ -193,15 +208,20 @@ def smmf_sums_step_(
     weight_decay: Scalar,
     decoupled_weight_decay: bool,
     maximize: bool,
+    master_lows: Tensors | None = None,
+    places: Sequence[Place] | None = None,
+    seed: int = 0,
+    step: Scalar = 0.0,
 ) -> None:
-    operands, (grads, strides) = _params(params), _resolved(grads)
+    operands, (grads, strides) = _params(params, master_lows, places), _resolved(grads)
     first = {"exp_avg_rows": exp_avg_rows, "exp_avg_cols": exp_avg_cols, "new_rows": new_rows, "new_cols": new_cols}
     states = {"exp_avg_sq_rows": exp_avg_sq_rows, "exp_avg_sq_cols": exp_avg_sq_cols}
     if exp_avg_signs is not None:
         states["exp_avg_signs"] = exp_avg_signs
     _C.smmf_sums_step(
         **operands,
-        **_grads(grads, strides, "param_strides" in operands),
+        **_grads(grads, strides, _needs_shapes(operands)),
+        **({} if places is None else {"seed": seed, "step": _scalar(step)}),
         **{"sign_bytes": None, "sign_slices": None} | _factors(operands["numels"], states),
         **{name: None if tensors is None else _addresses(tensors) for name, tensors in first.items()},
         exp_avg_signs=None if exp_avg_signs is None else _addresses(exp_avg_signs),
@@ -254,11 +274,25 @@ def advance_steps_(steps: Sequence[Tensor]) -> None:
     increment_version(steps)
 
 
-def _params(params: Tensors) -> dict[str, Any]:
+def _params(params: Tensors, lows: Tensors | None = None, places: Sequence[Place] | None = None) -> dict[str, Any]:
+    """What the extension is told of parameters, of the pieces that master weights have beside them, and of where random
+    bits come from."""
     found: dict[str, Any] = {"params": _addresses(params), "numels": _numels(params), "param_dtypes": _codes(params)}
     if not all(map(Tensor.is_contiguous, params)):
         found["param_strides"] = _strides(params)
+    if lows:
+        found.update(master_lows=_addresses(lows), low_bytes=lows[0].element_size())
+        if not all(map(Tensor.is_contiguous, lows)):
+            found["low_strides"] = _strides(lows)
+    if places is not None:
+        found.update(positions=[place.position for place in places], place_firsts=[place.first for place in places])
+        if any(place.strides is not None for place in places):
+            found["place_strides"] = [place.strides for place in places]
     return found
+
+
+def _needs_shapes(operands: dict[str, Any]) -> bool:
+    return not operands.keys().isdisjoint(("param_strides", "low_strides", "place_strides"))
 
 
 def _resolved(grads: Tensors) -> tuple[Tensors, dict[str, Any]]:
@@ -271,7 +305,7 @@ def _resolved(grads: Tensors) -> tuple[Tensors, dict[str, Any]]:
 
 
 def _grads(grads: Tensors, strides: dict[str, Any], shapes: bool = False) -> dict[str, Any]:
-    """Strides need shapes, a parameter's as well as a gradient's."""
+    """Strides need shapes, a parameter's (``shapes``) as well as a gradient's."""
     found = {"grads": _addresses(grads), "grad_dtypes": _codes(grads)} | strides
     if strides or shapes:
         found["shapes"] = [tuple(grad.shape) for grad in grads]
