@@ -83,6 +83,18 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
+def count(name: str, value: Any) -> int:
+    """A whole number that is not negative."""
+    if isinstance(value, str):
+        value = _read(value, int)
+    if isinstance(value, bool) or not isinstance(value, int):
+        error = ValueError if isinstance(value, str) else TypeError
+        raise error(f"{name} must be a whole number >= 0, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must be a whole number >= 0, got {value!r}")
+    return value
+
+
 def choice(*names: str) -> Rule:
     """One of some names."""
 
