@@ -14,9 +14,11 @@ from cases import gradient
 from emulated import NAME as EMULATED
 from emulated import native as emulated_native
 from running import bits
+from sharded import on_ranks
+from torch import nn
 from torch.nn import Parameter
 
-from hfac import SMMF, HFac, backends, functional
+from hfac import SMMF, HFac, backends, functional, param_groups
 
 CLASSES = {"hfac": HFac, "smmf": SMMF}
 BOTH = pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES)
@@ -430,11 +432,11 @@ def test_ranks_that_have_whole_slices_need_nobody(cls, experts, world, rank, mes
 @BOTH
 def test_stacks_that_are_cut_otherwise(cls, meshes):
     mesh = meshes((2, 2), 0)
-    value = torch.ones(4, 4, 8)
+    value = torch.ones(4, 4, 6)
     across = Parameter(sharded(value, mesh, (0, 1)))
-    with pytest.raises(ValueError, match=r"batch_dims=1, shape \(4, 4, 8\).* only the first 1 dimension"):
+    with pytest.raises(ValueError, match=r"batch_dims=1, shape \(4, 4, 6\).* only the first 1 dimension"):
         cls([across], batch_dims=1)
-    cls([across], batch_dims=2)  # which both are cut
+    cls([across], batch_dims=2)  # nor do signs mind: slices are whole
 
     along = Parameter(sharded(value, meshes((2,), 0), (0,)))
     with pytest.raises(ValueError, match="nonfinite='skip' is not supported with both"):
@@ -451,3 +453,52 @@ def test_stacks_that_are_cut_otherwise(cls, meshes):
     optimizer.param_groups[0]["params"][0] = cut
     with pytest.raises(ValueError, match=r"parameter 0 of group 0 has batch_dims=1.* can be sharded"):
         optimizer.step()
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.into, self.out = nn.Linear(6, 8), nn.Linear(6, 6)
+        self.up = Parameter(torch.randn(5, 8, 6))
+
+    def forward(self, x):
+        return self.out(torch.einsum("bi,eij->bej", self.into(x), self.up).tanh().sum(1)).square().sum()
+
+
+def fully_sharded(cls):
+    """Largest difference from the whole model, in parameters and states, and what a step adds up."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    models = [Experts().double(), Experts().double()]
+    fully_shard(models[1])
+    optimizers = [
+        cls(param_groups(model, dense=["out.weight"], batch_dims={"up": 1}), **OPTIONS[cls]) for model in models
+    ]
+    sent = optimizers[1].collectives()
+    for seed in range(4):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            model(gradient((4, 6), seed)).backward()
+            optimizer.step()
+        if seed == 1:
+            saved = get_optimizer_state_dict(models[1], optimizers[1])
+            set_optimizer_state_dict(models[1], optimizers[1], saved)
+    for optimizer in optimizers:
+        optimizer.state_dict()  # takes up what is under way
+    pairs = list(zip(*(model.parameters() for model in models), strict=True))
+    for one, other in list(pairs):
+        states = (optimizer.state[param] for optimizer, param in zip(optimizers, (one, other), strict=True))
+        pairs += [(value, twin) for value, twin in zip(*map(dict.values, states), strict=True)]
+    whole = [(one, other.full_tensor() if hasattr(other, "full_tensor") else other) for one, other in pairs]
+    return max(float((one.double() - other.double()).abs().max()) for one, other in whole), sent
+
+
+def test_stacks_and_whole_moments_under_fsdp2():
+    """Nothing of the stack is sent. H-Fac sends three sums for each column of the 8 x 6 weight and three numbers, and
+    three numbers each of a dense weight and two biases; SMMF four factors and one number, and one of the dense one."""
+    found = on_ranks(2, *(("test_batch_dims:fully_sharded", cls) for cls in (HFac, SMMF)))
+    numbers = [3 * (6 + 1) + 3 * 3, (2 * (8 + 6) + 1) + 1 + (2 * (4 + 2) + 1) + (2 * (3 + 2) + 1)]
+    assert [sent for _, sent in found] == [[(2, 8 * count)] for count in numbers]
+    assert all(error < 1e-12 for error, _ in found)

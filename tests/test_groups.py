@@ -1,6 +1,8 @@
 """Which parameters decay, which keep their moments whole and which are stacks; and what a group's options do there."""
 
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,6 +40,7 @@ class Experts(nn.Module):
         self.down_bias = Parameter(torch.ones(3, 4))
         self.gain = Parameter(torch.ones(3, 4))
         self.up = Parameter(torch.ones(3, 4, 6))
+        self.tied = self.up
 
 
 class Block(nn.Module):
@@ -65,6 +68,7 @@ class Model(nn.Module):
         self.head = nn.Linear(4, 8, bias=False)
         self.head.weight = self.tokens.weight
         self.after = nn.Linear(4, 4, bias=False)
+        self.again = self.after
 
 
 DECAYS = [
@@ -82,8 +86,10 @@ DECAYS = [
 
 def by_key(groups):
     """(batch_dims, dense, weight_decay) -> names; no key comes twice."""
-    found = {(g["batch_dims"], g["dense"], g["weight_decay"]): [name for name, _ in g["params"]] for g in groups}
-    assert len(found) == len(groups)
+    found = {}
+    for group in groups:  # an optimizer's have names of their own
+        names = group.get("param_names") or [name for name, _ in group["params"]]
+        assert found.setdefault((group["batch_dims"], group["dense"], group["weight_decay"]), names) is names
     return found
 
 
@@ -124,6 +130,7 @@ def test_patterns():
     assert dense("Odd", "convolution.[wb]*") == {"block.odd.weight", "convolution.weight", "convolution.bias"}
     assert dense("head.weight") == dense("tokens.weight") == {"tokens.weight"}
     assert "tokens.weight" in dense("Linear") and "tokens.weight" in dense("Embedding")
+    assert dense("again.*", "*.tied") == {"after.weight", "block.experts.up"}
     assert dense("frozen.*") == set()  # they exist, and are left out
     assert hfac.param_groups(model, dense="head.weight") == hfac.param_groups(model, dense=["head.weight"])
 
@@ -198,6 +205,30 @@ def test_an_optimizer_of_the_groups(cls):
     for name, value in before.items():
         wanted = value * (1 - 0.5 * 0.1) if name in DECAYS else value
         torch.testing.assert_close(model.get_parameter(name).detach(), wanted, msg=name)
+
+
+def test_examples_of_the_documentation():
+    text = (Path(__file__).parent.parent / "docs" / "parameter-policy.md").read_text()
+    transformer, experts = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(transformer, names)
+    assert by_key(names["optimizer"].param_groups)[0, False, 0.1] == [
+        f"layers.{layer}.{name}"
+        for layer in (0, 1)
+        for name in ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight")
+    ]
+    exec(experts, names)
+    assert by_key(names["optimizer"].param_groups) == {
+        (0, False, 0.1): ["head.weight"],
+        (0, False, 0.0): ["head.bias"],
+        (0, True, 0.0): ["tokens.weight"],
+        (1, False, 0.1): ["experts.up", "experts.down"],
+        (1, False, 0.0): ["experts.down_bias"],
+    }
+    model, optimizer = names["model"], names["optimizer"]
+    model["head"](model["experts"](model["tokens"](torch.arange(4)))).logsumexp(1).sum().backward()
+    optimizer.step()
+    assert optimizer.state[model["experts"].up]["exp_avg_sign"].shape == (8, 64, 16)
 
 
 @BOTH
