@@ -43,6 +43,7 @@ def hfac(
     seed: int = 0,
     capturable: bool = False,
     backend: str = "auto",
+    batch_dims: int = 0,
 ) -> None:
     """One step of H-Fac (AISTATS 2025, Algorithm 1); see `hfac.HFac` for the options.
 
@@ -60,6 +61,10 @@ def hfac(
         places: of parameters that are rounded stochastically their place among the optimizer's (`hfac.rounding.Place`),
             which with ``seed`` makes their random bits; None for those that are rounded to nearest.
         capturable: read the steps on their device (needed in a CUDA graph).
+        batch_dims: so many leading dimensions of every parameter and every state, but not of steps and ``skipped``,
+            count slices; the shapes above are then those of one slice, which is stepped as a parameter of its own. With
+            ``skipped`` a slice keeps its values where its own gradient is not finite; a parameter's entry there is
+            advanced where any slice did, and its step unless every slice did.
 
     Raises:
         ValueError, RuntimeError: as `hfac.ops`; nothing has been written then.
@@ -93,6 +98,7 @@ def smmf(
     seed: int = 0,
     capturable: bool = False,
     backend: str = "auto",
+    batch_dims: int = 0,
 ) -> None:
     """One step of SMMF (AAAI 2025, Algorithm 1); see `hfac.SMMF` for the options.
 
@@ -103,7 +109,7 @@ def smmf(
         exp_avg_cols, exp_avg_sq_cols: likewise [m].
         exp_avg_signs: uint8 of `hfac.matricize.sign_shape`, likewise.
         exp_avgs, exp_avg_sqs: per parameter, whole moments of shape p.shape, or None where they are factored.
-        state_steps, skipped, master_lows, places, seed, capturable: as for `hfac`.
+        state_steps, skipped, master_lows, places, seed, capturable, batch_dims: as for `hfac`.
 
     With beta None there is no first moment: the entries of exp_avg_rows, exp_avg_cols, exp_avg_signs and exp_avgs
     are not read.
@@ -124,13 +130,15 @@ def _step(
     places: Sequence[Place | None] | None,
     capturable: bool,
     backend: str,
+    batch_dims: int,
     **arguments: Any,
 ) -> None:
     states = {name: arguments.pop(name) for name in ALGORITHMS[algorithm].states}
     if master_lows is not None:
         states[ops.LOWS] = master_lows
     first_moment = arguments.get("beta", 0.0) is not None
-    group = Group(algorithm, params, grads, states, state_steps, skipped, first_moment, capturable, backend, places)
+    keywords: dict[str, Any] = {"places": places, "batch_dims": batch_dims}
+    group = Group(algorithm, params, grads, states, state_steps, skipped, first_moment, capturable, backend, **keywords)
     update = group.prepare(grads, **arguments)
     assert update is not None  # just bound
     update()
@@ -197,16 +205,55 @@ ALGORITHMS = {
 
 @dataclass
 class _Bucket:
-    """Parameters that share one call: they agree in layout of state, device, types and step."""
+    """Parameters that share one call: they agree in layout of state, device, types and step. The call is on their
+    slices, where they have batch dimensions."""
 
     call: ops.Bound
     index: list[int] | None  # places in the group's lists; None where it is all of them
     steps: list[Tensor]
     skipped: list[Tensor] | None
     on_host: bool  # the steps are read, and agree; else each parameter has its own decays, on the device
+    batch_dims: int
+    owners: "_Owners | None"  # with batch dimensions, where the device must know whose slice is whose
 
     def of(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        return tensors if self.index is None else [tensors[i] for i in self.index]
+        """What the call takes of a list that has one entry for each parameter of the group."""
+        return _slices(tensors if self.index is None else [tensors[i] for i in self.index], self.batch_dims)
+
+
+class _Owners:
+    """Whose slice each entry of a call is. Nothing here comes from the host, so that a CUDA graph may hold it."""
+
+    def __init__(self, params: Sequence[Tensor], batch_dims: int, device: torch.device) -> None:
+        counts = [param.shape[:batch_dims].numel() for param in params]
+        self._of = torch.cat([torch.full((n,), i, device=device) for i, n in enumerate(counts)])
+        self._counts = self._sums(torch.ones_like(self._of, dtype=torch.int32), len(params))
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def spread(self, per_param: Tensor) -> Tensor:
+        """One entry for each slice."""
+        return per_param[self._of]
+
+    def left(self, flags: Tensor) -> tuple[Tensor, Tensor]:
+        """1 for parameters of which a slice has its flag up, and for those of which all have."""
+        up = self._sums(flags, len(self._counts))
+        some = up.clamp(max=1)
+        return some, some * (up == self._counts)
+
+    def _sums(self, flags: Tensor, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.int32, device=flags.device).index_add_(0, self._of, flags)
+
+
+def _sliced_places(places: Sequence[Place], params: Sequence[Tensor], batch_dims: int) -> list[Place]:
+    return [piece for place, p in zip(places, params, strict=True) for piece in place.slices(p.shape, batch_dims)]
+
+
+def _slices(tensors: Sequence[Tensor], batch_dims: int) -> Sequence[Tensor]:
+    for _ in range(batch_dims):
+        tensors = [part for tensor in tensors for part in tensor.unbind()]
+    return tensors
 
 
 class Group:
@@ -229,6 +276,7 @@ class Group:
         capturable: bool,
         backend: str,
         places: Sequence[Place | None] | None = None,
+        batch_dims: int = 0,
     ) -> None:
         self._algorithm = ALGORITHMS[algorithm]
         lists: dict[str, Sequence[Any] | None] = {
@@ -256,6 +304,13 @@ class Group:
                         f"{param.device}, where it shows what is skipped; got {step.device} and {flag.dtype} on "
                         f"{flag.device}"
                     )
+        self._batch_dims = batch_dims
+        if batch_dims:
+            read = {name: states[name] for name in states if first_moment or name not in ops.FIRST_MOMENT}
+            _check_batch(batch_dims, params, read)
+            self._params = list(params)
+            self._states = [[state for state in tensors if state is not None] for tensors in read.values()]
+            self._places = ops.whereabouts(self._params, self._states)
         self._grad_dtypes = list(map(_DTYPE, grads))
         indices: dict[tuple[Any, ...], list[int]] = {}
         for i, (param, grad, step) in enumerate(zip(params, grads, state_steps, strict=True)):
@@ -272,24 +327,41 @@ class Group:
             def of(tensors: Sequence[Any], index: list[int] = index) -> list[Any]:
                 return [tensors[i] for i in index]
 
+            def slices(tensors: Sequence[Any], of: Callable[[Sequence[Any]], list[Any]] = of) -> Sequence[Any]:
+                return _slices(of(tensors), batch_dims)
+
             names = self._algorithm.factored if factored else self._algorithm.whole
             if low is not None:
                 names = (*names, ops.LOWS)
-            mine = {name: of(states[name]) for name in names if first_moment or name not in ops.FIRST_MOMENT}
+            mine = {name: slices(states[name]) for name in names if first_moment or name not in ops.FIRST_MOMENT}
             op = f"{algorithm}_step_" if factored else f"{algorithm}_dense_step_"
+            steps = of(state_steps)
+            told = batch_dims and (skipped is not None or not on_host)
             self._buckets.append(
                 _Bucket(
-                    ops.Bound(op, of(params), mine, places=of(places) if stochastic else None, backend=backend),
+                    ops.Bound(
+                        op,
+                        slices(params),
+                        mine,
+                        places=_sliced_places(of(places), of(params), batch_dims) if stochastic else None,
+                        backend=backend,
+                    ),
                     None if len(index) == len(params) else index,
-                    of(state_steps),
+                    steps,
                     None if skipped is None else of(skipped),
                     on_host,
+                    batch_dims,
+                    _Owners(of(params), batch_dims, steps[0].device) if told else None,
                 )
             )
 
     def holds(self, grads: Sequence[Tensor]) -> bool:
         """Parameters and states lie where they lay, and the gradients have the types that they had."""
-        return list(map(_DTYPE, grads)) == self._grad_dtypes and all(bucket.call.holds() for bucket in self._buckets)
+        if list(map(_DTYPE, grads)) != self._grad_dtypes:
+            return False
+        if self._batch_dims:  # slices stay with the memory that they were taken of
+            return ops.whereabouts(self._params, self._states) == self._places
+        return all(bucket.call.holds() for bucket in self._buckets)
 
     def workspace_bytes(self) -> int:
         """Bytes on the device that fused kernels keep from step to step."""
@@ -311,6 +383,8 @@ class Group:
             "maximize": options["maximize"],
             **{name: schedules.as_scalar(name, options[name]) for name in ("lr", "weight_decay")},
         }
+        if self._batch_dims:
+            _check_batch_grads(self._params, grads)
         calls = []
         for bucket in self._buckets:
             t: Any
@@ -322,9 +396,11 @@ class Group:
             else:
                 t = torch.stack(bucket.steps)
                 t = t.to(schedules.step_dtype(t.device)) + 1
+                t = t if bucket.owners is None else bucket.owners.spread(t)
             flags = None
             if bucket.skipped is not None:
-                flags = torch.zeros(len(bucket.steps), dtype=torch.int32, device=bucket.steps[0].device)
+                size = len(bucket.steps if bucket.owners is None else bucket.owners)
+                flags = torch.zeros(size, dtype=torch.int32, device=bucket.steps[0].device)
             decays = self._algorithm.decays(t, options)
             call = bucket.call.prepare(
                 bucket.of(grads),
@@ -343,13 +419,44 @@ class Group:
                 call()
                 ops.advance_steps_(bucket.steps)
                 if flags is not None and bucket.skipped is not None:
-                    left = flags.unbind()
-                    torch._foreach_add_(bucket.skipped, left)
-                    torch._foreach_sub_(bucket.steps, left)
+                    some, every = (flags, flags) if bucket.owners is None else bucket.owners.left(flags)
+                    torch._foreach_add_(bucket.skipped, some.unbind())
+                    torch._foreach_sub_(bucket.steps, every.unbind())
                 if found_inf is not None:
                     torch._foreach_sub_(bucket.steps, [found_inf.view(())] * len(bucket.steps))
 
         return run
+
+
+def _check_batch(batch_dims: int, params: Sequence[Tensor], states: Mapping[str, States]) -> None:
+    if batch_dims < 0:
+        raise ValueError(f"batch_dims must be a whole number >= 0, got {batch_dims}")
+    for i, param in enumerate(params):
+        ops.check_tensor(f"params[{i}]", param)
+        if param.ndim <= batch_dims:
+            raise ValueError(f"params[{i}] of shape {tuple(param.shape)} has nothing behind batch_dims={batch_dims}")
+        for name, tensors in states.items():
+            state = tensors[i]
+            if state is None:
+                continue
+            if state.shape[:batch_dims] != param.shape[:batch_dims]:
+                raise ValueError(
+                    f"{name}[{i}] of shape {tuple(state.shape)} must begin with the batch dimensions "
+                    f"{tuple(param.shape[:batch_dims])} of params[{i}] (batch_dims={batch_dims})"
+                )
+            if not state.is_contiguous():
+                raise ValueError(f"{name}[{i}] must be contiguous, got strides {state.stride()}")
+
+
+def _check_batch_grads(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    if len(grads) != len(params):
+        raise ValueError(f"grads must have one entry per parameter ({len(params)}), got {len(grads)}")
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        ops.check_tensor(f"grads[{i}]", grad)
+        if grad.shape != param.shape:
+            raise ValueError(
+                f"grads[{i}] must have its parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}"
+            )
 
 
 _DTYPE = attrgetter("dtype")

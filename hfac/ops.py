@@ -14,7 +14,7 @@ Errors of every op:
     RuntimeError: a sparse or complex tensor; tensors on different devices; a backend that cannot serve them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from operator import attrgetter, mul
@@ -488,17 +488,12 @@ class Bound:
         else:
             missing = dict.fromkeys(set(STATES[op]) - set(needed))
             self._step = partial(getattr(module, op), self._params, **self._states, **missing, **stored)
-        self._layout = self._layouts()
+        self._layout = whereabouts(self._params, self._states.values())
         self._shapes = self._layout[2]
 
     def holds(self) -> bool:
         """Parameters and states have the places, shapes and types that they had."""
-        return self._step is None or self._layouts() == self._layout
-
-    def _layouts(self) -> list[list[Any]]:
-        """Of parameters all that ``p.data = ...`` can change; states are contiguous, and only move."""
-        params = [list(map(get, self._params)) for get in (Tensor.data_ptr, _DTYPE, _SHAPE, Tensor.stride)]
-        return params + [list(map(Tensor.data_ptr, tensors)) for tensors in self._states.values()]
+        return self._step is None or whereabouts(self._params, self._states.values()) == self._layout
 
     def workspace_bytes(self) -> int:
         """Bytes on the device that the backend keeps from step to step."""
@@ -587,6 +582,12 @@ class Bound:
                 raise RuntimeError(
                     f"params[{i}] is on {param.device} and grads[{i}] on {grad.device}, expected both on {self._device}"
                 )
+
+
+def whereabouts(params: Tensors, states: Iterable[Tensors]) -> list[list[Any]]:
+    """Of parameters all that ``p.data = ...`` can change; states are contiguous, and only move."""
+    found = [list(map(get, params)) for get in (Tensor.data_ptr, _DTYPE, _SHAPE, Tensor.stride)]
+    return found + [list(map(Tensor.data_ptr, tensors)) for tensors in states]
 
 
 def read_steps(steps: Tensors) -> list[float]:

@@ -54,6 +54,17 @@ class Place(NamedTuple):
             index += along.view(-1, *[1] * (len(shape) - d - 1))
         return index
 
+    def slices(self, shape: Sequence[int], dims: int) -> "list[Place]":
+        """The places of the slices that the first ``dims`` dimensions of a tensor of ``shape`` count, row-major."""
+        if not dims:
+            return [self]
+        strides = self.strides or [torch.Size(shape[d + 1 :]).numel() for d in range(dims)]
+        rest = self.strides and self.strides[dims:]
+        firsts = [self.first]
+        for size, stride in zip(shape[:dims], strides, strict=False):
+            firsts = [first + i * stride for first in firsts for i in range(size)]
+        return [Place(self.position, first, rest) for first in firsts]
+
 
 def philox(counter: Sequence[Tensor], key: Sequence[int]) -> list[Tensor]:
     """Four random words for four words of a counter and two of a key; unsigned 32-bit numbers in int64."""

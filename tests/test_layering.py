@@ -12,9 +12,10 @@ ROOT = Path(__file__).parent.parent
 
 #: module (first part below hfac) -> modules of the package it may import
 ALLOWED = {
-    "__init__": {"_version", "functional", "optim"},
+    "__init__": {"_version", "functional", "groups", "optim"},
     "__main__": {"cli"},
     "_version": set(),
+    "groups": set(),
     "matricize": set(),
     "schedules": set(),
     "rounding": {"schedules"},

@@ -27,6 +27,8 @@ MASTER = tuple(rounding.LOW_DTYPES)
 _COMMON_RULES: dict[str, options.Rule] = {
     "lr": options.number(0.0, tensor=True),
     "weight_decay": options.number(0.0, tensor=True),
+    "dense": options.flag,
+    "batch_dims": options.whole(),
     "maximize": options.flag,
     "capturable": options.flag,
     "nonfinite": options.choice(*NONFINITE),
@@ -36,6 +38,8 @@ _COMMON_RULES: dict[str, options.Rule] = {
     "amp_scaling": options.flag,
     "backend": options.choice(*backends.NAMES),
 }
+#: options that an optimizer pickled by an earlier version does not have, and what it did
+_ADDED = {"dense": False, "batch_dims": 0, "rounding": "nearest", "seed": 0, "master": None}
 #: how a step is carried out, not what it computes: kept from the running optimizer when a checkpoint is loaded
 _EXECUTION = ("capturable", "backend", "amp_scaling")
 #: the state key of what a bfloat16 parameter lacks of its master weight
@@ -66,9 +70,20 @@ class FactoredOptimizer(Optimizer):
     #: an option that every version of the subclass has and no other optimizer: tells whose a state dict is
     _own_option: ClassVar[str]
 
-    def _layout(self, param: Tensor, group: Mapping[str, Any]) -> Layout:
-        """Global shapes and types of a parameter's state; the keys are the same for every step."""
+    def _slice_layout(self, shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any]) -> Layout:
+        """The layout of a parameter of ``shape`` without batch dimensions, its factors and moments being of
+        ``dtype``."""
         raise NotImplementedError
+
+    def _layout(self, param: Tensor, group: Mapping[str, Any]) -> Layout:
+        """Global shapes and types of a parameter's state; the keys are the same for every step. Batch dimensions
+        stand in front of what one slice has."""
+        shape, batch = tuple(param.shape), group["batch_dims"]
+        one = self._slice_layout(shape[batch:], ops.state_dtype(param.dtype), group)
+        return {
+            key: (shape[:batch] + sides, dtype, (*range(batch), *(None if d is None else batch + d for d in follows)))
+            for key, (sides, dtype, follows) in one.items()
+        }
 
     def _scalars(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The subclass's own arguments of its functional form."""
@@ -87,6 +102,8 @@ class FactoredOptimizer(Optimizer):
         """Fills in what an optimizer pickled by an older version, or by torch with steps as numbers, does not have."""
         super().__setstate__(state)
         self._forget()
+        for name, value in _ADDED.items():
+            self.defaults.setdefault(name, value)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 if name != "differentiable":  # torch's own __setstate__ adds it to the defaults, where no step reads it
@@ -208,6 +225,7 @@ class FactoredOptimizer(Optimizer):
             group["capturable"] or group["amp_scaling"],
             group["backend"],
             places,
+            group["batch_dims"],
         )
 
     def _shared(self, group: dict[str, Any]) -> distributed.Options:
@@ -224,7 +242,7 @@ class FactoredOptimizer(Optimizer):
             )
             for index, group in enumerate(self.param_groups)
             for i, param in enumerate(group["params"])
-            if layout.is_sharded(param) and param in self.state
+            if _needs_others(param, group) and param in self.state
         ]
         return distributed.Sharded(self._algorithm, entries) if entries else None
 
@@ -268,6 +286,9 @@ class FactoredOptimizer(Optimizer):
 
     def _look_again(self) -> None:
         self._forget()
+        for index, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):  # trainers swap parameters for sharded ones
+                self._check_batch(f"{type(self).__name__}: parameter {i} of group {index}", param, group)
         self._sync_state()
         self._seen = _Seen(self)
         self._sharded = self._bind_sharded()
@@ -407,8 +428,31 @@ class FactoredOptimizer(Optimizer):
                 f"{where} is float16, and master={group['master']!r} keeps the bits that a bfloat16 lacks of a "
                 "float32; a float16 has another exponent. Use bfloat16, or rounding='stochastic'."
             )
+        self._check_batch(where, param, group)
         if layout.is_dtensor(param):
             self._check_dtensor(where, param, group)
+
+    def _check_batch(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
+        batch = group["batch_dims"]
+        if batch == 0:
+            return
+        if batch >= param.ndim:
+            raise ValueError(
+                f"{where} has shape {tuple(param.shape)}; batch_dims={batch} needs more than {batch} dimension(s): the "
+                "ones behind the batch are those of a slice. Put it into another group, with fewer batch_dims."
+            )
+        if not layout.is_sharded(param):
+            return
+        if _needs_others(param, group):
+            raise ValueError(
+                f"{where} has batch_dims={batch}, shape {tuple(param.shape)} and placements {tuple(param.placements)}; "  # type: ignore[attr-defined]
+                f"only the first {batch} dimension(s) can be sharded then. Shard those alone, or leave batch_dims=0."
+            )
+        if group["nonfinite"] == "skip":
+            raise ValueError(
+                f"{where} has batch_dims={batch} and is sharded; nonfinite='skip' is not supported with both: ranks"
+                " would count different steps. Leave nonfinite='propagate', or batch_dims=0."
+            )
 
     def _check_dtensor(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
         reason = layout.refusal(param)
@@ -427,8 +471,9 @@ class FactoredOptimizer(Optimizer):
                     f"{where} is sharded, and {name}=True is not supported with sharded parameters: whether ranks make "
                     f"a step is decided on the host. Leave {name}=False."
                 )
-        for op in ops.PART_OPS[self._algorithm]:
-            backends.resolve(group["backend"], param.device, op)
+        if _needs_others(param, group):
+            for op in ops.PART_OPS[self._algorithm]:
+                backends.resolve(group["backend"], param.device, op)
 
     def _full_layout(self, param: Tensor, group: Mapping[str, Any]) -> Layout:
         """`_layout`, and what is kept of a master weight."""
@@ -522,6 +567,8 @@ class FactoredOptimizer(Optimizer):
         merged = [{**self.defaults, **self._checked(saved)} for saved in saved_groups]
         owners = [(param, group) for group, target in zip(merged, groups, strict=True) for param in target["params"]]
         positions = {key: i for i, key in enumerate(key for g in saved_groups for key in g["params"])}
+        for index, (param, group) in enumerate(owners):
+            self._check_batch(f"{name}: with the options of the state dict, parameter {index}", param, group)
         checked = {}
         for key, state in state_dict["state"].items():
             if key not in positions:
@@ -575,7 +622,7 @@ class _Seen:
     made, moved or dropped, and what was bound still stands."""
 
     def __init__(self, optimizer: FactoredOptimizer) -> None:
-        self.whole = [[p for p in group["params"] if not layout.is_sharded(p)] for group in optimizer.param_groups]
+        self.whole = [[p for p in g["params"] if not _needs_others(p, g)] for g in optimizer.param_groups]
         self._dtensors = [p for group in optimizer.param_groups for p in group["params"] if layout.is_dtensor(p)]
         #: of each parameter among all of the optimizer's
         self.positions = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
@@ -586,7 +633,7 @@ class _Seen:
         return self._execution(optimizer) == self._options and all(map(_same, self._walk(optimizer), self._lists))
 
     def gradients(self, group_index: int) -> list[Any]:
-        """Of the parameters in `whole`, which each rank has all of."""
+        """Of the parameters in `whole`, which each rank has all of, or whole slices of."""
         params = self.whole[group_index]
         if not self._dtensors:
             return [param.grad for param in params]
@@ -614,10 +661,15 @@ def _same(now: Collection[Any], then: Collection[Any]) -> bool:
 _HOST = torch.device("cpu")
 
 
+def _needs_others(param: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether a step adds up over ranks: where slices are cut. Ranks that have whole slices need nobody."""
+    return layout.is_sharded(param) and any(layout.cuts(param)[group["batch_dims"] :])
+
+
 def _steps_beside(group: Mapping[str, Any], param: Tensor) -> bool:
     """Whether a step lives beside its parameter: where only the device knows whether it was made, or reads it."""
     beside = group["nonfinite"] == "skip" or group["capturable"] or group["amp_scaling"]
-    return beside and not layout.is_sharded(param)
+    return beside and not _needs_others(param, group)
 
 
 def _described(tensor: Tensor) -> str:

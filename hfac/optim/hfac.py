@@ -31,6 +31,11 @@ class HFac(FactoredOptimizer):
             (default 0).
         matricize: "balanced" cuts a tensor's dimensions in two so that rows + columns are fewest; "flatten" takes
             the first dimension as rows (default "balanced"). Fixed once state exists.
+        dense: keep both moments whole, whatever the shape (default False). Fixed once state exists.
+        batch_dims: so many leading dimensions count slices (stacked experts E x a x b: 1); each slice is factored and
+            clipped as a parameter of its own would be (default 0). With nonfinite="skip" a slice whose gradient is not
+            finite stays as it is while the others go on: ``skipped`` counts the steps in which any stayed, ``step``
+            all but those in which every one did. Fixed once state exists.
         maximize: climb instead of descend (default False).
         capturable: keep ``step`` on the parameter's device and never read it on the host, for CUDA graphs (default
             False).
@@ -55,7 +60,8 @@ class HFac(FactoredOptimizer):
 
     State of a parameter (k is `hfac.matricize.cut` of its shape): ``exp_avg_row``, ``exp_avg_sq_row`` of shape
     p.shape[:k], ``exp_avg_col``, ``exp_avg_sq_col`` of shape p.shape[k:]; or ``exp_avg``, ``exp_avg_sq`` of p.shape;
-    and ``step``. With ``master`` also ``master_low``, int16 or int8 of p.shape.
+    and ``step``. With ``batch_dims`` it is that of one slice with p.shape[:batch_dims] in front, and one ``step``. With
+    ``master`` also ``master_low``, int16 or int8 of p.shape.
 
     Raises:
         TypeError, ValueError: an option or a parameter that cannot be; the message says what is required.
@@ -82,6 +88,8 @@ class HFac(FactoredOptimizer):
         weight_decay: Scalar = 0.0,
         *,
         matricize: str = "balanced",
+        dense: bool = False,
+        batch_dims: int = 0,
         maximize: bool = False,
         capturable: bool = False,
         backend: str = "auto",
@@ -98,6 +106,8 @@ class HFac(FactoredOptimizer):
             clip_threshold=clip_threshold,
             weight_decay=weight_decay,
             matricize=matricize,
+            dense=dense,
+            batch_dims=batch_dims,
             maximize=maximize,
             capturable=capturable,
             backend=backend,
@@ -119,9 +129,8 @@ class HFac(FactoredOptimizer):
                     f"{group['eps']}: in the arithmetic's type it would be zero, and a zero gradient would give 0/0"
                 )
 
-    def _layout(self, param: Tensor, group: Mapping[str, Any]) -> Layout:
-        shape, dtype = tuple(param.shape), ops.state_dtype(param.dtype)
-        k = matricize.cut(shape, group["matricize"])
+    def _slice_layout(self, shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any]) -> Layout:
+        k = None if group["dense"] else matricize.cut(shape, group["matricize"])
         dims = tuple(range(len(shape)))
         if k is None:
             return {"exp_avg": (shape, dtype, dims), "exp_avg_sq": (shape, dtype, dims)}

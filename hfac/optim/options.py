@@ -101,17 +101,18 @@ def choice(*names: str, none: str | None = None) -> Rule:
     return rule
 
 
-def whole(high: int) -> Rule:
-    """A whole number in [0, high]."""
+def whole(high: float = math.inf) -> Rule:
+    """A whole number from 0 to ``high``."""
+    wanted = "a whole number >= 0" if high == math.inf else f"a whole number in [0, {high}]"
 
     def rule(name: str, value: Any) -> int:
         if isinstance(value, str):
             value = _read(value, int)
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             error = ValueError if isinstance(value, str) else TypeError
-            raise error(f"{name} must be a whole number in [0, {high}], got {value!r}")
+            raise error(f"{name} must be {wanted}, got {value!r}")
         if not 0 <= operator.index(value) <= high:
-            raise ValueError(f"{name} must be a whole number in [0, {high}], got {value!r}")
+            raise ValueError(f"{name} must be {wanted}, got {value!r}")
         return operator.index(value)
 
     return rule

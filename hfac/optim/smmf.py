@@ -1,12 +1,13 @@
 """SMMF as a torch optimizer."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import matricize, ops
+from .. import matricize
 from ..distributed.layout import sign_refusal
 from ..schedules import Scalar
 from . import options
@@ -37,12 +38,13 @@ class SMMF(FactoredOptimizer):
             Fixed once state exists, as is whether beta is None.
         weight_decay_mode: "adamw" multiplies W by 1 - lr * weight_decay, "adam" adds weight_decay * W to the gradient
             (default "adamw"). The authors' code forms the latter and then does not use it; here it is used.
-        maximize, capturable, backend, nonfinite, amp_scaling, rounding, seed, master: as for `hfac.HFac`.
+        dense, batch_dims, maximize, capturable, backend, nonfinite, amp_scaling, rounding, seed, master: as for
+            `hfac.HFac`; each slice of ``batch_dims`` has a square matrix of its own.
 
     State of a parameter (n, m = `hfac.matricize.square` of its number of elements): ``exp_avg_row``,
     ``exp_avg_sq_row`` of shape (n,), ``exp_avg_col``, ``exp_avg_sq_col`` of shape (m,), ``exp_avg_sign`` uint8 of
     `hfac.matricize.sign_shape`; where m = 1 (a prime number of elements) ``exp_avg`` and ``exp_avg_sq`` of p.shape;
-    and ``step``.
+    and ``step``. With ``batch_dims`` it is that of one slice with p.shape[:batch_dims] in front, and one ``step``.
 
     Raises:
         TypeError, ValueError: an option or a parameter that cannot be; the message says what is required.
@@ -81,6 +83,8 @@ class SMMF(FactoredOptimizer):
         vector_reshape: bool = True,
         weight_decay_mode: str = "adamw",
         *,
+        dense: bool = False,
+        batch_dims: int = 0,
         maximize: bool = False,
         capturable: bool = False,
         backend: str = "auto",
@@ -99,6 +103,8 @@ class SMMF(FactoredOptimizer):
             growth_rate=growth_rate,
             vector_reshape=vector_reshape,
             weight_decay_mode=weight_decay_mode,
+            dense=dense,
+            batch_dims=batch_dims,
             maximize=maximize,
             capturable=capturable,
             backend=backend,
@@ -110,11 +116,11 @@ class SMMF(FactoredOptimizer):
         )
         super().__init__(params, defaults)
 
-    def _layout(self, param: Tensor, group: Mapping[str, Any]) -> Layout:
-        shape, dtype = tuple(param.shape), ops.state_dtype(param.dtype)
+    def _slice_layout(self, shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any]) -> Layout:
         first = group["beta"] is not None
-        n, m = matricize.square(param.numel())
-        if m == 1 or (not group["vector_reshape"] and sum(side > 1 for side in shape) == 1):
+        n, m = matricize.square(math.prod(shape))
+        vector = sum(side > 1 for side in shape) == 1
+        if group["dense"] or m == 1 or (vector and not group["vector_reshape"]):
             whole = (shape, dtype, tuple(range(len(shape))))
             return {"exp_avg": whole, "exp_avg_sq": whole} if first else {"exp_avg_sq": whole}
         rows, cols = ((n,), dtype, (None,)), ((m,), dtype, (None,))
@@ -126,7 +132,7 @@ class SMMF(FactoredOptimizer):
 
     def _check_dtensor(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
         super()._check_dtensor(where, param, group)
-        if "exp_avg_sign" in self._layout(param, group):
+        if "exp_avg_sign" in self._layout(param, group) and not group["batch_dims"]:  # whose slices are not cut
             reason = sign_refusal(param)
             if reason is not None:
                 raise ValueError(f"{where} {reason}")
