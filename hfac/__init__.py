@@ -13,6 +13,7 @@ if not (Path(__file__).parent / "triton_kernels").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 from . import functional
+from .convert import convert
 from .optim import SMMF, HFac
 
-__all__ = ["SMMF", "HFac", "__version__", "functional"]
+__all__ = ["SMMF", "HFac", "__version__", "convert", "functional"]
