@@ -13,7 +13,8 @@ if not (Path(__file__).parent / "triton_kernels").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 from . import functional
+from .convert import convert
 from .groups import param_groups
 from .optim import SMMF, HFac
 
-__all__ = ["SMMF", "HFac", "__version__", "functional", "param_groups"]
+__all__ = ["SMMF", "HFac", "__version__", "convert", "functional", "param_groups"]

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from .. import backends, distributed, functional, ops, rounding, schedules
 from ..distributed import layout
 from ..rounding import Place
-from . import options
+from . import diagnostics, options
 
 State = dict[str, Tensor]
 #: global shape and dtype of every factor or moment of a parameter, by state key, and for each dimension the parameter's
@@ -283,6 +283,57 @@ class FactoredOptimizer(Optimizer):
         if self._sharded is None:
             return []
         return self._sharded.collectives({i: g["nonfinite"] == "skip" for i, g in enumerate(self.param_groups)})
+
+    @torch.no_grad()
+    def diagnostics(self, *, ahead: bool = False) -> dict[int | str, dict[str, Tensor]]:
+        """What the step just made did to every parameter that has a gradient: call it after `step`, before `zero_grad`.
+
+        The gradient must be the one that the step saw (with ``amp_scaling``: call `GradScaler.unscale_` before the
+        step). It costs some reads of parameter and gradient, in pieces (`hfac.optim.diagnostics`), and the step
+        nothing. Empty parameters are left out.
+
+        Args:
+            ahead: of the step that `step` would make now instead: call it after the backward pass, before `step`.
+                Exact for both optimizers; of a step made, SMMF's direction and what follows from it are estimates where
+                its first moment is factored, and off by a tenth or so (default False).
+
+        Returns:
+            By name, where parameters were given with names, else by position: 0-d tensors on the parameter's device,
+            by metric. ``update_rms``: of W's change, learning rate and decoupled weight decay included.
+            ``direction_rms``: of G / sqrt(V) before clipping (SMMF: M / (sqrt(V) + eps)). ``clip_factor`` (HFac):
+            what it was divided by, max(1, direction_rms / clip_threshold). ``unmoved``: the fraction of the weights
+            that the update leaves as they are, rounded to nearest in their type. These are NaN where no step was made,
+            or nonfinite="skip" skipped it. ``zero_rows``, ``zero_cols``: rows and columns of the gradient
+            (`hfac.matricize.cut`; elements of a vector are rows) that are all zero; ``skipped``: steps skipped so far.
+
+        Raises:
+            RuntimeError: a parameter is sharded.
+        """
+        self._sync_state()
+        found: dict[int | str, dict[str, Tensor]] = {}
+        position = 0
+        for group in self.param_groups:
+            for i, param in enumerate(group["params"]):
+                if param.grad is not None and param.numel() > 0:
+                    key = group["param_names"][i] if "param_names" in group else position
+                    found[key] = diagnostics.measure(self._algorithm, param, group, self.state[param], ahead)
+                position += 1
+        return found
+
+    @torch.no_grad()
+    def report_per_parameter_metrics(
+        self, param: Tensor, name: str, optimizer_metrics: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Adds `diagnostics` of a parameter as "<metric>/<name>"; Composer's OptimizerMonitor calls it after a step.
+
+        Its `pre_reduce_metrics` and `dist_reduce_metrics` combine shards of FSDP, which are refused here.
+        """
+        for group in self.param_groups:
+            trained = param in self.state and param.grad is not None and param.numel() > 0
+            if trained and any(map(is_, group["params"], repeat(param))):
+                metrics = diagnostics.measure(self._algorithm, param, group, self.state[param], False)
+                optimizer_metrics.update({f"{metric}/{name}": value for metric, value in metrics.items()})
+        return optimizer_metrics
 
     def _look_again(self) -> None:
         self._forget()
