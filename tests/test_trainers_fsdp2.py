@@ -1,13 +1,18 @@
 """transformers' Trainer and accelerate shard parameters after the optimizer has been made, and save its state in their
 own ways: the losses are those of whole parameters, and go on from a checkpoint bit for bit."""
 
+import os
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 from sharded import on_ranks
 
-pytest.importorskip("accelerate")
-pytest.importorskip("transformers")
+# The ranks import them; here that would cost a second in every process that collects tests.
+pytestmark = pytest.mark.skipif(
+    not all(map(find_spec, ("accelerate", "transformers"))), reason="accelerate and transformers are not installed"
+)
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 
 TRAINERS, NAMES = ("accelerate", "transformers"), ("HFac", "SMMF")
 
