@@ -185,10 +185,19 @@ RUNS: dict[str, Run] = {
 }
 
 
-def left(run: tuple[nn.Module, torch.optim.Optimizer]) -> Any:
-    """Every bit of weights and optimizer state, and the options."""
+def left(run: tuple[nn.Module, torch.optim.Optimizer]) -> dict[str, Any]:
+    """Every bit of weights, optimizer state and options, by name."""
     module, made = run
-    return bits(dict(module.named_parameters())), bits(made.state_dict())
+    saved = made.state_dict()
+    found = dict(module.named_parameters())
+    groups = {f"group {i}": group for i, group in enumerate(saved["param_groups"])}
+    for place, entries in [*saved["state"].items(), *groups.items()]:
+        found.update({f"{key} of {place}": value for key, value in entries.items()})
+    return {name: bits(value) for name, value in found.items()}
+
+
+def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    return [name for name in {**one, **other} if name not in one or name not in other or one[name] != other[name]]
 
 
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec", "ignore:Checkpoint directory")  # Lightning's
@@ -199,5 +208,5 @@ def test_training_is_that_of_a_loop_by_hand_and_goes_on(
     name: str, precision: str, trainer: str, tmp_path: Path
 ) -> None:
     whole = left(RUNS[trainer](name, precision, tmp_path, 0, False))
-    assert whole == left(by_hand(name, precision))
-    assert left(RUNS[trainer](name, precision, tmp_path, 1, True)) == whole  # that began elsewhere
+    assert not differing(whole, left(by_hand(name, precision)))
+    assert not differing(whole, left(RUNS[trainer](name, precision, tmp_path, 1, True)))  # that began elsewhere
