@@ -39,3 +39,11 @@ def test_losses_are_those_of_whole_parameters(found: Any, trainer: str, name: st
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_goes_on(found: Any, trainer: str, name: str) -> None:
     assert found[trainer, name]["resumed"] == found[trainer, name]["sharded"][4:]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fsdp1_is_refused(found: Any, name: str) -> None:
+    """With use_orig_params, the trainers' default, a rank has vectors, and would train them as such without a word."""
+    for message in found["FSDP1", name]:
+        assert message is not None
+        assert "flat parameter of FSDP1" in message and "fully_shard" in message
