@@ -9,6 +9,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
@@ -135,6 +136,22 @@ def with_trainer(name: str, folder: str) -> dict[str, Any]:
     }
 
 
+def refused_by(name: str) -> list[str | None]:
+    """What the class says of FSDP1's flat parameters, and of the pieces of them that keep the names of parameters."""
+
+    def refusal(use_orig_params: bool) -> str | None:
+        sharded = FullyShardedDataParallel(
+            torch.nn.Linear(5, 3), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+        )
+        try:
+            getattr(hfac, name)(sharded.parameters())
+        except TypeError as error:
+            return str(error)
+        return None
+
+    return [refusal(False), refusal(True)]
+
+
 def states(optimizer: torch.optim.Optimizer) -> dict[str, bool]:
     """Whether the state of the first parameter is sharded as the parameter is, by key."""
     first = optimizer.param_groups[0]["params"][0]
@@ -148,13 +165,15 @@ def forget() -> None:
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # an Accelerator with a plugin leaves it behind
 
 
-def run_all(names: list[str], folder: str) -> dict[tuple[str, str], dict[str, Any]]:
+def run_all(names: list[str], folder: str) -> dict[tuple[str, str], Any]:
     rank, ranks = str(dist.get_rank()), str(dist.get_world_size())
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks)
+    refused = {("FSDP1", name): refused_by(name) for name in names}  # before accelerate changes anything
     let_fsdp_train_on_cpus()
     trainers = {"accelerate": with_accelerate, "transformers": with_trainer}
-    return {
+    trained = {
         (trainer, name): train(name, f"{folder}/{trainer}-{name}")
         for trainer, train in trainers.items()
         for name in names
     }
+    return trained | refused

@@ -1,13 +1,18 @@
 """transformers' Trainer and accelerate shard parameters after the optimizer has been made, and save its state in their
 own ways: the losses are those of whole parameters, and go on from a checkpoint bit for bit."""
 
+import os
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 from sharded import on_ranks
 
-pytest.importorskip("accelerate")
-pytest.importorskip("transformers")
+# The ranks import them; here that would cost a second in every process that collects tests.
+pytestmark = pytest.mark.skipif(
+    not all(map(find_spec, ("accelerate", "transformers"))), reason="accelerate and transformers are not installed"
+)
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 
 TRAINERS, NAMES = ("accelerate", "transformers"), ("HFac", "SMMF")
 
@@ -34,3 +39,11 @@ def test_losses_are_those_of_whole_parameters(found: Any, trainer: str, name: st
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_goes_on(found: Any, trainer: str, name: str) -> None:
     assert found[trainer, name]["resumed"] == found[trainer, name]["sharded"][4:]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fsdp1_is_refused(found: Any, name: str) -> None:
+    """With use_orig_params, the trainers' default, a rank has vectors, and would train them as such without a word."""
+    for message in found["FSDP1", name]:
+        assert message is not None
+        assert "flat parameter of FSDP1" in message and "fully_shard" in message

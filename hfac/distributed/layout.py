@@ -31,6 +31,13 @@ def is_dtensor(tensor: Any) -> bool:
     return hasattr(tensor, "placements") and hasattr(tensor, "_local_tensor")
 
 
+def is_flat(param: Tensor) -> bool:
+    """Whether FSDP1 made a vector of it: its own flat parameter, or, with use_orig_params, the piece of a parameter
+    that this rank's slice of that one holds. What it does not cut (NO_SHARD, one rank) keeps its shape and is whole."""
+    piece = getattr(param, "_fsdp_flattened", False) and param.ndim == 1
+    return getattr(param, "_is_flat_param", False) or (piece and dist.is_initialized() and dist.get_world_size() > 1)
+
+
 def local(tensor: Tensor) -> Tensor:
     """The part of a DTensor that lies on this rank, or the tensor itself. Call it without gradients."""
     if not is_dtensor(tensor):

@@ -462,10 +462,10 @@ class FactoredOptimizer(Optimizer):
         if not isinstance(param, Tensor):
             return  # torch says what it thinks of it
         where = f"{type(self).__name__}: parameter {index} of the group"
-        if getattr(param, "_is_flat_param", False):
+        if layout.is_flat(param):
             raise TypeError(
-                f"{where} is a flat parameter of FSDP1 (or of use_orig_params=False), which has no rows and columns to "
-                "factor. Shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead."
+                f"{where} is a flat parameter of FSDP1, or a piece of one (use_orig_params=True), which has no rows "
+                "and columns to factor. Shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead."
             )
         ops.check_tensor(where, param)
         if param.dtype not in ops.PARAM_DTYPES:
