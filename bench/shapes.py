@@ -1,4 +1,4 @@
-"""The parameter lists that are measured, by name; models are those of `hfac plan`, the hostile ones the tests' own table."""
+"""The parameter lists that are measured, by name; models are those of `hfac plan`, hostile ones the tests' own."""
 
 import importlib.util
 import math

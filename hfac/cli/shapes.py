@@ -75,7 +75,11 @@ def sdxl_unet() -> Shapes:
         return found | (convolution(f"{name}.conv_shortcut", out, into, 1) if out != into else {})
 
     def attention(name: str, c: int, context: int) -> Shapes:
-        found = {f"{name}.to_q.weight": (c, c), f"{name}.to_k.weight": (c, context), f"{name}.to_v.weight": (c, context)}
+        found = {
+            f"{name}.to_q.weight": (c, c),
+            f"{name}.to_k.weight": (c, context),
+            f"{name}.to_v.weight": (c, context),
+        }
         return found | _affine(f"{name}.to_out.0", (c, c), c)
 
     def transformer(name: str, c: int, depth: int) -> Shapes:
@@ -84,7 +88,9 @@ def sdxl_unet() -> Shapes:
             block = f"{name}.transformer_blocks.{i}"
             found |= _norm(f"{block}.norm1", c) | attention(f"{block}.attn1", c, c)
             found |= _norm(f"{block}.norm2", c) | attention(f"{block}.attn2", c, text)
-            found |= _norm(f"{block}.norm3", c) | _affine(f"{block}.ff.net.0.proj", (8 * c, c), 8 * c)  # gated: twice 4 c
+            found |= _norm(f"{block}.norm3", c) | _affine(
+                f"{block}.ff.net.0.proj", (8 * c, c), 8 * c
+            )  # gated: twice 4 c
             found |= _affine(f"{block}.ff.net.2", (c, 4 * c), c)
         return found | _affine(f"{name}.proj_out", (c, c), c)
 
@@ -94,9 +100,9 @@ def sdxl_unet() -> Shapes:
     into = widths[0]
     skips = [into]  # channels of what the way down hands to the way up
     for i, (c, depth) in enumerate(zip(widths, depths, strict=True)):
+        for k in range(2 if depth else 0):
+            found |= transformer(f"down_blocks.{i}.attentions.{k}", c, depth)
         for k in range(2):
-            if depth:
-                found |= transformer(f"down_blocks.{i}.attentions.{k}", c, depth)
             found |= residual(f"down_blocks.{i}.resnets.{k}", c, into)
             into = c
             skips.append(c)
@@ -104,9 +110,9 @@ def sdxl_unet() -> Shapes:
             found |= convolution(f"down_blocks.{i}.downsamplers.0.conv", c, c, 3)
             skips.append(c)
     for i, (c, depth) in enumerate(zip(widths[::-1], depths[::-1], strict=True)):
+        for k in range(3 if depth else 0):
+            found |= transformer(f"up_blocks.{i}.attentions.{k}", c, depth)
         for k in range(3):
-            if depth:
-                found |= transformer(f"up_blocks.{i}.attentions.{k}", c, depth)
             found |= residual(f"up_blocks.{i}.resnets.{k}", c, into + skips.pop())
             into = c
         if c != widths[0]:
