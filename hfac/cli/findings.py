@@ -51,12 +51,18 @@ def find(model: Model, load: Load, worlds: Iterable[int], share: float = SHARE) 
     found = []
     for name in JUDGED:
         optimizer = OPTIMIZERS[name]
-        groups: dict[tuple[str, str | None], list[Parameter]] = {}
+        kinds: dict[str, list[Parameter]] = {}
         for parameter in trained:
             kind = _kind(optimizer, parameter.shape, load, share)
             if kind is not None:
-                groups.setdefault((kind, _better(optimizer, parameter.shape, load)), []).append(parameter)
-        found += [_finding(optimizer, kind, better, mine, load) for (kind, better), mine in groups.items()]
+                kinds.setdefault(kind, []).append(parameter)
+        for kind, mine in kinds.items():
+            minor = sum(parameter.numel for parameter in mine) < FEW * load.elements()
+            groups: dict[str | None, list[Parameter]] = {}
+            for parameter in mine:  # one advice does for all of them where nothing need be done
+                better = None if minor else _better(optimizer, parameter.shape, load)
+                groups.setdefault(better, []).append(parameter)
+            found += [_finding(optimizer, kind, better, minor, group, load) for better, group in groups.items()]
     found.sort(key=lambda finding: -finding.state_bytes)
     scalars = tuple(parameter for parameter in trained if not parameter.shape)
     if scalars and max(worlds) > 1:
@@ -95,7 +101,9 @@ def _sides(optimizer: Optimizer, shape: Shape, load: Load) -> tuple[int, int]:
     return math.prod(pieces["exp_avg_sq_row"].shape), math.prod(pieces["exp_avg_sq_col"].shape)
 
 
-def _finding(optimizer: Optimizer, kind: str, better: str | None, mine: list[Parameter], load: Load) -> Finding:
+def _finding(
+    optimizer: Optimizer, kind: str, better: str | None, minor: bool, mine: list[Parameter], load: Load
+) -> Finding:
     def of(parameter: Parameter, other: Optimizer = optimizer) -> int:
         return other.state_bytes(parameter.shape, load.dtype)
 
@@ -114,7 +122,6 @@ def _finding(optimizer: Optimizer, kind: str, better: str | None, mine: list[Par
     padded = _padded(largest)
     share = optimizer.state_bytes(padded, load.dtype) / ADAMW.state_bytes(padded, load.dtype)
     values |= {"padded": written(padded), "share": f"{share:.1%}"}
-    minor = sum(parameter.numel for parameter in mine) < FEW * load.elements()
     if minor:
         advice = f"Nothing: they are less than {FEW:.0%} of the model."
     adamw = sum(of(parameter, ADAMW) for parameter in mine)

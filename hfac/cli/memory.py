@@ -86,7 +86,8 @@ class Load:
 
     def __init__(self, model: Model, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.trained = Counter(p.shape for p in model.parameters if p.trainable)
+        self.order = [p.shape for p in model.parameters if p.trainable]
+        self.trained = Counter(self.order)
         self.weights = Counter((p.shape, p.itemsize or dtype.itemsize) for p in model.parameters)
 
     def weight_bytes(self, rank: Rank = ALONE) -> int:
@@ -185,37 +186,41 @@ class Adam8bit(Optimizer):
 
 class Adafactor(Optimizer):
     """torch.optim.Adafactor: no first moment, the second as row and column factors of the last two dimensions, in the
-    gradient's type. Of a DTensor it makes the factors whole on every rank."""
+    gradient's type. Of a DTensor it makes a factor whole on every rank, unless it has the parameter's own shape."""
 
     name, title = "adafactor", "Adafactor (torch)"
 
     def pieces(self, shape: Shape, dtype: torch.dtype) -> dict[str, Piece]:
-        size = dtype.itemsize
         if len(shape) < 2:
-            return {"step": STEP, "variance": Piece(shape, size, 0)}
-        return {
-            "step": STEP,
-            "row_var": Piece((*shape[:-1], 1), size),
-            "col_var": Piece((*shape[:-2], 1, shape[-1]), size),
+            return {"step": STEP, "variance": Piece(shape, dtype.itemsize, 0)}
+        factors = {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, shape[-1])}
+        return {"step": STEP} | {
+            key: Piece(factor, dtype.itemsize, 0 if factor == shape else None) for key, factor in factors.items()
         }
 
     def transient(self, load: Load, rank: Rank) -> Transient:
         if rank.world > 1:
             return Transient(None, "unknown", "torch 2.13's step refuses matrices that are DTensors")
-        size = load.dtype.itemsize
+        return Transient(
+            self._most_held(load) * load.dtype.itemsize,
+            "measured" if load.dtype == torch.float32 else "counted",
+            "torch's for-loop form, its default, holds a tensor's update, and until it is made that of the one before",
+        )
 
-        def held(shape: Shape) -> int:
+    @staticmethod
+    def _most_held(load: Load) -> int:
+        """Elements held at once, at most: the loop's variables live on until the next tensor's replace them."""
+        update = squares = means = most = 0
+        for shape in load.order:
             numel = math.prod(shape)
             if len(shape) < 2:
-                return 3 * size * numel
-            factors = sum(piece.bytes() for key, piece in self.pieces(shape, load.dtype).items() if key != "step")
-            return (4 if size == 4 else 6) * numel + factors
-
-        return Transient(
-            max(map(held, load.trained), default=0),
-            "measured",
-            "torch's for-loop form, its default, holds the update of one tensor at a time: the largest one's size",
-        )
+                most = max(most, means + update + squares + numel, means + update + 2 * numel)
+                squares = numel
+            elif numel:
+                means = numel // shape[-1] + numel // shape[-2]
+                most = max(most, means + update + squares + numel + means // (shape[-1] + shape[-2]))
+            update = numel
+        return most
 
 
 class Factored(Optimizer):
