@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hfac.cli.memory import ADAMW, OPTIMIZERS, Load, Optimizer, Shape
+from hfac.cli.footprints import ADAMW, OPTIMIZERS
+from hfac.cli.memory import Load, Optimizer, Shape
 from hfac.cli.sources import Model, Parameter
 
 #: of AdamW's float32 state: what takes more of it than this is named

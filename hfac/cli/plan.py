@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import hfac
-from hfac.cli import arguments, findings, memory, sources
+from hfac.cli import arguments, findings, footprints, memory, sources
 from hfac.cli.errors import UsageError
 from hfac.cli.plan_plot import write_plot
 from hfac.cli.report import print_rows
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """
     model = sources.read(args.model)
     load = memory.Load(model, memory.DTYPES[args.dtype])
-    worlds = {world: memory.rows(load, world) for world in args.world_size}
+    worlds = {world: footprints.rows(load, world) for world in args.world_size}
     found = findings.find(model, load, args.world_size)
     if args.json:
         print(json.dumps(_as_json(model, load, worlds, found), indent=2))
@@ -71,7 +71,7 @@ def _print(model: sources.Model, load: memory.Load, worlds: dict, found: Sequenc
         print(line)
     for world, rows in worlds.items():
         print()
-        print("One GPU" if world == 1 else f"{world:,} GPUs under FSDP2: each, as on rank 0, which has most")
+        print("One GPU" if world == 1 else f"{world:,} GPUs under FSDP2: the fullest of them")
         print_rows(None, HEADERS, [_cells(row) for row in rows])
     print()
     for line in _transient_lines(worlds):
@@ -108,19 +108,19 @@ def _described(model: sources.Model, load: memory.Load) -> str:
     )
 
 
-def _cells(row: memory.Row) -> list[str]:
+def _cells(row: footprints.Row) -> list[str]:
     sizes = (row.weights, row.gradients, row.state, row.transient.bytes, row.total, row.checkpoint)
     return [row.optimizer.title, *map(memory.human, sizes)]
 
 
-def _transient_lines(worlds: dict[int, list[memory.Row]]) -> list[str]:
+def _transient_lines(worlds: dict[int, list[footprints.Row]]) -> list[str]:
     """How the transient bytes are known, once for all numbers of ranks where it is the same."""
     said: dict[tuple[str, str, str], list[str]] = {}
     for world, rows in worlds.items():
         for row in rows:
             key = (row.optimizer.title, row.transient.basis, row.transient.origin)
             said.setdefault(key, []).append(f"{world:,}")
-    lines = ["Transient memory is what a step holds for a while. How its bytes are known:"]
+    lines = ["Transient memory is what a step holds for a while. How its bytes are known (measured: on CPUs):"]
     for (title, basis, origin), on in sorted(said.items(), key=lambda item: _order(item[0][0])):
         where = "" if len(on) == len(worlds) else f" (on {', '.join(on)} GPU{'s'[: on != ['1']]})"
         lines += _wrapped(f"{title}{where}: {basis}; {origin}.", "  ", "    ")
@@ -128,12 +128,12 @@ def _transient_lines(worlds: dict[int, list[memory.Row]]) -> list[str]:
 
 
 def _order(title: str) -> int:
-    return [optimizer.title for optimizer in memory.OPTIMIZERS.values()].index(title)
+    return [optimizer.title for optimizer in footprints.OPTIMIZERS.values()].index(title)
 
 
 def _finding_head(finding: findings.Finding) -> list[str]:
     """What is concerned, and how much it takes."""
-    who = memory.OPTIMIZERS[finding.optimizer].title if finding.optimizer else "All"
+    who = footprints.OPTIMIZERS[finding.optimizer].title if finding.optimizer else "All"
     count = len(finding.parameters)
     first = finding.parameters[0]
     example = f"{first.name} ({findings.written(first.shape)})"
@@ -177,7 +177,7 @@ def _as_json(
         },
         "dtype": str(load.dtype).removeprefix("torch."),
         "world_sizes": [
-            {"world_size": world, "rank": 0, "optimizers": [_row_as_json(row, load) for row in rows]}
+            {"world_size": world, "optimizers": [_row_as_json(row, load) for row in rows]}
             for world, rows in worlds.items()
         ],
         "findings": [
@@ -196,10 +196,11 @@ def _as_json(
     }
 
 
-def _row_as_json(row: memory.Row, load: memory.Load) -> dict[str, Any]:
+def _row_as_json(row: footprints.Row, load: memory.Load) -> dict[str, Any]:
     return {
         "optimizer": row.optimizer.name,
         "title": row.optimizer.title,
+        "rank": row.rank.index,
         "weights_bytes": row.weights,
         "gradients_bytes": row.gradients,
         "state_bytes": row.state,
@@ -211,7 +212,7 @@ def _row_as_json(row: memory.Row, load: memory.Load) -> dict[str, Any]:
     }
 
 
-def _plot(path: Path, model: sources.Model, worlds: dict[int, list[memory.Row]]) -> None:
+def _plot(path: Path, model: sources.Model, worlds: dict[int, list[footprints.Row]]) -> None:
     try:
         write_plot(path, model.title, worlds)
     except ModuleNotFoundError as missing:

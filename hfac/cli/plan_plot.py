@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from hfac.cli.memory import Row, human
+from hfac.cli.footprints import Row
+from hfac.cli.memory import human
 
 # Okabe and Ito's colours, told apart with any colour vision; the hatching says the same again.
 PARTS = {

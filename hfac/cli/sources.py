@@ -8,7 +8,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,24 @@ def _of_module(module: nn.Module, title: str, source: str) -> Model:
 
 
 def _of_callable(module_name: str, name: str) -> Model:
+    with _importing_from_here():
+        return _of_module(*_called(module_name, name))
+
+
+@contextmanager
+def _importing_from_here() -> Iterator[None]:
+    """As under `python -m`: what lies in the current folder is found."""
+    before = list(sys.path)
+    sys.path.insert(0, os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _called(module_name: str, name: str) -> tuple[nn.Module, str, str]:
+    """What the callable builds on the meta device, its title and its source."""
     source = f"{module_name}:{name}"
-    sys.path.insert(0, os.getcwd())  # as `python -m` does, so that what lies here is found
     try:
         found: Any = importlib.import_module(module_name)
         for part in name.split("."):
@@ -101,8 +118,6 @@ def _of_callable(module_name: str, name: str) -> Model:
             f"required is MODULE:CALLABLE that can be imported from here, got {source!r} ({error}); check both names, "
             "or set PYTHONPATH"
         ) from error
-    finally:
-        sys.path.remove(os.getcwd())
     if not callable(found):
         raise UsageError(f"required is a callable without arguments, and {source} is of type {type(found).__name__}")
     try:
@@ -115,7 +130,7 @@ def _of_callable(module_name: str, name: str) -> Model:
         ) from error
     if not isinstance(built, nn.Module):
         raise UsageError(f"required is a callable that returns a torch.nn.Module; {source}() is {_kind(built)}")
-    return _of_module(built, type(built).__name__, source)
+    return built, type(built).__name__, source
 
 
 def _kind(value: object) -> str:
