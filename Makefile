@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 EMULATED := $(VENV)/.emulated
 
 .DEFAULT_GOAL := help
-.PHONY: help install compare test test-emulated cuda-check triton-check sanitize fuzz bench gpu-report doctor lint clean
+.PHONY: help install compare test test-emulated cuda-check triton-check sanitize fuzz bench gpu-report plan doctor lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ gpu-report: ## on a machine with a GPU, torch and nvcc: tests, sanitizers, measu
 triton-check: $(INSTALLED) ## compile the Triton kernels for four GPUs that need not be here; writes docs/triton-check.md
 	$(BIN)/python -m pip install -q $(TRITON)
 	$(BIN)/python -m hfac.triton_kernels.check $(ARGS)
+
+plan: $(INSTALLED) ## what memory each optimizer takes of a model (ARGS="llama-3-8b --world-size 1,8")
+	$(BIN)/hfac plan $(ARGS)
 
 doctor: $(INSTALLED) ## which backends are here, and why others are not
 	$(BIN)/hfac doctor

@@ -1,4 +1,4 @@
-"""The parameter lists that are measured, by name; the hostile ones are the tests' own table."""
+"""The parameter lists that are measured, by name; models are those of `hfac plan`, hostile ones the tests' own."""
 
 import importlib.util
 import math
@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-Shape = tuple[int, ...]
+from hfac.cli import shapes as models
+from hfac.cli.shapes import Shape
 
 _FORM = "SIZES such as 1024x1024, or COUNTx SIZES such as '16x 1024x1024' or '200x 1024', joined by ' + '"
 _PART = re.compile(r"(?:(\d+)x\s+)?(\d+(?:x\d+)*)")
@@ -27,36 +28,18 @@ cases = _load_cases()
 
 
 def gpt2() -> list[Shape]:
-    """The 148 parameters of GPT-2 124M (head tied to the token embedding), weights as its code lays them out."""
-    d, vocabulary, context, layers = 768, 50257, 1024, 12
-    norm: list[Shape] = [(d,), (d,)]
-    attention: list[Shape] = [(d, 3 * d), (3 * d,), (d, d), (d,)]
-    mlp: list[Shape] = [(d, 4 * d), (4 * d,), (4 * d, d), (d,)]
-    return [(vocabulary, d), (context, d), *(layers * [*norm, *attention, *norm, *mlp]), *norm]
+    """The 148 parameters of GPT-2 124M."""
+    return list(models.gpt2().values())
 
 
 def resnet50() -> list[Shape]:
-    """The 161 parameters of ResNet-50 for 1000 classes: convolutions without bias, two vectors per batch norm."""
-
-    def convolution(out: int, into: int, size: int) -> list[Shape]:
-        return [(out, into, size, size), (out,), (out,)]
-
-    shapes = convolution(64, 3, 7)
-    into = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            shapes += convolution(width, into, 1) + convolution(width, width, 3) + convolution(4 * width, width, 1)
-            if block == 0:
-                shapes += convolution(4 * width, into, 1)
-            into = 4 * width
-    return [*shapes, (1000, into), (1000,)]
+    """The 161 parameters of ResNet-50 for 1000 classes."""
+    return list(models.resnet50().values())
 
 
 def llama3_8b(layers: int = 32) -> list[Shape]:
     """The 291 parameters of Llama-3-8B, 8.03e9 elements (with fewer ``layers``: embedding, head and those)."""
-    d, hidden, kv, vocabulary = 4096, 14336, 1024, 128256
-    layer: list[Shape] = [(d, d), (kv, d), (kv, d), (d, d), (hidden, d), (hidden, d), (d, hidden), (d,), (d,)]
-    return [(vocabulary, d), *(layers * layer), (d,), (vocabulary, d)]
+    return list(models.llama3_8b(layers).values())
 
 
 #: name on the command line -> (what it is, the list)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from hfac.cli import compare, doctor
+from hfac.cli import compare, doctor, plan
 from hfac.cli.errors import INTERRUPTED, UsageError
 
 # Each module offers HELP (one line), add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {
     "compare": compare,
     "doctor": doctor,
+    "plan": plan,
 }
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -46,16 +47,19 @@ def _rank(run: dict) -> tuple[bool, float]:
 
 def print_table(runs: list[dict], total_steps: int) -> None:
     """Print the best run of each optimizer, and all the learning rates where more than one was tried."""
-    rows = [_row(run, total_steps) for run in best_runs(runs)]
-    if sys.stdout.isatty():
-        try:
-            _print_rich(rows)
-        except ModuleNotFoundError:
-            _print_plain(rows)
-    else:
-        _print_plain(rows)
+    print_rows("Comparison of optimizers", HEADERS, [_row(run, total_steps) for run in best_runs(runs)])
     for line in learning_rate_lines(runs):
         print(line)
+
+
+def print_rows(title: str | None, headers: Sequence[str], rows: list[list[str]]) -> None:
+    """Print a table, the first column to the left: through rich, with its title, where there is a terminal and rich."""
+    if sys.stdout.isatty():
+        try:
+            return _print_rich(title, headers, rows)
+        except ModuleNotFoundError:
+            pass
+    _print_plain(headers, rows)
 
 
 def learning_rate_lines(runs: list[dict]) -> list[str]:
@@ -92,15 +96,13 @@ def _loss(run: dict) -> str:
     return f"{run['val_loss']:.4f}" + ("" if measured == run["steps"] else f" at step {measured}")
 
 
-def _print_rich(rows: list[list[str]]) -> None:
+def _print_rich(title: str | None, headers: Sequence[str], rows: list[list[str]]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        title="Comparison of optimizers", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
-    )
-    for column, header in enumerate(HEADERS):
+    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for column, header in enumerate(headers):
         # Headers on two lines leave room for whole numbers on 80 columns.
         header = header.replace(" ", "\n") if " " in header else header.replace("/", "/\n")
         table.add_column(header, justify="left" if column == 0 else "right")
@@ -109,9 +111,9 @@ def _print_rich(rows: list[list[str]]) -> None:
     Console().print(table)
 
 
-def _print_plain(rows: list[list[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(HEADERS, *rows, strict=True)]
-    for row in (HEADERS, ["-" * width for width in widths], *rows):
+def _print_plain(headers: Sequence[str], rows: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    for row in (headers, ["-" * width for width in widths], *rows):
         first, *others = (
             cell.ljust(width) if column == 0 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))

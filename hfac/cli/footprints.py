@@ -1,0 +1,239 @@
+"""What each optimizer keeps: its state by parameter, and what a step holds for a while.
+
+H-Fac and SMMF say themselves what their state is (`_layout` of the classes, asked for parameters without memory), and
+which of its dimensions follow the parameter's. What the others keep stands here; tests hold it against the real ones.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+import hfac
+from hfac.backends import cpu
+from hfac.cli.memory import ALONE, STEP, Load, Optimizer, Piece, Rank, Shape, Transient
+
+
+class AdamW(Optimizer):
+    """torch.optim.AdamW, which keeps both moments in the type of the weights, or one that keeps them in another."""
+
+    def __init__(self, name: str, title: str, state: torch.dtype) -> None:
+        self.name, self.title, self.state = name, title, state
+
+    def pieces(self, shape: Shape, dtype: torch.dtype) -> dict[str, Piece]:
+        moment = Piece(shape, self.state.itemsize, 0)
+        return {"step": STEP, "exp_avg": moment, "exp_avg_sq": moment}
+
+    def transient(self, load: Load, rank: Rank) -> Transient:
+        size = self.state.itemsize
+        return Transient(
+            size * load.elements(rank),
+            "measured",
+            f"torch's foreach form, its default on GPUs, holds one more moment, {size} bytes per parameter (fused: 0)",
+        )
+
+
+class Adam8bit(Optimizer):
+    """bitsandbytes' AdamW8bit (0.50): a byte per element and moment, and a float32 scale for each block of 256; of what
+    a rank has fewer than 4096 elements of, both moments in float32. Steps are Python numbers."""
+
+    name, title = "adam-8bit", "8-bit Adam"
+    BLOCK, LEAST = 256, 4096
+    TABLES = 2 * 256 * 4  # what the bytes stand for, once for all
+
+    def state_bytes(self, shape: Shape, dtype: torch.dtype, rank: Rank = ALONE) -> int:
+        numel = math.prod(rank.part(shape))
+        return 2 * (4 * numel if numel < self.LEAST else numel + 4 * -(-numel // self.BLOCK))
+
+    def saved_bytes(self, shape: Shape, dtype: torch.dtype, world: int) -> int:
+        if not shape:
+            return self.state_bytes(shape, dtype)
+        piece = Rank(0, world).share(shape[0])
+        full = shape[0] // piece if piece else 0
+        alike = full * self.state_bytes(shape, dtype, Rank(0, world)) if full else 0
+        return alike + (self.state_bytes(shape, dtype, Rank(full, world)) if full < world else 0)
+
+    def fullest(self, load: Load, world: int) -> Rank:
+        """Not always rank 0: a part that is a little smaller may be too small for bytes. Something changes only where
+        whole pieces of a dimension end."""
+        ends = {0}
+        for shape in load.trained:
+            piece = Rank(0, world).share(shape[0]) if shape else 0
+            if piece:
+                ends |= {shape[0] // piece, shape[0] // piece + 1}
+        ranks = [Rank(index, world) for index in sorted(ends) if index < world]
+        return max(ranks, key=lambda r: load.weight_bytes(r) + load.gradient_bytes(r) + self.load_bytes(load, r))
+
+    def shared_bytes(self, load: Load, rank: Rank) -> int:
+        return self.TABLES if any(math.prod(rank.part(shape)) >= self.LEAST for shape in load.trained) else 0
+
+    def transient(self, load: Load, rank: Rank) -> Transient:
+        return Transient(0, "stated", "bitsandbytes' kernels update in place on a GPU; not measured here")
+
+
+class Adafactor(Optimizer):
+    """torch.optim.Adafactor: no first moment, the second as row and column factors of the last two dimensions, in the
+    gradient's type. Of a DTensor it makes a factor whole on every rank, unless it has the parameter's own shape."""
+
+    name, title = "adafactor", "Adafactor (torch)"
+
+    def pieces(self, shape: Shape, dtype: torch.dtype) -> dict[str, Piece]:
+        if len(shape) < 2:
+            return {"step": STEP, "variance": Piece(shape, dtype.itemsize, 0)}
+        factors = {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, shape[-1])}
+        return {"step": STEP} | {
+            key: Piece(factor, dtype.itemsize, 0 if factor == shape else None) for key, factor in factors.items()
+        }
+
+    def transient(self, load: Load, rank: Rank) -> Transient:
+        if rank.world > 1:
+            return Transient(None, "unknown", "torch 2.13's step refuses matrices that are DTensors")
+        return Transient(
+            self._most_held(load) * load.dtype.itemsize,
+            "measured" if load.dtype == torch.float32 else "counted",
+            "torch's for-loop form, its default, holds a tensor's update, and until it is made that of the one before",
+        )
+
+    @staticmethod
+    def _most_held(load: Load) -> int:
+        """Elements held at once, at most: the loop's variables live on until the next tensor's replace them."""
+        update = squares = means = most = 0
+        for shape in load.order:
+            numel = math.prod(shape)
+            if len(shape) < 2:
+                most = max(most, means + update + squares + numel, means + update + 2 * numel)
+                squares = numel
+            elif numel:
+                means = numel // shape[-1] + numel // shape[-2]
+                most = max(most, means + update + squares + numel + numel // (shape[-1] * shape[-2]))
+            update = numel
+        return most
+
+
+class Factored(Optimizer):
+    """`hfac.HFac` or `hfac.SMMF`: whatever the class says."""
+
+    def __init__(self, name: str, title: str, cls: type[torch.optim.Optimizer]) -> None:
+        self.name, self.title, self.cls = name, title, cls
+
+    def pieces(self, shape: Shape, dtype: torch.dtype) -> dict[str, Piece]:
+        return _asked(self.cls, shape, dtype)
+
+    def sent_bytes(self, load: Load, rank: Rank) -> int:
+        """The buffer that ranks add up: 3 numbers for every column under H-Fac, all factors under SMMF, and a few for
+        every tensor."""
+        if rank.world == 1:
+            return 0
+        total = 0
+        for shape, n in load.trained.items():
+            pieces = self.pieces(shape, load.dtype)
+            if not math.prod(shape) or not shape:
+                continue
+            if self.cls is hfac.HFac:
+                numbers = 3 + 3 * math.prod(pieces["exp_avg_col"].shape) if "exp_avg_col" in pieces else 3
+            else:
+                factors = [piece for key, piece in pieces.items() if key.endswith(("_row", "_col"))]
+                numbers = 1 + sum(math.prod(piece.shape) for piece in factors)
+            total += 4 * n * numbers
+        return total
+
+    def transient(self, load: Load, rank: Rank) -> Transient:
+        if cpu._C is None:
+            return Transient(None, "unknown", "hfac._C, which plans the kernels, is not built: see hfac doctor")
+        sums = self._partial_sums(load, rank)
+        if rank.world == 1:
+            return Transient(sums, "counted", "the CUDA kernels' partial sums, as their launch plan has them")
+        return Transient(
+            sums + self.sent_bytes(load, rank),
+            "estimated",
+            "the buffer that ranks add up, counted, and partial sums as of whole matrices of the parts' size",
+        )
+
+    def _partial_sums(self, load: Load, rank: Rank) -> int:
+        """Workspace of the CUDA kernels on a list of a rank's parts."""
+        factored: list[tuple[int, int, int]] = []
+        whole: list[int] = []
+        for shape, n in load.trained.items():
+            pieces = self.pieces(shape, load.dtype)
+            numel = math.prod(rank.part(shape))
+            if not numel:
+                continue
+            if "exp_avg_sq_col" in pieces:
+                cols = math.prod(pieces["exp_avg_sq_col"].shape)
+                factored += n * [(-(-numel // cols), cols, math.prod(shape[1:]))]
+            else:
+                whole += n * [numel]
+        code = cpu._CODES[load.dtype]
+        plan = cpu._C.cuda_plan
+        types = dict(param_dtypes=code, grad_dtypes=code)
+        algorithm = self.cls._algorithm  # type: ignore[attr-defined]
+        total = 0
+        if factored:
+            rows, cols, slices = (list(column) for column in zip(*factored, strict=True))
+            signs = {"slices": slices} if algorithm == "smmf" else {}
+            total += plan(op=f"{algorithm}_step", rows=rows, cols=cols, **types, **signs)["workspace_bytes"]
+        if whole:
+            dense = plan(op=f"{algorithm}_dense_step", rows=whole, cols=[1] * len(whole), **types)
+            total += dense["workspace_bytes"]
+        return total
+
+
+@lru_cache(maxsize=4096)
+def _asked(cls: Any, shape: Shape, dtype: torch.dtype) -> dict[str, Piece]:
+    """The state that an optimizer of hfac makes for a parameter on the meta device."""
+    param = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+    optimizer = cls([param])
+    layout = optimizer._layout(param, optimizer.param_groups[0])
+    found = {}
+    for key, value in optimizer.state[param].items():
+        _, _, follows = layout.get(key, (None, None, ()))
+        found[key] = Piece(tuple(value.shape), value.element_size(), follows.index(0) if 0 in follows else None)
+    return found
+
+
+ADAMW = AdamW("adamw-fp32", "AdamW, fp32 state", torch.float32)
+#: in the order of the tables
+OPTIMIZERS: dict[str, Optimizer] = {
+    optimizer.name: optimizer
+    for optimizer in (
+        ADAMW,
+        AdamW("adamw-bf16", "AdamW, bf16 state", torch.bfloat16),
+        Adam8bit(),
+        Adafactor(),
+        Factored("hfac", "H-Fac", hfac.HFac),
+        Factored("smmf", "SMMF", hfac.SMMF),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One optimizer on the fullest rank of one number of ranks, in bytes."""
+
+    optimizer: Optimizer
+    rank: Rank
+    weights: int
+    gradients: int
+    state: int
+    transient: Transient
+    checkpoint: int
+
+    @property
+    def total(self) -> int:
+        """On a rank; without the transient bytes where these are not known."""
+        return self.weights + self.gradients + self.state + (self.transient.bytes or 0)
+
+
+def rows(load: Load, world: int) -> list[Row]:
+    """Every optimizer, on the fullest of ``world`` ranks."""
+    found = []
+    for optimizer in OPTIMIZERS.values():
+        rank = optimizer.fullest(load, world)
+        sizes = load.weight_bytes(rank), load.gradient_bytes(rank), optimizer.load_bytes(load, rank)
+        transient, checkpoint = optimizer.transient(load, rank), optimizer.checkpoint_bytes(load, world)
+        found.append(Row(optimizer, rank, *sizes, transient, checkpoint))
+    return found

@@ -1,0 +1,147 @@
+"""Bytes of a model and of an optimizer's state, on every rank of FSDP2.
+
+FSDP2 cuts the first dimension of every parameter as `torch.chunk` does: ranks get ceil(size / ranks) each until nothing
+is left. No rank has more of a tensor than rank 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from hfac.cli.sources import Model
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+Shape = tuple[int, ...]
+
+
+class Rank(NamedTuple):
+    """One of the ranks that the first dimension of every parameter is cut for."""
+
+    index: int
+    world: int
+
+    def share(self, size: int) -> int:
+        """How much of a dimension this rank has."""
+        piece = -(-size // self.world)
+        return max(0, min(piece, size - self.index * piece))
+
+    def part(self, shape: Shape) -> Shape:
+        """Shape of this rank's part of a parameter. A scalar cannot be cut."""
+        return (self.share(shape[0]), *shape[1:]) if shape else ()
+
+
+ALONE = Rank(0, 1)
+
+
+class Piece(NamedTuple):
+    """A tensor of a parameter's state, of its global shape.
+
+    Attributes:
+        cut: the dimension that is cut as the parameter's first one is; None where the tensor is whole on every rank.
+    """
+
+    shape: Shape
+    itemsize: int
+    cut: int | None = None
+
+    def part(self, rank: Rank) -> Shape:
+        return tuple(rank.share(size) if d == self.cut else size for d, size in enumerate(self.shape))
+
+    def bytes(self, rank: Rank = ALONE) -> int:
+        return math.prod(self.part(rank)) * self.itemsize
+
+
+STEP = Piece((), 4)  # a float32 number: on the host, if nothing wants it elsewhere
+
+
+@dataclass(frozen=True)
+class Transient:
+    """What a step holds for a while beside weights, gradients and state.
+
+    Attributes:
+        bytes: None where it is not known.
+        basis: "measured" (tests hold it against a real step), "counted" (of what the code will do), "estimated",
+            "stated" (by others, not checked here) or "unknown".
+        origin: what it is, and how it is known.
+    """
+
+    bytes: int | None
+    basis: str
+    origin: str
+
+
+class Load:
+    """The parameters of a model as bytes: those of one shape, alike in everything, are counted together."""
+
+    def __init__(self, model: Model, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.order = [p.shape for p in model.parameters if p.trainable]
+        self.trained = Counter(self.order)
+        self.weights = Counter((p.shape, p.itemsize or dtype.itemsize) for p in model.parameters)
+
+    def weight_bytes(self, rank: Rank = ALONE) -> int:
+        return sum(n * size * math.prod(rank.part(shape)) for (shape, size), n in self.weights.items())
+
+    def gradient_bytes(self, rank: Rank = ALONE) -> int:
+        return self.dtype.itemsize * self.elements(rank)
+
+    def elements(self, rank: Rank = ALONE) -> int:
+        """Of what is trained."""
+        return sum(n * math.prod(rank.part(shape)) for shape, n in self.trained.items())
+
+
+class Optimizer:
+    """What an optimizer keeps of a parameter. Subclasses say it in `pieces`, or in `state_bytes`."""
+
+    name: str
+    title: str
+
+    def pieces(self, shape: Shape, dtype: torch.dtype) -> dict[str, Piece]:
+        """State of a parameter, by key."""
+        raise NotImplementedError
+
+    def state_bytes(self, shape: Shape, dtype: torch.dtype, rank: Rank = ALONE) -> int:
+        """Of a parameter, on a rank."""
+        return sum(piece.bytes(rank) for piece in self.pieces(shape, dtype).values())
+
+    def saved_bytes(self, shape: Shape, dtype: torch.dtype, world: int) -> int:
+        """Of a parameter in a checkpoint of all ranks: a cut tensor is in it once, piece by piece, and so is a whole
+        one."""
+        return sum(piece.bytes() for piece in self.pieces(shape, dtype).values())
+
+    def shared_bytes(self, load: Load, rank: Rank) -> int:
+        """What all parameters share."""
+        return 0
+
+    def transient(self, load: Load, rank: Rank) -> Transient:
+        raise NotImplementedError
+
+    def fullest(self, load: Load, world: int) -> Rank:
+        """The rank with most in its memory."""
+        return Rank(0, world)
+
+    def load_bytes(self, load: Load, rank: Rank) -> int:
+        """State of all parameters on a rank."""
+        each = sum(n * self.state_bytes(shape, load.dtype, rank) for shape, n in load.trained.items())
+        return each + self.shared_bytes(load, rank)
+
+    def checkpoint_bytes(self, load: Load, world: int) -> int:
+        """Tensors of weights and state, once for all ranks together; what a file has beside them is not counted."""
+        each = sum(n * self.saved_bytes(shape, load.dtype, world) for shape, n in load.trained.items())
+        return load.weight_bytes() + each + self.shared_bytes(load, Rank(0, world))
+
+
+def human(count: int | None) -> str:
+    """Bytes with three digits and a unit of powers of 1000; "?" where they are not known."""
+    if count is None:
+        return "?"
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= 0.9995 * size:
+            value = count / size
+            return f"{value:.{max(0, 2 - int(math.log10(max(value, 1) * 1.0005)))}f} {unit}"
+    return f"{count} B"
