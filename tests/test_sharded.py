@@ -129,6 +129,7 @@ def test_what_cannot_be_sharded_is_refused():
         "capturable": r"ValueError: HFac: parameter 0 .* sharded, and capturable=True is not supported",
         "amp": r"ValueError: SMMF: parameter 0 .* sharded, and amp_scaling=True is not supported",
         "triton": r"RuntimeError: backend='cuda' was asked for",
+        "step-param": r"RuntimeError: HFac.step_param: parameter 0 of group 0 .* is sharded, .*Call step\(\)",
     }
     for case, pattern in patterns.items():
         assert re.match(pattern, found[case] or "nothing"), (case, found[case])

@@ -53,6 +53,8 @@ class FactoredOptimizer(Optimizer):
     _seen: "_Seen | None"
     #: by group: which of its parameters had a gradient, and those, bound
     _bound: dict[int, tuple[list[bool], functional.Group]]
+    #: parameters that `step_param` has stepped, each bound by itself
+    _alone: "dict[Tensor, _Alone]"
     #: the sharded parameters, bound; None where there are none, or they are to be looked at again
     _sharded: distributed.Sharded | None = None
     #: an option that every version of the subclass has and no other optimizer: tells whose a state dict is
@@ -129,6 +131,72 @@ class FactoredOptimizer(Optimizer):
             if update is not None:
                 update()
         return loss
+
+    @torch.no_grad()
+    def step_param(self, param: Tensor, group: dict[str, Any] | None = None, *, lr_scale: float = 1.0) -> None:
+        """One step of one parameter, the same numbers to the bit as `step` makes of it; nothing where it has no
+        gradient. For hooks that step in the backward pass (`hfac.release_gradients` makes them). The gradient stays.
+
+        Hooks around a step (``register_step_pre_hook``, ``register_step_post_hook``) are not run, nor does a learning
+        rate scheduler take notice: that is for the `step` that ends the backward pass, which then finds no gradients.
+
+        Args:
+            param: a parameter of this optimizer.
+            group: its entry of ``param_groups``, where the caller knows it; None: it is looked up.
+            lr_scale: the step's learning rate is that of the group times this number.
+
+        Raises:
+            ValueError: the parameter is not the optimizer's, or in another group.
+            RuntimeError: the parameter is sharded: ranks would have to meet once for every parameter.
+            TypeError, ValueError, RuntimeError: as `step`; nothing has been updated then.
+        """
+        self._check_graph_capture()
+        alone = self._alone.get(param) if isinstance(param, Tensor) else None
+        if alone is None or not alone.holds(self):
+            alone = self._place(param)
+        if group is not None and group is not alone.group:
+            raise ValueError(
+                f"{type(self).__name__}.step_param: {alone.where} was given with another group. Pass its own entry of "
+                "param_groups, or None to have it looked up."
+            )
+        grad = layout.gradient(param, alone.where)
+        if grad is None:
+            return
+        options = self._options(alone.group)
+        if lr_scale != 1.0:
+            options["lr"] = schedules.as_scalar("lr", options["lr"]) * lr_scale
+        options.update(grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None))
+        try:
+            if alone.bound is None or not alone.bound.holds([grad]):
+                alone.bind(self, grad)
+            assert alone.bound is not None
+            update = alone.bound.prepare([grad], **options)
+        except RuntimeError:
+            ops.check_tensor(f"the gradient of {alone.where}", param.grad)  # the same complaint, with the place
+            raise
+        assert update is not None  # it takes two to come apart
+        update()
+
+    def _place(self, param: Tensor) -> "_Alone":
+        """Where the parameter is among the groups, for `step_param`."""
+        name = f"{type(self).__name__}.step_param"
+        if not isinstance(param, Tensor):
+            raise TypeError(f"{name} takes a parameter of this optimizer, got {type(param).__name__}")
+        for index, group in enumerate(self.param_groups):
+            for i, mine in enumerate(group["params"]):
+                if mine is param:
+                    where = f"parameter {i} of group {index}"
+                    if layout.is_sharded(param):
+                        raise RuntimeError(
+                            f"{name}: {where} (shape {tuple(param.shape)}) is sharded, and a step of it a collective: "
+                            "one for every parameter by itself. Call step(), which makes one for all."
+                        )
+                    alone = self._alone[param] = _Alone(group, i, param, where)
+                    return alone
+        raise ValueError(
+            f"{name}: the parameter of shape {tuple(param.shape)} is in none of the optimizer's groups. Pass one of "
+            "param_groups' parameters itself, not a copy or a view, or add it with add_param_group."
+        )
 
     def _prepare(self, group_index: int, group: dict[str, Any]) -> Callable[[], None] | None:
         """Checks a step of one group, on the parameters that have a gradient, and returns it, yet to be made."""
@@ -212,6 +280,7 @@ class FactoredOptimizer(Optimizer):
         self._sharded = None
         self._seen = None
         self._bound = {}
+        self._alone = {}
 
     def _check_graph_capture(self) -> None:
         if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
@@ -225,7 +294,9 @@ class FactoredOptimizer(Optimizer):
 
     def workspace_bytes(self) -> int:
         """Bytes on the device that fused kernels keep from step to step beside the state; 0 before the first step."""
-        return sum(group.workspace_bytes() for _, group in self._bound.values())
+        groups = [group for _, group in self._bound.values()]
+        groups += [alone.bound for alone in self._alone.values() if alone.bound is not None]
+        return sum(group.workspace_bytes() for group in groups)
 
     def collectives(self) -> list[tuple[int, int]]:
         """What a step adds up over ranks for sharded parameters: (ranks, bytes) of every all-reduce, in order."""
@@ -341,29 +412,33 @@ class FactoredOptimizer(Optimizer):
         """
         live = set()
         for group in self.param_groups:
-            skip = group["nonfinite"] == "skip"
             for param in group["params"]:
-                state = self.state.get(param)
-                if state is None:
-                    if not param.requires_grad and param.grad is None:
-                        continue  # frozen: no state until it is trained
-                    state = self.state[param] = {}
-                live.add(id(param))
-                device = param.device
-                anchor = state.get("exp_avg_sq_row", state.get("exp_avg_sq"))
-                if (
-                    anchor is None
-                    or anchor.device != device
-                    or anchor.dtype != ops.state_dtype(param.dtype)
-                    or state["step"].device != (device if _steps_beside(group, param) else _HOST)
-                    or (skip and "skipped" not in state)
-                ):
-                    self._complete_state(param, group, state)
+                if self._sync_param(param, group):
+                    live.add(id(param))
         if len(live) != len(self.state):
             kept = {param for group in self.param_groups for param in group["params"]}
             for param in [param for param in self.state if param not in kept]:
                 del self.state[param]
             self._forget()  # nor is what is gone kept alive
+
+    def _sync_param(self, param: Tensor, group: Mapping[str, Any]) -> bool:
+        """The same for one parameter; False where it has no state."""
+        state = self.state.get(param)
+        if state is None:
+            if not param.requires_grad and param.grad is None:
+                return False  # frozen: no state until it is trained
+            state = self.state[param] = {}
+        device = param.device
+        anchor = state.get("exp_avg_sq_row", state.get("exp_avg_sq"))
+        if (
+            anchor is None
+            or anchor.device != device
+            or anchor.dtype != ops.state_dtype(param.dtype)
+            or state["step"].device != (device if _steps_beside(group, param) else _HOST)
+            or (group["nonfinite"] == "skip" and "skipped" not in state)
+        ):
+            self._complete_state(param, group, state)
+        return True
 
     def _complete_state(self, param: Tensor, group: Mapping[str, Any], state: State) -> None:
         """Every key of a parameter's state, on the device and of the type it must have; what is new is zero."""
@@ -490,10 +565,49 @@ class _Seen:
 
     @staticmethod
     def _execution(optimizer: FactoredOptimizer) -> list[tuple[Any, ...]]:
-        return [
-            (*(group[name] for name in (*_EXECUTION, "nonfinite")), group.get("beta", 0.0) is None)
-            for group in optimizer.param_groups
-        ]
+        return list(map(_execution_of, optimizer.param_groups))
+
+
+class _Alone:
+    """A parameter's place in the groups, and the parameter bound by itself: like `_Seen`, for one, so that what a step
+    of one parameter looks at does not grow with their number."""
+
+    def __init__(self, group: dict[str, Any], index: int, param: Tensor, where: str) -> None:
+        self.group, self.where = group, where
+        self.bound: functional.Group | None = None
+        self._index, self._param = index, param
+
+    def holds(self, optimizer: FactoredOptimizer) -> bool:
+        """The place is the parameter's still."""
+        params = self.group["params"]
+        here = self._index < len(params) and params[self._index] is self._param
+        if not here or not any(map(is_, optimizer.param_groups, repeat(self.group))):
+            return False
+        if self.bound is not None and not self._bound_as_it_is(optimizer):
+            self.bound = None
+        return True
+
+    def _bound_as_it_is(self, optimizer: FactoredOptimizer) -> bool:
+        return (
+            optimizer.state.get(self._param) is self._state
+            and _same(self._state.values(), self._tensors)
+            and getattr(self._param, "_local_tensor", None) is self._part
+            and _execution_of(self.group) == self._options
+        )
+
+    def bind(self, optimizer: FactoredOptimizer, grad: Tensor) -> None:
+        self.bound = None
+        optimizer._sync_param(self._param, self.group)
+        self._state = optimizer.state[self._param]
+        self._tensors = list(self._state.values())
+        self._part = getattr(self._param, "_local_tensor", None)
+        self._options = _execution_of(self.group)
+        state = {key: layout.local(value) for key, value in self._state.items()}
+        self.bound = optimizer._bind(self.group, [layout.local(self._param)], [grad], [state])
+
+
+def _execution_of(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (*(group[name] for name in (*_EXECUTION, "nonfinite")), group.get("beta", 0.0) is None)
 
 
 def _same(now: Collection[Any], then: Collection[Any]) -> bool:
