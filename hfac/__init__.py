@@ -14,5 +14,6 @@ if not (Path(__file__).parent / "triton_kernels").is_dir():
 
 from . import functional
 from .optim import SMMF, HFac
+from .release import release_gradients
 
-__all__ = ["SMMF", "HFac", "__version__", "functional"]
+__all__ = ["SMMF", "HFac", "__version__", "functional", "release_gradients"]

@@ -129,6 +129,8 @@ def test_what_cannot_be_sharded_is_refused():
         "capturable": r"ValueError: HFac: parameter 0 .* sharded, and capturable=True is not supported",
         "amp": r"ValueError: SMMF: parameter 0 .* sharded, and amp_scaling=True is not supported",
         "triton": r"RuntimeError: backend='cuda' was asked for",
+        "release": r"RuntimeError: release_gradients: a parameter of shape .* is sharded, .*optimizer.step\(\)",
+        "release-ddp": r"RuntimeError: release_gradients: DistributedDataParallel averages .*fully_shard",
         "step-param": r"RuntimeError: HFac.step_param: parameter 0 of group 0 .* is sharded, .*Call step\(\)",
     }
     for case, pattern in patterns.items():
