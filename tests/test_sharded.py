@@ -57,6 +57,7 @@ def test_every_wrapper_equals_the_bare_model():
             ("fsdp", ("clip", 0.5)),
             ("hsdp",),
             ("fsdp-tp",),
+            ("fsdp-tp", ("own_clip", 0.5)),
             ("ddp",),
         )
     ]
@@ -77,6 +78,8 @@ def test_collectives_of_a_step():
         *((kind, name) for kind in ("fsdp", "hsdp", "fsdp-tp", "ddp") for name in OPTIONS),
         ("fsdp", "SMMF", ("nonfinite", "skip")),
         ("fsdp", "HFac", ("nonfinite", "skip")),
+        ("hsdp", "HFac", ("max_grad_norm", 0.1)),
+        ("fsdp-tp", "SMMF", ("max_grad_norm", 0.1)),
     ]
     found, on_one_mesh = on_ranks(
         4, ("sharded_traffic:counted", cases), ("sharded_traffic:counted_on_one_mesh", "fsdp-tp")
@@ -85,6 +88,8 @@ def test_collectives_of_a_step():
         ("fsdp-tp", "HFac"): [2, 2, 2],
         ("fsdp-tp", "SMMF"): [2, 4],
         ("fsdp", "SMMF", ("nonfinite", "skip")): [4, 4],
+        ("hsdp", "HFac", ("max_grad_norm", 0.1)): [2, 2],
+        ("fsdp-tp", "SMMF", ("max_grad_norm", 0.1)): [2, 4, 2, 4],
     }
     for case, (counted, said) in found.items():
         assert counted == said, case

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import backends, distributed, functional, ops, schedules
+from .. import backends, clipping, distributed, functional, ops, schedules
 from ..distributed import layout
 from . import options
 
@@ -28,6 +28,7 @@ _COMMON_RULES: dict[str, options.Rule] = {
     "capturable": options.flag,
     "nonfinite": options.choice(*NONFINITE),
     "amp_scaling": options.flag,
+    "max_grad_norm": options.number(0.0, open_low=True, none="no clipping by the norm"),
     "backend": options.choice(*backends.NAMES),
 }
 #: how a step is carried out, not what it computes: kept from the running optimizer when a checkpoint is loaded
@@ -59,6 +60,7 @@ class FactoredOptimizer(Optimizer):
     _sharded: distributed.Sharded | None = None
     #: an option that every version of the subclass has and no other optimizer: tells whose a state dict is
     _own_option: ClassVar[str]
+    _grad_norm: Tensor | None = None
 
     def _layout(self, param: Tensor, group: Mapping[str, Any]) -> Layout:
         """Global shapes and types of a parameter's state; the keys are the same for every step."""
@@ -99,6 +101,7 @@ class FactoredOptimizer(Optimizer):
         if isinstance(param_group, dict) and "params" in param_group:
             param_group.update(self._checked(param_group))
             group = {**self.defaults, **param_group}
+            self._common_limit([*self.param_groups, group])
             if not isinstance(param_group["params"], Tensor | set):
                 param_group["params"] = list(param_group["params"])
             for index, param in enumerate(_tensors(param_group["params"])):
@@ -124,16 +127,65 @@ class FactoredOptimizer(Optimizer):
                 loss = closure()
         if self._seen is None or not self._seen.holds(self):
             self._look_again()
-        work = [self._prepare(index, group) for index, group in enumerate(self.param_groups)]
+        limit = self._common_limit(self.param_groups)
+        grads = [self._seen.gradients(index) for index in range(len(self.param_groups))]
+        work = [self._prepare(index, group, grads[index]) for index, group in enumerate(self.param_groups)]
+        clip = finish = None
+        if limit is None:
+            self._grad_norm = None
+        else:
+            clip = self._clip(grads, limit)
         if self._sharded is not None:
-            work.append(self._sharded.prepare({i: self._shared(group) for i, group in enumerate(self.param_groups)}))
+            if clip is not None:
+                self._sharded.scale_(clip)
+            finish = self._sharded.prepare({i: self._shared(group) for i, group in enumerate(self.param_groups)})
         for update in work:
             if update is not None:
-                update()
+                update(clip)
+        if finish is not None:
+            finish()
         return loss
 
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """With ``max_grad_norm``, the norm of all gradients in the last step that had any, before clipping: a 0-d
+        tensor on their device, float32 (float64 where there are float64 gradients). Asking for it does not wait for
+        the device; reading its value does. None without ``max_grad_norm`` and before the first step."""
+        return self._grad_norm
+
+    def _common_limit(self, groups: Iterable[Mapping[str, Any]]) -> float | None:
+        """The one ``max_grad_norm`` of all groups; those pickled by an older version have none."""
+        name = f"{type(self).__name__}: max_grad_norm"
+        limits = [group.get("max_grad_norm") for group in groups] or [None]
+        if limits.count(limits[0]) != len(limits):
+            raise ValueError(
+                f"{name} must be the same in every group, because the norm is that of all gradients together, got "
+                f"{limits}. Set it once, for the optimizer."
+            )
+        return _COMMON_RULES["max_grad_norm"](name, limits[0])
+
+    def _clip(self, grads: list[list[Any]], limit: float) -> Tensor | None:
+        """What the gradients, by group, are to be multiplied by; None where there are none."""
+        # A parameter whose gradient is not finite stays as it is where "skip" says so, and has no part in the norm.
+        norms: dict[bool, list[Tensor]] = {False: [], True: []}
+        skip = [group["nonfinite"] == "skip" for group in self.param_groups]
+        for value in dict.fromkeys(skip):
+            mine = [grad for s, of_group in zip(skip, grads, strict=True) if s == value for grad in of_group]
+            norms[value] += clipping.norms([grad for grad in mine if grad is not None])
+        if self._sharded is not None:
+            for group_index, norm in self._sharded.norms():
+                norms[skip[group_index]].append(norm)
+        if not norms[False] and not norms[True]:
+            return None
+        norm = clipping.total(norms[False], norms[True])
+        scale = getattr(self, "grad_scale", None)
+        self._grad_norm = norm if scale is None else norm / scale.to(norm.device).reshape(())
+        return clipping.coefficient(self._grad_norm, limit)
+
     @torch.no_grad()
-    def step_param(self, param: Tensor, group: dict[str, Any] | None = None, *, lr_scale: float = 1.0) -> None:
+    def step_param(
+        self, param: Tensor, group: dict[str, Any] | None = None, *, clip: Tensor | None = None, lr_scale: float = 1.0
+    ) -> None:
         """One step of one parameter, the same numbers to the bit as `step` makes of it; nothing where it has no
         gradient. For hooks that step in the backward pass (`hfac.release_gradients` makes them). The gradient stays.
 
@@ -143,11 +195,14 @@ class FactoredOptimizer(Optimizer):
         Args:
             param: a parameter of this optimizer.
             group: its entry of ``param_groups``, where the caller knows it; None: it is looked up.
+            clip: a 0-d tensor that the gradient is multiplied by. Required with ``max_grad_norm``, which says nothing
+                here: the norm of all gradients is known to nobody yet.
             lr_scale: the step's learning rate is that of the group times this number.
 
         Raises:
             ValueError: the parameter is not the optimizer's, or in another group.
-            RuntimeError: the parameter is sharded: ranks would have to meet once for every parameter.
+            RuntimeError: the parameter is sharded: ranks would have to meet once for every parameter; ``max_grad_norm``
+                without ``clip``.
             TypeError, ValueError, RuntimeError: as `step`; nothing has been updated then.
         """
         self._check_graph_capture()
@@ -158,6 +213,12 @@ class FactoredOptimizer(Optimizer):
             raise ValueError(
                 f"{type(self).__name__}.step_param: {alone.where} was given with another group. Pass its own entry of "
                 "param_groups, or None to have it looked up."
+            )
+        if clip is None and self._common_limit(self.param_groups) is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}.step_param: max_grad_norm clips by the norm of all gradients, and a step of "
+                "one parameter knows one. Use hfac.release_gradients, which clips by the norm of the backward pass "
+                "before, pass clip=, or leave max_grad_norm=None."
             )
         grad = layout.gradient(param, alone.where)
         if grad is None:
@@ -175,7 +236,7 @@ class FactoredOptimizer(Optimizer):
             ops.check_tensor(f"the gradient of {alone.where}", param.grad)  # the same complaint, with the place
             raise
         assert update is not None  # it takes two to come apart
-        update()
+        update(clip)
 
     def _place(self, param: Tensor) -> "_Alone":
         """Where the parameter is among the groups, for `step_param`."""
@@ -198,11 +259,10 @@ class FactoredOptimizer(Optimizer):
             "param_groups' parameters itself, not a copy or a view, or add it with add_param_group."
         )
 
-    def _prepare(self, group_index: int, group: dict[str, Any]) -> Callable[[], None] | None:
+    def _prepare(self, group_index: int, group: dict[str, Any], grads: list[Any]) -> Callable[..., None] | None:
         """Checks a step of one group, on the parameters that have a gradient, and returns it, yet to be made."""
         assert self._seen is not None
         params = self._seen.whole[group_index]
-        grads = self._seen.gradients(group_index)
         present = list(map(is_not, grads, repeat(None)))
         if not all(present):
             params = [param for param, here in zip(params, present, strict=True) if here]
@@ -304,7 +364,8 @@ class FactoredOptimizer(Optimizer):
             self._look_again()
         if self._sharded is None:
             return []
-        return self._sharded.collectives({i: g["nonfinite"] == "skip" for i, g in enumerate(self.param_groups)})
+        skip = {i: group["nonfinite"] == "skip" for i, group in enumerate(self.param_groups)}
+        return self._sharded.collectives(skip, self._common_limit(self.param_groups) is not None)
 
     def _look_again(self) -> None:
         self._forget()
@@ -486,6 +547,7 @@ class FactoredOptimizer(Optimizer):
                     "optimizer"
                 )
         merged = [{**self.defaults, **self._checked(saved)} for saved in saved_groups]
+        self._common_limit(merged)
         owners = [(param, group) for group, target in zip(merged, groups, strict=True) for param in target["params"]]
         positions = {key: i for i, key in enumerate(key for g in saved_groups for key in g["params"])}
         checked = {}

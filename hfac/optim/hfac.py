@@ -42,6 +42,13 @@ class HFac(FactoredOptimizer):
         amp_scaling: leave unscaling, and whether to step at all, to the step when a `torch.amp.GradScaler` drives it,
             as torch's fused optimizers do: the CUDA kernels then do both as they go, and the host waits for nothing
             (default False, because some trainers refuse gradient clipping with such an optimizer).
+        max_grad_norm: clip by the norm of all gradients of the optimizer, > 0, as `torch.nn.utils.clip_grad_norm_`
+            before the step does; one number for all groups (default None, no clipping). The norm, `grad_norm`, is
+            formed in float32, of gradients without a GradScaler's scale, and not read on the host. With the CUDA
+            kernels no gradient is written; elsewhere they are multiplied in place. With nonfinite="skip" gradients
+            whose norm is not finite are left out of it; with "propagate" they make all gradients NaN or 0, as in torch.
+            Sharded gradients have one norm on all ranks, which takes one all-reduce more for each mesh, of one number
+            per parameter.
 
     State of a parameter (k is `hfac.matricize.cut` of its shape): ``exp_avg_row``, ``exp_avg_sq_row`` of shape
     p.shape[:k], ``exp_avg_col``, ``exp_avg_sq_col`` of shape p.shape[k:]; or ``exp_avg``, ``exp_avg_sq`` of p.shape;
@@ -77,6 +84,7 @@ class HFac(FactoredOptimizer):
         backend: str = "auto",
         nonfinite: str = "propagate",
         amp_scaling: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -90,6 +98,7 @@ class HFac(FactoredOptimizer):
             backend=backend,
             nonfinite=nonfinite,
             amp_scaling=amp_scaling,
+            max_grad_norm=max_grad_norm,
         )
         super().__init__(params, defaults)
 

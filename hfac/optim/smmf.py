@@ -37,7 +37,7 @@ class SMMF(FactoredOptimizer):
             Fixed once state exists, as is whether beta is None.
         weight_decay_mode: "adamw" multiplies W by 1 - lr * weight_decay, "adam" adds weight_decay * W to the gradient
             (default "adamw"). The authors' code forms the latter and then does not use it; here it is used.
-        maximize, capturable, backend, nonfinite, amp_scaling: as for `hfac.HFac`.
+        maximize, capturable, backend, nonfinite, amp_scaling, max_grad_norm: as for `hfac.HFac`.
 
     State of a parameter (n, m = `hfac.matricize.square` of its number of elements): ``exp_avg_row``,
     ``exp_avg_sq_row`` of shape (n,), ``exp_avg_col``, ``exp_avg_sq_col`` of shape (m,), ``exp_avg_sign`` uint8 of
@@ -86,6 +86,7 @@ class SMMF(FactoredOptimizer):
         backend: str = "auto",
         nonfinite: str = "propagate",
         amp_scaling: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -101,6 +102,7 @@ class SMMF(FactoredOptimizer):
             backend=backend,
             nonfinite=nonfinite,
             amp_scaling=amp_scaling,
+            max_grad_norm=max_grad_norm,
         )
         super().__init__(params, defaults)
 
