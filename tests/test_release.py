@@ -414,6 +414,113 @@ def test_exact_accumulation_frees_in_the_last_pass():
     assert there[24] == 24
 
 
+# ---- clipping by the norm of the step before -------------------------------------------------------------------------
+
+LIMIT = 12.0
+
+
+@BOTH
+@pytest.mark.parametrize(("accumulate", "ends"), [(1, True), (1, False), (2, True)])
+def test_clipped_by_the_norm_of_the_step_before(cls, accumulate, ends):
+    """Unused, frozen and late parameters are in the norm as in torch's; with and without `step()` at the end."""
+    nets, optimizers = pair(cls)
+    for group in optimizers[0].param_groups:
+        group["max_grad_norm"] = LIMIT
+    hfac.release_gradients(nets[0], optimizers[0], accumulate)
+    norm, norms = None, []
+    for step in range(5):
+        if step == 3 and ends:
+            nets[0].frozen.requires_grad_(True)
+            nets[1].frozen.requires_grad_(True)
+        for micro in range(accumulate):
+            skip = ends and step == 2 and micro == accumulate - 1
+            for net in nets:
+                (loss_of(net, 10 * step + micro, skip=skip) * (1 + step)).backward()
+        mine = [param for param in nets[1].parameters() if param.grad is not None]
+        before, norm = norm, nn.utils.get_total_norm([param.grad for param in mine])
+        norms.append(norm)
+        factor = 1.0 if before is None else min(1.0, LIMIT / (before.item() + 1e-6))
+        for param in mine:
+            param.grad *= factor
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+        if ends:
+            optimizers[0].step()
+            assert optimizers[0].grad_norm.item() == pytest.approx(norm.item(), rel=1e-5)
+        for ours, theirs in zip(*(net.parameters() for net in nets), strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6), step
+    assert min(norms) < LIMIT < max(norms)
+
+
+@BOTH
+def test_a_bad_gradient_is_left_out_of_the_norm(cls):
+    net = Net()
+    optimizer = cls(net.parameters(), nonfinite="skip", max_grad_norm=LIMIT)
+    hfac.release_gradients(net, optimizer)
+    hook = net.extra.weight.register_hook(lambda grad: grad * NAN)
+    loss_of(net, 0).backward()
+    optimizer.step()
+    hook.remove()
+    assert int(optimizer.state[net.extra.weight]["skipped"]) == 1
+    assert optimizer.grad_norm.isfinite() and optimizer.grad_norm > 0
+    loss_of(net, 1).backward()
+    assert all(param.isfinite().all() for param in net.parameters())
+
+
+@BOTH
+def test_a_resumed_run_clips_as_the_run_that_went_on(cls):
+    def run(steps, net, optimizer, handle):
+        for step in steps:
+            loss_of(net, step).backward()
+            optimizer.step()
+        return handle
+
+    def made():
+        net = Net()
+        optimizer = two_groups(cls, list(net.parameters()), max_grad_norm=0.05)
+        return net, optimizer, hfac.release_gradients(net, optimizer)
+
+    net, optimizer, handle = made()
+    run(range(2), net, optimizer, handle)
+    saved = copy.deepcopy([net.state_dict(), optimizer.state_dict(), handle.state_dict()])
+    run(range(2, 4), net, optimizer, handle)
+    ends = []
+    for with_handle in (True, False):
+        other = made()
+        for part, state in zip(other, saved[: 3 if with_handle else 2], strict=False):
+            part.load_state_dict(copy.deepcopy(state))
+        run(range(2, 4), *other)
+        ends.append(bits([list(other[0].parameters()), other[1].state_dict(), other[2].state_dict()]))
+    wanted = bits([list(net.parameters()), optimizer.state_dict(), handle.state_dict()])
+    assert ends[0] == wanted != ends[1]
+    for bad, error in (({}, TypeError), (1.0, TypeError), ({"grad_norm": 1.0}, ValueError)):
+        with pytest.raises(error, match=r"grad_norm"):
+            handle.load_state_dict(bad)
+    with pytest.raises(ValueError, match=r"grad_norm"):
+        handle.load_state_dict({"grad_norm": torch.ones(2)})
+    assert bits(handle.state_dict()) == wanted[2]
+
+
+@BOTH
+def test_clipping_needs_all_parameters_and_step_param_a_coefficient(cls):
+    net = Net()
+    optimizer = cls([*net.parameters(), Parameter(torch.ones(3))], max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=r"has 12 of the optimizer's 13 parameters, .*ModuleList"):
+        hfac.release_gradients(net, optimizer)
+    loss_of(net, 0).backward()
+    weight = net.extra.weight
+    before = bits([weight, optimizer.state[weight]])
+    with pytest.raises(RuntimeError, match=r"step_param: max_grad_norm clips by the norm of all .*release_gradients"):
+        optimizer.step_param(weight)
+    assert bits([weight, optimizer.state[weight]]) == before
+    twin = copy.deepcopy(net)
+    plain = cls([twin.extra.weight])
+    twin.extra.weight.grad = weight.grad * 0.25
+    plain.step()
+    optimizer.step_param(weight, clip=torch.tensor(0.25))
+    assert bits(weight) == bits(twin.extra.weight)
+
+
 def test_nothing_is_kept_alive():
     net = Net()
     handle = hfac.release_gradients(net, SMMF(net.parameters()))

@@ -127,7 +127,7 @@ class FactoredOptimizer(Optimizer):
                 loss = closure()
         if self._seen is None or not self._seen.holds(self):
             self._look_again()
-        limit = self._common_limit(self.param_groups)
+        limit = self.max_grad_norm
         grads = [self._seen.gradients(index) for index in range(len(self.param_groups))]
         work = [self._prepare(index, group, grads[index]) for index, group in enumerate(self.param_groups)]
         clip = finish = None
@@ -152,6 +152,15 @@ class FactoredOptimizer(Optimizer):
         tensor on their device, float32 (float64 where there are float64 gradients). Asking for it does not wait for
         the device; reading its value does. None without ``max_grad_norm`` and before the first step."""
         return self._grad_norm
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The option, which is the same in every group.
+
+        Raises:
+            ValueError: it is not.
+        """
+        return self._common_limit(self.param_groups)
 
     def _common_limit(self, groups: Iterable[Mapping[str, Any]]) -> float | None:
         """The one ``max_grad_norm`` of all groups; those pickled by an older version have none."""
@@ -214,7 +223,7 @@ class FactoredOptimizer(Optimizer):
                 f"{type(self).__name__}.step_param: {alone.where} was given with another group. Pass its own entry of "
                 "param_groups, or None to have it looked up."
             )
-        if clip is None and self._common_limit(self.param_groups) is not None:
+        if clip is None and self.max_grad_norm is not None:
             raise RuntimeError(
                 f"{type(self).__name__}.step_param: max_grad_norm clips by the norm of all gradients, and a step of "
                 "one parameter knows one. Use hfac.release_gradients, which clips by the norm of the backward pass "
@@ -365,7 +374,7 @@ class FactoredOptimizer(Optimizer):
         if self._sharded is None:
             return []
         skip = {i: group["nonfinite"] == "skip" for i, group in enumerate(self.param_groups)}
-        return self._sharded.collectives(skip, self._common_limit(self.param_groups) is not None)
+        return self._sharded.collectives(skip, self.max_grad_norm is not None)
 
     def _look_again(self) -> None:
         self._forget()
