@@ -76,6 +76,7 @@ class ReleasedGradients:
         self._optimizer, self._model = optimizer, model
         self._accumulate, self._exact = accumulate, exact
         self._lock = threading.RLock()  # autograd has a thread for every device
+        self._hook = torch.compiler.disable(self._arrived)  # where a compiled function makes the backward pass
         self._hooks: dict[Tensor, Any] = {}
         self._counts: dict[Tensor, int] = {}
         #: norms of the gradients that have been stepped since the last complete norm, by parameter
@@ -84,7 +85,7 @@ class ReleasedGradients:
         self._clip: tuple[float, Tensor] | None = None
         for param in self._shared():
             if param.requires_grad:
-                self._hooks[param] = param.register_post_accumulate_grad_hook(self._arrived)
+                self._hooks[param] = param.register_post_accumulate_grad_hook(self._hook)
         self._ending = optimizer.register_step_pre_hook(self._end)
         _released.add(optimizer)
 
@@ -194,7 +195,7 @@ class ReleasedGradients:
             self._counts.clear()
             for param in self._shared():
                 if param.requires_grad and param not in self._hooks:
-                    self._hooks[param] = param.register_post_accumulate_grad_hook(self._arrived)
+                    self._hooks[param] = param.register_post_accumulate_grad_hook(self._hook)
                 if param.grad is not None:
                     self._step(param)
             self._complete()

@@ -73,6 +73,7 @@ class FactoredOptimizer(Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._forget()
         super().__init__(params, self._checked(defaults))
+        _keep_uncompiled(type(self))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -82,6 +83,7 @@ class FactoredOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fills in what an optimizer pickled by an older version, or by torch with steps as numbers, does not have."""
         super().__setstate__(state)
+        _keep_uncompiled(type(self))
         self._forget()
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -679,6 +681,19 @@ class _Alone:
 
 def _execution_of(group: Mapping[str, Any]) -> tuple[Any, ...]:
     return (*(group[name] for name in (*_EXECUTION, "nonfinite")), group.get("beta", 0.0) is None)
+
+
+def _keep_uncompiled(cls: type[Optimizer]) -> None:
+    """Makes `torch.compile` of a training step break its graph at the optimizer's, hooks and all: the kernels are
+    compiled, and what is looked at around them (addresses, steps, learning rates) would be compiled anew whenever it
+    changed. Done when there is an optimizer, because asking torch for it imports its compiler, as constructing any
+    optimizer does."""
+    for name in ("step", "step_param"):
+        method = getattr(cls, name)
+        if not getattr(method, "uncompiled", False):
+            method = torch.compiler.disable(method)
+            method.uncompiled = True  # type: ignore[attr-defined]
+            setattr(cls, name, method)
 
 
 def _same(now: Collection[Any], then: Collection[Any]) -> bool:
