@@ -16,5 +16,6 @@ from . import functional
 from .convert import convert
 from .groups import param_groups
 from .optim import SMMF, HFac
+from .release import release_gradients
 
-__all__ = ["SMMF", "HFac", "__version__", "convert", "functional", "param_groups"]
+__all__ = ["SMMF", "HFac", "__version__", "convert", "functional", "param_groups", "release_gradients"]

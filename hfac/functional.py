@@ -374,10 +374,10 @@ class Group:
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         **options: Any,
-    ) -> Callable[[], None] | None:
+    ) -> Callable[..., None] | None:
         """Checks a step with these gradients and returns it, yet to be made; ``options`` are those of `hfac` or `smmf`
-        that are no tensors' lists, ``grad_scale`` and ``found_inf`` as `ops.Bound.prepare` takes them. None where the
-        steps of one bucket have come apart: it must be bound anew."""
+        that are no tensors' lists, ``grad_scale`` and ``found_inf`` as `ops.Bound.prepare` takes them, whose ``clip``
+        the step takes. None where the steps of one bucket have come apart: it must be bound anew."""
         scalars = {
             **self._algorithm.scalars(options),
             "maximize": options["maximize"],
@@ -414,9 +414,9 @@ class Group:
             )
             calls.append((bucket, call, flags))
 
-        def run() -> None:
+        def run(clip: Tensor | None = None) -> None:
             for bucket, call, flags in calls:
-                call()
+                call(clip)
                 ops.advance_steps_(bucket.steps)
                 if flags is not None and bucket.skipped is not None:
                     some, every = (flags, flags) if bucket.owners is None else bucket.owners.left(flags)

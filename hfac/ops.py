@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, rounding
+from . import backends, clipping, rounding
 from .matricize import Block, sign_shape
 from .rounding import Place
 from .schedules import Scalar
@@ -509,21 +509,22 @@ class Bound:
         seed: int = 0,
         step: Scalar = 0.0,
         **scalars: Any,
-    ) -> Callable[[], None]:
-        """Checks a step with these gradients and returns it, yet to be made.
+    ) -> Callable[..., None]:
+        """Checks a step with these gradients and returns it, yet to be made: (clip=None) -> None. ``clip`` is a 0-d
+        float32 or float64 tensor, known when all steps have been checked; gradients are multiplied by it.
 
         ``seed`` and ``step`` are read where the op has places. ``grad_scale`` and ``found_inf`` are what
         `torch.amp.GradScaler` hands to an optimizer that unscales gradients itself: float32 tensors of one element.
-        Gradients are divided by the one, and nothing is written where the other is not zero. The CUDA kernels do both
-        as they go; for other backends gradients are divided in place, as the scaler would do it, and found_inf is read
-        on the host.
+        Gradients are divided by the one, and nothing is written where the other is not zero. The CUDA kernels do all of
+        this as they go and write no gradient; for other backends gradients are multiplied in place, as
+        `torch.nn.utils.clip_grad_norm_` and the scaler would do it, and found_inf is read on the host.
         """
         if len(grads) != len(self._params):
             raise ValueError(f"grads must have one entry per parameter ({len(self._params)}), got {len(grads)}")
         if (scalars["beta1"] is not None) != self._first:
             raise ValueError("states of the first moment are required by SMMF exactly where beta1 is not None")
         if self._step is None:
-            return lambda: None
+            return lambda clip=None: None
         self._check_grads(grads)
         if nonfinite is not None and (
             nonfinite.shape != (len(grads),) or nonfinite.dtype != torch.int32 or nonfinite.device != self._device
@@ -534,7 +535,7 @@ class Bound:
             )
         if self._stochastic:
             scalars.update(seed=seed, step=step)
-        run = partial(self._run, grads, nonfinite=nonfinite, **scalars)
+        run = partial(self._run, nonfinite=nonfinite, **scalars)
         given = {"grad_scale": grad_scale, "found_inf": found_inf}
         scaling = {name: tensor for name, tensor in given.items() if tensor is not None}
         for name, tensor in scaling.items():
@@ -543,19 +544,28 @@ class Bound:
                     f"{name} must be one float32 on {self._device}, as torch.amp.GradScaler passes it, got "
                     f"{tensor.numel()} of {tensor.dtype} on {tensor.device}"
                 )
-        if not scaling or self._unscales:
-            return partial(run, **scaling)
 
-        def unscaled() -> None:
+        def fused(clip: Tensor | None = None) -> None:
+            if clip is not None:
+                clip = clip.to(self._device)
+                divisor = clip.reciprocal() if grad_scale is None else grad_scale.reshape(()) / clip
+                scaling["grad_scale"] = divisor.to(torch.float32)
+            run(grads, **scaling)
+
+        def in_place(clip: Tensor | None = None) -> None:
             if found_inf is not None and found_inf.item():
                 if nonfinite is not None:
                     nonfinite.zero_()
                 return
-            if grad_scale is not None:
-                torch._foreach_div_(list(grads), grad_scale)
-            run()
+            mine = list(grads)
+            if clip is not None:
+                clip = clip.to(self._device)
+                mine = clipping.scaled(mine, clip if grad_scale is None else clip / grad_scale.reshape(()))
+            elif grad_scale is not None:
+                torch._foreach_div_(mine, grad_scale)
+            run(mine)
 
-        return unscaled
+        return fused if self._unscales else in_place
 
     def _run(self, *args: Any, **kwargs: Any) -> None:
         """A prepared step holds this object, and so the states whose addresses the backend was given."""

@@ -128,14 +128,15 @@ def with_state(optimizer):
     return optimizer
 
 
-def compare(kind, name, dtype=torch.float64, steps=20, uneven=False, clip=None):
-    """Largest differences from the unwrapped model after training."""
+def compare(kind, name, dtype=torch.float64, steps=20, uneven=False, clip=None, own_clip=None):
+    """Largest differences from the unwrapped model after training; with ``own_clip`` the optimizer clips the former and
+    torch the latter."""
     plain = model(dtype, uneven)
     wrapped = wrap(kind, copy.deepcopy(plain))
-    ours = optimizer_of(name, wrapped)
+    ours = optimizer_of(name, wrapped, **({} if own_clip is None else {"max_grad_norm": own_clip}))
     theirs = optimizer_of(name, plain, backend="reference")
     train(wrapped, ours, steps, clip=clip)
-    train(plain, theirs, steps, clip=clip)
+    train(plain, theirs, steps, clip=own_clip if clip is None else clip)
     found, wanted = everything(wrapped, with_state(ours)), everything(plain, with_state(theirs))
     assert found.keys() == wanted.keys()
     return {

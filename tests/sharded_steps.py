@@ -46,12 +46,14 @@ OPTIONS = {
         "all": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, clip_threshold=0.7),
         "unclipped": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, clip_threshold=None, maximize=True),
         "skip": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, clip_threshold=0.7, nonfinite="skip"),
+        "limit": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, nonfinite="skip", max_grad_norm=0.5),
     },
     "SMMF": {
         "all": dict(lr=0.01, weight_decay=0.1, decay_rate=-0.8),
         "adam": dict(lr=0.01, weight_decay=0.1, weight_decay_mode="adam", vector_reshape=False, maximize=True),
         "no-first": dict(lr=0.01, weight_decay=0.1, beta=None),
         "skip": dict(lr=0.01, weight_decay=0.1, nonfinite="skip"),
+        "limit": dict(lr=0.01, weight_decay=0.1, nonfinite="skip", max_grad_norm=0.5),
     },
 }
 
@@ -104,19 +106,24 @@ def run_case(name, options, case, dtype, backend, steps=STEPS):
     theirs = [torch.nn.Parameter(p.clone()) for p in full]
     optimizer = getattr(hfac, name)(ours, **kwargs, backend=backend)
     reference = getattr(hfac, name)(theirs, **kwargs, backend="reference")
+    norms = []
     for step in range(steps):
         for i, (p, q, (shape, places)) in enumerate(zip(ours, theirs, params, strict=True)):
             grad = 0.1 * torch.randn(shape, generator=generator, dtype=dtype)
             if step % 5 == 3 and i == 1:
                 p.grad = q.grad = None  # a parameter that no rank used
                 continue
-            if options == "skip" and step in (2, 7) and i in (0, 2) and grad.numel():
+            if "nonfinite" in kwargs and step in (2, 7) and i in (0, 2) and grad.numel():
                 grad.view(-1)[-1] = float("nan")
             q.grad, p.grad = grad, part_of(grad, mesh, places)
         optimizer.step()
         reference.step()
+        norms.append((optimizer.grad_norm, reference.grad_norm))
     state = optimizer.state_dict()["state"]
     errors = {}
+    if "max_grad_norm" in kwargs:
+        assert any(norm > kwargs["max_grad_norm"] for _, norm in norms)
+        errors["norm"] = max(difference(norm, wanted) for norm, wanted in norms)
     for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
         errors[f"{i}"] = difference(whole(p.detach()), q.detach())
         for key, value in reference.state_dict()["state"][i].items():

@@ -93,6 +93,14 @@ def refusals():
     def made(shape, placements):
         return torch.nn.Parameter(DTensor.from_local(torch.ones(shape), mesh, placements, run_check=False))
 
+    def step_of(param):
+        param.grad = param.detach().clone()
+        hfac.HFac([param]).step_param(param)
+
+    def release(kind):
+        net = wrap(kind, model())
+        hfac.release_gradients(net, optimizer_of("HFac", net))
+
     cases = {
         "partial": lambda: hfac.HFac([made((4, 6), [Partial(), Replicate()])]),
         "signs": lambda: hfac.SMMF([made((4, 6), [Replicate(), Shard(1)])]),
@@ -100,6 +108,9 @@ def refusals():
         "capturable": lambda: hfac.HFac([made((4, 6), [Shard(0), Replicate()])], capturable=True),
         "amp": lambda: hfac.SMMF([made((4, 6), [Shard(0), Replicate()])], amp_scaling=True),
         "triton": lambda: hfac.SMMF([made((4, 6), [Shard(0), Replicate()])], backend="cuda"),
+        "step-param": lambda: step_of(made((4, 6), [Shard(0), Replicate()])),
+        "release": lambda: release("fsdp"),
+        "release-ddp": lambda: release("ddp"),
     }
     found = {}
     for case, act in cases.items():

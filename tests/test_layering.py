@@ -12,20 +12,22 @@ ROOT = Path(__file__).parent.parent
 
 #: module (first part below hfac) -> modules of the package it may import
 ALLOWED = {
-    "__init__": {"_version", "convert", "functional", "groups", "optim"},
+    "__init__": {"_version", "convert", "functional", "groups", "optim", "release"},
     "__main__": {"cli"},
     "_version": set(),
     "groups": set(),
     "matricize": set(),
     "schedules": set(),
     "rounding": {"schedules"},
+    "clipping": set(),
     "reference": {"matricize", "rounding", "schedules"},
     "backends": {"reference", "triton_kernels", "_C", "schedules", "matricize", "rounding"},
-    "ops": {"backends", "matricize", "rounding", "schedules"},
+    "ops": {"backends", "clipping", "matricize", "rounding", "schedules"},
     "functional": {"ops", "rounding", "schedules"},
-    "distributed": {"functional", "ops", "matricize", "rounding", "schedules"},
-    "optim": {"distributed", "functional", "ops", "backends", "matricize", "rounding", "schedules"},
+    "distributed": {"functional", "ops", "clipping", "matricize", "rounding", "schedules"},
+    "optim": {"distributed", "functional", "ops", "backends", "clipping", "matricize", "rounding", "schedules"},
     "convert": {"optim", "matricize", "reference"},
+    "release": {"optim", "distributed", "clipping"},
     "triton_kernels": set(),
     "cli": {"", "optim", "backends", "_version", "matricize"},
 }

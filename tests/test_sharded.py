@@ -75,6 +75,7 @@ def test_every_wrapper_equals_the_bare_model():
             ("fsdp", ("clip", 0.5)),
             ("hsdp",),
             ("fsdp-tp",),
+            ("fsdp-tp", ("own_clip", 0.5)),
             ("ddp",),
         )
     ]
@@ -95,6 +96,8 @@ def test_collectives_of_a_step():
         *((kind, name) for kind in ("fsdp", "hsdp", "fsdp-tp", "ddp") for name in OPTIONS),
         ("fsdp", "SMMF", ("nonfinite", "skip")),
         ("fsdp", "HFac", ("nonfinite", "skip")),
+        ("hsdp", "HFac", ("max_grad_norm", 0.1)),
+        ("fsdp-tp", "SMMF", ("max_grad_norm", 0.1)),
     ]
     found, on_one_mesh = on_ranks(
         4, ("sharded_traffic:counted", cases), ("sharded_traffic:counted_on_one_mesh", "fsdp-tp")
@@ -103,6 +106,8 @@ def test_collectives_of_a_step():
         ("fsdp-tp", "HFac"): [2, 2, 2],
         ("fsdp-tp", "SMMF"): [2, 4],
         ("fsdp", "SMMF", ("nonfinite", "skip")): [4, 4],
+        ("hsdp", "HFac", ("max_grad_norm", 0.1)): [2, 2],
+        ("fsdp-tp", "SMMF", ("max_grad_norm", 0.1)): [2, 4, 2, 4],
     }
     for case, (counted, said) in found.items():
         assert counted == said, case
@@ -147,6 +152,9 @@ def test_what_cannot_be_sharded_is_refused():
         "capturable": r"ValueError: HFac: parameter 0 .* sharded, and capturable=True is not supported",
         "amp": r"ValueError: SMMF: parameter 0 .* sharded, and amp_scaling=True is not supported",
         "triton": r"RuntimeError: backend='cuda' was asked for",
+        "release": r"RuntimeError: release_gradients: a parameter of shape .* is sharded, .*optimizer.step\(\)",
+        "release-ddp": r"RuntimeError: release_gradients: DistributedDataParallel averages .*fully_shard",
+        "step-param": r"RuntimeError: HFac.step_param: parameter 0 of group 0 .* is sharded, .*Call step\(\)",
     }
     for case, pattern in patterns.items():
         assert re.match(pattern, found[case] or "nothing"), (case, found[case])

@@ -6,7 +6,10 @@ each rank updates its part. See docs/distributed.md.
 
 from collections.abc import Callable, Mapping, Sequence
 
-from . import hfac, layout, schedule, smmf
+from torch import Tensor
+
+from .. import clipping
+from . import hfac, layout, norm, schedule, smmf
 from .bucket import Bucket, Entry, Options
 
 __all__ = ["Entry", "Options", "Sharded", "layout"]
@@ -24,6 +27,27 @@ class Sharded:
         self._parts: list[smmf.Parts] = smmf.buckets(entries) if algorithm == "smmf" else []
         self._buckets: Sequence[Bucket] = self._parts or hfac.buckets(entries)
         self._sent: list[smmf.Sent] = []
+        self._entries = list(entries)
+        self._norms: list[norm.Norms] | None = None
+
+    def norms(self) -> list[tuple[int, Tensor]]:
+        """(group, norm of the gradient) of every parameter, over all ranks: one all-reduce for each mesh, which every
+        rank of it must call."""
+        return [
+            (entry.group, value)
+            for mesh in self._by_mesh()
+            for entry, value in zip(mesh.entries, mesh.of(), strict=True)
+        ]
+
+    def _by_mesh(self) -> list[norm.Norms]:
+        if self._norms is None:
+            self._norms = norm.by_mesh(self._entries)
+        return self._norms
+
+    def scale_(self, factor: Tensor) -> None:
+        """Multiplies the gradients, in place, wherever and however they are placed."""
+        grads = [entry.param.grad for entry in self._entries]
+        clipping.scaled([layout.local(grad) for grad in grads if grad is not None], factor)
 
     def prepare(self, options: Mapping[int, Options]) -> Callable[[], None]:
         """Adds up over the ranks what the step needs, checks it, and returns the step, yet to be made.
@@ -45,14 +69,16 @@ class Sharded:
 
         return step
 
-    def collectives(self, skip: Mapping[int, bool]) -> list[tuple[int, int]]:
-        """(ranks, bytes) of every all-reduce of a step; ``skip`` says by group whether nonfinite="skip"."""
+    def collectives(self, skip: Mapping[int, bool], clip: bool) -> list[tuple[int, int]]:
+        """(ranks, bytes) of every all-reduce of a step; ``skip`` says by group whether nonfinite="skip", ``clip``
+        whether the norm of the gradients is asked for."""
+        first = [(mesh.joint.size(), mesh.bytes) for mesh in self._by_mesh()] if clip else []
         planned = []
         for bucket in self._buckets:
             requests = bucket.requests(skip[bucket.group])
             planned.append(schedule.Planned(requests, bucket.dtype, bucket.device, _nothing()))
         found = [*schedule.collectives(planned), *smmf.sends(self._parts)]
-        return [(collective.group.size(), collective.bytes) for collective in found]
+        return first + [(collective.group.size(), collective.bytes) for collective in found]
 
     def wait(self) -> None:
         """Takes up what is still under way; every reader of the state calls it first."""

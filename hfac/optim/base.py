@@ -3,7 +3,7 @@ step."""
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from itertools import chain, repeat
+from itertools import chain, repeat, takewhile
 from operator import is_, is_not
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import backends, distributed, functional, ops, rounding, schedules
+from .. import backends, clipping, distributed, functional, ops, rounding, schedules
 from ..distributed import layout
 from ..rounding import Place
 from . import diagnostics, options
@@ -36,10 +36,11 @@ _COMMON_RULES: dict[str, options.Rule] = {
     "seed": options.whole(2**64 - 1),
     "master": options.choice(*MASTER, none="no master weights"),
     "amp_scaling": options.flag,
+    "max_grad_norm": options.number(0.0, open_low=True, none="no clipping by the norm"),
     "backend": options.choice(*backends.NAMES),
 }
 #: options that an optimizer pickled by an earlier version does not have, and what it did
-_ADDED = {"dense": False, "batch_dims": 0, "rounding": "nearest", "seed": 0, "master": None}
+_ADDED = {"dense": False, "batch_dims": 0, "rounding": "nearest", "seed": 0, "master": None, "max_grad_norm": None}
 #: how a step is carried out, not what it computes: kept from the running optimizer when a checkpoint is loaded
 _EXECUTION = ("capturable", "backend", "amp_scaling")
 #: the state key of what a bfloat16 parameter lacks of its master weight
@@ -65,10 +66,13 @@ class FactoredOptimizer(Optimizer):
     _seen: "_Seen | None"
     #: by group: which of its parameters had a gradient, and those, bound
     _bound: dict[int, tuple[list[bool], functional.Group]]
+    #: parameters that `step_param` has stepped, each bound by itself
+    _alone: "dict[Tensor, _Alone]"
     #: the sharded parameters, bound; None where there are none, or they are to be looked at again
     _sharded: distributed.Sharded | None = None
     #: an option that every version of the subclass has and no other optimizer: tells whose a state dict is
     _own_option: ClassVar[str]
+    _grad_norm: Tensor | None = None
 
     def _slice_layout(self, shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any]) -> Layout:
         """The layout of a parameter of ``shape`` without batch dimensions, its factors and moments being of
@@ -92,6 +96,7 @@ class FactoredOptimizer(Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._forget()
         super().__init__(params, self._checked(defaults))
+        _keep_uncompiled(type(self))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -101,6 +106,7 @@ class FactoredOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fills in what an optimizer pickled by an older version, or by torch with steps as numbers, does not have."""
         super().__setstate__(state)
+        _keep_uncompiled(type(self))
         self._forget()
         for name, value in _ADDED.items():
             self.defaults.setdefault(name, value)
@@ -122,6 +128,7 @@ class FactoredOptimizer(Optimizer):
         if isinstance(param_group, dict) and "params" in param_group:
             param_group.update(self._checked(param_group))
             group = {**self.defaults, **param_group}
+            self._common_limit([*self.param_groups, group])
             if not isinstance(param_group["params"], Tensor | set):
                 param_group["params"] = list(param_group["params"])
             for index, param in enumerate(_tensors(param_group["params"])):
@@ -147,19 +154,153 @@ class FactoredOptimizer(Optimizer):
                 loss = closure()
         if self._seen is None or not self._seen.holds(self):
             self._look_again()
-        work = [self._prepare(index, group) for index, group in enumerate(self.param_groups)]
+        limit = self.max_grad_norm
+        grads = [self._seen.gradients(index) for index in range(len(self.param_groups))]
+        work = [self._prepare(index, group, grads[index]) for index, group in enumerate(self.param_groups)]
+        clip = finish = None
+        if limit is None:
+            self._grad_norm = None
+        else:
+            clip = self._clip(grads, limit)
         if self._sharded is not None:
-            work.append(self._sharded.prepare({i: self._shared(group) for i, group in enumerate(self.param_groups)}))
+            if clip is not None:
+                self._sharded.scale_(clip)
+            finish = self._sharded.prepare({i: self._shared(group) for i, group in enumerate(self.param_groups)})
         for update in work:
             if update is not None:
-                update()
+                update(clip)
+        if finish is not None:
+            finish()
         return loss
 
-    def _prepare(self, group_index: int, group: dict[str, Any]) -> Callable[[], None] | None:
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """With ``max_grad_norm``, the norm of all gradients in the last step that had any, before clipping: a 0-d
+        tensor on their device, float32 (float64 where there are float64 gradients). Asking for it does not wait for
+        the device; reading its value does. None without ``max_grad_norm`` and before the first step."""
+        return self._grad_norm
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The option, which is the same in every group.
+
+        Raises:
+            ValueError: it is not.
+        """
+        return self._common_limit(self.param_groups)
+
+    def _common_limit(self, groups: Iterable[Mapping[str, Any]]) -> float | None:
+        """The one ``max_grad_norm`` of all groups; those pickled by an older version have none."""
+        name = f"{type(self).__name__}: max_grad_norm"
+        limits = [group.get("max_grad_norm") for group in groups] or [None]
+        if limits.count(limits[0]) != len(limits):
+            raise ValueError(
+                f"{name} must be the same in every group, because the norm is that of all gradients together, got "
+                f"{limits}. Set it once, for the optimizer."
+            )
+        return _COMMON_RULES["max_grad_norm"](name, limits[0])
+
+    def _clip(self, grads: list[list[Any]], limit: float) -> Tensor | None:
+        """What the gradients, by group, are to be multiplied by; None where there are none."""
+        # A parameter whose gradient is not finite stays as it is where "skip" says so, and has no part in the norm.
+        norms: dict[bool, list[Tensor]] = {False: [], True: []}
+        skip = [group["nonfinite"] == "skip" for group in self.param_groups]
+        for value in dict.fromkeys(skip):
+            mine = [grad for s, of_group in zip(skip, grads, strict=True) if s == value for grad in of_group]
+            norms[value] += clipping.norms([grad for grad in mine if grad is not None])
+        if self._sharded is not None:
+            for group_index, norm in self._sharded.norms():
+                norms[skip[group_index]].append(norm)
+        if not norms[False] and not norms[True]:
+            return None
+        norm = clipping.total(norms[False], norms[True])
+        scale = getattr(self, "grad_scale", None)
+        self._grad_norm = norm if scale is None else norm / scale.to(norm.device).reshape(())
+        return clipping.coefficient(self._grad_norm, limit)
+
+    @torch.no_grad()
+    def step_param(
+        self, param: Tensor, group: dict[str, Any] | None = None, *, clip: Tensor | None = None, lr_scale: float = 1.0
+    ) -> None:
+        """One step of one parameter, the same numbers to the bit as `step` makes of it; nothing where it has no
+        gradient. For hooks that step in the backward pass (`hfac.release_gradients` makes them). The gradient stays.
+
+        Hooks around a step (``register_step_pre_hook``, ``register_step_post_hook``) are not run, nor does a learning
+        rate scheduler take notice: that is for the `step` that ends the backward pass, which then finds no gradients.
+
+        Args:
+            param: a parameter of this optimizer.
+            group: its entry of ``param_groups``, where the caller knows it; None: it is looked up.
+            clip: a 0-d tensor that the gradient is multiplied by. Required with ``max_grad_norm``, which says nothing
+                here: the norm of all gradients is known to nobody yet.
+            lr_scale: the step's learning rate is that of the group times this number.
+
+        Raises:
+            ValueError: the parameter is not the optimizer's, or in another group.
+            RuntimeError: the parameter is sharded: ranks would have to meet once for every parameter; ``max_grad_norm``
+                without ``clip``.
+            TypeError, ValueError, RuntimeError: as `step`; nothing has been updated then.
+        """
+        self._check_graph_capture()
+        alone = self._alone.get(param) if isinstance(param, Tensor) else None
+        if alone is None or not alone.holds(self):
+            alone = self._alone_of(param)
+        if group is not None and group is not alone.group:
+            raise ValueError(
+                f"{type(self).__name__}.step_param: {alone.where} was given with another group. Pass its own entry of "
+                "param_groups, or None to have it looked up."
+            )
+        if clip is None and self.max_grad_norm is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}.step_param: max_grad_norm clips by the norm of all gradients, and a step of "
+                "one parameter knows one. Use hfac.release_gradients, which clips by the norm of the backward pass "
+                "before, pass clip=, or leave max_grad_norm=None."
+            )
+        grad = layout.gradient(param, alone.where)
+        if grad is None:
+            return
+        options = self._options(alone.group)
+        if lr_scale != 1.0:
+            options["lr"] = schedules.as_scalar("lr", options["lr"]) * lr_scale
+        options.update(grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None))
+        try:
+            if alone.bound is None or not alone.bound.holds([grad]):
+                alone.bind(self, grad)
+            assert alone.bound is not None
+            update = alone.bound.prepare([grad], **options)
+        except RuntimeError:
+            ops.check_tensor(f"the gradient of {alone.where}", param.grad)  # the same complaint, with the place
+            raise
+        assert update is not None  # it takes two to come apart
+        update(clip)
+
+    def _alone_of(self, param: Tensor) -> "_Alone":
+        """Where the parameter is among the groups, for `step_param`."""
+        name = f"{type(self).__name__}.step_param"
+        if not isinstance(param, Tensor):
+            raise TypeError(f"{name} takes a parameter of this optimizer, got {type(param).__name__}")
+        before = 0
+        for index, group in enumerate(self.param_groups):
+            for i, mine in enumerate(group["params"]):
+                if mine is param:
+                    where = f"parameter {i} of group {index}"
+                    if layout.is_sharded(param):
+                        raise RuntimeError(
+                            f"{name}: {where} (shape {tuple(param.shape)}) is sharded, and a step of it a collective: "
+                            "one for every parameter by itself. Call step(), which makes one for all."
+                        )
+                    alone = self._alone[param] = _Alone(group, i, before + i, param, where)
+                    return alone
+            before += len(group["params"])
+        raise ValueError(
+            f"{name}: the parameter of shape {tuple(param.shape)} is in none of the optimizer's groups. Pass one of "
+            "param_groups' parameters itself, not a copy or a view, or add it with add_param_group."
+        )
+
+    def _prepare(self, group_index: int, group: dict[str, Any], grads: list[Any]) -> Callable[..., None] | None:
         """Checks a step of one group, on the parameters that have a gradient, and returns it, yet to be made."""
         assert self._seen is not None
         params = self._seen.whole[group_index]
-        grads = self._seen.gradients(group_index)
         present = list(map(is_not, grads, repeat(None)))
         if not all(present):
             params = [param for param, here in zip(params, present, strict=True) if here]
@@ -178,7 +319,7 @@ class FactoredOptimizer(Optimizer):
             if bound is not None:
                 self._sync_state()  # what moved may have left its state behind
             states = [{key: layout.local(value) for key, value in self.state[param].items()} for param in params]
-            places = [self._place(param, group) for param in params]
+            places = [self._place(param, group, self._seen.positions[param]) for param in params]
             functional_group = self._bind(group, list(map(layout.local, params)), grads, states, places)
             self._bound[group_index] = present, functional_group
             return functional_group.prepare(grads, **options)
@@ -192,13 +333,13 @@ class FactoredOptimizer(Optimizer):
         """What a step is told anew every time."""
         return {**{name: group[name] for name in ("lr", "weight_decay", "maximize", "seed")}, **self._scalars(group)}
 
-    def _place(self, param: Tensor, group: Mapping[str, Any]) -> Place | None:
-        """Where a parameter's random bits come from, if it is rounded stochastically."""
+    def _place(self, param: Tensor, group: Mapping[str, Any], position: int) -> Place | None:
+        """Where a parameter's random bits come from, if it is rounded stochastically; ``position`` is its place among
+        all of the optimizer's."""
         exact = self._low_dtype(param, group) == torch.int16
         if group["rounding"] == "nearest" or param.dtype not in rounding.DTYPES or exact:
             return None
-        assert self._seen is not None
-        return layout.place(param, self._seen.positions[param])
+        return layout.place(param, position)
 
     @staticmethod
     def _low_dtype(param: Tensor, group: Mapping[str, Any]) -> torch.dtype | None:
@@ -236,9 +377,15 @@ class FactoredOptimizer(Optimizer):
 
     def _bind_sharded(self) -> distributed.Sharded | None:
         """Sharded parameters of all groups; nobody else's gradients decide which, so that all ranks agree on them."""
+        assert self._seen is not None
+        positions = self._seen.positions
         entries = [
             distributed.Entry(
-                f"parameter {i} of group {index}", index, param, self.state[param], self._place(param, group)
+                f"parameter {i} of group {index}",
+                index,
+                param,
+                self.state[param],
+                self._place(param, group, positions[param]),
             )
             for index, group in enumerate(self.param_groups)
             for i, param in enumerate(group["params"])
@@ -261,6 +408,7 @@ class FactoredOptimizer(Optimizer):
         self._sharded = None
         self._seen = None
         self._bound = {}
+        self._alone = {}
 
     def _check_graph_capture(self) -> None:
         if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
@@ -274,7 +422,9 @@ class FactoredOptimizer(Optimizer):
 
     def workspace_bytes(self) -> int:
         """Bytes on the device that fused kernels keep from step to step beside the state; 0 before the first step."""
-        return sum(group.workspace_bytes() for _, group in self._bound.values())
+        groups = [group for _, group in self._bound.values()]
+        groups += [alone.bound for alone in self._alone.values() if alone.bound is not None]
+        return sum(group.workspace_bytes() for group in groups)
 
     def collectives(self) -> list[tuple[int, int]]:
         """What a step adds up over ranks for sharded parameters: (ranks, bytes) of every all-reduce, in order."""
@@ -282,7 +432,8 @@ class FactoredOptimizer(Optimizer):
             self._look_again()
         if self._sharded is None:
             return []
-        return self._sharded.collectives({i: g["nonfinite"] == "skip" for i, g in enumerate(self.param_groups)})
+        skip = {i: group["nonfinite"] == "skip" for i, group in enumerate(self.param_groups)}
+        return self._sharded.collectives(skip, self.max_grad_norm is not None)
 
     @torch.no_grad()
     def diagnostics(self, *, ahead: bool = False) -> dict[int | str, dict[str, Tensor]]:
@@ -538,26 +689,9 @@ class FactoredOptimizer(Optimizer):
         """
         live = set()
         for group in self.param_groups:
-            skip = group["nonfinite"] == "skip"
             for param in group["params"]:
-                state = self.state.get(param)
-                if state is None:
-                    if not param.requires_grad and param.grad is None:
-                        continue  # frozen: no state until it is trained
-                    state = self.state[param] = {}
-                live.add(id(param))
-                device = param.device
-                anchor = state.get("exp_avg_sq_row", state.get("exp_avg_sq"))
-                if (
-                    anchor is None
-                    or anchor.device != device
-                    or anchor.dtype != ops.state_dtype(param.dtype)
-                    or state["step"].device != (device if _steps_beside(group, param) else _HOST)
-                    or (skip and "skipped" not in state)
-                    or (group["master"] is not None or LOW in state)
-                    and self._low_is_off(param, group, state)
-                ):
-                    self._complete_state(param, group, state)
+                if self._sync_param(param, group):
+                    live.add(id(param))
         if len(live) != len(self.state):
             kept = {param for group in self.param_groups for param in group["params"]}
             for param in [param for param in self.state if param not in kept]:
@@ -567,6 +701,26 @@ class FactoredOptimizer(Optimizer):
     def _low_is_off(self, param: Tensor, group: Mapping[str, Any], state: State) -> bool:
         """The lower piece of a master weight is missing, or of another type than it must be, or no longer wanted."""
         return (state[LOW].dtype if LOW in state else None) != self._low_dtype(param, group)
+
+    def _sync_param(self, param: Tensor, group: Mapping[str, Any]) -> bool:
+        """The same for one parameter; False where it has no state."""
+        state = self.state.get(param)
+        if state is None:
+            if not param.requires_grad and param.grad is None:
+                return False  # frozen: no state until it is trained
+            state = self.state[param] = {}
+        device = param.device
+        anchor = state.get("exp_avg_sq_row", state.get("exp_avg_sq"))
+        if (
+            anchor is None
+            or anchor.device != device
+            or anchor.dtype != ops.state_dtype(param.dtype)
+            or state["step"].device != (device if _steps_beside(group, param) else _HOST)
+            or (group["nonfinite"] == "skip" and "skipped" not in state)
+            or ((group["master"] is not None or LOW in state) and self._low_is_off(param, group, state))
+        ):
+            self._complete_state(param, group, state)
+        return True
 
     def _complete_state(self, param: Tensor, group: Mapping[str, Any], state: State) -> None:
         """Every key of a parameter's state, on the device and of the type it must have; what is new is zero."""
@@ -616,6 +770,7 @@ class FactoredOptimizer(Optimizer):
                     "optimizer"
                 )
         merged = [{**self.defaults, **self._checked(saved)} for saved in saved_groups]
+        self._common_limit(merged)
         owners = [(param, group) for group, target in zip(merged, groups, strict=True) for param in target["params"]]
         positions = {key: i for i, key in enumerate(key for g in saved_groups for key in g["params"])}
         for index, (param, group) in enumerate(owners):
@@ -699,10 +854,66 @@ class _Seen:
 
     @staticmethod
     def _execution(optimizer: FactoredOptimizer) -> list[tuple[Any, ...]]:
-        return [
-            (*(group[n] for n in (*_EXECUTION, "nonfinite", "rounding", "master")), group.get("beta", 0.0) is None)
-            for group in optimizer.param_groups
-        ]
+        return list(map(_execution_of, optimizer.param_groups))
+
+
+class _Alone:
+    """A parameter's place in the groups, and the parameter bound by itself: like `_Seen`, for one, so that what a step
+    of one parameter looks at does not grow with their number."""
+
+    def __init__(self, group: dict[str, Any], index: int, position: int, param: Tensor, where: str) -> None:
+        self.group, self.where = group, where
+        self.bound: functional.Group | None = None
+        self._index, self._position, self._param = index, position, param
+
+    def holds(self, optimizer: FactoredOptimizer) -> bool:
+        """The place is the parameter's still."""
+        params = self.group["params"]
+        here = self._index < len(params) and params[self._index] is self._param
+        groups = optimizer.param_groups
+        before = list(takewhile(lambda group: group is not self.group, groups))
+        position = sum(len(group["params"]) for group in before) + self._index
+        if not here or len(before) == len(groups) or position != self._position:
+            return False
+        if self.bound is not None and not self._bound_as_it_is(optimizer):
+            self.bound = None
+        return True
+
+    def _bound_as_it_is(self, optimizer: FactoredOptimizer) -> bool:
+        return (
+            optimizer.state.get(self._param) is self._state
+            and _same(self._state.values(), self._tensors)
+            and getattr(self._param, "_local_tensor", None) is self._part
+            and _execution_of(self.group) == self._options
+        )
+
+    def bind(self, optimizer: FactoredOptimizer, grad: Tensor) -> None:
+        self.bound = None
+        optimizer._sync_param(self._param, self.group)
+        self._state = optimizer.state[self._param]
+        self._tensors = list(self._state.values())
+        self._part = getattr(self._param, "_local_tensor", None)
+        self._options = _execution_of(self.group)
+        state = {key: layout.local(value) for key, value in self._state.items()}
+        place = optimizer._place(self._param, self.group, self._position)
+        self.bound = optimizer._bind(self.group, [layout.local(self._param)], [grad], [state], [place])
+
+
+def _execution_of(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (*(group[n] for n in (*_EXECUTION, "nonfinite", "rounding", "master")), group.get("beta", 0.0) is None)
+
+
+def _keep_uncompiled(cls: type[Optimizer]) -> None:
+    """Makes `torch.compile` of a training step break its graph at the optimizer's, hooks and all: the kernels are
+    compiled, and what is looked at around them (addresses, steps, learning rates) would be compiled anew whenever it
+    changed. Done when there is an optimizer, because asking torch for it imports its compiler, as constructing any
+    optimizer does."""
+    for name in ("step", "step_param"):
+        method = getattr(cls, name)
+        if not getattr(method, "uncompiled", False):
+            method = torch.compiler.disable(method)
+            method.uncompiled = True  # type: ignore[attr-defined]
+            setattr(cls, name, method)
 
 
 def _same(now: Collection[Any], then: Collection[Any]) -> bool:

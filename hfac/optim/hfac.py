@@ -57,6 +57,13 @@ class HFac(FactoredOptimizer):
             state ``master_low`` the rest: "split" keeps 16 bits, 2 bytes per parameter, and steps exactly as on float32
             parameters; "split8" keeps 8 bits, 1 byte. See `fp32_state_dict` and `load_fp32_state_dict`. Other types
             have no use for them; float16 is refused (default None).
+        max_grad_norm: clip by the norm of all gradients of the optimizer, > 0, as `torch.nn.utils.clip_grad_norm_`
+            before the step does; one number for all groups (default None, no clipping). The norm, `grad_norm`, is
+            formed in float32, of gradients without a GradScaler's scale, and not read on the host. With the CUDA
+            kernels no gradient is written; elsewhere they are multiplied in place. With nonfinite="skip" gradients
+            whose norm is not finite are left out of it; with "propagate" they make all gradients NaN or 0, as in torch.
+            Sharded gradients have one norm on all ranks, which takes one all-reduce more for each mesh, of one number
+            per parameter.
 
     State of a parameter (k is `hfac.matricize.cut` of its shape): ``exp_avg_row``, ``exp_avg_sq_row`` of shape
     p.shape[:k], ``exp_avg_col``, ``exp_avg_sq_col`` of shape p.shape[k:]; or ``exp_avg``, ``exp_avg_sq`` of p.shape;
@@ -98,6 +105,7 @@ class HFac(FactoredOptimizer):
         rounding: str = "nearest",
         seed: int = 0,
         master: str | None = None,
+        max_grad_norm: float | None = None,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -116,6 +124,7 @@ class HFac(FactoredOptimizer):
             rounding=rounding,
             seed=seed,
             master=master,
+            max_grad_norm=max_grad_norm,
         )
         super().__init__(params, defaults)
 

@@ -38,8 +38,8 @@ class SMMF(FactoredOptimizer):
             Fixed once state exists, as is whether beta is None.
         weight_decay_mode: "adamw" multiplies W by 1 - lr * weight_decay, "adam" adds weight_decay * W to the gradient
             (default "adamw"). The authors' code forms the latter and then does not use it; here it is used.
-        dense, batch_dims, maximize, capturable, backend, nonfinite, amp_scaling, rounding, seed, master: as for
-            `hfac.HFac`; each slice of ``batch_dims`` has a square matrix of its own.
+        dense, batch_dims, maximize, capturable, backend, nonfinite, amp_scaling, rounding, seed, master, max_grad_norm:
+            as for `hfac.HFac`; each slice of ``batch_dims`` has a square matrix of its own.
 
     State of a parameter (n, m = `hfac.matricize.square` of its number of elements): ``exp_avg_row``,
     ``exp_avg_sq_row`` of shape (n,), ``exp_avg_col``, ``exp_avg_sq_col`` of shape (m,), ``exp_avg_sign`` uint8 of
@@ -93,6 +93,7 @@ class SMMF(FactoredOptimizer):
         rounding: str = "nearest",
         seed: int = 0,
         master: str | None = None,
+        max_grad_norm: float | None = None,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -113,6 +114,7 @@ class SMMF(FactoredOptimizer):
             rounding=rounding,
             seed=seed,
             master=master,
+            max_grad_norm=max_grad_norm,
         )
         super().__init__(params, defaults)
 

@@ -1,0 +1,70 @@
+"""Clipping by the norm of all gradients together, as `torch.nn.utils.clip_grad_norm_` does it, but with norms in
+float32 whatever the gradients' type, and nothing of a gradient's size made. Norm and coefficient stay on the device."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: elements of a gradient that are widened at once where torch widens all of what it is given
+_PIECE = 2**18
+
+
+def norms(grads: Sequence[Tensor]) -> list[Tensor]:
+    """The 2-norm of every tensor: 0-d, on its device, float32 (float64 for float64)."""
+    found: list[Tensor] = [torch.empty(0)] * len(grads)
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, grad in enumerate(grads):
+        kinds.setdefault((grad.device, grad.dtype), []).append(i)
+    for (device, dtype), index in kinds.items():
+        mine = [grads[i].detach() for i in index]
+        if dtype in (torch.float32, torch.float64):
+            values = torch._foreach_norm(mine)
+        elif device.type == "cpu":
+            values = [_widened(grad) for grad in mine]
+        else:
+            values = torch._foreach_norm(mine, dtype=torch.float32)
+        for i, value in zip(index, values, strict=True):
+            found[i] = value
+    return found
+
+
+def _widened(grad: Tensor) -> Tensor:
+    """Of a 16-bit tensor on the CPU, where torch makes a float32 copy of what it is given."""
+    if grad.numel() <= _PIECE:
+        return torch.linalg.vector_norm(grad, dtype=torch.float32)
+    dim = max(range(grad.ndim), key=lambda d: grad.shape[d])
+    pieces = grad.split(max(1, _PIECE * grad.shape[dim] // grad.numel()), dim)
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p, dtype=torch.float32) for p in pieces]))
+
+
+def total(norms: Sequence[Tensor], finite: Sequence[Tensor] = ()) -> Tensor:
+    """The norm of all tensors together, of the norms of each; of those in ``finite`` what is not finite is left out."""
+    every = [*norms, *finite]
+    device = next((norm.device for norm in every if not norm.is_cpu), every[0].device)
+    stacks = [torch.stack([norm.to(device) for norm in part]) for part in (norms, finite) if part]
+    if finite:
+        stacks[-1] = torch.nan_to_num(stacks[-1], nan=0.0, posinf=0.0)
+    return torch.linalg.vector_norm(torch.cat(stacks))
+
+
+def coefficient(norm: Tensor, limit: float) -> Tensor:
+    """What gradients of this norm are multiplied by: at most 1, and NaN for NaN. Beside the norm, not read."""
+    return (limit / (norm + 1e-6)).clamp(max=1.0)
+
+
+def scaled(grads: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
+    """The gradients times a 0-d tensor, written in place; not at all where the factor is 1 and reading it costs no
+    device synchronisation."""
+    if factor.is_cpu and factor.item() == 1.0:
+        return list(grads)
+    # Expanded tensors, whose elements share memory, cannot be written; they are no larger for being read.
+    out = [grad * factor if _expanded(grad) else grad for grad in grads]
+    whole = [grad for grad, mine in zip(out, grads, strict=True) if grad is mine]
+    if whole:
+        torch._foreach_mul_(whole, factor.to(whole[0].device))
+    return out
+
+
+def _expanded(tensor: Tensor) -> bool:
+    return 0 in tensor.stride() and tensor.numel() > 1

@@ -1,0 +1,249 @@
+"""Gradients that are stepped and freed while the backward pass goes on, so that they are never all there at once."""
+
+import threading
+import weakref
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import clipping
+from .distributed import layout
+from .optim.base import FactoredOptimizer
+
+_released: "weakref.WeakSet[FactoredOptimizer]" = weakref.WeakSet()
+
+
+def release_gradients(
+    model: nn.Module, optimizer: FactoredOptimizer, accumulate: int = 1, *, exact: bool = True
+) -> "ReleasedGradients":
+    """Steps every parameter of ``model`` in the backward pass, as soon as its gradient is complete, and frees the
+    gradient: with ``accumulate=1`` about one layer's gradients are there at a time instead of the model's.
+
+        handle = hfac.release_gradients(model, optimizer)
+        loss.backward()    # steps
+        optimizer.step()   # finds nothing left to do; schedulers and hooks see it as ever
+
+    With ``accumulate=1`` the numbers are those of an ordinary step, to the bit. With ``accumulate=k`` the backward
+    passes of k micro-batches make a step, and `optimizer.step()` is called after the last of them, as ever; then
+
+    * ``exact=True``: gradients are kept until the k-th backward pass, in which each is stepped and freed as it is
+      complete. The numbers are those of an ordinary loop, to the bit. The memory is not: before the last pass all
+      gradients are there, and during it they go one by one.
+    * ``exact=False``: every backward pass steps with lr / k, and frees. The memory stays low and nothing is
+      accumulated; the numbers are others: k small steps along k gradients, each with the noise of its micro-batch, and
+      the decays of the moments move k times as fast.
+
+    `optimizer.step()` marks the end of a step. What still has a gradient then is stepped and freed by it: parameters
+    without one in the last pass, and those that were frozen until now, which are hooked from then on. A loop that
+    never calls it works where every parameter has a gradient in every backward pass.
+
+    With the optimizer's ``max_grad_norm`` the norm of all gradients is known when the first of them are gone, so each
+    step is clipped by the norm of the step before it, and the first not at all: not the numbers of an ordinary loop,
+    which clips by its own. Norms are gathered as gradients pass and are complete at `optimizer.step()`, or where a
+    parameter passes again; `optimizer.grad_norm` is the last complete one. The handle's `state_dict()` has it: without
+    it a run that is resumed makes its first step unclipped.
+
+    A tied parameter is stepped once, with all of its gradient. With *reentrant* checkpointing (``use_reentrant=True``)
+    autograd hands it over in several parts and each would be a step: use ``use_reentrant=False``. Where a backward
+    pass raises, some parameters have been stepped and some not; call `handle.reset()` before going on. The parts of a
+    model under ``torch.compile`` have all their gradients at once: compile layer by layer to release them so.
+
+    Args:
+        model: holds the parameters; those that are not the optimizer's are left alone.
+        optimizer: `hfac.HFac` or `hfac.SMMF`. Its parameters that are not the model's are left to `optimizer.step()`;
+            with ``max_grad_norm`` there may be none.
+        accumulate: micro-batches in a step, >= 1.
+        exact: see above.
+
+    Raises:
+        TypeError: not a module, or not an optimizer of this package (the one inside it, where a trainer wraps it).
+        ValueError: ``accumulate`` is no number >= 1; the model has none of the optimizer's parameters, or, with
+            ``max_grad_norm``, not all.
+        RuntimeError: the optimizer releases gradients already; DistributedDataParallel, whose gradients are averaged
+            over ranks after such hooks have run; sharded parameters; amp_scaling=True: a `torch.amp.GradScaler`
+            unscales gradients when the backward pass is over.
+    """
+    return ReleasedGradients(model, optimizer, accumulate, exact)
+
+
+class ReleasedGradients:
+    """What `release_gradients` returns; ``with`` it, gradients are released inside the block."""
+
+    def __init__(self, model: nn.Module, optimizer: FactoredOptimizer, accumulate: int, exact: bool) -> None:
+        _check(model, optimizer, accumulate)
+        self._optimizer, self._model = optimizer, model
+        self._accumulate, self._exact = accumulate, exact
+        self._lock = threading.RLock()  # autograd has a thread for every device
+        self._hook = torch.compiler.disable(self._arrived)  # where a compiled function makes the backward pass
+        self._hooks: dict[Tensor, Any] = {}
+        self._counts: dict[Tensor, int] = {}
+        #: norms of the gradients that have been stepped since the last complete norm, by parameter
+        self._passed: dict[Tensor, Tensor] = {}
+        self._norm: Tensor | None = None
+        self._clip: tuple[float, Tensor] | None = None
+        for param in self._shared():
+            if param.requires_grad:
+                self._hooks[param] = param.register_post_accumulate_grad_hook(self._hook)
+        self._ending = optimizer.register_step_pre_hook(self._end)
+        _released.add(optimizer)
+
+    def remove(self) -> None:
+        """Makes everything as it was: gradients stay where backward passes leave them, and `optimizer.step()` steps.
+        Those that are held for micro-batches to come are left in ``.grad``."""
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
+        self._ending.remove()
+        self._counts.clear()
+        self._passed.clear()
+        _released.discard(self._optimizer)
+
+    def reset(self) -> None:
+        """Drops the gradients that are held, and counts micro-batches from none: for going on after a backward pass
+        that raised."""
+        self._counts.clear()
+        self._passed.clear()
+        for param in self._hooks:
+            param.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes into a checkpoint beside the optimizer's: {"grad_norm": the last complete norm, 0-d, or None}. Call
+        it after `optimizer.step()`: gradients that are held for micro-batches to come are in no checkpoint."""
+        return {"grad_norm": self._norm}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there, bit for bit.
+
+        Raises:
+            TypeError, ValueError: not what `state_dict` returns; nothing has been changed then.
+        """
+        if not isinstance(state_dict, dict) or state_dict.keys() != {"grad_norm"}:
+            given = sorted(map(str, state_dict)) if isinstance(state_dict, dict) else type(state_dict).__name__
+            raise TypeError(f"release_gradients: a state dict of its handle has the key 'grad_norm', got {given}")
+        norm = state_dict["grad_norm"]
+        if norm is not None and (not isinstance(norm, Tensor) or norm.ndim or not norm.is_floating_point()):
+            raise ValueError(
+                f"release_gradients: 'grad_norm' must be a 0-d floating-point tensor or None, got {norm!r}"
+            )
+        self._passed.clear()
+        self._keep(None if norm is None else norm.detach().clone().to(self._shared()[0].device))
+
+    def __enter__(self) -> "ReleasedGradients":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _shared(self) -> list[Tensor]:
+        mine = {id(param) for param in self._model.parameters()}
+        return [param for group in self._optimizer.param_groups for param in group["params"] if id(param) in mine]
+
+    def _arrived(self, param: Tensor) -> None:
+        """The hook: the gradient of one backward pass is in ``param.grad``."""
+        with self._lock:
+            if param in self._passed:  # another backward pass, and no step() between
+                self._complete()
+            if self._exact and self._accumulate > 1:
+                count = self._counts.get(param, 0) + 1
+                if count < self._accumulate:
+                    self._counts[param] = count
+                    return
+                del self._counts[param]
+            self._step(param, 1.0 if self._exact else 1.0 / self._accumulate)
+
+    def _step(self, param: Tensor, lr_scale: float = 1.0) -> None:
+        clip, limit = None, self._optimizer.max_grad_norm
+        if limit is not None:
+            grad = layout.gradient(param, "a parameter")
+            assert grad is not None
+            (norm,) = clipping.norms([grad])
+            clip = self._coefficient(limit, grad.device)
+        self._optimizer.step_param(param, clip=clip, lr_scale=lr_scale)
+        if limit is not None:
+            self._passed[param] = norm
+        param.grad = None
+
+    def _coefficient(self, limit: float, device: torch.device) -> Tensor:
+        """That of the last complete norm, formed once."""
+        if self._clip is None or self._clip[0] != limit:
+            whole = torch.ones((), device=device)
+            self._clip = limit, whole if self._norm is None else clipping.coefficient(self._norm, limit)
+        return self._clip[1]
+
+    def _complete(self) -> None:
+        """What has passed is a whole step's gradients."""
+        if not self._passed:
+            return
+        skip = {id(p): g["nonfinite"] == "skip" for g in self._optimizer.param_groups for p in g["params"]}
+        norms: dict[bool, list[Tensor]] = {False: [], True: []}
+        for param, norm in self._passed.items():
+            norms[skip.get(id(param), False)].append(norm)
+        self._passed.clear()
+        self._keep(clipping.total(norms[False], norms[True]))
+
+    def _keep(self, norm: Tensor | None) -> None:
+        self._norm = self._optimizer._grad_norm = norm
+        self._clip = None
+
+    def _end(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Before `optimizer.step()`: steps what no hook has stepped."""
+        with self._lock:
+            self._counts.clear()
+            for param in self._shared():
+                if param.requires_grad and param not in self._hooks:
+                    self._hooks[param] = param.register_post_accumulate_grad_hook(self._hook)
+                if param.grad is not None:
+                    self._step(param)
+            self._complete()
+
+
+def _check(model: Any, optimizer: Any, accumulate: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"release_gradients: model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(optimizer, FactoredOptimizer):
+        raise TypeError(
+            f"release_gradients: optimizer must be hfac.HFac or hfac.SMMF, got {type(optimizer).__name__}. Where a "
+            "trainer has wrapped it, pass the one inside (accelerate: optimizer.optimizer)."
+        )
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"release_gradients: accumulate must be a whole number >= 1, got {accumulate!r}")
+    if optimizer in _released:
+        raise RuntimeError(
+            "release_gradients: this optimizer releases gradients already. Call remove() of the earlier handle first."
+        )
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise RuntimeError(
+            "release_gradients: DistributedDataParallel averages gradients over ranks after they have arrived, and a "
+            "step here would take this rank's alone. Shard with torch.distributed.fsdp.fully_shard instead, and call "
+            "optimizer.step()."
+        )
+    if optimizer._step_supports_amp_scaling:
+        raise RuntimeError(
+            "release_gradients: amp_scaling=True is for a torch.amp.GradScaler, which unscales gradients when the "
+            "backward pass is over. Train in bfloat16, which needs none, and leave amp_scaling=False."
+        )
+    mine = {id(param) for param in model.parameters()}
+    shared = [p for group in optimizer.param_groups for p in group["params"] if id(p) in mine]
+    if not shared:
+        raise ValueError(
+            "release_gradients: the model has none of the optimizer's parameters. Pass the model that the optimizer "
+            "was made for (after wrapping or moving it, if that makes new parameters)."
+        )
+    everything = sum(len(group["params"]) for group in optimizer.param_groups)
+    if optimizer.max_grad_norm is not None and len(shared) < everything:
+        raise ValueError(
+            f"release_gradients: the model has {len(shared)} of the optimizer's {everything} parameters, and "
+            "max_grad_norm clips by the norm of all of them. Pass a module that holds them all (torch.nn.ModuleList), "
+            "or leave max_grad_norm=None."
+        )
+    for param in shared:
+        if layout.is_sharded(param):
+            raise RuntimeError(
+                f"release_gradients: a parameter of shape {tuple(param.shape)} is sharded, and a step of it a "
+                "collective: one for every parameter by itself. Call optimizer.step(), which makes one for all; its "
+                "gradients are sharded, too."
+            )
