@@ -245,8 +245,10 @@ def test_transient_bytes_said_to_be_counted_are_what_the_kernels_keep(name, dtyp
     optimizer.step()
     said = footprints.OPTIMIZERS[name].transient(load, memory.ALONE)
     assert said.basis == "counted"
-    # Beside the partial sums they keep a table: a description of each tensor and an entry for each tile.
-    assert 0 <= optimizer.workspace_bytes() - said.bytes <= 1024 * len(sizes)
+    steps = [bucket.call._step for _, group in optimizer._bound.values() for bucket in group._buckets]
+    assert sum(step.workspace.numel() for step in steps) == said.bytes
+    # They also keep a table, which is not counted: a description of each tensor and an entry for each tile.
+    assert 0 < optimizer.workspace_bytes() - said.bytes <= 1024 * len(sizes)
 
 
 def test_without_the_extension_transient_bytes_are_unknown(monkeypatch, capsys):
@@ -377,6 +379,13 @@ def test_a_plot_that_cannot_be_is_refused(tmp_path, capsys, monkeypatch):
     assert "-m pip install matplotlib" in refusal(capsys, "gpt2", "--plot", str(tmp_path / "plan.png"))
 
 
+@pytest.mark.skipif(cpu._C is None, reason="hfac._C is not built: hfac doctor says why")
+def test_the_documents_example_is_what_comes_out(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    document = (Path(__file__).parent.parent / "docs" / "plan.md").read_text()
+    assert plan(capsys, "llama-3-8b", "--world-size", "1,64") == document.split("```\n")[1]
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A folder from which the command runs, with a module in it."""
@@ -473,6 +482,12 @@ def test_a_config_gives_the_parameters_of_the_named_list(name, config, tmp_path)
     built, named = sources.read(str(tmp_path)), sources.read(name)
     assert [(p.name, p.shape) for p in built.parameters] == [(p.name, p.shape) for p in named.parameters]
     assert built.source == str(tmp_path / "config.json")
+
+
+def test_a_config_is_built_as_the_architecture_that_it_names(tmp_path):
+    config = {"model_type": "gpt2", "architectures": ["GPT2ForSequenceClassification"], "n_layer": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert sources.read(str(tmp_path)).parameters[-1].name == "score.weight"
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ class AdamW(Optimizer):
         size = self.state.itemsize
         return Transient(
             size * load.elements(rank),
-            "measured",
+            "measured" if self.state == load.dtype else "counted",
             f"torch's foreach form, its default on GPUs, holds one more moment, {size} bytes per parameter (fused: 0)",
         )
 

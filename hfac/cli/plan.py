@@ -120,7 +120,7 @@ def _transient_lines(worlds: dict[int, list[footprints.Row]]) -> list[str]:
         for row in rows:
             key = (row.optimizer.title, row.transient.basis, row.transient.origin)
             said.setdefault(key, []).append(f"{world:,}")
-    lines = ["Transient memory is what a step holds for a while. How its bytes are known (measured: on CPUs):"]
+    lines = _wrapped("Transient memory is what a step holds for a while. How its bytes are known (measured: on CPUs):")
     for (title, basis, origin), on in sorted(said.items(), key=lambda item: _order(item[0][0])):
         where = "" if len(on) == len(worlds) else f" (on {', '.join(on)} GPU{'s'[: on != ['1']]})"
         lines += _wrapped(f"{title}{where}: {basis}; {origin}.", "  ", "    ")
