@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hfac import backends
 from hfac.backends import cuda
-from hfac.optim import base, options
+from hfac.optim import options, state
 
 try:
     native: Any = import_module("hfac._emulated")
@@ -56,7 +56,7 @@ def _why_not(device: torch.device) -> str | None:
 @contextmanager
 def registered() -> Iterator[None]:
     """Makes the backend known to `hfac.backends` for a while, by name only: "auto" never takes it."""
-    names, rule = backends.NAMES, base._COMMON_RULES["backend"]
+    names, rule = backends.NAMES, state.COMMON_RULES["backend"]
     backends.TABLE[NAME] = backends.Backend(
         NAME,
         "CUDA kernels on the host",
@@ -64,9 +64,9 @@ def registered() -> Iterator[None]:
         lambda: ops,
     )
     backends.NAMES = (*names, NAME)
-    base._COMMON_RULES["backend"] = options.choice(*backends.NAMES)
+    state.COMMON_RULES["backend"] = options.choice(*backends.NAMES)
     try:
         yield
     finally:
         del backends.TABLE[NAME]
-        backends.NAMES, base._COMMON_RULES["backend"] = names, rule
+        backends.NAMES, state.COMMON_RULES["backend"] = names, rule

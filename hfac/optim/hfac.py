@@ -9,7 +9,8 @@ from torch import Tensor
 from .. import matricize, ops
 from ..schedules import Scalar
 from . import options
-from .base import FactoredOptimizer, Layout
+from .base import FactoredOptimizer
+from .state import Layout
 
 
 class HFac(FactoredOptimizer):

@@ -11,7 +11,8 @@ from .. import matricize
 from ..distributed.layout import sign_refusal
 from ..schedules import Scalar
 from . import options
-from .base import FactoredOptimizer, Layout
+from .base import FactoredOptimizer
+from .state import Layout
 
 WEIGHT_DECAY_MODES = ("adamw", "adam")
 

@@ -1,0 +1,470 @@
+"""What both optimizers keep: options, and state that follows the parameters, in memory and in checkpoints."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import backends, ops, rounding
+from ..distributed import layout
+from . import options
+
+State = dict[str, Tensor]
+#: global shape and dtype of every factor or moment of a parameter, by state key, and for each dimension the parameter's
+#: that it follows where the parameter is sharded (None: whole on every rank)
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype, layout.Follows]]
+
+NONFINITE = ("propagate", "skip")
+ROUNDING = ("nearest", "stochastic")
+MASTER = tuple(rounding.LOW_DTYPES)
+COMMON_RULES: dict[str, options.Rule] = {
+    "lr": options.number(0.0, tensor=True),
+    "weight_decay": options.number(0.0, tensor=True),
+    "dense": options.flag,
+    "batch_dims": options.whole(),
+    "maximize": options.flag,
+    "capturable": options.flag,
+    "nonfinite": options.choice(*NONFINITE),
+    "rounding": options.choice(*ROUNDING),
+    "seed": options.whole(2**64 - 1),
+    "master": options.choice(*MASTER, none="no master weights"),
+    "amp_scaling": options.flag,
+    "max_grad_norm": options.number(0.0, open_low=True, none="no clipping by the norm"),
+    "backend": options.choice(*backends.NAMES),
+}
+#: options that an optimizer pickled by an earlier version does not have, and what it did
+_ADDED = {"dense": False, "batch_dims": 0, "rounding": "nearest", "seed": 0, "master": None, "max_grad_norm": None}
+#: how a step is carried out, not what it computes: kept from the running optimizer when a checkpoint is loaded
+EXECUTION = ("capturable", "backend", "amp_scaling")
+#: the state key of what a bfloat16 parameter lacks of its master weight
+LOW = "master_low"
+HOST = torch.device("cpu")
+
+
+class StatefulOptimizer(Optimizer):
+    """The base of `hfac.optim.base.FactoredOptimizer` that steps nothing: options by rule, state by layout, both
+    checked before anything is kept."""
+
+    #: name of the subclass's functional form
+    _algorithm: ClassVar[str]
+    #: rule of every option of the subclass, beyond the common ones
+    _rules: ClassVar[dict[str, options.Rule]] = {}
+    #: an option that every version of the subclass has and no other optimizer: tells whose a state dict is
+    _own_option: ClassVar[str]
+
+    def _forget(self) -> None:
+        """What earlier steps found in order is to be looked at again."""
+        raise NotImplementedError
+
+    def _wait(self) -> None:
+        """Takes up what collectives of the last step have yet to bring."""
+        raise NotImplementedError
+
+    def _common_limit(self, groups: Iterable[Mapping[str, Any]]) -> float | None:
+        """The one ``max_grad_norm`` of the groups."""
+        raise NotImplementedError
+
+    def _slice_layout(self, shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any]) -> Layout:
+        """The layout of a parameter of ``shape`` without batch dimensions, its factors and moments being of
+        ``dtype``."""
+        raise NotImplementedError
+
+    def _layout(self, param: Tensor, group: Mapping[str, Any]) -> Layout:
+        """Global shapes and types of a parameter's state; the keys are the same for every step. Batch dimensions
+        stand in front of what one slice has."""
+        shape, batch = tuple(param.shape), group["batch_dims"]
+        one = self._slice_layout(shape[batch:], ops.state_dtype(param.dtype), group)
+        return {
+            key: (shape[:batch] + sides, dtype, (*range(batch), *(None if d is None else batch + d for d in follows)))
+            for key, (sides, dtype, follows) in one.items()
+        }
+
+    def _full_layout(self, param: Tensor, group: Mapping[str, Any]) -> Layout:
+        """`_layout`, and what is kept of a master weight."""
+        found, low = self._layout(param, group), self._low_dtype(param, group)
+        return found if low is None else {**found, LOW: (tuple(param.shape), low, tuple(range(param.ndim)))}
+
+    @staticmethod
+    def _low_dtype(param: Tensor, group: Mapping[str, Any]) -> torch.dtype | None:
+        """The type of what is kept of a master weight beside this parameter, if anything is."""
+        master = group["master"]
+        return None if master is None or param.dtype != torch.bfloat16 else rounding.LOW_DTYPES[master]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Fills in what an optimizer pickled by an older version, or by torch with steps as numbers, does not have."""
+        super().__setstate__(state)
+        self._forget()
+        for name, value in _ADDED.items():
+            self.defaults.setdefault(name, value)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                if name != "differentiable":  # torch's own __setstate__ adds it to the defaults, where no step reads it
+                    group.setdefault(name, value)
+            for param in group["params"]:
+                param_state = self.state.get(param, {})
+                if "step" in param_state and not isinstance(param_state["step"], Tensor):
+                    param_state["step"] = torch.tensor(float(param_state["step"]), dtype=torch.float32)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group at any time, with any option of its own, and makes the state of its parameters.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: bad options or parameters; the optimizer is left as it was.
+        """
+        if isinstance(param_group, dict) and "params" in param_group:
+            param_group.update(self._checked(param_group))
+            group = {**self.defaults, **param_group}
+            self._common_limit([*self.param_groups, group])
+            if not isinstance(param_group["params"], Tensor | set):
+                param_group["params"] = list(param_group["params"])
+            for index, param in enumerate(_tensors(param_group["params"])):
+                self._check_param(index, param, group)
+        super().add_param_group(param_group)
+        self._sync_state()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim: {"state": {index: {key: tensor}}, "param_groups": [...]}, plain tensors that share memory
+        with the state. What collectives have yet to bring is waited for."""
+        self._wait()
+        self._sync_state()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a copy of ``state_dict`` (as `state_dict` returns it) and goes on from there bit for bit.
+
+        Everything is checked first. Tensors keep their own types: torch's own loading would cast factors and sign
+        bits to the parameter's type. ``capturable`` and ``backend`` stay as they are in this optimizer: they say how
+        a step is carried out on this machine.
+
+        Raises:
+            TypeError, ValueError: the state does not fit; the message names the parameter's index, what was expected
+                and what was found. The optimizer is left as it was.
+        """
+        if not isinstance(state_dict, Mapping):
+            self._checked_state(state_dict)
+        loaded: dict[int, State] = {}
+        execution = [{name: group[name] for name in EXECUTION} for group in self.param_groups]
+
+        # Hooks of the user may rewrite the state dict, so what is checked and copied is what they leave: the first of
+        # these two runs after all other pre-hooks, the second before all other post-hooks.
+        def check(optimizer: Optimizer, final: dict[str, Any]) -> None:
+            loaded.update(self._checked_state(final))
+
+        def restore(optimizer: Optimizer) -> None:
+            for group, kept in zip(self.param_groups, execution, strict=True):
+                group.update(self._checked(group))
+                group.update(kept)
+            params = [param for group in self.param_groups for param in group["params"]]
+            self.state.clear()
+            for index, state in loaded.items():
+                self.state[params[index]] = {
+                    key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()
+                }
+            self._sync_state()
+
+        handles = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def fp32_state_dict(self, model: torch.nn.Module) -> dict[str, Tensor]:
+        """``model.state_dict()`` with parameters in float32: the master weights where the optimizer has them.
+
+        Other parameters of fewer bits are widened, float64 ones and buffers are as they are. Sharded parameters give
+        DTensors. Tensors are new where they were converted, and else share memory with the model.
+        """
+        return {
+            name: self._fp32(value) if isinstance(value, torch.nn.Parameter) else value
+            for name, value in model.state_dict(keep_vars=True).items()
+        }
+
+    def _fp32(self, param: Tensor) -> Tensor:
+        low, value = self.state.get(param, {}).get(LOW), param.detach()
+        if low is None:
+            return value.float() if value.dtype in rounding.DTYPES else value
+        joined = rounding.join(layout.local(value), layout.local(low))
+        return layout.like(param, joined)
+
+    @torch.no_grad()
+    def load_fp32_state_dict(self, model: torch.nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+        """Loads what `fp32_state_dict` returned, or any state dict of the model: weights of more bits than a parameter
+        has go into its master weight, and are rounded to nearest where there is none.
+
+        Raises:
+            ValueError: names or shapes are not the model's; nothing has been loaded then.
+        """
+        mine = model.state_dict(keep_vars=True)
+        if mine.keys() != state_dict.keys():
+            odd = sorted(mine.keys() ^ state_dict.keys())
+            raise ValueError(
+                f"{type(self).__name__}: the state dict must have the model's {len(mine)} names, but {odd[:5]} "
+                f"{'are' if len(odd) > 1 else 'is'} in one of them only"
+            )
+        values = {}
+        for name, target in mine.items():
+            where = f"{type(self).__name__}: {name!r} of the state dict"
+            value = state_dict[name]
+            if not isinstance(value, Tensor) or value.shape != target.shape:
+                found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{where} must be a tensor of shape {tuple(target.shape)}, got {found}")
+            try:
+                values[name] = layout.local(layout.placed(target, value.detach(), tuple(range(value.ndim))))
+            except ValueError as error:
+                raise ValueError(f"{where} {error}") from None
+        self._wait()
+        self._sync_state()
+        for name, target in mine.items():
+            value, to = values[name], layout.local(target.detach())
+            low = self.state.get(target, {}).get(LOW) if isinstance(target, torch.nn.Parameter) else None
+            if low is not None:
+                high, rest = rounding.split(value.to(to.device, torch.float32), low.dtype)
+                layout.local(low).copy_(rest)
+                value = high
+            to.copy_(value)
+
+    def _checked(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The options among ``values``, each by its rule."""
+        rules = {**COMMON_RULES, **self._rules}
+        return {
+            name: rules[name](f"{type(self).__name__}: {name}", value)
+            for name, value in values.items()
+            if name in rules
+        }
+
+    def _check_param(self, index: int, param: Any, group: Mapping[str, Any]) -> None:
+        if not isinstance(param, Tensor):
+            return  # torch says what it thinks of it
+        where = f"{type(self).__name__}: parameter {index} of the group"
+        if layout.is_flat(param):
+            raise TypeError(
+                f"{where} is a flat parameter of FSDP1, or a piece of one (use_orig_params=True), which has no rows "
+                "and columns to factor. Shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead."
+            )
+        ops.check_tensor(where, param)
+        if param.dtype not in ops.PARAM_DTYPES:
+            raise ValueError(
+                f"{where} has dtype {param.dtype}; float16, bfloat16, float32 or float64 is required. Leave other "
+                "tensors out of the optimizer, or keep a floating-point copy to train."
+            )
+        backends.resolve(group["backend"], param.device)
+        if group["master"] is not None and param.dtype == torch.float16:
+            raise ValueError(
+                f"{where} is float16, and master={group['master']!r} keeps the bits that a bfloat16 lacks of a "
+                "float32; a float16 has another exponent. Use bfloat16, or rounding='stochastic'."
+            )
+        self._check_batch(where, param, group)
+        if layout.is_dtensor(param):
+            self._check_dtensor(where, param, group)
+
+    def _check_batch(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
+        batch = group["batch_dims"]
+        if batch == 0:
+            return
+        if batch >= param.ndim:
+            raise ValueError(
+                f"{where} has shape {tuple(param.shape)}; batch_dims={batch} needs more than {batch} dimension(s): the "
+                "ones behind the batch are those of a slice. Put it into another group, with fewer batch_dims."
+            )
+        if not layout.is_sharded(param):
+            return
+        if needs_others(param, group):
+            raise ValueError(
+                f"{where} has batch_dims={batch}, shape {tuple(param.shape)} and placements {tuple(param.placements)}; "  # type: ignore[attr-defined]
+                f"only the first {batch} dimension(s) can be sharded then. Shard those alone, or leave batch_dims=0."
+            )
+        if group["nonfinite"] == "skip":
+            raise ValueError(
+                f"{where} has batch_dims={batch} and is sharded; nonfinite='skip' is not supported with both: ranks"
+                " would count different steps. Leave nonfinite='propagate', or batch_dims=0."
+            )
+
+    def _check_dtensor(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
+        reason = layout.refusal(param)
+        if reason is not None:
+            raise ValueError(f"{where} {reason}")
+        if not layout.is_sharded(param):
+            return
+        if group["rounding"] == "stochastic" and param.dtype in rounding.DTYPES:
+            try:
+                layout.place(param, 0)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+        for name in ("capturable", "amp_scaling"):
+            if group[name]:
+                raise ValueError(
+                    f"{where} is sharded, and {name}=True is not supported with sharded parameters: whether ranks make "
+                    f"a step is decided on the host. Leave {name}=False."
+                )
+        if needs_others(param, group):
+            for op in ops.PART_OPS[self._algorithm]:
+                backends.resolve(group["backend"], param.device, op)
+
+    def _sync_state(self) -> None:
+        """Makes state follow the parameters: creates what is missing, moves what is elsewhere, drops what is gone.
+
+        Trainers swap parameters and rewrite groups after construction, and models move between devices and types.
+        """
+        live = set()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if self._sync_param(param, group):
+                    live.add(id(param))
+        if len(live) != len(self.state):
+            kept = {param for group in self.param_groups for param in group["params"]}
+            for param in [param for param in self.state if param not in kept]:
+                del self.state[param]
+            self._forget()  # nor is what is gone kept alive
+
+    def _low_is_off(self, param: Tensor, group: Mapping[str, Any], state: State) -> bool:
+        """The lower piece of a master weight is missing, or of another type than it must be, or no longer wanted."""
+        return (state[LOW].dtype if LOW in state else None) != self._low_dtype(param, group)
+
+    def _sync_param(self, param: Tensor, group: Mapping[str, Any]) -> bool:
+        """The same for one parameter; False where it has no state."""
+        state = self.state.get(param)
+        if state is None:
+            if not param.requires_grad and param.grad is None:
+                return False  # frozen: no state until it is trained
+            state = self.state[param] = {}
+        device = param.device
+        anchor = state.get("exp_avg_sq_row", state.get("exp_avg_sq"))
+        if (
+            anchor is None
+            or anchor.device != device
+            or anchor.dtype != ops.state_dtype(param.dtype)
+            or state["step"].device != (device if _steps_beside(group, param) else HOST)
+            or (group["nonfinite"] == "skip" and "skipped" not in state)
+            or ((group["master"] is not None or LOW in state) and self._low_is_off(param, group, state))
+        ):
+            self._complete_state(param, group, state)
+        return True
+
+    def _complete_state(self, param: Tensor, group: Mapping[str, Any], state: State) -> None:
+        """Every key of a parameter's state, on the device and of the type it must have; what is new is zero."""
+        counters = [("step", torch.float32, param.device if _steps_beside(group, param) else HOST)]
+        if group["nonfinite"] == "skip":
+            counters.append(("skipped", torch.int32, param.device))
+        if not param.is_meta and any(value.is_meta for value in state.values()):
+            state.clear()  # moments that went to the meta device are lost, and the step counts them
+        if LOW in state and self._low_is_off(param, group, state):
+            del state[LOW]  # of another option, or of the bfloat16 that the parameter was
+        for key, (shape, dtype, follows) in self._full_layout(param, group).items():
+            if key in state:
+                state[key] = state[key].to(device=param.device, dtype=dtype)
+            else:
+                state[key] = layout.zeros(param, shape, follows, dtype, param.device)
+        for key, dtype, device in counters:
+            count = state[key] if key in state else torch.zeros((), dtype=dtype)
+            state[key] = count.to(device=device, dtype=dtype)
+
+    def _checked_state(self, state_dict: dict[str, Any]) -> dict[int, State]:
+        """The state of every parameter that ``state_dict`` has one for, by the parameter's position in this
+        optimizer."""
+        name = type(self).__name__
+        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+            given = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+            raise TypeError(
+                f"{name}: a state dict has the keys 'state' and 'param_groups', as state_dict() returns; got {given}"
+            )
+        groups, saved_groups = self.param_groups, state_dict["param_groups"]
+        if not isinstance(state_dict["state"], Mapping) or not all(
+            isinstance(saved, Mapping) and "params" in saved for saved in saved_groups
+        ):
+            raise TypeError(
+                f"{name}: in a state dict 'state' is a dict and 'param_groups' a list of dicts with 'params', as "
+                "state_dict() returns"
+            )
+        sizes, saved_sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved_groups]
+        if sizes != saved_sizes:
+            raise ValueError(
+                f"{name}: the optimizer has {len(sizes)} groups of {sizes} parameters, the state dict "
+                f"{len(saved_sizes)} of {saved_sizes}. Build the optimizer with the parameter groups it was saved with."
+            )
+        for index, saved in enumerate(saved_groups):
+            if self._own_option not in saved:
+                raise ValueError(
+                    f"{name}: group {index} of the state dict has no {self._own_option!r}: it was saved by another "
+                    "optimizer"
+                )
+        merged = [{**self.defaults, **self._checked(saved)} for saved in saved_groups]
+        self._common_limit(merged)
+        owners = [(param, group) for group, target in zip(merged, groups, strict=True) for param in target["params"]]
+        positions = {key: i for i, key in enumerate(key for g in saved_groups for key in g["params"])}
+        for index, (param, group) in enumerate(owners):
+            self._check_batch(f"{name}: with the options of the state dict, parameter {index}", param, group)
+        checked = {}
+        for key, state in state_dict["state"].items():
+            if key not in positions:
+                raise ValueError(
+                    f"{name}: the state dict has state for parameter {key!r}, which is in none of its groups"
+                )
+            if state:
+                checked[positions[key]] = self._checked_entry(positions[key], *owners[positions[key]], state)
+        return checked
+
+    def _checked_entry(self, index: int, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> State:
+        where = f"{type(self).__name__}: state of parameter {index} (shape {tuple(param.shape)})"
+        if not isinstance(state, Mapping):
+            raise TypeError(f"{where} must be a dict of tensors, got {type(state).__name__}")
+        needed_layout = self._full_layout(param, group)
+        needed = {*needed_layout, "step"}
+        if not needed <= state.keys() or not state.keys() <= {*needed, "skipped"}:
+            raise ValueError(
+                f"{where} must have the keys {sorted(needed)}, got {sorted(map(str, state))}. It was saved by another "
+                "optimizer, or with options that give another state."
+            )
+        entry: State = {}
+        for key, (shape, dtype, follows) in needed_layout.items():
+            value = state[key]
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{where}: '{key}' must be a tensor of shape {shape}, got {type(value).__name__}")
+            if tuple(value.shape) != shape or value.layout is not torch.strided:
+                raise ValueError(f"{where}: '{key}' must have shape {shape}, got {_described(value)}")
+            if value.is_floating_point() != dtype.is_floating_point or (
+                value.dtype != dtype and not dtype.is_floating_point
+            ):
+                raise ValueError(f"{where}: '{key}' must be {dtype}, got {value.dtype}")
+            try:
+                entry[key] = layout.placed(param, value.to(dtype), follows)
+            except ValueError as error:
+                raise ValueError(f"{where}: '{key}' {error}") from None
+        for key, dtype in (("step", torch.float32), ("skipped", torch.int32)):
+            if key in state:
+                count = state[key]
+                if not isinstance(count, Tensor | int | float) or (isinstance(count, Tensor) and count.numel() != 1):
+                    found = f"shape {tuple(count.shape)}" if isinstance(count, Tensor) else type(count).__name__
+                    raise ValueError(f"{where}: '{key}' must be one number, got {found}")
+                entry[key] = torch.as_tensor(count, dtype=dtype).reshape(())
+                if entry[key].device.type == "cpu" and not 0 <= entry[key].item() < math.inf:
+                    raise ValueError(f"{where}: '{key}' must be a number >= 0, got {entry[key].item()}")
+        return entry
+
+
+def needs_others(param: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether a step adds up over ranks: where slices are cut. Ranks that have whole slices need nobody."""
+    return layout.is_sharded(param) and any(layout.cuts(param)[group["batch_dims"] :])
+
+
+def _steps_beside(group: Mapping[str, Any], param: Tensor) -> bool:
+    """Whether a step lives beside its parameter: where only the device knows whether it was made, or reads it."""
+    beside = group["nonfinite"] == "skip" or group["capturable"] or group["amp_scaling"]
+    return beside and not needs_others(param, group)
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}" + ("" if tensor.layout is torch.strided else f" of layout {tensor.layout}")
+
+
+def _tensors(params: Any) -> Iterable[Any]:
+    """The tensors of a group's "params": one tensor, tensors, or (name, tensor) pairs."""
+    if isinstance(params, Tensor):
+        return [params]
+    return [param[1] if isinstance(param, tuple) and len(param) == 2 else param for param in params]
