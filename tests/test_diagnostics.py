@@ -9,7 +9,7 @@ from running import bits, gradients, parameters, train
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hfac import SMMF, HFac, matricize
+from hfac import SMMF, HFac, matricize, rounding
 from hfac.distributed import layout
 from hfac.optim import diagnostics
 
@@ -226,11 +226,14 @@ def test_pieces_do_not_change_what_they_say(cls, chunk, monkeypatch):
 
 @BOTH
 @TIMES
-def test_temporaries_are_pieces(cls, ahead, monkeypatch):
-    """No tensor that is made on the way has the parameter's size."""
+@pytest.mark.parametrize("options", [{}, {"batch_dims": 1, "master": "split8"}], ids=["plain", "stack"])
+def test_temporaries_are_pieces(cls, ahead, options, monkeypatch):
+    """No tensor that is made on the way has the parameter's size, or a slice's."""
     monkeypatch.setattr(diagnostics, "CHUNK", 64)
-    param = Parameter(torch.randn(64, 48, dtype=torch.bfloat16))
-    optimizer = cls([param], weight_decay=0.1)
+    param = Parameter(torch.randn(2, 32, 48, dtype=torch.bfloat16))
+    if not options:
+        param.data = param.data.view(64, 48)
+    optimizer = cls([param], weight_decay=0.1, **options)
     gradients([param], 0)
     optimizer.step()
     known = {tensor.untyped_storage().data_ptr() for tensor in (param, param.grad, *optimizer.state[param].values())}
@@ -269,6 +272,17 @@ def test_nothing_is_read_on_the_host(cls, options, ahead):
         assert all(value.ndim == 0 for entry in found.values() for value in entry.values())
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NothingRead():
         found[0]["skipped"].item()  # and would be noticed
+
+
+@BOTH
+@TIMES
+def test_nothing_is_read_of_stacks_and_master_weights(cls, ahead):
+    params = parameters([(2, 6, 4), (3, 5)], torch.bfloat16)
+    optimizer = cls(params, batch_dims=1, master="split8", rounding="stochastic", nonfinite="skip")
+    train(optimizer, params, 1)
+    with NothingRead():
+        found = optimizer.diagnostics(ahead=ahead)
+    assert [set(value.shape for value in entry.values()) for entry in found.values()] == [{(2,)}, {(3,)}]
 
 
 @BOTH
@@ -372,3 +386,150 @@ def test_gradients_of_all_scales(cls, shape):
         found = optimizer.diagnostics()[0]
         tolerance = 1e-5 if cls is HFac else 0.15
         torch.testing.assert_close(found["update_rms"].double(), rms(param.detach() - before), rtol=tolerance, atol=0)
+
+
+# ---- stacks, whole moments, master weights, stochastic rounding ------------------------------------------------------
+
+STACKS = {1: [(3, 8, 6), (2, 5), (2, 3, 2, 4)], 2: [(2, 3, 8, 6), (1, 2, 5)]}
+
+
+@BOTH
+@TIMES
+@pytest.mark.parametrize("batch", STACKS)
+@pytest.mark.parametrize(
+    "options", [{}, {"dense": True}, {"nonfinite": "skip", "capturable": True}, {"master": "split"}], ids=str
+)
+def test_a_stack_is_its_slices(cls, options, batch, ahead):
+    """Every metric of a slice has the bits that it has where the slice is a parameter of its own."""
+    stacks = parameters(STACKS[batch], torch.bfloat16 if "master" in options else torch.float32)
+    singles = [[Parameter(part.clone()) for part in stack.detach().flatten(0, batch - 1)] for stack in stacks]
+    options = {"weight_decay": 0.1, **options}
+    stacked = cls(stacks, batch_dims=batch, **options)
+    single = cls([part for parts in singles for part in parts], **options)
+    for step in range(3):
+        gradients(stacks, step)
+        for stack in stacks:
+            stack.grad[..., 0] = 0
+        if step == 2 and "nonfinite" in options:
+            stacks[0].grad.flatten(0, batch - 1)[1] = float("inf")
+        for stack, parts in zip(stacks, singles, strict=True):
+            for part, grad in zip(parts, stack.grad.flatten(0, batch - 1), strict=True):
+                part.grad = grad.clone()
+        found = [optimizer.diagnostics(ahead=True) for optimizer in (stacked, single)]
+        stacked.step(), single.step()
+        if not ahead:
+            found = [optimizer.diagnostics() for optimizer in (stacked, single)]
+    told, alone = found[0], iter(found[1].values())
+    for index, stack in enumerate(stacks):
+        assert all(value.shape == stack.shape[:batch] for value in told[index].values())
+        skipped = told[index].pop("skipped")
+        expected = [next(alone) for _ in singles[index]]
+        counts = torch.stack([entry.pop("skipped") for entry in expected])
+        assert (skipped == counts.max()).all()  # one count for the stack
+        for name, values in told[index].items():
+            assert bits(values.flatten()) == bits(torch.stack([entry[name] for entry in expected])), name
+    assert bool(told[0]["update_rms"].flatten()[1].isnan()) == ("nonfinite" in options)
+    assert int(told[0]["update_rms"].isnan().sum()) == int("nonfinite" in options)
+
+
+@BOTH
+def test_composer_sees_slices(cls):
+    params = parameters([(4, 3, 2), (2, 3, 4, 5)])
+    optimizer = cls([{"params": params[:1], "batch_dims": 1}, {"params": params[1:], "batch_dims": 2}])
+    train(optimizer, params, 1)
+    one, two = optimizer.diagnostics().values()
+    metrics = optimizer.report_per_parameter_metrics(params[0], "up", {})
+    metrics = optimizer.report_per_parameter_metrics(params[1], "down", metrics)
+    expected = {f"{metric}/up.{i}": values[i] for metric, values in one.items() for i in range(4)}
+    expected |= {
+        f"{metric}/down.{i}.{j}": values[i, j] for metric, values in two.items() for i in range(2) for j in range(3)
+    }
+    assert "unmoved/up.3" in metrics and "skipped/down.1.2" in metrics
+    assert bits(metrics) == bits(expected)
+
+
+@BOTH
+@TIMES
+def test_whole_moments(cls, ahead):
+    """With dense=True of SMMF's step, too, nothing is estimated; and rows of the gradient are still the matrix's."""
+    params = parameters([(24, 18), (6, 4, 3, 3)], torch.float64)
+    for param in params:
+        param.detach().mul_(1e-3)
+    optimizer = cls(params, weight_decay=0.1, dense=True)
+    for step in range(3):
+        found, before = stepped(optimizer, params, step, ahead)
+        for index, (param, old) in enumerate(zip(params, before, strict=True)):
+            actual = found[index]["update_rms"].double()
+            torch.testing.assert_close(actual, rms(param.detach() - old), rtol=1e-6, atol=0)
+    params[0].grad[:5] = 0
+    assert int(optimizer.diagnostics(ahead=True)[0]["zero_rows"]) == 5
+
+
+@BOTH
+@TIMES
+@pytest.mark.parametrize("options", [{}, {"dense": True, "weight_decay_mode": "adam"}], ids=["factored", "dense"])
+def test_split_master_weights_are_float32_parameters(cls, options, ahead):
+    """All that is said of them, to the last bit, with updates of which some are too small for a float32."""
+    if cls is HFac:
+        options = {name: value for name, value in options.items() if name == "dense"}
+    wide = parameters([(24, 18), (7,)])
+    pieces = [rounding.split(param.detach(), torch.int16) for param in wide]
+    narrow = [Parameter(high) for high, _ in pieces]
+    split, plain = (
+        cls(params, lr=1e-7, weight_decay=0.1, master=master, **options)
+        for params, master in ((narrow, "split"), (wide, None))
+    )
+    for param, (_, low) in zip(narrow, pieces, strict=True):
+        split.state[param]["master_low"].copy_(low)
+    for step in range(3):
+        gradients(narrow, step)
+        for param, other in zip(narrow, wide, strict=True):
+            other.grad = param.grad.float()
+        found = [optimizer.diagnostics(ahead=True) for optimizer in (split, plain)]
+        split.step(), plain.step()
+        if not ahead:
+            found = [optimizer.diagnostics() for optimizer in (split, plain)]
+        assert bits(found[0]) == bits(found[1])
+    assert 0.05 < float(found[0][0]["unmoved"]) < 0.95
+
+
+@BOTH
+@TIMES
+def test_eight_more_bits(cls, ahead):
+    """Of a real step with master="split8": how many weights of 24 bits stay; the change of those so small that hardly
+    anything is rounded off."""
+    params = parameters([(64, 48), (127,)], torch.bfloat16)
+    params[1].detach().mul_(1e-4)
+    optimizer = cls(params, lr=2e-5, weight_decay=0.1, master="split8")
+
+    def masters():
+        return [rounding.join(param.detach(), optimizer.state[param]["master_low"]) for param in params]
+
+    for step in range(3):
+        before = masters()
+        found, _ = stepped(optimizer, params, step, ahead)
+        (matrix, vector), (old_matrix, old_vector) = masters(), before
+        actual = float((matrix == old_matrix).double().mean())
+        assert 0.05 < actual < 0.95  # something to be told
+        allowed = 1 / matrix.numel() if ahead else 0.08 if estimated(cls, params[0], {}, ahead) else 0.02
+        assert abs(float(found[0]["unmoved"]) - actual) <= allowed + 1e-7
+        change = rms(vector.double() - old_vector)
+        torch.testing.assert_close(found[1]["update_rms"].double(), change, rtol=1e-3, atol=0)
+
+
+@BOTH
+@pytest.mark.parametrize("master", [None, "split8"])
+def test_stochastic_rounding_moves_some_of_the_unmoved(cls, master):
+    """`unmoved` is about rounding to nearest, whatever the step does."""
+    found, stayed = {}, {}
+    for how in ("nearest", "stochastic"):
+        params = parameters([(64, 48)], torch.bfloat16)
+        optimizer = cls(params, lr=5e-4 if master is None else 3e-6, rounding=how, master=master)
+        gradients(params, 0)
+        found[how] = optimizer.diagnostics(ahead=True)[0]
+        old = optimizer._fp32(params[0]).clone()
+        optimizer.step()
+        stayed[how] = float((optimizer._fp32(params[0]) == old).double().mean())
+    assert bits(found["nearest"]) == bits(found["stochastic"])
+    assert stayed["nearest"] == pytest.approx(float(found["nearest"]["unmoved"]), abs=1e-3)
+    assert 0 < stayed["stochastic"] < stayed["nearest"] - 0.02

@@ -299,12 +299,15 @@ class FactoredOptimizer(Optimizer):
 
         Returns:
             By name, where parameters were given with names, else by position: 0-d tensors on the parameter's device,
-            by metric. ``update_rms``: of W's change, learning rate and decoupled weight decay included.
-            ``direction_rms``: of G / sqrt(V) before clipping (SMMF: M / (sqrt(V) + eps)). ``clip_factor`` (HFac):
-            what it was divided by, max(1, direction_rms / clip_threshold). ``unmoved``: the fraction of the weights
-            that the update leaves as they are, rounded to nearest in their type. These are NaN where no step was made,
-            or nonfinite="skip" skipped it. ``zero_rows``, ``zero_cols``: rows and columns of the gradient
-            (`hfac.matricize.cut`; elements of a vector are rows) that are all zero; ``skipped``: steps skipped so far.
+            by metric; of a stack, tensors of shape p.shape[:batch_dims], an entry for each slice. ``update_rms``: of
+            W's change, learning rate and decoupled weight decay included. ``direction_rms``: of G / sqrt(V) before
+            clipping (SMMF: M / (sqrt(V) + eps)). ``clip_factor`` (HFac): what it was divided by, max(1, direction_rms /
+            clip_threshold). ``unmoved``: the fraction of the weights that the update leaves as they are, rounded to
+            nearest in their type, master weights as they are stored ("split": float32, "split8": 24 bits); with
+            rounding="stochastic" such weights move now and then. These are NaN where no step was made, or
+            nonfinite="skip" skipped it. ``zero_rows``, ``zero_cols``: rows and columns of the gradient
+            (`hfac.matricize.cut`, also with ``dense``; elements of a vector are rows) that are all zero; ``skipped``:
+            steps skipped so far, of a stack those in which any slice was, the same number for each.
 
         Raises:
             RuntimeError: a parameter is sharded.
@@ -324,7 +327,8 @@ class FactoredOptimizer(Optimizer):
     def report_per_parameter_metrics(
         self, param: Tensor, name: str, optimizer_metrics: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Adds `diagnostics` of a parameter as "<metric>/<name>"; Composer's OptimizerMonitor calls it after a step.
+        """Adds `diagnostics` of a parameter as "<metric>/<name>", those of a stack with the slice's index appended
+        ("<metric>/<name>.3", with two batch dimensions ".0.3"); Composer's OptimizerMonitor calls it after a step.
 
         Its `pre_reduce_metrics` and `dist_reduce_metrics` combine shards of FSDP, which are refused here.
         """
@@ -332,7 +336,7 @@ class FactoredOptimizer(Optimizer):
             trained = param in self.state and param.grad is not None and param.numel() > 0
             if trained and any(map(is_, group["params"], repeat(param))):
                 metrics = diagnostics.measure(self._algorithm, param, group, self.state[param], False)
-                optimizer_metrics.update({f"{metric}/{name}": value for metric, value in metrics.items()})
+                optimizer_metrics.update(diagnostics.by_name(name, metrics))
         return optimizer_metrics
 
     def _look_again(self) -> None:

@@ -5,10 +5,11 @@ new parameter. Not quite for SMMF's factored first moment, whose compression kee
 there it is estimated. Ahead of a step, after the backward pass, the update is a function of what is there for both.
 
 Everything is plain torch on pieces of whole rows, of at most `CHUNK` elements (or one row): a dozen temporaries of that
-size, and some of the size of the factors; a tensor that is not contiguous is copied as a whole. Nothing is read on the
-host.
+size, and some of the size of the factors; a tensor that is not contiguous is copied as a whole (of a stack: each slice
+in its turn). Nothing is read on the host.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import matricize, schedules
+from .. import matricize, rounding, schedules
 from ..distributed import layout
 
 Metrics = dict[str, Tensor]
@@ -24,22 +25,63 @@ Metrics = dict[str, Tensor]
 Piece = Callable[[slice], Tensor]
 
 CHUNK = 1 << 20
+#: one number for the parameter, also where it is a stack
+_COUNTERS = ("step", "skipped")
 
 
 def measure(
     algorithm: str, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor], ahead: bool
 ) -> Metrics:
-    """The metrics of one parameter that has a gradient; `FactoredOptimizer.diagnostics` describes them."""
+    """The metrics of one parameter that has a gradient, of shape param.shape[:batch_dims];
+    `FactoredOptimizer.diagnostics` describes them."""
     if layout.is_sharded(param):
         raise RuntimeError(
-            f"diagnostics of a sharded parameter (shape {tuple(param.shape)}) are not supported: no rank has all rows "
-            "and columns. Ask in a run on one process; under Composer set "
-            "OptimizerMonitor(log_optimizer_metrics=False)."
+            f"diagnostics of a sharded parameter (shape {tuple(param.shape)}) are not supported: no rank has all of it."
+            " Ask in a run on one process; under Composer set OptimizerMonitor(log_optimizer_metrics=False)."
         )
     grad = layout.gradient(param, f"the parameter of shape {tuple(param.shape)}")
     assert grad is not None
     param, state = layout.local(param), {key: layout.local(value) for key, value in state.items()}
-    step = state["step"].to(schedules.step_dtype(state["step"].device))
+    batch = param.shape[: group["batch_dims"]]
+    parts = [_slices(tensor, len(batch)) for tensor in (param, grad)]
+    states = {key: _slices(value, len(batch)) for key, value in state.items() if key not in _COUNTERS}
+    measured = [
+        _of_slice(algorithm, W, G, group, {key: values[i] for key, values in states.items()}, state["step"], ahead)
+        for i, (W, G) in enumerate(zip(*parts, strict=True))
+    ]
+    metrics = {key: torch.stack([one[key] for one in measured]).view(batch) for key in measured[0]}
+    skipped = state.get("skipped", torch.zeros((), dtype=torch.int32, device=param.device))
+    return {**metrics, "skipped": skipped.expand(batch).clone()}
+
+
+def by_name(name: str, metrics: Metrics) -> Metrics:
+    """0-d metrics as "<metric>/<name>", those of a stack as "<metric>/<name>.<index of the slice>"."""
+    found = {}
+    for metric, values in metrics.items():
+        for index, value in zip(itertools.product(*map(range, values.shape)), values.reshape(-1).unbind(), strict=True):
+            found[f"{metric}/{name}" + "".join(f".{i}" for i in index)] = value
+    return found
+
+
+def _slices(tensor: Tensor, batch_dims: int) -> list[Tensor]:
+    """Views of the slices that the first dimensions count, row-major."""
+    found = [tensor]
+    for _ in range(batch_dims):
+        found = [part for each in found for part in each.unbind()]
+    return found
+
+
+def _of_slice(
+    algorithm: str,
+    param: Tensor,
+    grad: Tensor,
+    group: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    step: Tensor,
+    ahead: bool,
+) -> Metrics:
+    """All but what is counted, 0-d; without batch dimensions the parameter is the only slice."""
+    step = step.to(schedules.step_dtype(step.device))
     made = torch.ones_like(step, dtype=torch.bool) if ahead else step > 0
     view = _View(param, grad, group, state, step + 1 if ahead else step, ahead)
     update = (_hfac if algorithm == "hfac" else _smmf)(view)
@@ -48,8 +90,6 @@ def measure(
     unknown = torch.where(made, 0.0, math.nan)  # 0-d, so it may be on another device than what it is added to
     metrics = {key: value.float() + unknown.to(torch.float32) for key, value in update.items()}
     metrics["zero_rows"], metrics["zero_cols"] = _zeros(grad, group)
-    skipped = state.get("skipped")
-    metrics["skipped"] = torch.zeros((), dtype=torch.int32, device=param.device) if skipped is None else skipped.clone()
     return metrics
 
 
@@ -71,16 +111,26 @@ class _View:
         self.dtype = second.dtype
         self.m = second.numel()
         self.n = state["exp_avg_sq_col"].numel() if self.factored else 1
-        self.W, self._G = param.reshape(self.m, self.n), grad.reshape(self.m, self.n)
+        self._W, self._G = param.reshape(self.m, self.n), grad.reshape(self.m, self.n)
+        self._low = state["master_low"].reshape(self.m, self.n) if "master_low" in state else None
         self.lr, self.weight_decay = (_scalar(group[name]) for name in ("lr", "weight_decay"))
 
     def pieces(self) -> Iterator[slice]:
         rows = max(1, CHUNK // self.n)
         return (slice(i, min(i + rows, self.m)) for i in range(0, self.m, rows))
 
+    def W(self, rows: slice) -> Tensor:
+        return self._W[rows].to(self.dtype) if self._low is None else rounding.join(self._W[rows], self._low[rows])
+
     def G(self, rows: slice) -> Tensor:
         G = self._G[rows].to(self.dtype)
         return -G if self.group["maximize"] else G
+
+    def stored(self, W: Tensor) -> Tensor:
+        """What is left of new weights once they are stored, rounded to nearest."""
+        if self._low is None:
+            return W.to(self.param.dtype).to(self.dtype)
+        return rounding.join(*rounding.split(W, self._low.dtype))
 
     def states(self, *names: str) -> list[Tensor]:
         """The states as vectors."""
@@ -122,8 +172,8 @@ class _View:
         unmoved = torch.zeros((), dtype=torch.int64, device=self.param.device)
 
         def change(rows: slice) -> Tensor:
-            D, W = direction(rows), self.W[rows].to(self.dtype)
-            unmoved.add_((new(W, D).to(self.param.dtype) == self.W[rows]).sum())
+            D, W = direction(rows), self.W(rows)
+            unmoved.add_((self.stored(new(W, D)) == W).sum())
             if not self.ahead:  # W is what the step made of the old one
                 W = (W + self.lr * D) / (1 - self.lr * decay)
             return self.lr * (D + decay * W)
@@ -181,7 +231,7 @@ def _smmf(view: _View) -> Metrics:
 
     def G(rows: slice) -> Tensor:
         G = view.G(rows)  # after a coupled step the new W stands for the old one
-        return G + view.weight_decay * view.W[rows].to(view.dtype) if coupled else G
+        return G + view.weight_decay * view.W(rows) if coupled else G
 
     def square(rows: slice) -> Tensor:
         return G(rows).square()
