@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import matricize, reference
 from .optim import SMMF, HFac
+from .optim.base import LOW
 
 TARGETS = {"hfac": HFac, "smmf": SMMF}
 #: say how a step is carried out; a loaded state dict does not change them
@@ -45,14 +46,15 @@ def convert(state_dict: Mapping[str, Any], params: Any = None, *, to: str = "hfa
             parameters for keys, nested or flattened; of whole tensors, not of shards. It is left as it is.
         params: the parameters in the optimizer's order: tensors, (name, tensor) pairs, groups, or a dict from names to
             tensors; only their shapes and types are read. Factors of SMMF do not tell the parameter's shape and need
-            it; None (default) where the state tells it.
+            it, a ``master`` that the source does not have needs the type; None (default) where the state tells both.
         to: "hfac" (default) or "smmf".
         **options: options of the target for all groups, in place of what is carried over or the target's default.
             ``capturable``, ``backend`` and ``amp_scaling`` are the loading optimizer's own affair.
 
     Returns:
         A new state dict with the keys of ``state_dict``; factors and moments float32 (float64 for float64 parameters),
-        on the devices of the source's tensors.
+        on the devices of the source's tensors. ``master_low`` is the source's where both have the same ``master``, else
+        zeros: what a source has of it is then left out, with a warning.
 
     Raises:
         TypeError, ValueError: an optimizer that is not known (the message has its keys), shapes that do not fit or are
@@ -86,26 +88,47 @@ def convert(state_dict: Mapping[str, Any], params: Any = None, *, to: str = "hfa
             "convert: amsgrad's max_exp_avg_sq has no counterpart and is left out; the averages themselves are taken",
             stacklevel=3,  # above no_grad
         )
-    placeholders = {key: _placeholder(key, source["state"].get(key), shaped, reader) for key in keys}
+    wanted = [{**reader.options(group, to), **options} for group in groups]
+    # Without parameters at first: what the options say is what must be known of these.
+    empty = TARGETS[to]([{"params": [], **each} for each in wanted], **options)
+    placeholders = {
+        key: _placeholder(key, source["state"].get(key), shaped, reader, group, new_group)
+        for group, new_group in zip(groups, empty.param_groups, strict=True)
+        for key in group["params"]
+    }
     target = TARGETS[to](
         [
-            {"params": [placeholders[key] for key in group["params"]], **reader.options(group, to), **options}
-            for group in groups
+            {"params": [placeholders[key] for key in group["params"]], **each}
+            for group, each in zip(groups, wanted, strict=True)
         ],
         **options,
     )
 
-    state = {}
+    state: dict[Hashable, dict[str, Tensor]] = {}
+    without_low: list[Hashable] = []
     for i, new_group in enumerate(target.param_groups):
         for key in groups[i]["params"]:
             entry = source["state"].get(key)
             if not entry:
                 continue
-            param = placeholders[key]
-            moments = reader.read(f"convert: state of parameter {key!r}", entry, groups[i], tuple(param.shape))
+            param, where = placeholders[key], f"convert: state of parameter {key!r}"
+            moments = reader.read(where, entry, groups[i], tuple(param.shape))
             state[key] = _written(target, param, new_group, moments)
+            if LOW in entry:
+                low = _tensor(where, entry, LOW, param.shape)
+                if low.dtype == target._low_dtype(param, new_group):
+                    state[key][LOW].copy_(low)
+                else:
+                    without_low.append(key)
             if "skipped" in entry:
                 state[key]["skipped"] = torch.as_tensor(entry["skipped"]).detach().clone()
+    if without_low:
+        warnings.warn(
+            f"convert: {LOW} of {len(without_low)} parameter(s), the first being {without_low[0]!r}, is left out: "
+            "the target has another master for them, or they are not bfloat16. It holds what the bfloat16 values lack: "
+            "the source's fp32_state_dict gives the weights in full, and the target's load_fp32_state_dict takes them.",
+            stacklevel=3,  # above no_grad
+        )
 
     packed = target.state_dict()["param_groups"]
     new_groups = []
@@ -124,14 +147,18 @@ def convert(state_dict: Mapping[str, Any], params: Any = None, *, to: str = "hfa
 # ---- sources ---------------------------------------------------------------------------------------------------------
 
 
+#: message's beginning, state, group, shape -> moments
+Read = Callable[[str, Entry, Mapping[str, Any], tuple[int, ...]], Moments]
+#: state, group -> the shape of the parameter where these tell it
+Shape = Callable[[Entry, Mapping[str, Any]], tuple[int, ...] | None]
+
+
 class Source(NamedTuple):
     """How to read an optimizer's state of one parameter."""
 
     name: str
-    #: message's beginning, state, group, shape -> moments
-    read: Callable[[str, Entry, Mapping[str, Any], tuple[int, ...]], Moments]
-    #: the shape of the parameter where its state tells it
-    shape: Callable[[Entry], tuple[int, ...] | None]
+    read: Read
+    shape: Shape
     #: options of the target from those of a source's group, where they mean the same; by target
     options: Callable[[Mapping[str, Any], str], dict[str, Any]]
 
@@ -205,6 +232,44 @@ def _hfac(where: str, entry: Entry, group: Mapping[str, Any], shape: tuple[int, 
     return Moments(M, (V - group["eps"]).clamp(min=0), t)
 
 
+def _by_slice(read: Read) -> Read:
+    """For our own two: the state of a stack is read slice by slice, and the moments are put together."""
+
+    def stack(where: str, entry: Entry, group: Mapping[str, Any], shape: tuple[int, ...]) -> Moments:
+        batch = group.get("batch_dims", 0)
+        if not batch:
+            return read(where, entry, group, shape)
+        whole = {}
+        for name in (name for name in entry if name not in ("step", "skipped", LOW)):
+            sides = entry[name].shape[batch:] if isinstance(entry[name], Tensor) else ()
+            whole[name] = _tensor(where, entry, name, (*shape[:batch], *sides))
+        parts = {name: _slices(value, batch) for name, value in whole.items()}
+        found = [
+            read(
+                f"{where}, slice {i}",
+                {"step": entry["step"], **{name: values[i] for name, values in parts.items()}},
+                group,
+                shape[batch:],
+            )
+            for i in range(math.prod(shape[:batch]))
+        ]
+        if not found:  # nor is there an element
+            return Moments(None, next(iter(whole.values())).new_zeros(shape), float(entry["step"]))
+        firsts = [moments.first for moments in found if moments.first is not None]
+        return Moments(
+            torch.stack(firsts).reshape(shape) if firsts else None,
+            torch.stack([moments.second for moments in found]).reshape(shape),
+            found[0].step,
+        )
+
+    return stack
+
+
+def _slices(tensor: Tensor, batch_dims: int) -> list[Tensor]:
+    """What the first dimensions count, row-major; views where the tensor is contiguous."""
+    return list(tensor.flatten(0, batch_dims - 1)) if batch_dims else [tensor]
+
+
 def _smmf_weight(group: Mapping[str, Any], t: float) -> float:
     """What the weights of SMMF's first moment add up to after t steps from zero: 1 - prod_i beta growth^(i-1)."""
     if group["beta"] is None:
@@ -213,6 +278,8 @@ def _smmf_weight(group: Mapping[str, Any], t: float) -> float:
 
 
 _COMMON = ("lr", "weight_decay", "maximize")
+#: of our own two, beyond these
+_OURS = (*_COMMON, "nonfinite", "dense", "batch_dims", "rounding", "seed", "master")
 
 
 def _adam_options(group: Mapping[str, Any], to: str) -> dict[str, Any]:
@@ -231,7 +298,7 @@ def _adafactor_options(group: Mapping[str, Any], to: str) -> dict[str, Any]:
 
 
 def _smmf_options(group: Mapping[str, Any], to: str) -> dict[str, Any]:
-    found = _pick(group, (*_COMMON, "nonfinite"))
+    found = _pick(group, _OURS)
     if to == "hfac":
         return _decoupled(found, group.get("weight_decay_mode") == "adam")
     own = ("beta", "eps", "decay_rate", "growth_rate", "vector_reshape", "weight_decay_mode")
@@ -239,7 +306,7 @@ def _smmf_options(group: Mapping[str, Any], to: str) -> dict[str, Any]:
 
 
 def _hfac_options(group: Mapping[str, Any], to: str) -> dict[str, Any]:
-    found = _pick(group, (*_COMMON, "nonfinite"))
+    found = _pick(group, _OURS)
     if to == "smmf":
         return {**found, "beta": group["betas"][0]}
     return {**found, **_pick(group, ("betas", "eps", "clip_threshold", "matricize"))}
@@ -259,21 +326,22 @@ def _pick(group: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {name: group[name] for name in names if name in group}
 
 
-def _whole(name: str) -> Callable[[Entry], tuple[int, ...] | None]:
+def _whole(name: str) -> Shape:
     """The shape of a moment, unless it is factors."""
-    return lambda entry: tuple(entry[name].shape) if isinstance(entry.get(name), Tensor) else None
+    return lambda entry, group: tuple(entry[name].shape) if isinstance(entry.get(name), Tensor) else None
 
 
-def _sides(whole: str, row: str, col: str, keepdim: bool) -> Callable[[Entry], tuple[int, ...] | None]:
-    """Likewise, or of a row and a column state together; ``keepdim`` where each has the other's dimension at size 1."""
+def _sides(whole: str, row: str, col: str, keepdim: bool) -> Shape:
+    """Likewise, or of a row and a column state together; ``keepdim`` where each has the other's dimension at size 1,
+    else both begin with the batch dimensions."""
 
-    def shape(entry: Entry) -> tuple[int, ...] | None:
+    def shape(entry: Entry, group: Mapping[str, Any]) -> tuple[int, ...] | None:
         if isinstance(entry.get(whole), Tensor):
             return tuple(entry[whole].shape)
         if not all(isinstance(entry.get(name), Tensor) for name in (row, col)):
             return None
         rows, cols = entry[row].shape, entry[col].shape
-        return (*rows[:-1], *cols[-1:]) if keepdim else (*rows, *cols)
+        return (*rows[:-1], *cols[-1:]) if keepdim else (*rows, *cols[group.get("batch_dims", 0) :])
 
     return shape
 
@@ -284,8 +352,10 @@ _SOURCES = {
         "Adafactor", _adafactor, _sides("variance", "row_var", "col_var", keepdim=True), _adafactor_options
     ),
     "published": Source("the authors' SMMF", _published, _whole("momentum_v"), _smmf_options),
-    "hfac": Source("HFac", _hfac, _sides("exp_avg", "exp_avg_row", "exp_avg_col", keepdim=False), _hfac_options),
-    "smmf": Source("SMMF", _smmf, _whole("exp_avg_sq"), _smmf_options),
+    "hfac": Source(
+        "HFac", _by_slice(_hfac), _sides("exp_avg", "exp_avg_row", "exp_avg_col", keepdim=False), _hfac_options
+    ),
+    "smmf": Source("SMMF", _by_slice(_smmf), _whole("exp_avg_sq"), _smmf_options),
 }
 
 
@@ -349,37 +419,43 @@ def _over(average: Tensor, weight: float) -> Tensor:
 
 def _written(target: HFac | SMMF, param: Tensor, group: Mapping[str, Any], moments: Moments) -> dict[str, Tensor]:
     """The target's state of one parameter."""
-    layout = target._layout(param, group)
-    shapes = {key: (shape, dtype) for key, (shape, dtype, _) in layout.items()}
-    device, dtype = moments.second.device, next(dtype for _, dtype in shapes.values() if dtype.is_floating_point)
-    state = {key: torch.zeros(shape, dtype=dtype, device=device) for key, (shape, dtype) in shapes.items()}
-    state["step"] = torch.tensor(moments.step, dtype=torch.float32)
+    layout, batch = target._full_layout(param, group), group["batch_dims"]
+    device, wide = moments.second.device, next(dtype for _, dtype, _ in layout.values() if dtype.is_floating_point)
+    state = {key: torch.zeros(shape, dtype=dtype, device=device) for key, (shape, dtype, _) in layout.items()}
+    step = torch.tensor(moments.step, dtype=torch.float32)
     if moments.step == 0 or param.numel() == 0:
-        return state
-    V = moments.second.to(dtype)
-    M = torch.zeros_like(V) if moments.first is None else moments.first.to(dtype)
-    if isinstance(target, HFac):
-        V = V + group["eps"]
-        if "exp_avg_row" in layout:
-            rows = param.shape[: len(shapes["exp_avg_row"][0])].numel()
-            M, V = M.reshape(rows, -1), V.reshape(rows, -1)
-            values = {"exp_avg_row": M.mean(1), "exp_avg_col": M.mean(0)}
-            values.update({"exp_avg_sq_row": V.sum(1), "exp_avg_sq_col": V.sum(0)})
-        else:
-            values = {"exp_avg": M, "exp_avg_sq": V}
-    else:
-        M = M * _smmf_weight(group, moments.step)
-        if "exp_avg_sq_row" in layout:
-            n, m = matricize.square(param.numel())
-            row, col = reference.nnmf(M.abs().reshape(n, m))
-            values = {"exp_avg_row": row, "exp_avg_col": col, "exp_avg_sign": reference.pack_signs(M > 0)}
-            values["exp_avg_sq_row"], values["exp_avg_sq_col"] = reference.nnmf(V.reshape(n, m))
-        else:
-            values = {"exp_avg": M, "exp_avg_sq": V}
-    for key, value in state.items():
-        if key in values:
-            value.copy_(values[key].reshape(value.shape))
-    return state
+        return {**state, "step": step}
+    V = moments.second.to(wide)
+    M = torch.zeros_like(V) if moments.first is None else moments.first.to(wide)
+    slices = {key: _slices(value, batch) for key, value in state.items() if key != LOW}
+    for i, (first, second) in enumerate(zip(_slices(M, batch), _slices(V, batch), strict=True)):
+        parts = {key: values[i] for key, values in slices.items()}
+        values = (_hfac_state if isinstance(target, HFac) else _smmf_state)(parts, group, first, second, moments.step)
+        for key, part in parts.items():
+            part.copy_(values[key].reshape(part.shape))
+    return {**state, "step": step}
+
+
+def _hfac_state(kept: Entry, group: Mapping[str, Any], M: Tensor, V: Tensor, step: float) -> dict[str, Tensor]:
+    """Of one slice, at the keys of ``kept``, whose values are of the right shapes."""
+    V = V + group["eps"]
+    if "exp_avg_row" not in kept:
+        return {"exp_avg": M, "exp_avg_sq": V}
+    rows = kept["exp_avg_row"].numel()
+    M, V = M.reshape(rows, -1), V.reshape(rows, -1)
+    return {"exp_avg_row": M.mean(1), "exp_avg_col": M.mean(0), "exp_avg_sq_row": V.sum(1), "exp_avg_sq_col": V.sum(0)}
+
+
+def _smmf_state(kept: Entry, group: Mapping[str, Any], M: Tensor, V: Tensor, step: float) -> dict[str, Tensor]:
+    """Likewise; there may be no first moment among ``kept``."""
+    M = M * _smmf_weight(group, step)
+    if "exp_avg_sq_row" not in kept:
+        return {"exp_avg": M, "exp_avg_sq": V}
+    n, m = matricize.square(M.numel())
+    row, col = reference.nnmf(M.abs().reshape(n, m))
+    values = {"exp_avg_row": row, "exp_avg_col": col, "exp_avg_sign": reference.pack_signs(M > 0)}
+    values["exp_avg_sq_row"], values["exp_avg_sq_col"] = reference.nnmf(V.reshape(n, m))
+    return values
 
 
 # ---- state dicts -----------------------------------------------------------------------------------------------------
@@ -439,15 +515,20 @@ def _by_key(params: Any, keys: Sequence[Hashable]) -> dict[Hashable, Tensor]:
 
 
 def _placeholder(
-    key: Hashable, entry: Entry | None, shaped: Mapping[Hashable, Tensor] | None, source: Source
+    key: Hashable,
+    entry: Entry | None,
+    shaped: Mapping[Hashable, Tensor] | None,
+    source: Source,
+    group: Mapping[str, Any],
+    new_group: Mapping[str, Any],
 ) -> torch.nn.Parameter:
     """A parameter of the right shape and type that holds no memory."""
     if shaped is not None:
         shape, dtype = tuple(shaped[key].shape), shaped[key].dtype
     elif not entry:
-        shape, dtype = (0,), torch.float32  # without state nobody asks
+        shape, dtype = (0,) * (1 + new_group["batch_dims"]), torch.float32  # without state nobody asks
     else:
-        told = source.shape(entry)
+        told = source.shape(entry, group)
         if told is None:
             raise ValueError(
                 f"convert: {source.name}'s state of parameter {key!r}, with the keys {sorted(map(str, entry))}, does "
@@ -456,7 +537,13 @@ def _placeholder(
             )
         shape = told
         wide = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in entry.values())
-        dtype = torch.float64 if wide else torch.float32
+        dtype = torch.float64 if wide else torch.bfloat16 if LOW in entry else torch.float32
+        if new_group["master"] is not None and dtype == torch.float32 and group.get("master") is None:
+            raise ValueError(
+                f"convert: master={new_group['master']!r} is for bfloat16 parameters, and {source.name}'s state of "
+                f"parameter {key!r} does not tell whether it is one. Give convert(state_dict, params) the parameters "
+                "in the optimizer's order."
+            )
     return torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
 
 

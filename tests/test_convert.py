@@ -288,6 +288,161 @@ def test_options_that_give_another_state(options):
         torch.testing.assert_close(other.state_dict()["state"][0][key], expected.state_dict()["state"][0][key])
 
 
+# ---- stacks, whole moments, master weights ---------------------------------------------------------------------------
+
+STACKS = {1: [(3, 4, 6), (2, 5), (4, 3, 2, 4), (2, 1, 7), (2, 0, 5), (0, 4, 3)], 2: [(2, 3, 4, 6), (3, 2, 5)]}
+SOURCES = {"adam": torch.optim.AdamW, "hfac": HFac, "smmf": SMMF}
+
+
+def stacked(cls, batch, **options):
+    """An optimizer of stacks after some steps, and one of their slices, with the parameters of both."""
+    stacks = parameters(STACKS[batch])
+    singles = [[Parameter(part.clone()) for part in stack.detach().flatten(0, batch - 1)] for stack in stacks]
+    one = cls(stacks, **options, **({} if cls is torch.optim.AdamW else {"batch_dims": batch}))
+    other = cls([part for parts in singles for part in parts], **options)
+    for step in range(3):
+        gradients(stacks, step)
+        for stack, parts in zip(stacks, singles, strict=True):
+            for part, grad in zip(parts, stack.grad.flatten(0, batch - 1), strict=True):
+                part.grad = grad.clone()
+        one.step(), other.step()
+    return one, stacks, other, singles
+
+
+@TO
+@pytest.mark.parametrize("batch", STACKS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_stacks_are_converted_slice_by_slice(to, cls, batch, source):
+    """To the last bit what the slices give as parameters of their own; and the optimizer takes it."""
+    one, stacks, other, singles = stacked(SOURCES[source], batch)
+    more = {"batch_dims": batch} if source == "adam" else {}  # else carried over
+    told = None if source != "smmf" else stacks
+    converted = hfac.convert(one.state_dict(), told, to=to, **more)
+    expected = hfac.convert(other.state_dict(), None if told is None else [p for s in singles for p in s], to=to)
+    alone = iter(expected["state"].values())
+    assert converted["param_groups"][0]["batch_dims"] == batch and list(converted["state"]) == list(range(len(stacks)))
+    for index, (stack, parts) in enumerate(zip(stacks, singles, strict=True)):
+        state = converted["state"][index]
+        assert float(state["step"]) == 3.0
+        for i, _ in enumerate(parts):
+            entry = next(alone)
+            assert state.keys() == entry.keys()
+            for key in entry.keys() - {"step"}:
+                assert bits(state[key].flatten(0, batch - 1)[i]) == bits(entry[key]), (index, key)
+        assert stack.numel() == 0 or any(state[key].any() for key in state if key.startswith("exp_avg_sq"))
+    optimizer = loaded(cls, converted, stacks)
+    train(optimizer, stacks, 1)
+    assert optimizer.param_groups[0]["batch_dims"] == batch
+
+
+def test_other_slices():
+    """From none to some and back: what is known of the source is cut anew."""
+    one, _, _, _ = stacked(HFac, 1, dense=True)
+    whole = hfac.convert(one.state_dict(), batch_dims=0)
+    assert whole["param_groups"][0]["dense"] and whole["param_groups"][0]["batch_dims"] == 0
+    state = hfac.convert(one.state_dict(), dense=False, eps=1e-20)["state"][0]
+    torch.testing.assert_close(state["exp_avg_row"], whole["state"][0]["exp_avg"].mean(2))
+    torch.testing.assert_close(state["exp_avg_sq_col"], whole["state"][0]["exp_avg_sq"].sum(1))
+    state = hfac.convert(whole, dense=False, batch_dims=0)["state"][0]
+    torch.testing.assert_close(state["exp_avg_sq_col"], whole["state"][0]["exp_avg_sq"].sum((0, 1)))
+
+
+@TO
+def test_stacks_without_state(to, cls):
+    """Nothing tells their dimensions, and nobody asks."""
+    params = parameters([(3, 4, 6), (2, 5, 4)])
+    adam = torch.optim.AdamW(params)
+    gradients(params[1:], 0)
+    adam.step()
+    converted = hfac.convert(adam.state_dict(), to=to, batch_dims="1")
+    loaded(cls, converted, params)
+    assert list(converted["state"]) == [1]
+
+
+@pytest.mark.parametrize("start", [torch.optim.AdamW, lambda params, **more: HFac(params, eps=1e-6, **more)])
+def test_whole_moments(start):
+    """dense=True: exact from Adam and from dense H-Fac, which factors itself exactly when asked to."""
+    betas = dict(betas=(0.8, 0.95))
+    dense = {"dense": True} if start is not torch.optim.AdamW else {}
+    source, params = ran(lambda params: start(params, **betas, **dense))
+    for more in ({"dense": True}, {"dense": False}):
+        expected, _ = ran(lambda params: HFac(params, eps=1e-6, **betas, **more))  # noqa: B023
+        assert_states(loaded(HFac, hfac.convert(source.state_dict(), eps=1e-6, **more)), expected)
+    source, _ = ran(lambda params: start(params, **betas, **dense), grads=constant)
+    expected, _ = ran(lambda params: SMMF(params, beta=0.8, dense=True), grads=constant)
+    converted = hfac.convert(source.state_dict(), to="smmf", dense=True)
+    assert_states(loaded(SMMF, converted), expected)
+    assert_states(loaded(SMMF, hfac.convert(converted, params, to="smmf")), expected)  # carried over
+
+
+def low_dict(master, **options):
+    """Of a bfloat16 stack and a vector in float32, and the optimizer."""
+    params = [*parameters([(3, 4, 6)], torch.bfloat16), *parameters([(2, 5)])]
+    optimizer = HFac(params, lr=1e-3, batch_dims=1, master=master, **options)
+    train(optimizer, params, 2)
+    return optimizer, params
+
+
+@TO
+@pytest.mark.parametrize("master", ["split", "split8"])
+def test_master_weights_are_carried_over(to, cls, master):
+    """With all options of theirs, with and without parameters, by bits."""
+    source, params = low_dict(master, rounding="stochastic", seed=5)
+    low = source.state[params[0]]["master_low"]
+    assert low.any()
+    before = bits(source.state_dict())
+    for given in (None, params):
+        converted = hfac.convert(source.state_dict(), given, to=to)
+        assert bits(converted["state"][0]["master_low"]) == bits(low) and "master_low" not in converted["state"][1]
+        converted["state"][0]["master_low"].add_(1)
+        assert bits(source.state_dict()) == before
+        converted["state"][0]["master_low"].sub_(1)
+    optimizer = cls(params)
+    optimizer.load_state_dict(through_file(converted))
+    group = optimizer.param_groups[0]
+    assert (group["master"], group["rounding"], group["seed"], group["batch_dims"]) == (master, "stochastic", 5, 1)
+    assert bits(optimizer.state[params[0]]["master_low"]) == bits(low)
+    weights = optimizer._fp32(params[0])
+    assert bits(weights) == bits(source._fp32(params[0]))
+    train(optimizer, params, 1)
+    assert not torch.equal(optimizer._fp32(params[0]), weights)
+
+
+@pytest.mark.parametrize(
+    ("target", "wide"), [({"master": None}, False), ({"master": "split8"}, False), ({}, True)], ids=str
+)
+def test_master_weights_that_are_left_out(target, wide):
+    """Another piece, none, or parameters that need none: said once, and what is loaded is what the optimizer makes."""
+    source, params = low_dict("split")
+    params = [Parameter(param.detach().float()) for param in params] if wide else params
+    with pytest.warns(UserWarning, match=r"master_low of 1 parameter.*first being 0.*load_fp32_state_dict") as said:
+        converted = hfac.convert(source.state_dict(), params, **target)
+    assert len(said) == 1 and said[0].filename == __file__
+    optimizer = HFac(params)
+    optimizer.load_state_dict(converted)
+    low = converted["state"][0].get("master_low")
+    assert (low is None) == (target.get("master") is None)
+    assert low is None or (low.dtype == torch.int8 and not low.any())
+
+
+@TO
+@pytest.mark.parametrize(("master", "dtype"), [("split", torch.int16), ("split8", torch.int8)])
+def test_new_master_weights(to, cls, master, dtype):
+    """Nothing is known below the bfloat16 that the parameter is; others have none."""
+    params = [*parameters([(4, 6)], torch.bfloat16), *parameters([(5,)])]
+    adam = torch.optim.AdamW(params)
+    train(adam, params, 2)
+    converted = hfac.convert(adam.state_dict(), params, to=to, master=master)
+    low = converted["state"][0]["master_low"]
+    assert low.dtype == dtype and low.shape == (4, 6) and not low.any()
+    assert "master_low" not in converted["state"][1]
+    optimizer = loaded(cls, converted, params)
+    before = params[0].detach().float()
+    assert bits(optimizer._fp32(params[0])) == bits(before)
+    train(optimizer, params, 1)
+    assert optimizer.state[params[0]]["master_low"].any()
+
+
 # ---- a training that switches ----------------------------------------------------------------------------------------
 
 
@@ -481,14 +636,20 @@ def test_source_is_left_alone():
 # ---- what cannot be --------------------------------------------------------------------------------------------------
 
 
-def adam_dict():
-    adam, _ = ran(torch.optim.AdamW, shapes=[(4, 6), (5,)], steps=1)
+def adam_dict(dtype=torch.float64):
+    adam, _ = ran(torch.optim.AdamW, shapes=[(4, 6), (5,)], steps=1, dtype=dtype)
     return copy.deepcopy(adam.state_dict())
 
 
 def smmf_dict():
     optimizer, _ = ran(SMMF, shapes=[(4, 6)], steps=1)
     return optimizer.state_dict()
+
+
+def changed_low(**entry):
+    saved = copy.deepcopy(low_dict("split")[0].state_dict())
+    saved["state"][0].update(entry)
+    return saved
 
 
 def other_optimizer(name):
@@ -534,6 +695,20 @@ BAD = [
     ("missing-given", lambda: hfac.convert(changed(lambda s: s["state"][0].update(exp_avg=None)), parameters(
         [(4, 6), (5,)])), ValueError, "parameter 0 has no tensor 'exp_avg'"),
     ("shard", lambda: hfac.convert(changed(shard)), ValueError, "'exp_avg' is a shard.*full_state_dict=True"),
+    ("batch", lambda: hfac.convert(adam_dict(), batch_dims=1), ValueError, r"shape \(5,\); batch_dims=1 needs more"),
+    ("stack", lambda: hfac.convert(low_dict(None)[0].state_dict(), parameters([(2, 4, 6), (2, 5)])), ValueError,
+     r"parameter 0: 'exp_avg_row' must have shape \(2, 4\).*got \(3, 4\)"),
+    ("slice", lambda: hfac.convert(low_dict(None)[0].state_dict(), parameters([(3, 5, 6), (2, 5)])), ValueError,
+     r"parameter 0, slice 0: 'exp_avg_row' must have shape \(5,\).*got \(4,\)"),
+    ("slice-missing", lambda: hfac.convert(changed_low(exp_avg_row=None), low_dict(None)[1]), ValueError,
+     "parameter 0 has no tensor 'exp_avg_row'"),
+    ("low", lambda: hfac.convert(changed_low(master_low=torch.zeros(4, 6, dtype=torch.int16))), ValueError,
+     r"parameter 0: 'master_low' must have shape \(3, 4, 6\).*got \(4, 6\)"),
+    ("low-missing", lambda: hfac.convert(changed_low(master_low=None)), ValueError, "has no tensor 'master_low'"),
+    ("master", lambda: hfac.convert(adam_dict(torch.float32), master="split"), ValueError,
+     "master='split' is for bfloat16.*parameter 0 does not tell.*Give convert"),
+    ("float16", lambda: hfac.convert(adam_dict(), parameters([(4, 6), (5,)], torch.float16), master="split"),
+     ValueError, "is float16, and master='split'"),
     ("name", lambda: hfac.convert(
         {"state": {"w": adam_dict()["state"][0]},
          "param_groups": [{**adam_dict()["param_groups"][0], "params": ["w"]}]},
