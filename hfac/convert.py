@@ -278,12 +278,14 @@ def _smmf_weight(group: Mapping[str, Any], t: float) -> float:
 
 
 _COMMON = ("lr", "weight_decay", "maximize")
+#: options that `hfac.param_groups` writes; torch's optimizers keep what they do not know
+_SHAPING = ("dense", "batch_dims")
 #: of our own two, beyond these
 _OURS = (*_COMMON, "nonfinite", "dense", "batch_dims", "rounding", "seed", "master")
 
 
 def _adam_options(group: Mapping[str, Any], to: str) -> dict[str, Any]:
-    found = _pick(group, _COMMON)
+    found = _pick(group, (*_COMMON, *_SHAPING))
     # Where the key is missing AdamW was a class of its own; which of the two it was, the state dict does not tell.
     coupled = not group.get("decoupled_weight_decay", True)
     if to == "hfac":
@@ -293,7 +295,7 @@ def _adam_options(group: Mapping[str, Any], to: str) -> dict[str, Any]:
 
 def _adafactor_options(group: Mapping[str, Any], to: str) -> dict[str, Any]:
     # Adafactor's lr is relative to the parameter's size and to 1 / sqrt(t).
-    found = _pick(group, ("weight_decay", "maximize"))
+    found = _pick(group, ("weight_decay", "maximize", *_SHAPING))
     return {**found, "clip_threshold": group["d"]} if to == "hfac" else {**found, "decay_rate": group["beta2_decay"]}
 
 
@@ -367,7 +369,7 @@ def _source(key: Hashable, entry: Entry, group: Mapping[str, Any]) -> str:
         return "published"
     if ({"row_var", "col_var"} <= names or "variance" in names) and {"beta2_decay", "d"} <= group.keys():
         return "adafactor"
-    if ours and HFac._own_option in group:
+    if ours and HFac._own_option in group and "amsgrad" not in group:
         return "hfac"
     if ours and SMMF._own_option in group:
         return "smmf"

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import Parameter
 
 import hfac
-from hfac import SMMF, HFac, matricize, reference
+from hfac import SMMF, HFac, matricize, param_groups, reference
 
 EXACT = dict(rtol=1e-10, atol=1e-13)  # float64 against float64, along another order of the same sums
 SHAPES4 = [*SHAPES, (2, 3, 5, 4), (0, 5)]
@@ -720,3 +720,21 @@ BAD = [
 def test_refused(call, error, message):
     with pytest.raises(error, match=f"(?s){message}"):
         call()
+
+
+@pytest.mark.parametrize("cls", [HFac, SMMF])
+def test_the_groups_of_a_policy_are_carried_over(cls):
+    """AdamW does not know `dense`, `batch_dims` and `matricize`, and keeps them; our groups mean them."""
+    model = torch.nn.ParameterDict({"experts": torch.ones(3, 4, 6), "head": torch.ones(6, 5), "bias": torch.ones(5)})
+    groups = param_groups(model, batch_dims={"experts": 1}, dense=["head"], matricize="flatten", lr=0.01)
+    adam = torch.optim.AdamW(groups)
+    for param in model.values():
+        param.grad = torch.randn_like(param)
+    adam.step()
+    converted = hfac.convert(adam.state_dict(), to=cls.__name__.lower())
+    optimizer = cls(param_groups(model, batch_dims={"experts": 1}, dense=["head"]))
+    optimizer.load_state_dict(converted)
+    kept = {(group["batch_dims"], group["dense"]) for group in optimizer.param_groups}
+    assert {(1, False), (0, True), (0, False)} == kept
+    assert optimizer.state[model["experts"]]["exp_avg_sq_row"].shape[0] == 3
+    assert optimizer.state[model["head"]]["exp_avg_sq"].shape == (6, 5)
