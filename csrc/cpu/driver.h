@@ -19,6 +19,7 @@ struct Route {
   const PairKernels<T>* pair;
   const GradKernels<T>* grad;
   bool stage_param, stage_grad;
+  bool scattered;  // what is staged lies apart
 };
 
 inline const PairKernels<float>& pair_kernels(DType param, DType grad, float) {
@@ -42,7 +43,8 @@ Route<T> route(const TensorRef& param, const TensorRef& grad) {
     stage_grad = grad.strided || grad.dtype != wide;
     pair = &pair_kernels(wide, wide, T());
   }
-  return {pair, &grad_kernels(stage_grad ? wide : grad.dtype, T()), stage_param, stage_grad};
+  const bool scattered = param.strided || grad.strided || (param.stored && param.stored->low_strided);
+  return {pair, &grad_kernels(stage_grad ? wide : grad.dtype, T()), stage_param, stage_grad, scattered};
 }
 
 // The same where there is no parameter.
@@ -52,14 +54,20 @@ Route<T> route(const TensorRef& grad) {
   const bool direct = wide ? grad.dtype == DType::kFloat64 : grad_kernels(grad.dtype, T()).hfac_stats != nullptr;
   const bool stage = grad.strided || !direct;
   const DType seen = !stage ? grad.dtype : wide ? DType::kFloat64 : DType::kFloat32;
-  return {nullptr, &grad_kernels(seen, T()), false, stage};
+  return {nullptr, &grad_kernels(seen, T()), false, stage, grad.strided != nullptr};
 }
 
 // Elements of a contiguous tensor from `first` on.
 inline void* at(const TensorRef& t, int64_t first) { return static_cast<char*>(t.data) + first * size_of(t.dtype); }
 
-// Rows staged at a time: enough of them that a transposed tensor's cache lines are used whole, few where rows are long.
-inline int64_t staged_rows(int64_t cols) { return cols <= 4096 ? 16 : kRowsAtOnce; }
+constexpr int64_t kStaged = 4096;  // elements
+
+// Rows staged at a time: enough of them that a transposed tensor's cache lines are used whole, few where rows are long;
+// of what lies together as many as the first cache holds.
+inline int64_t staged_rows(int64_t cols, bool scattered) {
+  const int64_t some = std::max<int64_t>(kStaged / (cols * kRowsAtOnce), 1) * kRowsAtOnce;
+  return scattered ? std::max<int64_t>(cols <= 4096 ? 16 : kRowsAtOnce, some) : some;
+}
 
 constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 

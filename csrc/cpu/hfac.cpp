@@ -46,7 +46,7 @@ bool read_rows(const HfacSumsItem& it, double eps, const Route<T>& to, int64_t f
   a.rest2 = static_cast<T>(1 - it.beta2);
   a.eps_sum = static_cast<T>(static_cast<double>(it.whole_cols) * eps);
   a.elements = static_cast<T>(it.rows * it.cols);
-  const int64_t step = to.stage_grad ? std::min(rows, staged_rows(it.cols)) : rows;
+  const int64_t step = to.stage_grad ? std::min(rows, staged_rows(it.cols, to.scattered)) : rows;
   for (int64_t r = first; r < first + rows; r += step) {
     a.rows = std::min(step, first + rows - r);
     a.grad = at(it.grad, r * it.cols);
@@ -253,7 +253,7 @@ class HfacOp : public Op {
     a.half_psi = space_.cols;
     a.col_scale = space_.cols + padded(it.cols);
     a.decay = static_cast<T>(options_.lr * options_.weight_decay);
-    const int64_t step = to.stage_param || to.stage_grad ? std::min(rows, staged_rows(it.cols)) : rows;
+    const int64_t step = to.stage_param || to.stage_grad ? std::min(rows, staged_rows(it.cols, to.scattered)) : rows;
     for (int64_t r = first; r < first + rows; r += step) {
       a.rows = std::min(step, first + rows - r);
       const DenseRun<T> run =

@@ -52,7 +52,7 @@ void step_rows(const SmmfScalars<T>& s, SmmfRows<T> a, const SmmfItem& it, const
       block.cols % 8 == 0 && block.stride % 8 == 0 && block.first % 8 == 0 && it.signs.slice % 8 == 0;
   const bool stage_signs = a.col_m && !whole_bytes;
   const bool in_place = !route.stage_param && !route.stage_grad && !stage_signs;
-  const int64_t step = in_place ? rows : std::min(rows, staged_rows(block.cols));
+  const int64_t step = in_place ? rows : std::min(rows, staged_rows(block.cols, route.scattered));
   const auto staged = [&](Scratch::Slot slot, const TensorRef& tensor, int64_t first) {
     T* values = static_cast<T*>(scratch.at(slot, static_cast<size_t>(a.rows * block.cols) * sizeof(T)));
     gather_rows(tensor, block, first, a.rows, values);
