@@ -75,15 +75,9 @@ def place(at, layout, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def own(scalars, item):
-    """Where the numbers of a parameter begin: its decays and its step."""
-    return OWN + OWNED * tl.load(scalars + PER_PARAM).to(tl.int64) * (item + 1)
-
-
-@triton.jit
 def decays(scalars, item, T: tl.constexpr):
     """b1, 1 - b1, b2, 1 - b2 of a parameter, the differences formed in double as the host forms them."""
-    at = own(scalars, item)
+    at = OWN + OWNED * tl.load(scalars + PER_PARAM).to(tl.int64) * (item + 1)
     b1 = tl.load(scalars + at)
     b2 = tl.load(scalars + at + 1)
     return b1.to(T), (1.0 - b1).to(T), b2.to(T), (1.0 - b2).to(T)

@@ -299,7 +299,7 @@ class _Call(Launcher):
         if params:
             fields[table.PARAM.value] = list(map(Tensor.data_ptr, params))
             starts[table.PARAM_LAYOUT.value] = list(map(layouts.of, params))
-        own = [*decays, stored.step]
+        own = [*decays, stored.step, 0.0]
         with current(self.device):
             plan, records, tiles = _planned(op, self.device, tuple(map(_key, items)))
             if not plan.launches:

@@ -110,6 +110,13 @@ class Launch:
         return self.kernel.__name__ if hasattr(self.kernel, "__name__") else self.kernel.fn.__name__
 
 
+def dense_warps(kernel: Any, whole: bool, stochastic: int, low: int) -> int:
+    """Of a step with whole moments: a lane has 8 elements of a run, or 4 where each of them has two addresses or random
+    bits of its own. H-Fac's norm of what is a float32 in two pieces is summed as a float32's."""
+    plain = not (stochastic or low) or (low == 16 and kernel is dense.hfac_dense)
+    return 8 if whole or plain else 16
+
+
 def compile_options(constants: dict[str, Any], warps: int, maker: str) -> dict[str, Any]:
     """What Triton is told besides: for GPUs of ``maker``, "cuda", "hip" or another.
 
@@ -146,8 +153,11 @@ def _cut(item: Item) -> None:
 
 def _fit(shapes: tuple[Shape, ...], item: Item, fewer: int = 2) -> Shape:
     """The first that holds the item's columns, else the last; with fewer rows in flight where every element's address
-    takes registers of its own."""
+    takes registers of its own, and fewer still where its random bits do. A lower piece of 16 bits changes nothing: sums
+    have the order that they have for a float32."""
     rows, cols, warps = next((shape for shape in shapes if item.cols <= shape[1]), shapes[-1])
+    if item.stochastic == table.EACH.value:
+        fewer *= 2
     return rows if item.whole else max(1, rows // fewer), cols, warps
 
 
@@ -436,7 +446,9 @@ def _dense(op: str, items: Sequence[Item]) -> Plan:
     for (param, grad, whole, (stochastic, low)), mine in stored.items():
         constants = {"W": TYPES[param], "G": TYPES[grad], "T": TYPES[_wide(param)], "WHOLE": whole}
         constants |= {"STOCHASTIC": stochastic, "LOW": low}
-        launches.append(Launch(kernel, _parts(items, mine, _runs), ("grads", "scalars", "flags"), options, constants))
+        warps = dense_warps(kernel, whole, stochastic, low)
+        tiles = _parts(items, mine, _runs)
+        launches.append(Launch(kernel, tiles, ("grads", "scalars", "flags"), options, constants, warps))
     return Plan(launches, at)
 
 

@@ -7,8 +7,21 @@ interpreter's cuts.
 import triton
 import triton.language as tl
 
-from .element import operand, own, place
-from .table import EACH, EIGHT, FIRST_INDEX, LOW_LAYOUT, LOW_PIECE, NEAREST, PLACE_LAYOUT, POSITION, SEED
+from .element import operand, place
+from .table import (
+    EACH,
+    EIGHT,
+    FIRST_INDEX,
+    LOW_LAYOUT,
+    LOW_PIECE,
+    NEAREST,
+    OWN,
+    OWNED,
+    PER_PARAM,
+    PLACE_LAYOUT,
+    POSITION,
+    SEED,
+)
 
 
 @triton.jit
@@ -21,9 +34,10 @@ def counter(record, scalars, item, STOCHASTIC: tl.constexpr):
     first = 0
     layout = 0
     if STOCHASTIC != NEAREST:
-        low = tl.load(scalars + SEED).to(tl.int64)
-        seed = ((tl.load(scalars + SEED + 1).to(tl.int64) << 32) | low).to(tl.uint64)
-        step = tl.load(scalars + own(scalars, item) + 2).to(tl.int64).to(tl.uint32)
+        low = tl.load(scalars + SEED).to(tl.uint32).to(tl.uint64)
+        seed = (tl.load(scalars + SEED + 1).to(tl.uint32).to(tl.uint64) << 32) | low
+        at = OWN + OWNED * tl.load(scalars + PER_PARAM).to(tl.int32) * (item + 1)
+        step = tl.load(scalars + at + 2).to(tl.uint32)
         position = tl.load(record + POSITION).to(tl.uint32)
         first = tl.load(record + FIRST_INDEX)
         layout = tl.load(record + PLACE_LAYOUT)

@@ -115,7 +115,7 @@ class Bound(Launcher):
             capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
             self._tables(grads, capturing)
             numbers = [lr, weight_decay, eps, clip_threshold or 0.0]
-            self._scalars(numbers, seed, [0.0 if beta1 is None else beta1, beta2, step], capturing)
+            self._scalars(numbers, seed, [0.0 if beta1 is None else beta1, beta2, step, 0.0], capturing)
             if nonfinite is not None:
                 self.flags.zero_()
             options = {

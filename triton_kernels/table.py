@@ -69,7 +69,7 @@ CLIP = tl.constexpr(3)
 PER_PARAM = tl.constexpr(4)  # 1 where each parameter has its own
 SEED = tl.constexpr(5)  # its low and its high 32 bits
 OWN = tl.constexpr(7)
-OWNED = tl.constexpr(3)
+OWNED = tl.constexpr(4)  # a power of two; the last is not used
 
 #: Elements of one program of the dense kernels, and of one that only looks for what is not finite; rows and columns of
 #: one of a fold; tiles whose partial sums a fold loads at once.
