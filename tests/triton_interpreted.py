@@ -337,10 +337,12 @@ STORED = [
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("SMMF", kind) for kind in KINDS] + [("HFac", kind) for kind in ("float16", "split", "split8-stochastic")],
+)
 def test_how_weights_are_stored(name, kind):
-    """Two steps of a list, the second with a gradient that is refused: it leaves both pieces untouched."""
+    """A step of a list after one of the reference; some gradients are refused, which leaves both pieces untouched."""
     dtype, options = KINDS[kind]
     kwargs = OPTIONS[name]["skip"] | options
     values = [gradient(shape, 0, dtype) for shape, _ in STORED]
@@ -351,37 +353,41 @@ def test_how_weights_are_stored(name, kind):
     twins = [torch.nn.Parameter(v.clone()) for v in values]
     optimizer = getattr(hfac, name)(params, **kwargs, backend="triton")
     reference = getattr(hfac, name)(twins, **kwargs, backend="reference")
-    for t in range(2):
-        befores = []
-        for i, (p, q) in enumerate(zip(params, twins, strict=True)):
-            q.data.copy_(p.data)
-            reference.state[q] = copy.deepcopy(optimizer.state[p])
-            befores.append(master(q, reference.state[q]).float().clone())
-            grad = gradient(tuple(p.shape), 100 * t + i, dtype)
-            if t and i % 3 == 0:
-                grad.view(-1)[0] = float("inf")
-            p.grad = q.grad = grad
-        optimizer.step()
-        reference.step()
-        for i, (p, q, before) in enumerate(zip(params, twins, befores, strict=True)):
-            mine, his = optimizer.state[p], reference.state[q]
-            stored_agree(name, kind, (p.detach(), q.detach()), (mine, his), before, kwargs["lr"])
-            rest = [{k: v for k, v in s.items() if k != "master_low"} for s in (mine, his)]
-            states_agree(name, *rest, q.grad)
-            if t and i % 3 == 0:
-                assert torch.equal(master(p, mine).float(), before) and mine["skipped"] == 1
+    for i, q in enumerate(twins):
+        q.grad = gradient(tuple(q.shape), i, dtype)
+    reference.step()
+    optimizer.load_state_dict(reference.state_dict())
+    optimizer.param_groups[0]["backend"] = "triton"
+    befores = []
+    for i, (p, q) in enumerate(zip(params, twins, strict=True)):
+        p.data.copy_(q.data)
+        befores.append(master(q, reference.state[q]).float().clone())
+        grad = gradient(tuple(p.shape), 100 + i, dtype)
+        if i % 3 == 0:
+            grad.view(-1)[0] = float("inf")
+        p.grad = q.grad = grad
+    optimizer.step()
+    reference.step()
+    for i, (p, q, before) in enumerate(zip(params, twins, befores, strict=True)):
+        mine, his = optimizer.state[p], reference.state[q]
+        stored_agree(name, kind, (p.detach(), q.detach()), (mine, his), before, kwargs["lr"])
+        rest = [{k: v for k, v in s.items() if k != "master_low"} for s in (mine, his)]
+        states_agree(name, *rest, q.grad)
+        assert mine["skipped"] == (i % 3 == 0)
+        if i % 3 == 0:
+            assert torch.equal(master(p, mine).float(), before)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_two_pieces_are_a_float32(name):
     """A master weight of 32 bits takes the steps of a float32 parameter, to the bit, and so do its moments."""
-    shapes = [(16, 24), (24,), (8, 9), (7,), (8, 272)]
+    shapes = [(16, 24), (8, 9), (7,), (4, 264)]
     kwargs = OPTIONS[name]["all"]
     values = [gradient(shape, i, torch.bfloat16) for i, shape in enumerate(shapes)]
     params, twins = ([torch.nn.Parameter(v.to(dtype)) for v in values] for dtype in (torch.bfloat16, torch.float32))
     optimizer = getattr(hfac, name)(params, **kwargs, master="split", backend="triton")
     plain = getattr(hfac, name)(twins, **kwargs, backend="triton")
-    for t in range(3):
+    for t in range(2):
         for i, (p, q) in enumerate(zip(params, twins, strict=True)):
             p.grad = gradient(tuple(p.shape), 10 * t + i, torch.bfloat16)
             q.grad = p.grad.float()
@@ -863,3 +869,91 @@ def test_autograd_notices_a_write_to_a_part():
         ops.hfac_apply_([leaf], [torch.ones(16, 24)], *states, one, one, rows=[16], cols=[24], **options)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def pieces(kind, params, places, seed):
+    """What an op on parts is told of how they are stored, and the lower pieces in it, which lie as the parts do."""
+    dtype, options = KINDS[kind]
+    told = {}
+    if "master" in options:
+        low_dtype = rounding.LOW_DTYPES[options["master"]]
+        generator = torch.Generator().manual_seed(seed)
+        told["master_lows"] = [
+            torch.empty_strided(p.shape, p.stride(), dtype=low_dtype).copy_(
+                torch.randint(-128, 128, p.shape, generator=generator).masked_fill(p == 0, 0)
+            )
+            for p in params
+        ]
+    if "rounding" in options:
+        steps = torch.arange(len(params), dtype=torch.float64) + 5
+        told |= dict(places=places, seed=options.get("seed", 0), step=steps)
+    return told
+
+
+def copies_of(told):
+    return {k: [t.clone() for t in v] if k == "master_lows" else v for k, v in told.items()}
+
+
+#: shape of the whole, rows and columns of the part, how it lies: all rows, all columns, neither, odd, turned
+PLACED = [
+    ((24, 16), (8, 16), (0, 16), "plain"),
+    ((12, 32), (0, 12), (16, 32), "plain"),
+    ((16, 24), (3, 14), (8, 16), "unaligned"),
+    ((9, 19), (2, 9), (3, 12), "plain"),
+    ((16, 24), (8, 16), (0, 24), "transposed"),
+]
+
+
+@pytest.mark.parametrize("kind", ["float16", "split", "split8-stochastic"])
+def test_how_parts_of_hfac_are_stored(kind):
+    """Parts of a matrix get the random bits of their places in it."""
+    dtype = KINDS[kind][0]
+    params, grads, places = [], [], []
+    for i, (shape, rows, cols, how) in enumerate(PLACED):
+        params.append(rectangle(gradient(shape, i, dtype), rows, cols, how))
+        grads.append(rectangle(gradient(shape, 20 + i, dtype), rows, cols, how))
+        places.append(rounding.Place(i, rows[0] * shape[1] + cols[0], (shape[1], 1)))
+    sizes = [n for _ in range(2) for n in (0, 1)] + [0, 0, 1, 1]
+    lists = [
+        [gradient((p.shape[side],), 40 + k, torch.float32).abs() + 0.1 for p in params] for k, side in enumerate(sizes)
+    ]
+    numbers = torch.ones(len(params)), torch.full((len(params),), 4.0)
+    whole = dict(rows=[shape[0] for shape, *_ in PLACED], cols=[shape[1] for shape, *_ in PLACED])
+    scalars = dict(lr=0.02, weight_decay=0.1, beta1=0.5, clip_threshold=1.0, maximize=False)
+    told = pieces(kind, params, places, 0)
+    found = []
+    for backend in ("triton", "reference"):
+        mine, own = [p.clone() for p in params], copies_of(told)
+        copies = [[t.clone() for t in tensors] for tensors in lists]
+        ops.hfac_apply_(mine, grads, *copies, *numbers, **whole, **scalars, **own, backend=backend)
+        found.append([(p, {"master_low": low} if low is not None else {}) for p, low in _with_lows(mine, own)])
+    olds = [master(p, {} if low is None else {"master_low": low}).float() for p, low in _with_lows(params, told)]
+    for (p, s), (q, r), old in zip(*found, olds, strict=True):
+        stored_agree("HFac", kind, (p, q), (s, r), old, 0.02)
+
+
+def _with_lows(params, told):
+    return list(zip(params, told.get("master_lows", [None] * len(params)), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["split", "split8-stochastic"])
+def test_how_parts_of_smmf_are_stored(kind):
+    """Equal to the bit: parts of rows and of columns, whole vectors and not."""
+    names = {
+        "whole-rows": rounding.Place(2**32 - 1, 16 * 48),
+        "columns": rounding.Place(0, 16, (48, 1)),
+        "odd-columns": rounding.Place(1, 3, (22, 1)),
+        "every-third-row": rounding.Place(2, 40, (120, 1)),
+    }
+    arguments = smmf_parts([BLOCKS[name] for name in names], KINDS[kind][0], True)
+    told = pieces(kind, arguments["params"], list(names.values()), 1)
+    scalars = SMMF_PARTS["adamw"] | dict(beta1=0.9, beta2=0.5)
+    found = []
+    for backend in ("triton", "reference"):
+        (own, _), stored = copied(arguments), copies_of(told)
+        ops.smmf_sums_step_(**own, **scalars, **stored, backend=backend)
+        found.append((own, stored.get("master_lows", [])))
+    (ours, our_lows), (theirs, their_lows) = found
+    assert all(torch.equal(a, b) for a, b in zip(ours["params"], theirs["params"], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(our_lows, their_lows, strict=True))
+    smmf_agree(ours, theirs, arguments)

@@ -227,8 +227,10 @@ def complaints(variant: Variant, report: Report, target: GPUTarget, shared: int)
         found.append(f"{report.spills} spilled")
     if report.shared > shared:
         found.append(f"{report.shared} bytes of shared memory of {shared}")
-    # AMD's roots and quotients, of integers too, are refined with fused steps of their own; this kernel has none.
-    if (target.backend == "cuda" or (bulk and variant.kernel is hfac.hfac_update)) and (report.fused or report.rough):
+    # AMD's roots and quotients, of integers too, are refined with fused steps of their own; this kernel has none but
+    # those of indices.
+    none = variant.kernel is hfac.hfac_update and variant.constants.get("STOCHASTIC") != EIGHT_APART.value
+    if (target.backend == "cuda" or (bulk and none)) and (report.fused or report.rough):
         found.append(f"{report.fused} fused multiply-adds, {report.rough} rough roots or quotients")
     if exact:
         twin = Variant(variant.kernel, variant.constants | dict(W=F32, G=F32, LOW=0), variant.warps)
