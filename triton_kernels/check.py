@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from . import dense, hfac, smmf
 from .plan import BROAD, HFAC_TILES, REGISTERS, SMMF_TILES, STATS, compile_options, dense_warps
-from .table import BYTE_PER_ELEMENT, EACH, EIGHT, EIGHT_APART, NEAREST, NO_SIGNS, SHARED_BYTES, WHOLE_BYTES
+from .table import BYTE_PER_ELEMENT, EACH, EIGHT, EIGHT_APART, NEAREST, NO_SIGNS, RUN, SHARED_BYTES, WHOLE_BYTES
 
 #: name -> (target, bytes of shared memory that a program may have)
 TARGETS = {
@@ -31,6 +31,8 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), 227 << 10),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
 }
+#: Where instructions are counted.
+COUNTED = "sm_90"
 #: Bytes that a lane may park in memory where a tile in two pieces lies as one of float32 does, which itself takes all
 #: registers and has one address fewer.
 SPARE = 32
@@ -206,13 +208,30 @@ def _sums(text: str) -> list[str]:
     return [f"{shape} {named[name]}" for shape, name in found]
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of stack and local memory per lane."""
+def _dump(cubin: bytes, what: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+        return subprocess.run([tool, what, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def added(variant: Variant) -> float:
+    """Instructions per element that storing otherwise than plainly adds, on COUNTED, those of a program's beginning
+    among them."""
+    target, _ = TARGETS[COUNTED]
+    counts = []
+    for one in (variant, Variant(variant.kernel, variant.constants | _PLAIN, variant.warps)):
+        text = _dump(compile_variant(one, target).asm["cubin"], "-sass")
+        counts.append(len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!\s|NOP|BRA `)", text, re.MULTILINE)))
+    c = variant.constants
+    elements = c["R"] * c["C"] if "R" in c else RUN.value
+    return (counts[0] - counts[1]) / (elements // (32 * variant.warps))
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of stack and local memory per lane."""
+    text = _dump(cubin, "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     assert found is not None, text
     return int(found[1]), int(found[2]) + int(found[3])
@@ -265,11 +284,15 @@ def main(names: list[str]) -> int:
         print(rows[-1], flush=True)
     print(f"{len(todo)} variants for {', '.join(names)}: {failed} complaints")
     if names == list(TARGETS):
-        _write(rows, len(todo), failed)
+        bulk = [variant for variant in stored_variants() if variant.constants["WHOLE"]]
+        costs = [
+            f"| {x.kernel.fn.__name__} | {x.label} | {added(x):.1f} |" for x in bulk if not x.constants.get("PART")
+        ]
+        _write(rows, len(todo), failed, costs)
     return 1 if failed else 0
 
 
-def _write(rows: list[str], count: int, failed: int) -> None:
+def _write(rows: list[str], count: int, failed: int, costs: list[str]) -> None:
     head = [
         "# What the Triton kernels compile to",
         "",
@@ -279,13 +302,25 @@ def _write(rows: list[str], count: int, failed: int) -> None:
         "Asserted: on the bulk (contiguous, 16-byte aligned, rows of whole vectors of 8) 128-bit global accesses and, "
         "but for SMMF's sign bytes, none of 8 or 16 bits; at most 128 registers on NVIDIA GPUs; nothing spilled; "
         "shared memory within the target's; no fused multiply-adds and no approximate roots or quotients in PTX, "
-        "and none in hfac_update on AMD's bulk, whose other kernels refine roots and quotients with them.",
+        "and none in hfac_update on AMD's bulk, whose other kernels refine roots and quotients with them. Of "
+        "smmf_tiles with a lower piece of 16 bits: what is summed lies as a float32's, for which accesses are of 64 "
+        f"bits and a lane may park {SPARE} bytes.",
         "",
         "| kernel | variant | " + " | ".join(TARGETS) + " |",
         "| --- | --- |" + " --- |" * len(TARGETS),
     ]
     path = Path(__file__).parents[1] / "docs" / "triton-check.md"
-    path.write_text("\n".join([*head, *rows]) + "\n")
+    tail = [
+        "",
+        "## What storing otherwise adds",
+        "",
+        f"Instructions per element on {COUNTED} beyond those of the same kernel with a plain store, on the bulk; "
+        "those of a program's beginning are counted too.",
+        "",
+        "| kernel | variant | instructions |",
+        "| --- | --- | --- |",
+    ]
+    path.write_text("\n".join([*head, *rows, *tail, *costs]) + "\n")
 
 
 if __name__ == "__main__":

@@ -92,8 +92,7 @@ def stochastic(w, W: tl.constexpr, bits):
         gone = tl.minimum(tl.maximum(126 - exponent - shift, 0), 31)
         significand = ((size & 0x7FFFFF) | 0x800000) >> gone
         normal = ((size + (drawn >> 3)) >> 13) - (112 << 10)
-        drawn = tl.where(shift <= 16, drawn >> tl.maximum(16 - shift, 0), drawn << tl.maximum(shift - 16, 0))
-        small = (significand + drawn) >> shift
+        small = (significand + ((drawn << 8) >> (24 - shift))) >> shift
         rounded = tl.minimum(tl.where(exponent >= 113, normal, small), 0x7C00).to(tl.uint32) | ((u >> 31) << 15)
         nan = ((u >> 31) << 15) | 0x7E00
     return tl.where(not_a_number(u), nan, rounded).to(tl.int16)
