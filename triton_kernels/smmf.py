@@ -126,7 +126,7 @@ def smmf_tiles(
     eps = tl.load(scalars + EPS).to(T)
 
     j = col_tile * C + tl.arange(0, C).to(tl.int64)
-    if WHOLE and LOW == 16 and LAYOUT != BYTE_PER_ELEMENT:
+    if LOW == 16 and LAYOUT != BYTE_PER_ELEMENT:
         # A lane then holds four neighbours, as it does of float32, whose sums these must equal to the bit.
         j = tl.max_contiguous(j, 4)
     in_cols = j < cols
