@@ -173,6 +173,48 @@ def test_every_tile_is_taken_once():
                     assert item.col_tiles * launch.constants["C"] >= item.cols
 
 
+def test_two_pieces_are_cut_as_float32():
+    """Tilings and kernels' shapes of a float32 in two pieces are a float32's; random bits made one by one may take
+    other rows in flight."""
+    from hfac.triton_kernels import plan, table
+
+    shapes = [(6216, 6208), (72, 24), (17, 19), (3, 4097), (300, 60)]
+    for op in ("smmf_step_", "hfac_step_", "smmf_dense_step_", "hfac_dense_step_"):
+        found = []
+        for dtype, low in ((torch.float32, 0), (torch.bfloat16, 16)):
+            items = [
+                plan.Item(rows, cols, dtype, dtype, whole=cols % 8 == 0, slice=8 if "smmf" in op else 0, low=low)
+                for rows, cols in shapes
+            ]
+            launches = plan.make_plan(op, items).launches
+            kept = ("R", "C", "T", "WHOLE", "LAYOUT")
+            found.append([(x.name, x.tiles, {k: x.constants.get(k) for k in kept}) for x in launches])
+            assert {x.constants["LOW"] for x in launches if "LOW" in x.constants} == {low}
+        assert found[0] == found[1]
+    item = plan.Item(64, 60, torch.bfloat16, torch.bfloat16, whole=False, stochastic=table.EACH.value)
+    assert plan.make_plan("smmf_step_", [item]).launches[1].constants["R"] == plan.SMMF_TILES[0][0] // 4
+
+
+def test_how_random_bits_are_made():
+    from hfac.triton_kernels import table
+    from hfac.triton_kernels.plan import bits_of, merged_layout
+
+    for shape, strides, first, whole, wanted in (
+        ((4, 16), None, 8, True, table.EIGHT),
+        ((4, 16), None, 4, True, table.EACH),
+        ((4, 16), None, 8, False, table.EACH),
+        ((4, 16), (16, 1), 8, True, table.EIGHT),
+        ((4, 16), (24, 1), 8, True, table.EIGHT_APART),
+        ((2, 4, 16), (240, 24, 1), 0, True, table.EIGHT_APART),
+        ((4, 16), (20, 1), 8, True, table.EACH),
+        ((16, 16), (1, 16), 0, True, table.EACH),
+        ((4, 4, 2), (8, 2, 1), 0, True, table.EIGHT),
+        ((4, 4, 2), (16, 4, 1), 0, True, table.EACH),
+    ):
+        layout = [0] if strides is None else merged_layout(shape, strides)
+        assert bits_of(layout, first, whole) == wanted.value, (shape, strides, first, whole)
+
+
 def test_strides_are_merged():
     from hfac.triton_kernels.plan import merged_layout
 

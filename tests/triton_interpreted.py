@@ -22,12 +22,14 @@ from test_parity import (
 )
 
 import hfac
-from hfac import matricize, ops, reference
+from hfac import matricize, ops, reference, rounding
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/test_triton.py"
 triton = pytest.importorskip("triton")
 
+import triton.language as tl  # noqa: E402
 from hfac.triton_kernels import parts, plan, step, table  # noqa: E402
+from hfac.triton_kernels import rounding as kernels  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 __all__ = ["ieee_square_roots", "test_autograd_notices_the_write"]
@@ -207,12 +209,230 @@ def test_scalars_as_tensors_reach_the_kernels():
     assert all(torch.equal(a, b) for a, b in zip(state, twin_state, strict=True))
 
 
+#: How weights are stored: their type and the optimizer's options.
+KINDS = {
+    "bfloat16": (torch.bfloat16, dict(rounding="stochastic", seed=0xF123456789ABCDEF)),
+    "float16": (torch.float16, dict(rounding="stochastic", seed=7)),
+    "split": (torch.bfloat16, dict(master="split", rounding="stochastic")),
+    "split8": (torch.bfloat16, dict(master="split8")),
+    "split8-stochastic": (torch.bfloat16, dict(master="split8", rounding="stochastic", seed=2**32)),
+}
+
+
+@triton.jit
+def rounded(
+    values, drawn, out, lows, scalars, record, N: tl.constexpr, W: tl.constexpr, HOW: tl.constexpr, LOW: tl.constexpr
+):
+    """Random bits of N elements, and values stored by them; the last value is the first element's."""
+    i = tl.arange(0, N)
+    w = tl.load(values + i)
+    bits = tl.zeros([N], tl.uint32)
+    if HOW != table.NEAREST:
+        seed, t, position, first, layout = kernels.counter(record, scalars, 0, HOW)
+        at = kernels.calls(N, HOW)
+        bits = tl.reshape(kernels.random_bits(seed, t, position, first, layout, at, HOW), [N])
+        tl.store(drawn + i, bits.to(tl.int32))
+    kernels.store(w, bits, out + i, lows, 0, i, i < N, W, True, HOW, LOW)
+    tl.store(values + i, kernels.load(out + i, lows, 0, i, i < N, tl.float32, True, LOW))
+
+
+def hard_numbers(count):
+    """float32 of any bits, many of them near the ends of float16's range, and all that is special."""
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (count,), generator=generator)
+    bits[::2] = bits[::2] & ~(0xFF << 23) | torch.randint(98, 145, (count // 2,), generator=generator) << 23
+    special = [0, 1, 0x33000000, 0x33000001, 0x387FFFFF, 0x38800000, 0x477FEFFF, 0x477FF000, 0x7F7FFFFF, 0x7F800000]
+    special += [0x7FC00000, 0x7F800001, 0x7FFFFFFF, 0x007FFFFF, 0x3F808000, 0x3F80807F, 0x3F808080, 0x3F808180]
+    special = torch.tensor(special)
+    bits[: 2 * len(special)] = torch.cat([special, special - 2**31])
+    return (bits - (bits >> 31 << 32)).to(torch.int32).view(torch.float32)
+
+
+PLACES = {
+    "EIGHT": (rounding.Place(2**32 - 1, 8 * (2**32 - 3)), (1024,)),
+    "EIGHT_APART": (rounding.Place(3, 16, (64 * 40, 64, 1)), (4, 16, 16)),
+    "EACH": (rounding.Place(0, 2**35 - 5, (1, 37)), (16, 64)),
+    "NEAREST": (None, (1024,)),
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low"), [(torch.bfloat16, 0), (torch.float16, 0), (torch.bfloat16, 8), (torch.bfloat16, 16)]
+)
+@pytest.mark.parametrize("how", PLACES)
+def test_rounding_is_the_definition(how, dtype, low):
+    """Bits and what is stored by them, of every kind of number and of indices beyond 32 bits."""
+    place, shape = PLACES[how]
+    if place is None and low == 0:
+        return  # a plain store, which rounds to nearest
+    values = hard_numbers(1024)
+    seed, t = 0xFEDCBA9876543210, 2**24
+    item = plan.Item(16, 64, dtype, dtype, low=low)
+    layouts = step.Layouts()
+    start = 0 if place is None else layouts.of_place(item, shape, place)
+    if place is not None and low != 16:
+        assert item.stochastic == getattr(table, how).value
+    record = torch.zeros(table.FIELDS.value, dtype=torch.int64)
+    numbers = torch.tensor(layouts.numbers)
+    record[table.PLACE_LAYOUT.value] = numbers.data_ptr() + 8 * start
+    if place is not None:
+        record[table.POSITION.value], record[table.FIRST_INDEX.value] = place[:2]
+    scalars = torch.zeros(16, dtype=torch.float64)
+    scalars[table.SEED.value : table.SEED.value + 2] = torch.tensor(step.seed_words(seed), dtype=torch.float64)
+    scalars[table.OWN.value + 2] = t
+    drawn, out = torch.zeros(1024, dtype=torch.int32), torch.zeros(1024, dtype=dtype)
+    lows = torch.zeros(1024, dtype=torch.int8 if low == 8 else torch.int16)
+    back = values.clone()
+    HOW = getattr(table, how).value
+    rounded[(1,)](back, drawn, out, lows, scalars, record, 1024, plan.TYPES[dtype], HOW, low)
+    bits = None
+    if place is not None:
+        bits = rounding.random_bits(place, shape, seed, float(t), torch.device("cpu")).view(-1)
+        assert torch.equal(drawn.long(), bits)
+    if low:
+        high, rest = rounding.split(values, lows.dtype, bits)
+        assert torch.equal(lows, rest)
+        assert torch.equal(back.isnan(), values.isnan())
+        assert torch.equal(back.nan_to_num(), rounding.join(high, rest).nan_to_num())
+        assert low == 8 or torch.equal(back.nan_to_num(), values.nan_to_num())
+    else:
+        high = rounding.stochastic(values, dtype, bits)
+    assert torch.equal(out.isnan(), values.isnan())
+    same = out.view(torch.int16) == high.view(torch.int16)
+    assert (same | values.isnan()).all(), values[~same]
+
+
+def master(param, state):
+    low = state.get("master_low")
+    return param.detach() if low is None else rounding.join(param.detach(), low)
+
+
+def stored_agree(name, kind, params, states, before, lr):
+    """Ours and theirs: SMMF to the bit; of H-Fac master weights as float32 parameters agree, but for one step of what
+    is stored, and what is rounded by the same bits is the same or a neighbour."""
+    ours, theirs = (master(p, s).float() for p, s in zip(params, states, strict=True))
+    if name == "SMMF":
+        assert torch.equal(ours, theirs) and torch.equal(*params)
+        return
+    if kind == "split":
+        params_agree(name, ours, theirs, before, lr)
+        return
+    eps, least = {"bfloat16": (2**-7, 0.0), "float16": (2**-10, 2**-24)}.get(kind, (2**-15, 0.0))
+    step_apart = (eps * theirs.abs()).clamp(min=least) + 1e-4 * (lr + (theirs - before).abs())
+    assert ((ours - theirs).abs() <= step_apart).all()
+    assert (ours == theirs).float().mean() > (0.5 if ours.numel() > 8 else -1)
+
+
+#: whole vectors of each layout of signs, odd columns, odd bytes, a prime, one row, no dimension; and how they lie
+STORED = [
+    ((16, 24), "plain"),
+    ((24,), "plain"),
+    ((8, 9), "plain"),
+    ((17, 19), "plain"),
+    ((7,), "plain"),
+    ((1, 16), "plain"),
+    ((), "plain"),
+    ((12, 16), "transposed"),
+    ((5, 8), "unaligned"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("SMMF", kind) for kind in KINDS] + [("HFac", kind) for kind in ("float16", "split", "split8-stochastic")],
+)
+def test_how_weights_are_stored(name, kind):
+    """A step of a list after one of the reference; some gradients are refused, which leaves both pieces untouched."""
+    dtype, options = KINDS[kind]
+    kwargs = OPTIONS[name]["skip"] | options
+    values = [gradient(shape, 0, dtype) for shape, _ in STORED]
+    params = [
+        torch.nn.Parameter(v if how == "plain" else laid_out(v, how))
+        for v, (_, how) in zip(values, STORED, strict=True)
+    ]
+    twins = [torch.nn.Parameter(v.clone()) for v in values]
+    optimizer = getattr(hfac, name)(params, **kwargs, backend="triton")
+    reference = getattr(hfac, name)(twins, **kwargs, backend="reference")
+    for i, q in enumerate(twins):
+        q.grad = gradient(tuple(q.shape), i, dtype)
+    reference.step()
+    optimizer.load_state_dict(reference.state_dict())
+    optimizer.param_groups[0]["backend"] = "triton"
+    befores = []
+    for i, (p, q) in enumerate(zip(params, twins, strict=True)):
+        p.data.copy_(q.data)
+        befores.append(master(q, reference.state[q]).float().clone())
+        grad = gradient(tuple(p.shape), 100 + i, dtype)
+        if i % 3 == 0:
+            grad.view(-1)[0] = float("inf")
+        p.grad = q.grad = grad
+    optimizer.step()
+    reference.step()
+    for i, (p, q, before) in enumerate(zip(params, twins, befores, strict=True)):
+        mine, his = optimizer.state[p], reference.state[q]
+        stored_agree(name, kind, (p.detach(), q.detach()), (mine, his), before, kwargs["lr"])
+        rest = [{k: v for k, v in s.items() if k != "master_low"} for s in (mine, his)]
+        states_agree(name, *rest, q.grad)
+        assert mine["skipped"] == (i % 3 == 0)
+        if i % 3 == 0:
+            assert torch.equal(master(p, mine).float(), before)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
-def test_nothing_is_compiled_anew(name, monkeypatch):
+def test_two_pieces_are_a_float32(name):
+    """A master weight of 32 bits takes the steps of a float32 parameter, to the bit, and so do its moments."""
+    shapes = [(16, 24), (8, 9), (7,), (4, 264)]
+    kwargs = OPTIONS[name]["all"]
+    values = [gradient(shape, i, torch.bfloat16) for i, shape in enumerate(shapes)]
+    params, twins = ([torch.nn.Parameter(v.to(dtype)) for v in values] for dtype in (torch.bfloat16, torch.float32))
+    optimizer = getattr(hfac, name)(params, **kwargs, master="split", backend="triton")
+    plain = getattr(hfac, name)(twins, **kwargs, backend="triton")
+    for t in range(2):
+        for i, (p, q) in enumerate(zip(params, twins, strict=True)):
+            p.grad = gradient(tuple(p.shape), 10 * t + i, torch.bfloat16)
+            q.grad = p.grad.float()
+        optimizer.step()
+        plain.step()
+    for p, q in zip(params, twins, strict=True):
+        state = optimizer.state[p]
+        assert torch.equal(master(p, state), q.detach()) and state["master_low"].any()
+        assert all(torch.equal(state[key], value) for key, value in plain.state[q].items())
+
+
+@pytest.mark.parametrize("op", ["smmf_step_", "hfac_dense_step_"])
+def test_steps_of_random_bits(op):
+    """A number, a tensor, or one for each parameter; with it the bits change, and with nothing else."""
+    scalars = dict(lr=0.1, weight_decay=0.1, beta1=0.5, beta2=0.5, eps=1e-8, maximize=False, backend="triton")
+    scalars |= dict(clip_threshold=None) if op.startswith("hfac") else dict(decoupled_weight_decay=True)
+    shapes, places = [(16, 24), (5, 7)], [rounding.Place(0), rounding.Place(1)]
+    grads = [gradient(shape, i, torch.float32) for i, shape in enumerate(shapes)]
+
+    def stepped(backend, t):
+        params = [gradient(shape, 5 + i, torch.bfloat16) for i, shape in enumerate(shapes)]
+        states = {name: [torch.ones(shape) for shape in shapes] for name in ops.STATES[op]}
+        if op == "smmf_step_":
+            sizes = [matricize.square(p.numel()) for p in params]
+            states = {n: [torch.ones(size["cols" in n]) for size in sizes] for n in ops.STATES[op]}
+            states["exp_avg_signs"] = [torch.zeros(matricize.sign_shape(s), dtype=torch.uint8) for s in shapes]
+        stored = dict(places=places, seed=3, step=t)
+        getattr(ops, op)(params, grads, **states, **scalars | stored | dict(backend=backend))
+        return params
+
+    shared = torch.tensor(3.0)
+    each = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    found = {key: stepped("triton", t) for key, t in (("float", 3.0), ("shared", shared), ("each", each))}
+    assert all(torch.equal(a, b) for a, b in zip(found["float"], found["shared"], strict=True))
+    assert torch.equal(found["float"][0], found["each"][0]) and not torch.equal(found["float"][1], found["each"][1])
+    assert all(torch.equal(a, b) for a, b in zip(found["each"], stepped("reference", each), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["plain", "split8-stochastic"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_nothing_is_compiled_anew(name, kind, monkeypatch):
     """What Triton compiles for: a kernel's constants, and of each argument its type and whether 16 divides its address
-    (Triton's own key, without the device). A hundred steps with another learning rate, decay and weight decay in each
-    ask for what the first asked for; no argument is a number, which Triton would specialize on 1 and on multiples of
-    16."""
+    (Triton's own key, without the device). A hundred steps with another learning rate, decay, weight decay and seed in
+    each ask for what the first asked for, at other positions too; no argument is a number, which Triton would
+    specialize on 1 and on multiples of 16."""
     keys, calls = set(), []
 
     def observe(self, launch, tiles, options):  # in place of the launch, which would take the interpreter minutes
@@ -228,15 +448,18 @@ def test_nothing_is_compiled_anew(name, monkeypatch):
         calls.append(launch.name)
 
     monkeypatch.setattr(step.Bound, "_launch", observe)
-    params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((16, 24), (24,))]
-    optimizer = getattr(hfac, name)(params, weight_decay=0.1, backend="triton")
+    dtype, options = (torch.float32, {}) if kind == "plain" else KINDS[kind]
+    params = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((16, 24), (24,))]
     first = None
-    for t in range(100):
-        optimizer.param_groups[0].update(lr=0.1 / (t + 1), weight_decay=0.01 * t)
-        for p in params:
-            p.grad = torch.ones_like(p)
-        optimizer.step()
-        first = first or (set(keys), len(calls))
+    for turn in range(2):
+        optimizer = getattr(hfac, name)(params, weight_decay=0.1, backend="triton", **options)
+        for t in range(50):
+            optimizer.param_groups[0].update(lr=0.1 / (t + 1), weight_decay=0.01 * t, seed=2**33 * t + turn)
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+            first = first or (set(keys), len(calls))
+        params = [torch.nn.Parameter(p.detach().clone()) for p in params[::-1]]
     assert (keys, len(calls)) == (first[0], 100 * first[1])
 
 
@@ -646,3 +869,91 @@ def test_autograd_notices_a_write_to_a_part():
         ops.hfac_apply_([leaf], [torch.ones(16, 24)], *states, one, one, rows=[16], cols=[24], **options)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def pieces(kind, params, places, seed):
+    """What an op on parts is told of how they are stored, and the lower pieces in it, which lie as the parts do."""
+    dtype, options = KINDS[kind]
+    told = {}
+    if "master" in options:
+        low_dtype = rounding.LOW_DTYPES[options["master"]]
+        generator = torch.Generator().manual_seed(seed)
+        told["master_lows"] = [
+            torch.empty_strided(p.shape, p.stride(), dtype=low_dtype).copy_(
+                torch.randint(-128, 128, p.shape, generator=generator).masked_fill(p == 0, 0)
+            )
+            for p in params
+        ]
+    if "rounding" in options:
+        steps = torch.arange(len(params), dtype=torch.float64) + 5
+        told |= dict(places=places, seed=options.get("seed", 0), step=steps)
+    return told
+
+
+def copies_of(told):
+    return {k: [t.clone() for t in v] if k == "master_lows" else v for k, v in told.items()}
+
+
+#: shape of the whole, rows and columns of the part, how it lies: all rows, all columns, neither, odd, turned
+PLACED = [
+    ((24, 16), (8, 16), (0, 16), "plain"),
+    ((12, 32), (0, 12), (16, 32), "plain"),
+    ((16, 24), (3, 14), (8, 16), "unaligned"),
+    ((9, 19), (2, 9), (3, 12), "plain"),
+    ((16, 24), (8, 16), (0, 24), "transposed"),
+]
+
+
+@pytest.mark.parametrize("kind", ["float16", "split", "split8-stochastic"])
+def test_how_parts_of_hfac_are_stored(kind):
+    """Parts of a matrix get the random bits of their places in it."""
+    dtype = KINDS[kind][0]
+    params, grads, places = [], [], []
+    for i, (shape, rows, cols, how) in enumerate(PLACED):
+        params.append(rectangle(gradient(shape, i, dtype), rows, cols, how))
+        grads.append(rectangle(gradient(shape, 20 + i, dtype), rows, cols, how))
+        places.append(rounding.Place(i, rows[0] * shape[1] + cols[0], (shape[1], 1)))
+    sizes = [n for _ in range(2) for n in (0, 1)] + [0, 0, 1, 1]
+    lists = [
+        [gradient((p.shape[side],), 40 + k, torch.float32).abs() + 0.1 for p in params] for k, side in enumerate(sizes)
+    ]
+    numbers = torch.ones(len(params)), torch.full((len(params),), 4.0)
+    whole = dict(rows=[shape[0] for shape, *_ in PLACED], cols=[shape[1] for shape, *_ in PLACED])
+    scalars = dict(lr=0.02, weight_decay=0.1, beta1=0.5, clip_threshold=1.0, maximize=False)
+    told = pieces(kind, params, places, 0)
+    found = []
+    for backend in ("triton", "reference"):
+        mine, own = [p.clone() for p in params], copies_of(told)
+        copies = [[t.clone() for t in tensors] for tensors in lists]
+        ops.hfac_apply_(mine, grads, *copies, *numbers, **whole, **scalars, **own, backend=backend)
+        found.append([(p, {"master_low": low} if low is not None else {}) for p, low in _with_lows(mine, own)])
+    olds = [master(p, {} if low is None else {"master_low": low}).float() for p, low in _with_lows(params, told)]
+    for (p, s), (q, r), old in zip(*found, olds, strict=True):
+        stored_agree("HFac", kind, (p, q), (s, r), old, 0.02)
+
+
+def _with_lows(params, told):
+    return list(zip(params, told.get("master_lows", [None] * len(params)), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["split", "split8-stochastic"])
+def test_how_parts_of_smmf_are_stored(kind):
+    """Equal to the bit: parts of rows and of columns, whole vectors and not."""
+    names = {
+        "whole-rows": rounding.Place(2**32 - 1, 16 * 48),
+        "columns": rounding.Place(0, 16, (48, 1)),
+        "odd-columns": rounding.Place(1, 3, (22, 1)),
+        "every-third-row": rounding.Place(2, 40, (120, 1)),
+    }
+    arguments = smmf_parts([BLOCKS[name] for name in names], KINDS[kind][0], True)
+    told = pieces(kind, arguments["params"], list(names.values()), 1)
+    scalars = SMMF_PARTS["adamw"] | dict(beta1=0.9, beta2=0.5)
+    found = []
+    for backend in ("triton", "reference"):
+        (own, _), stored = copied(arguments), copies_of(told)
+        ops.smmf_sums_step_(**own, **scalars, **stored, backend=backend)
+        found.append((own, stored.get("master_lows", [])))
+    (ours, our_lows), (theirs, their_lows) = found
+    assert all(torch.equal(a, b) for a, b in zip(ours["params"], theirs["params"], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(our_lows, their_lows, strict=True))
+    smmf_agree(ours, theirs, arguments)

@@ -21,8 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import dense, hfac, smmf
-from .plan import BROAD, HFAC_TILES, REGISTERS, SMMF_TILES, STATS, compile_options
-from .table import BYTE_PER_ELEMENT, NO_SIGNS, SHARED_BYTES, WHOLE_BYTES
+from .plan import BROAD, HFAC_TILES, REGISTERS, SMMF_TILES, STATS, compile_options, dense_warps
+from .table import BYTE_PER_ELEMENT, EACH, EIGHT, EIGHT_APART, NEAREST, NO_SIGNS, RUN, SHARED_BYTES, WHOLE_BYTES
 
 #: name -> (target, bytes of shared memory that a program may have)
 TARGETS = {
@@ -31,7 +31,15 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), 227 << 10),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
 }
+#: Where instructions are counted.
+COUNTED = "sm_90"
+#: Bytes that a lane may park in memory where a tile in two pieces lies as one of float32 does, which itself takes all
+#: registers and has one address fewer.
+SPARE = 32
 F32, BF16, F16 = tl.float32, tl.bfloat16, tl.float16
+#: How most weights are stored, and what that is called where they are not.
+_PLAIN = {"STOCHASTIC": NEAREST.value, "LOW": 0}
+_BITS = {EIGHT.value: "stochastic", EIGHT_APART.value: "stochastic apart", EACH.value: "stochastic each"}
 _POINTERS = {"tiles": "*i32", "items": "*i64", "grads": "*i64", "scalars": "*fp64", "flags": "*i32"}
 
 
@@ -52,6 +60,10 @@ class Variant:
             parts.append("bulk" if c["WHOLE"] else "any")
         if "LAYOUT" in c:
             parts.append(("no signs", "whole bytes", "byte per element", "shared bytes")[c["LAYOUT"]])
+        if c.get("LOW"):
+            parts.append(f"low {c['LOW']}")
+        if c.get("STOCHASTIC"):
+            parts.append(_BITS[c["STOCHASTIC"]])
         if not c.get("COLUMNS", True):
             parts.append("rows only")
         on = ("PART", "WIDE", "FIRST", "COUPLED", "CLIPPED", "NEGATE", "SKIP", "LOOK")
@@ -108,12 +120,50 @@ def variants() -> Iterator[Variant]:
         yield Variant(smmf.smmf_tiles, wide | dict(COUPLED=False, PART=part) | off, warps)
 
 
+def stored_variants() -> Iterator[Variant]:
+    """What writes weights, in every way to store them but plainly: on the bulk, then for any layout."""
+    off = dict(NEGATE=False, SKIP=False)
+    for t, stochastic, low in (
+        (BF16, EIGHT, 0),
+        (F16, EIGHT, 0),
+        (BF16, EIGHT_APART, 0),
+        (BF16, NEAREST, 16),
+        (BF16, NEAREST, 8),
+        (BF16, EIGHT, 8),
+    ):
+        how = dict(W=t, G=t, T=F32, WHOLE=True, STOCHASTIC=stochastic.value, LOW=low) | off
+        parts = (True,) if stochastic is EIGHT_APART else (False, True)
+        for (r, c, warps), signs in zip(SMMF_TILES, (BYTE_PER_ELEMENT, WHOLE_BYTES), strict=True):
+            for part in parts:
+                shape = dict(R=r, C=c, LAYOUT=signs.value, COUPLED=False, PART=part)
+                yield Variant(smmf.smmf_tiles, how | shape, warps)
+        for r, c, warps in HFAC_TILES:
+            yield Variant(hfac.hfac_update, how | dict(R=r, C=c), warps)
+        if stochastic is not EIGHT_APART:
+            yield Variant(dense.smmf_dense, how | dict(FIRST=True, COUPLED=False), 8)
+            yield Variant(dense.hfac_dense, how | dict(CLIPPED=True), 8)
+    on = dict(NEGATE=True, SKIP=True)
+    (r, c, warps), (rows, cols, _) = SMMF_TILES[1], BROAD
+    for t, stochastic, low in ((BF16, EACH, 0), (F16, EACH, 0), (BF16, NEAREST, 16), (BF16, EACH, 8)):
+        how = dict(W=t, G=F32, T=F32, WHOLE=False, STOCHASTIC=stochastic.value, LOW=low) | on
+        fewer = 4 if stochastic is EACH else 2
+        for signs in (NO_SIGNS, SHARED_BYTES):
+            layout = dict(R=r // fewer, C=c, LAYOUT=signs.value, COUPLED=True, PART=True)
+            yield Variant(smmf.smmf_tiles, how | layout, warps)
+        yield Variant(hfac.hfac_update, how | dict(R=rows // fewer, C=cols), warps)
+        for kernel, options in (
+            (dense.smmf_dense, dict(FIRST=True, COUPLED=True)),
+            (dense.hfac_dense, dict(CLIPPED=True)),
+        ):
+            yield Variant(kernel, how | options, dense_warps(kernel, False, stochastic.value, low))
+
+
 def compile_variant(variant: Variant, target: GPUTarget) -> Any:
     names = variant.kernel.arg_names
     source = ASTSource(
         fn=variant.kernel,
         signature={name: _POINTERS.get(name, "constexpr") for name in names},
-        constexprs={name: variant.constants[name] for name in names if name not in _POINTERS},
+        constexprs={name: (_PLAIN | variant.constants)[name] for name in names if name not in _POINTERS},
         attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in _POINTERS},
     )
     options = compile_options(variant.constants, variant.warps, target.backend)
@@ -129,6 +179,7 @@ class Report:
     narrow: int  # of 8 or 16 bits
     fused: int  # multiply-adds of the source's arithmetic
     rough: int  # roots and quotients that are not correctly rounded
+    sums: list[str]  # which lane holds which element of what is summed
 
 
 def examine(compiled: Any, target: GPUTarget) -> Report:
@@ -147,16 +198,40 @@ def examine(compiled: Any, target: GPUTarget) -> Report:
         narrow = r"\b(?:global|buffer|flat)_(?:load|store)_(?:[us]?byte|[us]?short)\w*"
         fused, rough = r"\bv_(?:pk_)?(?:fma|mad)\w*_f(?:32|64)", r"(?!)"
     counts = [len(re.findall(pattern, asm)) for pattern in (wide, narrow, fused, rough)]
-    return Report(registers, spills, compiled.metadata.shared, *counts)
+    return Report(registers, spills, compiled.metadata.shared, *counts, _sums(compiled.asm["ttgir"]))
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of stack and local memory per lane."""
+def _sums(text: str) -> list[str]:
+    """Layouts of what reductions of floating-point numbers take."""
+    named = dict(re.findall(r"^(#\w+) = (.*)$", text, re.MULTILINE))
+    found = re.findall(r'"tt\.reduce"\(.*?\}\) : \(tensor<(\w+xf(?:32|64)), (#\w+)>\)', text, re.DOTALL)
+    return [f"{shape} {named[name]}" for shape, name in found]
+
+
+def _dump(cubin: bytes, what: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+        return subprocess.run([tool, what, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def added(variant: Variant) -> float:
+    """Instructions per element that storing otherwise than plainly adds, on COUNTED, those of a program's beginning
+    among them."""
+    target, _ = TARGETS[COUNTED]
+    counts = []
+    for one in (variant, Variant(variant.kernel, variant.constants | _PLAIN, variant.warps)):
+        text = _dump(compile_variant(one, target).asm["cubin"], "-sass")
+        counts.append(len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!\s|NOP|BRA `)", text, re.MULTILINE)))
+    c = variant.constants
+    elements = c["R"] * c["C"] if "R" in c else RUN.value
+    return (counts[0] - counts[1]) / (elements // (32 * variant.warps))
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of stack and local memory per lane."""
+    text = _dump(cubin, "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     assert found is not None, text
     return int(found[1]), int(found[2]) + int(found[3])
@@ -165,14 +240,22 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 def complaints(variant: Variant, report: Report, target: GPUTarget, shared: int) -> list[str]:
     found = []
     bulk = variant.constants.get("WHOLE", False)
-    if report.spills:
+    low = variant.constants.get("LOW", 0)
+    exact = low == 16 and variant.kernel is smmf.smmf_tiles
+    if report.spills > (SPARE if exact and bulk and target.backend == "cuda" else 0):
         found.append(f"{report.spills} spilled")
     if report.shared > shared:
         found.append(f"{report.shared} bytes of shared memory of {shared}")
-    # AMD's roots and quotients, of integers too, are refined with fused steps of their own; this kernel has none.
-    if (target.backend == "cuda" or (bulk and variant.kernel is hfac.hfac_update)) and (report.fused or report.rough):
+    # AMD's roots and quotients, of integers too, are refined with fused steps of their own; this kernel has none but
+    # those of indices.
+    none = variant.kernel is hfac.hfac_update and variant.constants.get("STOCHASTIC") != EIGHT_APART.value
+    if (target.backend == "cuda" or (bulk and none)) and (report.fused or report.rough):
         found.append(f"{report.fused} fused multiply-adds, {report.rough} rough roots or quotients")
-    if bulk and not report.wide:
+    if exact:
+        twin = Variant(variant.kernel, variant.constants | dict(W=F32, G=F32, LOW=0), variant.warps)
+        if report.sums != examine(compile_variant(twin, target), target).sums:
+            found.append("sums in another order than a float32's")
+    if bulk and not report.wide and not exact:
         found.append("no 128-bit access")
     # SMMF's sign bytes are the only thing on the bulk that is narrower than a word.
     signs = variant.constants.get("LAYOUT", NO_SIGNS.value) != NO_SIGNS.value
@@ -185,7 +268,7 @@ def complaints(variant: Variant, report: Report, target: GPUTarget, shared: int)
 
 def main(names: list[str]) -> int:
     names = names or list(TARGETS)
-    todo = list(variants())
+    todo = [*variants(), *stored_variants()]
     rows, failed = [], 0
     for variant in todo:
         cells = []
@@ -201,11 +284,15 @@ def main(names: list[str]) -> int:
         print(rows[-1], flush=True)
     print(f"{len(todo)} variants for {', '.join(names)}: {failed} complaints")
     if names == list(TARGETS):
-        _write(rows, len(todo), failed)
+        bulk = [variant for variant in stored_variants() if variant.constants["WHOLE"]]
+        costs = [
+            f"| {x.kernel.fn.__name__} | {x.label} | {added(x):.1f} |" for x in bulk if not x.constants.get("PART")
+        ]
+        _write(rows, len(todo), failed, costs)
     return 1 if failed else 0
 
 
-def _write(rows: list[str], count: int, failed: int) -> None:
+def _write(rows: list[str], count: int, failed: int, costs: list[str]) -> None:
     head = [
         "# What the Triton kernels compile to",
         "",
@@ -215,13 +302,25 @@ def _write(rows: list[str], count: int, failed: int) -> None:
         "Asserted: on the bulk (contiguous, 16-byte aligned, rows of whole vectors of 8) 128-bit global accesses and, "
         "but for SMMF's sign bytes, none of 8 or 16 bits; at most 128 registers on NVIDIA GPUs; nothing spilled; "
         "shared memory within the target's; no fused multiply-adds and no approximate roots or quotients in PTX, "
-        "and none in hfac_update on AMD's bulk, whose other kernels refine roots and quotients with them.",
+        "and none in hfac_update on AMD's bulk, whose other kernels refine roots and quotients with them. Of "
+        "smmf_tiles with a lower piece of 16 bits: what is summed lies as a float32's, for which accesses are of 64 "
+        f"bits and a lane may park {SPARE} bytes.",
         "",
         "| kernel | variant | " + " | ".join(TARGETS) + " |",
         "| --- | --- |" + " --- |" * len(TARGETS),
     ]
     path = Path(__file__).parents[1] / "docs" / "triton-check.md"
-    path.write_text("\n".join([*head, *rows]) + "\n")
+    tail = [
+        "",
+        "## What storing otherwise adds",
+        "",
+        f"Instructions per element on {COUNTED} beyond those of the same kernel with a plain store, on the bulk; "
+        "those of a program's beginning are counted too.",
+        "",
+        "| kernel | variant | instructions |",
+        "| --- | --- | --- |",
+    ]
+    path.write_text("\n".join([*head, *rows, *tail, *costs]) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .element import decays, divide, finite, length, operand, place, pointer, root
+from .rounding import calls, counter, load, low_piece, random_bits, store
 from .table import (
     CHUNK,
     CLIP,
@@ -13,6 +14,7 @@ from .table import (
     FIRST_ROW,
     LOOKED,
     LR,
+    NEAREST,
     PARAM,
     PARAM_LAYOUT,
     ROWS,
@@ -47,6 +49,17 @@ def look(tiles, items, grads, flags, G: tl.constexpr, T: tl.constexpr, WHOLE: tl
 
 
 @triton.jit
+def run_bits(record, scalars, item, part, STOCHASTIC: tl.constexpr):
+    """Random bits of the elements of a run, where there are any."""
+    bits = 0
+    if STOCHASTIC != NEAREST:
+        seed, t, position, first, layout = counter(record, scalars, item, STOCHASTIC)
+        at = part * RUN + calls(RUN, STOCHASTIC)
+        bits = tl.reshape(random_bits(seed, t, position, first, layout, at, STOCHASTIC), [RUN])
+    return bits
+
+
+@triton.jit
 def smmf_dense(
     tiles,
     items,
@@ -57,6 +70,8 @@ def smmf_dense(
     G: tl.constexpr,
     T: tl.constexpr,
     WHOLE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,  # how random bits are made
+    LOW: tl.constexpr,  # bits of a lower piece of the weight
     FIRST: tl.constexpr,
     COUPLED: tl.constexpr,
     NEGATE: tl.constexpr,  # the objective is maximized
@@ -81,7 +96,8 @@ def smmf_dense(
         g = -g
     param = operand(tl.load(record + PARAM), W, WHOLE)
     to = param + place(at, tl.load(record + PARAM_LAYOUT), WHOLE)
-    w = tl.load(to, mask, 0.0).to(T)
+    low, low_layout = low_piece(record, WHOLE, LOW)
+    w = load(to, low, low_layout, at, mask, T, WHOLE, LOW)
     if COUPLED:
         g = g + weight_decay.to(T) * w
     else:
@@ -94,7 +110,9 @@ def smmf_dense(
     second = operand(tl.load(record + SECOND_ROW), T, WHOLE) + at
     V = b2 * tl.load(second, mask, 0.0) + rest2 * (g * g)
     tl.store(second, V, mask)
-    tl.store(to, (w - lr.to(T) * divide(M, root(V) + eps)).to(W), mask)
+    w = w - lr.to(T) * divide(M, root(V) + eps)
+    bits = run_bits(record, scalars, item, part, STOCHASTIC)
+    store(w, bits, to, low, low_layout, at, mask, W, WHOLE, STOCHASTIC, LOW)
 
 
 @triton.jit
@@ -132,6 +150,8 @@ def hfac_dense(
     G: tl.constexpr,
     T: tl.constexpr,
     WHOLE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,  # how random bits are made
+    LOW: tl.constexpr,  # bits of a lower piece of the weight
     CLIPPED: tl.constexpr,
     NEGATE: tl.constexpr,  # the objective is maximized
     SKIP: tl.constexpr,
@@ -153,7 +173,8 @@ def hfac_dense(
         g = -g
     param = operand(tl.load(record + PARAM), W, WHOLE)
     to = param + place(at, tl.load(record + PARAM_LAYOUT), WHOLE)
-    w = tl.load(to, mask, 0.0).to(T)
+    low, low_layout = low_piece(record, WHOLE, LOW)
+    w = load(to, low, low_layout, at, mask, T, WHOLE, LOW)
     first = operand(tl.load(record + FIRST_ROW), T, WHOLE) + at
     second = operand(tl.load(record + SECOND_ROW), T, WHOLE) + at
     m = b1 * tl.load(first, mask, 0.0) + rest1 * g
@@ -175,4 +196,6 @@ def hfac_dense(
     drift = divide(b1 * (m - g), q)
     lr = tl.load(scalars + LR).to(T)
     weight_decay = tl.load(scalars + WEIGHT_DECAY).to(T)
-    tl.store(to, (w - lr * ((drift + U) + weight_decay * w)).to(W), mask)
+    w = w - lr * ((drift + U) + weight_decay * w)
+    bits = run_bits(record, scalars, item, part, STOCHASTIC)
+    store(w, bits, to, low, low_layout, at, mask, W, WHOLE, STOCHASTIC, LOW)

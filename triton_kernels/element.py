@@ -7,7 +7,7 @@ fused multiply-adds, so that a product and a sum round as they do in `hfac.refer
 import triton
 import triton.language as tl
 
-from .table import DECAYS, PER_PARAM
+from .table import OWN, OWNED, PER_PARAM
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def place(at, layout, WHOLE: tl.constexpr):
 @triton.jit
 def decays(scalars, item, T: tl.constexpr):
     """b1, 1 - b1, b2, 1 - b2 of a parameter, the differences formed in double as the host forms them."""
-    at = DECAYS + 2 * tl.load(scalars + PER_PARAM).to(tl.int64) * (item + 1)
+    at = OWN + OWNED * tl.load(scalars + PER_PARAM).to(tl.int64) * (item + 1)
     b1 = tl.load(scalars + at)
     b2 = tl.load(scalars + at + 1)
     return b1.to(T), (1.0 - b1).to(T), b2.to(T), (1.0 - b2).to(T)

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from .element import decays, divide, finite, length, operand, partial_sums, place, pointer, root
+from .rounding import calls, counter, load, low_piece, random_bits, store
 from .table import (
     ALL_COLS,
     ALL_ROWS,
@@ -36,6 +37,7 @@ from .table import (
     FIRST_ROW,
     LR,
     MEAN_SQUARE,
+    NEAREST,
     NEW_COL,
     NEW_ROW,
     PARAM,
@@ -346,6 +348,8 @@ def hfac_update(
     R: tl.constexpr,
     C: tl.constexpr,
     WHOLE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,  # how random bits are made
+    LOW: tl.constexpr,  # bits of a lower piece of the weight
     NEGATE: tl.constexpr,  # the objective is maximized
     SKIP: tl.constexpr,
 ):
@@ -367,12 +371,15 @@ def hfac_update(
     grad = operand(tl.load(grads + 2 * item), G, WHOLE)
     param_layout = tl.load(record + PARAM_LAYOUT)
     grad_layout = tl.load(grads + 2 * item + 1)
+    low, low_layout = low_piece(record, WHOLE, LOW)
+    seed, t, position, first, place_layout = counter(record, scalars, item, STOCHASTIC)
     half_phi = pointer(record, SPACE_ROWS, T)
     row_scale = pointer(record, SPACE_SQUARES, T)
     lr = tl.load(scalars + LR).to(T)
     weight_decay = tl.load(scalars + WEIGHT_DECAY).to(T)
     j = (part % col_tiles).to(tl.int64) * C + tl.arange(0, C).to(tl.int64)
     in_cols = j < cols
+    calls_at = (part % col_tiles).to(tl.int64) * C + calls(C, STOCHASTIC)
     half_psi = tl.load(pointer(record, SPACE_PSI, T) + j, in_cols, 0.0)[None, :]
     col_scale = tl.load(pointer(record, SPACE_SCALE, T) + j, in_cols, 0.0)[None, :]
     for step in range(first_row, last_row, R):
@@ -384,7 +391,12 @@ def hfac_update(
         if NEGATE:
             g = -g
         to = param + place(at, param_layout, WHOLE)
-        w = tl.load(to, mask, 0.0).to(T)
+        w = load(to, low, low_layout, at, mask, T, WHOLE, LOW)
         drift = tl.load(half_phi + i, in_rows, 0.0)[:, None] + half_psi
         U = g * col_scale * tl.load(row_scale + i, in_rows, 0.0)[:, None]
-        tl.store(to, (w - lr * ((drift + U) + weight_decay * w)).to(W), mask)
+        w = w - lr * ((drift + U) + weight_decay * w)
+        bits = 0
+        if STOCHASTIC != NEAREST:
+            drawn_at = i[:, None] * cols + calls_at[None, :]
+            bits = tl.reshape(random_bits(seed, t, position, first, place_layout, drawn_at, STOCHASTIC), [R, C])
+        store(w, bits, to, low, low_layout, at, mask, W, WHOLE, STOCHASTIC, LOW)

@@ -5,6 +5,7 @@ by shapes and types; addresses and numbers of a call go to the device in one cop
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -18,12 +19,14 @@ from .step import (
     STATES,
     Launcher,
     Layouts,
+    Place,
     Scalar,
     Tensors,
     copy_tensors,
     current,
     host_memory,
     make_record,
+    seed_words,
     tile_tables,
 )
 
@@ -89,6 +92,7 @@ def hfac_sums(
         [0.0, 0.0, eps, 0.0],
         (0.0, beta2),
         {},
+        _Stored(),
     )
 
 
@@ -113,13 +117,18 @@ def hfac_apply_(
     clip_threshold: float | None,
     weight_decay: Scalar,
     maximize: bool,
+    master_lows: Tensors | None = None,
+    places: Sequence[Place] | None = None,
+    seed: int = 0,
+    step: Scalar = 0.0,
 ) -> None:
     """The function of `hfac.reference`."""
     grads = _resolved(grads)
+    stored = _Stored(master_lows, places, seed, step)
     items = []
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         m, n = exp_avg_rows[i].numel(), exp_avg_cols[i].numel()
-        whole = _aligned(param) and _aligned(grad) and n % 8 == 0
+        whole = _aligned(param) and _aligned(grad) and stored.aligned(i) and n % 8 == 0
         items.append(Item(m, n, param.dtype, grad.dtype, whole, all_rows=rows[i], all_cols=cols[i]))
     fields = _addresses(
         STATES | _LISTS["hfac_apply_"],
@@ -142,7 +151,7 @@ def hfac_apply_(
         ]
     options = {"NEGATE": maximize, "CLIPPED": clip_threshold is not None}
     scalars = [lr, weight_decay, 0.0, clip_threshold or 0.0]
-    _Call("hfac_apply_", items, fields, params, grads, scalars, (beta1, 0.0), options)
+    _Call("hfac_apply_", items, fields, params, grads, scalars, (beta1, 0.0), options, stored)
 
 
 def smmf_sums_step_(
@@ -166,14 +175,20 @@ def smmf_sums_step_(
     weight_decay: Scalar,
     decoupled_weight_decay: bool,
     maximize: bool,
+    master_lows: Tensors | None = None,
+    places: Sequence[Place] | None = None,
+    seed: int = 0,
+    step: Scalar = 0.0,
 ) -> None:
     """The function of `hfac.reference`. A record is a block's."""
     grads = _resolved(grads)
+    stored = _Stored(master_lows, places, seed, step)
     items = []
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         n, m = exp_avg_sq_rows[i].numel(), exp_avg_sq_cols[i].numel()
         slice = 0 if exp_avg_signs is None else square_slice(param.shape)
-        aligned = _aligned(param) and _aligned(grad) and (exp_avg_signs is None or _aligned(exp_avg_signs[i]))
+        aligned = _aligned(param) and _aligned(grad) and stored.aligned(i)
+        aligned = aligned and (exp_avg_signs is None or _aligned(exp_avg_signs[i]))
         for start, stride, row, row_step, col, block_rows, block_cols in blocks[i]:
             if block_rows * block_cols == 0:
                 continue
@@ -214,7 +229,44 @@ def smmf_sums_step_(
         [lr, weight_decay, eps, 0.0],
         decays,
         options,
+        _Stored(
+            *(None if entries is None else [entries[i] for i in owners] for entries in (master_lows, places)),
+            seed,
+            _of_each(step, owners),
+        ),
     )
+
+
+@dataclass
+class _Stored:
+    """How parameters are stored, as `hfac.reference` says."""
+
+    lows: Tensors | None = None
+    places: Sequence[Place] | None = None
+    seed: int = 0
+    step: Scalar = 0.0
+
+    def aligned(self, i: int) -> bool:
+        return self.lows is None or _aligned(self.lows[i])
+
+    def fields(self, items: Sequence[Item], params: Tensors, layouts: Layouts) -> tuple[Fields, Fields]:
+        """For the records, by field: values, and where in ``layouts`` there is more. The items are told, too."""
+        values: Fields = {}
+        starts: Fields = {}
+        if self.lows is not None:
+            values[table.LOW_PIECE.value] = list(map(Tensor.data_ptr, self.lows))
+            starts[table.LOW_LAYOUT.value] = list(map(layouts.of, self.lows))
+            for item, low in zip(items, self.lows, strict=True):
+                item.low = 8 * low.itemsize
+        if self.places is not None:
+            values[table.POSITION.value], values[table.FIRST_INDEX.value] = (
+                [place[k] for place in self.places] for k in range(2)
+            )
+            starts[table.PLACE_LAYOUT.value] = [
+                layouts.of_place(item, param.shape, place)
+                for item, param, place in zip(items, params, self.places, strict=True)
+            ]
+        return values, starts
 
 
 class _Call(Launcher):
@@ -223,7 +275,7 @@ class _Call(Launcher):
     Args:
         fields: addresses for the records, by field.
         params, grads: of each item; no parameters where only gradients are read.
-        numbers: what stands in front of the decays (`table`).
+        numbers: what stands first among a step's (`table`).
     """
 
     def __init__(
@@ -236,17 +288,27 @@ class _Call(Launcher):
         numbers: Sequence[Scalar],
         decays: Sequence[Scalar],
         options: dict[str, bool],
+        stored: _Stored,
     ) -> None:
         if not items:
             return
         self.device = grads[0].device
+        layouts = Layouts()
+        values, starts = stored.fields(items, params, layouts)
+        fields = {**fields, **values}
+        if params:
+            fields[table.PARAM.value] = list(map(Tensor.data_ptr, params))
+            starts[table.PARAM_LAYOUT.value] = list(map(layouts.of, params))
+        own = [*decays, stored.step, 0.0]
         with current(self.device):
             plan, records, tiles = _planned(op, self.device, tuple(map(_key, items)))
             if not plan.launches:
                 return
             workspace = torch.empty(max(plan.workspace, 16), dtype=torch.uint8, device=self.device)
             self.flags = torch.empty(1, dtype=torch.int32, device=self.device)  # of steps that skip nothing, unread
-            self._to_device(records.clone(), workspace.data_ptr(), fields, params, grads, numbers, decays)
+            records = records.clone()
+            records[:, _SPACE_FIELDS] += workspace.data_ptr()
+            self._to_device(records, fields, starts, layouts, grads, numbers, stored.seed, own)
             options = {"SKIP": False, "LOOK": False, **options}
             for launch, mine in zip(plan.launches, tiles, strict=True):
                 self._launch(launch, mine, options)
@@ -254,23 +316,24 @@ class _Call(Launcher):
     def _to_device(
         self,
         records: Tensor,
-        space: int,
-        fields: Mapping[int, list[int]],
-        params: Tensors,
+        fields: Fields,
+        starts: Fields,
+        layouts: Layouts,
         grads: Tensors,
         numbers: Sequence[Scalar],
-        decays: Sequence[Scalar],
+        seed: int,
+        own: Sequence[Scalar],
     ) -> None:
-        layouts = Layouts()
-        param_layouts, grad_layouts = list(map(layouts.of, params)), list(map(layouts.of, grads))
-        numbers, decays = list(map(_on_host, numbers)), list(map(_on_host, decays))
-        each = any(isinstance(beta, list) or (isinstance(beta, Tensor) and beta.ndim == 1) for beta in decays)
+        grad_layouts = list(map(layouts.of, grads))
+        numbers, own = list(map(_on_host, numbers)), list(map(_on_host, own))
+        each = any(isinstance(value, list) or (isinstance(value, Tensor) and value.ndim == 1) for value in own)
         values = [0.0 if isinstance(value, Tensor) else value for value in numbers]
-        shared, own = [], []
-        for beta in decays:
-            shared.append(0.0 if isinstance(beta, (list, Tensor)) else beta)
-            own.append(beta if isinstance(beta, list) else [shared[-1]] * (len(grads) if each else 0))
-        values += [float(each), *shared, *(beta for pair in zip(*own, strict=True) for beta in pair)]
+        shared, of_each = [], []
+        for value in own:
+            shared.append(0.0 if isinstance(value, (list, Tensor)) else value)
+            of_each.append(value if isinstance(value, list) else [shared[-1]] * (len(grads) if each else 0))
+        values += [float(each), *seed_words(seed), *shared]
+        values += [value for mine in zip(*of_each, strict=True) for value in mine]
 
         # Each table begins at a multiple of 16 bytes, for which Triton compiles.
         sizes = [size + size % 2 for size in (records.numel(), 2 * len(grads), len(values), len(layouts.numbers))]
@@ -278,14 +341,8 @@ class _Call(Launcher):
         self.items, self.grad_table, scalars, layout_table = device.split(sizes)
         self.scalars = scalars.view(torch.float64)[: len(values)]
 
-        records[:, _SPACE_FIELDS] += space
         base = layout_table.data_ptr()
-        if params:
-            fields = {
-                **fields,
-                table.PARAM.value: list(map(Tensor.data_ptr, params)),
-                table.PARAM_LAYOUT.value: [base + 8 * start for start in param_layouts],
-            }
+        fields = fields | {field: [base + 8 * start for start in mine] for field, mine in starts.items()}
         records[:, list(fields)] = torch.tensor(list(fields.values()), dtype=torch.int64).T
         places = [
             x for grad, start in zip(grads, grad_layouts, strict=True) for x in (grad.data_ptr(), base + 8 * start)
@@ -303,7 +360,7 @@ class _Call(Launcher):
         ):
             to[: len(table_)] = table_
         device.copy_(host, non_blocking=True)
-        copy_tensors(self.scalars, numbers, decays, each)
+        copy_tensors(self.scalars, numbers, own, each)
 
 
 def _key(item: Item) -> tuple[Any, ...]:
@@ -311,6 +368,7 @@ def _key(item: Item) -> tuple[Any, ...]:
     return (
         item.rows, item.cols, item.param, item.grad, item.whole, item.slice, item.owner,
         item.start, item.stride, item.row, item.row_step, item.col, item.all_rows, item.all_cols,
+        item.stochastic, item.low,
     )  # fmt: skip
 
 

@@ -42,6 +42,8 @@ class Item:
         owner: of SMMF's parts, whose matrices are blocks: the parameter that the block is of.
         start, stride, row, row_step, col: the block's place (`hfac.matricize.Block`).
         all_rows, all_cols: of the whole matrix, where this is a part; 0 where it is none.
+        stochastic: how its random bits are made (`table.NEAREST` and so on).
+        low: bits of the lower piece of its master weight; 0 where it has none.
     """
 
     rows: int
@@ -58,6 +60,8 @@ class Item:
     col: int = 0
     all_rows: int = 0
     all_cols: int = 0
+    stochastic: int = table.NEAREST.value
+    low: int = 0
     tile_rows: int = 0
     row_tiles: int = 0
     col_tiles: int = 0
@@ -67,6 +71,11 @@ class Item:
     @property
     def wide(self) -> torch.dtype:
         return torch.float64 if self.param == torch.float64 else torch.float32
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """How a new weight is stored, for which kernels are compiled."""
+        return self.stochastic, self.low
 
     @property
     def signs(self) -> int:
@@ -99,6 +108,13 @@ class Launch:
     @property
     def name(self) -> str:
         return self.kernel.__name__ if hasattr(self.kernel, "__name__") else self.kernel.fn.__name__
+
+
+def dense_warps(kernel: Any, whole: bool, stochastic: int, low: int) -> int:
+    """Of a step with whole moments: a lane has 8 elements of a run, or 4 where each of them has two addresses or random
+    bits of its own. H-Fac's norm of what is a float32 in two pieces is summed as a float32's."""
+    plain = not (stochastic or low) or (low == 16 and kernel is dense.hfac_dense)
+    return 8 if whole or plain else 16
 
 
 def compile_options(constants: dict[str, Any], warps: int, maker: str) -> dict[str, Any]:
@@ -137,8 +153,11 @@ def _cut(item: Item) -> None:
 
 def _fit(shapes: tuple[Shape, ...], item: Item, fewer: int = 2) -> Shape:
     """The first that holds the item's columns, else the last; with fewer rows in flight where every element's address
-    takes registers of its own."""
+    takes registers of its own, and fewer still where its random bits do. A lower piece of 16 bits changes nothing: sums
+    have the order that they have for a float32."""
     rows, cols, warps = next((shape for shape in shapes if item.cols <= shape[1]), shapes[-1])
+    if item.stochastic == table.EACH.value:
+        fewer *= 2
     return rows if item.whole else max(1, rows // fewer), cols, warps
 
 
@@ -247,7 +266,9 @@ def _smmf_groups(items: Sequence[Item]) -> tuple[list[list[int]], int]:
 
 
 def _smmf_tiles(items: Sequence[Item], group: Sequence[int], part: bool) -> list[Launch]:
-    classes = _classes(items, group, lambda it: (it.param, it.grad, it.whole, it.signs, _fit(SMMF_TILES, it)))
+    classes = _classes(
+        items, group, lambda it: (it.param, it.grad, it.whole, it.stored, it.signs, _fit(SMMF_TILES, it))
+    )
     return [
         Launch(
             smmf.smmf_tiles,
@@ -263,10 +284,12 @@ def _smmf_tiles(items: Sequence[Item], group: Sequence[int], part: bool) -> list
                 "WHOLE": whole,
                 "LAYOUT": signs,
                 "PART": part,
+                "STOCHASTIC": stochastic,
+                "LOW": low,
             },
             warps,
         )
-        for (param, grad, whole, signs, (rows, cols, warps)), mine in classes.items()
+        for (param, grad, whole, (stochastic, low), signs, (rows, cols, warps)), mine in classes.items()
     ]
 
 
@@ -383,12 +406,14 @@ def _hfac_stats(items: Sequence[Item], columns: bool) -> list[Launch]:
 
 def _hfac_updates(items: Sequence[Item]) -> list[Launch]:
     launches = []
-    classes = _classes(items, range(len(items)), lambda it: (it.param, it.grad, it.whole, _fit(HFAC_TILES, it)))
-    for (param, grad, whole, (rows, cols, warps)), mine in classes.items():
+    classes = _classes(
+        items, range(len(items)), lambda it: (it.param, it.grad, it.whole, it.stored, _fit(HFAC_TILES, it))
+    )
+    for (param, grad, whole, (stochastic, low), (rows, cols, warps)), mine in classes.items():
         tiles = _parts(items, mine, lambda it: it.row_tiles * it.col_tiles)
         tiles.reverse()  # what was read last is the likeliest to be in the cache still
         constants = {"W": TYPES[param], "G": TYPES[grad], "T": TYPES[_wide(param)], "R": rows, "C": cols}
-        constants["WHOLE"] = whole
+        constants |= {"WHOLE": whole, "STOCHASTIC": stochastic, "LOW": low}
         launches.append(
             Launch(hfac.hfac_update, tiles, ("grads", "scalars", "flags"), ("NEGATE", "SKIP"), constants, warps)
         )
@@ -417,9 +442,13 @@ def _dense(op: str, items: Sequence[Item]) -> Plan:
             )
             for (param, grad, whole), mine in classes.items()
         ]
-    for (param, grad, whole), mine in classes.items():
+    stored = _classes(items, everything, lambda it: (it.param, it.grad, it.whole, it.stored))
+    for (param, grad, whole, (stochastic, low)), mine in stored.items():
         constants = {"W": TYPES[param], "G": TYPES[grad], "T": TYPES[_wide(param)], "WHOLE": whole}
-        launches.append(Launch(kernel, _parts(items, mine, _runs), ("grads", "scalars", "flags"), options, constants))
+        constants |= {"STOCHASTIC": stochastic, "LOW": low}
+        warps = dense_warps(kernel, whole, stochastic, low)
+        tiles = _parts(items, mine, _runs)
+        launches.append(Launch(kernel, tiles, ("grads", "scalars", "flags"), options, constants, warps))
     return Plan(launches, at)
 
 
@@ -448,6 +477,16 @@ def merged_layout(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
         else:
             dims.append((size, stride))
     return [len(dims), *(x for pair in dims for x in pair)]
+
+
+def bits_of(layout: Sequence[int], first: int, whole: bool) -> int:
+    """How the random bits of a tensor are made, the first of whose elements has this index and whose others follow from
+    this layout; ``whole``: rows and runs are whole vectors of 8."""
+    dims, *pairs = layout
+    steps = [stride for stride in pairs[1::2]]
+    if not whole or first % 8 or steps[:1] not in ([], [1]) or any(n % 8 for n in (*pairs[:1], *steps[1:])):
+        return table.EACH.value
+    return (table.EIGHT_APART if dims > 1 else table.EIGHT).value
 
 
 def square_slice(shape: Sequence[int]) -> int:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .element import decays, divide, length, operand, partial_sums, place, pointer, root
+from .rounding import calls, counter, load, low_piece, random_bits, store
 from .table import (
     ALL_COLS,
     ALL_ROWS,
@@ -31,6 +32,7 @@ from .table import (
     FIRST_COL,
     FIRST_ROW,
     LR,
+    NEAREST,
     NEW_COL,
     NEW_ROW,
     NO_SIGNS,
@@ -74,6 +76,8 @@ def smmf_tiles(
     WHOLE: tl.constexpr,  # contiguous, aligned, rows of whole vectors of 8
     LAYOUT: tl.constexpr,  # of the signs
     PART: tl.constexpr,  # the matrix is a block of a larger one
+    STOCHASTIC: tl.constexpr,  # how random bits are made
+    LOW: tl.constexpr,  # bits of a lower piece of the weight
     COUPLED: tl.constexpr,
     NEGATE: tl.constexpr,  # the objective is maximized
     SKIP: tl.constexpr,
@@ -98,6 +102,8 @@ def smmf_tiles(
     grad = operand(tl.load(grads + 2 * item), G, WHOLE)
     param_layout = tl.load(record + PARAM_LAYOUT)
     grad_layout = tl.load(grads + 2 * item + 1)
+    low, low_layout = low_piece(record, WHOLE, LOW)
+    seed, t, position, first, place_layout = counter(record, scalars, item, STOCHASTIC)
     if PART:
         # Of whole vectors like `length`, where WHOLE.
         start_at = length(record, START, WHOLE)
@@ -120,6 +126,9 @@ def smmf_tiles(
     eps = tl.load(scalars + EPS).to(T)
 
     j = col_tile * C + tl.arange(0, C).to(tl.int64)
+    if LOW == 16 and LAYOUT != BYTE_PER_ELEMENT:
+        # A lane then holds four neighbours, as it does of float32, whose sums these must equal to the bit.
+        j = tl.max_contiguous(j, 4)
     in_cols = j < cols
     c_V = tl.load(pointer(record, SECOND_COL, T) + j, in_cols, 0.0)
     sum_V = tl.zeros([R, C], T)
@@ -130,6 +139,7 @@ def smmf_tiles(
     if LAYOUT == WHOLE_BYTES:
         jb = col_tile * (C // 8) + tl.arange(0, C // 8).to(tl.int64)
         k = tl.arange(0, 8)[None, None, :]
+    calls_at = col_tile * C + calls(C, STOCHASTIC)
     if LAYOUT == SHARED_BYTES:
         slice = tl.load(record + SLICE)
         slice_bytes = tl.load(record + SLICE_BYTES)
@@ -144,7 +154,7 @@ def smmf_tiles(
         if NEGATE:
             g = -g
         to = param + place(at, param_layout, WHOLE)
-        w = tl.load(to, mask, 0.0).to(T)
+        w = load(to, low, low_layout, at, mask, T, WHOLE, LOW)
         if COUPLED:
             g = g + weight_decay * w
         else:
@@ -187,7 +197,11 @@ def smmf_tiles(
 
         V = (b2 * tl.load(r_V + i * row_step, in_rows, 0.0))[:, None] * c_V[None, :] + rest2 * (g * g)
         w = w - lr * divide(M, root(V) + eps)
-        tl.store(to, w.to(W), mask)
+        drawn = 0
+        if STOCHASTIC != NEAREST:
+            drawn_at = start_at + i[:, None] * stride + calls_at[None, :]
+            drawn = tl.reshape(random_bits(seed, t, position, first, place_layout, drawn_at, STOCHASTIC), [R, C])
+        store(w, drawn, to, low, low_layout, at, mask, W, WHOLE, STOCHASTIC, LOW)
         V = tl.where(mask, V, 0.0)
         sum_V += V
         tl.store(row_sums + rows + i, tl.sum(V, 1), in_rows)

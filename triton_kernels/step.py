@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from . import table
-from .plan import Item, Launch, Plan, compile_options, make_plan, merged_layout, square_slice
+from .plan import Item, Launch, Plan, bits_of, compile_options, make_plan, merged_layout, square_slice
 
 Scalar = float | Tensor
 Tensors = Sequence[Tensor]
+#: Position, first, strides: `hfac.rounding.Place`.
+Place = tuple[int, int, tuple[int, ...] | None]
 
 SPACES = {
     "rows": table.SPACE_ROWS,
@@ -37,6 +39,7 @@ STATES = {
     "exp_avg_signs": table.SIGNS,
     "exp_avgs": _FIRST_ROW,
     "exp_avg_sqs": _SECOND_ROW,
+    "master_lows": table.LOW_PIECE,
 }
 
 
@@ -70,13 +73,19 @@ class Bound(Launcher):
     """An op of `hfac.reference`, by its name, on these parameters and states, for as long as they lie where they lie.
 
     Where a parameter or gradient is not contiguous, its elements are found through its strides, in place.
+
+    Args:
+        places: of parameters that are rounded stochastically; every call then brings seed and step.
     """
 
-    def __init__(self, op: str, params: Tensors, states: dict[str, list[Tensor]]) -> None:
-        self.op, self.params, self.states = op, list(params), states
+    def __init__(
+        self, op: str, params: Tensors, states: dict[str, list[Tensor]], places: Sequence[Place] | None = None
+    ) -> None:
+        self.op, self.params, self.states, self.places = op, list(params), states, places
         self.device = params[0].device
         self.first = "exp_avg_rows" in states or "exp_avgs" in states
-        self.scalars = torch.zeros(table.DECAYS.value + 2 + 2 * len(params), dtype=torch.float64, device=self.device)
+        count = table.OWN.value + table.OWNED.value * (1 + len(params))
+        self.scalars = torch.zeros(count, dtype=torch.float64, device=self.device)
         self.flags = torch.zeros(len(params), dtype=torch.int32, device=self.device)
         self.known: tuple[Any, ...] | None = None
         self.addresses: list[int] = []
@@ -97,13 +106,16 @@ class Bound(Launcher):
         clip_threshold: float | None = None,
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
+        seed: int = 0,
+        step: Scalar = 0.0,
     ) -> None:
         with current(self.device):
             if any(map(Tensor.is_neg, grads)):
                 grads = [grad.resolve_neg() for grad in grads]
             capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
             self._tables(grads, capturing)
-            self._scalars([lr, weight_decay, eps, clip_threshold or 0.0], beta1, beta2, capturing)
+            numbers = [lr, weight_decay, eps, clip_threshold or 0.0]
+            self._scalars(numbers, seed, [0.0 if beta1 is None else beta1, beta2, step, 0.0], capturing)
             if nonfinite is not None:
                 self.flags.zero_()
             options = {
@@ -157,11 +169,13 @@ class Bound(Launcher):
         second_rows = self.states.get("exp_avg_sq_rows")
         second_cols = self.states.get("exp_avg_sq_cols")
         signs = self.states.get("exp_avg_signs")
+        lows = self.states.get("master_lows")
 
         for i, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
             rows = param.numel() if second_rows is None else second_rows[i].numel()
             cols = 1 if second_cols is None else second_cols[i].numel()
             item = Item(rows, cols, param.dtype, grad.dtype, slice=square_slice(param.shape) if signs else 0)
+            item.low = 8 * lows[i].itemsize if lows else 0
             item.whole = (
                 aligned[i]
                 and param.is_contiguous()
@@ -170,20 +184,31 @@ class Bound(Launcher):
                 and (second_cols is not None or all(t[i].data_ptr() % 16 == 0 for t in self.states.values()))
                 and item.signs != table.SHARED_BYTES.value
                 and (not signs or signs[i].data_ptr() % 16 == 0)
+                and (not lows or (lows[i].is_contiguous() and lows[i].data_ptr() % 16 == 0))
             )
             items.append(item)
-            starts.append((layouts.of(param), layouts.of(grad)))
+            of_low = layouts.of(lows[i]) if lows else 0
+            of_place = layouts.of_place(item, param.shape, self.places[i]) if self.places else 0
+            starts.append((layouts.of(param), layouts.of(grad), of_low, of_place))
         self.plan: Plan = make_plan(self.op, items)
 
         self.workspace = torch.empty(max(self.plan.workspace, 16), dtype=torch.uint8, device=self.device)
         self.layouts = torch.tensor(layouts.numbers, dtype=torch.int64).to(self.device)
         base, space = self.layouts.data_ptr(), self.workspace.data_ptr()
-        self.grad_layouts = [base + 8 * start for _, start in starts]
+        self.grad_layouts = [base + 8 * start for _, start, _, _ in starts]
         records = []
         for i, (param, item) in enumerate(zip(self.params, items, strict=True)):
             record = make_record(item, space)
             record[table.PARAM.value] = param.data_ptr()
-            record[table.PARAM_LAYOUT.value] = base + 8 * starts[i][0]
+            of_param, _, of_low, of_place = starts[i]
+            for field, start in (
+                (table.PARAM_LAYOUT, of_param),
+                (table.LOW_LAYOUT, of_low),
+                (table.PLACE_LAYOUT, of_place),
+            ):
+                record[field.value] = base + 8 * start
+            if self.places:
+                record[table.POSITION.value], record[table.FIRST_INDEX.value], _ = self.places[i]
             for name, tensors in self.states.items():
                 record[STATES[name].value] = tensors[i].data_ptr()
             records.append(record)
@@ -192,12 +217,10 @@ class Bound(Launcher):
         self.grad_table = torch.empty(2 * len(items), dtype=torch.int64, device=self.device)
         self.spare = None
 
-    def _scalars(self, numbers: list[Scalar], beta1: Scalar | None, beta2: Scalar, capturing: bool) -> None:
+    def _scalars(self, numbers: list[Scalar], seed: int, own: list[Scalar], capturing: bool) -> None:
         """Values to device memory. A tensor's value is copied on its device and never read here."""
-        beta1 = 0.0 if beta1 is None else beta1
-        each = any(isinstance(beta, Tensor) and beta.ndim == 1 for beta in (beta1, beta2))
-        shared = table.DECAYS.value
-        values = [*numbers, 1.0 if each else 0.0, beta1, beta2]
+        each = any(isinstance(value, Tensor) and value.ndim == 1 for value in own)
+        values = [*numbers, 1.0 if each else 0.0, *seed_words(seed), *own]
         on_host = [0.0 if isinstance(value, Tensor) else value for value in values]
         if capturing:  # a graph would copy from memory that has been given away since
             for place, value in enumerate(on_host):
@@ -206,22 +229,31 @@ class Bound(Launcher):
             host = host_memory(self.device, len(on_host), torch.float64)
             host.copy_(torch.tensor(on_host, dtype=torch.float64))
             self.scalars[: len(on_host)].copy_(host, non_blocking=True)
-        for place, beta in enumerate((beta1, beta2)):
-            if each and not isinstance(beta, Tensor):
-                self.scalars[shared + 2 + place :: 2].fill_(beta)
-        copy_tensors(self.scalars, numbers, (beta1, beta2), each)
+        for place, value in enumerate(own):
+            if each and not isinstance(value, Tensor):
+                own_numbers(self.scalars, place).fill_(value)
+        copy_tensors(self.scalars, numbers, own, each)
 
 
-def copy_tensors(scalars: Tensor, numbers: Sequence[Any], decays: Sequence[Any], each: bool) -> None:
-    """Puts the values of those that are tensors in their places. With ``each`` every parameter has its own decays."""
-    shared = table.DECAYS.value
+def seed_words(seed: int) -> list[float]:
+    """The low and the high 32 bits, which float64 has room for."""
+    return [float(seed & 0xFFFFFFFF), float(seed >> 32)]
+
+
+def own_numbers(scalars: Tensor, place: int) -> Tensor:
+    """Where every parameter has its own of the numbers that it may have for itself."""
+    return scalars[table.OWN.value + table.OWNED.value + place :: table.OWNED.value]
+
+
+def copy_tensors(scalars: Tensor, numbers: Sequence[Any], own: Sequence[Any], each: bool) -> None:
+    """Puts the values of those that are tensors in their places. With ``each`` every parameter has its ``own``."""
     for place, value in enumerate(numbers):
         if isinstance(value, Tensor):
             scalars[place].copy_(value.reshape(()))
-    for place, beta in enumerate(decays):
-        if isinstance(beta, Tensor):
-            to = scalars[shared + 2 + place :: 2] if each else scalars[shared + place]
-            to.copy_(beta if each else beta.reshape(()))
+    for place, value in enumerate(own):
+        if isinstance(value, Tensor):
+            to = own_numbers(scalars, place) if each else scalars[table.OWN.value + place]
+            to.copy_(value if each else value.reshape(()))
 
 
 class Layouts:
@@ -232,10 +264,19 @@ class Layouts:
 
     def of(self, tensor: Tensor) -> int:
         """Where the tensor's begins."""
-        if tensor.is_contiguous():
-            return 0
-        self.numbers.extend(merged := merged_layout(tensor.shape, tensor.stride()))
-        return len(self.numbers) - len(merged)
+        return 0 if tensor.is_contiguous() else self._add(merged_layout(tensor.shape, tensor.stride()))
+
+    def of_place(self, item: Item, shape: Sequence[int], place: Place) -> int:
+        """Where that of the indices of a tensor begins; also says how the item's random bits are made."""
+        _, first, strides = place
+        layout = [0] if strides is None else merged_layout(shape, strides)
+        # Sixteen bits of a lower piece are the whole float32, of which nothing is rounded.
+        item.stochastic = table.NEAREST.value if item.low == 16 else bits_of(layout, first, item.whole)
+        return 0 if strides is None else self._add(layout)
+
+    def _add(self, layout: list[int]) -> int:
+        self.numbers.extend(layout)
+        return len(self.numbers) - len(layout)
 
 
 def make_record(item: Item, space: int) -> list[int]:

@@ -52,15 +52,24 @@ ROW = tl.constexpr(31)
 ROW_STEP = tl.constexpr(32)
 COL = tl.constexpr(33)
 BLOCKS = tl.constexpr(34)
-FIELDS = tl.constexpr(35)
+#: of a master weight's lower piece: address, and of its layout; of random bits: the parameter's position, its first
+#: element's index, and the address of the layout that gives the others' (`hfac.rounding.Place`)
+LOW_PIECE = tl.constexpr(35)
+LOW_LAYOUT = tl.constexpr(36)
+POSITION = tl.constexpr(37)
+FIRST_INDEX = tl.constexpr(38)
+PLACE_LAYOUT = tl.constexpr(39)
+FIELDS = tl.constexpr(40)
 
-#: Of a step, in float64: the two decays follow from DECAYS on, shared, then per parameter.
+#: Of a step, in float64: the two decays and the step's number follow from OWN on, shared, then per parameter.
 LR = tl.constexpr(0)
 WEIGHT_DECAY = tl.constexpr(1)
 EPS = tl.constexpr(2)
 CLIP = tl.constexpr(3)
-PER_PARAM = tl.constexpr(4)  # 1 where each parameter has its own decays
-DECAYS = tl.constexpr(5)
+PER_PARAM = tl.constexpr(4)  # 1 where each parameter has its own
+SEED = tl.constexpr(5)  # its low and its high 32 bits
+OWN = tl.constexpr(7)
+OWNED = tl.constexpr(4)  # a power of two; the last is not used
 
 #: Elements of one program of the dense kernels, and of one that only looks for what is not finite; rows and columns of
 #: one of a fold; tiles whose partial sums a fold loads at once.
@@ -74,3 +83,10 @@ NO_SIGNS = tl.constexpr(0)
 WHOLE_BYTES = tl.constexpr(1)
 BYTE_PER_ELEMENT = tl.constexpr(2)
 SHARED_BYTES = tl.constexpr(3)
+
+#: How random bits are made: not at all; eight neighbours from one call, whose indices are their places in row-major
+#: order or follow from a layout; or one call for each element.
+NEAREST = tl.constexpr(0)
+EIGHT = tl.constexpr(1)
+EIGHT_APART = tl.constexpr(2)
+EACH = tl.constexpr(3)

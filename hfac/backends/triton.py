@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version  # tells autograd of writes that it cannot see
 
+from ..rounding import Place
+
 DEVICES = ("cuda", "xpu")
+#: Knows `master_lows` and `places` (`hfac.reference`).
+STORES = True
 
 
 def why_not(device: torch.device) -> str | None:
@@ -54,9 +58,11 @@ def _driver() -> str | None:
     return _found[0]
 
 
-def bind(op: str, params: Sequence[Tensor], states: dict[str, list[Tensor]]) -> Callable[..., None]:
+def bind(
+    op: str, params: Sequence[Tensor], states: dict[str, list[Tensor]], places: Sequence[Place] | None = None
+) -> Callable[..., None]:
     """The op of that name on these parameters and states, for as long as they lie where they lie: (grads, nonfinite,
-    **scalars) -> None, as the function of `hfac.reference`."""
+    **scalars) -> None, as the function of `hfac.reference`; with ``places`` seed and step are among the scalars."""
     from ..triton_kernels.step import Bound
 
     class Step(Bound):
@@ -69,7 +75,7 @@ def bind(op: str, params: Sequence[Tensor], states: dict[str, list[Tensor]]) -> 
             workspace = getattr(self, "workspace", None)
             return 0 if workspace is None else workspace.numel()
 
-    return Step(op, params, states)
+    return Step(op, params, states, places)
 
 
 def hfac_sums(grads: Sequence[Tensor], *lists: Any, **arguments: Any) -> None:
