@@ -166,8 +166,8 @@ class Bound:
         step: Scalar | None = None,
     ) -> None:
         """One step. ``grad_scale``, ``found_inf``: 0-d float32 tensors on the device, as torch's fused optimizers take
-        them: gradients are divided by the one, and nothing is written where the other is not zero. ``seed`` and ``step``
-        are needed where there are places; a graph replays the seed, and reads a step that is a tensor."""
+        them: gradients are divided by the one, and nothing is written where the other is not zero. ``seed`` and
+        ``step`` are needed where there are places; a graph replays the seed, and reads a step that is a tensor."""
         if not self.params:
             return
         strides = None
