@@ -230,11 +230,12 @@ class CudaPlan {
     s.coupled = coupled;
     s.first = first_;
     if (drawn_) {
-      s.seed = PyLong_AsUnsignedLongLong(seed.ptr());
+      const unsigned long long whole = PyLong_AsUnsignedLongLong(seed.ptr());
       if (PyErr_Occurred()) {
         PyErr_Clear();
         refuse("seed", "a whole number from 0 to 2^64 - 1 is needed where there are places");
       }
+      s.keys = keys_of(whole);
       if (step.is_none()) refuse("step", "needed where there are places");
       s.step = scalar(step, "step");
       if (!(s.step.value >= 0 && s.step.value < 4294967296.0)) refuse("step", "a number from 0 to 2^32 is needed");

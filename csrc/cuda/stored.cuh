@@ -2,7 +2,6 @@
 // and what it lacks of a master weight (hfac/rounding.py; csrc/math/rounding.h on one element).
 #pragma once
 
-#include "../math/rounding.h"
 #include "block.cuh"
 
 namespace hfac {
@@ -13,17 +12,29 @@ static_assert(common::kDraws == kVector, "a vector takes one draw");
 
 // Where a parameter's random bits come from.
 struct Draw {
-  uint64_t seed;
+  const Keys* keys;
   int64_t first;
   uint32_t position, step;
   HFAC_DEVICE Draw(const Arguments& a, const Item& it)
-      : seed(a.scalars.seed),
+      : keys(&a.scalars.keys),
         first(it.store.first),
         position(it.store.position),
         step(static_cast<uint32_t>(static_cast<int64_t>(value_of(a.scalars.step, it.index)))) {}
-  HFAC_DEVICE Random block(uint64_t block) const { return common::philox(block, step, position, seed); }
-  // Of eight elements that follow each other from a multiple of eight on.
-  HFAC_DEVICE Random at(int64_t index) const { return block(static_cast<uint64_t>(first + index) / kVector); }
+  // Of eight elements that follow each other from a multiple of eight on; common::philox with its keys at hand.
+  HFAC_DEVICE Random at(int64_t index) const {
+    const uint64_t block = static_cast<uint64_t>(first + index) / kVector;
+    uint32_t c0 = static_cast<uint32_t>(block), c1 = common::upper_half(block), c2 = step, c3 = position;
+#pragma unroll
+    for (int k = 0; k < common::kPhiloxRounds; ++k) {
+      const uint64_t a = static_cast<uint64_t>(c0) * common::kPhiloxFactor0;
+      const uint64_t b = static_cast<uint64_t>(c2) * common::kPhiloxFactor1;
+      c0 = common::upper_half(b) ^ c1 ^ keys->round[k][0];
+      c1 = static_cast<uint32_t>(b);
+      c2 = common::upper_half(a) ^ c3 ^ keys->round[k][1];
+      c3 = static_cast<uint32_t>(a);
+    }
+    return Random{{c0, c1, c2, c3}};
+  }
 };
 
 // Is one of them NaN? One comparison for the compiler, for which CUDA has no name.
@@ -214,7 +225,9 @@ struct Split8Access : BulkAccess<float, BFloat16, Sg> {
   }
 };
 
-HFAC_DEVICE_APART Random draw_apart(const Draw& draw, uint64_t block) { return draw.block(block); }
+HFAC_DEVICE_APART Random draw_apart(uint64_t block, uint32_t step, uint32_t position, uint64_t seed) {
+  return common::philox(block, step, position, seed);
+}
 
 // Any type, stride and alignment, with or without a lower piece, with or without random bits.
 struct StoredAccess : AnyAccess<float> {
@@ -224,10 +237,13 @@ struct StoredAccess : AnyAccess<float> {
   struct Target {
     Operand param;
     Store store;
-    Draw draw;
+    uint32_t step;
+    uint64_t seed;
   };
 
-  static HFAC_DEVICE Target target(const Arguments& a, const Item& it) { return {it.param, it.store, Draw(a, it)}; }
+  static HFAC_DEVICE Target target(const Arguments& a, const Item& it) {
+    return {it.param, it.store, Draw(a, it).step, a.scalars.keys.seed()};
+  }
 
   static HFAC_DEVICE int64_t place(const Operand& o, const int64_t* layouts, int64_t at) {
     return o.layout < 0 ? at : offset_of(layouts + o.layout, at);
@@ -263,7 +279,7 @@ struct StoredAccess : AnyAccess<float> {
         const int64_t index = t.store.first + within;
         if (static_cast<uint64_t>(index) / common::kDraws != block) {
           block = static_cast<uint64_t>(index) / common::kDraws;
-          random = draw_apart(t.draw, block);
+          random = draw_apart(block, t.step, t.store.position, t.seed);
         }
         bits = common::random_bits(random, index);
       }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../math/rounding.h"
 #include "../math/storage.h"
 
 namespace hfac {
@@ -83,13 +84,19 @@ struct Scalar {
   int32_t wide, stride;  // wide: double, else float
 };
 
+// Of every round of Philox: among a launch's constants they cost nothing, made from the seed two additions a round.
+struct Keys {
+  uint32_t round[common::kPhiloxRounds][2];
+  HFAC_HD uint64_t seed() const { return static_cast<uint64_t>(round[0][1]) << 32 | round[0][0]; }
+};
+
 struct Scalars {
   Scalar lr, weight_decay, beta1, beta2;
   Scalar totals, mean_squares;  // of whole parameters, to H-Fac's parts: sum of r, mean of U^2
   double eps, clip_threshold;
   bool clip, maximize, coupled, first;  // first: there is a first moment
-  Scalar step;                          // with `seed`: what random bits depend on beside an element's place
-  uint64_t seed;
+  Scalar step;                          // with `keys`: what random bits depend on beside an element's place
+  Keys keys;
 };
 
 // Arguments of every kernel.
@@ -105,6 +112,18 @@ struct Arguments {
   int32_t backward;  // tiles from the last to the first
   Scalars scalars;
 };
+
+inline Keys keys_of(uint64_t seed) {
+  Keys keys;
+  uint32_t a = static_cast<uint32_t>(seed), b = common::upper_half(seed);
+  for (auto& round : keys.round) {
+    round[0] = a;
+    round[1] = b;
+    a += common::kPhiloxKey0;
+    b += common::kPhiloxKey1;
+  }
+  return keys;
+}
 
 HFAC_HD bool has_low(const Item& it) { return it.store.low.dtype != static_cast<int32_t>(Low::kNone); }
 HFAC_HD bool is_stored(const Item& it) { return has_low(it) || it.store.drawn; }
