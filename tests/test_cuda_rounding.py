@@ -78,10 +78,10 @@ def same(a, b):
 def laid_out(values, layout):
     """The same elements, elsewhere in memory."""
     if layout == "shifted":  # by one element
-        room = torch.zeros(values.numel() + 1, dtype=values.dtype)
+        room = torch.zeros(values.numel() + 1, dtype=values.dtype, device=values.device)
         found = room[1:].view(values.shape)
     elif layout == "transposed":
-        found = torch.zeros(values.shape[::-1], dtype=values.dtype).t()
+        found = torch.zeros(values.shape[::-1], dtype=values.dtype, device=values.device).t()
     else:
         return values.clone()
     return found.copy_(values)
@@ -116,7 +116,12 @@ def rounded(kind, W, place, step):
     return rounding.split(W, kind.low, bits)
 
 
-def states(op, shapes):
+def states(op, shapes, device="cpu"):
+    found = zeros(op, shapes)
+    return {name: [tensor.to(device) for tensor in tensors] for name, tensors in found.items()}
+
+
+def zeros(op, shapes):
     if "dense" in op:
         return {name: [torch.zeros(s) for s in shapes] for name in ("exp_avgs", "exp_avg_sqs")}
     found = {}
@@ -136,26 +141,27 @@ def scalars(op, t=1):
 class Pair:
     """An op on stored parameters beside the same op, of the same kernels, on their weights in float32."""
 
-    def __init__(self, op, kind, shapes, layouts=None, places=None):
-        self.op, self.kind = op, kind
+    def __init__(self, op, kind, shapes, layouts=None, places=None, backend=emulated.NAME, device="cpu"):
+        self.op, self.kind, self.device = op, kind, device
         layouts = layouts or [("contiguous", "contiguous")] * len(shapes)
-        self.masters = [master(shape, k) for k, shape in enumerate(shapes)]
+        self.masters = [master(shape, k).to(device) for k, shape in enumerate(shapes)]
         pieces = [stored(kind, *each) for each in zip(self.masters, layouts, strict=True)]
         self.params, lows = (list(each) for each in zip(*pieces, strict=True))
         self.lows = None if kind.low is None else lows
-        self.states, self.twins = states(op, shapes), states(op, shapes)
+        self.states, self.twins = states(op, shapes, device), states(op, shapes, device)
         self.places = places or [Place(3 * k) for k in range(len(shapes))]
         given = self.states | ({} if self.lows is None else {"master_lows": self.lows})
-        self.call = ops.Bound(op, self.params, given, places=self.places if kind.drawn else None, backend=emulated.NAME)
+        self.call = ops.Bound(op, self.params, given, places=self.places if kind.drawn else None, backend=backend)
         for W, param, low in zip(self.masters, *self.stored(), strict=True):
             W.copy_(joined(param, low))
-        self.twin = ops.Bound(op, self.masters, self.twins, backend=emulated.NAME)
+        self.twin = ops.Bound(op, self.masters, self.twins, backend=backend)
 
     def stored(self):
         return self.params, self.lows or [None] * len(self.params)
 
     def step(self, grads, t=1, steps=None, **kwargs):
         """Both step; then the weights in float32 are what is stored. ``steps``: as a tensor, one per parameter."""
+        grads = [grad.to(self.device) for grad in grads]
         given = scalars(self.op, t) | kwargs
         self.call.prepare(grads, seed=SEED, step=float(t) if steps is None else steps, **given)()
         self.twin.prepare([grad.float() for grad in grads], **given)()
@@ -259,28 +265,29 @@ def test_what_is_refused_keeps_every_bit(op, kind):
 
 
 PART = (slice(3, 20), slice(8, 24))  # of a matrix [32, 24]
+PART_PLACES = [Place(4, 80), Place(4, 80, (24, 1)), Place(4, 81)]
 
 
 @pytest.mark.parametrize("contiguous", [False, True], ids=["strides", "rows"])
 @EACH_KIND
-def test_smmf_parts(kind, contiguous):
+def test_smmf_parts(kind, contiguous, backend=emulated.NAME, device="cpu"):
     """A part is the slice of what a step of the whole writes."""
     part = (slice(8, 24), slice(0, 24)) if contiguous else PART
-    shape, W = (32, 24), master((32, 24), 1)
-    grad, before = gradient(shape, 2, BF16), states("smmf_step_", [shape])
+    shape, W = (32, 24), master((32, 24), 1).to(device)
+    grad, before = gradient(shape, 2, BF16).to(device), states("smmf_step_", [shape], device)
     for name in ("exp_avg_rows", "exp_avg_cols", "exp_avg_sq_rows", "exp_avg_sq_cols"):
-        before[name][0].uniform_(generator=torch.Generator().manual_seed(5))
+        before[name][0].copy_(torch.rand(before[name][0].shape, generator=torch.Generator().manual_seed(5)))
     param, low = stored(kind, W)
     own, rest = param[part].clone(), None if low is None else low[part].clone()
     rows, cols = own.shape
-    options = scalars("smmf_step_", 2) | dict(seed=SEED, backend=emulated.NAME)
+    options = scalars("smmf_step_", 2) | dict(seed=SEED, backend=backend)
     sums = {f"new_{name[8:]}": [torch.zeros_like(t[0])] for name, t in before.items() if "signs" not in name}
     first = part[0].start * shape[1] + part[1].start
     ops.smmf_sums_step_(
         [own],
         [grad[part].clone()],
         *([t.clone() for t in before[name]] for name in ("exp_avg_rows", "exp_avg_cols")),
-        [torch.zeros(sign_shape(own.shape), dtype=torch.uint8)],
+        [torch.zeros(sign_shape(own.shape), dtype=torch.uint8, device=device)],
         *([t.clone() for t in before[name]] for name in ("exp_avg_sq_rows", "exp_avg_sq_cols")),
         **sums,
         blocks=[[Block(0, cols, part[0].start, 1, part[1].start, rows, cols)]],
@@ -296,11 +303,11 @@ def test_smmf_parts(kind, contiguous):
     assert low is None or torch.equal(rest, low[part])
 
 
-@pytest.mark.parametrize("place", [Place(4, 80), Place(4, 80, (24, 1)), Place(4, 81)], ids=str)
+@pytest.mark.parametrize("place", PART_PLACES, ids=str)
 @EACH_KIND
-def test_hfac_parts(kind, place):
+def test_hfac_parts(kind, place, backend=emulated.NAME, device="cpu"):
     rows, cols = 17, 16
-    W, grad = master((rows, cols), 1), gradient((rows, cols), 2, BF16)
+    W, grad = master((rows, cols), 1).to(device), gradient((rows, cols), 2, BF16).to(device)
     param, low = stored(kind, W)
     W = joined(param, low)
     generator = torch.Generator().manual_seed(5)
@@ -309,10 +316,13 @@ def test_hfac_parts(kind, place):
         by_row = ("exp_avg_rows", "exp_avg_sq_rows", "row_sums", "new_rows")
         by_col = ("exp_avg_cols", "exp_avg_sq_cols", "col_sums", "new_cols")
         generator.manual_seed(5)
-        lists = {name: [torch.rand(rows, generator=generator) + 0.5] for name in by_row}
-        lists |= {name: [torch.rand(cols, generator=generator) + 0.5] for name in by_col}
-        lists |= dict(totals=torch.tensor([30.0]), mean_squares=torch.tensor([0.9]), rows=[40], cols=[24])
-        options = dict(lr=0.02, beta1=0.8, clip_threshold=0.7, weight_decay=0.1, backend=emulated.NAME)
+        lists = {name: [(torch.rand(rows, generator=generator) + 0.5).to(device)] for name in by_row}
+        lists |= {name: [(torch.rand(cols, generator=generator) + 0.5).to(device)] for name in by_col}
+        given = {
+            name: torch.tensor([value], device=device) for name, value in dict(totals=30.0, mean_squares=0.9).items()
+        }
+        lists |= given | dict(rows=[40], cols=[24])
+        options = dict(lr=0.02, beta1=0.8, clip_threshold=0.7, weight_decay=0.1, backend=backend)
         ops.hfac_apply_([param], [grad], **lists, **options, **kwargs)
 
     places = [place] if kind.drawn else None
