@@ -45,11 +45,12 @@ HFAC_HD uint32_t random_bits(const Random& random, int64_t index) {
 
 HFAC_HD bool is_finite(uint32_t u) { return (u & 0x7f800000u) != 0x7f800000u; }
 
+HFAC_HD bool is_nan(uint32_t u) { return (u & 0x7fffffffu) > 0x7f800000u; }
+
 // Rounded up in magnitude with the probability of what would be cut off. The last argument says the type only.
 HFAC_HD BFloat16 stochastic(float x, uint32_t bits, BFloat16) {
-  const uint32_t u = bits_of(x);
-  const BFloat16 rounded{static_cast<uint16_t>((u + bits) >> 16)}, other = narrow_bfloat16(x);
-  return is_finite(u) ? rounded : other;
+  const uint32_t u = bits_of(x), rounded = (u + (is_finite(u) ? bits : 0u)) >> 16;
+  return BFloat16{static_cast<uint16_t>(is_nan(u) ? 0x7fc0u : rounded)};
 }
 
 HFAC_HD Float16 stochastic(float x, uint32_t bits, Float16) {
@@ -62,9 +63,9 @@ HFAC_HD Float16 stochastic(float x, uint32_t bits, Float16) {
   const uint32_t small = (significand + ((bits << 8) >> (24 - shift))) >> shift;
   const uint32_t normal = ((magnitude + (bits >> 3)) >> 13) - (112u << 10);
   uint32_t rounded = exponent >= 113 ? normal : small;
-  rounded = rounded > 0x7c00u ? 0x7c00u : rounded;
-  const uint32_t other = magnitude > 0x7f800000u ? 0x7e00u | ((magnitude >> 13) & 0x1ffu) : 0x7c00u;  // as narrowed
-  return Float16{static_cast<uint16_t>(sign | (is_finite(u) ? rounded : other))};
+  rounded = rounded > 0x7c00u ? 0x7c00u : rounded;  // inf, and beyond what is finite
+  const uint32_t nan = 0x7e00u | ((magnitude >> 13) & 0x1ffu);
+  return Float16{static_cast<uint16_t>(sign | (is_nan(u) ? nan : rounded))};
 }
 
 // The master weight of a bfloat16 and what it lacks: all 16 bits, or the upper 8 of them.
@@ -75,27 +76,35 @@ HFAC_HD float join(BFloat16 high, int8_t low) {
   return float_of((static_cast<uint32_t>(high.bits) << 16) + static_cast<uint32_t>(static_cast<int32_t>(low) * 256));
 }
 
-// A master weight that fits in its two pieces as those: the bfloat16 nearest to it, ties away from zero, and the rest.
-template <class Low>
-HFAC_HD void split_bits(uint32_t u, BFloat16& high, Low& low) {
-  const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
-  const auto rest = static_cast<int32_t>(static_cast<int16_t>(static_cast<uint16_t>(u)));
-  high.bits = static_cast<uint16_t>(nan ? 0x7fc0u : (u + 0x8000u) >> 16);
-  low = static_cast<Low>(nan ? 0 : sizeof(Low) == 2 ? rest : rest / 256);
+// The two pieces of a master weight that fits in them: the bfloat16 nearest to it, ties away from zero, and the rest,
+// which as a signed number is the bits below.
+HFAC_HD void split_bits(uint32_t u, BFloat16& high, uint16_t& low) {
+  high.bits = static_cast<uint16_t>(is_nan(u) ? 0x7fc0u : (u + 0x8000u) >> 16);
+  low = static_cast<uint16_t>(is_nan(u) ? 0u : u);
 }
 
-HFAC_HD void split(float x, BFloat16& high, int16_t& low) { split_bits(bits_of(x), high, low); }
+HFAC_HD void split(float x, BFloat16& high, int16_t& low) {
+  uint16_t rest;
+  split_bits(bits_of(x), high, rest);
+  low = static_cast<int16_t>(rest);
+}
+
+// To 24 bits, by `bits` that are added to the 8 which are cut off.
+HFAC_HD void split_rounded(uint32_t u, uint32_t bits, BFloat16& high, int8_t& low) {
+  uint16_t rest;
+  split_bits(is_nan(u) ? u : (u + bits) & 0xffffff00u, high, rest);
+  low = static_cast<int8_t>(static_cast<uint8_t>(rest >> 8));
+}
 
 // To 24 bits, to the nearest, ties to even.
 HFAC_HD void split(float x, BFloat16& high, int8_t& low) {
-  const uint32_t u = bits_of(x), rounded = (u + 0x7fu + ((u >> 8) & 1u)) & 0xffffff00u;
-  split_bits(x == x ? rounded : u, high, low);
+  const uint32_t u = bits_of(x);
+  split_rounded(u, 0x7fu + ((u >> 8) & 1u), high, low);
 }
 
 // To 24 bits, stochastically by the upper half of an element's random bits.
 HFAC_HD void split(float x, uint32_t bits, BFloat16& high, int8_t& low) {
-  const uint32_t u = bits_of(x), rounded = (u + (bits >> 8)) & 0xffffff00u;
-  split_bits(x == x ? rounded : u, high, low);
+  split_rounded(bits_of(x), bits >> 8, high, low);
 }
 
 }  // namespace HFAC_LEVEL
