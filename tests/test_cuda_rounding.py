@@ -264,6 +264,18 @@ def test_what_is_refused_keeps_every_bit(op, kind):
     assert flags.tolist() == [1, 0] and kept(0) and not kept(1)
 
 
+@EACH_KIND
+@EACH_OP
+def test_a_nan_stays_one(op, kind):
+    """Also that of a GPU's arithmetic, all of whose bits are set: what is added to them must not make it a number."""
+    shapes = [(24, 16), (37, 19)]
+    pair, grads = Pair(op, kind, shapes), grads_of(shapes, 1, F32)
+    for grad in grads:
+        grad.view(torch.int32)[2:5, 3] = 0x7FFFFFFF
+    pair.step(grads)
+    assert all(param[2:5, 3].isnan().all() for param in pair.params)
+
+
 PART = (slice(3, 20), slice(8, 24))  # of a matrix [32, 24]
 PART_PLACES = [Place(4, 80), Place(4, 80, (24, 1)), Place(4, 81)]
 
