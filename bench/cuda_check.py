@@ -24,12 +24,16 @@ ARCHS = ("80", "90", "100")
 #: kernel -> the registers that its number of threads leaves; kernels with no entry are bound by the architecture's 255
 BOUNDS = {"smmf_tiles": 128, "hfac_update_tiles": 128, "hfac_stats, 1 vectors": 128}
 _TYPES = {"f": "float32", "d": "float64", "BFloat16": "bfloat16", "Float16": "float16"}
+#: accesses of csrc/cuda/stored.cuh -> what they make of a parameter
+_STORED = {"Drawn": "bfloat16 stochastically", "Split": "bfloat16 and int16", "Split8": "bfloat16 and int8"}
+#: elements that a thread of a tile kernel has in one pass of its loop: kVector * kRowsInFlight
+_LOOP_ELEMENTS = 32
 
 
 @dataclass
 class Kernel:
     """One kernel on one architecture; loads and stores are those of 16 bytes in the machine code, local its accesses to
-    local memory."""
+    local memory, loop the instructions of the loop that has all stores of 16 bytes, or 0."""
 
     name: str
     operands: str
@@ -42,6 +46,7 @@ class Kernel:
     stores: int
     local: int
     float_atomics: int
+    loop: int
 
     @property
     def bulk(self) -> bool:
@@ -78,6 +83,12 @@ def describe(symbol: str) -> tuple[str, str]:
     rest = symbol[name.end() :]
     vectors = re.search(r"Li(\d+)E", rest)
     suffix = f", {vectors[1]} vectors" if vectors else ", blocks of parts" if "Lb1E" in rest else ""
+    if rest.startswith("NS_12StoredAccess"):
+        return name[1], f"any, float32, stochastically or with a lower piece{suffix}"
+    stored = re.match(r"NS_\d+(Drawn|Split8?)AccessI(f|NS_8BFloat16E)E", rest)
+    if stored is not None:
+        gradients = "float32" if stored[2] == "f" else "bfloat16"
+        return name[1], f"bulk, {_STORED[stored[1]]} with {gradients} gradients{suffix}"
     types = re.match(r"NS_\d+BulkAccessIf(.*?)EE", rest)
     if types is None:
         return name[1], f"any, {'float64' if re.match(r'(NS_9AnyAccessI)?d', rest) else 'float32'}{suffix}"
@@ -86,6 +97,19 @@ def describe(symbol: str) -> tuple[str, str]:
     if len(found) > 1 and found[-1].startswith("S"):
         pair[1] = pair[0]
     return name[1], f"bulk, {pair[0]} with {pair[1]} gradients{suffix}"
+
+
+def loop_length(code: str) -> int:
+    """Instructions of the shortest loop that has all stores of 16 bytes, whatever jumps out of it and back."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)]
+    stores = [at for at, text in lines if re.search(r"\bSTG\.\S*\b128\b", text)]
+    lengths = []
+    for end, text in lines:
+        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        begin = int(target[1], 16) if target else end
+        if begin < end and stores and begin <= stores[0] and stores[-1] <= end:
+            lengths.append(sum(begin <= at <= end for at, _ in lines))
+    return min(lengths, default=0)
 
 
 def find_cuobjdump() -> str | None:
@@ -132,9 +156,21 @@ def compile_one(nvcc: str, cuobjdump: str, source: str, arch: str) -> list[Kerne
                 stores=len(re.findall(r"\bSTG\.\S*\b128\b", code[symbol])),
                 local=len(re.findall(r"\b(?:LDL|STL)\b", code[symbol])),
                 float_atomics=len(re.findall(r"(?:atom|red)\S*\.add\S*\.f(?:16|32|64)", body)),
+                loop=loop_length(code[symbol]),
             )
         )
     return kernels
+
+
+def differences(kernels: Iterable[Kernel]) -> Iterable[str]:
+    """Rows that say what a stored parameter costs beside a plain one."""
+    loops = {(k.name, k.operands, k.arch): k.loop for k in kernels}
+    for arch in sorted({k.arch for k in kernels}, key=int):
+        for name in ("smmf_tiles", "hfac_update_tiles"):
+            plain = loops.get((name, "bulk, bfloat16 with bfloat16 gradients", arch))
+            if plain:
+                each = [loops[name, f"bulk, {what} with bfloat16 gradients", arch] for what in _STORED.values()]
+                yield f"| {name} | {arch} | {' | '.join(f'{(n - plain) / _LOOP_ELEMENTS:.1f}' for n in each)} |"
 
 
 def table(kernels: Iterable[Kernel]) -> str:
@@ -146,13 +182,24 @@ def table(kernels: Iterable[Kernel]) -> str:
         "are those for aligned, contiguous tensors; they must not spill. The others take any layout, and are there to",
         "be right. No kernel adds floats atomically.",
         "",
-        "| kernel | operands | sm | registers | stack | spilled | shared | 16-byte loads | stores | local |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "Instructions per element are those of the loop over rows that writes parameters, for each of the 32",
+        "elements that a thread has in it. They count what is seldom or never run too (options, unscaling, NaN, the",
+        "slow ends of roots and quotients), so the differences between rows say more than the rows. What a bfloat16",
+        "parameter takes more when it is stored in another way (of int8 both roundings stand there, and one is run);",
+        "Philox is 5 of it, two wide multiplications and two xors a round for eight elements, with its keys among",
+        "the launch's constants:",
+        "",
+        "| kernel | sm | stochastically | and int16 | and int8 |",
+        "| --- | --- | --- | --- | --- |",
+        *differences(kernels),
+        "",
+        "| kernel | operands | sm | registers | stack | spilled | shared | 16-byte loads | stores | local | element |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for k in sorted(kernels, key=lambda k: (not k.bulk, k.name, k.operands, int(k.arch))):
         lines.append(
             f"| {k.name} | {k.operands} | {k.arch} | {k.registers} | {k.stack} | {k.spilled} | {k.shared} "
-            f"| {k.loads} | {k.stores} | {k.local} |"
+            f"| {k.loads} | {k.stores} | {k.local} | {f'{k.loop / _LOOP_ELEMENTS:.1f}' if k.loop else ''} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -7,6 +7,7 @@ Without a GPU there is nothing here to run: the CUDA kernels run on the host in 
 import copy
 
 import pytest
+import test_cuda_rounding
 import test_parts
 import torch
 from cases import OPTIONS, SHAPES, gradient
@@ -17,6 +18,7 @@ from torch.nn import Parameter
 
 import hfac
 from hfac import backends
+from hfac.rounding import Place, join
 
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU here", allow_module_level=True)
@@ -312,3 +314,95 @@ def test_two_runs_on_parts_have_the_same_bits():
         move(parts)
         results.append(bits(moved(parts.step("cuda", **SMMF_OPTIONS["decoupled"]), "cpu")))
     assert results[0] == results[1]
+
+
+STORED = [dict(rounding="stochastic"), dict(master="split"), dict(rounding="stochastic", master="split8")]
+KIND = pytest.mark.parametrize("kind", test_cuda_rounding.KINDS.values(), ids=test_cuda_rounding.KINDS)
+
+
+@PARTS
+@pytest.mark.parametrize("grad_dtype", DTYPES[:2], ids=str)
+@KIND
+@pytest.mark.parametrize("op", test_cuda_rounding.OPS)
+def test_stored_parameters(op, kind, grad_dtype):
+    """To the bit what hfac.rounding makes of the weights that the same kernels write in float32."""
+    shapes = [*test_cuda_rounding.SHAPES[op[:4]], (1024, 1024)]
+    places = [Place(k, first) for k, first in enumerate((0, 2**35 + 8, 7, 5, 11, 16))]
+    pair = test_cuda_rounding.Pair(op, kind, shapes, places=places, backend="cuda", device=DEVICE)
+    for t in (1, 2):
+        steps = torch.arange(t, t + len(shapes), dtype=torch.float64, device=DEVICE) if t == 2 else None
+        pair.step(test_cuda_rounding.grads_of(shapes, t, grad_dtype), t, steps)
+    bulk = set() if "dense" in op else {kind.bulk[grad_dtype == torch.float32]}
+    assert pair.accesses() == bulk | {"any stored"}
+
+
+@PARTS
+@pytest.mark.parametrize("layout", ["shifted", "transposed"])
+@KIND
+@pytest.mark.parametrize("op", test_cuda_rounding.OPS)
+def test_stored_parameters_of_any_layout(op, kind, layout):
+    shapes, places = [(24, 16), (16, 8)], [Place(1, 16, (64, 1)), Place(2, 3, (1, 40))]
+    layouts = [(layout, "contiguous"), ("contiguous", layout)]
+    pair = test_cuda_rounding.Pair(op, kind, shapes, layouts, places, backend="cuda", device=DEVICE)
+    pair.step(test_cuda_rounding.grads_of(shapes, 1, torch.bfloat16))
+
+
+@PARTS
+@KIND
+def test_stored_parts(kind):
+    here = dict(backend="cuda", device=DEVICE)
+    for contiguous in (False, True):
+        test_cuda_rounding.test_smmf_parts(kind, contiguous, **here)
+    for place in test_cuda_rounding.PART_PLACES:
+        test_cuda_rounding.test_hfac_parts(kind, place, **here)
+
+
+@PARTS
+def test_sanitized_stored_parameters():
+    for kind in test_cuda_rounding.KINDS.values():
+        for op in test_cuda_rounding.OPS:
+            test_stored_parameters(op, kind, torch.bfloat16)
+        test_stored_parts(kind)
+
+
+@PARTS
+@BOTH
+def test_split_equals_steps_in_float32(name):
+    shapes = [(24, 18), (300, 2100), (1024, 4096), (1024,), (7,)]
+    halves = [on_device(param, torch.bfloat16) for param in parameters(shapes)]
+    floats = [Parameter(param.detach().float()) for param in halves]
+    options = dict(backend="cuda", lr=0.01, weight_decay=0.1)
+    split, plain = getattr(hfac, name)(halves, master="split", **options), getattr(hfac, name)(floats, **options)
+    for step in range(4):
+        gradients_on_device(halves, step)
+        for half, whole in zip(halves, floats, strict=True):
+            whole.grad = half.grad.float()
+        split.step()
+        plain.step()
+    for half, whole in zip(halves, floats, strict=True):
+        assert torch.equal(join(half.detach(), split.state[half]["master_low"]), whole)
+
+
+@PARTS
+@BOTH
+@pytest.mark.parametrize("stored", STORED, ids=str)
+def test_a_replayed_graph_of_stored_parameters_equals_eager_steps(name, stored):
+    """The step that random bits depend on is read on the device."""
+    graph, eager = (run(name, "cuda", 8, use_graph, torch.bfloat16, **stored) for use_graph in (True, False))
+    assert graph == eager
+
+
+@PARTS
+@BOTH
+@pytest.mark.parametrize("stored", STORED, ids=str)
+def test_a_step_of_stored_parameters_does_not_wait_for_the_device(name, stored):
+    params = [on_device(param, torch.bfloat16) for param in parameters([(24, 18), (300, 2100), (1024,)])]
+    optimizer = getattr(hfac, name)(params, backend="cuda", capturable=True, **stored)
+    gradients_on_device(params, 0)
+    for _ in range(2):
+        optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

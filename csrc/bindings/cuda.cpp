@@ -39,6 +39,113 @@ Scalar scalar(const py::object& value, const char* name) {
   s.stride = static_cast<int32_t>(parts.count(2));
   return s;
 }
+
+// How parameters are stored: lower pieces by address, type (a Low) and strides, and places as hfac.rounding.Place has
+// them. None for a list that there is not.
+class Stores {
+ public:
+  Stores(const py::object& lows, const py::object& low_dtypes, const py::object& low_strides, const py::object& places,
+         const py::object& shapes, py::ssize_t size)
+      : shapes_(shapes), size_(size) {
+    if (!lows.is_none()) {
+      lows_.emplace(lows, "master_lows", size, py::int_(0), "", low_strides, "master_low_strides");
+      kinds_.emplace(low_dtypes, "master_low_dtypes", size);
+    }
+    if (!places.is_none()) places_.emplace(places, "places", size);
+  }
+
+  bool drawn() const { return places_.has_value(); }
+
+  BoundStore at(py::ssize_t i, const List& numels, DType param) {
+    BoundStore s;
+    if (lows_) {
+      const double kind = kinds_->number(i);
+      if (kind != static_cast<int>(Low::kInt16) && kind != static_cast<int>(Low::kInt8)) {
+        refuse("master_low_dtypes", "entry " + std::to_string(i) + ": unknown code");
+      }
+      if (param != DType::kBFloat16) refuse("master_lows", "entry " + std::to_string(i) + ": of no bfloat16 parameter");
+      const TensorRef low = lows_->at(i, numels, shapes_);
+      s.low = low.data;
+      s.kind = static_cast<Low>(static_cast<int>(kind));
+      s.low_strided = low.strided;
+    }
+    if (places_) place(i, numels.count(i), param, s);
+    return s;
+  }
+
+ private:
+  void place(py::ssize_t i, int64_t numel, DType param, BoundStore& s) {
+    if (param != DType::kBFloat16 && param != DType::kFloat16) {
+      places_->bad(i, "only bfloat16 and float16 are rounded stochastically");
+    }
+    const List parts(py::reinterpret_borrow<py::object>((*places_)[i]), "places", -1);
+    if (parts.size() != 3) places_->bad(i, "(position, first, strides) is needed");
+    const int64_t position = parts.count(0);
+    if (position >> 32) places_->bad(i, "a position of more than 32 bits");
+    s.drawn = true;
+    s.position = static_cast<uint32_t>(position);
+    s.first = parts.count(1);
+    int64_t last = numel - 1;
+    if (!parts[2].is_none()) {
+      if (shapes_.is_none()) refuse("shapes", "needed where a place has strides");
+      Strided way;
+      way.sizes = counts(List(shapes_, "shapes", size_)[i], "shapes");
+      way.strides = counts(parts[2], "places");
+      if (way.sizes.size() != way.strides.size()) places_->bad(i, "not as many strides as dimensions");
+      int64_t elements = 1;
+      last = 0;
+      for (size_t d = 0; d < way.sizes.size(); ++d) {
+        elements = product(elements, way.sizes[d], "shapes");
+        const int64_t along = way.sizes[d] > 1 ? product(way.sizes[d] - 1, way.strides[d], "places") : 0;
+        if (along > INT64_MAX - last) places_->bad(i, "an index overflows");
+        last += along;
+      }
+      if (elements != numel) refuse("shapes", "entry " + std::to_string(i) + ": not the elements that numels has");
+      ways_.push_back(std::move(way));
+      s.place = &ways_.back();
+    }
+    if (last > INT64_MAX - s.first) places_->bad(i, "an index overflows");
+  }
+
+  std::optional<Tensors> lows_;
+  std::optional<PerParameter> kinds_;
+  std::optional<List> places_;
+  py::object shapes_;
+  py::ssize_t size_;
+  std::deque<Strided> ways_;  // addresses of its entries stay valid as it grows
+};
+
+// Parameters and gradients of an op on parts, and how the parameters are stored.
+class PartOperands {
+ public:
+  PartOperands(const py::object& params, const py::object& grads, const py::object& numels,
+               const py::object& param_dtypes, const py::object& grad_dtypes, const py::object& shapes,
+               const py::object& param_strides, const py::object& grad_strides, const py::object& lows,
+               const py::object& low_dtypes, const py::object& low_strides, const py::object& places)
+      : params_(params, "params", -1, param_dtypes, "param_dtypes", param_strides, "param_strides"),
+        grads_(grads, "grads", size(), grad_dtypes, "grad_dtypes", grad_strides, "grad_strides"),
+        numels_(numels, "numels", size()),
+        shapes_(shapes),
+        stores_(lows, low_dtypes, low_strides, places, shapes, size()) {}
+
+  py::ssize_t size() const { return params_.size(); }
+  int64_t numel(py::ssize_t i) const { return numels_.count(i); }
+  bool drawn() const { return stores_.drawn(); }
+  TensorRef grad(py::ssize_t i, bool empty = false) { return grads_.at(i, numels_, shapes_, empty); }
+  BoundItem item(py::ssize_t i, bool empty = false) {
+    BoundItem item{};
+    item.index = i;
+    item.param = params_.at(i, numels_, shapes_, empty);
+    if (!empty) item.store = stores_.at(i, numels_, item.param.dtype);
+    return item;
+  }
+
+ private:
+  Tensors params_, grads_;
+  List numels_;
+  py::object shapes_;
+  Stores stores_;
+};
 #endif
 
 OpKind op_kind(const std::string& op) {
@@ -108,7 +215,7 @@ class CudaPlan {
   void launch(uintptr_t table, uintptr_t workspace, uintptr_t counters, py::object lr, py::object weight_decay,
               py::object beta1, py::object beta2, double eps, std::optional<double> clip_threshold, bool maximize,
               bool coupled, uintptr_t nonfinite, uintptr_t grad_scale, uintptr_t found_inf, py::object totals,
-              py::object mean_squares, int device, uintptr_t stream) const {
+              py::object mean_squares, py::object seed, py::object step, int device, uintptr_t stream) const {
     Scalars s{};
     s.lr = scalar(lr, "lr");
     s.weight_decay = scalar(weight_decay, "weight_decay");
@@ -122,6 +229,17 @@ class CudaPlan {
     s.maximize = maximize;
     s.coupled = coupled;
     s.first = first_;
+    if (drawn_) {
+      const unsigned long long whole = PyLong_AsUnsignedLongLong(seed.ptr());
+      if (PyErr_Occurred()) {
+        PyErr_Clear();
+        refuse("seed", "a whole number from 0 to 2^64 - 1 is needed where there are places");
+      }
+      s.keys = keys_of(whole);
+      if (step.is_none()) refuse("step", "needed where there are places");
+      s.step = scalar(step, "step");
+      if (!(s.step.value >= 0 && s.step.value < 4294967296.0)) refuse("step", "a number from 0 to 2^32 is needed");
+    }
     const Memory memory{reinterpret_cast<void*>(table), reinterpret_cast<void*>(workspace),
                         reinterpret_cast<void*>(counters)};
     if (step_->table_bytes() && !table) refuse("table", "a null address");
@@ -141,6 +259,7 @@ class CudaPlan {
 
   std::unique_ptr<Step> step_;
   bool first_ = false;  // there is a first moment
+  bool drawn_ = false;  // a launch needs `seed` and `step`
 };
 
 // Steps of one op on tensors that stay where they are, with what it was told of their strides.
@@ -149,9 +268,12 @@ class CudaStep : public CudaPlan {
   CudaStep(const std::string& op, py::object params, py::object numels, py::object param_dtypes, py::object rows,
            py::object cols, py::object first_rows, py::object first_cols, py::object second_rows,
            py::object second_cols, py::object exp_avg_signs, py::object sign_bytes, py::object sign_slices,
-           py::object shapes, py::object param_strides, int64_t l2_bytes)
-      : params_(params, "params", -1, param_dtypes, "param_dtypes", param_strides, "param_strides") {
+           py::object shapes, py::object param_strides, py::object master_lows, py::object master_low_dtypes,
+           py::object master_low_strides, py::object places, int64_t l2_bytes)
+      : params_(params, "params", -1, param_dtypes, "param_dtypes", param_strides, "param_strides"),
+        stores_(master_lows, master_low_dtypes, master_low_strides, places, shapes, params_.size()) {
     const py::ssize_t size = params_.size();
+    drawn_ = stores_.drawn();
     const List count(numels, "numels", size), n(rows, "rows", size), m(cols, "cols", size);
     std::vector<BoundItem> items;
     for (py::ssize_t i = 0; i < size; ++i) {
@@ -177,6 +299,7 @@ class CudaStep : public CudaPlan {
         item.slice = s.slice;
         item.slice_bytes = s.slice_bytes;
       }
+      item.store = stores_.at(i, count, item.param.dtype);
       items.push_back(item);
     }
     first_ = !first_rows.is_none();
@@ -204,6 +327,7 @@ class CudaStep : public CudaPlan {
 
  private:
   Tensors params_;
+  Stores stores_;
   std::vector<int64_t> numels_;
 };
 
@@ -254,8 +378,10 @@ class CudaParts : public CudaPlan {
                               py::object whole_cols, py::object exp_avg_rows, py::object exp_avg_cols,
                               py::object exp_avg_sq_rows, py::object exp_avg_sq_cols, py::object row_sums,
                               py::object new_rows, py::object col_sums, py::object new_cols, py::object shapes,
-                              py::object param_strides, py::object grad_strides) {
-    Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides);
+                              py::object param_strides, py::object grad_strides, py::object master_lows,
+                              py::object master_low_dtypes, py::object master_low_strides, py::object places) {
+    PartOperands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides,
+                          master_lows, master_low_dtypes, master_low_strides, places);
     const py::ssize_t size = operands.size();
     const List m(rows, "rows", size), n(cols, "cols", size);
     const List whole_m(whole_rows, "whole_rows", size), whole_n(whole_cols, "whole_cols", size);
@@ -264,13 +390,12 @@ class CudaParts : public CudaPlan {
     const List row_sum(row_sums, "row_sums", size), new_row(new_rows, "new_rows", size);
     const List col_sum(col_sums, "col_sums", size), new_col(new_cols, "new_cols", size);
     CudaParts parts;
+    parts.drawn_ = operands.drawn();
     for (py::ssize_t i = 0; i < size; ++i) {
       const bool empty = matrix(m, n, i, operands.numel(i)) == 0;
       const bool tall = m.count(i) > 0, broad = n.count(i) > 0;
       if (!tall && !broad) continue;
-      BoundItem item{};
-      item.index = i;
-      item.param = operands.param(i, empty);
+      BoundItem item = operands.item(i, empty);
       item.rows = m.count(i);
       item.cols = n.count(i);
       item.first_row = u.address(i, tall);
@@ -295,12 +420,15 @@ class CudaParts : public CudaPlan {
                                   py::object sign_slices, py::object exp_avg_sq_rows, py::object exp_avg_sq_cols,
                                   py::object new_rows, py::object new_cols, py::object new_sq_rows,
                                   py::object new_sq_cols, py::object blocks, py::object shapes,
-                                  py::object param_strides, py::object grad_strides) {
-    Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides);
+                                  py::object param_strides, py::object grad_strides, py::object master_lows,
+                                  py::object master_low_dtypes, py::object master_low_strides, py::object places) {
+    PartOperands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides,
+                          master_lows, master_low_dtypes, master_low_strides, places);
     const py::ssize_t size = operands.size();
     const List n(rows, "rows", size), m(cols, "cols", size), lists(blocks, "blocks", size);
     CudaParts parts;
     parts.first_ = !exp_avg_rows.is_none();
+    parts.drawn_ = operands.drawn();
     if (parts.first_) {
       for (const py::object& list : {exp_avg_cols, exp_avg_signs, sign_bytes, new_rows, new_cols}) {
         if (list.is_none()) refuse("exp_avg_rows", "given without the other lists of the first moment");
@@ -309,9 +437,7 @@ class CudaParts : public CudaPlan {
     for (py::ssize_t i = 0; i < size; ++i) {
       const int64_t numel = operands.numel(i);
       if (numel == 0) continue;
-      BoundItem item{};
-      item.index = i;
-      item.param = operands.param(i);
+      BoundItem item = operands.item(i);
       item.second_row = optional(exp_avg_sq_rows, "exp_avg_sq_rows", size, i);
       item.second_col = optional(exp_avg_sq_cols, "exp_avg_sq_cols", size, i);
       item.part.rows = n.count(i);
@@ -409,7 +535,7 @@ void define_cuda(py::module_& m) {
            py::arg("lr"), py::arg("weight_decay"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
            py::arg("clip_threshold"), py::arg("maximize"), py::arg("coupled"), py::arg("nonfinite") = 0,
            py::arg("grad_scale") = 0, py::arg("found_inf") = 0, py::arg("totals") = 0.0, py::arg("mean_squares") = 0.0,
-           py::arg("device") = 0, py::arg("stream") = 0)
+           py::arg("seed") = py::none(), py::arg("step") = py::none(), py::arg("device") = 0, py::arg("stream") = 0)
       .def("write_table", &CudaPlan::write_table, py::arg("host"))
       .def("plan", &CudaPlan::plan)
       .def_property_readonly("table_bytes", &CudaPlan::table_bytes)
@@ -418,12 +544,13 @@ void define_cuda(py::module_& m) {
   py::class_<CudaStep, CudaPlan>(m, "CudaStep", "One op over one list of parameters, bound to their addresses.")
       .def(py::init<const std::string&, py::object, py::object, py::object, py::object, py::object, py::object,
                     py::object, py::object, py::object, py::object, py::object, py::object, py::object, py::object,
-                    int64_t>(),
+                    py::object, py::object, py::object, py::object, int64_t>(),
            py::kw_only(), py::arg("op"), py::arg("params"), py::arg("numels"), py::arg("param_dtypes"), py::arg("rows"),
            py::arg("cols"), py::arg("first_rows"), py::arg("first_cols"), py::arg("second_rows"),
            py::arg("second_cols"), py::arg("exp_avg_signs") = py::none(), py::arg("sign_bytes") = py::none(),
            py::arg("sign_slices") = py::none(), py::arg("shapes") = py::none(), py::arg("param_strides") = py::none(),
-           py::arg("l2_bytes") = 0)
+           py::arg("master_lows") = py::none(), py::arg("master_low_dtypes") = py::none(),
+           py::arg("master_low_strides") = py::none(), py::arg("places") = py::none(), py::arg("l2_bytes") = 0)
       .def("prepare", &CudaStep::prepare, py::kw_only(), py::arg("grads"), py::arg("grad_dtypes"),
            py::arg("shapes") = py::none(), py::arg("grad_strides") = py::none(), py::arg("clip"), py::arg("nonfinite"),
            "Takes this step's gradients; true where the table in device memory is out of date.");
@@ -438,14 +565,18 @@ void define_cuda(py::module_& m) {
                   py::arg("whole_rows"), py::arg("whole_cols"), py::arg("exp_avg_rows"), py::arg("exp_avg_cols"),
                   py::arg("exp_avg_sq_rows"), py::arg("exp_avg_sq_cols"), py::arg("row_sums"), py::arg("new_rows"),
                   py::arg("col_sums"), py::arg("new_cols"), py::arg("shapes") = py::none(),
-                  py::arg("param_strides") = py::none(), py::arg("grad_strides") = py::none())
+                  py::arg("param_strides") = py::none(), py::arg("grad_strides") = py::none(),
+                  py::arg("master_lows") = py::none(), py::arg("master_low_dtypes") = py::none(),
+                  py::arg("master_low_strides") = py::none(), py::arg("places") = py::none())
       .def_static("smmf_sums_step", &CudaParts::smmf_sums_step, py::kw_only(), py::arg("params"), py::arg("grads"),
                   py::arg("numels"), py::arg("param_dtypes"), py::arg("grad_dtypes"), py::arg("rows"), py::arg("cols"),
                   py::arg("exp_avg_rows"), py::arg("exp_avg_cols"), py::arg("exp_avg_signs"), py::arg("sign_bytes"),
                   py::arg("sign_slices"), py::arg("exp_avg_sq_rows"), py::arg("exp_avg_sq_cols"), py::arg("new_rows"),
                   py::arg("new_cols"), py::arg("new_sq_rows"), py::arg("new_sq_cols"), py::arg("blocks"),
                   py::arg("shapes") = py::none(), py::arg("param_strides") = py::none(),
-                  py::arg("grad_strides") = py::none());
+                  py::arg("grad_strides") = py::none(), py::arg("master_lows") = py::none(),
+                  py::arg("master_low_dtypes") = py::none(), py::arg("master_low_strides") = py::none(),
+                  py::arg("places") = py::none());
 #endif
 #ifndef HFAC_EMULATED
   m.def("cuda_info", &cuda_info, "Whether CUDA was compiled in, the devices, and if none is usable, why.");

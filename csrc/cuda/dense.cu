@@ -2,8 +2,8 @@
 // per run of 8192 elements, all parameters of a list in one launch.
 #include "../math/hfac.h"
 #include "../math/smmf.h"
-#include "block.cuh"
 #include "launchers.h"
+#include "stored.cuh"
 
 namespace hfac {
 namespace {
@@ -133,8 +133,9 @@ __global__ void __launch_bounds__(kTileThreads) dense_look(Arguments a) {
   if (threadIdx.x == 0) *space.divisor = dense_divisor(a, it, total);
 }
 
-template <class T>
+template <class A>
 __global__ void __launch_bounds__(kTileThreads) hfac_dense(Arguments a) {
+  using T = typename A::T;
   __shared__ T shared[kTileThreads];
   if (skipped(a)) return;
   const Tile tile = tile_of(a);
@@ -149,10 +150,11 @@ __global__ void __launch_bounds__(kTileThreads) hfac_dense(Arguments a) {
   const Decay<T> b1(a.scalars.beta1, it.index), b2(a.scalars.beta2, it.index);
   const T lr = static_cast<T>(value_of(a.scalars.lr, 0));
   const T weight_decay = static_cast<T>(value_of(a.scalars.weight_decay, 0));
+  const auto& param = A::target(a, it);
   each_vector(it, tile.part, [&](int64_t at, int count) {
     const HfacDenseCell<T> cell(a, it, gradient, b1, b2, at, count);
     T w[kVector];
-    load_any(it.param, a.layouts, at, count, w);
+    A::widen(A::param(param, a.layouts, at, count), w);
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
       w[k] = hfac_dense_update(w[k], cell.g[k], cell.average[k], cell.denominator[k], cell.update[k] / divisor, b1.beta,
@@ -160,12 +162,13 @@ __global__ void __launch_bounds__(kTileThreads) hfac_dense(Arguments a) {
     }
     store_moment(it.first_row, at, count, cell.average);
     store_moment(it.second_row, at, count, cell.square);
-    store_any(it.param, a.layouts, at, count, w);
+    A::store(param, a.layouts, at, count, w);
   });
 }
 
-template <class T>
+template <class A>
 __global__ void __launch_bounds__(kTileThreads) smmf_dense(Arguments a) {
+  using T = typename A::T;
   __shared__ T shared[kTileThreads];
   if (skipped(a)) return;
   const Tile tile = tile_of(a);
@@ -176,10 +179,11 @@ __global__ void __launch_bounds__(kTileThreads) smmf_dense(Arguments a) {
   const double lr_wide = value_of(a.scalars.lr, 0), decay_wide = value_of(a.scalars.weight_decay, 0);
   const T lr = static_cast<T>(lr_wide), weight_decay = static_cast<T>(decay_wide), eps = static_cast<T>(a.scalars.eps);
   const T shrink = static_cast<T>(1 - lr_wide * decay_wide);
+  const auto& param = A::target(a, it);
   each_vector(it, tile.part, [&](int64_t at, int count) {
     T g[kVector], w[kVector], m[kVector], v[kVector];
     load_any(it.grad, a.layouts, at, count, g);
-    load_any(it.param, a.layouts, at, count, w);
+    A::widen(A::param(param, a.layouts, at, count), w);
     load_moment(it.second_row, at, count, v);
     if (a.scalars.first) load_moment(it.first_row, at, count, m);
     gradient(g);
@@ -196,7 +200,7 @@ __global__ void __launch_bounds__(kTileThreads) smmf_dense(Arguments a) {
     }
     if (a.scalars.first) store_moment(it.first_row, at, count, m);
     store_moment(it.second_row, at, count, v);
-    store_any(it.param, a.layouts, at, count, w);
+    A::store(param, a.layouts, at, count, w);
   });
 }
 
@@ -212,13 +216,15 @@ void launch_dense_look(const Launch& l, const Arguments& a, void* stream) {
 }
 
 void launch_hfac_dense(const Launch& l, const Arguments& a, void* stream) {
-  launch("hfac_dense", l.access == Access::kDouble ? hfac_dense<double> : hfac_dense<float>, l.tiles, l.threads, stream,
-         a);
+  const auto with = [&](void (*kernel)(Arguments)) { launch("hfac_dense", kernel, l.tiles, l.threads, stream, a); };
+  if (l.access == Access::kStored) return with(hfac_dense<StoredAccess>);
+  with(l.access == Access::kDouble ? hfac_dense<AnyAccess<double>> : hfac_dense<AnyAccess<float>>);
 }
 
 void launch_smmf_dense(const Launch& l, const Arguments& a, void* stream) {
-  launch("smmf_dense", l.access == Access::kDouble ? smmf_dense<double> : smmf_dense<float>, l.tiles, l.threads, stream,
-         a);
+  const auto with = [&](void (*kernel)(Arguments)) { launch("smmf_dense", kernel, l.tiles, l.threads, stream, a); };
+  if (l.access == Access::kStored) return with(smmf_dense<StoredAccess>);
+  with(l.access == Access::kDouble ? smmf_dense<AnyAccess<double>> : smmf_dense<AnyAccess<float>>);
 }
 
 }  // namespace hfac

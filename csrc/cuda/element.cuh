@@ -240,7 +240,8 @@ HFAC_DEVICE void store_signs(const Signs& s, int64_t at, int count, unsigned old
   }
 }
 
-// How a kernel reaches its operands. Bulk: whole aligned vectors of known types, whole bytes of signs.
+// How a kernel reaches its operands; `target` is what it reads and writes a parameter by (stored.cuh has others). Bulk:
+// whole aligned vectors of known types, whole bytes of signs.
 template <class T_, class Sw, class Sg>
 struct BulkAccess {
   using T = T_;
@@ -253,6 +254,7 @@ struct BulkAccess {
   static HFAC_DEVICE Grad grad(const Operand& o, const int64_t*, int64_t at, int, bool last) {
     return load_raw(global(static_cast<const Sg*>(o.data)) + at, last);
   }
+  static HFAC_DEVICE const Operand& target(const Arguments&, const Item& it) { return it.param; }
   static HFAC_DEVICE Param param(const Operand& o, const int64_t*, int64_t at, int) {
     return load_raw(global(static_cast<const Sw*>(o.data)) + at, false);
   }
@@ -288,6 +290,7 @@ struct AnyAccess {
     load_any(o, layouts, at, count, e.x);
     return e;
   }
+  static HFAC_DEVICE const Operand& target(const Arguments&, const Item& it) { return it.param; }
   static HFAC_DEVICE Param param(const Operand& o, const int64_t* layouts, int64_t at, int count) {
     return grad(o, layouts, at, count, false);
   }

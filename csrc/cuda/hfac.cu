@@ -5,8 +5,8 @@
 // clip norm without a third read:
 //     sum_ij U_ij^2 = R sum_j w_j / s_j,  w_j = sum_i g_ij^2 / r_i,  R = sum_i r_i.
 #include "../math/hfac.h"
-#include "block.cuh"
 #include "launchers.h"
+#include "stored.cuh"
 
 namespace hfac {
 namespace {
@@ -417,7 +417,8 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole ? 2 : 1) hfac_update_t
     half_psi[k] = k < count ? space.half_psi[col + k] : T(0);
     col_scale[k] = k < count ? space.col_scale[col + k] : T(0);
   }
-  const Operand grad = it.grad, param = it.param;
+  const Operand grad = it.grad;
+  const auto param = A::target(a, it);
   const Gradient<T> gradient(a);
   const T lr = static_cast<T>(value_of(a.scalars.lr, 0));
   const T weight_decay = static_cast<T>(value_of(a.scalars.weight_decay, 0));
@@ -512,6 +513,20 @@ void launch_hfac_update(const Launch& l, const Arguments& a, void* stream) {
       return with(hfac_update_tiles<AnyAccess<float>>);
     case Access::kDouble:
       return with(hfac_update_tiles<AnyAccess<double>>);
+    case Access::kDrawn:
+      return with(hfac_update_tiles<Drawn>);
+    case Access::kDrawnFloat:
+      return with(hfac_update_tiles<DrawnFloat>);
+    case Access::kSplit:
+      return with(hfac_update_tiles<Split>);
+    case Access::kSplitFloat:
+      return with(hfac_update_tiles<SplitFloat>);
+    case Access::kSplit8:
+      return with(hfac_update_tiles<Split8>);
+    case Access::kSplit8Float:
+      return with(hfac_update_tiles<Split8Float>);
+    case Access::kStored:
+      return with(hfac_update_tiles<StoredAccess>);
   }
 }
 

@@ -18,7 +18,11 @@ bool is_double(const Item& it) { return static_cast<DType>(it.param.dtype) == DT
 int64_t state_bytes(const Item& it) { return is_double(it) ? 8 : 4; }
 int64_t elements(const Item& it) { return it.rows * it.cols; }
 int64_t grad_bytes(const Item& it) { return elements(it) * bytes_of(it.grad.dtype); }
-int64_t param_bytes(const Item& it) { return elements(it) * bytes_of(it.param.dtype); }
+int64_t low_bytes(const Item& it) {
+  const auto low = static_cast<Low>(it.store.low.dtype);
+  return low == Low::kInt16 ? 2 : low == Low::kInt8 ? 1 : 0;
+}
+int64_t param_bytes(const Item& it) { return elements(it) * (bytes_of(it.param.dtype) + low_bytes(it)); }
 
 int32_t power_of_two(int64_t at_least) {
   int32_t p = 1;
@@ -54,10 +58,25 @@ Tiling rows_of(int64_t rows, int64_t cols) {
   return t;
 }
 
+// A vector's random bits are one draw where it begins at a multiple of eight in the whole parameter.
+Access stored_access(const Item& it, bool bulk) {
+  const auto param = static_cast<DType>(it.param.dtype), grad = static_cast<DType>(it.grad.dtype);
+  if (!bulk || param != DType::kBFloat16 || (grad != DType::kBFloat16 && grad != DType::kFloat32)) {
+    return Access::kStored;
+  }
+  const bool wide = grad == DType::kFloat32, one_draw = it.store.layout < 0 && it.store.first % kVector == 0;
+  const auto low = static_cast<Low>(it.store.low.dtype);
+  if (low == Low::kInt16) return wide ? Access::kSplitFloat : Access::kSplit;  // exact: bits do not matter
+  if (it.store.drawn && !one_draw) return Access::kStored;
+  if (low == Low::kInt8) return wide ? Access::kSplit8Float : Access::kSplit8;
+  return wide ? Access::kDrawnFloat : Access::kDrawn;
+}
+
 Access pair_access(const Item& it, bool bulk) {
   constexpr auto f32 = static_cast<int32_t>(DType::kFloat32), bf16 = static_cast<int32_t>(DType::kBFloat16),
                  f16 = static_cast<int32_t>(DType::kFloat16);
   if (is_double(it)) return Access::kDouble;
+  if (is_stored(it)) return stored_access(it, bulk);
   const int32_t w = it.param.dtype, g = it.grad.dtype;
   if (!bulk) return Access::kAny;
   if (w == f32 && g == f32) return Access::kFloat;
@@ -168,7 +187,7 @@ class Planner {
             bool backward = false) {
     const bool by_width = kernel == Kernel::kHfacStats;
     for (int w = 0; w < (by_width ? 3 : 1); ++w) {
-      for (int a = 0; a <= static_cast<int>(Access::kDouble); ++a) {
+      for (int a = 0; a < kAccesses; ++a) {
         Launch launch{};
         launch.kernel = kernel;
         launch.access = static_cast<Access>(a);
@@ -193,6 +212,7 @@ class Planner {
   Access pair(int32_t i) const { return pair_access(items_[static_cast<size_t>(i)], bulk_[static_cast<size_t>(i)]); }
   Access grad(int32_t i) const { return grad_access(items_[static_cast<size_t>(i)], bulk_[static_cast<size_t>(i)]); }
   Access state(int32_t i) const { return state_access(items_[static_cast<size_t>(i)]); }
+  Access any(int32_t i) const { return is_stored(items_[static_cast<size_t>(i)]) ? Access::kStored : state(i); }
 
   static int64_t runs(const Item& it) { return ceil_quotient(elements(it), kRun); }
 
@@ -379,7 +399,7 @@ class Planner {
       look(longer);
     }
     emit(
-        hfac ? Kernel::kHfacDense : Kernel::kSmmfDense, all, [&](int32_t i) { return state(i); }, runs,
+        hfac ? Kernel::kHfacDense : Kernel::kSmmfDense, all, [&](int32_t i) { return any(i); }, runs,
         [&](const Item& it, Bytes& b) {
           b.grad += grad_bytes(it);
           b.param_read += param_bytes(it);
@@ -418,8 +438,20 @@ const char* name_of(Kernel kernel) {
 }
 
 const char* name_of(Access access) {
-  static const char* const names[] = {"float32",          "bfloat16", "float16", "bfloat16/float32",
-                                      "float32/bfloat16", "any",      "float64"};
+  static const char* const names[] = {"float32",
+                                      "bfloat16",
+                                      "float16",
+                                      "bfloat16/float32",
+                                      "float32/bfloat16",
+                                      "any",
+                                      "float64",
+                                      "bfloat16 drawn",
+                                      "bfloat16 drawn/float32",
+                                      "bfloat16+int16",
+                                      "bfloat16+int16/float32",
+                                      "bfloat16+int8",
+                                      "bfloat16+int8/float32",
+                                      "any stored"};
   return names[static_cast<int>(access)];
 }
 

@@ -26,8 +26,26 @@ enum class Kernel {
   kSmmfDense
 };
 
-// How a kernel reaches its elements: types known when it was compiled and 16-byte accesses, or anything at all.
-enum class Access { kFloat, kBFloat16, kFloat16, kBFloat16Float, kFloatBFloat16, kAny, kDouble };
+// How a kernel reaches its elements: types known when it was compiled and 16-byte accesses, or anything at all. The
+// later ones store more than one rounding to the nearest: bfloat16 stochastically, or with 16 or 8 bits beside it, each
+// also with float gradients; or anything at all.
+enum class Access {
+  kFloat,
+  kBFloat16,
+  kFloat16,
+  kBFloat16Float,
+  kFloatBFloat16,
+  kAny,
+  kDouble,
+  kDrawn,
+  kDrawnFloat,
+  kSplit,
+  kSplitFloat,
+  kSplit8,
+  kSplit8Float,
+  kStored
+};
+constexpr int kAccesses = static_cast<int>(Access::kStored) + 1;
 // Row lengths of H-Fac's statistics: held in registers, read again from L1, sums in memory.
 enum class Width { kNarrow, kRegisters, kWide };
 

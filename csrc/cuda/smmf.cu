@@ -4,8 +4,8 @@
 // their sums stay in its registers for the whole tile. Sums of rows go through shuffles to shared memory, with no
 // barrier in the loop. Both leave as partial sums; a second launch adds them in fixed order and normalises.
 #include "../math/smmf.h"
-#include "block.cuh"
 #include "launchers.h"
+#include "stored.cuh"
 
 namespace hfac {
 namespace {
@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole ? 2 : 1) smmf_tiles(Ar
   const int count = vector_count(col, tile_end < cols ? tile_end : cols);  // 8 or 0 where vectors are whole
 
   const Places<kPart> places(a, tile.item, cols);
-  const Operand grad = it.grad, param = it.param;
+  const Operand grad = it.grad;
+  const auto param = A::target(a, it);
   const Signs signs{it.signs, it.slice, it.slice_bytes};
   const Gradient<T> gradient(a);
   const bool first = a.scalars.first, coupled = a.scalars.coupled;
@@ -310,6 +311,20 @@ void launch_smmf_tiles(const Launch& l, const Arguments& a, void* stream) {
       return with(tiles_kernel<AnyAccess<float>>(a.parts));
     case Access::kDouble:
       return with(tiles_kernel<AnyAccess<double>>(a.parts));
+    case Access::kDrawn:
+      return with(tiles_kernel<Drawn>(a.parts));
+    case Access::kDrawnFloat:
+      return with(tiles_kernel<DrawnFloat>(a.parts));
+    case Access::kSplit:
+      return with(tiles_kernel<Split>(a.parts));
+    case Access::kSplitFloat:
+      return with(tiles_kernel<SplitFloat>(a.parts));
+    case Access::kSplit8:
+      return with(tiles_kernel<Split8>(a.parts));
+    case Access::kSplit8Float:
+      return with(tiles_kernel<Split8Float>(a.parts));
+    case Access::kStored:
+      return with(tiles_kernel<StoredAccess>(a.parts));
   }
 }
 

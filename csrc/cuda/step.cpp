@@ -16,7 +16,20 @@ bool on_parts(OpKind op) {
   return op == OpKind::kHfacSums || op == OpKind::kHfacApply || op == OpKind::kSmmfSums;
 }
 
-bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+bool aligned(const void* p, uintptr_t bytes = 16) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+int32_t laid_out(const Strided* strided, std::vector<int64_t>& layouts) {
+  if (!strided) return -1;
+  const auto at = static_cast<int32_t>(layouts.size());
+  layouts.push_back(static_cast<int64_t>(strided->sizes.size()));
+  layouts.insert(layouts.end(), strided->sizes.begin(), strided->sizes.end());
+  layouts.insert(layouts.end(), strided->strides.begin(), strided->strides.end());
+  return at;
+}
+
+Operand operand(void* data, DType dtype, const Strided* strided, std::vector<int64_t>& layouts) {
+  return {data, static_cast<int32_t>(dtype), laid_out(strided, layouts)};
+}
 
 }  // namespace
 
@@ -26,19 +39,20 @@ Step::Step(std::vector<BoundItem> items, int64_t entries, const PlanOptions& opt
   for (const BoundItem& item : bound_) parts_.push_back(item.part);
 }
 
-Operand Step::operand(void* data, DType dtype, const Strided* strided, std::vector<int64_t>& layouts) const {
-  Operand o{data, static_cast<int32_t>(dtype), -1};
-  if (!strided) return o;
-  o.layout = static_cast<int32_t>(layouts.size());
-  layouts.push_back(static_cast<int64_t>(strided->sizes.size()));
-  layouts.insert(layouts.end(), strided->sizes.begin(), strided->sizes.end());
-  layouts.insert(layouts.end(), strided->strides.begin(), strided->strides.end());
-  return o;
+Store Step::store(const BoundStore& from, std::vector<int64_t>& layouts) const {
+  Store s{};
+  s.low = {from.low, static_cast<int32_t>(from.kind), laid_out(from.low_strided, layouts)};
+  s.first = from.first;
+  s.position = from.position;
+  s.layout = laid_out(from.place, layouts);
+  s.drawn = from.drawn;
+  return s;
 }
 
 bool Step::bulk(const Item& it, const Part& part) const {
   const bool whole_bytes = !it.signs || it.slice % kVector == 0;
-  return it.param.layout < 0 && it.grad.layout < 0 && aligned(it.param.data) && aligned(it.grad.data) &&
+  const uintptr_t low_bytes = static_cast<Low>(it.store.low.dtype) == Low::kInt16 ? 16 : 8;
+  return it.store.low.layout < 0 && aligned(it.store.low.data, low_bytes) && it.param.layout < 0 && it.grad.layout < 0 && aligned(it.param.data) && aligned(it.grad.data) &&
          it.cols % kVector == 0 && part.first % kVector == 0 && part.stride % kVector == 0 && whole_bytes;
 }
 
@@ -64,6 +78,7 @@ bool Step::prepare(const std::vector<BoundGrad>& grads, bool clip, bool nonfinit
     it.index = static_cast<int32_t>(from.index);
     it.param = operand(from.param.data, from.param.dtype, from.param.strided, layouts);
     it.grad = operand(grads[i].data, grads[i].dtype, grads[i].strided, layouts);
+    it.store = store(from.store, layouts);
     whole.push_back(bulk(it, from.part));
     if (planned_ && !replan) {
       replan = whole[i] != bulk_[i] || it.grad.dtype != items_[i].grad.dtype;

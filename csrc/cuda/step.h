@@ -10,6 +10,17 @@
 
 namespace hfac {
 
+// As `Store`, with pointers in place of layouts.
+struct BoundStore {
+  void* low = nullptr;
+  Low kind = Low::kNone;
+  const Strided* low_strided = nullptr;
+  bool drawn = false;
+  uint32_t position = 0;
+  int64_t first = 0;
+  const Strided* place = nullptr;
+};
+
 // What stays from step to step; null addresses for what an op does not have.
 struct BoundItem {
   int64_t index;
@@ -19,6 +30,7 @@ struct BoundItem {
   uint8_t* signs;
   int64_t slice, slice_bytes;
   Part part{};  // where the op is one on parts
+  BoundStore store{};
 };
 
 struct BoundGrad {
@@ -50,7 +62,7 @@ class Step {
   const Plan& plan() const { return plan_; }
 
  private:
-  Operand operand(void* data, DType dtype, const Strided* strided, std::vector<int64_t>& layouts) const;
+  Store store(const BoundStore& from, std::vector<int64_t>& layouts) const;
   bool bulk(const Item& item, const Part& part) const;
   size_t parts_at() const;
   size_t layouts_at() const;

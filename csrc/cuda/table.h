@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../math/rounding.h"
 #include "../math/storage.h"
 
 namespace hfac {
@@ -30,6 +31,18 @@ struct Operand {
   int32_t layout;  // place of {dimensions, sizes, strides} among the layouts, or -1: contiguous
 };
 
+// Type of what a bfloat16 parameter lacks of its master weight (hfac/rounding.py).
+enum class Low : int32_t { kNone, kInt16, kInt8 };
+
+// How a new parameter becomes what is stored, where that is more than one rounding to the nearest.
+struct Store {
+  Operand low;        // its dtype is a Low
+  int64_t first;      // of the part, in the whole parameter
+  uint32_t position;  // of the parameter, in the optimizer
+  int32_t layout;     // place of {dimensions, sizes, strides} in the whole, or -1: elements follow each other
+  int32_t drawn;      // rounded stochastically
+};
+
 // How a matrix is cut. `lanes` threads, a power of two, share a row; the others of the block take further rows.
 struct Tiling {
   int32_t rows, cols, row_tiles, col_tiles, lanes;
@@ -47,6 +60,7 @@ struct Item {
   int32_t index;               // in the caller's list
   int32_t counter;
   Tiling tiling, update;  // of the first pass; of H-Fac's second
+  Store store;
 };
 
 // How an item stands in the parameter of which it is a part: an op on parts has one of these beside each item. H-Fac's
@@ -70,11 +84,19 @@ struct Scalar {
   int32_t wide, stride;  // wide: double, else float
 };
 
+// Of every round of Philox: among a launch's constants they cost nothing, made from the seed two additions a round.
+struct Keys {
+  uint32_t round[common::kPhiloxRounds][2];
+  HFAC_HD uint64_t seed() const { return static_cast<uint64_t>(round[0][1]) << 32 | round[0][0]; }
+};
+
 struct Scalars {
   Scalar lr, weight_decay, beta1, beta2;
   Scalar totals, mean_squares;  // of whole parameters, to H-Fac's parts: sum of r, mean of U^2
   double eps, clip_threshold;
   bool clip, maximize, coupled, first;  // first: there is a first moment
+  Scalar step;                          // with `keys`: what random bits depend on beside an element's place
+  Keys keys;
 };
 
 // Arguments of every kernel.
@@ -91,6 +113,20 @@ struct Arguments {
   Scalars scalars;
 };
 
+inline Keys keys_of(uint64_t seed) {
+  Keys keys;
+  uint32_t a = static_cast<uint32_t>(seed), b = common::upper_half(seed);
+  for (auto& round : keys.round) {
+    round[0] = a;
+    round[1] = b;
+    a += common::kPhiloxKey0;
+    b += common::kPhiloxKey1;
+  }
+  return keys;
+}
+
+HFAC_HD bool has_low(const Item& it) { return it.store.low.dtype != static_cast<int32_t>(Low::kNone); }
+HFAC_HD bool is_stored(const Item& it) { return has_low(it) || it.store.drawn; }
 HFAC_HD int64_t ceil_quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
 HFAC_HD int64_t fold_chunks(int64_t rows, int64_t cols) { return ceil_quotient(rows > cols ? rows : cols, kFoldChunk); }
 HFAC_HD int64_t fold_chunks(const Item& it) { return fold_chunks(it.rows, it.cols); }

@@ -31,6 +31,8 @@ struct Matrix {
   int64_t rows, cols, slices;
 };
 
+enum Way { kPlain, kDrawn, kSplit, kSplit8, kSplit8Drawn, kFloat16, kWays };
+
 class Arena {
  public:
   float* floats(int64_t count, float scale) {
@@ -38,6 +40,21 @@ class Arena {
     for (int64_t k = 0; k < count; ++k) p[k] = scale * std::sin(static_cast<float>(k + 1));
     moments_.push_back({p, count});
     return p;
+  }
+  // A parameter of `count` elements: a float, or one of the ways to store it with more than one rounding to the nearest.
+  void parameter(BoundItem& item, int64_t count, int way) {
+    const auto size = static_cast<size_t>(count);
+    if (way == kPlain) {
+      item.param = {floats(count, 1.0f), DType::kFloat32, nullptr};
+      return;
+    }
+    item.param = {bytes(2 * size, 0x3d), way == kFloat16 ? DType::kFloat16 : DType::kBFloat16, nullptr};
+    if (way == kSplit) item.store.low = bytes(2 * size, 0x11);
+    if (way == kSplit8 || way == kSplit8Drawn) item.store.low = bytes(size, 0x11);
+    if (item.store.low) item.store.kind = way == kSplit ? hfac::Low::kInt16 : hfac::Low::kInt8;
+    item.store.drawn = way == kDrawn || way == kSplit8Drawn || way == kFloat16;
+    item.store.position = 3;
+    item.store.first = 16;
   }
   unsigned char* bytes(size_t count, unsigned char fill) {
     blocks_.push_back(std::make_unique<Aligned>(count, fill));
@@ -57,7 +74,8 @@ class Arena {
   std::vector<std::pair<float*, int64_t>> moments_;
 };
 
-bool run(OpKind op, const std::vector<Matrix>& matrices) {
+// `stored`: each parameter in the next of the other ways than plain.
+bool run(OpKind op, const std::vector<Matrix>& matrices, bool stored = false) {
   Arena arena;
   std::vector<BoundItem> items;
   std::vector<BoundGrad> grads;
@@ -66,7 +84,7 @@ bool run(OpKind op, const std::vector<Matrix>& matrices) {
     const int64_t count = m.rows * m.cols;
     BoundItem item{};
     item.index = static_cast<int64_t>(items.size());
-    item.param = {arena.floats(count, 1.0f), DType::kFloat32, nullptr};
+    arena.parameter(item, count, stored ? kDrawn + static_cast<int>(items.size()) % (kWays - 1) : kPlain);
     item.rows = m.rows;
     item.cols = m.cols;
     item.first_row = arena.floats(m.rows, 0.0f);
@@ -101,6 +119,8 @@ bool run(OpKind op, const std::vector<Matrix>& matrices) {
     s.eps = 1e-8;
     s.clip_threshold = 1.0;
     s.clip = s.first = true;
+    s.step.value = t;
+    s.keys = hfac::keys_of(7);
     step.launch({table, workspace, counters}, s, flagged ? flags : nullptr, nullptr, nullptr, 0, nullptr);
   }
   return arena.finite();
@@ -108,14 +128,13 @@ bool run(OpKind op, const std::vector<Matrix>& matrices) {
 
 // Parts of parameters: H-Fac's statistics and update, and SMMF's blocks, which share rows, columns and bytes of signs.
 // A part without rows has columns whose moments go on.
-bool run_parts(OpKind op) {
+bool run_parts(OpKind op, int way = kPlain) {
   Arena arena;
   std::vector<BoundItem> items;
   std::vector<BoundGrad> grads;
   int64_t entries = 0;
-  const auto add = [&](float* param, float* grad, BoundItem item, int64_t index) {
+  const auto add = [&](float* grad, BoundItem item, int64_t index) {
     item.index = index;
-    item.param = {param, DType::kFloat32, nullptr};
     items.push_back(item);
     grads.push_back({grad, DType::kFloat32, nullptr});
     entries = index + 1;
@@ -130,8 +149,9 @@ bool run_parts(OpKind op) {
       int64_t count = 0;
       for (const Matrix& m : sizes[p]) count += m.rows * m.cols;
       const int64_t rows = parts[p][0].rows, cols = parts[p][0].cols;
-      float *const param = arena.floats(count, 1.0f), *const grad = arena.floats(count, 0.1f);
+      float* const grad = arena.floats(count, 0.1f);
       BoundItem item{};
+      arena.parameter(item, count, way);
       item.first_row = arena.floats(rows, 0.0f);
       item.first_col = arena.floats(cols, 0.0f);
       item.second_row = arena.floats(rows, 0.0f);
@@ -150,7 +170,7 @@ bool run_parts(OpKind op) {
           item.part.col[k] = col[k];
         }
         item.part.blocks = b == 0 ? static_cast<int64_t>(parts[p].size()) : 0;
-        add(param, grad, item, static_cast<int64_t>(p));
+        add(grad, item, static_cast<int64_t>(p));
       }
     }
   } else {
@@ -159,6 +179,7 @@ bool run_parts(OpKind op) {
       const int64_t count = m.rows * m.cols;
       if (sums && count == 0) continue;
       BoundItem item{};
+      if (!sums) arena.parameter(item, count, way);
       item.rows = m.rows;
       item.cols = m.cols;
       item.first_row = arena.floats(m.rows, 0.0f);
@@ -176,7 +197,7 @@ bool run_parts(OpKind op) {
       for (void*& p : item.part.row) p = given(m.rows);
       for (void*& p : item.part.col) p = given(m.cols);
       float* const grad = arena.floats(count, 0.1f);
-      add(sums ? nullptr : arena.floats(count, 1.0f), grad, item, static_cast<int64_t>(items.size()));
+      add(grad, item, static_cast<int64_t>(items.size()));
     }
   }
   hfac::Step step(items, entries, hfac::PlanOptions{op});
@@ -194,6 +215,8 @@ bool run_parts(OpKind op) {
   s.eps = 1e-8;
   s.clip_threshold = 1.0;
   s.clip = s.first = true;
+  s.step.value = 5;
+  s.keys = hfac::keys_of(7);
   step.launch({table, workspace, nullptr}, s, nullptr, nullptr, nullptr, 0, nullptr);
   return arena.finite();
 }
@@ -203,7 +226,14 @@ bool run_parts(OpKind op) {
 int main(int argc, char** argv) {
   hfac::emulation::set_threading(argc > 1 ? argv[1] : "threads");
   const std::vector<Matrix> matrices = {{24, 16, 1}, {19, 17, 19}, {12, 12, 4}, {40, 264, 1}, {9, 8, 72}};
-  const bool finite = run(OpKind::kSmmf, matrices) & run(OpKind::kHfac, matrices) &
+  // Each way with whole aligned vectors, then with neither.
+  const std::vector<Matrix> stored = {{24, 16, 1}, {16, 16, 1}, {32, 24, 1}, {24, 8, 1}, {40, 16, 1},
+                                      {19, 17, 19}, {9, 9, 9},  {17, 9, 1},  {12, 9, 1}, {13, 9, 1}};
+  const std::vector<Matrix> vectors = {{24, 1, 1}, {8200, 1, 1}, {7, 1, 1}, {30, 1, 1}, {9, 1, 1}};
+  const bool finite = run(OpKind::kSmmf, stored, true) & run(OpKind::kHfac, stored, true) &
+                      run(OpKind::kSmmfDense, vectors, true) & run(OpKind::kHfacDense, vectors, true) &
+                      run_parts(OpKind::kSmmfSums, kSplit8Drawn) & run_parts(OpKind::kHfacApply, kSplit) &
+                      run(OpKind::kSmmf, matrices) & run(OpKind::kHfac, matrices) &
                       run(OpKind::kSmmfDense, {{24, 1, 1}, {8200, 1, 1}}) &
                       run(OpKind::kHfacDense, {{24, 1, 1}, {8200, 1, 1}}) & run_parts(OpKind::kSmmfSums) &
                       run_parts(OpKind::kHfacSums) & run_parts(OpKind::kHfacApply);

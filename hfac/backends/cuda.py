@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version  # tells autograd of writes that it cannot see
 
 from ..matricize import Block
+from ..rounding import Place
 from ..schedules import Scalar
 from . import cpu
 from .cpu import _addresses, _codes, _grads, _numels, _params, _resolved, _strides
@@ -29,6 +30,8 @@ _STATES = {
     "hfac_dense_step": ("exp_avgs", None, "exp_avg_sqs", None),
     "smmf_dense_step": ("exp_avgs", None, "exp_avg_sqs", None),
 }
+#: Codes of the kernels' Low (csrc/cuda/table.h).
+_LOWS = {torch.int16: 1, torch.int8: 2}
 _L2_BYTES: dict[int, int] = {}
 
 
@@ -96,7 +99,14 @@ class Cuda:
 class Bound:
     """Steps of one op on one list of parameters; see `bind`."""
 
-    def __init__(self, platform: Platform, op: str, params: Tensors, states: dict[str, list[Tensor]]) -> None:
+    def __init__(
+        self,
+        platform: Platform,
+        op: str,
+        params: Tensors,
+        states: dict[str, list[Tensor]],
+        places: Sequence[Place] | None = None,
+    ) -> None:
         self.platform, self.op, self.params = platform, op, list(params)
         self.states = {name: list(tensors) for name, tensors in states.items()}
         self.device = params[0].device if params else torch.device("cpu")
@@ -126,8 +136,9 @@ class Bound:
                 sign_slices=[sign.shape[0] for sign in signs],
             )
         self.shapes = [tuple(p.shape) for p in params]
-        if not all(map(Tensor.is_contiguous, params)):
-            arguments.update(shapes=self.shapes, param_strides=_strides(params))
+        stored = _stored(self.states.get("master_lows"), places)
+        if stored or not all(map(Tensor.is_contiguous, params)):
+            arguments.update(shapes=self.shapes, param_strides=_strides(params), **stored)
         self.step = platform.native.CudaStep(**arguments)
         self.table: Tensor | None = None
         self.workspace: Tensor | None = None
@@ -151,9 +162,12 @@ class Bound:
         maximize: bool = False,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
+        seed: int | None = None,
+        step: Scalar | None = None,
     ) -> None:
         """One step. ``grad_scale``, ``found_inf``: 0-d float32 tensors on the device, as torch's fused optimizers take
-        them: gradients are divided by the one, and nothing is written where the other is not zero."""
+        them: gradients are divided by the one, and nothing is written where the other is not zero. ``seed`` and
+        ``step`` are needed where there are places; a graph replays the seed, and reads a step that is a tensor."""
         if not self.params:
             return
         strides = None
@@ -178,7 +192,13 @@ class Bound:
         kept: list[Tensor] = []
         scalars = {
             name: self._scalar(value, kept)
-            for name, value in (("lr", lr), ("weight_decay", weight_decay), ("beta1", beta1), ("beta2", beta2))
+            for name, value in (
+                ("lr", lr),
+                ("weight_decay", weight_decay),
+                ("beta1", beta1),
+                ("beta2", beta2),
+                ("step", step),
+            )
         }
         stream = self.platform.stream(self.device)
         if self.stream is None:
@@ -198,6 +218,7 @@ class Bound:
             nonfinite=0 if flags is None else flags.data_ptr(),
             grad_scale=0 if grad_scale is None else grad_scale.data_ptr(),
             found_inf=0 if found_inf is None else found_inf.data_ptr(),
+            seed=seed,
             device=_index(self.device),
             stream=stream,
         )
@@ -250,6 +271,17 @@ class Bound:
         return value.data_ptr(), value.dtype == torch.float64, value.ndim
 
 
+def _stored(lows: Tensors | None, places: Sequence[Place] | None) -> dict[str, Any]:
+    """What the kernels are told of how parameters are stored; they need shapes with it."""
+    found: dict[str, Any] = {}
+    if lows is not None:
+        found.update(master_lows=_addresses(lows), master_low_dtypes=[_LOWS[low.dtype] for low in lows])
+        found.update(master_low_strides=_strides(lows))
+    if places is not None:
+        found.update(places=list(places))
+    return found
+
+
 def _index(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
@@ -261,13 +293,22 @@ class Ops:
 
     #: The kernels divide by a GradScaler's scale and look at its found_inf themselves.
     UNSCALES = True
+    #: They know `master_lows` and `places`.
+    STORES = True
 
     def __init__(self, platform: Platform) -> None:
         self.platform = platform
 
-    def bind(self, op: str, params: Tensors, states: dict[str, list[Tensor]]) -> Callable[..., None]:
+    def bind(
+        self,
+        op: str,
+        params: Tensors,
+        states: dict[str, list[Tensor]],
+        *,
+        places: Sequence[Place] | None = None,
+    ) -> Callable[..., None]:
         """The op of that name on these parameters and states, for as long as they lie where they lie."""
-        return Bound(self.platform, op.removesuffix("_"), params, states)
+        return Bound(self.platform, op.removesuffix("_"), params, states, places)
 
     def hfac_sums(
         self,
@@ -320,11 +361,17 @@ class Ops:
         clip_threshold: float | None,
         weight_decay: Scalar,
         maximize: bool,
+        master_lows: Tensors | None = None,
+        places: Sequence[Place] | None = None,
+        seed: int | None = None,
+        step: Scalar | None = None,
     ) -> None:
         operands, (grads, strides) = _params(params), _resolved(grads)
+        stored = _stored(master_lows, places)
         plan = self.platform.native.CudaParts.hfac_apply(
             **operands,
-            **_grads(grads, strides, "param_strides" in operands),
+            **_grads(grads, strides, bool(stored) or "param_strides" in operands),
+            **stored,
             rows=_numels(exp_avg_sq_rows),
             cols=_numels(exp_avg_sq_cols),
             whole_rows=rows,
@@ -338,9 +385,9 @@ class Ops:
             col_sums=_addresses(col_sums),
             new_cols=_addresses(new_cols),
         )
-        scalars = {"lr": lr, "weight_decay": weight_decay, "beta1": beta1}
+        scalars = {"lr": lr, "weight_decay": weight_decay, "beta1": beta1, "step": step}
         given = {"totals": totals, "mean_squares": mean_squares}
-        self._launch(plan, params, scalars, given, clip_threshold=clip_threshold, maximize=maximize)
+        self._launch(plan, params, scalars, given, clip_threshold=clip_threshold, maximize=maximize, seed=seed)
         increment_version(params)
 
     def smmf_sums_step_(
@@ -365,13 +412,19 @@ class Ops:
         weight_decay: Scalar,
         decoupled_weight_decay: bool,
         maximize: bool,
+        master_lows: Tensors | None = None,
+        places: Sequence[Place] | None = None,
+        seed: int | None = None,
+        step: Scalar | None = None,
     ) -> None:
         operands, (grads, strides) = _params(params), _resolved(grads)
+        stored = _stored(master_lows, places)
         first = {"exp_avg_rows": exp_avg_rows, "exp_avg_cols": exp_avg_cols, "new_rows": new_rows, "new_cols": new_cols}
         signs = exp_avg_signs
         plan = self.platform.native.CudaParts.smmf_sums_step(
             **operands,
-            **_grads(grads, strides, "param_strides" in operands),
+            **_grads(grads, strides, bool(stored) or "param_strides" in operands),
+            **stored,
             rows=_numels(exp_avg_sq_rows),
             cols=_numels(exp_avg_sq_cols),
             **{name: None if tensors is None else _addresses(tensors) for name, tensors in first.items()},
@@ -384,14 +437,13 @@ class Ops:
             new_sq_cols=_addresses(new_sq_cols),
             blocks=blocks,
         )
-        scalars = {"lr": lr, "weight_decay": weight_decay, "beta2": beta2}
-        if beta1 is not None:
-            scalars["beta1"] = beta1
-        self._launch(plan, params, scalars, {}, eps=eps, maximize=maximize, coupled=not decoupled_weight_decay)
+        scalars = {"lr": lr, "weight_decay": weight_decay, "beta1": beta1, "beta2": beta2, "step": step}
+        coupled = not decoupled_weight_decay
+        self._launch(plan, params, scalars, {}, eps=eps, maximize=maximize, coupled=coupled, seed=seed)
         increment_version(params)
 
     def _launch(
-        self, plan: Any, tensors: Tensors, scalars: dict[str, Scalar], given: dict[str, Tensor], **options: Any
+        self, plan: Any, tensors: Tensors, scalars: dict[str, Scalar | None], given: dict[str, Tensor], **options: Any
     ) -> None:
         """Runs a plan on parts whose table is for this once. ``given`` lies on the device; scalars on the host that
         have one entry per parameter go there with the table, in the same copy, so that nothing waits for the device."""
@@ -402,6 +454,8 @@ class Ops:
         found: dict[str, Any] = {"lr": 0.0, "weight_decay": 0.0, "beta1": 0.0, "beta2": 0.0}
         given, places = dict(given), {}
         for name, value in scalars.items():
+            if value is None:
+                continue
             if not isinstance(value, Tensor):
                 found[name] = value
             elif not value.is_cpu:
@@ -409,13 +463,13 @@ class Ops:
             elif not value.ndim:
                 found[name] = value.item()
             else:
-                places[name] = end, end + 8 * value.numel()
-                end = places[name][1]
+                places[name] = value, end, end + 8 * value.numel()
+                end = places[name][2]
         host = self.platform.host_table(end)
         table = torch.empty(end, dtype=torch.uint8, device=device)
         plan.write_table(host.data_ptr())
-        for name, (first, last) in places.items():
-            host[first:last].view(torch.float64).copy_(scalars[name])
+        for name, (value, first, last) in places.items():
+            host[first:last].view(torch.float64).copy_(value)
             found[name] = table.data_ptr() + first, True, 1
         table.copy_(host, non_blocking=True)
         for name, value in given.items():
@@ -435,6 +489,7 @@ class Ops:
 
 _ops = Ops(Cuda())
 UNSCALES = _ops.UNSCALES
+STORES = _ops.STORES
 bind = _ops.bind
 hfac_sums = _ops.hfac_sums
 hfac_apply_ = _ops.hfac_apply_

@@ -1,0 +1,320 @@
+// Accesses for parameters that are stored with more than one rounding to the nearest: stochastically, or as a bfloat16
+// and what it lacks of a master weight (hfac/rounding.py; csrc/math/rounding.h on one element).
+#pragma once
+
+#include "block.cuh"
+
+namespace hfac {
+
+using common::Random;
+
+static_assert(common::kDraws == kVector, "a vector takes one draw");
+
+// Where a parameter's random bits come from.
+struct Draw {
+  const Keys* keys;
+  int64_t first;
+  uint32_t position, step;
+  HFAC_DEVICE Draw(const Arguments& a, const Item& it)
+      : keys(&a.scalars.keys),
+        first(it.store.first),
+        position(it.store.position),
+        step(static_cast<uint32_t>(static_cast<int64_t>(value_of(a.scalars.step, it.index)))) {}
+  // Of eight elements that follow each other from a multiple of eight on; common::philox with its keys at hand.
+  HFAC_DEVICE Random at(int64_t index) const {
+    const uint64_t block = static_cast<uint64_t>(first + index) / kVector;
+    uint32_t c0 = static_cast<uint32_t>(block), c1 = common::upper_half(block), c2 = step, c3 = position;
+#pragma unroll
+    for (int k = 0; k < common::kPhiloxRounds; ++k) {
+      const uint64_t a = static_cast<uint64_t>(c0) * common::kPhiloxFactor0;
+      const uint64_t b = static_cast<uint64_t>(c2) * common::kPhiloxFactor1;
+      c0 = common::upper_half(b) ^ c1 ^ keys->round[k][0];
+      c1 = static_cast<uint32_t>(b);
+      c2 = common::upper_half(a) ^ c3 ^ keys->round[k][1];
+      c3 = static_cast<uint32_t>(a);
+    }
+    return Random{{c0, c1, c2, c3}};
+  }
+};
+
+// Is one of them NaN? One comparison for the compiler, for which CUDA has no name.
+HFAC_DEVICE bool unordered(float a, float b) { return !(a < b) && !(a >= b); }
+
+// A NaN becomes the one whose lower bits are zero, which survives what is added to it below.
+HFAC_DEVICE void quiet(float (&x)[kVector]) {
+  bool nan = false;
+#pragma unroll
+  for (int k = 0; k < kVector; k += 2) nan = nan || unordered(x[k], x[k + 1]);
+  if (!nan) return;
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) x[k] = unordered(x[k], x[k]) ? float_of(0x7fc00000u) : x[k];
+}
+
+// The upper halves of two words, the first one's below; and the lower halves.
+HFAC_DEVICE uint32_t upper_halves(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(a, b, 0x7632);
+#else
+  return a >> 16 | (b & 0xffff0000u);
+#endif
+}
+HFAC_DEVICE uint32_t lower_halves(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(a, b, 0x5410);
+#else
+  return (a & 0xffffu) | b << 16;
+#endif
+}
+// Bits 8 to 15 of four words.
+HFAC_DEVICE uint32_t second_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(__byte_perm(a, b, 0x0051), __byte_perm(c, d, 0x0051), 0x5410);
+#else
+  return (a >> 8 & 0xffu) | (b & 0xff00u) | (c << 8 & 0xff0000u) | (d << 16 & 0xff000000u);
+#endif
+}
+
+// A bfloat16 rounded stochastically.
+template <class Sg>
+struct DrawnAccess : BulkAccess<float, BFloat16, Sg> {
+  using Base = BulkAccess<float, BFloat16, Sg>;
+  using Base::param;
+  using Base::store;
+  struct Target {
+    Operand param;
+    Draw draw;
+  };
+
+  static HFAC_DEVICE Target target(const Arguments& a, const Item& it) { return {it.param, Draw(a, it)}; }
+  static HFAC_DEVICE typename Base::Param param(const Target& t, const int64_t* layouts, int64_t at, int count) {
+    return Base::param(t.param, layouts, at, count);
+  }
+  static HFAC_DEVICE void store(const Target& t, const int64_t*, int64_t at, int, float (&x)[kVector]) {
+    const Random random = t.draw.at(at);
+    quiet(x);
+    Raw<BFloat16> raw;
+#pragma unroll
+    for (int k = 0; k < kVector / 2; ++k) {
+      const uint32_t bits = random.word[k];
+      raw.chunk[0].word[k] = upper_halves(bits_of(x[2 * k]) + (bits & 0xffffu), bits_of(x[2 * k + 1]) + (bits >> 16));
+    }
+    store_raw(global(static_cast<BFloat16*>(t.param.data)) + at, raw);
+  }
+};
+
+// Eight lower pieces of 8 bits.
+struct alignas(8) Bytes8 {
+  uint32_t word[2];
+};
+
+HFAC_DEVICE Bytes8 load_bytes8(const int8_t* p) {
+  Bytes8 b;
+#if defined(__CUDA_ARCH__)
+  const uint2 v = *reinterpret_cast<const uint2*>(p);
+  b.word[0] = v.x;
+  b.word[1] = v.y;
+#else
+  memcpy(&b, __builtin_assume_aligned(p, 8), sizeof(b));
+#endif
+  return b;
+}
+
+HFAC_DEVICE void store_bytes8(int8_t* p, const Bytes8& b) {
+#if defined(__CUDA_ARCH__)
+  *reinterpret_cast<uint2*>(p) = make_uint2(b.word[0], b.word[1]);
+#else
+  memcpy(__builtin_assume_aligned(p, 8), &b, sizeof(b));
+#endif
+}
+
+// A bfloat16 and the 16 bits that it lacks of a float: exact.
+template <class Sg>
+struct SplitAccess : BulkAccess<float, BFloat16, Sg> {
+  using Base = BulkAccess<float, BFloat16, Sg>;
+  using Base::store;
+  using Base::widen;
+  static constexpr int kRows = 1;
+  struct Param {
+    Chunk high, low;
+  };
+  struct Target {
+    BFloat16* high;
+    int16_t* low;
+  };
+
+  static HFAC_DEVICE Target target(const Arguments&, const Item& it) {
+    return {static_cast<BFloat16*>(it.param.data), static_cast<int16_t*>(it.store.low.data)};
+  }
+  static HFAC_DEVICE Param param(const Target& t, const int64_t*, int64_t at, int) {
+    return {load_chunk(global(t.high) + at, false), load_chunk(global(t.low) + at, false)};
+  }
+  static HFAC_DEVICE void widen(const Param& raw, float (&x)[kVector]) {
+#pragma unroll
+    for (int k = 0; k < kVector / 2; ++k) {
+      const uint32_t high = raw.high.word[k], low = raw.low.word[k];
+      x[2 * k] = float_of((high << 16) + static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(low))));
+      x[2 * k + 1] = float_of((high & 0xffff0000u) + static_cast<uint32_t>(static_cast<int32_t>(low) >> 16));
+    }
+  }
+  static HFAC_DEVICE void store(const Target& t, const int64_t*, int64_t at, int, float (&x)[kVector]) {
+    quiet(x);
+    Chunk high, low;
+#pragma unroll
+    for (int k = 0; k < kVector / 2; ++k) {
+      const uint32_t a = bits_of(x[2 * k]), b = bits_of(x[2 * k + 1]);
+      high.word[k] = upper_halves(a + 0x8000u, b + 0x8000u);
+      low.word[k] = lower_halves(a, b);  // what is left of the rounding is the lower half, read as a signed number
+    }
+    store_chunk(global(t.high) + at, high);
+    store_chunk(global(t.low) + at, low);
+  }
+};
+
+// A bfloat16 and 8 of the bits that it lacks of a float, rounded to the nearest even or stochastically.
+template <class Sg>
+struct Split8Access : BulkAccess<float, BFloat16, Sg> {
+  using Base = BulkAccess<float, BFloat16, Sg>;
+  using Base::store;
+  using Base::widen;
+  static constexpr int kRows = 1;
+  struct Param {
+    Chunk high;
+    Bytes8 low;
+  };
+  struct Target {
+    BFloat16* high;
+    int8_t* low;
+    bool drawn;
+    Draw draw;
+  };
+
+  static HFAC_DEVICE Target target(const Arguments& a, const Item& it) {
+    return {static_cast<BFloat16*>(it.param.data), static_cast<int8_t*>(it.store.low.data), it.store.drawn != 0,
+            Draw(a, it)};
+  }
+  static HFAC_DEVICE Param param(const Target& t, const int64_t*, int64_t at, int) {
+    return {load_chunk(global(t.high) + at, false), load_bytes8(global(t.low) + at)};
+  }
+  static HFAC_DEVICE void widen(const Param& raw, float (&x)[kVector]) {
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      const uint32_t high = raw.high.word[k / 2], low = raw.low.word[k / 4] << (24 - k % 4 * 8);
+      x[k] = float_of((k % 2 ? high & 0xffff0000u : high << 16) +
+                      static_cast<uint32_t>(static_cast<int32_t>(low) >> 16 & ~0xff));
+    }
+  }
+  static HFAC_DEVICE void store(const Target& t, const int64_t*, int64_t at, int, float (&x)[kVector]) {
+    quiet(x);
+    uint32_t u[kVector];
+    if (t.drawn) {
+      const Random random = t.draw.at(at);
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) {
+        u[k] = bits_of(x[k]) + (k % 2 ? random.word[k / 2] >> 24 : random.word[k / 2] >> 8 & 0xffu);
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) u[k] = bits_of(x[k]) + 0x7fu + (bits_of(x[k]) >> 8 & 1u);
+    }
+    // The last 8 bits are not cut off: nothing below depends on them.
+    Chunk high;
+#pragma unroll
+    for (int k = 0; k < kVector / 2; ++k) high.word[k] = upper_halves(u[2 * k] + 0x8000u, u[2 * k + 1] + 0x8000u);
+    store_chunk(global(t.high) + at, high);
+    store_bytes8(global(t.low) + at, {second_bytes(u[0], u[1], u[2], u[3]), second_bytes(u[4], u[5], u[6], u[7])});
+  }
+};
+
+HFAC_DEVICE_APART Random draw_apart(uint64_t block, uint32_t step, uint32_t position, uint64_t seed) {
+  return common::philox(block, step, position, seed);
+}
+
+// Any type, stride and alignment, with or without a lower piece, with or without random bits.
+struct StoredAccess : AnyAccess<float> {
+  using Base = AnyAccess<float>;
+  using Base::param;
+  using Base::store;
+  struct Target {
+    Operand param;
+    Store store;
+    uint32_t step;
+    uint64_t seed;
+  };
+
+  static HFAC_DEVICE Target target(const Arguments& a, const Item& it) {
+    return {it.param, it.store, Draw(a, it).step, a.scalars.keys.seed()};
+  }
+
+  static HFAC_DEVICE int64_t place(const Operand& o, const int64_t* layouts, int64_t at) {
+    return o.layout < 0 ? at : offset_of(layouts + o.layout, at);
+  }
+
+  static HFAC_DEVICE Param param(const Target& t, const int64_t* layouts, int64_t at, int count) {
+    Eight e = Base::param(t.param, layouts, at, count);
+    const Operand& low = t.store.low;
+    if (low.dtype == static_cast<int32_t>(Low::kNone)) return e;
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      if (k >= count) continue;
+      const BFloat16 high{static_cast<uint16_t>(bits_of(e.x[k]) >> 16)};
+      const int64_t offset = place(low, layouts, at + k);
+      e.x[k] = low.dtype == static_cast<int32_t>(Low::kInt16)
+                   ? common::join(high, global(static_cast<const int16_t*>(low.data))[offset])
+                   : common::join(high, global(static_cast<const int8_t*>(low.data))[offset]);
+    }
+    return e;
+  }
+
+  static HFAC_DEVICE void store(const Target& t, const int64_t* layouts, int64_t at, int count,
+                                const float (&x)[kVector]) {
+    const Operand& low = t.store.low;
+    Random random{};
+    uint64_t block = ~uint64_t{0};  // that of no element
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      if (k >= count) continue;
+      uint32_t bits = 0;
+      if (t.store.drawn) {
+        const int64_t within = t.store.layout < 0 ? at + k : offset_of(layouts + t.store.layout, at + k);
+        const int64_t index = t.store.first + within;
+        if (static_cast<uint64_t>(index) / common::kDraws != block) {
+          block = static_cast<uint64_t>(index) / common::kDraws;
+          random = draw_apart(block, t.step, t.store.position, t.seed);
+        }
+        bits = common::random_bits(random, index);
+      }
+      const int64_t offset = place(t.param, layouts, at + k);
+      BFloat16* const brain = global(static_cast<BFloat16*>(t.param.data)) + offset;
+      switch (static_cast<Low>(low.dtype)) {
+        case Low::kInt16:
+          common::split(x[k], *brain, global(static_cast<int16_t*>(low.data))[place(low, layouts, at + k)]);
+          break;
+        case Low::kInt8: {
+          int8_t& piece = global(static_cast<int8_t*>(low.data))[place(low, layouts, at + k)];
+          if (t.store.drawn) {
+            common::split(x[k], bits, *brain, piece);
+          } else {
+            common::split(x[k], *brain, piece);
+          }
+          break;
+        }
+        case Low::kNone:
+          if (t.param.dtype == static_cast<int32_t>(DType::kBFloat16)) {
+            *brain = common::stochastic(x[k], bits, BFloat16());
+          } else {
+            global(static_cast<Float16*>(t.param.data))[offset] = common::stochastic(x[k], bits, Float16());
+          }
+          break;
+      }
+    }
+  }
+};
+
+using Drawn = DrawnAccess<BFloat16>;
+using DrawnFloat = DrawnAccess<float>;
+using Split = SplitAccess<BFloat16>;
+using SplitFloat = SplitAccess<float>;
+using Split8 = Split8Access<BFloat16>;
+using Split8Float = Split8Access<float>;
+
+}  // namespace hfac
