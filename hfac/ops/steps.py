@@ -1,0 +1,338 @@
+"""Steps on whole parameters: one function per op, and `Bound`, which checks once what stays from step to step."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, clipping
+from ..rounding import Place
+from ..schedules import Scalar
+from .checks import (
+    FLOATING,
+    LOWS,
+    PARAM_DTYPES,
+    Tensors,
+    check_params,
+    check_places,
+    check_states,
+    check_stores,
+    check_tensor,
+    checked_list,
+    names,
+)
+
+#: State lists of each op.
+STATES = {
+    "hfac_step_": ("exp_avg_rows", "exp_avg_cols", "exp_avg_sq_rows", "exp_avg_sq_cols"),
+    "hfac_dense_step_": ("exp_avgs", "exp_avg_sqs"),
+    "smmf_step_": ("exp_avg_rows", "exp_avg_cols", "exp_avg_signs", "exp_avg_sq_rows", "exp_avg_sq_cols"),
+    "smmf_dense_step_": ("exp_avgs", "exp_avg_sqs"),
+}
+#: Those that SMMF does without where beta1 is None.
+FIRST_MOMENT = frozenset(("exp_avg_rows", "exp_avg_cols", "exp_avg_signs", "exp_avgs"))
+_LAYOUT, _DTYPE, _DEVICE, _SHAPE = (attrgetter(name) for name in ("layout", "dtype", "device", "shape"))
+
+
+def hfac_step_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avg_rows: Tensors,
+    exp_avg_cols: Tensors,
+    exp_avg_sq_rows: Tensors,
+    exp_avg_sq_cols: Tensors,
+    nonfinite: Tensor | None = None,
+    *,
+    lr: Scalar,
+    beta1: Scalar,
+    beta2: Scalar,
+    eps: float,
+    clip_threshold: float | None,
+    weight_decay: Scalar,
+    maximize: bool = False,
+    master_lows: Tensors | None = None,
+    places: Sequence[Place] | None = None,
+    seed: int = 0,
+    step: Scalar = 0.0,
+    backend: str = "auto",
+) -> None:
+    """One step of H-Fac on parameters viewed as [m, n] matrices. Row states have m elements, column states n."""
+    _call("hfac_step_", **locals())
+
+
+def hfac_dense_step_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    nonfinite: Tensor | None = None,
+    *,
+    lr: Scalar,
+    beta1: Scalar,
+    beta2: Scalar,
+    eps: float,
+    clip_threshold: float | None,
+    weight_decay: Scalar,
+    maximize: bool = False,
+    master_lows: Tensors | None = None,
+    places: Sequence[Place] | None = None,
+    seed: int = 0,
+    step: Scalar = 0.0,
+    backend: str = "auto",
+) -> None:
+    """One step of H-Fac with both moments whole: states have their parameter's shape."""
+    _call("hfac_dense_step_", **locals())
+
+
+def smmf_step_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avg_rows: Tensors | None,
+    exp_avg_cols: Tensors | None,
+    exp_avg_signs: Tensors | None,
+    exp_avg_sq_rows: Tensors,
+    exp_avg_sq_cols: Tensors,
+    nonfinite: Tensor | None = None,
+    *,
+    lr: Scalar,
+    beta1: Scalar | None,
+    beta2: Scalar,
+    eps: float,
+    weight_decay: Scalar,
+    decoupled_weight_decay: bool = True,
+    maximize: bool = False,
+    master_lows: Tensors | None = None,
+    places: Sequence[Place] | None = None,
+    seed: int = 0,
+    step: Scalar = 0.0,
+    backend: str = "auto",
+) -> None:
+    """One step of SMMF on parameters viewed as [n, m] matrices, n >= m. Row states are [n], column states [m], signs
+    uint8 of `hfac.matricize.sign_shape`. beta1 None: no first moment, and its three lists are None."""
+    _call("smmf_step_", **locals())
+
+
+def smmf_dense_step_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors | None,
+    exp_avg_sqs: Tensors,
+    nonfinite: Tensor | None = None,
+    *,
+    lr: Scalar,
+    beta1: Scalar | None,
+    beta2: Scalar,
+    eps: float,
+    weight_decay: Scalar,
+    decoupled_weight_decay: bool = True,
+    maximize: bool = False,
+    master_lows: Tensors | None = None,
+    places: Sequence[Place] | None = None,
+    seed: int = 0,
+    step: Scalar = 0.0,
+    backend: str = "auto",
+) -> None:
+    """One step of SMMF with both moments whole: states have their parameter's shape. beta1 None: exp_avgs is None."""
+    _call("smmf_dense_step_", **locals())
+
+
+def _call(
+    op: str,
+    params: Tensors,
+    grads: Tensors,
+    nonfinite: Tensor | None,
+    backend: str,
+    places: Sequence[Place] | None,
+    master_lows: Tensors | None,
+    **arguments: Any,
+) -> None:
+    states = {name: arguments.pop(name) for name in STATES[op]}
+    if arguments["beta1"] is None:
+        states = {name: tensors for name, tensors in states.items() if name not in FIRST_MOMENT}
+    if master_lows is not None:
+        states[LOWS] = master_lows
+    Bound(op, params, states, places=places, backend=backend).prepare(grads, nonfinite, **arguments)()
+
+
+class Bound:
+    """An op with the parameters and states it updates, found right once; every step brings gradients and scalars.
+
+    To look at every state of many small tensors anew in every step would cost more than the step. What a step must
+    know is whether a tensor lies where it lay: `holds`.
+
+    Args:
+        op: name of the op.
+        states: lists by the names that the op gives them; SMMF without a first moment leaves its lists out, and
+            `LOWS` is there where there are master weights.
+        places: as the op takes it. A step then brings ``seed`` and ``step`` among its scalars.
+        backend: as the op takes it.
+
+    Raises:
+        ValueError, RuntimeError: as every op, see above.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        params: Tensors,
+        states: Mapping[str, Tensors],
+        *,
+        places: Sequence[Place] | None = None,
+        backend: str = "auto",
+    ) -> None:
+        self._op = op
+        self._first = not op.startswith("smmf") or not FIRST_MOMENT.isdisjoint(states)
+        needed = STATES[op] if self._first else [name for name in STATES[op] if name not in FIRST_MOMENT]
+        self._params = list(params)
+        if LOWS in states:
+            needed = [*needed, LOWS]
+        self._states = {name: checked_list(name, states.get(name), op, len(params)) for name in needed}
+        self._step: Callable[..., None] | None = None
+        if not params:
+            return
+        self._device = params[0].device
+        check_params(self._params)
+        check_states(op, self._params, self._states)
+        self._stochastic = places is not None
+        stored: dict[str, Any] = {}
+        if places is not None:
+            check_places(self._params, places, self._states.get(LOWS))
+            stored["places"] = list(places)
+        if LOWS in states or stored:
+            check_stores(backend, self._device)
+        module = backends.resolve(backend, self._device)
+        self._unscales = getattr(module, "UNSCALES", False)
+        if hasattr(module, "bind"):
+            self._step = module.bind(op, self._params, self._states, **stored)
+        else:
+            missing = dict.fromkeys(set(STATES[op]) - set(needed))
+            self._step = partial(getattr(module, op), self._params, **self._states, **missing, **stored)
+        self._layout = whereabouts(self._params, self._states.values())
+        self._shapes = self._layout[2]
+
+    def holds(self) -> bool:
+        """Parameters and states have the places, shapes and types that they had."""
+        return self._step is None or whereabouts(self._params, self._states.values()) == self._layout
+
+    def workspace_bytes(self) -> int:
+        """Bytes on the device that the backend keeps from step to step."""
+        return getattr(self._step, "workspace_bytes", lambda: 0)()
+
+    def prepare(
+        self,
+        grads: Tensors,
+        nonfinite: Tensor | None = None,
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        seed: int = 0,
+        step: Scalar = 0.0,
+        **scalars: Any,
+    ) -> Callable[..., None]:
+        """Checks a step with these gradients and returns it, yet to be made: (clip=None) -> None. ``clip`` is a 0-d
+        float32 or float64 tensor, known when all steps have been checked; gradients are multiplied by it.
+
+        ``seed`` and ``step`` are read where the op has places. ``grad_scale`` and ``found_inf`` are what
+        `torch.amp.GradScaler` hands to an optimizer that unscales gradients itself: float32 tensors of one element.
+        Gradients are divided by the one, and nothing is written where the other is not zero. The CUDA kernels do all of
+        this as they go and write no gradient; for other backends gradients are multiplied in place, as
+        `torch.nn.utils.clip_grad_norm_` and the scaler would do it, and found_inf is read on the host.
+        """
+        if len(grads) != len(self._params):
+            raise ValueError(f"grads must have one entry per parameter ({len(self._params)}), got {len(grads)}")
+        if (scalars["beta1"] is not None) != self._first:
+            raise ValueError("states of the first moment are required by SMMF exactly where beta1 is not None")
+        if self._step is None:
+            return lambda clip=None: None
+        self._check_grads(grads)
+        if nonfinite is not None and (
+            nonfinite.shape != (len(grads),) or nonfinite.dtype != torch.int32 or nonfinite.device != self._device
+        ):
+            raise ValueError(
+                f"nonfinite must be an int32 tensor of shape ({len(grads)},) on {self._device}, got {nonfinite.dtype} "
+                f"{tuple(nonfinite.shape)} on {nonfinite.device}"
+            )
+        if self._stochastic:
+            scalars.update(seed=seed, step=step)
+        run = partial(self._run, nonfinite=nonfinite, **scalars)
+        given = {"grad_scale": grad_scale, "found_inf": found_inf}
+        scaling = {name: tensor for name, tensor in given.items() if tensor is not None}
+        for name, tensor in scaling.items():
+            if tensor.numel() != 1 or tensor.dtype != torch.float32 or tensor.device != self._device:
+                raise ValueError(
+                    f"{name} must be one float32 on {self._device}, as torch.amp.GradScaler passes it, got "
+                    f"{tensor.numel()} of {tensor.dtype} on {tensor.device}"
+                )
+
+        def fused(clip: Tensor | None = None) -> None:
+            if clip is not None:
+                clip = clip.to(self._device)
+                divisor = clip.reciprocal() if grad_scale is None else grad_scale.reshape(()) / clip
+                scaling["grad_scale"] = divisor.to(torch.float32)
+            run(grads, **scaling)
+
+        def in_place(clip: Tensor | None = None) -> None:
+            if found_inf is not None and found_inf.item():
+                if nonfinite is not None:
+                    nonfinite.zero_()
+                return
+            mine = list(grads)
+            if clip is not None:
+                clip = clip.to(self._device)
+                mine = clipping.scaled(mine, clip if grad_scale is None else clip / grad_scale.reshape(()))
+            elif grad_scale is not None:
+                torch._foreach_div_(mine, grad_scale)
+            run(mine)
+
+        return fused if self._unscales else in_place
+
+    def _run(self, *args: Any, **kwargs: Any) -> None:
+        """A prepared step holds this object, and so the states whose addresses the backend was given."""
+        assert self._step is not None
+        self._step(*args, **kwargs)
+
+    def _check_grads(self, grads: Tensors) -> None:
+        if (
+            list(map(_SHAPE, grads)) == self._shapes
+            and {torch.strided}.issuperset(map(_LAYOUT, grads))
+            and FLOATING.issuperset(map(_DTYPE, grads))
+            and {self._device}.issuperset(map(_DEVICE, grads))
+        ):
+            return
+        for i, (param, grad) in enumerate(zip(self._params, grads, strict=True)):
+            check_tensor(f"grads[{i}]", grad)
+            if grad.dtype not in PARAM_DTYPES:
+                raise ValueError(f"grads[{i}] must be one of {names(PARAM_DTYPES)}, got {grad.dtype}")
+            if grad.shape != param.shape:
+                raise ValueError(
+                    f"grads[{i}] must have its parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}"
+                )
+            if grad.device != self._device:
+                raise RuntimeError(
+                    f"params[{i}] is on {param.device} and grads[{i}] on {grad.device}, expected both on {self._device}"
+                )
+
+
+def whereabouts(params: Tensors, states: Iterable[Tensors]) -> list[list[Any]]:
+    """Of parameters all that ``p.data = ...`` can change; states are contiguous, and only move."""
+    found = [list(map(get, params)) for get in (Tensor.data_ptr, _DTYPE, _SHAPE, Tensor.stride)]
+    return found + [list(map(Tensor.data_ptr, tensors)) for tensors in states]
+
+
+def read_steps(steps: Tensors) -> list[float]:
+    """The values of 0-d tensors on the host."""
+    native = backends.host_counters()
+    return [step.item() for step in steps] if native is None else native.read_steps(steps)
+
+
+def advance_steps_(steps: Tensors) -> None:
+    """Adds one to 0-d tensors, which all lie on the host or all on one device."""
+    native = backends.host_counters() if steps[0].is_cpu else None
+    if native is not None:
+        native.advance_steps_(steps)
+    else:
+        # A tensor of one, made once: a number would be wrapped anew for every step that lives on the host.
+        torch._foreach_add_(list(steps), torch.ones((), device=steps[0].device), alpha=1)
