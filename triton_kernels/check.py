@@ -33,8 +33,8 @@ TARGETS = {
 }
 #: Where instructions are counted.
 COUNTED = "sm_90"
-#: Bytes that a lane may park in memory where a tile in two pieces lies as one of float32 does, which itself takes all
-#: registers and has one address fewer.
+#: Bytes that a lane may park in memory where SMMF's tile has a lower piece: it takes all registers without one, and
+#: with it has an address more.
 SPARE = 32
 F32, BF16, F16 = tl.float32, tl.bfloat16, tl.float16
 #: How most weights are stored, and what that is called where they are not.
@@ -241,8 +241,9 @@ def complaints(variant: Variant, report: Report, target: GPUTarget, shared: int)
     found = []
     bulk = variant.constants.get("WHOLE", False)
     low = variant.constants.get("LOW", 0)
-    exact = low == 16 and variant.kernel is smmf.smmf_tiles
-    if report.spills > (SPARE if exact and bulk and target.backend == "cuda" else 0):
+    tile = low and variant.kernel is smmf.smmf_tiles
+    exact = low == 16 and tile
+    if report.spills > (SPARE if tile and bulk and target.backend == "cuda" else 0):
         found.append(f"{report.spills} spilled")
     if report.shared > shared:
         found.append(f"{report.shared} bytes of shared memory of {shared}")
@@ -303,8 +304,8 @@ def _write(rows: list[str], count: int, failed: int, costs: list[str]) -> None:
         "but for SMMF's sign bytes, none of 8 or 16 bits; at most 128 registers on NVIDIA GPUs; nothing spilled; "
         "shared memory within the target's; no fused multiply-adds and no approximate roots or quotients in PTX, "
         "and none in hfac_update on AMD's bulk, whose other kernels refine roots and quotients with them. Of "
-        "smmf_tiles with a lower piece of 16 bits: what is summed lies as a float32's, for which accesses are of 64 "
-        f"bits and a lane may park {SPARE} bytes.",
+        f"smmf_tiles with a lower piece a lane may park {SPARE} bytes; with one of 16 bits what is summed lies as a "
+        "float32's, for which accesses are of 64 bits.",
         "",
         "| kernel | variant | " + " | ".join(TARGETS) + " |",
         "| --- | --- |" + " --- |" * len(TARGETS),
