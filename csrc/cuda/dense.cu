@@ -1,5 +1,7 @@
 // Both optimizers where both moments are whole, and the look at gradients before a step that may refuse them. One block
 // per run of 8192 elements, all parameters of a list in one launch.
+#include <type_traits>
+
 #include "../math/hfac.h"
 #include "../math/smmf.h"
 #include "launchers.h"
@@ -28,6 +30,16 @@ HFAC_DEVICE void store_moment(void* p, int64_t at, int count, const T (&x)[kVect
 #pragma unroll
   for (int k = 0; k < kVector; ++k) {
     if (k < count) to[at + k] = x[k];
+  }
+}
+
+// A plain parameter straight into its registers: through those of an access the compiler would spill.
+template <class A, class Target, class T>
+HFAC_DEVICE void load_param(const Target& target, const int64_t* layouts, int64_t at, int count, T (&x)[kVector]) {
+  if constexpr (std::is_same_v<Target, Operand>) {
+    load_any(target, layouts, at, count, x);
+  } else {
+    A::widen(A::param(target, layouts, at, count), x);
   }
 }
 
@@ -154,7 +166,7 @@ __global__ void __launch_bounds__(kTileThreads) hfac_dense(Arguments a) {
   each_vector(it, tile.part, [&](int64_t at, int count) {
     const HfacDenseCell<T> cell(a, it, gradient, b1, b2, at, count);
     T w[kVector];
-    A::widen(A::param(param, a.layouts, at, count), w);
+    load_param<A>(param, a.layouts, at, count, w);
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
       w[k] = hfac_dense_update(w[k], cell.g[k], cell.average[k], cell.denominator[k], cell.update[k] / divisor, b1.beta,
@@ -183,7 +195,7 @@ __global__ void __launch_bounds__(kTileThreads) smmf_dense(Arguments a) {
   each_vector(it, tile.part, [&](int64_t at, int count) {
     T g[kVector], w[kVector], m[kVector], v[kVector];
     load_any(it.grad, a.layouts, at, count, g);
-    A::widen(A::param(param, a.layouts, at, count), w);
+    load_param<A>(param, a.layouts, at, count, w);
     load_moment(it.second_row, at, count, v);
     if (a.scalars.first) load_moment(it.first_row, at, count, m);
     gradient(g);

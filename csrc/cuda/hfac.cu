@@ -470,10 +470,12 @@ void launch_hfac_stats(const Launch& l, const Arguments& a, void* stream) {
   switch (l.access) {
     case Access::kFloat:
       return with(stats_kernel<Float>(l.width));
+#if !defined(HFAC_FLOAT_OPERANDS)
     case Access::kBFloat16:
       return with(stats_kernel<Brain>(l.width));
     case Access::kFloat16:
       return with(stats_kernel<Half>(l.width));
+#endif
     case Access::kDouble:
       return with(stats_kernel<AnyAccess<double>>(l.width));
     default:
@@ -501,6 +503,19 @@ void launch_hfac_update(const Launch& l, const Arguments& a, void* stream) {
   switch (l.access) {
     case Access::kFloat:
       return with(hfac_update_tiles<Float>);
+    case Access::kAny:
+      return with(hfac_update_tiles<AnyAccess<float>>);
+    case Access::kDouble:
+      return with(hfac_update_tiles<AnyAccess<double>>);
+    case Access::kDrawnFloat:
+      return with(hfac_update_tiles<DrawnFloat>);
+    case Access::kSplitFloat:
+      return with(hfac_update_tiles<SplitFloat>);
+    case Access::kSplit8Float:
+      return with(hfac_update_tiles<Split8Float>);
+    case Access::kStored:
+      return with(hfac_update_tiles<StoredAccess>);
+#if !defined(HFAC_FLOAT_OPERANDS)
     case Access::kBFloat16:
       return with(hfac_update_tiles<Brain>);
     case Access::kFloat16:
@@ -509,24 +524,16 @@ void launch_hfac_update(const Launch& l, const Arguments& a, void* stream) {
       return with(hfac_update_tiles<BrainFloat>);
     case Access::kFloatBFloat16:
       return with(hfac_update_tiles<FloatBrain>);
-    case Access::kAny:
-      return with(hfac_update_tiles<AnyAccess<float>>);
-    case Access::kDouble:
-      return with(hfac_update_tiles<AnyAccess<double>>);
     case Access::kDrawn:
       return with(hfac_update_tiles<Drawn>);
-    case Access::kDrawnFloat:
-      return with(hfac_update_tiles<DrawnFloat>);
     case Access::kSplit:
       return with(hfac_update_tiles<Split>);
-    case Access::kSplitFloat:
-      return with(hfac_update_tiles<SplitFloat>);
     case Access::kSplit8:
       return with(hfac_update_tiles<Split8>);
-    case Access::kSplit8Float:
-      return with(hfac_update_tiles<Split8Float>);
-    case Access::kStored:
-      return with(hfac_update_tiles<StoredAccess>);
+#else
+    default:
+      throw std::logic_error("compiled without these operands");
+#endif
   }
 }
 

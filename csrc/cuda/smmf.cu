@@ -299,6 +299,19 @@ void launch_smmf_tiles(const Launch& l, const Arguments& a, void* stream) {
   switch (l.access) {
     case Access::kFloat:
       return with(tiles_kernel<Float>(a.parts));
+    case Access::kAny:
+      return with(tiles_kernel<AnyAccess<float>>(a.parts));
+    case Access::kDouble:
+      return with(tiles_kernel<AnyAccess<double>>(a.parts));
+    case Access::kDrawnFloat:
+      return with(tiles_kernel<DrawnFloat>(a.parts));
+    case Access::kSplitFloat:
+      return with(tiles_kernel<SplitFloat>(a.parts));
+    case Access::kSplit8Float:
+      return with(tiles_kernel<Split8Float>(a.parts));
+    case Access::kStored:
+      return with(tiles_kernel<StoredAccess>(a.parts));
+#if !defined(HFAC_FLOAT_OPERANDS)
     case Access::kBFloat16:
       return with(tiles_kernel<Brain>(a.parts));
     case Access::kFloat16:
@@ -307,24 +320,16 @@ void launch_smmf_tiles(const Launch& l, const Arguments& a, void* stream) {
       return with(tiles_kernel<BrainFloat>(a.parts));
     case Access::kFloatBFloat16:
       return with(tiles_kernel<FloatBrain>(a.parts));
-    case Access::kAny:
-      return with(tiles_kernel<AnyAccess<float>>(a.parts));
-    case Access::kDouble:
-      return with(tiles_kernel<AnyAccess<double>>(a.parts));
     case Access::kDrawn:
       return with(tiles_kernel<Drawn>(a.parts));
-    case Access::kDrawnFloat:
-      return with(tiles_kernel<DrawnFloat>(a.parts));
     case Access::kSplit:
       return with(tiles_kernel<Split>(a.parts));
-    case Access::kSplitFloat:
-      return with(tiles_kernel<SplitFloat>(a.parts));
     case Access::kSplit8:
       return with(tiles_kernel<Split8>(a.parts));
-    case Access::kSplit8Float:
-      return with(tiles_kernel<Split8Float>(a.parts));
-    case Access::kStored:
-      return with(tiles_kernel<StoredAccess>(a.parts));
+#else
+    default:
+      throw std::logic_error("compiled without these operands");
+#endif
   }
 }
 
