@@ -11,11 +11,11 @@ from cases import gradient
 from torch.nn import Parameter
 
 import hfac
-from hfac import backends, reference
+from hfac import backends, reference, rounding
 
 sys.path.append(str(Path(__file__).parent.parent))
+from bench import bf16, contestants, memory, problem, record, report, rivals, shapes, timing  # noqa: E402
 from bench import bytes as traffic  # noqa: E402
-from bench import contestants, memory, problem, record, report, rivals, shapes, timing  # noqa: E402
 from bench.__main__ import main  # noqa: E402
 from bench.gate import why_red  # noqa: E402
 
@@ -302,3 +302,13 @@ def test_a_file_of_something_else_is_not_overwritten(capsys, tmp_path):
     assert "move it away" in said.err
     assert not said.out  # it has not measured first
     assert path.read_text() == '{"mine": 1}'
+
+
+def test_the_gate_of_stored_weights(monkeypatch):
+    """Green as it is, red where the random bits are others."""
+    backend = backends.available(torch.device("cpu"))[0]
+    assert bf16.why_red("SMMF", bf16.STORED["stochastic"], backend) is None
+    drawn = rounding.random_bits
+    monkeypatch.setattr(rounding, "random_bits", lambda *args: drawn(*args) ^ 0x8000)
+    reason = bf16.why_red("SMMF", bf16.STORED["stochastic"], backend)
+    assert (reason is None) == (backend == "reference") and "stored otherwise" in (reason or "stored otherwise")
