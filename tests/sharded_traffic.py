@@ -93,6 +93,10 @@ def refusals():
     def made(shape, placements):
         return torch.nn.Parameter(DTensor.from_local(torch.ones(shape), mesh, placements, run_check=False))
 
+    def mixed(groups):
+        optimizer = hfac.HFac(groups)
+        optimizer.step()
+
     def step_of(param):
         param.grad = param.detach().clone()
         hfac.HFac([param]).step_param(param)
@@ -107,6 +111,12 @@ def refusals():
         "signs-third": lambda: hfac.SMMF([made((4, 6, 8), [Replicate(), Shard(2)])]),
         "capturable": lambda: hfac.HFac([made((4, 6), [Shard(0), Replicate()])], capturable=True),
         "amp": lambda: hfac.SMMF([made((4, 6), [Shard(0), Replicate()])], amp_scaling=True),
+        "amp-elsewhere": lambda: mixed(
+            [
+                {"params": [made((4, 6), [Shard(0), Replicate()])]},
+                {"params": [torch.nn.Parameter(torch.ones(3))], "amp_scaling": True},
+            ]
+        ),
         "triton": lambda: hfac.SMMF([made((4, 6), [Shard(0), Replicate()])], backend="cuda"),
         "step-param": lambda: step_of(made((4, 6), [Shard(0), Replicate()])),
         "release": lambda: release("fsdp"),

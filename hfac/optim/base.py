@@ -306,6 +306,12 @@ class FactoredOptimizer(StatefulOptimizer):
             for i, param in enumerate(group["params"])
             if needs_others(param, group) and param in self.state
         ]
+        if entries and self._step_supports_amp_scaling:
+            raise ValueError(
+                f"{type(self).__name__}: a group has amp_scaling=True, for which a GradScaler leaves the gradients of "
+                f"all groups scaled, and {entries[0].label} is sharded, whose gradients a step does not unscale. Leave "
+                "amp_scaling=False in all groups, or put sharded parameters into an optimizer of their own."
+            )
         return distributed.Sharded(self._algorithm, entries) if entries else None
 
     def _wait(self) -> None:
