@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import subprocess
 import sys
 import zipfile
 from contextlib import contextmanager
@@ -527,3 +528,11 @@ def test_bytes_of_every_optimizer_are_counted_by_hand():
         assert (row.weights, row.gradients) == (2 * part, 2 * part)
         assert (row.state, row.checkpoint - 2 * numel) == expected[row.optimizer.name], row.optimizer.name
     assert math.prod(memory.Rank(3, 4).part((64, 96))) == part
+
+
+def test_a_reader_that_has_read_enough_ends_it_quietly():
+    program = [sys.executable, "-m", "hfac", "plan", "gpt2"]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        running.stdout.close()
+        assert running.stderr.read() == ""
+    assert running.returncode == 141

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 
 from hfac.cli import compare, doctor, plan
-from hfac.cli.errors import INTERRUPTED, UsageError
+from hfac.cli.errors import INTERRUPTED, PIPE_CLOSED, UsageError
 
 # Each module offers HELP (one line), add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {
@@ -31,9 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; bad input exits with status 2 as argparse does."""
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args)
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
     except UsageError as error:
         args.command_parser.error(str(error))  # exits
         raise
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere, without complaint
+        return PIPE_CLOSED

@@ -1,6 +1,7 @@
 """How a command ends when it does not end well."""
 
 INTERRUPTED = 130  # the exit status shells give a program stopped by Ctrl-C
+PIPE_CLOSED = 141  # and one whose reader has gone
 
 
 class UsageError(Exception):
