@@ -25,7 +25,7 @@ compare: $(INSTALLED) ## train a byte-level GPT on real text with AdamW, Adafact
 	$(BIN)/hfac compare $(ARGS)
 
 test: $(EMULATED) ## run the tests, the CUDA kernels' among them (no GPU needed)
-	$(BIN)/python -m pytest -n auto --maxschedchunk=2 $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 test-emulated: $(EMULATED) ## run the CUDA kernels' tests on the host (no GPU needed)
 	$(BIN)/python -m pytest tests/test_cuda_emulated.py tests/test_cuda_sanitizers.py tests/test_cuda_plan.py $(ARGS)
