@@ -144,9 +144,6 @@ def convert(state_dict: Mapping[str, Any], params: Any = None, *, to: str = "hfa
     return _flattened(converted) if flat else converted
 
 
-# ---- sources ---------------------------------------------------------------------------------------------------------
-
-
 #: message's beginning, state, group, shape -> moments
 Read = Callable[[str, Entry, Mapping[str, Any], tuple[int, ...]], Moments]
 #: state, group -> the shape of the parameter where these tell it
@@ -416,9 +413,6 @@ def _over(average: Tensor, weight: float) -> Tensor:
     return average / weight if weight > 0 else torch.zeros_like(average)
 
 
-# ---- targets ---------------------------------------------------------------------------------------------------------
-
-
 def _written(target: HFac | SMMF, param: Tensor, group: Mapping[str, Any], moments: Moments) -> dict[str, Tensor]:
     """The target's state of one parameter."""
     layout, batch = target._full_layout(param, group), group["batch_dims"]
@@ -458,9 +452,6 @@ def _smmf_state(kept: Entry, group: Mapping[str, Any], M: Tensor, V: Tensor, ste
     values = {"exp_avg_row": row, "exp_avg_col": col, "exp_avg_sign": reference.pack_signs(M > 0)}
     values["exp_avg_sq_row"], values["exp_avg_sq_col"] = reference.nnmf(V.reshape(n, m))
     return values
-
-
-# ---- state dicts -----------------------------------------------------------------------------------------------------
 
 
 def _checked(state_dict: Any) -> Mapping[str, Any]:

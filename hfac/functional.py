@@ -310,7 +310,7 @@ class Group:
             _check_batch(batch_dims, params, read)
             self._params = list(params)
             self._states = [[state for state in tensors if state is not None] for tensors in read.values()]
-            self._places = ops.whereabouts(self._params, self._states)
+            self._whereabouts = ops.whereabouts(self._params, self._states)
         self._grad_dtypes = list(map(_DTYPE, grads))
         indices: dict[tuple[Any, ...], list[int]] = {}
         for i, (param, grad, step) in enumerate(zip(params, grads, state_steps, strict=True)):
@@ -360,7 +360,7 @@ class Group:
         if list(map(_DTYPE, grads)) != self._grad_dtypes:
             return False
         if self._batch_dims:  # slices stay with the memory that they were taken of
-            return ops.whereabouts(self._params, self._states) == self._places
+            return ops.whereabouts(self._params, self._states) == self._whereabouts
         return all(bucket.call.holds() for bucket in self._buckets)
 
     def workspace_bytes(self) -> int:

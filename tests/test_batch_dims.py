@@ -182,9 +182,6 @@ def test_two_groups_and_one_of_them_stacked(cls):
     assert bits([*stack.detach(), plain.detach()]) == bits([single.detach() for single in singles])
 
 
-# ---- gradients that are not finite -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
 @pytest.mark.parametrize("backend", backends_here())
 @BOTH
@@ -229,9 +226,6 @@ def test_what_a_grad_scaler_hands_over(cls, backend):
     assert both.stacked.state[both.stacks[0]]["step"] == 2
 
 
-# ---- what moves ------------------------------------------------------------------------------------------------------
-
-
 @BOTH
 @pytest.mark.parametrize("what", ["param", "state", "pickle", "deepcopy"])
 def test_memory_that_moves_between_steps(cls, what):
@@ -273,9 +267,6 @@ def test_what_earlier_versions_saved(cls):
     param.grad = torch.ones_like(param)
     optimizer.step()
     assert [optimizer.param_groups[0][name] for name in names] == [False, 0]
-
-
-# ---- what is refused -------------------------------------------------------------------------------------------------
 
 
 def snapshot(optimizer):
@@ -363,9 +354,6 @@ def test_functional_calls_that_cannot_be(change, options, error, pattern):
     with pytest.raises(error, match=pattern):
         call(lambda lists: (change(lists), kept.append(lists[0][0])), **options)
     assert bool((kept[0] == 1).all())
-
-
-# ---- sharded stacks --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -64,9 +64,6 @@ def loaded(cls, converted, params=None, dtype=torch.float64, shapes=SHAPES4, **o
     return optimizer
 
 
-# ---- what is exact ---------------------------------------------------------------------------------------------------
-
-
 @ADAM
 @pytest.mark.parametrize("options", [{}, {"maximize": True}, {"foreach": False}, {"matricize": "flatten"}], ids=str)
 def test_adam_to_hfac_is_the_state_that_hfac_would_have(source, options):
@@ -132,8 +129,6 @@ def test_adafactor_of_more_dimensions():
     torch.testing.assert_close(state["exp_avg_sq_row"], estimate.reshape(12, 5).sum(1).reshape(3, 4))
     torch.testing.assert_close(state["exp_avg_sq_col"], estimate.reshape(12, 5).sum(0))
 
-
-# ---- the authors' SMMF -----------------------------------------------------------------------------------------------
 
 DATA = Path(__file__).parent / "data"
 CASES = [case for case in json.loads((DATA / "published.json").read_text()) if case["optimizer"] == "SMMF"]
@@ -242,9 +237,6 @@ def test_published_first_moment_that_averages_nothing():
     assert torch.equal(state["exp_avg_sq_row"], torch.full((4,), 6.0))
 
 
-# ---- between our two, and to themselves ------------------------------------------------------------------------------
-
-
 @TO
 def test_to_itself(to, cls):
     own = dict(betas=(0.8, 0.95), eps=1e-6) if to == "hfac" else dict(beta=0.8, growth_rate=0.9, decay_rate=-0.8)
@@ -287,8 +279,6 @@ def test_options_that_give_another_state(options):
     for key in ("exp_avg_sq_row", "step"):
         torch.testing.assert_close(other.state_dict()["state"][0][key], expected.state_dict()["state"][0][key])
 
-
-# ---- stacks, whole moments, master weights ---------------------------------------------------------------------------
 
 STACKS = {1: [(3, 4, 6), (2, 5), (4, 3, 2, 4), (2, 1, 7), (2, 0, 5), (0, 4, 3)], 2: [(2, 3, 4, 6), (3, 2, 5)]}
 SOURCES = {"adam": torch.optim.AdamW, "hfac": HFac, "smmf": SMMF}
@@ -443,9 +433,6 @@ def test_new_master_weights(to, cls, master, dtype):
     assert optimizer.state[params[0]]["master_low"].any()
 
 
-# ---- a training that switches ----------------------------------------------------------------------------------------
-
-
 def problem():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 6))
@@ -565,9 +552,6 @@ def test_zero_gradients(to, cls, shape):
         assert param.isfinite().all()
 
 
-# ---- options ---------------------------------------------------------------------------------------------------------
-
-
 def group_of(optimizer, to, params=None, **options):
     return hfac.convert(optimizer.state_dict(), params, to=to, **options)["param_groups"][0]
 
@@ -631,9 +615,6 @@ def test_source_is_left_alone():
             for value in state.values():
                 value.zero_()
     assert bits(source) == before
-
-
-# ---- what cannot be --------------------------------------------------------------------------------------------------
 
 
 def adam_dict(dtype=torch.float64):

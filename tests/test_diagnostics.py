@@ -388,8 +388,6 @@ def test_gradients_of_all_scales(cls, shape):
         torch.testing.assert_close(found["update_rms"].double(), rms(param.detach() - before), rtol=tolerance, atol=0)
 
 
-# ---- stacks, whole moments, master weights, stochastic rounding ------------------------------------------------------
-
 STACKS = {1: [(3, 8, 6), (2, 5), (2, 3, 2, 4)], 2: [(2, 3, 8, 6), (1, 2, 5)]}
 
 

@@ -239,8 +239,6 @@ def test_options_are_keyword_only_with_neutral_defaults(cls):
         assert cls([Parameter(torch.ones(2, 2))]).param_groups[0][name] == default
 
 
-# ---- matricize and dense, by group -----------------------------------------------------------------------------------
-
 SHAPES = [(3, 2, 4), (5, 3), (6,), (4, 3, 2, 2)]
 OPTIONS = {
     HFac: dict(lr=0.02, betas=(0.8, 0.95), eps=1e-12, clip_threshold=0.7, weight_decay=0.1),

@@ -22,9 +22,6 @@ OPTIONS = {
 NAN = float("nan")
 
 
-# ---- step_param ------------------------------------------------------------------------------------------------------
-
-
 def two_groups(cls, params, **options):
     groups = [{"params": params[::2]}, {"params": params[1::2], "lr": 0.005, "maximize": True}]
     return cls(groups, **{**OPTIONS[cls], **options})
@@ -152,9 +149,6 @@ def test_step_param_leaves_hooks_to_the_step(cls):
     gradients(params, 0)
     optimizer.step_param(params[0])
     assert not seen and params[0].grad is not None
-
-
-# ---- release_gradients -----------------------------------------------------------------------------------------------
 
 
 class Net(nn.Module):
@@ -422,8 +416,6 @@ def test_exact_accumulation_frees_in_the_last_pass():
     assert there[:24] == sorted(there[:24]) and there[24:] == sorted(there[24:], reverse=True) and there[-1] <= 2
     assert there[24] == 24
 
-
-# ---- clipping by the norm of the step before -------------------------------------------------------------------------
 
 LIMIT = 12.0
 
