@@ -39,10 +39,11 @@ def _widened(grad: Tensor) -> Tensor:
 
 
 def total(norms: Sequence[Tensor], finite: Sequence[Tensor] = ()) -> Tensor:
-    """The norm of all tensors together, of the norms of each; of those in ``finite`` what is not finite is left out."""
+    """The norm of all tensors together, of the norms of each, 0-d or many in one tensor; of those in ``finite`` what is
+    not finite is left out."""
     every = [*norms, *finite]
     device = next((norm.device for norm in every if not norm.is_cpu), every[0].device)
-    stacks = [torch.stack([norm.to(device) for norm in part]) for part in (norms, finite) if part]
+    stacks = [torch.cat([norm.to(device).reshape(-1) for norm in part]) for part in (norms, finite) if part]
     if finite:
         stacks[-1] = torch.nan_to_num(stacks[-1], nan=0.0, posinf=0.0)
     return torch.linalg.vector_norm(torch.cat(stacks))

@@ -7,7 +7,7 @@ The classes `hfac.HFac` and `hfac.SMMF` keep a `Group` of the tensors of each pa
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -374,10 +374,10 @@ class Group:
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         **options: Any,
-    ) -> Callable[..., None] | None:
+    ) -> "Update | None":
         """Checks a step with these gradients and returns it, yet to be made; ``options`` are those of `hfac` or `smmf`
-        that are no tensors' lists, ``grad_scale`` and ``found_inf`` as `ops.Bound.prepare` takes them, whose ``clip``
-        the step takes. None where the steps of one bucket have come apart: it must be bound anew."""
+        that are no tensors' lists, ``grad_scale`` and ``found_inf`` as `ops.Bound.prepare` takes them. None where the
+        steps of one bucket have come apart: it must be bound anew."""
         scalars = {
             **self._algorithm.scalars(options),
             "maximize": options["maximize"],
@@ -412,20 +412,38 @@ class Group:
                 **decays,
                 **scalars,
             )
-            calls.append((bucket, call, flags))
+            calls.append(_Call(bucket, call, flags))
 
-        def run(clip: Tensor | None = None) -> None:
-            for bucket, call, flags in calls:
-                call(clip)
-                ops.advance_steps_(bucket.steps)
-                if flags is not None and bucket.skipped is not None:
-                    some, every = (flags, flags) if bucket.owners is None else bucket.owners.left(flags)
-                    torch._foreach_add_(bucket.skipped, some.unbind())
-                    torch._foreach_sub_(bucket.steps, every.unbind())
-                if found_inf is not None:
-                    torch._foreach_sub_(bucket.steps, [found_inf.view(())] * len(bucket.steps))
+        return Update(calls, found_inf)
 
-        return run
+
+class _Call(NamedTuple):
+    bucket: _Bucket
+    update: ops.Update
+    flags: Tensor | None  # of parameters whose gradient is not finite; of slices, where there are batch dimensions
+
+
+class Update:
+    """A step of a `Group` that has been checked, yet to be made: call it once, and `norms` before it or not at all."""
+
+    def __init__(self, calls: list[_Call], found_inf: Tensor | None) -> None:
+        self._calls, self._found_inf = calls, found_inf
+
+    def norms(self) -> list[Tensor]:
+        """The gradients' norms, those of slices where there are batch dimensions, as `ops.Update.norms` has them."""
+        return [call.update.norms() for call in self._calls]
+
+    def __call__(self, clip: Tensor | None = None) -> None:
+        """Makes the step, on gradients multiplied by ``clip``, and counts it."""
+        for bucket, update, flags in self._calls:
+            update(clip)
+            ops.advance_steps_(bucket.steps)
+            if flags is not None and bucket.skipped is not None:
+                some, every = (flags, flags) if bucket.owners is None else bucket.owners.left(flags)
+                torch._foreach_add_(bucket.skipped, some.unbind())
+                torch._foreach_sub_(bucket.steps, every.unbind())
+            if self._found_inf is not None:
+                torch._foreach_sub_(bucket.steps, [self._found_inf.view(())] * len(bucket.steps))
 
 
 def _check_batch(batch_dims: int, params: Sequence[Tensor], states: Mapping[str, States]) -> None:

@@ -28,6 +28,7 @@ from .steps import (
     smmf_step_,
     whereabouts,
 )
+from .update import Update
 
 __all__ = [
     "Bound",
@@ -36,6 +37,7 @@ __all__ = [
     "PARAM_DTYPES",
     "PART_OPS",
     "STATES",
+    "Update",
     "advance_steps_",
     "check_tensor",
     "hfac_apply_",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, clipping
+from .. import backends
 from ..rounding import Place
 from ..schedules import Scalar
 from .checks import (
@@ -24,6 +24,7 @@ from .checks import (
     checked_list,
     names,
 )
+from .update import Update
 
 #: State lists of each op.
 STATES = {
@@ -183,17 +184,17 @@ class Bound:
         places: Sequence[Place] | None = None,
         backend: str = "auto",
     ) -> None:
-        self._op = op
+        self.op = op
         self._first = not op.startswith("smmf") or not FIRST_MOMENT.isdisjoint(states)
         needed = STATES[op] if self._first else [name for name in STATES[op] if name not in FIRST_MOMENT]
         self._params = list(params)
         if LOWS in states:
             needed = [*needed, LOWS]
         self._states = {name: checked_list(name, states.get(name), op, len(params)) for name in needed}
-        self._step: Callable[..., None] | None = None
+        self.step: Callable[..., None] | None = None
         if not params:
             return
-        self._device = params[0].device
+        self.device = params[0].device
         check_params(self._params)
         check_states(op, self._params, self._states)
         self._stochastic = places is not None
@@ -202,24 +203,25 @@ class Bound:
             check_places(self._params, places, self._states.get(LOWS))
             stored["places"] = list(places)
         if LOWS in states or stored:
-            check_stores(backend, self._device)
-        module = backends.resolve(backend, self._device)
-        self._unscales = getattr(module, "UNSCALES", False)
+            check_stores(backend, self.device)
+        module = backends.resolve(backend, self.device)
+        #: the kernels divide gradients by a scale as they read them
+        self.unscales = getattr(module, "UNSCALES", False)
         if hasattr(module, "bind"):
-            self._step = module.bind(op, self._params, self._states, **stored)
+            self.step = module.bind(op, self._params, self._states, **stored)
         else:
             missing = dict.fromkeys(set(STATES[op]) - set(needed))
-            self._step = partial(getattr(module, op), self._params, **self._states, **missing, **stored)
+            self.step = partial(getattr(module, op), self._params, **self._states, **missing, **stored)
         self._layout = whereabouts(self._params, self._states.values())
         self._shapes = self._layout[2]
 
     def holds(self) -> bool:
         """Parameters and states have the places, shapes and types that they had."""
-        return self._step is None or whereabouts(self._params, self._states.values()) == self._layout
+        return self.step is None or whereabouts(self._params, self._states.values()) == self._layout
 
     def workspace_bytes(self) -> int:
         """Bytes on the device that the backend keeps from step to step."""
-        return getattr(self._step, "workspace_bytes", lambda: 0)()
+        return getattr(self.step, "workspace_bytes", lambda: 0)()
 
     def prepare(
         self,
@@ -231,75 +233,48 @@ class Bound:
         seed: int = 0,
         step: Scalar = 0.0,
         **scalars: Any,
-    ) -> Callable[..., None]:
-        """Checks a step with these gradients and returns it, yet to be made: (clip=None) -> None. ``clip`` is a 0-d
-        float32 or float64 tensor, known when all steps have been checked; gradients are multiplied by it.
+    ) -> Update:
+        """Checks a step with these gradients and returns it, yet to be made.
 
         ``seed`` and ``step`` are read where the op has places. ``grad_scale`` and ``found_inf`` are what
         `torch.amp.GradScaler` hands to an optimizer that unscales gradients itself: float32 tensors of one element.
-        Gradients are divided by the one, and nothing is written where the other is not zero. The CUDA kernels do all of
-        this as they go and write no gradient; for other backends gradients are multiplied in place, as
-        `torch.nn.utils.clip_grad_norm_` and the scaler would do it, and found_inf is read on the host.
+        Gradients are divided by the one, and nothing is written where the other is not zero.
         """
         if len(grads) != len(self._params):
             raise ValueError(f"grads must have one entry per parameter ({len(self._params)}), got {len(grads)}")
         if (scalars["beta1"] is not None) != self._first:
             raise ValueError("states of the first moment are required by SMMF exactly where beta1 is not None")
-        if self._step is None:
-            return lambda clip=None: None
-        self._check_grads(grads)
+        scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
+        if self.step is not None:
+            self._check_grads(grads)
+            self._check_scalars(len(grads), nonfinite, scaling)
+            if self._stochastic:
+                scalars.update(seed=seed, step=step)
+        return Update(self, list(grads), nonfinite, scaling, scalars)
+
+    def _check_scalars(self, count: int, nonfinite: Tensor | None, scaling: Mapping[str, Tensor | None]) -> None:
         if nonfinite is not None and (
-            nonfinite.shape != (len(grads),) or nonfinite.dtype != torch.int32 or nonfinite.device != self._device
+            nonfinite.shape != (count,) or nonfinite.dtype != torch.int32 or nonfinite.device != self.device
         ):
             raise ValueError(
-                f"nonfinite must be an int32 tensor of shape ({len(grads)},) on {self._device}, got {nonfinite.dtype} "
+                f"nonfinite must be an int32 tensor of shape ({count},) on {self.device}, got {nonfinite.dtype} "
                 f"{tuple(nonfinite.shape)} on {nonfinite.device}"
             )
-        if self._stochastic:
-            scalars.update(seed=seed, step=step)
-        run = partial(self._run, nonfinite=nonfinite, **scalars)
-        given = {"grad_scale": grad_scale, "found_inf": found_inf}
-        scaling = {name: tensor for name, tensor in given.items() if tensor is not None}
         for name, tensor in scaling.items():
-            if tensor.numel() != 1 or tensor.dtype != torch.float32 or tensor.device != self._device:
+            if tensor is None:
+                continue
+            if tensor.numel() != 1 or tensor.dtype != torch.float32 or tensor.device != self.device:
                 raise ValueError(
-                    f"{name} must be one float32 on {self._device}, as torch.amp.GradScaler passes it, got "
+                    f"{name} must be one float32 on {self.device}, as torch.amp.GradScaler passes it, got "
                     f"{tensor.numel()} of {tensor.dtype} on {tensor.device}"
                 )
-
-        def fused(clip: Tensor | None = None) -> None:
-            if clip is not None:
-                clip = clip.to(self._device)
-                divisor = clip.reciprocal() if grad_scale is None else grad_scale.reshape(()) / clip
-                scaling["grad_scale"] = divisor.to(torch.float32)
-            run(grads, **scaling)
-
-        def in_place(clip: Tensor | None = None) -> None:
-            if found_inf is not None and found_inf.item():
-                if nonfinite is not None:
-                    nonfinite.zero_()
-                return
-            mine = list(grads)
-            if clip is not None:
-                clip = clip.to(self._device)
-                mine = clipping.scaled(mine, clip if grad_scale is None else clip / grad_scale.reshape(()))
-            elif grad_scale is not None:
-                torch._foreach_div_(mine, grad_scale)
-            run(mine)
-
-        return fused if self._unscales else in_place
-
-    def _run(self, *args: Any, **kwargs: Any) -> None:
-        """A prepared step holds this object, and so the states whose addresses the backend was given."""
-        assert self._step is not None
-        self._step(*args, **kwargs)
 
     def _check_grads(self, grads: Tensors) -> None:
         if (
             list(map(_SHAPE, grads)) == self._shapes
             and {torch.strided}.issuperset(map(_LAYOUT, grads))
             and FLOATING.issuperset(map(_DTYPE, grads))
-            and {self._device}.issuperset(map(_DEVICE, grads))
+            and {self.device}.issuperset(map(_DEVICE, grads))
         ):
             return
         for i, (param, grad) in enumerate(zip(self._params, grads, strict=True)):
@@ -310,9 +285,9 @@ class Bound:
                 raise ValueError(
                     f"grads[{i}] must have its parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}"
                 )
-            if grad.device != self._device:
+            if grad.device != self.device:
                 raise RuntimeError(
-                    f"params[{i}] is on {param.device} and grads[{i}] on {grad.device}, expected both on {self._device}"
+                    f"params[{i}] is on {param.device} and grads[{i}] on {grad.device}, expected both on {self.device}"
                 )
 
 

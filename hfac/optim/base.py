@@ -82,7 +82,7 @@ class FactoredOptimizer(StatefulOptimizer):
         if limit is None:
             self._grad_norm = None
         else:
-            clip = self._clip(grads, limit)
+            clip = self._clip(work, limit)
         if self._sharded is not None:
             if clip is not None:
                 self._sharded.scale_(clip)
@@ -121,22 +121,20 @@ class FactoredOptimizer(StatefulOptimizer):
             )
         return COMMON_RULES["max_grad_norm"](name, limits[0])
 
-    def _clip(self, grads: list[list[Any]], limit: float) -> Tensor | None:
-        """What the gradients, by group, are to be multiplied by; None where there are none."""
+    def _clip(self, work: "list[functional.Update | None]", limit: float) -> Tensor | None:
+        """What the gradients are to be multiplied by, of all groups' steps; None where there are none."""
         # A parameter whose gradient is not finite stays as it is where "skip" says so, and has no part in the norm.
         norms: dict[bool, list[Tensor]] = {False: [], True: []}
         skip = [group["nonfinite"] == "skip" for group in self.param_groups]
-        for value in dict.fromkeys(skip):
-            mine = [grad for s, of_group in zip(skip, grads, strict=True) if s == value for grad in of_group]
-            norms[value] += clipping.norms([grad for grad in mine if grad is not None])
+        for skips, update in zip(skip, work, strict=True):
+            if update is not None:
+                norms[skips] += update.norms()
         if self._sharded is not None:
             for group_index, norm in self._sharded.norms():
                 norms[skip[group_index]].append(norm)
         if not norms[False] and not norms[True]:
             return None
-        norm = clipping.total(norms[False], norms[True])
-        scale = getattr(self, "grad_scale", None)
-        self._grad_norm = norm if scale is None else norm / scale.to(norm.device).reshape(())
+        self._grad_norm = clipping.total(norms[False], norms[True])
         return clipping.coefficient(self._grad_norm, limit)
 
     @torch.no_grad()
@@ -218,7 +216,7 @@ class FactoredOptimizer(StatefulOptimizer):
             "param_groups' parameters itself, not a copy or a view, or add it with add_param_group."
         )
 
-    def _prepare(self, group_index: int, group: dict[str, Any], grads: list[Any]) -> Callable[..., None] | None:
+    def _prepare(self, group_index: int, group: dict[str, Any], grads: list[Any]) -> "functional.Update | None":
         """Checks a step of one group, on the parameters that have a gradient, and returns it, yet to be made."""
         assert self._seen is not None
         params = self._seen.whole[group_index]
