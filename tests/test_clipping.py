@@ -9,7 +9,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hfac import SMMF, HFac, clipping
+from hfac import SMMF, HFac, clipping, ops
 
 BOTH = pytest.mark.parametrize("cls", [HFac, SMMF], ids=["hfac", "smmf"])
 OPTIONS = {
@@ -208,6 +208,109 @@ def test_expanded_gradients(cls):
     assert optimizer.grad_norm > 0.5 and params[0].grad[0, 0] == 2.0
 
 
+@pytest.mark.parametrize("backend", ["cpu", emulated.NAME])
+@pytest.mark.parametrize("limit", [1e4, 0.1])
+def test_matrices_are_not_read_for_their_norm(backend, limit, request, monkeypatch):
+    """H-Fac has it from its statistics, also of slices; vectors are read."""
+    if backend == emulated.NAME:
+        if emulated.native is None:
+            pytest.skip(emulated.WHY_NOT)
+        request.getfixturevalue("emulated_backend")
+    read = []
+    norms = clipping.norms
+    monkeypatch.setattr(clipping, "norms", lambda grads: read.extend(grads) or norms(grads))
+    params, stack = parameters([(4, 6), (3, 5), (7,)]), parameters([(3, 4, 5)])
+    groups = [{"params": params}, {"params": stack, "batch_dims": 1}]
+    optimizer = HFac(groups, max_grad_norm=limit, backend=backend)
+    for step in range(3):
+        gradients(params + stack, step)
+        wanted = nn.utils.get_total_norm([param.grad for param in params + stack])
+        optimizer.step()
+        assert optimizer.grad_norm.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert [tuple(grad.shape) for grad in read] == [(7,)] * 3
+
+
+def a_list(dtype):
+    """Matrices of several chunks, strided and empty ones, with the states of some steps before."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(700, 40), (3, 5), (0, 4), (33, 129)]
+
+    def made(shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    params, grads = [made(shape) for shape in shapes], [made(shape) for shape in shapes]
+    grads[1] = made(shapes[1][::-1]).t()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    states = {
+        name: [made(shape[k : k + 1]).to(wide).abs() for shape in shapes]
+        for name, k in (("exp_avg_rows", 0), ("exp_avg_cols", 1), ("exp_avg_sq_rows", 0), ("exp_avg_sq_cols", 1))
+    }
+    return params, grads, states
+
+
+SCALARS = dict(lr=0.01, beta1=0.8, beta2=0.9, eps=1e-12, clip_threshold=0.7, weight_decay=0.1, maximize=False)
+
+
+def updated(dtype, clip, backend, nonfinite=None, spoil=None, **scalars):
+    """(norms, all bits after a step); clip None: the plain step."""
+    params, grads, states = a_list(dtype)
+    if spoil:
+        spoil(grads)
+    update = ops.Bound("hfac_step_", params, states, backend=backend).prepare(grads, nonfinite, **SCALARS | scalars)
+    norms = None if clip is None else update.norms()
+    update(None if clip is None else torch.tensor(clip))
+    return norms, bits([params, states])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", emulated.NAME])
+@pytest.mark.parametrize("clip_threshold", [0.7, None])
+def test_statistics_taken_for_the_norm_serve_the_step(dtype, backend, clip_threshold, request):
+    """Unclipped every bit is the plain step's; clipped, that of the plain step on gradients multiplied before."""
+    if backend == emulated.NAME:
+        if emulated.native is None:
+            pytest.skip(emulated.WHY_NOT)
+        request.getfixturevalue("emulated_backend")
+    options = dict(clip_threshold=clip_threshold)
+    _, plain = updated(dtype, None, backend, **options)
+    norms, same = updated(dtype, 1.0, backend, **options)
+    assert plain == same
+    assert norms.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    _, grads, _ = a_list(dtype)
+    assert norms.tolist() == pytest.approx([grad.double().norm().item() for grad in grads], rel=3e-6)
+
+    def halve(grads):
+        for grad in grads:
+            grad *= 0.5  # exact
+
+    _, halved = updated(dtype, None, backend, spoil=halve, **options)
+    _, clipped = updated(dtype, 0.5, backend, **options)
+    assert halved == clipped != plain
+
+
+@pytest.mark.parametrize("backend", ["cpu", emulated.NAME])
+def test_what_is_not_finite_is_known_for_the_gradients_as_they_are_stepped(backend, request):
+    """A number too large to be squared is fine once it is clipped; NaN is not."""
+    if backend == emulated.NAME:
+        if emulated.native is None:
+            pytest.skip(emulated.WHY_NOT)
+        request.getfixturevalue("emulated_backend")
+
+    def spoil(grads):
+        grads[0][3, 3] = NAN
+        grads[1][0, 0] = 1e25
+
+    for clip, wanted in ((1.0, [1, 1, 0, 0]), (1e-20, [1, 0, 0, 0])):
+        flags = torch.zeros(4, dtype=torch.int32)
+        norms, _ = updated(torch.float32, clip, backend, flags, spoil)
+        assert flags.tolist() == wanted
+        assert norms[0].isnan() and norms[1] >= 1e24 and norms[2] == 0 and norms[3] > 1
+    flags = torch.zeros(4, dtype=torch.int32)
+    _, plain = updated(torch.float32, None, backend, flags, spoil)
+    again = torch.zeros(4, dtype=torch.int32)
+    assert updated(torch.float32, 1.0, backend, again, spoil)[1] == plain and again.tolist() == flags.tolist()
+
+
 @BOTH
 def test_no_value_is_read_on_the_host(cls):
     """On the meta device any read of a value raises."""
@@ -289,10 +392,10 @@ def test_clipping_makes_nothing_of_a_gradients_size(cls, dtype, monkeypatch):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
             if "vector_norm" in str(function) and args[0].itemsize == 2:  # on the CPU torch widens it, unseen from here
-                self.largest = max(self.largest, args[0].numel())
+                self.largest = max(self.largest, 4 * args[0].numel())
             for tensor in tree_leaves(out):
                 if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in known:
-                    self.largest = max(self.largest, tensor.numel())
+                    self.largest = max(self.largest, tensor.nbytes)
             return out
 
     monkeypatch.setattr(clipping, "_PIECE", 64)
@@ -303,4 +406,5 @@ def test_clipping_makes_nothing_of_a_gradients_size(cls, dtype, monkeypatch):
         known = {param.grad.untyped_storage().data_ptr() for param in params}
         with Sizes() as sizes:
             optimizer.step()
-    assert 0 < sizes.largest <= 64
+    statistics = 4 * (2 * 64 + 3 * 48) if cls is HFac else 0  # of the first read, kept until the norm is known
+    assert 0 < sizes.largest <= max(4 * 64, statistics)

@@ -27,14 +27,28 @@ size_t unlocked(const Step& step) {
   return step();
 }
 
+HfacStage stage_of(const std::string& name) {
+  if (name == "whole") return HfacStage::kWhole;
+  if (name == "statistics") return HfacStage::kStatistics;
+  if (name == "rest") return HfacStage::kRest;
+  refuse("stage", "'whole', 'statistics' or 'rest' is needed, not '" + name + "'");
+}
+
 size_t hfac_step(py::object params, py::object grads, py::object numels, py::object param_dtypes,
                  py::object grad_dtypes, py::object rows, py::object cols, py::object exp_avg_rows,
                  py::object exp_avg_cols, py::object exp_avg_sq_rows, py::object exp_avg_sq_cols, py::object beta1,
                  py::object beta2, double lr, double eps, std::optional<double> clip_threshold, double weight_decay,
                  bool maximize, uintptr_t nonfinite, int threads, py::object shapes, py::object param_strides,
-                 py::object grad_strides, const py::kwargs& storing) {
+                 py::object grad_strides, const std::string& stage, uintptr_t kept, uintptr_t squares,
+                 const py::kwargs& storing) {
   Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides, storing);
   const py::ssize_t size = operands.size();
+  HfacOptions options{lr,       eps,     clip_threshold.value_or(1.0), weight_decay, clip_threshold.has_value(),
+                      maximize, nullptr, at_least_one(threads),        stage_of(stage)};
+  const bool whole = options.stage == HfacStage::kWhole, rest = options.stage == HfacStage::kRest;
+  if (!whole && size > 0 && !kept) refuse("kept", "a null address where a step is made in two calls");
+  options.squares = reinterpret_cast<double*>(squares);
+  if (!whole && !rest && size > 0 && !squares) refuse("squares", "a null address where statistics are taken");
   const List m(rows, "rows", size), n(cols, "cols", size);
   const List u(exp_avg_rows, "exp_avg_rows", size), v(exp_avg_cols, "exp_avg_cols", size);
   const List r(exp_avg_sq_rows, "exp_avg_sq_rows", size), s(exp_avg_sq_cols, "exp_avg_sq_cols", size);
@@ -45,16 +59,24 @@ size_t hfac_step(py::object params, py::object grads, py::object numels, py::obj
     if (matrix(m, n, i, operands.numel(i)) == 0) continue;
     items.push_back({i, operands.param(i), operands.grad(i), m.count(i), n.count(i), u.address(i, true),
                      v.address(i, true), r.address(i, true), s.address(i, true), b1.number(i), b2.number(i)});
+    if (whole) continue;
+    items.back().kept = reinterpret_cast<void*>(kept);
+    kept += hfac_kept_bytes(m.count(i), n.count(i), items.back().param.dtype == DType::kFloat64);
   }
-  const HfacOptions options{lr,
-                            eps,
-                            clip_threshold.value_or(1.0),
-                            weight_decay,
-                            clip_threshold.has_value(),
-                            maximize,
-                            flags(nonfinite, size),
-                            at_least_one(threads)};
+  options.nonfinite = rest ? reinterpret_cast<int32_t*>(nonfinite) : flags(nonfinite, size);
   return unlocked([&] { return hfac::hfac_step(items, options); });
+}
+
+// Bytes of `kept` for a step in two calls.
+size_t hfac_kept(py::object rows, py::object cols, py::object param_dtypes) {
+  const List m(rows, "rows", -1), n(cols, "cols", m.size());
+  const PerParameter dtypes(param_dtypes, "param_dtypes", m.size());
+  size_t bytes = 0;
+  for (py::ssize_t i = 0; i < m.size(); ++i) {
+    if (product(m.count(i), n.count(i), "rows") == 0) continue;
+    bytes += hfac_kept_bytes(m.count(i), n.count(i), dtypes.dtype(i) == DType::kFloat64);
+  }
+  return bytes;
 }
 
 size_t hfac_sums(py::object grads, py::object numels, py::object grad_dtypes, py::object state_dtypes, py::object rows,
@@ -300,7 +322,10 @@ void define_cpu(py::module_& m) {
   m.def("hfac_step", &hfac_step, HFAC_OPERANDS, py::arg("rows"), py::arg("cols"), py::arg("exp_avg_rows"),
         py::arg("exp_avg_cols"), py::arg("exp_avg_sq_rows"), py::arg("exp_avg_sq_cols"), py::arg("beta1"),
         py::arg("beta2"), py::arg("lr"), py::arg("eps"), py::arg("clip_threshold"), py::arg("weight_decay"),
-        py::arg("maximize"), HFAC_FLAGS, HFAC_PLACES);
+        py::arg("maximize"), HFAC_FLAGS, HFAC_PLACES, py::arg("stage") = "whole", py::arg("kept") = 0,
+        py::arg("squares") = 0);
+  m.def("hfac_kept", &hfac_kept, py::kw_only(), py::arg("rows"), py::arg("cols"), py::arg("param_dtypes"),
+        "Bytes that hfac_step keeps between stage='statistics' and stage='rest'.");
   m.def("hfac_dense_step", &hfac_dense_step, HFAC_OPERANDS, py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
         py::arg("beta1"), py::arg("beta2"), py::arg("lr"), py::arg("eps"), py::arg("clip_threshold"),
         py::arg("weight_decay"), py::arg("maximize"), HFAC_FLAGS, HFAC_PLACES);

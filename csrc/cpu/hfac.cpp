@@ -115,7 +115,8 @@ class HfacSumsOp : public Op {
   double eps_;
 };
 
-// Phase 0 sums and folds, or for a part folds sums that are given; phase 1 updates.
+// Phase 0 sums and folds, or folds sums that are given (a part's) or kept; phase 1 updates. Statistics alone are
+// phase 0 without the fold.
 template <class T>
 class HfacOp : public Op {
  public:
@@ -123,19 +124,23 @@ class HfacOp : public Op {
       : items_(std::move(items)), options_(options), refused_(items_.size()) {
     routes_.reserve(items_.size());
     for (const HfacItem& item : items_) routes_.push_back(route<T>(item.param, item.grad));
+    if (!rest() || !options_.nonfinite) return;
+    for (size_t i = 0; i < items_.size(); ++i) refused_[i] = options_.nonfinite[items_[i].index] != 0;
   }
 
   int64_t items() const override { return static_cast<int64_t>(items_.size()); }
   int64_t elements(int64_t i) const override { return item(i).rows * item(i).cols; }
-  int phases() const override { return 2; }
+  int phases() const override { return options_.stage == HfacStage::kStatistics ? 1 : 2; }
   int64_t chunks(int64_t i, int phase) const override {
     const HfacItem& it = item(i);
-    if (phase == 0) return it.part ? 1 : ceil_div(it.rows, rows_of(it));
+    if (phase == 0) return it.part || rest() ? 1 : ceil_div(it.rows, rows_of(it));
     return elements(i) == 0 ? 0 : ceil_div(it.rows, update_rows(it));
   }
 
   size_t workspace_bytes(int64_t i) const override {
-    return static_cast<size_t>(2 * padded(item(i).rows) + chunks(i, 0) * 3 * padded(item(i).cols)) * sizeof(T);
+    if (rest()) return 0;
+    const int64_t rows = item(i).kept ? 0 : 2 * padded(item(i).rows);
+    return static_cast<size_t>(rows + chunks(i, 0) * 3 * padded(item(i).cols)) * sizeof(T);
   }
 
   void chunk(int64_t i, int phase, int64_t c, void* workspace, Scratch& scratch) override {
@@ -145,8 +150,12 @@ class HfacOp : public Op {
   void finish(int64_t i, int phase, void* workspace) override {
     if (phase > 0) return;
     const bool refused = refused_[static_cast<size_t>(i)];
-    if (options_.nonfinite) options_.nonfinite[item(i).index] = refused;
-    if (!refused) item(i).part ? fold_part(i, workspace) : fold(i, workspace);
+    if (options_.nonfinite && !rest()) options_.nonfinite[item(i).index] = refused;
+    if (options_.stage == HfacStage::kStatistics) {
+      keep(i, workspace);
+    } else if (!refused) {
+      item(i).part ? fold_part(i, workspace) : fold(i, workspace);
+    }
   }
 
  private:
@@ -158,9 +167,24 @@ class HfacOp : public Op {
 
   const HfacItem& item(int64_t i) const { return items_[static_cast<size_t>(i)]; }
 
+  bool rest() const { return options_.stage == HfacStage::kRest; }
+
+  // What is kept of a step in two calls has its rows there from the beginning, and its columns' sums from `keep` on.
   Space space(const HfacItem& it, void* workspace) const {
-    T* base = static_cast<T*>(workspace);
-    return {base, base + padded(it.rows), base + 2 * padded(it.rows)};
+    T* base = static_cast<T*>(it.kept ? it.kept : workspace);
+    T* cols = it.kept && !rest() ? static_cast<T*>(workspace) : base + 2 * padded(it.rows);
+    return {base, base + padded(it.rows), cols};
+  }
+
+  void keep(int64_t i, void* workspace) const {
+    const HfacItem& it = item(i);
+    const Space at = space(it, workspace);
+    add_chunks(at.cols, chunks(i, 0), it.cols);
+    std::copy_n(at.cols, 3 * padded(it.cols), static_cast<T*>(it.kept) + 2 * padded(it.rows));
+    const T* square = at.cols + padded(it.cols);
+    double sum = 0;
+    for (int64_t j = 0; j < it.cols; ++j) sum += static_cast<double>(square[j]);
+    options_.squares[it.index] = sum;
   }
 
   static int64_t rows_of(const HfacItem& it) { return chunk_rows(it.rows, it.cols, bytes_of(it.param)); }
@@ -171,7 +195,7 @@ class HfacOp : public Op {
 
   void statistics(int64_t i, int64_t c, void* workspace, Scratch& scratch) {
     const HfacItem& it = item(i);
-    if (it.part) return;
+    if (it.part || rest()) return;
     const Space at = space(it, workspace);
     const int64_t first = c * rows_of(it), rows = std::min(rows_of(it), it.rows - first);
     const HfacSumsItem sums{it.grad,  wide(it), it.rows, it.cols, it.cols, it.exp_avg_sq_row,
@@ -345,6 +369,10 @@ class HfacDenseOp : public Op {
 };
 
 }  // namespace
+
+size_t hfac_kept_bytes(int64_t rows, int64_t cols, bool wide) {
+  return static_cast<size_t>(2 * padded(rows) + 3 * padded(cols)) * (wide ? sizeof(double) : sizeof(float));
+}
 
 size_t hfac_step(const std::vector<HfacItem>& items, const HfacOptions& options) {
   return by_arithmetic(items, [&](std::vector<HfacItem> mine, auto zero) {

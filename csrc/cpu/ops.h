@@ -29,7 +29,12 @@ struct HfacItem {
   void *exp_avg_row, *exp_avg_col, *exp_avg_sq_row, *exp_avg_sq_col;
   double beta1, beta2;
   const HfacPart* part = nullptr;  // null: the matrix is whole, and summed up here
+  void* kept = nullptr;            // hfac_kept_bytes of memory, where a step is made in two calls
 };
+
+// A step whole, or in two calls between which the norm of all gradients is found: the statistics alone, which are put
+// into the items' `kept` and change nothing else, then what is left.
+enum class HfacStage { kWhole, kStatistics, kRest };
 
 // The sums of a gradient; the columns' are null where only rows are summed.
 struct HfacSumsItem {
@@ -76,8 +81,10 @@ struct DenseItem {
 struct HfacOptions {
   double lr, eps, clip_threshold, weight_decay;
   bool clip, maximize;
-  int32_t* nonfinite;  // one entry per list entry, or null
+  int32_t* nonfinite;  // one entry per list entry, or null; read by kRest, else written
   int threads;
+  HfacStage stage = HfacStage::kWhole;
+  double* squares = nullptr;  // [list] of kStatistics: sums of squares of the gradients
 };
 
 struct SmmfOptions {
@@ -86,6 +93,8 @@ struct SmmfOptions {
   int32_t* nonfinite;
   int threads;
 };
+
+size_t hfac_kept_bytes(int64_t rows, int64_t cols, bool wide);
 
 // Each returns the bytes of workspace that the call held at most.
 size_t hfac_step(const std::vector<HfacItem>& items, const HfacOptions& options);

@@ -5,7 +5,7 @@ except the list comprehensions that read what the extension is told.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
@@ -56,24 +56,58 @@ def _build_failure() -> str:
 
 def bind(
     op: str, params: Sequence[Tensor], states: dict[str, list[Tensor]], *, places: Sequence[Place] | None = None
-) -> Callable[..., None]:
-    """The op of that name on these parameters and states, for as long as they lie where they lie: (grads, nonfinite,
-    **scalars) -> None, as the function of `hfac.reference`.
+) -> "Bound":
+    """The op of that name on these parameters and states, for as long as they lie where they lie.
 
     Of SMMF's states those of the first moment may be left out; beta1 is None then. ``master_lows`` are there where
     there are master weights, and where there are places every step brings ``seed`` and ``step``.
     """
-    operands = _params(params, states.get("master_lows"), places)
-    operands.update(_factors(operands["numels"], states))
-    operands.update({name: _addresses(tensors) for name, tensors in states.items()})
-    if op.startswith("smmf"):
-        operands = dict.fromkeys(_FIRST_MOMENT[op]) | operands
+    return Bound(op, params, states, places)
 
-    shapes = _needs_shapes(operands)
 
-    def step(
+class Bound:
+    """What `bind` returns."""
+
+    def __init__(
+        self, op: str, params: Sequence[Tensor], states: dict[str, list[Tensor]], places: Sequence[Place] | None
+    ) -> None:
+        self._op, self._params, self._places = op, params, places
+        self._operands = _params(params, states.get("master_lows"), places)
+        self._operands.update(_factors(self._operands["numels"], states))
+        self._operands.update({name: _addresses(tensors) for name, tensors in states.items()})
+        if op.startswith("smmf"):
+            self._operands = dict.fromkeys(_FIRST_MOMENT[op]) | self._operands
+        self._shapes = _needs_shapes(self._operands)
+        self._kept: Tensor | None = None
+
+    def __call__(
+        self, grads: Sequence[Tensor], nonfinite: Tensor | None = None, *, clip: Tensor | None = None, **scalars: Any
+    ) -> None:
+        """A step, as the function of `hfac.reference`. ``clip``, a tensor of 1, says that `squares` was called with
+        the same gradients and scalars: its statistics are used."""
+        kept, self._kept = self._kept, None
+        rest = {}
+        if clip is not None:
+            assert kept is not None
+            rest = {"stage": "rest", "kept": kept.data_ptr()}
+        self._run(grads, nonfinite, rest, **scalars)
+        increment_version(self._params)
+
+    def squares(self, grads: Sequence[Tensor], nonfinite: Tensor | None = None, **scalars: Any) -> Tensor:
+        """The sums of squares of the gradients, float64 [len(params)], of H-Fac's matrices: from the statistics of the
+        step, which are kept for it: 2 numbers a row and 3 a column."""
+        sizes = {name: self._operands[name] for name in ("rows", "cols", "param_dtypes")}
+        self._kept = torch.empty(_C.hfac_kept(**sizes), dtype=torch.uint8)
+        found = torch.zeros(len(grads), dtype=torch.float64)
+        places = {"kept": self._kept.data_ptr(), "squares": found.data_ptr()}
+        self._run(grads, nonfinite, {"stage": "statistics", **places}, **scalars)
+        return found
+
+    def _run(
+        self,
         grads: Sequence[Tensor],
-        nonfinite: Tensor | None = None,
+        nonfinite: Tensor | None,
+        stage: dict[str, Any],
         *,
         beta1: Scalar | None,
         beta2: Scalar,
@@ -82,13 +116,14 @@ def bind(
         **scalars: Any,
     ) -> None:
         grads, strides = _resolved(grads)
-        if places is not None:
+        if self._places is not None:
             scalars["step"] = _scalar(scalars["step"])
         with _Flags(nonfinite) as flags:
-            getattr(_C, op.removesuffix("_"))(
-                **operands,
-                **_grads(grads, strides, shapes),
+            getattr(_C, self._op.removesuffix("_"))(
+                **self._operands,
+                **_grads(grads, strides, self._shapes),
                 **scalars,
+                **stage,
                 beta1=None if beta1 is None else _scalar(beta1),
                 beta2=_scalar(beta2),
                 lr=_scalar(lr),
@@ -96,9 +131,6 @@ def bind(
                 nonfinite=flags,
                 threads=torch.get_num_threads(),
             )
-        increment_version(params)
-
-    return step
 
 
 def hfac_sums(

@@ -48,7 +48,8 @@ class Update:
             norms = torch.stack(clipping.norms(self._grads))
             return norms if self._scale is None or self._unscaled else norms / self._scale
         self._known = True
-        found = squares(self._grads, nonfinite=self._nonfinite, **self._scaling(None), **self._scalars)
+        scaling = self._scaling(None) if self._bound.unscales else {}
+        found = squares(self._grads, nonfinite=self._nonfinite, **scaling, **self._scalars)
         double = any(grad.dtype == torch.float64 for grad in self._grads)
         return found.sqrt().to(torch.float64 if double else torch.float32)
 
