@@ -63,9 +63,9 @@ def counted_on_one_mesh(case):
     return found
 
 
-def part_ways(name):
-    """One rank has no gradient of one parameter. Returns (message, whether the parameters were left alone, step in
-    which it was raised)."""
+def part_ways(name, *options):
+    """One rank has no gradient of one parameter. Returns (message, whether parameters and gradients were left alone,
+    step in which it was raised)."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
     def part(shape):
@@ -73,7 +73,7 @@ def part_ways(name):
         return DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
 
     params = [torch.nn.Parameter(part(shape)) for shape in ((8, 6), (16, 4), (8,))]
-    optimizer = getattr(hfac, name)(params)
+    optimizer = getattr(hfac, name)(params, **dict(options))
     for step in range(3):
         before = [p.to_local().clone() for p in params]
         for i, p in enumerate(params):
@@ -82,6 +82,7 @@ def part_ways(name):
             optimizer.step()
         except RuntimeError as error:
             untouched = all(torch.equal(p.to_local(), old) for p, old in zip(params, before, strict=True))
+            untouched &= all(bool((p.grad.to_local() == 1).all()) for p in params if p.grad is not None)
             return str(error), untouched, step
     return None
 

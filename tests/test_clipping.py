@@ -173,6 +173,27 @@ def test_skip_leaves_bad_gradients_out_of_the_norm(cls, bad, capturable):
 
 
 @BOTH
+@pytest.mark.parametrize("backend", ["auto", "reference", emulated.NAME])
+def test_skip_leaves_bad_slices_out_of_the_norm(cls, backend, request):
+    """Of a stack the other slices are stepped, and count."""
+    if backend == emulated.NAME:
+        if emulated.native is None:
+            pytest.skip(emulated.WHY_NOT)
+        request.getfixturevalue("emulated_backend")
+    params = parameters([(3, 4, 5), (6,)])
+    groups = [{"params": params[:1], "batch_dims": 1}, {"params": params[1:]}]
+    optimizer = cls(groups, max_grad_norm=LIMIT, nonfinite="skip", backend=backend)
+    gradients(params, 0)
+    wanted = nn.utils.get_total_norm([params[0].grad[0], params[0].grad[2], params[1].grad])
+    params[0].grad[1, 2, 3] = NAN
+    before = params[0].detach().clone()
+    optimizer.step()
+    assert optimizer.grad_norm.item() == pytest.approx(wanted.item(), rel=1e-6)
+    moved = [not torch.equal(params[0][i], before[i]) for i in range(3)]
+    assert moved == [True, False, True]
+
+
+@BOTH
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_propagate_does_as_torch_does(cls, bad):
     runs = []

@@ -224,7 +224,7 @@ GOOD = {
     "signs": dict(exp_avg_signs=[HERE], sign_bytes=[6], sign_slices=None),
 }
 NATIVE = {
-    "hfac_step": ("operands scalars matrix", dict(clip_threshold=1.0)),
+    "hfac_step": ("operands scalars matrix", dict(clip_threshold=1.0, stage="statistics", kept=HERE, squares=HERE)),
     "hfac_dense_step": ("operands scalars whole", dict(clip_threshold=None)),
     "smmf_step": ("operands scalars matrix signs", dict(decoupled_weight_decay=True)),
     "smmf_dense_step": ("operands scalars whole", dict(decoupled_weight_decay=True)),
@@ -257,6 +257,9 @@ BAD = [
     ("beta1", [0.1, 0.2]),
     ("beta2", ["x"]),
     ("threads", 0),
+    ("stage", "half"),
+    ("kept", 0),
+    ("squares", 0),
 ]
 
 

@@ -91,13 +91,15 @@ def test_replicas_are_equal_to_the_bit_after_200_steps():
 
 def test_collectives_of_a_step():
     """One for FSDP and HSDP, three for H-Fac under FSDP x TP; and the optimizer knows them. SMMF has one for each mesh:
-    what tensor parallelism leaves alone lies on FSDP's."""
+    what tensor parallelism leaves alone lies on FSDP's. H-Fac finds the gradients' norm in its own."""
     cases = [
         *((kind, name) for kind in ("fsdp", "hsdp", "fsdp-tp", "ddp") for name in OPTIONS),
         ("fsdp", "SMMF", ("nonfinite", "skip")),
         ("fsdp", "HFac", ("nonfinite", "skip")),
-        ("hsdp", "HFac", ("max_grad_norm", 0.1)),
+        ("hsdp", "HFac", ("max_grad_norm", 1e6)),
+        ("fsdp-tp", "HFac", ("max_grad_norm", 1e6)),
         ("fsdp-tp", "SMMF", ("max_grad_norm", 0.1)),
+        clipped := ("hsdp", "HFac", ("max_grad_norm", 0.1)),
     ]
     found, on_one_mesh = on_ranks(
         4, ("sharded_traffic:counted", cases), ("sharded_traffic:counted_on_one_mesh", "fsdp-tp")
@@ -106,10 +108,14 @@ def test_collectives_of_a_step():
         ("fsdp-tp", "HFac"): [2, 2, 2],
         ("fsdp-tp", "SMMF"): [2, 4],
         ("fsdp", "SMMF", ("nonfinite", "skip")): [4, 4],
-        ("hsdp", "HFac", ("max_grad_norm", 0.1)): [2, 2],
+        ("hsdp", "HFac", ("max_grad_norm", 1e6)): [2],
+        ("fsdp-tp", "HFac", ("max_grad_norm", 1e6)): [2, 2, 2],
         ("fsdp-tp", "SMMF", ("max_grad_norm", 0.1)): [2, 4, 2, 4],
+        clipped: [2, 2],
     }
     for case, (counted, said) in found.items():
+        if case == clipped:  # the step is made of what is scaled, from its beginning
+            said = said + found["hsdp", "HFac"][1]
         assert counted == said, case
         ranks = wanted.get(case, {"fsdp": [4], "hsdp": [2], "ddp": []}.get(case[0]))
         assert [count for count, _ in counted] == ranks, case
@@ -136,6 +142,12 @@ def test_a_gradient_on_some_ranks_only():
         assert re.match(r"parameter 1 of group 0 \(shape \(16, 4\)\) has a gradient on 3 of the 4 ranks", message)
         # SMMF's sums arrive with the next step, so that is when it learns of it.
         assert untouched and step == {"HFac": 1, "SMMF": 2}[name]
+
+
+def test_a_gradient_on_some_ranks_only_is_found_before_any_is_clipped():
+    (found,) = on_ranks(4, ("sharded_traffic:part_ways", "HFac", ("max_grad_norm", 0.1)))
+    message, untouched, step = found
+    assert "has a gradient on 3 of the 4 ranks" in message and untouched and step == 1
 
 
 def test_a_gradient_that_is_placed_otherwise():

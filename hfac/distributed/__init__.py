@@ -5,6 +5,7 @@ each rank updates its part. See docs/distributed.md.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -29,14 +30,25 @@ class Sharded:
         self._sent: list[smmf.Sent] = []
         self._entries = list(entries)
         self._norms: list[norm.Norms] | None = None
+        self._ready: list[Callable[[], None]] | None = None
 
-    def norms(self) -> list[tuple[int, Tensor]]:
-        """(group, norm of the gradient) of every parameter, over all ranks: one all-reduce for each mesh, which every
-        rank of it must call."""
+    def norms(self, options: Mapping[int, Options]) -> list[tuple[int, Tensor]]:
+        """(group, norm of the gradient) of every parameter, over all ranks, which every rank must ask for.
+
+        H-Fac has them from the numbers that the step adds up anyway, and the step is then ready but for its clipping.
+        SMMF makes one all-reduce for each mesh.
+        """
+        if self._parts:
+            return [
+                (entry.group, value)
+                for mesh in self._by_mesh()
+                for entry, value in zip(mesh.entries, mesh.of(), strict=True)
+            ]
+        self._ready = self._run({group: replace(mine, norm=True) for group, mine in options.items()})
         return [
-            (entry.group, value)
-            for mesh in self._by_mesh()
-            for entry, value in zip(mesh.entries, mesh.of(), strict=True)
+            (bucket.group, square)
+            for bucket in self._buckets
+            for square in bucket.squares_found.double().sqrt().to(bucket.dtype).unbind()
         ]
 
     def _by_mesh(self) -> list[norm.Norms]:
@@ -44,23 +56,32 @@ class Sharded:
             self._norms = norm.by_mesh(self._entries)
         return self._norms
 
-    def scale_(self, factor: Tensor) -> None:
+    def _run(self, options: Mapping[int, Options]) -> list[Callable[[], None]]:
+        return schedule.run([bucket.plan(options[bucket.group]) for bucket in self._buckets])
+
+    def _scale_(self, factor: Tensor) -> None:
         """Multiplies the gradients, in place, wherever and however they are placed."""
         grads = [entry.param.grad for entry in self._entries]
         clipping.scaled([layout.local(grad) for grad in grads if grad is not None], factor)
 
-    def prepare(self, options: Mapping[int, Options]) -> Callable[[], None]:
+    def prepare(self, options: Mapping[int, Options], clip: Tensor | None = None) -> Callable[[], None]:
         """Adds up over the ranks what the step needs, checks it, and returns the step, yet to be made.
 
         Args:
             options: by group.
+            clip: what the gradients are multiplied by, the same number on every rank. Where it is 1, what `norms` has
+                added up stands; it is read on the host, which H-Fac's numbers are waited for anyway.
 
         Raises:
             RuntimeError: ranks do not agree on which parameters have a gradient; nothing has been written by H-Fac,
                 and SMMF, which learns it one step later, names the parameter then.
         """
         self.wait()
-        rest = schedule.run([bucket.plan(options[bucket.group]) for bucket in self._buckets])
+        rest, self._ready = self._ready, None
+        if rest is None or clip is None or clip.item() != 1:
+            if clip is not None:
+                self._scale_(clip)
+            rest = self._run(options)
 
         def step() -> None:
             self._sent = smmf.send(self._parts)
@@ -71,11 +92,12 @@ class Sharded:
 
     def collectives(self, skip: Mapping[int, bool], clip: bool) -> list[tuple[int, int]]:
         """(ranks, bytes) of every all-reduce of a step; ``skip`` says by group whether nonfinite="skip", ``clip``
-        whether the norm of the gradients is asked for."""
-        first = [(mesh.joint.size(), mesh.bytes) for mesh in self._by_mesh()] if clip else []
+        whether the norm of the gradients is asked for. Where H-Fac's gradients are then clipped, those of a step
+        that does not ask for it follow."""
+        first = [(mesh.joint.size(), mesh.bytes) for mesh in self._by_mesh()] if clip and self._parts else []
         planned = []
         for bucket in self._buckets:
-            requests = bucket.requests(skip[bucket.group])
+            requests = bucket.requests(skip[bucket.group], clip)
             planned.append(schedule.Planned(requests, bucket.dtype, bucket.device, _nothing()))
         found = [*schedule.collectives(planned), *smmf.sends(self._parts)]
         return first + [(collective.group.size(), collective.bytes) for collective in found]

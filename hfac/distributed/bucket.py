@@ -47,17 +47,21 @@ class Entry:
 
 @dataclass(frozen=True)
 class Options:
-    """What a step is told of one group anew every time."""
+    """What a step is told of one group anew every time; ``norm``: of H-Fac, whether the gradients' norms are asked
+    for."""
 
     scalars: Mapping[str, Any]
     skip: bool
     backend: str
+    norm: bool = False
 
 
 class Bucket:
     """Entries of one group that agree in type and in who shares them. Subclasses give the numbers."""
 
     algorithm: str
+    #: by entry, sums of squares of the gradients over all ranks, where a job was to find them (`Options.norm`)
+    squares_found: Tensor
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.entries = list(entries)
@@ -71,7 +75,7 @@ class Bucket:
         self.lows = None if low is None else [entry.local_state("master_low") for entry in entries]
         self.places = [entry.place for entry in entries] if stochastic else None
 
-    def requests(self, skip: bool) -> list[tuple[dist.ProcessGroup, int]]:
+    def requests(self, skip: bool, norm: bool) -> list[tuple[dist.ProcessGroup, int]]:
         """The groups that the numbers of a step go over, in order, and how many they are."""
         raise NotImplementedError
 
@@ -81,7 +85,8 @@ class Bucket:
 
     def plan(self, options: Options) -> Planned:
         """A step with the gradients that the parameters have now."""
-        return Planned(self.requests(options.skip), self.dtype, self.device, self.job(self.gradients(), options))
+        requests = self.requests(options.skip, options.norm)
+        return Planned(requests, self.dtype, self.device, self.job(self.gradients(), options))
 
     def gradients(self) -> list[Tensor | None]:
         """This rank's parts of the gradients, placed as their parameters are."""

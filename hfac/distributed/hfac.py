@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import ops
+from .. import clipping, ops
 from ..rounding import Place
 from ..schedules import Scalar
 from . import layout
@@ -102,12 +102,12 @@ class Matrices(Bucket):
         strides = place.strides or tuple(shape[d + 1 :].numel() for d in range(len(shape)))
         return place._replace(strides=tuple(strides[d] for d in self._order(i)))
 
-    def requests(self, skip: bool) -> list[tuple[dist.ProcessGroup, int]]:
+    def requests(self, skip: bool, norm: bool) -> list[tuple[dist.ProcessGroup, int]]:
         count = len(self.entries)
         rows, cols = (sum(t.numel() for t in state) for state in (self.u, self.v))
         by_row = [(group, 2 * rows + 2 * count) for group in self.row_groups]
         by_col = [(group, 3 * cols + 3 * count) for group in self.col_groups]
-        return [*by_row, *by_col, *((group, count) for group in self.row_groups)]
+        return [*by_row, *by_col, *((group, (1 + norm) * count) for group in self.row_groups)]
 
     def gradients(self) -> list[Tensor | None]:
         return [None if g is None else self._turned(i, g) for i, g in enumerate(super().gradients())]
@@ -164,13 +164,17 @@ class Matrices(Bucket):
         room = yield from reduced(len(self.col_groups), fill_cols)
         sums, marks = room.split([3 * sum(n), 3 * count])
         col_sums, col_squares, ratios = _split(sums, n, 3)
+        numbers = [torch.stack([square.sum() for square in col_squares])] if options.norm else []
         totals, present, refused = marks.split(count)
         new_cols = _averaged(self.s, col_squares, b2, [rows * eps for rows in self.rows])
         torch._foreach_div_(ratios, new_cols)
-        norms = torch.stack([ratio.sum() for ratio in ratios])
+        numbers = [torch.stack([ratio.sum() for ratio in ratios]), *numbers]
         if self.row_groups:
-            mine = norms
-            norms = yield from reduced(len(self.row_groups), partial(_copy, mine))
+            room = yield from reduced(len(self.row_groups), partial(_copy, torch.cat(numbers)))
+            numbers = list(room.split(count))
+        norms = numbers[0]
+        if options.norm:
+            self.squares_found = numbers[1]
 
         going, left = self.who_goes(present, refused)
         # In double, where no partial result can overflow.
@@ -207,7 +211,8 @@ class Matrices(Bucket):
 
 
 class Vectors(Bucket):
-    """Parameters whose moments are whole and cut as they are: one number each, the clip norm, is shared."""
+    """Parameters whose moments are whole and cut as they are: one number each, the clip norm, is shared, and where it
+    is asked for the gradient's."""
 
     algorithm = "hfac"
 
@@ -218,8 +223,8 @@ class Vectors(Bucket):
             [entry.local_state(name) for entry in entries] for name in ("exp_avg", "exp_avg_sq")
         )
 
-    def requests(self, skip: bool) -> list[tuple[dist.ProcessGroup, int]]:
-        return [(group, 3 * len(self.entries)) for group in self.groups]
+    def requests(self, skip: bool, norm: bool) -> list[tuple[dist.ProcessGroup, int]]:
+        return [(group, (3 + norm) * len(self.entries)) for group in self.groups]
 
     def job(self, grads: list[Tensor | None], options: Options) -> Job:
         count, eps = len(self.entries), options.scalars["eps"]
@@ -228,15 +233,19 @@ class Vectors(Bucket):
         assert beta1 is not None
 
         def fill(room: Tensor) -> None:
-            norms, present, refused = room.split(count)
+            norms, present, refused, *squares = room.split(count)
             present.copy_(self.at(here))
             refused.copy_(self.flags(here, grads, options))
+            if squares and here:
+                squares[0][here] = torch.stack(clipping.norms(pick(grads, here))).to(self.dtype).square()
             if here and options.scalars["clip_threshold"] is not None:
                 sums = ops.hfac_dense_squares(pick(grads, here), pick(self.squares, here), beta2=beta2[here], eps=eps)
                 norms[here] = torch.stack(sums)
 
         room = yield from reduced(len(self.groups), fill)
-        norms, present, refused = room.split(count)
+        norms, present, refused, *squares = room.split(count)
+        if squares:
+            (self.squares_found,) = squares
         going, left = self.who_goes(present, refused)
         mean_squares = norms / torch.tensor(self.elements, dtype=self.dtype, device=self.device)
 

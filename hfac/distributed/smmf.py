@@ -67,7 +67,7 @@ class Parts(Bucket):
         """Makes the factors of the sums over all parts."""
         raise NotImplementedError
 
-    def requests(self, skip: bool) -> list[tuple[dist.ProcessGroup, int]]:
+    def requests(self, skip: bool, norm: bool) -> list[tuple[dist.ProcessGroup, int]]:
         return [(self.joint, len(self.entries))] if skip else []
 
     def job(self, grads: list[Tensor | None], options: Options) -> Job:

@@ -78,15 +78,16 @@ class FactoredOptimizer(StatefulOptimizer):
         limit = self.max_grad_norm
         grads = [self._seen.gradients(index) for index in range(len(self.param_groups))]
         work = [self._prepare(index, group, grads[index]) for index, group in enumerate(self.param_groups)]
+        shared = {}
+        if self._sharded is not None:
+            shared = {i: self._shared(group) for i, group in enumerate(self.param_groups)}
         clip = finish = None
         if limit is None:
             self._grad_norm = None
         else:
-            clip = self._clip(work, limit)
+            clip = self._clip(work, shared, limit)
         if self._sharded is not None:
-            if clip is not None:
-                self._sharded.scale_(clip)
-            finish = self._sharded.prepare({i: self._shared(group) for i, group in enumerate(self.param_groups)})
+            finish = self._sharded.prepare(shared, clip)
         for update in work:
             if update is not None:
                 update(clip)
@@ -121,7 +122,9 @@ class FactoredOptimizer(StatefulOptimizer):
             )
         return COMMON_RULES["max_grad_norm"](name, limits[0])
 
-    def _clip(self, work: "list[functional.Update | None]", limit: float) -> Tensor | None:
+    def _clip(
+        self, work: "list[functional.Update | None]", shared: dict[int, distributed.Options], limit: float
+    ) -> Tensor | None:
         """What the gradients are to be multiplied by, of all groups' steps; None where there are none."""
         # A parameter whose gradient is not finite stays as it is where "skip" says so, and has no part in the norm.
         norms: dict[bool, list[Tensor]] = {False: [], True: []}
@@ -130,7 +133,7 @@ class FactoredOptimizer(StatefulOptimizer):
             if update is not None:
                 norms[skips] += update.norms()
         if self._sharded is not None:
-            for group_index, norm in self._sharded.norms():
+            for group_index, norm in self._sharded.norms(shared):
                 norms[skip[group_index]].append(norm)
         if not norms[False] and not norms[True]:
             return None

@@ -60,11 +60,12 @@ class HFac(FactoredOptimizer):
             have no use for them; float16 is refused (default None).
         max_grad_norm: clip by the norm of all gradients of the optimizer, > 0, as `torch.nn.utils.clip_grad_norm_`
             before the step does; one number for all groups (default None, no clipping). The norm, `grad_norm`, is
-            formed in float32, of gradients without a GradScaler's scale, and not read on the host. With the CUDA
-            kernels no gradient is written; elsewhere they are multiplied in place. With nonfinite="skip" gradients
-            whose norm is not finite are left out of it; with "propagate" they make all gradients NaN or 0, as in torch.
-            Sharded gradients have one norm on all ranks, which takes one all-reduce more for each mesh, of one number
-            per parameter.
+            formed in float32, of gradients without a GradScaler's scale, and not read on the host. The fused kernels
+            have that of a matrix from the step's first read of its gradient; where they then clip, they read it once
+            more. On a GPU no gradient is written; elsewhere they are multiplied in place. With nonfinite="skip"
+            gradients (of stacks: slices) whose norm is not finite are left out of it; with "propagate" they make all
+            gradients NaN or 0, as in torch. Sharded gradients have one norm on all ranks, from the sums that a step
+            adds up; where they are clipped, these are added up again.
 
     State of a parameter (k is `hfac.matricize.cut` of its shape): ``exp_avg_row``, ``exp_avg_sq_row`` of shape
     p.shape[:k], ``exp_avg_col``, ``exp_avg_sq_col`` of shape p.shape[k:]; or ``exp_avg``, ``exp_avg_sq`` of p.shape;
