@@ -14,11 +14,9 @@ from torch import Tensor
 
 from . import matricize, reference
 from .optim import SMMF, HFac
-from .optim.base import LOW
+from .optim.state import EXECUTION, LOW
 
 TARGETS = {"hfac": HFac, "smmf": SMMF}
-#: say how a step is carried out; a loaded state dict does not change them
-_EXECUTION = ("capturable", "backend", "amp_scaling")
 
 Entry = Mapping[str, Any]
 
@@ -62,7 +60,7 @@ def convert(state_dict: Mapping[str, Any], params: Any = None, *, to: str = "hfa
     """
     if to not in TARGETS:
         raise ValueError(f"convert: to must be one of {', '.join(map(repr, TARGETS))}, got {to!r}")
-    for name in _EXECUTION:
+    for name in EXECUTION:
         if name in options:
             raise TypeError(
                 f"convert: {name} says how a step is carried out and is not part of a state dict; give it to the "

@@ -4,7 +4,8 @@ They advance the steps, evaluate the step's scalars, and hand tensors that can s
 The classes `hfac.HFac` and `hfac.SMMF` keep a `Group` of the tensors of each parameter group from step to step.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -262,6 +263,7 @@ class Group:
 
     Args: as `hfac` and `smmf`; ``states`` are their lists of states by name, ``master_lows`` among them where there are
         any, and without ``first_moment`` those of the first are not read. ``grads`` are read for their types only.
+        ``watch``: whether a step tells of itself (`Update.watched`).
     """
 
     def __init__(
@@ -277,7 +279,9 @@ class Group:
         backend: str,
         places: Sequence[Place | None] | None = None,
         batch_dims: int = 0,
+        watch: bool = False,
     ) -> None:
+        self._watch = watch
         self._algorithm = ALGORITHMS[algorithm]
         lists: dict[str, Sequence[Any] | None] = {
             "grads": grads,
@@ -402,17 +406,22 @@ class Group:
                 size = len(bucket.steps if bucket.owners is None else bucket.owners)
                 flags = torch.zeros(size, dtype=torch.int32, device=bucket.steps[0].device)
             decays = self._algorithm.decays(t, options)
+            slices = bucket.of(grads)
+            watched = None
+            if self._watch:
+                watched = torch.zeros(len(slices), ops.WATCHED, dtype=torch.float64, device=slices[0].device)
             call = bucket.call.prepare(
-                bucket.of(grads),
+                slices,
                 flags,
                 grad_scale=grad_scale,
                 found_inf=found_inf,
                 seed=options.get("seed", 0),
                 step=t,
+                watched=watched,
                 **decays,
                 **scalars,
             )
-            calls.append(_Call(bucket, call, flags))
+            calls.append(_Call(bucket, call, flags, watched))
 
         return Update(calls, found_inf)
 
@@ -421,6 +430,7 @@ class _Call(NamedTuple):
     bucket: _Bucket
     update: ops.Update
     flags: Tensor | None  # of parameters whose gradient is not finite; of slices, where there are batch dimensions
+    watched: Tensor | None  # [parameters or slices, 5]
 
 
 class Update:
@@ -433,9 +443,26 @@ class Update:
         """The gradients' norms, those of slices where there are batch dimensions, as `ops.Update.norms` has them."""
         return [call.update.norms() for call in self._calls]
 
+    @property
+    def unscales(self) -> bool:
+        """Whether gradients are multiplied as they are read, and stay as they are."""
+        return any(call.update.unscales for call in self._calls)
+
+    def watched(self) -> Iterator[tuple[list[int] | None, Tensor]]:
+        """Of a step that has been made and was watched: places in the group's lists (None: all of them, in order), and
+        rows as `hfac.reference` describes them, those of a parameter's slices one after the other; NaN where no step
+        was made."""
+        for bucket, _, flags, found in self._calls:
+            if found is not None:
+                if flags is not None:
+                    found = found.masked_fill((flags != 0)[:, None], math.nan)
+                if self._found_inf is not None:
+                    found = found.masked_fill(self._found_inf.reshape(1, 1) != 0, math.nan)
+                yield bucket.index, found
+
     def __call__(self, clip: Tensor | None = None) -> None:
         """Makes the step, on gradients multiplied by ``clip``, and counts it."""
-        for bucket, update, flags in self._calls:
+        for bucket, update, flags, _ in self._calls:
             update(clip)
             ops.advance_steps_(bucket.steps)
             if flags is not None and bucket.skipped is not None:

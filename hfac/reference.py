@@ -19,6 +19,11 @@ A new parameter is rounded to the nearest number of its type, but for two option
 where given, are int16 or int8 tensors of the parameters' shapes: with its entry a bfloat16 parameter makes a master
 weight, which is what is read and written. `places`, where given, ask for stochastic rounding with the random bits of
 `seed` and `step`, the number t of the step, a float or a tensor, also 1-d with one entry per parameter.
+
+`watched`, where given, is a float64 tensor [len(params), 5], to whose rows what the step tells of itself is added,
+unless it is refused: the sum of squares of W's change before it is stored; how many elements stay as they are once the
+new ones are rounded to the nearest of what is stored; the sum of squares of the direction (H-Fac: U before clipping;
+SMMF: M / (sqrt(V) + eps)); and, of H-Fac's matrices, how many rows and columns of the gradient hold nothing but zeros.
 """
 
 from collections.abc import Sequence
@@ -55,6 +60,7 @@ def hfac_step_(
     places: Sequence[Place] | None = None,
     seed: int = 0,
     step: Scalar = 0.0,
+    watched: Tensor | None = None,
 ) -> None:
     """One step of H-Fac on matrices (H-Fac, Algorithm 1): u, r [m] and v, s [n] are the whole optimizer state."""
     for i, param in enumerate(params):
@@ -73,9 +79,12 @@ def hfac_step_(
         r = b2 * r_row.view(m) + (1 - b2) * sq.sum(1)
         s = b2 * s_col.view(n) + (1 - b2) * sq.sum(0)
 
-        W = _hfac_update(W, G, u, v, r, s, row_mean, col_mean, (m, n), r.sum(), b1, lr, weight_decay, clip_threshold)
+        W, U = _hfac_update(W, G, u, v, r, s, row_mean, col_mean, (m, n), r.sum(), b1, lr, weight_decay, clip_threshold)
 
         keep = _keep(G, nonfinite, i)
+        if watched is not None:
+            zero = G == 0
+            _watch(watched[i], stored, W, U, keep, zero.all(1).sum(), zero.all(0).sum())
         stored.write(W, keep)
         for old, new in ((u_row, u), (v_col, v), (r_row, r), (s_col, s)):
             _write(old, new, keep)
@@ -160,7 +169,7 @@ def hfac_apply_(
             stored = _stored(param, i, master_lows, places, seed, step)
             W, G = _operands(stored, grads[i], (u.numel(), v.numel()), r.dtype, maximize)
             whole = rows[i], cols[i]
-            W = _hfac_update(
+            W, _ = _hfac_update(
                 W, G, u, v, r, s, row_mean, col_mean, whole, totals[i], b1, lr, weight_decay, clip_threshold,
                 mean_squares[i],
             )  # fmt: skip
@@ -185,8 +194,9 @@ def _hfac_update(
     weight_decay: Scalar,
     clip_threshold: float | None,
     mean_square: Tensor | None = None,
-) -> Tensor:
-    """The new W of a matrix of `shape`, or of a part of one, whose new moments are given; `total` is sum(r)."""
+) -> tuple[Tensor, Tensor]:
+    """The new W of a matrix of `shape`, or of a part of one, whose new moments are given, and U before it is clipped;
+    `total` is sum(r)."""
     m, n = shape
     phi = b1 * (u - row_mean) / (r / n).sqrt()
     psi = b1 * (v - col_mean) / (s / m).sqrt()
@@ -195,8 +205,8 @@ def _hfac_update(
     # underflow float32 (eps = 1e-30), the second can overflow. |G_ij| <= sqrt(s_j / (1 - b2)) keeps the first
     # product finite.
     U = G * (1 / s.sqrt()) * (total.sqrt() * (1 / r.sqrt()))[:, None]
-    U = _clip(U, clip_threshold, mean_square)
-    return W - lr * ((phi[:, None] + psi) / 2 + U + weight_decay * W)
+    clipped = _clip(U, clip_threshold, mean_square)
+    return W - lr * ((phi[:, None] + psi) / 2 + clipped + weight_decay * W), U
 
 
 def hfac_dense_step_(
@@ -217,6 +227,7 @@ def hfac_dense_step_(
     places: Sequence[Place] | None = None,
     seed: int = 0,
     step: Scalar = 0.0,
+    watched: Tensor | None = None,
     mean_squares: Tensor | None = None,
 ) -> None:
     """One step of H-Fac where nothing can be factored (vectors, scalars, one row or one column): both moments are
@@ -235,10 +246,13 @@ def hfac_dense_step_(
         m = b1 * exp_avgs[i].view(-1) + (1 - b1) * G
         q = _hfac_dense_square(exp_avg_sqs[i], G, b2, eps)
         mean_square = None if mean_squares is None else mean_squares[i]
-        U = _clip(G / q.sqrt(), clip_threshold, mean_square)
-        W = W - lr * (b1 * (m - G) / q.sqrt() + U + weight_decay * W)
+        U = G / q.sqrt()
+        clipped = _clip(U, clip_threshold, mean_square)
+        W = W - lr * (b1 * (m - G) / q.sqrt() + clipped + weight_decay * W)
 
         keep = _keep(G, nonfinite, i)
+        if watched is not None:
+            _watch(watched[i], stored, W, U, keep)
         stored.write(W, keep)
         for old, new in ((exp_avgs[i], m), (exp_avg_sqs[i], q)):
             _write(old, new, keep)
@@ -280,6 +294,7 @@ def smmf_step_(
     places: Sequence[Place] | None = None,
     seed: int = 0,
     step: Scalar = 0.0,
+    watched: Tensor | None = None,
 ) -> None:
     """One step of SMMF (SMMF, Algorithm 1): decompress the old moments, update, compress (`nnmf`), step.
 
@@ -309,7 +324,10 @@ def smmf_step_(
 
         V = _smmf_second(G, b2, r_V, c_V)
         r, c = nnmf(V)
-        W = W - lr * (M / (V.sqrt() + eps))
+        D = M / (V.sqrt() + eps)
+        W = W - lr * D
+        if watched is not None:
+            _watch(watched[i], stored, W, D, keep)
         stored.write(W, keep)
         for old, new in ((r_V, r), (c_V, c)):
             _write(old, new, keep)
@@ -409,6 +427,7 @@ def smmf_dense_step_(
     places: Sequence[Place] | None = None,
     seed: int = 0,
     step: Scalar = 0.0,
+    watched: Tensor | None = None,
 ) -> None:
     """One step of SMMF with both moments whole: where the square matrix has one column, or vector_reshape is off."""
     for i, param in enumerate(params):
@@ -427,7 +446,10 @@ def smmf_dense_step_(
             M = b1 * exp_avgs[i].view(-1) + (1 - b1) * G
             _write(exp_avgs[i], M, keep)
         V = b2 * exp_avg_sqs[i].view(-1) + (1 - b2) * (G * G)
-        W = W - lr * (M / (V.sqrt() + eps))
+        D = M / (V.sqrt() + eps)
+        W = W - lr * D
+        if watched is not None:
+            _watch(watched[i], stored, W, D, keep)
         stored.write(W, keep)
         _write(exp_avg_sqs[i], V, keep)
 
@@ -470,6 +492,12 @@ class _Stored:
     def read(self, dtype: torch.dtype) -> Tensor:
         return self.param.to(dtype) if self._low is None else rounding.join(self.param, self._low)
 
+    def nearest(self, new: Tensor) -> Tensor:
+        """What is read of new weights once they are stored, rounded to the nearest."""
+        if self._low is None:
+            return new.to(self.param.dtype).to(new.dtype)
+        return rounding.join(*rounding.split(new, self._low.dtype))
+
     def write(self, new: Tensor, keep: Tensor | None) -> None:
         new, param = new.view(self.param.shape), self.param
         bits = None
@@ -493,6 +521,14 @@ def _stored(
 ) -> _Stored:
     low, place = (None if entries is None else entries[i] for entries in (master_lows, places))
     return _Stored(param, low, place, seed, _of(step, i))
+
+
+def _watch(row: Tensor, stored: _Stored, new: Tensor, direction: Tensor, keep: Tensor | None, *zeros: Tensor) -> None:
+    """Adds to a row of `watched`, before the new weights are written."""
+    old = stored.read(new.dtype).reshape(new.shape)
+    sums = [(new - old).double().square().sum(), (stored.nearest(new) == old).sum(), direction.double().square().sum()]
+    numbers = torch.stack([number.double() for number in (*sums, *zeros)])
+    row[: len(numbers)] += numbers if keep is None else torch.where(keep, 0, numbers)
 
 
 def _operands(

@@ -38,16 +38,18 @@ size_t hfac_step(py::object params, py::object grads, py::object numels, py::obj
                  py::object grad_dtypes, py::object rows, py::object cols, py::object exp_avg_rows,
                  py::object exp_avg_cols, py::object exp_avg_sq_rows, py::object exp_avg_sq_cols, py::object beta1,
                  py::object beta2, double lr, double eps, std::optional<double> clip_threshold, double weight_decay,
-                 bool maximize, uintptr_t nonfinite, int threads, py::object shapes, py::object param_strides,
-                 py::object grad_strides, const std::string& stage, uintptr_t kept, uintptr_t squares,
-                 const py::kwargs& storing) {
+                 bool maximize, uintptr_t nonfinite, uintptr_t watched, int threads, py::object shapes,
+                 py::object param_strides, py::object grad_strides, const std::string& stage, uintptr_t kept,
+                 uintptr_t squares, const py::kwargs& storing) {
   Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides, storing);
   const py::ssize_t size = operands.size();
   HfacOptions options{lr,       eps,     clip_threshold.value_or(1.0), weight_decay, clip_threshold.has_value(),
-                      maximize, nullptr, at_least_one(threads),        stage_of(stage)};
+                      maximize, nullptr, at_least_one(threads)};
+  options.stage = stage_of(stage);
   const bool whole = options.stage == HfacStage::kWhole, rest = options.stage == HfacStage::kRest;
   if (!whole && size > 0 && !kept) refuse("kept", "a null address where a step is made in two calls");
   options.squares = reinterpret_cast<double*>(squares);
+  options.watched = reinterpret_cast<double*>(watched);
   if (!whole && !rest && size > 0 && !squares) refuse("squares", "a null address where statistics are taken");
   const List m(rows, "rows", size), n(cols, "cols", size);
   const List u(exp_avg_rows, "exp_avg_rows", size), v(exp_avg_cols, "exp_avg_cols", size);
@@ -163,8 +165,9 @@ std::vector<DenseItem> dense_items(Operands& operands, const py::object& exp_avg
 size_t hfac_dense_step(py::object params, py::object grads, py::object numels, py::object param_dtypes,
                        py::object grad_dtypes, py::object exp_avgs, py::object exp_avg_sqs, py::object beta1,
                        py::object beta2, double lr, double eps, std::optional<double> clip_threshold,
-                       double weight_decay, bool maximize, uintptr_t nonfinite, int threads, py::object shapes,
-                       py::object param_strides, py::object grad_strides, const py::kwargs& storing) {
+                       double weight_decay, bool maximize, uintptr_t nonfinite, uintptr_t watched, int threads,
+                       py::object shapes, py::object param_strides, py::object grad_strides,
+                       const py::kwargs& storing) {
   Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides, storing);
   if (exp_avgs.is_none()) refuse("exp_avgs", "a list is needed, not None");
   const auto items = dense_items(operands, exp_avgs, exp_avg_sqs, beta1, beta2);
@@ -175,7 +178,8 @@ size_t hfac_dense_step(py::object params, py::object grads, py::object numels, p
                             clip_threshold.has_value(),
                             maximize,
                             flags(nonfinite, operands.size()),
-                            at_least_one(threads)};
+                            at_least_one(threads),
+                            reinterpret_cast<double*>(watched)};
   return unlocked([&] { return hfac::hfac_dense_step(items, options); });
 }
 
@@ -226,7 +230,7 @@ size_t smmf_step(py::object params, py::object grads, py::object numels, py::obj
                  py::object exp_avg_cols, py::object exp_avg_signs, py::object sign_bytes, py::object sign_slices,
                  py::object exp_avg_sq_rows, py::object exp_avg_sq_cols, py::object beta1, py::object beta2, double lr,
                  double eps, double weight_decay, bool decoupled_weight_decay, bool maximize, uintptr_t nonfinite,
-                 int threads, py::object shapes, py::object param_strides, py::object grad_strides,
+                 uintptr_t watched, int threads, py::object shapes, py::object param_strides, py::object grad_strides,
                  const py::kwargs& storing) {
   Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides, storing);
   const py::ssize_t size = operands.size();
@@ -237,8 +241,14 @@ size_t smmf_step(py::object params, py::object grads, py::object numels, py::obj
   for (py::ssize_t i = 0; i < size; ++i) {
     if (matrix(matrices.n, matrices.m, i, operands.numel(i)) > 0) items.push_back(matrices.at(i, operands));
   }
-  const SmmfOptions options{
-      lr, eps, weight_decay, !decoupled_weight_decay, maximize, flags(nonfinite, size), at_least_one(threads)};
+  const SmmfOptions options{lr,
+                            eps,
+                            weight_decay,
+                            !decoupled_weight_decay,
+                            maximize,
+                            flags(nonfinite, size),
+                            at_least_one(threads),
+                            reinterpret_cast<double*>(watched)};
   return unlocked([&] { return hfac::smmf_step(items, options); });
 }
 
@@ -278,8 +288,8 @@ size_t smmf_sums_step(py::object params, py::object grads, py::object numels, py
 size_t smmf_dense_step(py::object params, py::object grads, py::object numels, py::object param_dtypes,
                        py::object grad_dtypes, py::object exp_avgs, py::object exp_avg_sqs, py::object beta1,
                        py::object beta2, double lr, double eps, double weight_decay, bool decoupled_weight_decay,
-                       bool maximize, uintptr_t nonfinite, int threads, py::object shapes, py::object param_strides,
-                       py::object grad_strides, const py::kwargs& storing) {
+                       bool maximize, uintptr_t nonfinite, uintptr_t watched, int threads, py::object shapes,
+                       py::object param_strides, py::object grad_strides, const py::kwargs& storing) {
   Operands operands(params, grads, numels, param_dtypes, grad_dtypes, shapes, param_strides, grad_strides, storing);
   if (beta1.is_none()) exp_avgs = py::none();
   if (!beta1.is_none() && exp_avgs.is_none()) refuse("exp_avgs", "a list is needed where beta1 is given");
@@ -290,7 +300,8 @@ size_t smmf_dense_step(py::object params, py::object grads, py::object numels, p
                             !decoupled_weight_decay,
                             maximize,
                             flags(nonfinite, operands.size()),
-                            at_least_one(threads)};
+                            at_least_one(threads),
+                            reinterpret_cast<double*>(watched)};
   return unlocked([&] { return hfac::smmf_dense_step(items, options); });
 }
 
@@ -316,7 +327,7 @@ void advance_floats(const py::object& addresses) {
 #define HFAC_PLACES                                                                              \
   py::arg("threads") = 1, py::arg("shapes") = py::none(), py::arg("param_strides") = py::none(), \
   py::arg("grad_strides") = py::none()
-#define HFAC_FLAGS py::arg("nonfinite") = 0
+#define HFAC_FLAGS py::arg("nonfinite") = 0, py::arg("watched") = 0
 
 void define_cpu(py::module_& m) {
   m.def("hfac_step", &hfac_step, HFAC_OPERANDS, py::arg("rows"), py::arg("cols"), py::arg("exp_avg_rows"),

@@ -32,11 +32,12 @@ inline const PairKernels<double>& pair_kernels(DType param, DType grad, double) 
 inline const GradKernels<float>& grad_kernels(DType grad, float) { return kernels().grads[static_cast<int>(grad)]; }
 inline const GradKernels<double>& grad_kernels(DType, double) { return kernels().grad_double; }
 
+// `staged`: whether both are staged whatever they are.
 template <class T>
-Route<T> route(const TensorRef& param, const TensorRef& grad) {
+Route<T> route(const TensorRef& param, const TensorRef& grad, bool staged = false) {
   constexpr DType wide = std::is_same<T, double>::value ? DType::kFloat64 : DType::kFloat32;
-  const bool apart = param.strided || param.stored;
-  bool stage_param = apart, stage_grad = grad.strided;
+  const bool apart = staged || param.strided || param.stored;
+  bool stage_param = apart, stage_grad = staged || grad.strided;
   const PairKernels<T>* pair = &pair_kernels(stage_param ? wide : param.dtype, stage_grad ? wide : grad.dtype, T());
   if (!pair->smmf) {
     stage_param = apart || param.dtype != wide;

@@ -7,6 +7,7 @@
 
 #include "driver.h"
 #include "ops.h"
+#include "watch.h"
 
 namespace hfac {
 namespace {
@@ -121,9 +122,10 @@ template <class T>
 class HfacOp : public Op {
  public:
   HfacOp(std::vector<HfacItem> items, const HfacOptions& options)
-      : items_(std::move(items)), options_(options), refused_(items_.size()) {
+      : items_(std::move(items)), options_(options), refused_(items_.size()), watch_(options.watched) {
     routes_.reserve(items_.size());
-    for (const HfacItem& item : items_) routes_.push_back(route<T>(item.param, item.grad));
+    for (const HfacItem& item : items_) routes_.push_back(route<T>(item.param, item.grad, options.watched));
+    if (watch_) watch_.expect(updates());
     if (!rest() || !options_.nonfinite) return;
     for (size_t i = 0; i < items_.size(); ++i) refused_[i] = options_.nonfinite[items_[i].index] != 0;
   }
@@ -148,8 +150,11 @@ class HfacOp : public Op {
   }
 
   void finish(int64_t i, int phase, void* workspace) override {
-    if (phase > 0) return;
     const bool refused = refused_[static_cast<size_t>(i)];
+    if (phase > 0) {
+      if (watch_ && !refused) watch_.tell(i, item(i).index);
+      return;
+    }
     if (options_.nonfinite && !rest()) options_.nonfinite[item(i).index] = refused;
     if (options_.stage == HfacStage::kStatistics) {
       keep(i, workspace);
@@ -166,6 +171,12 @@ class HfacOp : public Op {
   };
 
   const HfacItem& item(int64_t i) const { return items_[static_cast<size_t>(i)]; }
+
+  std::vector<int64_t> updates() const {
+    std::vector<int64_t> counts;
+    for (int64_t i = 0; i < items(); ++i) counts.push_back(chunks(i, 1));
+    return counts;
+  }
 
   bool rest() const { return options_.stage == HfacStage::kRest; }
 
@@ -205,13 +216,17 @@ class HfacOp : public Op {
     if (nonfinite && options_.nonfinite) refused_[static_cast<size_t>(i)] = true;
   }
 
-  void fold(int64_t i, void* workspace) const {
+  void fold(int64_t i, void* workspace) {
     const HfacItem& it = item(i);
     const Space at = space(it, workspace);
     const int64_t m = it.rows, n = it.cols;
     const T beta2 = static_cast<T>(it.beta2), rest2 = static_cast<T>(1 - it.beta2);
     const T *square = at.cols + padded(n), *ratio = square + padded(n);
     add_chunks(at.cols, chunks(i, 0), n);
+    Watched* watched = watch_ ? &watch_.at(i, 0) : nullptr;
+    if (watched) {
+      for (int64_t j = 0; j < n; ++j) watched->zero_cols += at.cols[j] == T(0) && square[j] == T(0);
+    }
 
     // sum of U^2 = R sum_j w_j / s_j with w_j = sum_i g_ij^2 / r_i (see docs): in double, where no partial result can
     // overflow.
@@ -224,6 +239,7 @@ class HfacOp : public Op {
       norm += static_cast<double>(ratio[j]) / static_cast<double>(s[j]);
     }
     const double mean_square = total * norm / (static_cast<double>(m) * static_cast<double>(n));
+    if (watched) watched->direction = total * norm;
     step(it, at, {at.row_a, at.row_b, at.cols, s, m, n, total, mean_square});
   }
 
@@ -286,7 +302,12 @@ class HfacOp : public Op {
       a.param = run.param;
       a.half_phi = space_.row_a + r;
       a.row_scale = space_.row_b + r;
+      const T* old = watch_ ? old_weights<T>(run.param, run.count, scratch) : nullptr;
       to.pair->hfac_update(a);
+      if (watch_) {
+        watch_change(it.param, old, run.param, run.count, watch_.at(i, c));
+        watch_rows(static_cast<const T*>(run.grad), a.rows, it.cols, watch_.at(i, c));
+      }
       if (to.stage_param) scatter(it.param, r * it.cols, a.rows * it.cols, static_cast<const T*>(run.param));
     }
   }
@@ -295,6 +316,7 @@ class HfacOp : public Op {
   std::vector<Route<T>> routes_;
   HfacOptions options_;
   std::vector<std::atomic<bool>> refused_;
+  Watch watch_;
 };
 
 // Both moments whole. Phase 0 looks for what is not finite and sums U^2, phase 1 steps; without either there is one
@@ -303,7 +325,15 @@ template <class T>
 class HfacDenseOp : public Op {
  public:
   HfacDenseOp(std::vector<DenseItem> items, const HfacOptions& options)
-      : items_(std::move(items)), options_(options), refused_(items_.size()), divisors_(items_.size(), T(1)) {}
+      : items_(std::move(items)),
+        options_(options),
+        refused_(items_.size()),
+        divisors_(items_.size(), T(1)),
+        watch_(options.watched) {
+    std::vector<int64_t> runs;
+    for (int64_t i = 0; i < this->items(); ++i) runs.push_back(chunks(i, 0));
+    if (watch_) watch_.expect(runs);
+  }
 
   int64_t items() const override { return static_cast<int64_t>(items_.size()); }
   int64_t elements(int64_t i) const override { return item(i).count; }
@@ -313,7 +343,7 @@ class HfacDenseOp : public Op {
 
   void chunk(int64_t i, int phase, int64_t c, void* workspace, Scratch& scratch) override {
     const DenseItem& it = item(i);
-    const Route<T> to = route<T>(it.param, it.grad);
+    const Route<T> to = route<T>(it.param, it.grad, options_.watched);
     std::atomic<bool>& refused = refused_[static_cast<size_t>(i)];
     const int64_t first = c * kRun, count = std::min(kRun, it.count - first);
     if (refused) return;
@@ -330,13 +360,21 @@ class HfacDenseOp : public Op {
       static_cast<T*>(workspace)[c] = to.pair->hfac_dense_norm(s, run);
       return;
     }
+    const T* old = watch_ ? old_weights<T>(run.param, count, scratch) : nullptr;
     to.pair->hfac_dense(s, run);
+    if (watch_) {
+      watch_change(it.param, old, run.param, count, watch_.at(i, c));
+      watch_direction(s, run, old, watch_.at(i, c));
+    }
     if (to.stage_param) scatter(it.param, first, count, static_cast<const T*>(run.param));
   }
 
   void finish(int64_t i, int phase, void* workspace) override {
-    if (phase + 1 == phases()) return;
     const bool refused = refused_[static_cast<size_t>(i)];
+    if (phase + 1 == phases()) {
+      if (watch_ && !refused) watch_.tell(i, item(i).index);
+      return;
+    }
     if (options_.nonfinite) options_.nonfinite[item(i).index] = refused;
     if (refused || !options_.clip) return;
     T total = 0;
@@ -366,6 +404,7 @@ class HfacDenseOp : public Op {
   HfacOptions options_;
   std::vector<std::atomic<bool>> refused_;
   std::vector<T> divisors_;
+  Watch watch_;
 };
 
 }  // namespace

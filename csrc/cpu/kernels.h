@@ -41,6 +41,7 @@ struct SmmfRows {
   const T *col_m, *col_v;             // [cols] old factors
   T *sum_m, *sum_v;                   // [cols, padded] column sums, added to
   int64_t rows, cols;
+  double* direction;  // where param and grad are T: added to, sum of (M / (sqrt(V) + eps))^2; null: not watched
 };
 
 template <class T>

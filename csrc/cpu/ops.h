@@ -83,6 +83,7 @@ struct HfacOptions {
   bool clip, maximize;
   int32_t* nonfinite;  // one entry per list entry, or null; read by kRest, else written
   int threads;
+  double* watched = nullptr;  // [list, 5], or null (watch.h)
   HfacStage stage = HfacStage::kWhole;
   double* squares = nullptr;  // [list] of kStatistics: sums of squares of the gradients
 };
@@ -92,6 +93,7 @@ struct SmmfOptions {
   bool coupled, maximize;
   int32_t* nonfinite;
   int threads;
+  double* watched = nullptr;
 };
 
 size_t hfac_kept_bytes(int64_t rows, int64_t cols, bool wide);

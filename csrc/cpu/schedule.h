@@ -15,7 +15,7 @@ namespace hfac {
 // A thread's own memory for staged rows; it grows to what the largest request was and is freed with the call.
 class Scratch {
  public:
-  enum Slot { kParam, kGrad, kSigns, kSlots };
+  enum Slot { kParam, kGrad, kSigns, kOld, kSlots };
   void* at(Slot slot, size_t bytes);
 
  private:

@@ -3,6 +3,7 @@
 
 #include "driver.h"
 #include "ops.h"
+#include "watch.h"
 
 namespace hfac {
 namespace {
@@ -47,7 +48,7 @@ void scatter_rows(const TensorRef& to, const SmmfBlock& block, int64_t first, in
 // sums, and the columns' sums; what the kernel reads of param, grad and signs is set here.
 template <class T>
 void step_rows(const SmmfScalars<T>& s, SmmfRows<T> a, const SmmfItem& it, const Route<T>& route,
-               const SmmfBlock& block, int64_t row, int64_t rows, Scratch& scratch) {
+               const SmmfBlock& block, int64_t row, int64_t rows, Scratch& scratch, Watched* watched = nullptr) {
   const bool whole_bytes =
       block.cols % 8 == 0 && block.stride % 8 == 0 && block.first % 8 == 0 && it.signs.slice % 8 == 0;
   const bool stage_signs = a.col_m && !whole_bytes;
@@ -73,7 +74,13 @@ void step_rows(const SmmfScalars<T>& s, SmmfRows<T> a, const SmmfItem& it, const
       for (int64_t k = 0; k < a.rows; ++k)
         read_signs(it.signs, first + k * block.stride, block.cols, a.signs + k * a.sign_stride);
     }
+    const T* old = nullptr;
+    if (watched) {
+      old = old_weights<T>(a.param, a.rows * block.cols, scratch);
+      a.direction = &watched->direction;
+    }
     route.pair->smmf(s, a);
+    if (watched) watch_change(it.param, old, a.param, a.rows * block.cols, *watched);
     if (stage_signs) {
       for (int64_t k = 0; k < a.rows; ++k)
         write_signs(it.signs, first + k * block.stride, block.cols, a.signs + k * a.sign_stride);
@@ -89,9 +96,10 @@ template <class T>
 class SmmfOp : public Op {
  public:
   SmmfOp(std::vector<SmmfItem> items, const SmmfOptions& options)
-      : items_(std::move(items)), options_(options), refused_(items_.size()) {
+      : items_(std::move(items)), options_(options), refused_(items_.size()), watch_(options.watched) {
     routes_.reserve(items_.size());
-    for (const SmmfItem& item : items_) routes_.push_back(route<T>(item.param, item.grad));
+    for (const SmmfItem& item : items_) routes_.push_back(route<T>(item.param, item.grad, options.watched));
+    if (watch_) watch_.expect(updates());
   }
 
   int64_t items() const override { return static_cast<int64_t>(items_.size()); }
@@ -124,7 +132,7 @@ class SmmfOp : public Op {
     a.sum_m = sums;
     a.sum_v = sums + padded(it.cols);
     step_rows(scalars<T>(options_, it.beta1, it.beta2), a, it, route, {0, it.cols, 0, 1, 0, it.rows, it.cols}, first,
-              rows, scratch);
+              rows, scratch, watch_ ? &watch_.at(i, c) : nullptr);
   }
 
   // (SMMF, Algorithm 4) n >= m, so the columns' factors carry the normalisation; the rows' are sums as they stand.
@@ -136,6 +144,7 @@ class SmmfOp : public Op {
       return;
     }
     if (refused) return;
+    if (watch_) watch_.tell(i, it.index);
     T* sums = static_cast<T*>(workspace);
     if (it.exp_avg_col) factor(it, i, sums, static_cast<T*>(it.exp_avg_col));
     factor(it, i, sums + padded(it.cols), static_cast<T*>(it.exp_avg_sq_col));
@@ -143,6 +152,12 @@ class SmmfOp : public Op {
 
  private:
   const SmmfItem& item(int64_t i) const { return items_[static_cast<size_t>(i)]; }
+
+  std::vector<int64_t> updates() const {
+    std::vector<int64_t> counts;
+    for (int64_t i = 0; i < items(); ++i) counts.push_back(chunks(i, 0));
+    return counts;
+  }
 
   static int64_t rows_of(const SmmfItem& it) { return chunk_rows(it.cols, bytes_of(it.param)); }
 
@@ -166,6 +181,7 @@ class SmmfOp : public Op {
   std::vector<Route<T>> routes_;
   SmmfOptions options_;
   std::vector<std::atomic<bool>> refused_;
+  Watch watch_;
 };
 
 // Parts of matrices, in blocks. Rows and columns that several blocks share are added up at the end, in the blocks'
@@ -306,7 +322,11 @@ template <class T>
 class SmmfDenseOp : public Op {
  public:
   SmmfDenseOp(std::vector<DenseItem> items, const SmmfOptions& options)
-      : items_(std::move(items)), options_(options), refused_(items_.size()) {}
+      : items_(std::move(items)), options_(options), refused_(items_.size()), watch_(options.watched) {
+    std::vector<int64_t> runs;
+    for (int64_t i = 0; i < this->items(); ++i) runs.push_back(chunks(i, 0));
+    if (watch_) watch_.expect(runs);
+  }
 
   int64_t items() const override { return static_cast<int64_t>(items_.size()); }
   int64_t elements(int64_t i) const override { return item(i).count; }
@@ -316,7 +336,7 @@ class SmmfDenseOp : public Op {
 
   void chunk(int64_t i, int phase, int64_t c, void*, Scratch& scratch) override {
     const DenseItem& it = item(i);
-    const Route<T> to = route<T>(it.param, it.grad);
+    const Route<T> to = route<T>(it.param, it.grad, options_.watched);
     std::atomic<bool>& refused = refused_[static_cast<size_t>(i)];
     const int64_t first = c * kRun, count = std::min(kRun, it.count - first);
     if (phase + 1 < phases()) {
@@ -326,12 +346,23 @@ class SmmfDenseOp : public Op {
     if (refused) return;
     const DenseRun<T> run = dense_run(to, it.param, it.grad, static_cast<T*>(it.exp_avg),
                                       static_cast<T*>(it.exp_avg_sq), first, count, scratch);
-    to.pair->smmf_dense(scalars<T>(options_, it.beta1, it.beta2), run);
+    const SmmfScalars<T> s = scalars<T>(options_, it.beta1, it.beta2);
+    const T* old = watch_ ? old_weights<T>(run.param, count, scratch) : nullptr;
+    to.pair->smmf_dense(s, run);
+    if (watch_) {
+      watch_change(it.param, old, run.param, count, watch_.at(i, c));
+      watch_direction(s, run, old, watch_.at(i, c));
+    }
     if (to.stage_param) scatter(it.param, first, count, static_cast<const T*>(run.param));
   }
 
   void finish(int64_t i, int phase, void*) override {
-    if (phase + 1 < phases()) options_.nonfinite[item(i).index] = refused_[static_cast<size_t>(i)];
+    const bool refused = refused_[static_cast<size_t>(i)];
+    if (phase + 1 < phases()) {
+      options_.nonfinite[item(i).index] = refused;
+    } else if (watch_ && !refused) {
+      watch_.tell(i, item(i).index);
+    }
   }
 
  private:
@@ -340,6 +371,7 @@ class SmmfDenseOp : public Op {
   std::vector<DenseItem> items_;
   SmmfOptions options_;
   std::vector<std::atomic<bool>> refused_;
+  Watch watch_;
 };
 
 }  // namespace

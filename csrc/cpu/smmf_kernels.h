@@ -42,6 +42,7 @@ template <class T, int R>
 struct SmmfRowState {
   T minus_b1_r[R], b2_r[R];  // -(beta1 r_M), beta2 r_V
   Vec<T> sum_m[R], sum_v[R];
+  Vec<T> direction;  // of all R rows, where it is watched: sums of the squares of what W moves by, but for lr
 };
 
 // R rows and one vector of columns: their new moments, and all that these are needed for but the update.
@@ -94,7 +95,7 @@ struct SmmfPlace {
 
 // R rows over `vectors` whole vectors of columns. Between a vector's square roots and its divisions, which depend on
 // them, stand the divisions of the vector before: a processor looks ahead too short a way to find other work by itself.
-template <class T, class Sw, class Sg, bool kFirst, bool kCoupled, int R>
+template <class T, class Sw, class Sg, bool kFirst, bool kCoupled, bool kWatch, int R>
 __attribute__((noinline)) void smmf_columns(const SmmfSplat<T>& s, SmmfRowState<T, R>& state, SmmfPlace<T, Sw, Sg> at,
                                             int64_t vectors) {
   constexpr int64_t L = Vec<T>::kLanes;
@@ -145,6 +146,9 @@ __attribute__((noinline)) void smmf_columns(const SmmfSplat<T>& s, SmmfRowState<
   const auto divide = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) quotient[r] = first[r] / (root_second[r] + splat.eps);
+    if constexpr (kWatch) {
+      for (int r = 0; r < R; ++r) rows.direction = rows.direction + quotient[r] * quotient[r];
+    }
   };
   // All loads stand before the first store: rows a multiple of 4096 bytes apart would else wait for each other.
   const auto update = [&](Sw* param) __attribute__((always_inline)) {
@@ -170,7 +174,7 @@ __attribute__((noinline)) void smmf_columns(const SmmfSplat<T>& s, SmmfRowState<
   state = rows;
 }
 
-template <class T, class Sw, class Sg, bool kFirst, bool kCoupled, int R>
+template <class T, class Sw, class Sg, bool kFirst, bool kCoupled, bool kWatch, int R>
 HFAC_HD void smmf_rows_at_once(const SmmfScalars<T>& scalars, const SmmfSplat<T>& s, const SmmfRows<T>& a, int64_t i) {
   constexpr int64_t L = Vec<T>::kLanes;
   SmmfPlace<T, Sw, Sg> at;
@@ -192,7 +196,9 @@ HFAC_HD void smmf_rows_at_once(const SmmfScalars<T>& scalars, const SmmfSplat<T>
     rows.minus_b1_r[r] = kFirst ? -(scalars.beta1 * a.row_m[i + r]) : T(0);
     rows.sum_m[r] = Vec<T>(T(0));
   }
-  smmf_columns<T, Sw, Sg, kFirst, kCoupled, R>(s, rows, at, a.cols / L);
+  rows.direction = Vec<T>(T(0));
+  smmf_columns<T, Sw, Sg, kFirst, kCoupled, kWatch, R>(s, rows, at, a.cols / L);
+  if constexpr (kWatch) *a.direction += static_cast<double>(sum(rows.direction));
 
   // The last columns go through padded copies. The lanes beyond hold zeros, which add nothing to a sum.
   if (const int64_t left = a.cols % L; left > 0) {
@@ -219,7 +225,13 @@ HFAC_HD void smmf_rows_at_once(const SmmfScalars<T>& scalars, const SmmfSplat<T>
     last.col_v = col_v;
     last.sum_m += kFirst ? done : 0;
     last.sum_v += done;
-    smmf_columns<T, Sw, Sg, kFirst, kCoupled, R>(s, rows, last, 1);
+    rows.direction = Vec<T>(T(0));
+    smmf_columns<T, Sw, Sg, kFirst, kCoupled, kWatch, R>(s, rows, last, 1);
+    if constexpr (kWatch) {  // the lanes beyond may be 0 / 0
+      T lanes[L];
+      store(static_cast<T*>(lanes), rows.direction);
+      for (int64_t l = 0; l < left; ++l) *a.direction += static_cast<double>(lanes[l]);
+    }
     for (int r = 0; r < R; ++r) {
       write_lanes(at.w + r * a.param_stride + done, static_cast<const Sw*>(w[r]), left);
       if (kFirst) copy_part(at.bits + r * a.sign_stride + done / 8, static_cast<const uint8_t*>(bits[r]), bytes);
@@ -232,25 +244,33 @@ HFAC_HD void smmf_rows_at_once(const SmmfScalars<T>& scalars, const SmmfSplat<T>
   }
 }
 
-template <class T, class Sw, class Sg, bool kFirst, bool kCoupled>
+template <class T, class Sw, class Sg, bool kFirst, bool kCoupled, bool kWatch>
 void smmf_all_rows(const SmmfScalars<T>& scalars, const SmmfRows<T>& a) {
   const SmmfSplat<T> s(scalars);
   int64_t i = 0;
   for (; i + kRowsAtOnce <= a.rows; i += kRowsAtOnce) {
-    smmf_rows_at_once<T, Sw, Sg, kFirst, kCoupled, kRowsAtOnce>(scalars, s, a, i);
+    smmf_rows_at_once<T, Sw, Sg, kFirst, kCoupled, kWatch, kRowsAtOnce>(scalars, s, a, i);
   }
-  for (; i < a.rows; ++i) smmf_rows_at_once<T, Sw, Sg, kFirst, kCoupled, 1>(scalars, s, a, i);
+  for (; i < a.rows; ++i) smmf_rows_at_once<T, Sw, Sg, kFirst, kCoupled, kWatch, 1>(scalars, s, a, i);
+}
+
+template <class T, class Sw, class Sg, bool kWatch>
+void smmf_rows_watched(const SmmfScalars<T>& scalars, const SmmfRows<T>& a) {
+  if (a.col_m) {
+    scalars.coupled ? smmf_all_rows<T, Sw, Sg, true, true, kWatch>(scalars, a)
+                    : smmf_all_rows<T, Sw, Sg, true, false, kWatch>(scalars, a);
+  } else {
+    scalars.coupled ? smmf_all_rows<T, Sw, Sg, false, true, kWatch>(scalars, a)
+                    : smmf_all_rows<T, Sw, Sg, false, false, kWatch>(scalars, a);
+  }
 }
 
 template <class T, class Sw, class Sg>
 void smmf_rows(const SmmfScalars<T>& scalars, const SmmfRows<T>& a) {
-  if (a.col_m) {
-    scalars.coupled ? smmf_all_rows<T, Sw, Sg, true, true>(scalars, a)
-                    : smmf_all_rows<T, Sw, Sg, true, false>(scalars, a);
-  } else {
-    scalars.coupled ? smmf_all_rows<T, Sw, Sg, false, true>(scalars, a)
-                    : smmf_all_rows<T, Sw, Sg, false, false>(scalars, a);
+  if constexpr (std::is_same<Sw, T>::value && std::is_same<Sg, T>::value) {  // what is watched is staged
+    if (a.direction) return smmf_rows_watched<T, Sw, Sg, true>(scalars, a);
   }
+  smmf_rows_watched<T, Sw, Sg, false>(scalars, a);
 }
 
 template <class T, class Sw, class Sg>

@@ -81,16 +81,24 @@ class Bound:
         self._kept: Tensor | None = None
 
     def __call__(
-        self, grads: Sequence[Tensor], nonfinite: Tensor | None = None, *, clip: Tensor | None = None, **scalars: Any
+        self,
+        grads: Sequence[Tensor],
+        nonfinite: Tensor | None = None,
+        *,
+        clip: Tensor | None = None,
+        watched: Tensor | None = None,
+        **scalars: Any,
     ) -> None:
         """A step, as the function of `hfac.reference`. ``clip``, a tensor of 1, says that `squares` was called with
         the same gradients and scalars: its statistics are used."""
         kept, self._kept = self._kept, None
-        rest = {}
+        more: dict[str, Any] = {}
         if clip is not None:
             assert kept is not None
-            rest = {"stage": "rest", "kept": kept.data_ptr()}
-        self._run(grads, nonfinite, rest, **scalars)
+            more.update(stage="rest", kept=kept.data_ptr())
+        if watched is not None:
+            more.update(watched=watched.data_ptr())
+        self._run(grads, nonfinite, more, **scalars)
         increment_version(self._params)
 
     def squares(self, grads: Sequence[Tensor], nonfinite: Tensor | None = None, **scalars: Any) -> Tensor:
@@ -107,7 +115,7 @@ class Bound:
         self,
         grads: Sequence[Tensor],
         nonfinite: Tensor | None,
-        stage: dict[str, Any],
+        more: dict[str, Any],
         *,
         beta1: Scalar | None,
         beta2: Scalar,
@@ -123,7 +131,7 @@ class Bound:
                 **self._operands,
                 **_grads(grads, strides, self._shapes),
                 **scalars,
-                **stage,
+                **more,
                 beta1=None if beta1 is None else _scalar(beta1),
                 beta2=_scalar(beta2),
                 lr=_scalar(lr),

@@ -7,7 +7,8 @@ checked before the first one writes. Scalars (lr, decays, ...) have been checked
 (`hfac.optim.options`).
 
 Every op that writes parameters takes ``master_lows``, ``places``, ``seed`` and ``step``: how they are stored, where
-that is more than one rounding to the nearest (`hfac.rounding`).
+that is more than one rounding to the nearest (`hfac.rounding`). Those on whole parameters take ``watched``, to which
+they add what a step tells of itself.
 
 Errors of every op:
     ValueError: lists of different lengths; a shape, or the type of a state, that does not fit its parameter.
@@ -19,6 +20,7 @@ from .parts import PART_OPS, hfac_apply_, hfac_dense_apply_, hfac_dense_squares,
 from .steps import (
     FIRST_MOMENT,
     STATES,
+    WATCHED,
     Bound,
     advance_steps_,
     hfac_dense_step_,
@@ -38,6 +40,7 @@ __all__ = [
     "PART_OPS",
     "STATES",
     "Update",
+    "WATCHED",
     "advance_steps_",
     "check_tensor",
     "hfac_apply_",

@@ -33,6 +33,8 @@ STATES = {
     "smmf_step_": ("exp_avg_rows", "exp_avg_cols", "exp_avg_signs", "exp_avg_sq_rows", "exp_avg_sq_cols"),
     "smmf_dense_step_": ("exp_avgs", "exp_avg_sqs"),
 }
+#: Numbers that a step tells of each parameter where it is watched.
+WATCHED = 5
 #: Those that SMMF does without where beta1 is None.
 FIRST_MOMENT = frozenset(("exp_avg_rows", "exp_avg_cols", "exp_avg_signs", "exp_avgs"))
 _LAYOUT, _DTYPE, _DEVICE, _SHAPE = (attrgetter(name) for name in ("layout", "dtype", "device", "shape"))
@@ -58,6 +60,7 @@ def hfac_step_(
     places: Sequence[Place] | None = None,
     seed: int = 0,
     step: Scalar = 0.0,
+    watched: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """One step of H-Fac on parameters viewed as [m, n] matrices. Row states have m elements, column states n."""
@@ -82,6 +85,7 @@ def hfac_dense_step_(
     places: Sequence[Place] | None = None,
     seed: int = 0,
     step: Scalar = 0.0,
+    watched: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """One step of H-Fac with both moments whole: states have their parameter's shape."""
@@ -109,6 +113,7 @@ def smmf_step_(
     places: Sequence[Place] | None = None,
     seed: int = 0,
     step: Scalar = 0.0,
+    watched: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """One step of SMMF on parameters viewed as [n, m] matrices, n >= m. Row states are [n], column states [m], signs
@@ -134,6 +139,7 @@ def smmf_dense_step_(
     places: Sequence[Place] | None = None,
     seed: int = 0,
     step: Scalar = 0.0,
+    watched: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """One step of SMMF with both moments whole: states have their parameter's shape. beta1 None: exp_avgs is None."""
@@ -232,6 +238,7 @@ class Bound:
         found_inf: Tensor | None = None,
         seed: int = 0,
         step: Scalar = 0.0,
+        watched: Tensor | None = None,
         **scalars: Any,
     ) -> Update:
         """Checks a step with these gradients and returns it, yet to be made.
@@ -247,12 +254,24 @@ class Bound:
         scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
         if self.step is not None:
             self._check_grads(grads)
-            self._check_scalars(len(grads), nonfinite, scaling)
+            self._check_given(len(grads), nonfinite, watched, scaling)
             if self._stochastic:
                 scalars.update(seed=seed, step=step)
-        return Update(self, list(grads), nonfinite, scaling, scalars)
+        return Update(self, list(grads), nonfinite, watched, scaling, scalars)
 
-    def _check_scalars(self, count: int, nonfinite: Tensor | None, scaling: Mapping[str, Tensor | None]) -> None:
+    def _check_given(
+        self, count: int, nonfinite: Tensor | None, watched: Tensor | None, scaling: Mapping[str, Tensor | None]
+    ) -> None:
+        if watched is not None and (
+            watched.shape != (count, WATCHED)
+            or watched.dtype != torch.float64
+            or watched.device != self.device
+            or not watched.is_contiguous()
+        ):
+            raise ValueError(
+                f"watched must be a contiguous float64 tensor of shape ({count}, {WATCHED}) on {self.device}, got "
+                f"{watched.dtype} {tuple(watched.shape)} on {watched.device}"
+            )
         if nonfinite is not None and (
             nonfinite.shape != (count,) or nonfinite.dtype != torch.int32 or nonfinite.device != self.device
         ):

@@ -27,12 +27,18 @@ class Update:
         bound: Bound,
         grads: list[Tensor],
         nonfinite: Tensor | None,
+        watched: Tensor | None,
         scaling: Mapping[str, Tensor | None],
         scalars: Mapping[str, Any],
     ) -> None:
         self._bound, self._grads, self._nonfinite, self._scalars = bound, grads, nonfinite, scalars
+        self._more = {} if watched is None else {"watched": watched}
         self._scale, self._found_inf = scaling["grad_scale"], scaling["found_inf"]
         self._unscaled = self._known = False
+
+    @property
+    def unscales(self) -> bool:
+        return self._bound.unscales
 
     def norms(self) -> Tensor:
         """The gradients' norms, once they are unscaled: [len(grads)], float32 (float64 for float64 gradients).
@@ -62,7 +68,7 @@ class Update:
             clip = clip.to(self._bound.device)
         if self._bound.unscales:
             known = {"clip": clip.to(torch.float32)} if self._known and clip is not None else {}
-            step(self._grads, nonfinite=self._nonfinite, **self._scaling(clip), **known, **self._scalars)
+            step(self._grads, nonfinite=self._nonfinite, **self._scaling(clip), **known, **self._more, **self._scalars)
             return
         if not self._unscale():
             if self._nonfinite is not None:
@@ -70,7 +76,7 @@ class Update:
             return
         grads = self._grads if clip is None else clipping.scaled(self._grads, clip)
         known = {"clip": clip} if self._known and clip is not None and clip.item() == 1 else {}
-        step(grads, nonfinite=self._nonfinite, **known, **self._scalars)
+        step(grads, nonfinite=self._nonfinite, **known, **self._more, **self._scalars)
 
     def _scaling(self, clip: Tensor | None) -> dict[str, Tensor]:
         """What kernels that unscale are told: they divide gradients by ``grad_scale``."""

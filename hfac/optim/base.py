@@ -1,8 +1,8 @@
 """What both optimizers do alike: the walk over groups in a step, and what they tell of it."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from itertools import repeat
-from operator import is_, is_not
+from operator import is_not
 from typing import Any, ClassVar
 
 import torch
@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 from .. import clipping, distributed, functional, ops, rounding, schedules
 from ..distributed import layout
 from ..rounding import Place
-from . import diagnostics
 from .bound import Alone, Seen
-from .state import COMMON_RULES, LOW, State, StatefulOptimizer, needs_others
+from .observed import ObservedOptimizer
+from .state import LOW, State, needs_others
 
 
-class FactoredOptimizer(StatefulOptimizer):
+class FactoredOptimizer(ObservedOptimizer):
     """Base of `hfac.HFac` and `hfac.SMMF`; not for use by itself.
 
     State is made when parameters are added, as plain tensors: factors or moments in float32 (float64 for float64
@@ -37,7 +37,6 @@ class FactoredOptimizer(StatefulOptimizer):
     _alone: "dict[Tensor, Alone]"
     #: the sharded parameters, bound; None where there are none, or they are to be looked at again
     _sharded: distributed.Sharded | None = None
-    _grad_norm: Tensor | None = None
 
     def _scalars(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The subclass's own arguments of its functional form."""
@@ -88,39 +87,16 @@ class FactoredOptimizer(StatefulOptimizer):
             clip = self._clip(work, shared, limit)
         if self._sharded is not None:
             finish = self._sharded.prepare(shared, clip)
-        for update in work:
+        self._read_times = None
+        for index, update in enumerate(work):
             if update is not None:
                 update(clip)
+                self._note(update, self.param_groups[index], self._seen.whole[index], grads[index])
+                if update.unscales:
+                    self._read_times = clip
         if finish is not None:
             finish()
         return loss
-
-    @property
-    def grad_norm(self) -> Tensor | None:
-        """With ``max_grad_norm``, the norm of all gradients in the last step that had any, before clipping: a 0-d
-        tensor on their device, float32 (float64 where there are float64 gradients). Asking for it does not wait for
-        the device; reading its value does. None without ``max_grad_norm`` and before the first step."""
-        return self._grad_norm
-
-    @property
-    def max_grad_norm(self) -> float | None:
-        """The option, which is the same in every group.
-
-        Raises:
-            ValueError: it is not.
-        """
-        return self._common_limit(self.param_groups)
-
-    def _common_limit(self, groups: Iterable[Mapping[str, Any]]) -> float | None:
-        """The one ``max_grad_norm`` of all groups; those pickled by an older version have none."""
-        name = f"{type(self).__name__}: max_grad_norm"
-        limits = [group.get("max_grad_norm") for group in groups] or [None]
-        if limits.count(limits[0]) != len(limits):
-            raise ValueError(
-                f"{name} must be the same in every group, because the norm is that of all gradients together, got "
-                f"{limits}. Set it once, for the optimizer."
-            )
-        return COMMON_RULES["max_grad_norm"](name, limits[0])
 
     def _clip(
         self, work: "list[functional.Update | None]", shared: dict[int, distributed.Options], limit: float
@@ -195,6 +171,7 @@ class FactoredOptimizer(StatefulOptimizer):
             raise
         assert update is not None  # it takes two to come apart
         update(clip)
+        self._note(update, alone.group, [param], [grad])
 
     def _alone_of(self, param: Tensor) -> "Alone":
         """Where the parameter is among the groups, for `step_param`."""
@@ -283,6 +260,7 @@ class FactoredOptimizer(StatefulOptimizer):
             group["backend"],
             places,
             group["batch_dims"],
+            group["watch"],
         )
 
     def _shared(self, group: dict[str, Any]) -> distributed.Options:
@@ -307,6 +285,12 @@ class FactoredOptimizer(StatefulOptimizer):
             for i, param in enumerate(group["params"])
             if needs_others(param, group) and param in self.state
         ]
+        watching = [entry.label for entry in entries if self.param_groups[entry.group]["watch"]]
+        if watching:
+            raise ValueError(
+                f"{type(self).__name__}: {watching[0]} is sharded, and watch=True is not supported there: no rank has "
+                "all of what a step would tell. Leave watch=False."
+            )
         if entries and self._step_supports_amp_scaling:
             raise ValueError(
                 f"{type(self).__name__}: a group has amp_scaling=True, for which a GradScaler leaves the gradients of "
@@ -356,61 +340,6 @@ class FactoredOptimizer(StatefulOptimizer):
             return []
         skip = {i: group["nonfinite"] == "skip" for i, group in enumerate(self.param_groups)}
         return self._sharded.collectives(skip, self.max_grad_norm is not None)
-
-    @torch.no_grad()
-    def diagnostics(self, *, ahead: bool = False) -> dict[int | str, dict[str, Tensor]]:
-        """What the step just made did to every parameter that has a gradient: call it after `step`, before `zero_grad`.
-
-        The gradient must be the one that the step saw (with ``amp_scaling``: call `GradScaler.unscale_` before the
-        step). It costs some reads of parameter and gradient, in pieces (`hfac.optim.diagnostics`), and the step
-        nothing. Empty parameters are left out.
-
-        Args:
-            ahead: of the step that `step` would make now instead: call it after the backward pass, before `step`.
-                Exact for both optimizers; of a step made, SMMF's direction and what follows from it are estimates where
-                its first moment is factored, and off by a tenth or so (default False).
-
-        Returns:
-            By name, where parameters were given with names, else by position: 0-d tensors on the parameter's device,
-            by metric; of a stack, tensors of shape p.shape[:batch_dims], an entry for each slice. ``update_rms``: of
-            W's change, learning rate and decoupled weight decay included. ``direction_rms``: of G / sqrt(V) before
-            clipping (SMMF: M / (sqrt(V) + eps)). ``clip_factor`` (HFac): what it was divided by, max(1, direction_rms /
-            clip_threshold). ``unmoved``: the fraction of the weights that the update leaves as they are, rounded to
-            nearest in their type, master weights as they are stored ("split": float32, "split8": 24 bits); with
-            rounding="stochastic" such weights move now and then. These are NaN where no step was made, or
-            nonfinite="skip" skipped it. ``zero_rows``, ``zero_cols``: rows and columns of the gradient
-            (`hfac.matricize.cut`, also with ``dense``; elements of a vector are rows) that are all zero; ``skipped``:
-            steps skipped so far, of a stack those in which any slice was, the same number for each.
-
-        Raises:
-            RuntimeError: a parameter is sharded.
-        """
-        self._sync_state()
-        found: dict[int | str, dict[str, Tensor]] = {}
-        position = 0
-        for group in self.param_groups:
-            for i, param in enumerate(group["params"]):
-                if param.grad is not None and param.numel() > 0:
-                    key = group["param_names"][i] if "param_names" in group else position
-                    found[key] = diagnostics.measure(self._algorithm, param, group, self.state[param], ahead)
-                position += 1
-        return found
-
-    @torch.no_grad()
-    def report_per_parameter_metrics(
-        self, param: Tensor, name: str, optimizer_metrics: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Adds `diagnostics` of a parameter as "<metric>/<name>", those of a stack with the slice's index appended
-        ("<metric>/<name>.3", with two batch dimensions ".0.3"); Composer's OptimizerMonitor calls it after a step.
-
-        Its `pre_reduce_metrics` and `dist_reduce_metrics` combine shards of FSDP, which are refused here.
-        """
-        for group in self.param_groups:
-            trained = param in self.state and param.grad is not None and param.numel() > 0
-            if trained and any(map(is_, group["params"], repeat(param))):
-                metrics = diagnostics.measure(self._algorithm, param, group, self.state[param], False)
-                optimizer_metrics.update(diagnostics.by_name(name, metrics))
-        return optimizer_metrics
 
     def _look_again(self) -> None:
         self._forget()

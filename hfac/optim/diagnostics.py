@@ -1,4 +1,5 @@
-"""What a step does to a parameter, computed when it is asked for and at no other time: the step itself pays nothing.
+"""What a step does to a parameter: `told` by a step that was watched, or else measured when it is asked for and at no
+other time, so that the step pays nothing.
 
 After a step, before gradients are cleared, the update just made is a function of the gradient, the new state and the
 new parameter. Not quite for SMMF's factored first moment, whose compression keeps no trace of the elements' old signs:
@@ -29,11 +30,39 @@ CHUNK = 1 << 20
 _COUNTERS = ("step", "skipped")
 
 
+def told(
+    algorithm: str, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor], numbers: Tensor
+) -> Metrics:
+    """The metrics of one parameter, of shape param.shape[:batch_dims], from what a watched step told of it: [..., 5]
+    (`hfac.reference`)."""
+    batch = numbers.shape[:-1]
+    change, unmoved, direction, zero_rows, zero_cols = numbers.unbind(-1)
+    count = param.shape[len(batch) :].numel()
+    rms = (direction / count).sqrt()
+    found = {"update_rms": (change / count).sqrt(), "unmoved": unmoved / count, "direction_rms": rms}
+    if algorithm == "hfac":
+        threshold = group["clip_threshold"]
+        factor = torch.ones_like(rms) if threshold is None else (rms / threshold).clamp(min=1)
+        found["clip_factor"] = torch.where(rms.isnan(), rms, factor)
+    found.update(zero_rows=zero_rows, zero_cols=zero_cols)
+    return {**{key: value.float() for key, value in found.items()}, "skipped": _skipped(param, state, batch)}
+
+
+def _skipped(param: Tensor, state: Mapping[str, Tensor], batch: torch.Size) -> Tensor:
+    skipped = state.get("skipped", torch.zeros((), dtype=torch.int32, device=param.device))
+    return skipped.expand(batch).clone()
+
+
 def measure(
-    algorithm: str, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor], ahead: bool
+    algorithm: str,
+    param: Tensor,
+    group: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    ahead: bool,
+    times: Tensor | None = None,
 ) -> Metrics:
     """The metrics of one parameter that has a gradient, of shape param.shape[:batch_dims];
-    `FactoredOptimizer.diagnostics` describes them."""
+    `FactoredOptimizer.diagnostics` describes them. ``times``: what the gradient has yet to be multiplied by."""
     if layout.is_sharded(param):
         raise RuntimeError(
             f"diagnostics of a sharded parameter (shape {tuple(param.shape)}) are not supported: no rank has all of it."
@@ -43,15 +72,16 @@ def measure(
     assert grad is not None
     param, state = layout.local(param), {key: layout.local(value) for key, value in state.items()}
     batch = param.shape[: group["batch_dims"]]
-    parts = [_slices(tensor, len(batch)) for tensor in (param, grad)]
-    states = {key: _slices(value, len(batch)) for key, value in state.items() if key not in _COUNTERS}
+    parts = [slices(tensor, len(batch)) for tensor in (param, grad)]
+    states = {key: slices(value, len(batch)) for key, value in state.items() if key not in _COUNTERS}
     measured = [
-        _of_slice(algorithm, W, G, group, {key: values[i] for key, values in states.items()}, state["step"], ahead)
+        _of_slice(
+            algorithm, W, G, group, {key: values[i] for key, values in states.items()}, state["step"], ahead, times
+        )
         for i, (W, G) in enumerate(zip(*parts, strict=True))
     ]
     metrics = {key: torch.stack([one[key] for one in measured]).view(batch) for key in measured[0]}
-    skipped = state.get("skipped", torch.zeros((), dtype=torch.int32, device=param.device))
-    return {**metrics, "skipped": skipped.expand(batch).clone()}
+    return {**metrics, "skipped": _skipped(param, state, batch)}
 
 
 def by_name(name: str, metrics: Metrics) -> Metrics:
@@ -63,7 +93,7 @@ def by_name(name: str, metrics: Metrics) -> Metrics:
     return found
 
 
-def _slices(tensor: Tensor, batch_dims: int) -> list[Tensor]:
+def slices(tensor: Tensor, batch_dims: int) -> list[Tensor]:
     """Views of the slices that the first dimensions count, row-major."""
     found = [tensor]
     for _ in range(batch_dims):
@@ -79,11 +109,12 @@ def _of_slice(
     state: Mapping[str, Tensor],
     step: Tensor,
     ahead: bool,
+    times: Tensor | None,
 ) -> Metrics:
     """All but what is counted, 0-d; without batch dimensions the parameter is the only slice."""
     step = step.to(schedules.step_dtype(step.device))
     made = torch.ones_like(step, dtype=torch.bool) if ahead else step > 0
-    view = _View(param, grad, group, state, step + 1 if ahead else step, ahead)
+    view = _View(param, grad, group, state, step + 1 if ahead else step, ahead, times)
     update = (_hfac if algorithm == "hfac" else _smmf)(view)
     if group["nonfinite"] == "skip":
         made = view.finite() & made.to(param.device)
@@ -104,8 +135,9 @@ class _View:
         state: Mapping[str, Tensor],
         t: Tensor,
         ahead: bool,
+        times: Tensor | None,
     ) -> None:
-        self.param, self.group, self.state, self.t, self.ahead = param, group, state, t, ahead
+        self.param, self.group, self.state, self.t, self.ahead, self._times = param, group, state, t, ahead, times
         self.factored = "exp_avg_sq_row" in state
         second = state["exp_avg_sq_row" if self.factored else "exp_avg_sq"]
         self.dtype = second.dtype
@@ -124,6 +156,8 @@ class _View:
 
     def G(self, rows: slice) -> Tensor:
         G = self._G[rows].to(self.dtype)
+        if self._times is not None:
+            G = G * self._times.to(G.dtype)
         return -G if self.group["maximize"] else G
 
     def stored(self, W: Tensor) -> Tensor:
@@ -308,6 +342,11 @@ class _Signs:
         return (found & 1).bool().view(-1, self._n)
 
 
+def zeros(grad: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """[slices, 2]: of each slice how many rows and columns of the gradient hold nothing but zeros."""
+    return torch.stack([torch.stack(_zeros(part, group)) for part in slices(grad, group["batch_dims"])])
+
+
 def _zeros(grad: Tensor, group: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """How many rows and columns of the gradient hold nothing but zeros."""
     shape = tuple(grad.shape)
@@ -315,13 +354,13 @@ def _zeros(grad: Tensor, group: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     m, n = math.prod(shape[:k]), math.prod(shape[k:])
     G = grad.reshape(m, n)
     row = torch.zeros((), dtype=torch.int64, device=grad.device)
-    col = torch.zeros(n, dtype=torch.bool, device=grad.device)
+    col = torch.zeros(n, dtype=torch.uint8, device=grad.device)
     rows = max(1, CHUNK // n)
     for i in range(0, m, rows):
-        found = G[i : i + rows] != 0
-        row += (~found.any(1)).sum()
-        col |= found.any(0)
-    return row, (~col).sum()
+        found = G[i : i + rows].bool().view(torch.uint8)  # whose largest is found much faster than any of bools
+        row += (found.amax(1) == 0).sum()
+        col |= found.amax(0)
+    return row, (col == 0).sum()
 
 
 def _scalar(value: Any) -> Any:

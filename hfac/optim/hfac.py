@@ -66,6 +66,9 @@ class HFac(FactoredOptimizer):
             gradients (of stacks: slices) whose norm is not finite are left out of it; with "propagate" they make all
             gradients NaN or 0, as in torch. Sharded gradients have one norm on all ranks, from the sums that a step
             adds up; where they are clipped, these are added up again.
+        watch: the step's kernels sum up what `diagnostics` tells, which is then exact, of the step as it was made, and
+            there when the gradients are gone; it stays on the device until it is asked for. Changes no bit of what
+            is computed, and costs time. Not for sharded parameters (default False).
 
     State of a parameter (k is `hfac.matricize.cut` of its shape): ``exp_avg_row``, ``exp_avg_sq_row`` of shape
     p.shape[:k], ``exp_avg_col``, ``exp_avg_sq_col`` of shape p.shape[k:]; or ``exp_avg``, ``exp_avg_sq`` of p.shape;
@@ -108,6 +111,7 @@ class HFac(FactoredOptimizer):
         seed: int = 0,
         master: str | None = None,
         max_grad_norm: float | None = None,
+        watch: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -127,6 +131,7 @@ class HFac(FactoredOptimizer):
             seed=seed,
             master=master,
             max_grad_norm=max_grad_norm,
+            watch=watch,
         )
         super().__init__(params, defaults)
 

@@ -39,7 +39,8 @@ class SMMF(FactoredOptimizer):
             Fixed once state exists, as is whether beta is None.
         weight_decay_mode: "adamw" multiplies W by 1 - lr * weight_decay, "adam" adds weight_decay * W to the gradient
             (default "adamw"). The authors' code forms the latter and then does not use it; here it is used.
-        dense, batch_dims, maximize, capturable, backend, nonfinite, amp_scaling, rounding, seed, master, max_grad_norm:
+        dense, batch_dims, maximize, capturable, backend, nonfinite, amp_scaling, rounding, seed, master, max_grad_norm,
+        watch:
             as for `hfac.HFac`; each slice of ``batch_dims`` has a square matrix of its own. The norm that
             ``max_grad_norm`` clips by takes a read of the gradients, and over ranks an all-reduce for each mesh, of one
             number per parameter.
@@ -97,6 +98,7 @@ class SMMF(FactoredOptimizer):
         seed: int = 0,
         master: str | None = None,
         max_grad_norm: float | None = None,
+        watch: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -118,6 +120,7 @@ class SMMF(FactoredOptimizer):
             seed=seed,
             master=master,
             max_grad_norm=max_grad_norm,
+            watch=watch,
         )
         super().__init__(params, defaults)
 

@@ -32,13 +32,22 @@ COMMON_RULES: dict[str, options.Rule] = {
     "seed": options.whole(2**64 - 1),
     "master": options.choice(*MASTER, none="no master weights"),
     "amp_scaling": options.flag,
+    "watch": options.flag,
     "max_grad_norm": options.number(0.0, open_low=True, none="no clipping by the norm"),
     "backend": options.choice(*backends.NAMES),
 }
 #: options that an optimizer pickled by an earlier version does not have, and what it did
-_ADDED = {"dense": False, "batch_dims": 0, "rounding": "nearest", "seed": 0, "master": None, "max_grad_norm": None}
+_ADDED = {
+    "dense": False,
+    "batch_dims": 0,
+    "rounding": "nearest",
+    "seed": 0,
+    "master": None,
+    "max_grad_norm": None,
+    "watch": False,
+}
 #: how a step is carried out, not what it computes: kept from the running optimizer when a checkpoint is loaded
-EXECUTION = ("capturable", "backend", "amp_scaling")
+EXECUTION = ("capturable", "backend", "amp_scaling", "watch")
 #: the state key of what a bfloat16 parameter lacks of its master weight
 LOW = "master_low"
 HOST = torch.device("cpu")

@@ -1,0 +1,142 @@
+// What a step tells of itself where it is watched (hfac/reference.py, `watched`). The kernels know nothing of it: a
+// watched step is staged in the arithmetic's type, where old and new weights lie side by side.
+#pragma once
+
+#include <vector>
+
+#include "../math/rounding.h"
+#include "../math/roots.h"
+#include "driver.h"
+
+namespace hfac {
+
+constexpr int64_t kWatched = 5;
+
+// Of one chunk, or of a parameter, in the order in which they are told.
+struct Watched {
+  double change = 0, unmoved = 0, direction = 0, zero_rows = 0, zero_cols = 0;
+};
+
+// By item and chunk, so that what is added up does not depend on who was faster. Empty where nobody watches.
+class Watch {
+ public:
+  explicit Watch(double* told) : told_(told) {}
+  explicit operator bool() const { return told_; }
+
+  void expect(const std::vector<int64_t>& chunks) {
+    for (const int64_t n : chunks) found_.emplace_back(static_cast<size_t>(n));
+  }
+  Watched& at(int64_t item, int64_t chunk) { return found_[static_cast<size_t>(item)][static_cast<size_t>(chunk)]; }
+
+  // Adds an item's chunks to the row of the list's entry `index`.
+  void tell(int64_t item, int64_t index) const {
+    double* row = told_ + kWatched * index;
+    for (const Watched& w : found_[static_cast<size_t>(item)]) {
+      const double numbers[kWatched] = {w.change, w.unmoved, w.direction, w.zero_rows, w.zero_cols};
+      for (int64_t k = 0; k < kWatched; ++k) row[k] += numbers[k];
+    }
+  }
+
+ private:
+  double* told_;
+  std::vector<std::vector<Watched>> found_;
+};
+
+// What is read of a weight once it is stored in 24 bits, rounded to the nearest.
+inline float joined8(float value) {
+  BFloat16 high;
+  int8_t low;
+  common::split(value, high, low);
+  return common::join(high, low);
+}
+
+// The weights that a kernel is about to change.
+template <class T>
+const T* old_weights(const void* param, int64_t count, Scratch& scratch) {
+  T* old = static_cast<T*>(scratch.at(Scratch::kOld, static_cast<size_t>(count) * sizeof(T)));
+  std::copy_n(static_cast<const T*>(param), count, old);
+  return old;
+}
+
+// In lanes, which a compiler makes vectors of; short runs of them, which lose nothing in the arithmetic's type.
+template <class T, class Nearest>
+void watch_run(const T* old, const T* now, int64_t count, const Nearest& stored, Watched& watched) {
+  constexpr int kLanes = 16;
+  constexpr int64_t kShort = 64 * kLanes;
+  for (int64_t first = 0; first < count; first += kShort) {
+    const int64_t end = std::min(first + kShort, count);
+    T sums[kLanes] = {};
+    int32_t same[kLanes] = {};
+    int64_t k = first;
+    for (; k + kLanes <= end; k += kLanes) {
+      for (int l = 0; l < kLanes; ++l) {
+        const T change = now[k + l] - old[k + l];
+        sums[l] += change * change;
+        same[l] += stored(now[k + l]) == old[k + l];
+      }
+    }
+    for (int l = 0; k + l < end; ++l) {
+      const T change = now[k + l] - old[k + l];
+      sums[l] += change * change;
+      same[l] += stored(now[k + l]) == old[k + l];
+    }
+    for (int l = 0; l < kLanes; ++l) {
+      watched.change += static_cast<double>(sums[l]);
+      watched.unmoved += same[l];
+    }
+  }
+}
+
+inline void watch_change(const TensorRef&, const double* old, const void* now, int64_t count, Watched& watched) {
+  watch_run(old, static_cast<const double*>(now), count, [](double x) { return x; }, watched);
+}
+
+inline void watch_change(const TensorRef& param, const float* old, const void* fresh, int64_t count,
+                         Watched& watched) {
+  const float* now = static_cast<const float*>(fresh);
+  if (param.stored && param.stored->low_bytes == 1) {
+    watch_run(old, now, count, joined8, watched);
+  } else if (param.stored && param.stored->low_bytes == 2) {
+    watch_run(old, now, count, [](float x) { return x; }, watched);
+  } else if (param.dtype == DType::kBFloat16) {
+    watch_run(old, now, count, [](float x) { return common::widen(common::narrow_bfloat16(x)); }, watched);
+  } else if (param.dtype == DType::kFloat16) {
+    watch_run(old, now, count, [](float x) { return common::widen(common::narrow_float16(x)); }, watched);
+  } else {
+    watch_run(old, now, count, [](float x) { return x; }, watched);
+  }
+}
+
+// Of the gradient.
+template <class T>
+void watch_rows(const T* g, int64_t rows, int64_t cols, Watched& watched) {
+  const auto zero = [](T x) { return x == T(0); };
+  for (int64_t k = 0; k < rows; ++k) watched.zero_rows += std::all_of(g + k * cols, g + (k + 1) * cols, zero);
+}
+
+inline double squared(double x) { return x * x; }
+
+// H-Fac's U where both moments are whole, of the gradient and the new second moment.
+template <class T>
+void watch_direction(const HfacDenseScalars<T>&, const DenseRun<T>& run, const T*, Watched& watched) {
+  const T* g = static_cast<const T*>(run.grad);
+  for (int64_t k = 0; k < run.count; ++k) watched.direction += squared(g[k] / common::root(run.exp_avg_sq[k]));
+}
+
+template <class T>
+T smmf_gradient(const SmmfScalars<T>& s, T g, T w) {
+  g = s.negate ? -g : g;
+  return s.coupled ? g + s.weight_decay * w : g;
+}
+
+// SMMF's M / (sqrt(V) + eps) where both moments are whole, of the new ones.
+template <class T>
+void watch_direction(const SmmfScalars<T>& s, const DenseRun<T>& run, const T* old, Watched& watched) {
+  const T* g = static_cast<const T*>(run.grad);
+  for (int64_t k = 0; k < run.count; ++k) {
+    const T first = run.exp_avg ? run.exp_avg[k] : smmf_gradient(s, g[k], old[k]);
+    watched.direction += squared(first / (common::root(run.exp_avg_sq[k]) + s.eps));
+  }
+}
+
+}  // namespace hfac
