@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .element import decays, divide, finite, length, operand, place, pointer, root
+from .element import decays, divide, finite, grad_scale, gradient, length, operand, place, pointer, root
 from .rounding import calls, counter, load, low_piece, random_bits, store
 from .table import (
     CHUNK,
@@ -26,7 +26,9 @@ from .table import (
 
 
 @triton.jit
-def look(tiles, items, grads, flags, G: tl.constexpr, T: tl.constexpr, WHOLE: tl.constexpr):
+def look(
+    tiles, items, grads, scalars, flags, G: tl.constexpr, T: tl.constexpr, WHOLE: tl.constexpr, SCALED: tl.constexpr
+):
     """flags[parameter] = 1 where an element of its gradient is not finite. Every program that says so writes the same
     word."""
     tile = tl.program_id(0).to(tl.int64)
@@ -38,11 +40,12 @@ def look(tiles, items, grads, flags, G: tl.constexpr, T: tl.constexpr, WHOLE: tl
         count = tl.multiple_of(count, 8)
     grad = operand(tl.load(grads + 2 * item), G, WHOLE)
     layout = tl.load(grads + 2 * item + 1)
+    scale = grad_scale(scalars, T, SCALED)
     first = part * LOOKED
     bad = tl.zeros([RUN], tl.int32)
     for start in range(first, tl.minimum(first + LOOKED, count), RUN):
         at = start + tl.arange(0, RUN).to(tl.int64)
-        g = tl.load(grad + place(at, layout, WHOLE), at < count, 0.0).to(T)
+        g = gradient(grad, at, layout, at < count, scale, T, WHOLE, SCALED)
         bad |= (finite(g, count) == 0).to(tl.int32)
     found = tl.max(bad, 0)
     tl.store(flags + item, found, found != 0)
@@ -76,6 +79,7 @@ def smmf_dense(
     COUPLED: tl.constexpr,
     NEGATE: tl.constexpr,  # the objective is maximized
     SKIP: tl.constexpr,
+    SCALED: tl.constexpr,  # gradients are divided by a number
 ):
     tile = tl.program_id(0).to(tl.int64)
     item = tl.load(tiles + 2 * tile).to(tl.int64)
@@ -91,7 +95,8 @@ def smmf_dense(
     weight_decay = tl.load(scalars + WEIGHT_DECAY)
     eps = tl.load(scalars + EPS).to(T)
     grad = operand(tl.load(grads + 2 * item), G, WHOLE)
-    g = tl.load(grad + place(at, tl.load(grads + 2 * item + 1), WHOLE), mask, 0.0).to(T)
+    layout = tl.load(grads + 2 * item + 1)
+    g = gradient(grad, at, layout, mask, grad_scale(scalars, T, SCALED), T, WHOLE, SCALED)
     if NEGATE:
         g = -g
     param = operand(tl.load(record + PARAM), W, WHOLE)
@@ -117,7 +122,16 @@ def smmf_dense(
 
 @triton.jit
 def hfac_dense_look(
-    tiles, items, grads, scalars, flags, G: tl.constexpr, T: tl.constexpr, WHOLE: tl.constexpr, LOOK: tl.constexpr
+    tiles,
+    items,
+    grads,
+    scalars,
+    flags,
+    G: tl.constexpr,
+    T: tl.constexpr,
+    WHOLE: tl.constexpr,
+    LOOK: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """Each run's sum of U^2, U = G / sqrt(q) with the new q, which the step forms again; and whether G is finite."""
     tile = tl.program_id(0).to(tl.int64)
@@ -129,7 +143,8 @@ def hfac_dense_look(
     mask = at < count
     b1, rest1, b2, rest2 = decays(scalars, item, T)
     grad = operand(tl.load(grads + 2 * item), G, WHOLE)
-    g = tl.load(grad + place(at, tl.load(grads + 2 * item + 1), WHOLE), mask, 0.0).to(T)
+    layout = tl.load(grads + 2 * item + 1)
+    g = gradient(grad, at, layout, mask, grad_scale(scalars, T, SCALED), T, WHOLE, SCALED)
     if LOOK:
         bad = tl.max((finite(g, count) == 0).to(tl.int32), 0)
         tl.store(flags + item, bad, bad != 0)
@@ -155,6 +170,7 @@ def hfac_dense(
     CLIPPED: tl.constexpr,
     NEGATE: tl.constexpr,  # the objective is maximized
     SKIP: tl.constexpr,
+    SCALED: tl.constexpr,  # gradients are divided by a number
 ):
     tile = tl.program_id(0).to(tl.int64)
     item = tl.load(tiles + 2 * tile).to(tl.int64)
@@ -168,7 +184,8 @@ def hfac_dense(
     mask = at < count
     b1, rest1, b2, rest2 = decays(scalars, item, T)
     grad = operand(tl.load(grads + 2 * item), G, WHOLE)
-    g = tl.load(grad + place(at, tl.load(grads + 2 * item + 1), WHOLE), mask, 0.0).to(T)
+    layout = tl.load(grads + 2 * item + 1)
+    g = gradient(grad, at, layout, mask, grad_scale(scalars, T, SCALED), T, WHOLE, SCALED)
     if NEGATE:
         g = -g
     param = operand(tl.load(record + PARAM), W, WHOLE)

@@ -7,7 +7,7 @@ fused multiply-adds, so that a product and a sum round as they do in `hfac.refer
 import triton
 import triton.language as tl
 
-from .table import OWN, OWNED, PER_PARAM
+from .table import GRAD_SCALE, OWN, OWNED, PER_PARAM
 
 
 @triton.jit
@@ -72,6 +72,24 @@ def place(at, layout, WHOLE: tl.constexpr):
             rest = outer
         offset += rest  # contiguous: no dimensions
     return offset
+
+
+@triton.jit
+def grad_scale(scalars, T: tl.constexpr, SCALED: tl.constexpr):
+    """What gradients are divided by, where they are."""
+    scale = 0
+    if SCALED:
+        scale = tl.load(scalars + GRAD_SCALE).to(T)
+    return scale
+
+
+@triton.jit
+def gradient(grad, at, layout, mask, scale, T: tl.constexpr, WHOLE: tl.constexpr, SCALED: tl.constexpr):
+    """Elements of the gradient as the step sees them, but for the sign of a maximized one."""
+    g = tl.load(grad + place(at, layout, WHOLE), mask, 0.0).to(T)
+    if SCALED:
+        g = divide(g, scale)
+    return g
 
 
 @triton.jit

@@ -11,7 +11,10 @@ Partial sums of a parameter of m rows and n columns, in float32 (norms in float6
     squares  [m]              the new r; after `hfac_scale` sqrt(R / r_i) with the clipping
     cols     [row tiles, 3, n]   sums of g, g^2 and g^2 / r_i
     psi, scale  [n]           psi / 2 and 1 / sqrt(s_j)
-    totals   [chunks, 2]      shares of R and of sum_j w_j / s_j
+    totals   [chunks, 2]      shares of R and of sum_j w_j / s_j; before the fold, of the gradient's sum of squares
+
+The columns' sums of g^2 are the gradient's own norm, too: whoever clips by the norm of all gradients need not read them
+for it. Where they are then clipped, r_i is another and the statistics are taken again.
 
 Of a matrix that lies on several ranks each has a part. The statistics then leave rows and squares in the caller's
 lists and `hfac_part_cols` the columns' sums; what comes back, added up over the ranks, `hfac_part_fold` makes into what
@@ -21,7 +24,19 @@ the update reads.
 import triton
 import triton.language as tl
 
-from .element import decays, divide, finite, length, operand, partial_sums, place, pointer, root
+from .element import (
+    decays,
+    divide,
+    finite,
+    grad_scale,
+    gradient,
+    length,
+    operand,
+    partial_sums,
+    place,
+    pointer,
+    root,
+)
 from .rounding import calls, counter, load, low_piece, random_bits, store
 from .table import (
     ALL_COLS,
@@ -29,6 +44,7 @@ from .table import (
     AT_ONCE,
     CHUNK,
     CLIP,
+    COEFFICIENT,
     COL_TILES,
     COLS,
     EPS,
@@ -76,9 +92,14 @@ def hfac_stats(
     WIDE: tl.constexpr,  # rows longer than C
     COLUMNS: tl.constexpr,  # whether columns are summed too
     LOOK: tl.constexpr,
+    SCALED: tl.constexpr,  # gradients are divided by a number
+    AGAIN: tl.constexpr,  # only where gradients are clipped: of others the statistics are there
 ):
     """A tile is a number of whole rows. Where a row fits the registers, a row's sum, its r_i and its share of the
     columns' sums come from one read; longer rows are read again, from the cache, once their r_i are known."""
+    if AGAIN:
+        if tl.load(scalars + COEFFICIENT) == 1:  # a NaN is not
+            return
     tile = tl.program_id(0).to(tl.int64)
     item = tl.load(tiles + 2 * tile).to(tl.int64)
     row_tile = tl.load(tiles + 2 * tile + 1).to(tl.int64)
@@ -90,6 +111,7 @@ def hfac_stats(
     last_row = tl.minimum(first_row + tile_rows, rows)
     grad = operand(tl.load(grads + 2 * item), G, WHOLE)
     layout = tl.load(grads + 2 * item + 1)
+    scale = grad_scale(scalars, T, SCALED)
     r_old = pointer(record, SECOND_ROW, T)
     row_sum = pointer(record, SPACE_ROWS, T)
     row_square = pointer(record, SPACE_SQUARES, T)
@@ -108,7 +130,7 @@ def hfac_stats(
                 j = first_col + tl.arange(0, C).to(tl.int64)
                 mask = in_rows[:, None] & (j < cols)[None, :]
                 at = i[:, None] * cols + j[None, :]
-                g = tl.load(grad + place(at, layout, WHOLE), mask, 0.0).to(T)
+                g = gradient(grad, at, layout, mask, scale, T, WHOLE, SCALED)
                 if LOOK:
                     bad |= (finite(g, count) == 0).to(tl.int32)
                 sum_g += g
@@ -130,7 +152,7 @@ def hfac_stats(
                     in_rows = i < last_row
                     mask = in_rows[:, None] & in_cols[None, :]
                     at = i[:, None] * cols + j[None, :]
-                    g = tl.load(grad + place(at, layout, WHOLE), mask, 0.0).to(T)
+                    g = gradient(grad, at, layout, mask, scale, T, WHOLE, SCALED)
                     r = tl.load(row_square + i, in_rows, 1.0)
                     sum_g += g
                     sum_q += g * g
@@ -149,7 +171,7 @@ def hfac_stats(
             in_rows = i < last_row
             mask = in_rows[:, None] & in_cols[None, :]
             at = i[:, None] * cols + j[None, :]
-            g = tl.load(grad + place(at, layout, WHOLE), mask, 0.0).to(T)
+            g = gradient(grad, at, layout, mask, scale, T, WHOLE, SCALED)
             if LOOK:
                 bad |= (finite(g, count) == 0).to(tl.int32)
             q = g * g
@@ -169,6 +191,36 @@ def hfac_stats(
     if LOOK:
         any_bad = tl.max(tl.max(bad, 1), 0)
         tl.store(flags + item, any_bad, any_bad != 0)
+
+
+@triton.jit
+def hfac_squares(tiles, items, T: tl.constexpr):
+    """Shares of the gradient's sum of squares, each of a chunk of columns, from what the statistics left of their
+    tiles; in double, as the totals."""
+    tile = tl.program_id(0).to(tl.int64)
+    item = tl.load(tiles + 2 * tile).to(tl.int64)
+    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
+    record = items + item * FIELDS
+    n = tl.load(record + COLS)
+    row_tiles = tl.load(record + ROW_TILES).to(tl.int32)
+    k = part * CHUNK + tl.arange(0, CHUNK)
+    sums = pointer(record, SPACE_COLS, T)
+    square = partial_sums(sums + n, 3 * n, row_tiles, k, k < n, CHUNK, AT_ONCE, tl.float64)
+    tl.store(pointer(record, SPACE_TOTALS, tl.float64) + part * 2, tl.sum(square, 0))
+
+
+@triton.jit
+def hfac_add_squares(tiles, items, squares):
+    """A parameter's shares added up."""
+    item = tl.load(tiles + 2 * tl.program_id(0).to(tl.int64)).to(tl.int64)
+    record = items + item * FIELDS
+    chunks = tl.cdiv(tl.load(record + COLS), CHUNK).to(tl.int32)
+    totals = pointer(record, SPACE_TOTALS, tl.float64)
+    total = tl.zeros([CHUNK], tl.float64)
+    for first in range(0, chunks, CHUNK):
+        c = first + tl.arange(0, CHUNK)
+        total += tl.load(totals + 2 * c, c < chunks, 0.0)
+    tl.store(squares + item, tl.sum(total, 0))
 
 
 @triton.jit
@@ -352,6 +404,7 @@ def hfac_update(
     LOW: tl.constexpr,  # bits of a lower piece of the weight
     NEGATE: tl.constexpr,  # the objective is maximized
     SKIP: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """W <- W - lr ((phi + psi) / 2 + clip(U) + wd W): no root and no division, all of them were the fold's."""
     tile = tl.program_id(0).to(tl.int64)
@@ -371,6 +424,7 @@ def hfac_update(
     grad = operand(tl.load(grads + 2 * item), G, WHOLE)
     param_layout = tl.load(record + PARAM_LAYOUT)
     grad_layout = tl.load(grads + 2 * item + 1)
+    scale = grad_scale(scalars, T, SCALED)
     low, low_layout = low_piece(record, WHOLE, LOW)
     seed, t, position, first, place_layout = counter(record, scalars, item, STOCHASTIC)
     half_phi = pointer(record, SPACE_ROWS, T)
@@ -387,7 +441,7 @@ def hfac_update(
         in_rows = i < last_row
         mask = in_rows[:, None] & in_cols[None, :]
         at = i[:, None] * cols + j[None, :]
-        g = tl.load(grad + place(at, grad_layout, WHOLE), mask, 0.0).to(T)
+        g = gradient(grad, at, grad_layout, mask, scale, T, WHOLE, SCALED)
         if NEGATE:
             g = -g
         to = param + place(at, param_layout, WHOLE)

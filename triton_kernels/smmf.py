@@ -15,7 +15,7 @@ parameter depends on no sum of its own step and is equal to the bit.
 import triton
 import triton.language as tl
 
-from .element import decays, divide, length, operand, partial_sums, place, pointer, root
+from .element import decays, divide, grad_scale, gradient, length, operand, partial_sums, place, pointer, root
 from .rounding import calls, counter, load, low_piece, random_bits, store
 from .table import (
     ALL_COLS,
@@ -81,6 +81,7 @@ def smmf_tiles(
     COUPLED: tl.constexpr,
     NEGATE: tl.constexpr,  # the objective is maximized
     SKIP: tl.constexpr,
+    SCALED: tl.constexpr,  # gradients are divided by a number
 ):
     tile = tl.program_id(0).to(tl.int64)
     item = tl.load(tiles + 2 * tile).to(tl.int64)
@@ -102,6 +103,7 @@ def smmf_tiles(
     grad = operand(tl.load(grads + 2 * item), G, WHOLE)
     param_layout = tl.load(record + PARAM_LAYOUT)
     grad_layout = tl.load(grads + 2 * item + 1)
+    scale = grad_scale(scalars, T, SCALED)
     low, low_layout = low_piece(record, WHOLE, LOW)
     seed, t, position, first, place_layout = counter(record, scalars, item, STOCHASTIC)
     if PART:
@@ -150,7 +152,7 @@ def smmf_tiles(
         in_rows = i < last_row
         mask = in_rows[:, None] & in_cols[None, :]
         at = start_at + i[:, None] * stride + j[None, :]
-        g = tl.load(grad + place(at, grad_layout, WHOLE), mask, 0.0).to(T)
+        g = gradient(grad, at, grad_layout, mask, scale, T, WHOLE, SCALED)
         if NEGATE:
             g = -g
         to = param + place(at, param_layout, WHOLE)

@@ -68,7 +68,9 @@ EPS = tl.constexpr(2)
 CLIP = tl.constexpr(3)
 PER_PARAM = tl.constexpr(4)  # 1 where each parameter has its own
 SEED = tl.constexpr(5)  # its low and its high 32 bits
-OWN = tl.constexpr(7)
+GRAD_SCALE = tl.constexpr(7)  # what gradients are divided by
+COEFFICIENT = tl.constexpr(8)  # of clipping by the norm of all gradients
+OWN = tl.constexpr(9)
 OWNED = tl.constexpr(4)  # a power of two; the last is not used
 
 #: Elements of one program of the dense kernels, and of one that only looks for what is not finite; rows and columns of
