@@ -41,7 +41,7 @@ F32, BF16, F16 = tl.float32, tl.bfloat16, tl.float16
 _PLAIN = {"STOCHASTIC": NEAREST.value, "LOW": 0}
 _BITS = {EIGHT.value: "stochastic", EIGHT_APART.value: "stochastic apart", EACH.value: "stochastic each"}
 #: What a step has to be asked for.
-_OFF = {"SCALED": False, "AGAIN": False}
+_OFF = {"SCALED": False, "AGAIN": False, "WATCH": False}
 _POINTERS = {
     "tiles": "*i32",
     "items": "*i64",
@@ -49,6 +49,7 @@ _POINTERS = {
     "scalars": "*fp64",
     "flags": "*i32",
     "squares": "*fp64",
+    "watched": "*fp64",
 }
 
 
@@ -75,7 +76,7 @@ class Variant:
             parts.append(_BITS[c["STOCHASTIC"]])
         if not c.get("COLUMNS", True):
             parts.append("rows only")
-        on = ("PART", "WIDE", "FIRST", "COUPLED", "CLIPPED", "NEGATE", "SKIP", "LOOK", "SCALED", "AGAIN")
+        on = ("PART", "WIDE", "FIRST", "COUPLED", "CLIPPED", "NEGATE", "SKIP", "LOOK", "SCALED", "AGAIN", "WATCH")
         return " ".join([*parts, *(name.lower() for name in on if c.get(name))])
 
 
@@ -280,8 +281,9 @@ def complaints(variant: Variant, report: Report, target: GPUTarget, shared: int)
     if report.shared > shared:
         found.append(f"{report.shared} bytes of shared memory of {shared}")
     # AMD's roots and quotients, of integers too, are refined with fused steps of their own; this kernel has none but
-    # those of indices.
+    # those of indices and of divided gradients.
     none = variant.kernel is hfac.hfac_update and variant.constants.get("STOCHASTIC") != EIGHT_APART.value
+    none = none and not variant.constants.get("SCALED", False)
     if (target.backend == "cuda" or (bulk and none)) and (report.fused or report.rough):
         found.append(f"{report.fused} fused multiply-adds, {report.rough} rough roots or quotients")
     if exact:
