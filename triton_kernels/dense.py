@@ -3,15 +3,31 @@
 import triton
 import triton.language as tl
 
-from .element import decays, divide, finite, grad_scale, gradient, length, operand, place, pointer, root
-from .rounding import calls, counter, load, low_piece, random_bits, store
+from .element import (
+    decays,
+    divide,
+    finite,
+    grad_scale,
+    gradient,
+    length,
+    operand,
+    place,
+    pointer,
+    root,
+    squares,
+    watch,
+)
+from .rounding import calls, counter, kept, load, low_piece, random_bits, store
 from .table import (
+    CHANGE,
     CHUNK,
     CLIP,
     COLS,
+    DIRECTION,
     EPS,
     FIELDS,
     FIRST_ROW,
+    KEPT,
     LOOKED,
     LR,
     NEAREST,
@@ -63,12 +79,21 @@ def run_bits(record, scalars, item, part, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit
+def watch_run(watched, item, w, before, direction, mask, W: tl.constexpr, T: tl.constexpr, LOW: tl.constexpr):
+    """Reports what a step does to the elements of a run."""
+    watch(watched, item, CHANGE, squares(w - before, mask, 0))
+    watch(watched, item, KEPT, tl.sum(kept(w, before, mask, W, T, LOW), 0))
+    watch(watched, item, DIRECTION, squares(direction, mask, 0))
+
+
+@triton.jit
 def smmf_dense(
     tiles,
     items,
     grads,
     scalars,
     flags,
+    watched,
     W: tl.constexpr,
     G: tl.constexpr,
     T: tl.constexpr,
@@ -80,6 +105,7 @@ def smmf_dense(
     NEGATE: tl.constexpr,  # the objective is maximized
     SKIP: tl.constexpr,
     SCALED: tl.constexpr,  # gradients are divided by a number
+    WATCH: tl.constexpr,  # what the step does is reported
 ):
     tile = tl.program_id(0).to(tl.int64)
     item = tl.load(tiles + 2 * tile).to(tl.int64)
@@ -103,6 +129,8 @@ def smmf_dense(
     to = param + place(at, tl.load(record + PARAM_LAYOUT), WHOLE)
     low, low_layout = low_piece(record, WHOLE, LOW)
     w = load(to, low, low_layout, at, mask, T, WHOLE, LOW)
+    if WATCH:
+        before = w
     if COUPLED:
         g = g + weight_decay.to(T) * w
     else:
@@ -115,7 +143,10 @@ def smmf_dense(
     second = operand(tl.load(record + SECOND_ROW), T, WHOLE) + at
     V = b2 * tl.load(second, mask, 0.0) + rest2 * (g * g)
     tl.store(second, V, mask)
-    w = w - lr.to(T) * divide(M, root(V) + eps)
+    direction = divide(M, root(V) + eps)
+    w = w - lr.to(T) * direction
+    if WATCH:
+        watch_run(watched, item, w, before, direction, mask, W, T, LOW)
     bits = run_bits(record, scalars, item, part, STOCHASTIC)
     store(w, bits, to, low, low_layout, at, mask, W, WHOLE, STOCHASTIC, LOW)
 
@@ -161,6 +192,7 @@ def hfac_dense(
     grads,
     scalars,
     flags,
+    watched,
     W: tl.constexpr,
     G: tl.constexpr,
     T: tl.constexpr,
@@ -171,6 +203,7 @@ def hfac_dense(
     NEGATE: tl.constexpr,  # the objective is maximized
     SKIP: tl.constexpr,
     SCALED: tl.constexpr,  # gradients are divided by a number
+    WATCH: tl.constexpr,  # what the step does is reported
 ):
     tile = tl.program_id(0).to(tl.int64)
     item = tl.load(tiles + 2 * tile).to(tl.int64)
@@ -192,6 +225,8 @@ def hfac_dense(
     to = param + place(at, tl.load(record + PARAM_LAYOUT), WHOLE)
     low, low_layout = low_piece(record, WHOLE, LOW)
     w = load(to, low, low_layout, at, mask, T, WHOLE, LOW)
+    if WATCH:
+        before = w
     first = operand(tl.load(record + FIRST_ROW), T, WHOLE) + at
     second = operand(tl.load(record + SECOND_ROW), T, WHOLE) + at
     m = b1 * tl.load(first, mask, 0.0) + rest1 * g
@@ -200,6 +235,8 @@ def hfac_dense(
     tl.store(second, q, mask)
     q = root(q)
     U = divide(g, q)
+    if WATCH:
+        direction = U
     if CLIPPED:
         runs = tl.cdiv(count, RUN).to(tl.int32)
         totals = pointer(record, SPACE_TOTALS, T)
@@ -214,5 +251,7 @@ def hfac_dense(
     lr = tl.load(scalars + LR).to(T)
     weight_decay = tl.load(scalars + WEIGHT_DECAY).to(T)
     w = w - lr * ((drift + U) + weight_decay * w)
+    if WATCH:
+        watch_run(watched, item, w, before, direction, mask, W, T, LOW)
     bits = run_bits(record, scalars, item, part, STOCHASTIC)
     store(w, bits, to, low, low_layout, at, mask, W, WHOLE, STOCHASTIC, LOW)

@@ -9,7 +9,7 @@ Partial sums of a parameter of m rows and n columns, in float32 (norms in float6
 
     rows     [m]              the gradient's sums; after the fold phi / 2
     squares  [m]              the new r; after `hfac_scale` sqrt(R / r_i) with the clipping
-    cols     [row tiles, 3, n]   sums of g, g^2 and g^2 / r_i
+    cols     [row tiles, 3, n]   sums of g, g^2 and g^2 / r_i; then, if watched, [row tiles]: how many rows are zero
     psi, scale  [n]           psi / 2 and 1 / sqrt(s_j)
     totals   [chunks, 2]      shares of R and of sum_j w_j / s_j; before the fold, of the gradient's sum of squares
 
@@ -36,21 +36,27 @@ from .element import (
     place,
     pointer,
     root,
+    squares,
+    watch,
+    zeros,
 )
-from .rounding import calls, counter, load, low_piece, random_bits, store
+from .rounding import calls, counter, kept, load, low_piece, random_bits, store
 from .table import (
     ALL_COLS,
     ALL_ROWS,
     AT_ONCE,
+    CHANGE,
     CHUNK,
     CLIP,
     COEFFICIENT,
     COL_TILES,
     COLS,
+    DIRECTION,
     EPS,
     FIELDS,
     FIRST_COL,
     FIRST_ROW,
+    KEPT,
     LR,
     MEAN_SQUARE,
     NEAREST,
@@ -74,6 +80,8 @@ from .table import (
     TILE_ROWS,
     TOTAL,
     WEIGHT_DECAY,
+    ZERO_COLS,
+    ZERO_ROWS,
 )
 
 
@@ -94,6 +102,7 @@ def hfac_stats(
     LOOK: tl.constexpr,
     SCALED: tl.constexpr,  # gradients are divided by a number
     AGAIN: tl.constexpr,  # only where gradients are clipped: of others the statistics are there
+    WATCH: tl.constexpr,  # rows that are zero are counted
 ):
     """A tile is a number of whole rows. Where a row fits the registers, a row's sum, its r_i and its share of the
     columns' sums come from one read; longer rows are read again, from the cache, once their r_i are known."""
@@ -119,6 +128,7 @@ def hfac_stats(
     eps_sum = (tl.load(record + ALL_COLS).to(tl.float64) * tl.load(scalars + EPS)).to(T)
     count = rows * cols
     bad = tl.zeros([R, C], tl.int32)
+    zero_rows = tl.zeros([R], tl.int32)
 
     if WIDE:
         for step in range(first_row, last_row, R):
@@ -138,6 +148,8 @@ def hfac_stats(
             old = tl.load(r_old + i, in_rows, 0.0)
             tl.store(row_sum + i, tl.sum(sum_g, 1), in_rows)
             tl.store(row_square + i, b2 * old + rest2 * (tl.sum(sum_q, 1) + eps_sum), in_rows)
+            if WATCH:
+                zero_rows += zeros(tl.sum(sum_g, 1), tl.sum(sum_q, 1), in_rows)
         if COLUMNS:
             col_sums = pointer(record, SPACE_COLS, T) + row_tile * 3 * cols
             tl.debug_barrier()  # the r_i that some lanes wrote are read by others
@@ -178,6 +190,8 @@ def hfac_stats(
             r = b2 * tl.load(r_old + i, in_rows, 1.0) + rest2 * (tl.sum(q, 1) + eps_sum)
             tl.store(row_sum + i, tl.sum(g, 1), in_rows)
             tl.store(row_square + i, r, in_rows)
+            if WATCH:
+                zero_rows += zeros(tl.sum(g, 1), tl.sum(q, 1), in_rows)
             if COLUMNS:
                 sum_g += g
                 sum_q += q
@@ -191,6 +205,9 @@ def hfac_stats(
     if LOOK:
         any_bad = tl.max(tl.max(bad, 1), 0)
         tl.store(flags + item, any_bad, any_bad != 0)
+    if WATCH:
+        counts = pointer(record, SPACE_COLS, T) + tl.load(record + ROW_TILES) * 3 * cols
+        tl.store(counts + row_tile, tl.sum(zero_rows, 0).to(T))
 
 
 @triton.jit
@@ -258,7 +275,17 @@ def row_scale(r, total, mean_square, scalars, CLIPPED: tl.constexpr, T: tl.const
 
 
 @triton.jit
-def hfac_fold(tiles, items, scalars, flags, T: tl.constexpr, NEGATE: tl.constexpr, SKIP: tl.constexpr):
+def hfac_fold(
+    tiles,
+    items,
+    scalars,
+    flags,
+    watched,
+    T: tl.constexpr,
+    NEGATE: tl.constexpr,
+    SKIP: tl.constexpr,
+    WATCH: tl.constexpr,
+):
     tile = tl.program_id(0).to(tl.int64)
     item = tl.load(tiles + 2 * tile).to(tl.int64)
     part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
@@ -294,6 +321,10 @@ def hfac_fold(tiles, items, scalars, flags, T: tl.constexpr, NEGATE: tl.constexp
     tl.store(s_at, s, in_cols)
     tl.store(pointer(record, SPACE_PSI, T) + k, half_psi, in_cols)
     tl.store(pointer(record, SPACE_SCALE, T) + k, divide(ones, root(s)), in_cols)
+    if WATCH:
+        counts = tl.load(sums + row_tiles * 3 * n + k, k < row_tiles, 0.0)  # there are no more tiles than rows
+        watch(watched, item, ZERO_ROWS, tl.sum(counts, 0))
+        watch(watched, item, ZERO_COLS, tl.sum(zeros(sum_g, square, in_cols), 0))
 
     # In double, where no partial result can overflow.
     totals = pointer(record, SPACE_TOTALS, tl.float64) + part * 2
@@ -302,7 +333,17 @@ def hfac_fold(tiles, items, scalars, flags, T: tl.constexpr, NEGATE: tl.constexp
 
 
 @triton.jit
-def hfac_scale(tiles, items, scalars, flags, T: tl.constexpr, CLIPPED: tl.constexpr, SKIP: tl.constexpr):
+def hfac_scale(
+    tiles,
+    items,
+    scalars,
+    flags,
+    watched,
+    T: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    SKIP: tl.constexpr,
+    WATCH: tl.constexpr,
+):
     tile = tl.program_id(0).to(tl.int64)
     item = tl.load(tiles + 2 * tile).to(tl.int64)
     part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
@@ -325,6 +366,9 @@ def hfac_scale(tiles, items, scalars, flags, T: tl.constexpr, CLIPPED: tl.conste
     in_rows = k < m
     at = pointer(record, SPACE_SQUARES, T) + k
     mean_square = R * tl.sum(norm, 0) / (m.to(tl.float64) * n.to(tl.float64))
+    if WATCH:
+        if part == 0:
+            watch(watched, item, DIRECTION, R * tl.sum(norm, 0))
     scale = row_scale(tl.load(at, in_rows, 1.0), R.to(T), mean_square.to(T), scalars, CLIPPED, T)
     tl.store(at, scale, in_rows)
 
@@ -394,6 +438,7 @@ def hfac_update(
     grads,
     scalars,
     flags,
+    watched,
     W: tl.constexpr,
     G: tl.constexpr,
     T: tl.constexpr,
@@ -405,6 +450,7 @@ def hfac_update(
     NEGATE: tl.constexpr,  # the objective is maximized
     SKIP: tl.constexpr,
     SCALED: tl.constexpr,
+    WATCH: tl.constexpr,  # what the step does is reported
 ):
     """W <- W - lr ((phi + psi) / 2 + clip(U) + wd W): no root and no division, all of them were the fold's."""
     tile = tl.program_id(0).to(tl.int64)
@@ -436,6 +482,8 @@ def hfac_update(
     calls_at = (part % col_tiles).to(tl.int64) * C + calls(C, STOCHASTIC)
     half_psi = tl.load(pointer(record, SPACE_PSI, T) + j, in_cols, 0.0)[None, :]
     col_scale = tl.load(pointer(record, SPACE_SCALE, T) + j, in_cols, 0.0)[None, :]
+    change = tl.zeros([R], tl.float64)
+    same = tl.zeros([R], tl.int32)
     for step in range(first_row, last_row, R):
         i = step + tl.arange(0, R).to(tl.int64)
         in_rows = i < last_row
@@ -448,9 +496,17 @@ def hfac_update(
         w = load(to, low, low_layout, at, mask, T, WHOLE, LOW)
         drift = tl.load(half_phi + i, in_rows, 0.0)[:, None] + half_psi
         U = g * col_scale * tl.load(row_scale + i, in_rows, 0.0)[:, None]
+        if WATCH:
+            old = w
         w = w - lr * ((drift + U) + weight_decay * w)
+        if WATCH:
+            change += squares(w - old, mask, 1)
+            same += tl.sum(kept(w, old, mask, W, T, LOW), 1)
         bits = 0
         if STOCHASTIC != NEAREST:
             drawn_at = i[:, None] * cols + calls_at[None, :]
             bits = tl.reshape(random_bits(seed, t, position, first, place_layout, drawn_at, STOCHASTIC), [R, C])
         store(w, bits, to, low, low_layout, at, mask, W, WHOLE, STOCHASTIC, LOW)
+    if WATCH:
+        watch(watched, item, CHANGE, tl.sum(change, 0))
+        watch(watched, item, KEPT, tl.sum(same, 0))

@@ -309,7 +309,7 @@ class _Call(Launcher):
             records = records.clone()
             records[:, _SPACE_FIELDS] += workspace.data_ptr()
             self._to_device(records, fields, starts, layouts, grads, numbers, stored.seed, own)
-            options = {"SKIP": False, "LOOK": False, "SCALED": False, "AGAIN": False, **options}
+            options = dict.fromkeys(("SKIP", "LOOK", "SCALED", "AGAIN", "WATCH"), False) | options
             for launch, mine in zip(plan.launches, tiles, strict=True):
                 self._launch(launch, mine, options)
 

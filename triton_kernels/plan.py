@@ -283,8 +283,8 @@ def _smmf_tiles(items: Sequence[Item], group: Sequence[int], part: bool) -> list
         Launch(
             smmf.smmf_tiles,
             _parts(items, mine, lambda it: it.row_tiles * it.col_tiles),
-            ("grads", "scalars", "flags"),
-            ("COUPLED", "NEGATE", "SKIP", "SCALED"),
+            ("grads", "scalars", "flags", "watched"),
+            ("COUPLED", "NEGATE", "SKIP", "SCALED", "WATCH"),
             {
                 "W": TYPES[param],
                 "G": TYPES[grad],
@@ -324,11 +324,12 @@ def _hfac(items: Sequence[Item]) -> Plan:
         shares = _parts(items, mine, lambda it: _chunks(it.cols))
         squares.append(Launch(hfac.hfac_squares, shares, (), (), {"T": TYPES[wide]}, 4))
         for kernel, count, options in (
-            (hfac.hfac_fold, lambda it: _chunks(max(it.rows, it.cols)), ("NEGATE", "SKIP")),
-            (hfac.hfac_scale, lambda it: _chunks(it.rows), ("CLIPPED", "SKIP")),
+            (hfac.hfac_fold, lambda it: _chunks(max(it.rows, it.cols)), ("NEGATE", "SKIP", "WATCH")),
+            (hfac.hfac_scale, lambda it: _chunks(it.rows), ("CLIPPED", "SKIP", "WATCH")),
         ):
             tiles = _parts(items, mine, count)
-            launches.append(Launch(kernel, tiles, ("scalars", "flags"), options, {"T": TYPES[wide]}, 4))
+            memory = ("scalars", "flags", "watched")
+            launches.append(Launch(kernel, tiles, memory, options, {"T": TYPES[wide]}, 4))
     if squares:
         sums = _parts(items, range(len(items)), lambda it: min(it.rows * it.cols, 1))
         squares.append(Launch(hfac.hfac_add_squares, sums, ("squares",), (), {}, 4))
@@ -379,7 +380,7 @@ def _row_sizes(item: Item) -> dict[str, int]:
 
 
 def _col_sum_sizes(item: Item) -> dict[str, int]:
-    return {"cols": 3 * item.row_tiles * item.cols * _SIZES[item.wide]}
+    return {"cols": (3 * item.cols + 1) * item.row_tiles * _SIZES[item.wide]}
 
 
 def _col_sizes(item: Item) -> dict[str, int]:
@@ -404,7 +405,7 @@ def _hfac_stats(items: Sequence[Item], columns: bool) -> list[Launch]:
             hfac.hfac_stats,
             _parts(items, mine, lambda it: it.row_tiles),
             ("grads", "scalars", "flags"),
-            ("LOOK", "SCALED", "AGAIN"),
+            ("LOOK", "SCALED", "AGAIN", "WATCH"),
             {
                 "G": TYPES[grad],
                 "T": TYPES[wide],
@@ -430,8 +431,9 @@ def _hfac_updates(items: Sequence[Item]) -> list[Launch]:
         tiles.reverse()  # what was read last is the likeliest to be in the cache still
         constants = {"W": TYPES[param], "G": TYPES[grad], "T": TYPES[_wide(param)], "R": rows, "C": cols}
         constants |= {"WHOLE": whole, "STOCHASTIC": stochastic, "LOW": low}
-        options = ("NEGATE", "SKIP", "SCALED")
-        launches.append(Launch(hfac.hfac_update, tiles, ("grads", "scalars", "flags"), options, constants, warps))
+        memory = ("grads", "scalars", "flags", "watched")
+        options = ("NEGATE", "SKIP", "SCALED", "WATCH")
+        launches.append(Launch(hfac.hfac_update, tiles, memory, options, constants, warps))
     return launches
 
 
@@ -443,9 +445,9 @@ def _dense(op: str, items: Sequence[Item]) -> Plan:
     classes = _classes(items, everything, lambda it: (it.param, it.grad, it.whole))
     if op == "smmf_dense_step_":
         launches = _look(items, everything)
-        kernel, options = dense.smmf_dense, ("FIRST", "COUPLED", "NEGATE", "SKIP", "SCALED")
+        kernel, options = dense.smmf_dense, ("FIRST", "COUPLED", "NEGATE", "SKIP", "SCALED", "WATCH")
     else:
-        kernel, options = dense.hfac_dense, ("CLIPPED", "NEGATE", "SKIP", "SCALED")
+        kernel, options = dense.hfac_dense, ("CLIPPED", "NEGATE", "SKIP", "SCALED", "WATCH")
         launches = [
             Launch(
                 dense.hfac_dense_look,
@@ -463,7 +465,8 @@ def _dense(op: str, items: Sequence[Item]) -> Plan:
         constants |= {"STOCHASTIC": stochastic, "LOW": low}
         warps = dense_warps(kernel, whole, stochastic, low)
         tiles = _parts(items, mine, _runs)
-        launches.append(Launch(kernel, tiles, ("grads", "scalars", "flags"), options, constants, warps))
+        memory = ("grads", "scalars", "flags", "watched")
+        launches.append(Launch(kernel, tiles, memory, options, constants, warps))
     return Plan(launches, at)
 
 

@@ -46,7 +46,7 @@ STATES = {
 class Launcher:
     """Launches kernels over what lies in device memory: the records of a list (``items``), where its gradients are
     (``grad_table``), a step's numbers (``scalars``), which parameters keep their value (``flags``), and where sums of
-    squares go (``sums``)."""
+    squares (``sums``) and what is watched of a step (``watched``) go."""
 
     device: torch.device
     items: Tensor
@@ -54,9 +54,16 @@ class Launcher:
     scalars: Tensor
     flags: Tensor
     sums: Tensor | None = None
+    watched: Tensor | None = None
 
     def _arguments(self, launch: Launch, tiles: Tensor, options: dict[str, bool]) -> dict[str, Any]:
-        memory = {"grads": self.grad_table, "scalars": self.scalars, "flags": self.flags, "squares": self.sums}
+        memory = {
+            "grads": self.grad_table,
+            "scalars": self.scalars,
+            "flags": self.flags,
+            "squares": self.sums,
+            "watched": self.scalars if self.watched is None else self.watched,  # a kernel that watches nothing has both
+        }
         return {
             "tiles": tiles,
             "items": self.items,
@@ -94,10 +101,17 @@ class Bound(Launcher):
         self.grad_table = torch.empty(0)
         self.spare: Tensor | None = None
         self.resolved: Tensors = []  # copies of gradients whose statistics have been taken
+        self.counted = False  # with those statistics the rows that are zero
         self.in_graphs: list[Any] = []  # what a CUDA graph reads in every replay, and nobody may change or free
 
     def __call__(
-        self, grads: Tensors, nonfinite: Tensor | None = None, *, clip: Tensor | None = None, **scalars: Any
+        self,
+        grads: Tensors,
+        nonfinite: Tensor | None = None,
+        *,
+        clip: Tensor | None = None,
+        watched: Tensor | None = None,
+        **scalars: Any,
     ) -> None:
         """One step; scalars are those of the op and of `_begin`.
 
@@ -105,26 +119,35 @@ class Bound(Launcher):
             clip: a 0-d float32 tensor on the device: `squares` has been called right before with the same gradients
                 and scalars, but for grad_scale, which is now also divided by this. Where it is 1 the statistics of
                 then are the step's, elsewhere they are taken again, and with them ``nonfinite``. It is not read here.
+            watched: float64 [parameters, 5] on the device (`table.CHANGE` and so on), to which the step adds what it
+                does to each parameter that it writes. Rows and columns are those of H-Fac's matrices.
         """
         with current(self.device):
-            options = self._begin(grads, nonfinite, clip, **scalars)
+            options = self._begin(grads, nonfinite, clip, watched, **scalars)
             self._run(self.plan.launches, self.tiles, options)
             self._end(nonfinite, scalars.get("found_inf"))
+            if watched is not None and self.watched is not watched:
+                watched.add_(self.watched)
+            self.watched = None
             self.resolved = []
 
-    def squares(self, grads: Tensors, nonfinite: Tensor | None = None, **scalars: Any) -> Tensor | None:
+    def squares(
+        self, grads: Tensors, nonfinite: Tensor | None = None, *, watched: Tensor | None = None, **scalars: Any
+    ) -> Tensor | None:
         """Takes the statistics of the step that a call with these arguments would make, and gives each gradient's sum
         of squares, divided by grad_scale and 0 where there are no elements: float64 on the device. ``nonfinite`` is
-        filled as by a step. None for an op that takes no statistics."""
+        filled as by a step. ``watched`` is not written: without it, a step that is watched takes the statistics again
+        in any case. None for an op that takes none."""
         if self.op != "hfac_step_":
             return None
         with current(self.device):
-            options = self._begin(grads, nonfinite, None, **scalars)
+            options = self._begin(grads, nonfinite, None, watched, **scalars)
             self.sums = torch.zeros(len(self.params), dtype=torch.float64, device=self.device)
             count = self.plan.statistics
             self._run(self.plan.launches[:count], self.tiles[:count], options)
             self._run(self.plan.squares, self.square_tiles, options)
             self._end(nonfinite, scalars.get("found_inf"))
+            self.watched = None
         return self.sums
 
     def _begin(
@@ -132,6 +155,7 @@ class Bound(Launcher):
         grads: Tensors,
         nonfinite: Tensor | None,
         clip: Tensor | None,
+        watched: Tensor | None,
         *,
         lr: Scalar,
         beta1: Scalar | None,
@@ -164,6 +188,11 @@ class Bound(Launcher):
             self.scalars[table.COEFFICIENT.value].copy_(clip)
             if skip:
                 self.flags.mul_(clip == 1)
+        again = clip is not None and (watched is None or self.counted)
+        self.counted = watched is not None
+        if watched is not None:
+            as_it_is = watched.is_contiguous() and watched.data_ptr() % 16 == 0
+            self.watched = watched if as_it_is else torch.zeros_like(watched, memory_format=torch.contiguous_format)
         if grad_scale is not None:
             self.scalars[table.GRAD_SCALE.value].copy_(grad_scale.reshape(()))
         if found_inf is not None:
@@ -176,7 +205,8 @@ class Bound(Launcher):
             "LOOK": nonfinite is not None,
             "CLIPPED": clip_threshold is not None,
             "SCALED": grad_scale is not None,
-            "AGAIN": clip is not None,
+            "AGAIN": again,
+            "WATCH": watched is not None,
         }
 
     def _run(self, launches: Sequence[Launch], tiles: Sequence[Tensor], options: dict[str, bool]) -> None:

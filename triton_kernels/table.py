@@ -80,6 +80,15 @@ LOOKED = tl.constexpr(16 * 2048)
 CHUNK = tl.constexpr(256)
 AT_ONCE = tl.constexpr(8)
 
+#: What is watched of a parameter, in float64: the sum of squares of W's change; how many elements, rounded to nearest,
+#: keep their value; the sum of squares of the direction; how many rows and columns of the gradient are zero.
+CHANGE = tl.constexpr(0)
+KEPT = tl.constexpr(1)
+DIRECTION = tl.constexpr(2)
+ZERO_ROWS = tl.constexpr(3)
+ZERO_COLS = tl.constexpr(4)
+WATCHED = tl.constexpr(5)
+
 #: How SMMF's signs lie: whole bytes of a row, one byte per element, or bits of bytes that rows and tiles share.
 NO_SIGNS = tl.constexpr(0)
 WHOLE_BYTES = tl.constexpr(1)
