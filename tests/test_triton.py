@@ -38,6 +38,7 @@ PARTS = "_parts or a_part"
         ("interpreted", PARTS),
         ("interpreted", f"not hostile_shapes and not ({PARTS})"),
         ("clipped", ""),
+        ("watched", ""),
     ],
 )
 def test_parity_in_the_interpreter(file, part, tmp_path):
