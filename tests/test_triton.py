@@ -1,5 +1,5 @@
-"""The Triton backend without a GPU: parity in Triton's interpreter (tests/triton_interpreted.py, in a process of its
-own), launches of real lists, and what is said where it cannot be had."""
+"""The Triton backend without a GPU: parity in Triton's interpreter (tests/triton_interpreted.py and its like, in a
+process of their own), launches of real lists, and what is said where it cannot be had."""
 
 import math
 import os
@@ -31,12 +31,19 @@ PARTS = "_parts or a_part"
 
 
 @pytest.mark.parametrize(
-    "part", ["hostile_shapes and HFac", "hostile_shapes and SMMF", PARTS, f"not hostile_shapes and not ({PARTS})"]
+    ("file", "part"),
+    [
+        ("interpreted", "hostile_shapes and HFac"),
+        ("interpreted", "hostile_shapes and SMMF"),
+        ("interpreted", PARTS),
+        ("interpreted", f"not hostile_shapes and not ({PARTS})"),
+        ("clipped", ""),
+        ("watched", ""),
+    ],
 )
-def test_parity_in_the_interpreter(part, tmp_path):
-    file = "tests/triton_interpreted.py"
+def test_parity_in_the_interpreter(file, part, tmp_path):
     options = ["-q", "-p", "no:cacheprovider", "-k", part]
-    done = run_python(["-m", "pytest", *options, file], tmp_path, TRITON_INTERPRET="1")
+    done = run_python(["-m", "pytest", *options, f"tests/triton_{file}.py"], tmp_path, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 

@@ -34,13 +34,24 @@ TARGETS = {
 #: Where instructions are counted.
 COUNTED = "sm_90"
 #: Bytes that a lane may park in memory where SMMF's tile has a lower piece: it takes all registers without one, and
-#: with it has an address more.
+#: with it has an address more; where H-Fac's statistics, which take all registers too, divide; and where a step is
+#: watched.
 SPARE = 32
 F32, BF16, F16 = tl.float32, tl.bfloat16, tl.float16
 #: How most weights are stored, and what that is called where they are not.
 _PLAIN = {"STOCHASTIC": NEAREST.value, "LOW": 0}
 _BITS = {EIGHT.value: "stochastic", EIGHT_APART.value: "stochastic apart", EACH.value: "stochastic each"}
-_POINTERS = {"tiles": "*i32", "items": "*i64", "grads": "*i64", "scalars": "*fp64", "flags": "*i32"}
+#: What a step has to be asked for.
+_OFF = {"SCALED": False, "AGAIN": False, "WATCH": False}
+_POINTERS = {
+    "tiles": "*i32",
+    "items": "*i64",
+    "grads": "*i64",
+    "scalars": "*fp64",
+    "flags": "*i32",
+    "squares": "*fp64",
+    "watched": "*fp64",
+}
 
 
 @dataclass
@@ -53,7 +64,7 @@ class Variant:
     def label(self) -> str:
         c = self.constants
         types = "/".join(dict.fromkeys(str(c[name]) for name in ("W", "G", "T") if name in c))
-        parts = [types]
+        parts = [types] if types else []
         if "R" in c:
             parts.append(f"{c['R']}x{c['C']}")
         if "WHOLE" in c:
@@ -66,7 +77,7 @@ class Variant:
             parts.append(_BITS[c["STOCHASTIC"]])
         if not c.get("COLUMNS", True):
             parts.append("rows only")
-        on = ("PART", "WIDE", "FIRST", "COUPLED", "CLIPPED", "NEGATE", "SKIP", "LOOK")
+        on = ("PART", "WIDE", "FIRST", "COUPLED", "CLIPPED", "NEGATE", "SKIP", "LOOK", "SCALED", "AGAIN", "WATCH")
         return " ".join([*parts, *(name.lower() for name in on if c.get(name))])
 
 
@@ -95,13 +106,17 @@ def variants() -> Iterator[Variant]:
         (smmf.smmf_fold, dict(FIRST=True) | on),
         (smmf.smmf_normalize, dict(FIRST=True) | on),
         (hfac.hfac_fold, on),
+        (hfac.hfac_fold, on | dict(WATCH=True)),
         (hfac.hfac_scale, dict(CLIPPED=True) | on),
+        (hfac.hfac_scale, dict(CLIPPED=True, WATCH=True) | on),
         (smmf.smmf_part_fold, dict(FIRST=True)),
         (hfac.hfac_part_cols, {}),
         (hfac.hfac_part_fold, dict(CLIPPED=True, NEGATE=True)),
+        (hfac.hfac_squares, {}),
     ):
         yield Variant(kernel, dict(T=F32) | options, 4)
-    mixed = dict(W=BF16, G=F32, T=F32, WHOLE=False) | on
+    yield Variant(hfac.hfac_add_squares, {}, 4)
+    mixed = dict(W=BF16, G=F32, T=F32, WHOLE=False, SCALED=True) | on
     (r, c, warps), (_, big, _) = SMMF_TILES[1], HFAC_TILES[1]
     assert c == big
     r //= 2
@@ -113,11 +128,51 @@ def variants() -> Iterator[Variant]:
     yield Variant(dense.smmf_dense, mixed | dict(FIRST=True, COUPLED=True), 8)
     yield Variant(dense.hfac_dense, mixed | dict(CLIPPED=True), 8)
     stats = dict(G=F32, T=F32, WHOLE=False, LOOK=True, COLUMNS=True, R=BROAD[0] // 4, C=BROAD[1])
+    stats |= dict(SCALED=True, AGAIN=True)
     yield Variant(hfac.hfac_stats, stats | dict(WIDE=True), BROAD[2])
     yield Variant(hfac.hfac_stats, stats | dict(WIDE=False), BROAD[2])
     wide = dict(W=tl.float64, G=tl.float64, T=tl.float64, R=r, C=c, WHOLE=False, LAYOUT=WHOLE_BYTES.value)
     for part in (False, True):
         yield Variant(smmf.smmf_tiles, wide | dict(COUPLED=False, PART=part) | off, warps)
+
+
+def asked_variants() -> Iterator[Variant]:
+    """What reads gradients, on the bulk, where a step divides them; the same and all ways to store where it is watched;
+    and watched steps for any layout."""
+    off, watch = dict(NEGATE=False, SKIP=False), dict(WATCH=True)
+    for t, what in itertools.product((F32, BF16), (dict(SCALED=True), watch)):
+        asked = dict(W=t, G=t, T=F32, WHOLE=True) | off | what
+        for (r, c, warps), signs in zip(SMMF_TILES, (BYTE_PER_ELEMENT, WHOLE_BYTES), strict=True):
+            shape = dict(R=r, C=c, LAYOUT=signs.value, COUPLED=False, PART=False)
+            yield Variant(smmf.smmf_tiles, asked | shape, warps)
+        for r, c, warps in HFAC_TILES:
+            yield Variant(hfac.hfac_update, asked | dict(R=r, C=c), warps)
+        yield Variant(dense.smmf_dense, asked | dict(FIRST=True, COUPLED=False), 8)
+        yield Variant(dense.hfac_dense, asked | dict(CLIPPED=True), 8)
+        asked = dict(G=t, T=F32, WHOLE=True) | what
+        for (r, c, warps), wide in (*zip(STATS, itertools.repeat(False)), (BROAD, True)):
+            shape = dict(R=r, C=c, WIDE=wide, LOOK=False, COLUMNS=True, AGAIN=what is not watch)
+            yield Variant(hfac.hfac_stats, asked | shape, warps)
+        if what is not watch:
+            yield Variant(dense.look, asked, 8)
+            yield Variant(dense.hfac_dense_look, asked | dict(LOOK=False), 8)
+    (r, c, warps), signs = SMMF_TILES[1], WHOLE_BYTES.value
+    for stochastic, low in ((EIGHT, 0), (NEAREST, 16), (EIGHT, 8)):
+        asked = dict(W=BF16, G=BF16, T=F32, WHOLE=True, STOCHASTIC=stochastic.value, LOW=low) | off | watch
+        yield Variant(smmf.smmf_tiles, asked | dict(R=r, C=c, LAYOUT=signs, COUPLED=False, PART=False), warps)
+        for rows, cols, of_hfac in HFAC_TILES:
+            yield Variant(hfac.hfac_update, asked | dict(R=rows, C=cols), of_hfac)
+        yield Variant(dense.smmf_dense, asked | dict(FIRST=True, COUPLED=False), 8)
+        yield Variant(dense.hfac_dense, asked | dict(CLIPPED=True), 8)
+    everything = dict(W=BF16, G=F32, T=F32, WHOLE=False, NEGATE=True, SKIP=True, SCALED=True) | watch
+    shape = dict(R=r // 2, C=c, LAYOUT=SHARED_BYTES.value, COUPLED=True, PART=False)
+    yield Variant(smmf.smmf_tiles, everything | shape, warps)
+    yield Variant(hfac.hfac_update, everything | dict(R=BROAD[0] // 2, C=BROAD[1]), BROAD[2])
+    yield Variant(dense.smmf_dense, everything | dict(FIRST=True, COUPLED=True), 8)
+    yield Variant(dense.hfac_dense, everything | dict(CLIPPED=True), 8)
+    for wide in (False, True):
+        shape = dict(R=BROAD[0] // 4, C=BROAD[1], WIDE=wide, LOOK=True, COLUMNS=True, AGAIN=True)
+        yield Variant(hfac.hfac_stats, dict(G=F32, T=F32, WHOLE=False, SCALED=True) | watch | shape, BROAD[2])
 
 
 def stored_variants() -> Iterator[Variant]:
@@ -163,7 +218,7 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Any:
     source = ASTSource(
         fn=variant.kernel,
         signature={name: _POINTERS.get(name, "constexpr") for name in names},
-        constexprs={name: (_PLAIN | variant.constants)[name] for name in names if name not in _POINTERS},
+        constexprs={name: (_PLAIN | _OFF | variant.constants)[name] for name in names if name not in _POINTERS},
         attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in _POINTERS},
     )
     options = compile_options(variant.constants, variant.warps, target.backend)
@@ -243,13 +298,17 @@ def complaints(variant: Variant, report: Report, target: GPUTarget, shared: int)
     low = variant.constants.get("LOW", 0)
     tile = low and variant.kernel is smmf.smmf_tiles
     exact = low == 16 and tile
-    if report.spills > (SPARE if tile and bulk and target.backend == "cuda" else 0):
+    watched = variant.constants.get("WATCH", False)
+    divided = variant.kernel is hfac.hfac_stats and variant.constants.get("SCALED", False)
+    spare = (tile or divided or watched) and bulk and target.backend == "cuda"
+    if report.spills > (SPARE if spare else 0):
         found.append(f"{report.spills} spilled")
     if report.shared > shared:
         found.append(f"{report.shared} bytes of shared memory of {shared}")
     # AMD's roots and quotients, of integers too, are refined with fused steps of their own; this kernel has none but
-    # those of indices.
+    # those of indices and of divided gradients.
     none = variant.kernel is hfac.hfac_update and variant.constants.get("STOCHASTIC") != EIGHT_APART.value
+    none = none and not variant.constants.get("SCALED", False)
     if (target.backend == "cuda" or (bulk and none)) and (report.fused or report.rough):
         found.append(f"{report.fused} fused multiply-adds, {report.rough} rough roots or quotients")
     if exact:
@@ -269,7 +328,7 @@ def complaints(variant: Variant, report: Report, target: GPUTarget, shared: int)
 
 def main(names: list[str]) -> int:
     names = names or list(TARGETS)
-    todo = [*variants(), *stored_variants()]
+    todo = [*variants(), *asked_variants(), *stored_variants()]
     rows, failed = [], 0
     for variant in todo:
         cells = []
@@ -304,8 +363,8 @@ def _write(rows: list[str], count: int, failed: int, costs: list[str]) -> None:
         "but for SMMF's sign bytes, none of 8 or 16 bits; at most 128 registers on NVIDIA GPUs; nothing spilled; "
         "shared memory within the target's; no fused multiply-adds and no approximate roots or quotients in PTX, "
         "and none in hfac_update on AMD's bulk, whose other kernels refine roots and quotients with them. Of "
-        f"smmf_tiles with a lower piece a lane may park {SPARE} bytes; with one of 16 bits what is summed lies as a "
-        "float32's, for which accesses are of 64 bits.",
+        f"smmf_tiles with a lower piece, of hfac_stats that divide, and of what watches a lane may park {SPARE} bytes; "
+        "with a lower piece of 16 bits what is summed lies as a float32's, for which accesses are of 64 bits.",
         "",
         "| kernel | variant | " + " | ".join(TARGETS) + " |",
         "| --- | --- |" + " --- |" * len(TARGETS),

@@ -3,15 +3,31 @@
 import triton
 import triton.language as tl
 
-from .element import decays, divide, finite, length, operand, place, pointer, root
-from .rounding import calls, counter, load, low_piece, random_bits, store
+from .element import (
+    decays,
+    divide,
+    finite,
+    grad_scale,
+    gradient,
+    length,
+    operand,
+    place,
+    pointer,
+    root,
+    squares,
+    watch,
+)
+from .rounding import calls, counter, kept, load, low_piece, random_bits, store
 from .table import (
+    CHANGE,
     CHUNK,
     CLIP,
     COLS,
+    DIRECTION,
     EPS,
     FIELDS,
     FIRST_ROW,
+    KEPT,
     LOOKED,
     LR,
     NEAREST,
@@ -26,7 +42,9 @@ from .table import (
 
 
 @triton.jit
-def look(tiles, items, grads, flags, G: tl.constexpr, T: tl.constexpr, WHOLE: tl.constexpr):
+def look(
+    tiles, items, grads, scalars, flags, G: tl.constexpr, T: tl.constexpr, WHOLE: tl.constexpr, SCALED: tl.constexpr
+):
     """flags[parameter] = 1 where an element of its gradient is not finite. Every program that says so writes the same
     word."""
     tile = tl.program_id(0).to(tl.int64)
@@ -38,11 +56,12 @@ def look(tiles, items, grads, flags, G: tl.constexpr, T: tl.constexpr, WHOLE: tl
         count = tl.multiple_of(count, 8)
     grad = operand(tl.load(grads + 2 * item), G, WHOLE)
     layout = tl.load(grads + 2 * item + 1)
+    scale = grad_scale(scalars, T, SCALED)
     first = part * LOOKED
     bad = tl.zeros([RUN], tl.int32)
     for start in range(first, tl.minimum(first + LOOKED, count), RUN):
         at = start + tl.arange(0, RUN).to(tl.int64)
-        g = tl.load(grad + place(at, layout, WHOLE), at < count, 0.0).to(T)
+        g = gradient(grad, at, layout, at < count, scale, T, WHOLE, SCALED)
         bad |= (finite(g, count) == 0).to(tl.int32)
     found = tl.max(bad, 0)
     tl.store(flags + item, found, found != 0)
@@ -60,12 +79,21 @@ def run_bits(record, scalars, item, part, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit
+def watch_run(watched, item, w, before, direction, mask, W: tl.constexpr, T: tl.constexpr, LOW: tl.constexpr):
+    """Reports what a step does to the elements of a run."""
+    watch(watched, item, CHANGE, squares(w - before, mask, 0))
+    watch(watched, item, KEPT, tl.sum(kept(w, before, mask, W, T, LOW), 0))
+    watch(watched, item, DIRECTION, squares(direction, mask, 0))
+
+
+@triton.jit
 def smmf_dense(
     tiles,
     items,
     grads,
     scalars,
     flags,
+    watched,
     W: tl.constexpr,
     G: tl.constexpr,
     T: tl.constexpr,
@@ -76,6 +104,8 @@ def smmf_dense(
     COUPLED: tl.constexpr,
     NEGATE: tl.constexpr,  # the objective is maximized
     SKIP: tl.constexpr,
+    SCALED: tl.constexpr,  # gradients are divided by a number
+    WATCH: tl.constexpr,  # what the step does is reported
 ):
     tile = tl.program_id(0).to(tl.int64)
     item = tl.load(tiles + 2 * tile).to(tl.int64)
@@ -91,13 +121,16 @@ def smmf_dense(
     weight_decay = tl.load(scalars + WEIGHT_DECAY)
     eps = tl.load(scalars + EPS).to(T)
     grad = operand(tl.load(grads + 2 * item), G, WHOLE)
-    g = tl.load(grad + place(at, tl.load(grads + 2 * item + 1), WHOLE), mask, 0.0).to(T)
+    layout = tl.load(grads + 2 * item + 1)
+    g = gradient(grad, at, layout, mask, grad_scale(scalars, T, SCALED), T, WHOLE, SCALED)
     if NEGATE:
         g = -g
     param = operand(tl.load(record + PARAM), W, WHOLE)
     to = param + place(at, tl.load(record + PARAM_LAYOUT), WHOLE)
     low, low_layout = low_piece(record, WHOLE, LOW)
     w = load(to, low, low_layout, at, mask, T, WHOLE, LOW)
+    if WATCH:
+        before = w
     if COUPLED:
         g = g + weight_decay.to(T) * w
     else:
@@ -110,14 +143,26 @@ def smmf_dense(
     second = operand(tl.load(record + SECOND_ROW), T, WHOLE) + at
     V = b2 * tl.load(second, mask, 0.0) + rest2 * (g * g)
     tl.store(second, V, mask)
-    w = w - lr.to(T) * divide(M, root(V) + eps)
+    direction = divide(M, root(V) + eps)
+    w = w - lr.to(T) * direction
+    if WATCH:
+        watch_run(watched, item, w, before, direction, mask, W, T, LOW)
     bits = run_bits(record, scalars, item, part, STOCHASTIC)
     store(w, bits, to, low, low_layout, at, mask, W, WHOLE, STOCHASTIC, LOW)
 
 
 @triton.jit
 def hfac_dense_look(
-    tiles, items, grads, scalars, flags, G: tl.constexpr, T: tl.constexpr, WHOLE: tl.constexpr, LOOK: tl.constexpr
+    tiles,
+    items,
+    grads,
+    scalars,
+    flags,
+    G: tl.constexpr,
+    T: tl.constexpr,
+    WHOLE: tl.constexpr,
+    LOOK: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """Each run's sum of U^2, U = G / sqrt(q) with the new q, which the step forms again; and whether G is finite."""
     tile = tl.program_id(0).to(tl.int64)
@@ -129,7 +174,8 @@ def hfac_dense_look(
     mask = at < count
     b1, rest1, b2, rest2 = decays(scalars, item, T)
     grad = operand(tl.load(grads + 2 * item), G, WHOLE)
-    g = tl.load(grad + place(at, tl.load(grads + 2 * item + 1), WHOLE), mask, 0.0).to(T)
+    layout = tl.load(grads + 2 * item + 1)
+    g = gradient(grad, at, layout, mask, grad_scale(scalars, T, SCALED), T, WHOLE, SCALED)
     if LOOK:
         bad = tl.max((finite(g, count) == 0).to(tl.int32), 0)
         tl.store(flags + item, bad, bad != 0)
@@ -146,6 +192,7 @@ def hfac_dense(
     grads,
     scalars,
     flags,
+    watched,
     W: tl.constexpr,
     G: tl.constexpr,
     T: tl.constexpr,
@@ -155,6 +202,8 @@ def hfac_dense(
     CLIPPED: tl.constexpr,
     NEGATE: tl.constexpr,  # the objective is maximized
     SKIP: tl.constexpr,
+    SCALED: tl.constexpr,  # gradients are divided by a number
+    WATCH: tl.constexpr,  # what the step does is reported
 ):
     tile = tl.program_id(0).to(tl.int64)
     item = tl.load(tiles + 2 * tile).to(tl.int64)
@@ -168,13 +217,16 @@ def hfac_dense(
     mask = at < count
     b1, rest1, b2, rest2 = decays(scalars, item, T)
     grad = operand(tl.load(grads + 2 * item), G, WHOLE)
-    g = tl.load(grad + place(at, tl.load(grads + 2 * item + 1), WHOLE), mask, 0.0).to(T)
+    layout = tl.load(grads + 2 * item + 1)
+    g = gradient(grad, at, layout, mask, grad_scale(scalars, T, SCALED), T, WHOLE, SCALED)
     if NEGATE:
         g = -g
     param = operand(tl.load(record + PARAM), W, WHOLE)
     to = param + place(at, tl.load(record + PARAM_LAYOUT), WHOLE)
     low, low_layout = low_piece(record, WHOLE, LOW)
     w = load(to, low, low_layout, at, mask, T, WHOLE, LOW)
+    if WATCH:
+        before = w
     first = operand(tl.load(record + FIRST_ROW), T, WHOLE) + at
     second = operand(tl.load(record + SECOND_ROW), T, WHOLE) + at
     m = b1 * tl.load(first, mask, 0.0) + rest1 * g
@@ -183,6 +235,8 @@ def hfac_dense(
     tl.store(second, q, mask)
     q = root(q)
     U = divide(g, q)
+    if WATCH:
+        direction = U
     if CLIPPED:
         runs = tl.cdiv(count, RUN).to(tl.int32)
         totals = pointer(record, SPACE_TOTALS, T)
@@ -197,5 +251,7 @@ def hfac_dense(
     lr = tl.load(scalars + LR).to(T)
     weight_decay = tl.load(scalars + WEIGHT_DECAY).to(T)
     w = w - lr * ((drift + U) + weight_decay * w)
+    if WATCH:
+        watch_run(watched, item, w, before, direction, mask, W, T, LOW)
     bits = run_bits(record, scalars, item, part, STOCHASTIC)
     store(w, bits, to, low, low_layout, at, mask, W, WHOLE, STOCHASTIC, LOW)

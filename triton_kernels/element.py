@@ -7,7 +7,7 @@ fused multiply-adds, so that a product and a sum round as they do in `hfac.refer
 import triton
 import triton.language as tl
 
-from .table import OWN, OWNED, PER_PARAM
+from .table import GRAD_SCALE, OWN, OWNED, PER_PARAM, WATCHED
 
 
 @triton.jit
@@ -75,6 +75,24 @@ def place(at, layout, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def grad_scale(scalars, T: tl.constexpr, SCALED: tl.constexpr):
+    """What gradients are divided by, where they are."""
+    scale = 0
+    if SCALED:
+        scale = tl.load(scalars + GRAD_SCALE).to(T)
+    return scale
+
+
+@triton.jit
+def gradient(grad, at, layout, mask, scale, T: tl.constexpr, WHOLE: tl.constexpr, SCALED: tl.constexpr):
+    """Elements of the gradient as the step sees them, but for the sign of a maximized one."""
+    g = tl.load(grad + place(at, layout, WHOLE), mask, 0.0).to(T)
+    if SCALED:
+        g = divide(g, scale)
+    return g
+
+
+@triton.jit
 def decays(scalars, item, T: tl.constexpr):
     """b1, 1 - b1, b2, 1 - b2 of a parameter, the differences formed in double as the host forms them."""
     at = OWN + OWNED * tl.load(scalars + PER_PARAM).to(tl.int64) * (item + 1)
@@ -87,6 +105,25 @@ def decays(scalars, item, T: tl.constexpr):
 def finite(g, count):
     """Could a sum of `count` squares like this one be finite? The test of `hfac.reference`, element by element."""
     return tl.abs(g * g * count.to(g.dtype)) < float("inf")
+
+
+@triton.jit
+def watch(watched, item, WHAT: tl.constexpr, value):
+    """Adds a program's share to what is watched of its parameter, in whatever order programs end: it is a report, by
+    which nothing goes."""
+    tl.atomic_add(watched + item * WATCHED + WHAT, value.to(tl.float64), sem="relaxed")
+
+
+@triton.jit
+def squares(x, mask, AXIS: tl.constexpr):
+    """Sums of squares along an axis, in double."""
+    return tl.sum(tl.where(mask, x * x, 0.0), AXIS).to(tl.float64)
+
+
+@triton.jit
+def zeros(sum_g, square, mask):
+    """int32: which rows or columns of the gradient are zero, by their sums. Squares alone may underflow."""
+    return (mask & (sum_g == 0) & (square == 0)).to(tl.int32)
 
 
 @triton.jit

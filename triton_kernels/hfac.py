@@ -9,9 +9,12 @@ Partial sums of a parameter of m rows and n columns, in float32 (norms in float6
 
     rows     [m]              the gradient's sums; after the fold phi / 2
     squares  [m]              the new r; after `hfac_scale` sqrt(R / r_i) with the clipping
-    cols     [row tiles, 3, n]   sums of g, g^2 and g^2 / r_i
+    cols     [row tiles, 3, n]   sums of g, g^2 and g^2 / r_i; then, if watched, [row tiles]: how many rows are zero
     psi, scale  [n]           psi / 2 and 1 / sqrt(s_j)
-    totals   [chunks, 2]      shares of R and of sum_j w_j / s_j
+    totals   [chunks, 2]      shares of R and of sum_j w_j / s_j; before the fold, of the gradient's sum of squares
+
+The columns' sums of g^2 are the gradient's own norm, too: whoever clips by the norm of all gradients need not read them
+for it. Where they are then clipped, r_i is another and the statistics are taken again.
 
 Of a matrix that lies on several ranks each has a part. The statistics then leave rows and squares in the caller's
 lists and `hfac_part_cols` the columns' sums; what comes back, added up over the ranks, `hfac_part_fold` makes into what
@@ -21,20 +24,39 @@ the update reads.
 import triton
 import triton.language as tl
 
-from .element import decays, divide, finite, length, operand, partial_sums, place, pointer, root
-from .rounding import calls, counter, load, low_piece, random_bits, store
+from .element import (
+    decays,
+    divide,
+    finite,
+    grad_scale,
+    gradient,
+    length,
+    operand,
+    partial_sums,
+    place,
+    pointer,
+    root,
+    squares,
+    watch,
+    zeros,
+)
+from .rounding import calls, counter, kept, load, low_piece, random_bits, store
 from .table import (
     ALL_COLS,
     ALL_ROWS,
     AT_ONCE,
+    CHANGE,
     CHUNK,
     CLIP,
+    COEFFICIENT,
     COL_TILES,
     COLS,
+    DIRECTION,
     EPS,
     FIELDS,
     FIRST_COL,
     FIRST_ROW,
+    KEPT,
     LR,
     MEAN_SQUARE,
     NEAREST,
@@ -58,6 +80,8 @@ from .table import (
     TILE_ROWS,
     TOTAL,
     WEIGHT_DECAY,
+    ZERO_COLS,
+    ZERO_ROWS,
 )
 
 
@@ -76,9 +100,15 @@ def hfac_stats(
     WIDE: tl.constexpr,  # rows longer than C
     COLUMNS: tl.constexpr,  # whether columns are summed too
     LOOK: tl.constexpr,
+    SCALED: tl.constexpr,  # gradients are divided by a number
+    AGAIN: tl.constexpr,  # only where gradients are clipped: of others the statistics are there
+    WATCH: tl.constexpr,  # rows that are zero are counted
 ):
     """A tile is a number of whole rows. Where a row fits the registers, a row's sum, its r_i and its share of the
     columns' sums come from one read; longer rows are read again, from the cache, once their r_i are known."""
+    if AGAIN:
+        if tl.load(scalars + COEFFICIENT) == 1:  # a NaN is not
+            return
     tile = tl.program_id(0).to(tl.int64)
     item = tl.load(tiles + 2 * tile).to(tl.int64)
     row_tile = tl.load(tiles + 2 * tile + 1).to(tl.int64)
@@ -90,6 +120,7 @@ def hfac_stats(
     last_row = tl.minimum(first_row + tile_rows, rows)
     grad = operand(tl.load(grads + 2 * item), G, WHOLE)
     layout = tl.load(grads + 2 * item + 1)
+    scale = grad_scale(scalars, T, SCALED)
     r_old = pointer(record, SECOND_ROW, T)
     row_sum = pointer(record, SPACE_ROWS, T)
     row_square = pointer(record, SPACE_SQUARES, T)
@@ -97,6 +128,7 @@ def hfac_stats(
     eps_sum = (tl.load(record + ALL_COLS).to(tl.float64) * tl.load(scalars + EPS)).to(T)
     count = rows * cols
     bad = tl.zeros([R, C], tl.int32)
+    zero_rows = tl.zeros([R], tl.int32)
 
     if WIDE:
         for step in range(first_row, last_row, R):
@@ -108,7 +140,7 @@ def hfac_stats(
                 j = first_col + tl.arange(0, C).to(tl.int64)
                 mask = in_rows[:, None] & (j < cols)[None, :]
                 at = i[:, None] * cols + j[None, :]
-                g = tl.load(grad + place(at, layout, WHOLE), mask, 0.0).to(T)
+                g = gradient(grad, at, layout, mask, scale, T, WHOLE, SCALED)
                 if LOOK:
                     bad |= (finite(g, count) == 0).to(tl.int32)
                 sum_g += g
@@ -116,6 +148,8 @@ def hfac_stats(
             old = tl.load(r_old + i, in_rows, 0.0)
             tl.store(row_sum + i, tl.sum(sum_g, 1), in_rows)
             tl.store(row_square + i, b2 * old + rest2 * (tl.sum(sum_q, 1) + eps_sum), in_rows)
+            if WATCH:
+                zero_rows += zeros(tl.sum(sum_g, 1), tl.sum(sum_q, 1), in_rows)
         if COLUMNS:
             col_sums = pointer(record, SPACE_COLS, T) + row_tile * 3 * cols
             tl.debug_barrier()  # the r_i that some lanes wrote are read by others
@@ -130,7 +164,7 @@ def hfac_stats(
                     in_rows = i < last_row
                     mask = in_rows[:, None] & in_cols[None, :]
                     at = i[:, None] * cols + j[None, :]
-                    g = tl.load(grad + place(at, layout, WHOLE), mask, 0.0).to(T)
+                    g = gradient(grad, at, layout, mask, scale, T, WHOLE, SCALED)
                     r = tl.load(row_square + i, in_rows, 1.0)
                     sum_g += g
                     sum_q += g * g
@@ -149,13 +183,15 @@ def hfac_stats(
             in_rows = i < last_row
             mask = in_rows[:, None] & in_cols[None, :]
             at = i[:, None] * cols + j[None, :]
-            g = tl.load(grad + place(at, layout, WHOLE), mask, 0.0).to(T)
+            g = gradient(grad, at, layout, mask, scale, T, WHOLE, SCALED)
             if LOOK:
                 bad |= (finite(g, count) == 0).to(tl.int32)
             q = g * g
             r = b2 * tl.load(r_old + i, in_rows, 1.0) + rest2 * (tl.sum(q, 1) + eps_sum)
             tl.store(row_sum + i, tl.sum(g, 1), in_rows)
             tl.store(row_square + i, r, in_rows)
+            if WATCH:
+                zero_rows += zeros(tl.sum(g, 1), tl.sum(q, 1), in_rows)
             if COLUMNS:
                 sum_g += g
                 sum_q += q
@@ -169,6 +205,39 @@ def hfac_stats(
     if LOOK:
         any_bad = tl.max(tl.max(bad, 1), 0)
         tl.store(flags + item, any_bad, any_bad != 0)
+    if WATCH:
+        counts = pointer(record, SPACE_COLS, T) + tl.load(record + ROW_TILES) * 3 * cols
+        tl.store(counts + row_tile, tl.sum(zero_rows, 0).to(T))
+
+
+@triton.jit
+def hfac_squares(tiles, items, T: tl.constexpr):
+    """Shares of the gradient's sum of squares, each of a chunk of columns, from what the statistics left of their
+    tiles; in double, as the totals."""
+    tile = tl.program_id(0).to(tl.int64)
+    item = tl.load(tiles + 2 * tile).to(tl.int64)
+    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
+    record = items + item * FIELDS
+    n = tl.load(record + COLS)
+    row_tiles = tl.load(record + ROW_TILES).to(tl.int32)
+    k = part * CHUNK + tl.arange(0, CHUNK)
+    sums = pointer(record, SPACE_COLS, T)
+    square = partial_sums(sums + n, 3 * n, row_tiles, k, k < n, CHUNK, AT_ONCE, tl.float64)
+    tl.store(pointer(record, SPACE_TOTALS, tl.float64) + part * 2, tl.sum(square, 0))
+
+
+@triton.jit
+def hfac_add_squares(tiles, items, squares):
+    """A parameter's shares added up."""
+    item = tl.load(tiles + 2 * tl.program_id(0).to(tl.int64)).to(tl.int64)
+    record = items + item * FIELDS
+    chunks = tl.cdiv(tl.load(record + COLS), CHUNK).to(tl.int32)
+    totals = pointer(record, SPACE_TOTALS, tl.float64)
+    total = tl.zeros([CHUNK], tl.float64)
+    for first in range(0, chunks, CHUNK):
+        c = first + tl.arange(0, CHUNK)
+        total += tl.load(totals + 2 * c, c < chunks, 0.0)
+    tl.store(squares + item, tl.sum(total, 0))
 
 
 @triton.jit
@@ -206,7 +275,17 @@ def row_scale(r, total, mean_square, scalars, CLIPPED: tl.constexpr, T: tl.const
 
 
 @triton.jit
-def hfac_fold(tiles, items, scalars, flags, T: tl.constexpr, NEGATE: tl.constexpr, SKIP: tl.constexpr):
+def hfac_fold(
+    tiles,
+    items,
+    scalars,
+    flags,
+    watched,
+    T: tl.constexpr,
+    NEGATE: tl.constexpr,
+    SKIP: tl.constexpr,
+    WATCH: tl.constexpr,
+):
     tile = tl.program_id(0).to(tl.int64)
     item = tl.load(tiles + 2 * tile).to(tl.int64)
     part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
@@ -242,6 +321,10 @@ def hfac_fold(tiles, items, scalars, flags, T: tl.constexpr, NEGATE: tl.constexp
     tl.store(s_at, s, in_cols)
     tl.store(pointer(record, SPACE_PSI, T) + k, half_psi, in_cols)
     tl.store(pointer(record, SPACE_SCALE, T) + k, divide(ones, root(s)), in_cols)
+    if WATCH:
+        counts = tl.load(sums + row_tiles * 3 * n + k, k < row_tiles, 0.0)  # there are no more tiles than rows
+        watch(watched, item, ZERO_ROWS, tl.sum(counts, 0))
+        watch(watched, item, ZERO_COLS, tl.sum(zeros(sum_g, square, in_cols), 0))
 
     # In double, where no partial result can overflow.
     totals = pointer(record, SPACE_TOTALS, tl.float64) + part * 2
@@ -250,7 +333,17 @@ def hfac_fold(tiles, items, scalars, flags, T: tl.constexpr, NEGATE: tl.constexp
 
 
 @triton.jit
-def hfac_scale(tiles, items, scalars, flags, T: tl.constexpr, CLIPPED: tl.constexpr, SKIP: tl.constexpr):
+def hfac_scale(
+    tiles,
+    items,
+    scalars,
+    flags,
+    watched,
+    T: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    SKIP: tl.constexpr,
+    WATCH: tl.constexpr,
+):
     tile = tl.program_id(0).to(tl.int64)
     item = tl.load(tiles + 2 * tile).to(tl.int64)
     part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
@@ -273,6 +366,9 @@ def hfac_scale(tiles, items, scalars, flags, T: tl.constexpr, CLIPPED: tl.conste
     in_rows = k < m
     at = pointer(record, SPACE_SQUARES, T) + k
     mean_square = R * tl.sum(norm, 0) / (m.to(tl.float64) * n.to(tl.float64))
+    if WATCH:
+        if part == 0:
+            watch(watched, item, DIRECTION, R * tl.sum(norm, 0))
     scale = row_scale(tl.load(at, in_rows, 1.0), R.to(T), mean_square.to(T), scalars, CLIPPED, T)
     tl.store(at, scale, in_rows)
 
@@ -342,6 +438,7 @@ def hfac_update(
     grads,
     scalars,
     flags,
+    watched,
     W: tl.constexpr,
     G: tl.constexpr,
     T: tl.constexpr,
@@ -352,6 +449,8 @@ def hfac_update(
     LOW: tl.constexpr,  # bits of a lower piece of the weight
     NEGATE: tl.constexpr,  # the objective is maximized
     SKIP: tl.constexpr,
+    SCALED: tl.constexpr,
+    WATCH: tl.constexpr,  # what the step does is reported
 ):
     """W <- W - lr ((phi + psi) / 2 + clip(U) + wd W): no root and no division, all of them were the fold's."""
     tile = tl.program_id(0).to(tl.int64)
@@ -371,6 +470,7 @@ def hfac_update(
     grad = operand(tl.load(grads + 2 * item), G, WHOLE)
     param_layout = tl.load(record + PARAM_LAYOUT)
     grad_layout = tl.load(grads + 2 * item + 1)
+    scale = grad_scale(scalars, T, SCALED)
     low, low_layout = low_piece(record, WHOLE, LOW)
     seed, t, position, first, place_layout = counter(record, scalars, item, STOCHASTIC)
     half_phi = pointer(record, SPACE_ROWS, T)
@@ -382,21 +482,31 @@ def hfac_update(
     calls_at = (part % col_tiles).to(tl.int64) * C + calls(C, STOCHASTIC)
     half_psi = tl.load(pointer(record, SPACE_PSI, T) + j, in_cols, 0.0)[None, :]
     col_scale = tl.load(pointer(record, SPACE_SCALE, T) + j, in_cols, 0.0)[None, :]
+    change = tl.zeros([R], tl.float64)
+    same = tl.zeros([R], tl.int32)
     for step in range(first_row, last_row, R):
         i = step + tl.arange(0, R).to(tl.int64)
         in_rows = i < last_row
         mask = in_rows[:, None] & in_cols[None, :]
         at = i[:, None] * cols + j[None, :]
-        g = tl.load(grad + place(at, grad_layout, WHOLE), mask, 0.0).to(T)
+        g = gradient(grad, at, grad_layout, mask, scale, T, WHOLE, SCALED)
         if NEGATE:
             g = -g
         to = param + place(at, param_layout, WHOLE)
         w = load(to, low, low_layout, at, mask, T, WHOLE, LOW)
         drift = tl.load(half_phi + i, in_rows, 0.0)[:, None] + half_psi
         U = g * col_scale * tl.load(row_scale + i, in_rows, 0.0)[:, None]
+        if WATCH:
+            old = w
         w = w - lr * ((drift + U) + weight_decay * w)
+        if WATCH:
+            change += squares(w - old, mask, 1)
+            same += tl.sum(kept(w, old, mask, W, T, LOW), 1)
         bits = 0
         if STOCHASTIC != NEAREST:
             drawn_at = i[:, None] * cols + calls_at[None, :]
             bits = tl.reshape(random_bits(seed, t, position, first, place_layout, drawn_at, STOCHASTIC), [R, C])
         store(w, bits, to, low, low_layout, at, mask, W, WHOLE, STOCHASTIC, LOW)
+    if WATCH:
+        watch(watched, item, CHANGE, tl.sum(change, 0))
+        watch(watched, item, KEPT, tl.sum(same, 0))

@@ -309,7 +309,7 @@ class _Call(Launcher):
             records = records.clone()
             records[:, _SPACE_FIELDS] += workspace.data_ptr()
             self._to_device(records, fields, starts, layouts, grads, numbers, stored.seed, own)
-            options = {"SKIP": False, "LOOK": False, **options}
+            options = dict.fromkeys(("SKIP", "LOOK", "SCALED", "AGAIN", "WATCH"), False) | options
             for launch, mine in zip(plan.launches, tiles, strict=True):
                 self._launch(launch, mine, options)
 
@@ -332,7 +332,7 @@ class _Call(Launcher):
         for value in own:
             shared.append(0.0 if isinstance(value, (list, Tensor)) else value)
             of_each.append(value if isinstance(value, list) else [shared[-1]] * (len(grads) if each else 0))
-        values += [float(each), *seed_words(seed), *shared]
+        values += [float(each), *seed_words(seed), 1.0, 1.0, *shared]
         values += [value for mine in zip(*of_each, strict=True) for value in mine]
 
         # Each table begins at a multiple of 16 bytes, for which Triton compiles.
@@ -377,7 +377,11 @@ def _planned(op: str, device: torch.device, keys: tuple[tuple[Any, ...], ...]) -
     """The plan, records without addresses, whose workspace is at 0, on the host, and the tables of tiles."""
     items = [Item(*key) for key in keys]
     plan = make_plan(op, items)
-    return plan, torch.tensor([make_record(item, 0) for item in items], dtype=torch.int64), tile_tables(plan, device)
+    return (
+        plan,
+        torch.tensor([make_record(item, 0) for item in items], dtype=torch.int64),
+        tile_tables(plan.launches, device),
+    )
 
 
 def _addresses(places: Mapping[str, Any], lists: Mapping[str, Tensors | None]) -> Fields:

@@ -125,7 +125,7 @@ def compile_options(constants: dict[str, Any], warps: int, maker: str) -> dict[s
     """
     options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
     if maker == "cuda":
-        options["maxnreg"] = REGISTERS if constants["T"] == tl.float32 else 2 * REGISTERS - 32
+        options["maxnreg"] = 2 * REGISTERS - 32 if constants.get("T") == tl.float64 else REGISTERS
     if maker == "hip":
         options["num_warps"] = max(1, warps // 2)
     return options
@@ -133,8 +133,18 @@ def compile_options(constants: dict[str, Any], warps: int, maker: str) -> dict[s
 
 @dataclass
 class Plan:
+    """What a step launches.
+
+    Attributes:
+        workspace: bytes.
+        statistics: the first so many launches are H-Fac's statistics.
+        squares: launches between them and the rest for whoever asks for the gradients' sums of squares.
+    """
+
     launches: list[Launch]
-    workspace: int  # bytes
+    workspace: int
+    statistics: int = 0
+    squares: list[Launch] = field(default_factory=list)
 
 
 def make_plan(op: str, items: Sequence[Item]) -> Plan:
@@ -196,10 +206,10 @@ def _look(items: Sequence[Item], indices: Iterable[int]) -> list[Launch]:
         Launch(
             dense.look,
             _parts(items, mine, lambda it: -(-it.rows * it.cols // table.LOOKED.value)),
-            ("grads", "flags"),
-            (),
+            ("grads", "scalars", "flags"),
+            ("SCALED",),
             {"G": TYPES[grad], "T": TYPES[wide], "WHOLE": whole},
-            when=("SKIP",),
+            when=("LOOK",),
         )
         for (grad, wide, whole), mine in _classes(items, indices, lambda it: (it.grad, it.wide, it.whole)).items()
     ]
@@ -273,8 +283,8 @@ def _smmf_tiles(items: Sequence[Item], group: Sequence[int], part: bool) -> list
         Launch(
             smmf.smmf_tiles,
             _parts(items, mine, lambda it: it.row_tiles * it.col_tiles),
-            ("grads", "scalars", "flags"),
-            ("COUPLED", "NEGATE", "SKIP"),
+            ("grads", "scalars", "flags", "watched"),
+            ("COUPLED", "NEGATE", "SKIP", "SCALED", "WATCH"),
             {
                 "W": TYPES[param],
                 "G": TYPES[grad],
@@ -308,15 +318,22 @@ def _hfac(items: Sequence[Item]) -> Plan:
     for item in items:
         _cut(item)
         at = _place(item, at, _row_sizes(item) | _col_sum_sizes(item) | _col_sizes(item) | _total_sizes(item))
-    launches = _hfac_stats(items, True)
+    statistics = _hfac_stats(items, True)
+    launches, squares = [], []
     for (wide,), mine in _classes(items, range(len(items)), lambda it: (it.wide,)).items():
+        shares = _parts(items, mine, lambda it: _chunks(it.cols))
+        squares.append(Launch(hfac.hfac_squares, shares, (), (), {"T": TYPES[wide]}, 4))
         for kernel, count, options in (
-            (hfac.hfac_fold, lambda it: _chunks(max(it.rows, it.cols)), ("NEGATE", "SKIP")),
-            (hfac.hfac_scale, lambda it: _chunks(it.rows), ("CLIPPED", "SKIP")),
+            (hfac.hfac_fold, lambda it: _chunks(max(it.rows, it.cols)), ("NEGATE", "SKIP", "WATCH")),
+            (hfac.hfac_scale, lambda it: _chunks(it.rows), ("CLIPPED", "SKIP", "WATCH")),
         ):
             tiles = _parts(items, mine, count)
-            launches.append(Launch(kernel, tiles, ("scalars", "flags"), options, {"T": TYPES[wide]}, 4))
-    return Plan(launches + _hfac_updates(items), at)
+            memory = ("scalars", "flags", "watched")
+            launches.append(Launch(kernel, tiles, memory, options, {"T": TYPES[wide]}, 4))
+    if squares:
+        sums = _parts(items, range(len(items)), lambda it: min(it.rows * it.cols, 1))
+        squares.append(Launch(hfac.hfac_add_squares, sums, ("squares",), (), {}, 4))
+    return Plan([*statistics, *launches, *_hfac_updates(items)], at, len(statistics), squares)
 
 
 def _hfac_sums(items: Sequence[Item]) -> Plan:
@@ -363,7 +380,7 @@ def _row_sizes(item: Item) -> dict[str, int]:
 
 
 def _col_sum_sizes(item: Item) -> dict[str, int]:
-    return {"cols": 3 * item.row_tiles * item.cols * _SIZES[item.wide]}
+    return {"cols": (3 * item.cols + 1) * item.row_tiles * _SIZES[item.wide]}
 
 
 def _col_sizes(item: Item) -> dict[str, int]:
@@ -388,7 +405,7 @@ def _hfac_stats(items: Sequence[Item], columns: bool) -> list[Launch]:
             hfac.hfac_stats,
             _parts(items, mine, lambda it: it.row_tiles),
             ("grads", "scalars", "flags"),
-            ("LOOK",),
+            ("LOOK", "SCALED", "AGAIN", "WATCH"),
             {
                 "G": TYPES[grad],
                 "T": TYPES[wide],
@@ -414,9 +431,9 @@ def _hfac_updates(items: Sequence[Item]) -> list[Launch]:
         tiles.reverse()  # what was read last is the likeliest to be in the cache still
         constants = {"W": TYPES[param], "G": TYPES[grad], "T": TYPES[_wide(param)], "R": rows, "C": cols}
         constants |= {"WHOLE": whole, "STOCHASTIC": stochastic, "LOW": low}
-        launches.append(
-            Launch(hfac.hfac_update, tiles, ("grads", "scalars", "flags"), ("NEGATE", "SKIP"), constants, warps)
-        )
+        memory = ("grads", "scalars", "flags", "watched")
+        options = ("NEGATE", "SKIP", "SCALED", "WATCH")
+        launches.append(Launch(hfac.hfac_update, tiles, memory, options, constants, warps))
     return launches
 
 
@@ -428,17 +445,17 @@ def _dense(op: str, items: Sequence[Item]) -> Plan:
     classes = _classes(items, everything, lambda it: (it.param, it.grad, it.whole))
     if op == "smmf_dense_step_":
         launches = _look(items, everything)
-        kernel, options = dense.smmf_dense, ("FIRST", "COUPLED", "NEGATE", "SKIP")
+        kernel, options = dense.smmf_dense, ("FIRST", "COUPLED", "NEGATE", "SKIP", "SCALED", "WATCH")
     else:
-        kernel, options = dense.hfac_dense, ("CLIPPED", "NEGATE", "SKIP")
+        kernel, options = dense.hfac_dense, ("CLIPPED", "NEGATE", "SKIP", "SCALED", "WATCH")
         launches = [
             Launch(
                 dense.hfac_dense_look,
                 _parts(items, mine, _runs),
                 ("grads", "scalars", "flags"),
-                ("LOOK",),
+                ("LOOK", "SCALED"),
                 {"G": TYPES[grad], "T": TYPES[_wide(param)], "WHOLE": whole},
-                when=("CLIPPED", "SKIP"),
+                when=("CLIPPED", "LOOK"),
             )
             for (param, grad, whole), mine in classes.items()
         ]
@@ -448,7 +465,8 @@ def _dense(op: str, items: Sequence[Item]) -> Plan:
         constants |= {"STOCHASTIC": stochastic, "LOW": low}
         warps = dense_warps(kernel, whole, stochastic, low)
         tiles = _parts(items, mine, _runs)
-        launches.append(Launch(kernel, tiles, ("grads", "scalars", "flags"), options, constants, warps))
+        memory = ("grads", "scalars", "flags", "watched")
+        launches.append(Launch(kernel, tiles, memory, options, constants, warps))
     return Plan(launches, at)
 
 

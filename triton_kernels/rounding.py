@@ -126,6 +126,27 @@ def split(w, bits, STOCHASTIC: tl.constexpr, LOW: tl.constexpr):
 
 
 @triton.jit
+def nearest(w, W: tl.constexpr, T: tl.constexpr, LOW: tl.constexpr):
+    """The number that a new weight, rounded to nearest, would be stored as, in the type of the arithmetic."""
+    if LOW != 0:
+        high, rest = split(w, 0, NEAREST, LOW)
+        w = join(high, rest, LOW)
+    elif tl.bfloat16 == W:
+        u = w.to(tl.uint32, bitcast=True)
+        rounded = ((u + ((u >> 16) & 1) + 0x7FFF) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        w = tl.where(not_a_number(u), w, rounded)
+    else:
+        w = w.to(W).to(T)
+    return w
+
+
+@triton.jit
+def kept(w, old, mask, W: tl.constexpr, T: tl.constexpr, LOW: tl.constexpr):
+    """int32: which elements would be stored as what they are."""
+    return (mask & (nearest(w, W, T, LOW) == old)).to(tl.int32)
+
+
+@triton.jit
 def low_piece(record, WHOLE: tl.constexpr, LOW: tl.constexpr):
     """Pointer to the lower pieces and the address of their layout."""
     low = 0

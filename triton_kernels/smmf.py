@@ -15,22 +15,38 @@ parameter depends on no sum of its own step and is equal to the bit.
 import triton
 import triton.language as tl
 
-from .element import decays, divide, length, operand, partial_sums, place, pointer, root
-from .rounding import calls, counter, load, low_piece, random_bits, store
+from .element import (
+    decays,
+    divide,
+    grad_scale,
+    gradient,
+    length,
+    operand,
+    partial_sums,
+    place,
+    pointer,
+    root,
+    squares,
+    watch,
+)
+from .rounding import calls, counter, kept, load, low_piece, random_bits, store
 from .table import (
     ALL_COLS,
     ALL_ROWS,
     AT_ONCE,
     BLOCKS,
     BYTE_PER_ELEMENT,
+    CHANGE,
     CHUNK,
     COL,
     COL_TILES,
     COLS,
+    DIRECTION,
     EPS,
     FIELDS,
     FIRST_COL,
     FIRST_ROW,
+    KEPT,
     LR,
     NEAREST,
     NEW_COL,
@@ -68,6 +84,7 @@ def smmf_tiles(
     grads,  # int64 [parameters, 2]: address, address of the layout
     scalars,
     flags,  # int32 [parameters]: not 0 where the parameter is to keep its value
+    watched,  # float64 [parameters, WATCHED], added to
     W: tl.constexpr,
     G: tl.constexpr,
     T: tl.constexpr,
@@ -81,6 +98,8 @@ def smmf_tiles(
     COUPLED: tl.constexpr,
     NEGATE: tl.constexpr,  # the objective is maximized
     SKIP: tl.constexpr,
+    SCALED: tl.constexpr,  # gradients are divided by a number
+    WATCH: tl.constexpr,  # what the step does is reported
 ):
     tile = tl.program_id(0).to(tl.int64)
     item = tl.load(tiles + 2 * tile).to(tl.int64)
@@ -102,6 +121,7 @@ def smmf_tiles(
     grad = operand(tl.load(grads + 2 * item), G, WHOLE)
     param_layout = tl.load(record + PARAM_LAYOUT)
     grad_layout = tl.load(grads + 2 * item + 1)
+    scale = grad_scale(scalars, T, SCALED)
     low, low_layout = low_piece(record, WHOLE, LOW)
     seed, t, position, first, place_layout = counter(record, scalars, item, STOCHASTIC)
     if PART:
@@ -144,17 +164,22 @@ def smmf_tiles(
         slice = tl.load(record + SLICE)
         slice_bytes = tl.load(record + SLICE_BYTES)
         start = tl.load(record + SIGNS)
+    change = tl.zeros([R], tl.float64)
+    sum_D = tl.zeros([R], tl.float64)
+    same = tl.zeros([R], tl.int32)
 
     for step in range(first_row, last_row, R):
         i = step + tl.arange(0, R).to(tl.int64)
         in_rows = i < last_row
         mask = in_rows[:, None] & in_cols[None, :]
         at = start_at + i[:, None] * stride + j[None, :]
-        g = tl.load(grad + place(at, grad_layout, WHOLE), mask, 0.0).to(T)
+        g = gradient(grad, at, grad_layout, mask, scale, T, WHOLE, SCALED)
         if NEGATE:
             g = -g
         to = param + place(at, param_layout, WHOLE)
         w = load(to, low, low_layout, at, mask, T, WHOLE, LOW)
+        if WATCH:
+            before = w
         if COUPLED:
             g = g + weight_decay * w
         else:
@@ -196,7 +221,12 @@ def smmf_tiles(
             tl.store(row_sums + i, tl.sum(size, 1), in_rows)
 
         V = (b2 * tl.load(r_V + i * row_step, in_rows, 0.0))[:, None] * c_V[None, :] + rest2 * (g * g)
-        w = w - lr * divide(M, root(V) + eps)
+        direction = divide(M, root(V) + eps)
+        w = w - lr * direction
+        if WATCH:
+            change += squares(w - before, mask, 1)
+            sum_D += squares(direction, mask, 1)
+            same += tl.sum(kept(w, before, mask, W, T, LOW), 1)
         drawn = 0
         if STOCHASTIC != NEAREST:
             drawn_at = start_at + i[:, None] * stride + calls_at[None, :]
@@ -210,6 +240,10 @@ def smmf_tiles(
     if LAYOUT != NO_SIGNS:
         tl.store(col_sums + j, tl.sum(sum_M, 0), in_cols)
     tl.store(col_sums + cols + j, tl.sum(sum_V, 0), in_cols)
+    if WATCH:
+        watch(watched, item, CHANGE, tl.sum(change, 0))
+        watch(watched, item, KEPT, tl.sum(same, 0))
+        watch(watched, item, DIRECTION, tl.sum(sum_D, 0))
 
 
 @triton.jit

@@ -45,16 +45,25 @@ STATES = {
 
 class Launcher:
     """Launches kernels over what lies in device memory: the records of a list (``items``), where its gradients are
-    (``grad_table``), a step's numbers (``scalars``), and which parameters keep their value (``flags``)."""
+    (``grad_table``), a step's numbers (``scalars``), which parameters keep their value (``flags``), and where sums of
+    squares (``sums``) and what is watched of a step (``watched``) go."""
 
     device: torch.device
     items: Tensor
     grad_table: Tensor
     scalars: Tensor
     flags: Tensor
+    sums: Tensor | None = None
+    watched: Tensor | None = None
 
     def _arguments(self, launch: Launch, tiles: Tensor, options: dict[str, bool]) -> dict[str, Any]:
-        memory = {"grads": self.grad_table, "scalars": self.scalars, "flags": self.flags}
+        memory = {
+            "grads": self.grad_table,
+            "scalars": self.scalars,
+            "flags": self.flags,
+            "squares": self.sums,
+            "watched": self.scalars if self.watched is None else self.watched,  # a kernel that watches nothing has both
+        }
         return {
             "tiles": tiles,
             "items": self.items,
@@ -91,12 +100,62 @@ class Bound(Launcher):
         self.addresses: list[int] = []
         self.grad_table = torch.empty(0)
         self.spare: Tensor | None = None
+        self.resolved: Tensors = []  # copies of gradients whose statistics have been taken
+        self.counted = False  # with those statistics the rows that are zero
         self.in_graphs: list[Any] = []  # what a CUDA graph reads in every replay, and nobody may change or free
 
     def __call__(
         self,
         grads: Tensors,
         nonfinite: Tensor | None = None,
+        *,
+        clip: Tensor | None = None,
+        watched: Tensor | None = None,
+        **scalars: Any,
+    ) -> None:
+        """One step; scalars are those of the op and of `_begin`.
+
+        Args:
+            clip: a 0-d float32 tensor on the device: `squares` has been called right before with the same gradients
+                and scalars, but for grad_scale, which is now also divided by this. Where it is 1 the statistics of
+                then are the step's, elsewhere they are taken again, and with them ``nonfinite``. It is not read here.
+            watched: float64 [parameters, 5] on the device (`table.CHANGE` and so on), to which the step adds what it
+                does to each parameter that it writes. Rows and columns are those of H-Fac's matrices.
+        """
+        with current(self.device):
+            options = self._begin(grads, nonfinite, clip, watched, **scalars)
+            self._run(self.plan.launches, self.tiles, options)
+            self._end(nonfinite, scalars.get("found_inf"))
+            if watched is not None and self.watched is not watched:
+                watched.add_(self.watched)
+            self.watched = None
+            self.resolved = []
+
+    def squares(
+        self, grads: Tensors, nonfinite: Tensor | None = None, *, watched: Tensor | None = None, **scalars: Any
+    ) -> Tensor | None:
+        """Takes the statistics of the step that a call with these arguments would make, and gives each gradient's sum
+        of squares, divided by grad_scale and 0 where there are no elements: float64 on the device. ``nonfinite`` is
+        filled as by a step. ``watched`` is not written: without it, a step that is watched takes the statistics again
+        in any case. None for an op that takes none."""
+        if self.op != "hfac_step_":
+            return None
+        with current(self.device):
+            options = self._begin(grads, nonfinite, None, watched, **scalars)
+            self.sums = torch.zeros(len(self.params), dtype=torch.float64, device=self.device)
+            count = self.plan.statistics
+            self._run(self.plan.launches[:count], self.tiles[:count], options)
+            self._run(self.plan.squares, self.square_tiles, options)
+            self._end(nonfinite, scalars.get("found_inf"))
+            self.watched = None
+        return self.sums
+
+    def _begin(
+        self,
+        grads: Tensors,
+        nonfinite: Tensor | None,
+        clip: Tensor | None,
+        watched: Tensor | None,
         *,
         lr: Scalar,
         beta1: Scalar | None,
@@ -106,33 +165,59 @@ class Bound(Launcher):
         clip_threshold: float | None = None,
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
         seed: int = 0,
         step: Scalar = 0.0,
-    ) -> None:
-        with current(self.device):
-            if any(map(Tensor.is_neg, grads)):
-                grads = [grad.resolve_neg() for grad in grads]
+    ) -> dict[str, bool]:
+        """Brings to the device what the launches read, and says what they are told. ``grad_scale`` and ``found_inf``
+        are float32 tensors of one element there: gradients are divided by the one, and where the other is not zero
+        every parameter keeps its value."""
+        skip = nonfinite is not None or found_inf is not None
+        if clip is None:
             capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-            self._tables(grads, capturing)
+            self.resolved = [grad.resolve_neg() for grad in grads] if any(map(Tensor.is_neg, grads)) else []
+            self._tables(self.resolved or grads, capturing)
             numbers = [lr, weight_decay, eps, clip_threshold or 0.0]
             self._scalars(numbers, seed, [0.0 if beta1 is None else beta1, beta2, step, 0.0], capturing)
-            if nonfinite is not None:
-                self.flags.zero_()
-            options = {
-                "FIRST": self.first,
-                "COUPLED": not decoupled_weight_decay,
-                "NEGATE": maximize,
-                "SKIP": nonfinite is not None,
-                "LOOK": nonfinite is not None,
-                "CLIPPED": clip_threshold is not None,
-            }
-            for launch, tiles in zip(self.plan.launches, self.tiles, strict=True):
-                if not launch.when or any(options[name] for name in launch.when):
-                    self._launch(launch, tiles, options)
-            if nonfinite is not None:
-                nonfinite.copy_(self.flags)
             if capturing:
-                self.in_graphs += [self.tiles, self.items, self.grad_table, self.workspace]
+                self.in_graphs += [self.tiles, self.square_tiles, self.items, self.grad_table, self.workspace]
+            if skip:
+                self.flags.zero_()
+        else:  # all but this is there
+            self.scalars[table.COEFFICIENT.value].copy_(clip)
+            if skip:
+                self.flags.mul_(clip == 1)
+        again = clip is not None and (watched is None or self.counted)
+        self.counted = watched is not None
+        if watched is not None:
+            as_it_is = watched.is_contiguous() and watched.data_ptr() % 16 == 0
+            self.watched = watched if as_it_is else torch.zeros_like(watched, memory_format=torch.contiguous_format)
+        if grad_scale is not None:
+            self.scalars[table.GRAD_SCALE.value].copy_(grad_scale.reshape(()))
+        if found_inf is not None:
+            self.flags.add_(found_inf.reshape(()) != 0)
+        return {
+            "FIRST": self.first,
+            "COUPLED": not decoupled_weight_decay,
+            "NEGATE": maximize,
+            "SKIP": skip,
+            "LOOK": nonfinite is not None,
+            "CLIPPED": clip_threshold is not None,
+            "SCALED": grad_scale is not None,
+            "AGAIN": again,
+            "WATCH": watched is not None,
+        }
+
+    def _run(self, launches: Sequence[Launch], tiles: Sequence[Tensor], options: dict[str, bool]) -> None:
+        for launch, mine in zip(launches, tiles, strict=True):
+            if not launch.when or any(options[name] for name in launch.when):
+                self._launch(launch, mine, options)
+
+    def _end(self, nonfinite: Tensor | None, found_inf: Tensor | None) -> None:
+        """Says which gradients are not finite; of none where found_inf has said it of all."""
+        if nonfinite is not None:
+            nonfinite.copy_(self.flags if found_inf is None else self.flags * (found_inf.reshape(()) == 0))
 
     def _tables(self, grads: Tensors, capturing: bool) -> None:
         """Makes what depends on the gradients' types and layouts, where those changed; else only notes where they
@@ -213,14 +298,15 @@ class Bound(Launcher):
                 record[STATES[name].value] = tensors[i].data_ptr()
             records.append(record)
         self.items = torch.tensor(records, dtype=torch.int64).to(self.device)
-        self.tiles = tile_tables(self.plan, self.device)
+        self.tiles = tile_tables(self.plan.launches, self.device)
+        self.square_tiles = tile_tables(self.plan.squares, self.device)
         self.grad_table = torch.empty(2 * len(items), dtype=torch.int64, device=self.device)
         self.spare = None
 
     def _scalars(self, numbers: list[Scalar], seed: int, own: list[Scalar], capturing: bool) -> None:
         """Values to device memory. A tensor's value is copied on its device and never read here."""
         each = any(isinstance(value, Tensor) and value.ndim == 1 for value in own)
-        values = [*numbers, 1.0 if each else 0.0, *seed_words(seed), *own]
+        values = [*numbers, 1.0 if each else 0.0, *seed_words(seed), 1.0, 1.0, *own]
         on_host = [0.0 if isinstance(value, Tensor) else value for value in values]
         if capturing:  # a graph would copy from memory that has been given away since
             for place, value in enumerate(on_host):
@@ -303,9 +389,9 @@ def make_record(item: Item, space: int) -> list[int]:
     return record
 
 
-def tile_tables(plan: Plan, device: torch.device) -> list[Tensor]:
+def tile_tables(launches: Sequence[Launch], device: torch.device) -> list[Tensor]:
     """A tensor of its own for each launch: alike aligned, so that no launch compiles its kernel anew."""
-    return [torch.tensor(launch.tiles, dtype=torch.int32).to(device) for launch in plan.launches]
+    return [torch.tensor(launch.tiles, dtype=torch.int32).to(device) for launch in launches]
 
 
 def host_memory(device: torch.device, count: int, dtype: torch.dtype = torch.int64) -> Tensor:

@@ -68,7 +68,9 @@ EPS = tl.constexpr(2)
 CLIP = tl.constexpr(3)
 PER_PARAM = tl.constexpr(4)  # 1 where each parameter has its own
 SEED = tl.constexpr(5)  # its low and its high 32 bits
-OWN = tl.constexpr(7)
+GRAD_SCALE = tl.constexpr(7)  # what gradients are divided by
+COEFFICIENT = tl.constexpr(8)  # of clipping by the norm of all gradients
+OWN = tl.constexpr(9)
 OWNED = tl.constexpr(4)  # a power of two; the last is not used
 
 #: Elements of one program of the dense kernels, and of one that only looks for what is not finite; rows and columns of
@@ -77,6 +79,15 @@ RUN = tl.constexpr(2048)
 LOOKED = tl.constexpr(16 * 2048)
 CHUNK = tl.constexpr(256)
 AT_ONCE = tl.constexpr(8)
+
+#: What is watched of a parameter, in float64: the sum of squares of W's change; how many elements, rounded to nearest,
+#: keep their value; the sum of squares of the direction; how many rows and columns of the gradient are zero.
+CHANGE = tl.constexpr(0)
+KEPT = tl.constexpr(1)
+DIRECTION = tl.constexpr(2)
+ZERO_ROWS = tl.constexpr(3)
+ZERO_COLS = tl.constexpr(4)
+WATCHED = tl.constexpr(5)
 
 #: How SMMF's signs lie: whole bytes of a row, one byte per element, or bits of bytes that rows and tiles share.
 NO_SIGNS = tl.constexpr(0)

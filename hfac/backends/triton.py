@@ -15,6 +15,8 @@ from torch.autograd.graph import increment_version  # tells autograd of writes t
 from ..rounding import Place
 
 DEVICES = ("cuda", "xpu")
+#: The kernels divide by a GradScaler's scale and look at its found_inf themselves.
+UNSCALES = True
 #: Knows `master_lows` and `places` (`hfac.reference`).
 STORES = True
 
