@@ -74,8 +74,8 @@ class Kernel:
 def describe(symbol: str) -> tuple[str, str]:
     """(kernel, operands) of a mangled name."""
     name = re.search(
-        r"\d(smmf_tiles|smmf_fold|smmf_sums_fold|hfac_stats_wide|hfac_stats|hfac_fold|hfac_sums_fold|hfac_apply_fold|"
-        r"hfac_update_tiles|look|dense_look|hfac_dense|smmf_dense)I",
+        r"\d(smmf_tiles|smmf_fold|smmf_sums_fold|hfac_stats_wide|hfac_stats|hfac_collect|hfac_unflag|hfac_fold|"
+        r"hfac_sums_fold|hfac_apply_fold|hfac_update_tiles|look|dense_look|hfac_dense|smmf_dense)[IE]",
         symbol,
     )
     if name is None:

@@ -93,6 +93,8 @@ struct Decay {
 
 // Must this parameter keep every bit? (torch's fused protocol: found_inf; a gradient that was looked at: nonfinite)
 HFAC_DEVICE bool skipped(const Arguments& a) { return a.found_inf && *a.found_inf != 0.0f; }
+// Are the statistics that were taken for the norm those of the step, because it does not clip? (NaN: no)
+HFAC_DEVICE bool unclipped(const Arguments& a) { return a.clip && *a.clip == 1.0f; }
 HFAC_DEVICE bool refused(const Arguments& a, const Item& it) { return a.nonfinite && a.nonfinite[it.index]; }
 
 HFAC_DEVICE Tile tile_of(const Arguments& a) {

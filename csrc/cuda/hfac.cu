@@ -4,6 +4,10 @@
 // The statistics hold whole rows, because r_i is needed for the third column sum, that of g^2 / r_i, which gives the
 // clip norm without a third read:
 //     sum_ij U_ij^2 = R sum_j w_j / s_j,  w_j = sum_i g_ij^2 / r_i,  R = sum_i r_i.
+//
+// Where gradients are clipped by the norm of them all, the first launch comes in a phase of its own: the norm is made
+// of its column sums, which `hfac_collect` adds up over the tiles to outlast the other groups. Then each group goes on
+// from there; where the coefficient is not 1 it takes the statistics again, because r_i depends on it.
 #include "../math/hfac.h"
 #include "launchers.h"
 #include "stored.cuh"
@@ -135,7 +139,7 @@ template <class A, int kVectors>
 __global__ void __launch_bounds__(kVectors == 1 ? kStatsThreads : kLongThreads, 1) hfac_stats(Arguments a) {
   using T = typename A::T;
   __shared__ StatsShared<T> shared;
-  if (skipped(a)) return;
+  if (skipped(a) || unclipped(a)) return;
   const Tile tile = tile_of(a);
   Stats<A> s(a, a.items[tile.item], tile.part, shared);
   T sums[kVectors][kSums][kVector];
@@ -223,7 +227,7 @@ template <class A>
 __global__ void __launch_bounds__(kLongThreads, 1) hfac_stats_wide(Arguments a) {
   using T = typename A::T;
   __shared__ StatsShared<T> shared;
-  if (skipped(a)) return;
+  if (skipped(a) || unclipped(a)) return;
   const Tile tile = tile_of(a);
   Stats<A> s(a, a.items[tile.item], tile.part, shared);
   T* out = s.space.cols + static_cast<int64_t>(tile.part) * kSums * s.cols;
@@ -263,17 +267,69 @@ __global__ void __launch_bounds__(kLongThreads, 1) hfac_stats_wide(Arguments a) 
   s.finish();
 }
 
-// The sums of column k over all tiles of rows, in their order.
-template <class T>
-HFAC_DEVICE void sum_tiles(const HfacSpace<T>& space, const Item& it, int64_t k, T (&sums)[kSums]) {
+// The sums of column k over all tiles of rows, in their order; each(j, sum) sees those of a tile.
+template <class T, class Each>
+HFAC_DEVICE void sum_tiles(const T* cols, int tiles, int64_t width, int64_t k, T (&sums)[kSums], const Each& each) {
 #pragma unroll
   for (int j = 0; j < kSums; ++j) sums[j] = T(0);
-  for (int t = 0; t < it.tiling.row_tiles; ++t) {
+  for (int t = 0; t < tiles; ++t) {
 #pragma unroll
     for (int j = 0; j < kSums; ++j) {
-      sums[j] = sums[j] + space.cols[(static_cast<int64_t>(t) * kSums + j) * it.cols + k];
+      const T sum = cols[(static_cast<int64_t>(t) * kSums + j) * width + k];
+      sums[j] = sums[j] + sum;
+      each(j, sum);
     }
   }
+}
+
+// Collected sums are those of one tile: adding them to zero changes no bit.
+template <class T>
+HFAC_DEVICE void sum_tiles(const HfacSpace<T>& space, const Item& it, int64_t k, T (&sums)[kSums]) {
+  const bool collected = space.collected;
+  sum_tiles(collected ? space.collected : space.cols, collected ? 1 : it.tiling.row_tiles, it.cols, k, sums,
+            [](int, T) {});
+}
+
+// Column sums over all tiles, and the sum of squares of the whole gradient in double: of the tiles' sums, which lose
+// less than those of whole columns.
+template <class T>
+__global__ void __launch_bounds__(kTileThreads) hfac_collect(Arguments a) {
+  __shared__ double shared[kTileThreads];
+  const Tile tile = tile_of(a);
+  const Item& it = a.items[tile.item];
+  if (skipped(a)) {  // nothing was added up
+    if (a.squares && tile.part == 0 && threadIdx.x == 0) a.squares[it.index] = static_cast<double>(NAN);
+    return;
+  }
+  if (unclipped(a)) return;
+  const HfacSpace<T> space(it, a.workspace);
+  const int64_t k = static_cast<int64_t>(tile.part) * kFoldChunk + threadIdx.x;
+  double total = 0;
+  if (k < it.cols) {
+    T sums[kSums];
+    sum_tiles(space.cols, it.tiling.row_tiles, it.cols, k, sums, [&](int j, T sum) {
+      if (j == 1) total += static_cast<double>(sum);
+    });
+#pragma unroll
+    for (int j = 0; j < kSums; ++j) space.collected[j * it.cols + k] = sums[j];
+  }
+  if (!a.squares) return;
+
+  total = block_sum(total, shared);
+  if (threadIdx.x == 0) space.norms[tile.part] = total;
+  const int64_t chunks = collect_chunks(it);
+  if (!last_block(a.counters + it.counter, chunks)) return;
+  total = 0;
+  for (int64_t c = threadIdx.x; c < chunks; c += kTileThreads) total += load_fresh(space.norms + c);
+  total = block_sum(total, shared);
+  if (threadIdx.x == 0) a.squares[it.index] = total;
+}
+
+// Flags of statistics that are about to be taken again.
+__global__ void __launch_bounds__(kTileThreads) hfac_unflag(int32_t* flags, int64_t count, const float* clip) {
+  if (*clip == 1.0f) return;
+  const int64_t k = static_cast<int64_t>(blockIdx.x) * kTileThreads + threadIdx.x;
+  if (k < count) flags[k] = 0;
 }
 
 template <class T>
@@ -481,6 +537,15 @@ void launch_hfac_stats(const Launch& l, const Arguments& a, void* stream) {
     default:
       return with(stats_kernel<AnyAccess<float>>(l.width));
   }
+}
+
+void launch_hfac_collect(const Launch& l, const Arguments& a, void* stream) {
+  launch("hfac_collect", l.access == Access::kDouble ? hfac_collect<double> : hfac_collect<float>, l.tiles, l.threads,
+         stream, a);
+}
+
+void launch_hfac_unflag(int32_t* flags, int64_t count, const float* clip, void* stream) {
+  launch("hfac_unflag", hfac_unflag, ceil_quotient(count, kTileThreads), kTileThreads, stream, flags, count, clip);
 }
 
 void launch_hfac_fold(const Launch& l, const Arguments& a, void* stream) {
