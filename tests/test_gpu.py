@@ -9,6 +9,7 @@ import copy
 import pytest
 import test_cuda_clipping
 import test_cuda_rounding
+import test_cuda_watch
 import test_parts
 import torch
 from cases import OPTIONS, SHAPES, gradient
@@ -433,6 +434,19 @@ def test_the_norm_and_the_step_do_not_wait_for_the_device():
         test_cuda_clipping.norm_and_step(run, grads, 1.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@PARTS
+@pytest.mark.parametrize("kind", test_cuda_watch.EVERY.values(), ids=test_cuda_watch.EVERY)
+@pytest.mark.parametrize("op", test_cuda_watch.OPS)
+def test_sanitized_watched_steps(op, kind):
+    shapes = test_cuda_watch.shapes_of(op)
+    run = test_cuda_watch.Watched(op, kind, shapes, device=DEVICE, ops=backends.resolve("cuda", DEVICE))
+    for t in (1, 2):
+        grads = [grad.to(DEVICE) for grad in test_cuda_watch.grads_of(shapes, t)]
+        watched = torch.zeros(len(shapes), 5, dtype=torch.float64, device=DEVICE)
+        expected = run.watch(grads, watched, t=t)
+        test_cuda_watch.agree(watched.cpu(), expected)
 
 
 @PARTS

@@ -218,8 +218,8 @@ class CudaPlan {
   void launch(uintptr_t table, uintptr_t workspace, uintptr_t counters, py::object lr, py::object weight_decay,
               py::object beta1, py::object beta2, double eps, std::optional<double> clip_threshold, bool maximize,
               bool coupled, uintptr_t nonfinite, uintptr_t grad_scale, uintptr_t found_inf, py::object totals,
-              py::object mean_squares, py::object seed, py::object step, uintptr_t clip, uintptr_t squares, int device,
-              uintptr_t stream) const {
+              py::object mean_squares, py::object seed, py::object step, uintptr_t clip, uintptr_t squares,
+              uintptr_t watched, int device, uintptr_t stream) const {
     Scalars s{};
     s.lr = scalar(lr, "lr");
     s.weight_decay = scalar(weight_decay, "weight_decay");
@@ -253,6 +253,7 @@ class CudaPlan {
     given.found_inf = reinterpret_cast<const float*>(found_inf);
     given.clip = reinterpret_cast<const float*>(clip);
     given.squares = reinterpret_cast<double*>(squares);
+    given.watched = reinterpret_cast<double*>(watched);
     const py::gil_scoped_release release;
     step_->launch(memory, s, given, device, reinterpret_cast<void*>(stream));
   }
@@ -546,7 +547,7 @@ void define_cuda(py::module_& m) {
            py::arg("clip_threshold"), py::arg("maximize"), py::arg("coupled"), py::arg("nonfinite") = 0,
            py::arg("grad_scale") = 0, py::arg("found_inf") = 0, py::arg("totals") = 0.0, py::arg("mean_squares") = 0.0,
            py::arg("seed") = py::none(), py::arg("step") = py::none(), py::arg("clip") = 0, py::arg("squares") = 0,
-           py::arg("device") = 0, py::arg("stream") = 0)
+           py::arg("watched") = 0, py::arg("device") = 0, py::arg("stream") = 0)
       .def("write_table", &CudaPlan::write_table, py::arg("host"))
       .def("plan", &CudaPlan::plan)
       .def_property_readonly("table_bytes", &CudaPlan::table_bytes)

@@ -118,7 +118,7 @@ struct Stats {
       }
       const int64_t i = first_row + base + k;
       const T r = hfac_average(b2.beta, static_cast<const T*>(it.second_row)[i], b2.rest, square + eps_sum);
-      space.row_sum[i] = sum;
+      space.row_sum[i] = sum == T(0) && square == T(0) ? -T(0) : sum;  // of zeros alone: no sum comes out as -0
       space.row_square[i] = r;
       shared.inverse[k] = T(1) / r;
     }
@@ -332,6 +332,13 @@ __global__ void __launch_bounds__(kTileThreads) hfac_unflag(int32_t* flags, int6
   if (k < count) flags[k] = 0;
 }
 
+HFAC_DEVICE bool is_minus_zero(float x) { return bits_of(x) == 0x80000000u; }
+HFAC_DEVICE bool is_minus_zero(double x) {
+  uint64_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits == uint64_t{1} << 63;
+}
+
 template <class T>
 __global__ void __launch_bounds__(kTileThreads) hfac_fold(Arguments a) {
   __shared__ double shared[kTileThreads];
@@ -347,9 +354,11 @@ __global__ void __launch_bounds__(kTileThreads) hfac_fold(Arguments a) {
 
   // In double, where no partial result can overflow.
   double total = 0, norm = 0;
+  double zeros[2] = {0, 0};  // rows and columns of zeros alone
   if (k < m) {
     T *u = static_cast<T*>(it.first_row), *r = static_cast<T*>(it.second_row);
-    const T mean = sign * space.row_sum[k] / cols;
+    const T sum = space.row_sum[k], mean = sign * (sum + T(0)) / cols;
+    zeros[0] = is_minus_zero(sum) ? 1 : 0;
     u[k] = hfac_average(b1.beta, u[k], b1.rest, mean);
     r[k] = space.row_square[k];
     space.row_sum[k] = hfac_half_drift(b1.beta, u[k], mean, r[k], cols);
@@ -365,6 +374,14 @@ __global__ void __launch_bounds__(kTileThreads) hfac_fold(Arguments a) {
     space.half_psi[k] = hfac_half_drift(b1.beta, v[k], mean, s[k], rows);
     space.col_scale[k] = T(1) / root(s[k]);
     norm = static_cast<double>(sums[2]) / static_cast<double>(s[k]);
+    zeros[1] = sums[0] == T(0) && sums[1] == T(0) ? 1 : 0;
+  }
+  double* const watched = a.watched ? a.watched + int64_t{it.index} * kWatchedNumbers : nullptr;
+  if (watched) {
+    for (int j = 0; j < 2; ++j) {
+      const double count = block_sum(zeros[j], shared);
+      if (threadIdx.x == 0 && count > 0) atomicAdd(watched + kZeroRows + j, count);
+    }
   }
   total = block_sum(total, shared);
   norm = block_sum(norm, shared);
@@ -383,6 +400,7 @@ __global__ void __launch_bounds__(kTileThreads) hfac_fold(Arguments a) {
   total = block_sum(total, shared);
   norm = block_sum(norm, shared);
   if (threadIdx.x > 0) return;
+  if (watched) watched[kDirection] += total * norm;
   *space.scale = root(static_cast<T>(total));
   const double mean_square = total * norm / (static_cast<double>(m) * static_cast<double>(n));
   *space.divisor =
@@ -398,7 +416,7 @@ __global__ void __launch_bounds__(kTileThreads) hfac_sums_fold(Arguments a) {
   const HfacSpace<T> space(it, a.workspace);
   const int64_t k = static_cast<int64_t>(tile.part) * kFoldChunk + threadIdx.x;
   if (k < it.rows) {
-    static_cast<T*>(part.row[0])[k] = space.row_sum[k];
+    static_cast<T*>(part.row[0])[k] = space.row_sum[k] + T(0);  // -0 was a mark
     static_cast<T*>(part.row[1])[k] = space.row_square[k];
   }
   if (!part.col[0] || k >= it.cols) return;
@@ -441,8 +459,9 @@ __global__ void __launch_bounds__(kTileThreads) hfac_apply_fold(Arguments a) {
 }
 
 // No root and no division in the loop: a tile's rows are prepared in shared memory, its columns in registers.
-template <class A>
-__global__ void __launch_bounds__(kTileThreads, A::kWhole ? 2 : 1) hfac_update_tiles(Arguments a) {
+// Watched, a kernel of its own: the plain one has no register for it.
+template <class A, bool kWatched>
+__global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) hfac_update_tiles(Arguments a) {
   using T = typename A::T;
   __shared__ T shared_phi[kRowsInFlight * kTileThreads], shared_scale[kRowsInFlight * kTileThreads];
   if (skipped(a)) return;
@@ -479,9 +498,10 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole ? 2 : 1) hfac_update_t
   const T lr = static_cast<T>(value_of(a.scalars.lr, 0));
   const T weight_decay = static_cast<T>(value_of(a.scalars.weight_decay, 0));
   __syncthreads();
-  if (!count) return;
+  if (!kWatched && !count) return;
 
-  for (int base = 0; base < tile_rows; base += ys * kRowsInFlight) {
+  Watch<A> watch;
+  for (int base = 0; base < (kWatched && !count ? 0 : tile_rows); base += ys * kRowsInFlight) {
     typename A::Grad g_raw[kRowsInFlight];
     typename A::Param w_raw[kRowsInFlight];
 #pragma unroll
@@ -505,9 +525,23 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole ? 2 : 1) hfac_update_t
       for (int j = 0; j < kVector; ++j) {
         w[j] = hfac_update(w[j], g[j], half_phi, half_psi[j], col_scale[j], row_scale, lr, weight_decay);
       }
+      if constexpr (kWatched) {
+        T old[kVector];
+        A::widen(w_raw[k], old);
+        watch.add(param, old, w, count);
+      }
       A::store(param, a.layouts, (first_row + row) * cols + col, count, w);
     }
   }
+  if constexpr (kWatched) {
+    __shared__ double shared[kTileThreads];
+    watch.finish(a, it, shared);
+  }
+}
+
+template <class A>
+void (*update_kernel(bool watched))(Arguments) {
+  return watched ? hfac_update_tiles<A, true> : hfac_update_tiles<A, false>;
 }
 
 template <class A>
@@ -567,34 +601,34 @@ void launch_hfac_update(const Launch& l, const Arguments& a, void* stream) {
   const auto with = [&](void (*kernel)(Arguments)) { launch("hfac_update", kernel, l.tiles, l.threads, stream, a); };
   switch (l.access) {
     case Access::kFloat:
-      return with(hfac_update_tiles<Float>);
+      return with(update_kernel<Float>(a.watched));
     case Access::kAny:
-      return with(hfac_update_tiles<AnyAccess<float>>);
+      return with(update_kernel<AnyAccess<float>>(a.watched));
     case Access::kDouble:
-      return with(hfac_update_tiles<AnyAccess<double>>);
+      return with(update_kernel<AnyAccess<double>>(a.watched));
     case Access::kDrawnFloat:
-      return with(hfac_update_tiles<DrawnFloat>);
+      return with(update_kernel<DrawnFloat>(a.watched));
     case Access::kSplitFloat:
-      return with(hfac_update_tiles<SplitFloat>);
+      return with(update_kernel<SplitFloat>(a.watched));
     case Access::kSplit8Float:
-      return with(hfac_update_tiles<Split8Float>);
+      return with(update_kernel<Split8Float>(a.watched));
     case Access::kStored:
-      return with(hfac_update_tiles<StoredAccess>);
+      return with(update_kernel<StoredAccess>(a.watched));
 #if !defined(HFAC_FLOAT_OPERANDS)
     case Access::kBFloat16:
-      return with(hfac_update_tiles<Brain>);
+      return with(update_kernel<Brain>(a.watched));
     case Access::kFloat16:
-      return with(hfac_update_tiles<Half>);
+      return with(update_kernel<Half>(a.watched));
     case Access::kBFloat16Float:
-      return with(hfac_update_tiles<BrainFloat>);
+      return with(update_kernel<BrainFloat>(a.watched));
     case Access::kFloatBFloat16:
-      return with(hfac_update_tiles<FloatBrain>);
+      return with(update_kernel<FloatBrain>(a.watched));
     case Access::kDrawn:
-      return with(hfac_update_tiles<Drawn>);
+      return with(update_kernel<Drawn>(a.watched));
     case Access::kSplit:
-      return with(hfac_update_tiles<Split>);
+      return with(update_kernel<Split>(a.watched));
     case Access::kSplit8:
-      return with(hfac_update_tiles<Split8>);
+      return with(update_kernel<Split8>(a.watched));
 #else
     default:
       throw std::logic_error("compiled without these operands");

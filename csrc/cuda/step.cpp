@@ -124,6 +124,7 @@ void Step::launch(const Memory& memory, const Scalars& scalars, const Given& giv
   a.found_inf = given.found_inf;
   a.clip = given.clip;
   a.squares = given.squares;
+  a.watched = given.watched;
   a.scalars = scalars;
   launch_all(plan_, a, entries_, device, stream);
 }

@@ -48,7 +48,7 @@ struct Memory {
 struct Given {
   int32_t* nonfinite = nullptr;
   const float *grad_scale = nullptr, *found_inf = nullptr, *clip = nullptr;
-  double* squares = nullptr;
+  double *squares = nullptr, *watched = nullptr;
 };
 
 class Step {

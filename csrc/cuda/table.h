@@ -100,6 +100,11 @@ struct Scalars {
   Keys keys;
 };
 
+// What a step that is watched tells of a parameter: the sum of (new - old)^2, before the new one is rounded; elements
+// that stay what they are when it is rounded to the nearest; the sum of squares of the direction, before it is clipped.
+// Of H-Fac's gradients also the rows and columns of zeros.
+enum Watched { kMoved, kStill, kDirection, kZeroRows, kZeroCols, kWatchedNumbers };
+
 // Arguments of every kernel.
 struct Arguments {
   const Item* items;
@@ -112,6 +117,7 @@ struct Arguments {
   const float *grad_scale, *found_inf;
   const float* clip;  // of a launch that has nothing to do where it is 1
   double* squares;    // [entries] sums of squares, where the launch is to write them
+  double* watched;    // [entries, kWatchedNumbers] what kernels add to, where a step is watched
   int32_t backward;  // tiles from the last to the first
   Scalars scalars;
 };

@@ -128,6 +128,8 @@ bool run(OpKind op, const std::vector<Matrix>& matrices, bool stored = false, bo
     const hfac::Memory memory{table, workspace, counters};
     hfac::Given given;
     given.nonfinite = flagged ? flags : nullptr;
+    const size_t numbers = items.size() * hfac::kWatchedNumbers;
+    auto* const watched = reinterpret_cast<double*>(passing.bytes(numbers * sizeof(double), 0));
     if (norm) {
       given.squares = reinterpret_cast<double*>(passing.bytes(items.size() * sizeof(double), 0xff));
       step.launch(memory, s, given, 0, nullptr);
@@ -139,7 +141,11 @@ bool run(OpKind op, const std::vector<Matrix>& matrices, bool stored = false, bo
       *clip = t == 2 ? 1.0f : 0.5f;
       given.clip = clip;
     }
+    given.watched = t == 2 ? watched : nullptr;
     step.launch(memory, s, given, 0, nullptr);
+    for (size_t k = 0; k < numbers; ++k) {
+      if (!std::isfinite(watched[k])) return false;
+    }
   }
   return arena.finite();
 }

@@ -130,6 +130,7 @@ class _Planned:
         step: Scalar | None = None,
         clip: Tensor | None = None,
         squares: Tensor | None = None,
+        watched: Tensor | None = None,
     ) -> None:
         """The step or, with ``squares``, what the plan has before it. ``clip``: that has been launched."""
         strides = None
@@ -170,7 +171,8 @@ class _Planned:
             self.platform.used_on_another_stream([tensor for tensor in mine if tensor is not None], self.device)
         if clip is None:  # else it holds statistics
             self.platform.before_launch(self.workspace)
-        given = dict(nonfinite=flags, grad_scale=grad_scale, found_inf=found_inf, clip=clip, squares=squares)
+        given = {"nonfinite": flags, "grad_scale": grad_scale, "found_inf": found_inf, "clip": clip}
+        given |= {"squares": squares, "watched": watched}
         self.step.launch(
             table=self.table.data_ptr(),
             workspace=self.workspace.data_ptr(),
@@ -188,7 +190,7 @@ class _Planned:
         if nonfinite is not None and flags is not None and flags is not nonfinite:
             nonfinite.copy_(flags)
         if capturing:
-            self.captured += [self.table, self.workspace, self.counters, flags, squares, *kept]
+            self.captured += [self.table, self.workspace, self.counters, flags, squares, watched, *kept]
             self.frozen = self.table
             if not self.warm:  # its zeros are written by the graph, not yet
                 self.counters = None
@@ -293,6 +295,15 @@ class Bound(_Planned):
         and scalars, but that ``grad_scale`` has since been divided by it. Where it is exactly 1 the step goes on from
         the statistics that were taken, else it takes them again: either way the bits are those of a step without it.
         ``nonfinite`` is then the tensor that `squares` has set; of statistics taken again its flags are new.
+
+        ``watched``, a contiguous float64 tensor [parameters, 5] on the device: the step adds to it, for each parameter,
+
+        0. the sum of (new - old)^2, as they are before the new weight is rounded to what is stored of it;
+        1. how many elements keep what is stored of them when that is rounded to the nearest, even where it is not;
+        2. the sum of squares of the direction: G / sqrt(V) before it is clipped, or M / (sqrt(V) + eps);
+        3. and 4. H-Fac on matrices: how many rows and columns of the gradient are zero.
+
+        Nothing is added for a parameter that keeps every bit. Numbers 0 and 2 are added up in any order.
         """
         if not self.params:
             return
