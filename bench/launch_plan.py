@@ -32,6 +32,15 @@ Bytes are per parameter (element) and go through the GPU's memory; a gradient th
 (`grad_from_cache`) is not among them. The times are arithmetic, those bytes at the rate of a copy (4.3 and 1.9 TB/s):
 nothing here has been measured.
 """
+NORM = """## H-Fac with `max_grad_norm`
+
+The norm of all gradients is made of the statistics that a step takes anyway, all of them before the first update. Bytes
+per parameter below, with the norm read apart and an ordinary step after it; where the norm is within the limit; and
+where it is not, so that each group takes its statistics again (there the second read of a gradient is counted as one
+from memory unless all fit the cache, though it has some of each group). Gradients of vectors are read for their norm in
+any case. The workspace holds 2 numbers per row and 5 per column of every matrix, and the tiles' sums of as many as fit
+the cache.
+"""
 _CODES = {"float32": 0, "bfloat16": 1}
 #: what a launch's bytes are made of; of these the first reaches the kernel from the L2 cache
 PARTS = ("grad_from_cache", "grad", "param_read", "param_written", "signs", "partial", "states")
@@ -123,13 +132,44 @@ def kernels() -> str:
     return "\n".join(lines)
 
 
+def clipped() -> str:
+    """Launches, bytes per parameter and MiB of workspace with the norm from statistics and without, as Markdown."""
+    lines = [
+        "| parameters | type | read apart | within the limit | beyond it | launches | workspace | without the norm |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, make in LISTS.items():
+        shapes = make()
+        elements = sum(map(math.prod, shapes))
+        matrices = [(math.prod(shape[:k]), math.prod(shape[k:])) for shape in shapes if (k := cut(shape)) is not None]
+        rows, cols = (list(sizes) for sizes in zip(*(sizes for sizes in matrices if sizes[1] > 1), strict=True))
+        vectors = elements - sum(map(math.prod, zip(rows, cols, strict=True)))
+        for dtype, size in (("bfloat16", 2), ("float32", 4)):
+            types = dict(param_dtypes=_CODES[dtype], grad_dtypes=_CODES[dtype])
+            kept = [
+                _native().cuda_plan(op="hfac_step", rows=rows, cols=cols, **types, norm=norm)["workspace_bytes"]
+                for norm in (True, False)
+            ]
+            plain, norm = (plan("hfac", shapes, dtype, norm=norm) for norm in (False, True))
+            bytes_ = [
+                sum(launch["bytes"] for launch in plain) + size * elements,
+                sum(launch["bytes"] for launch in norm if not launch["conditional"]) + size * vectors,
+                sum(launch["bytes"] for launch in norm) + size * vectors,
+            ]
+            cells = " | ".join(f"{count / elements:.2f}" for count in bytes_)
+            spaces = " | ".join(f"{count / 2**20:.1f} MiB" for count in kept)
+            lines.append(f"| {name} | {dtype} | {cells} | {len(norm)} | {spaces} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.launch_plan", description=__doc__.splitlines()[0])
     parser.add_argument("--launches", choices=LISTS, help="every launch of one list, in bfloat16")
     parser.add_argument("--write", action="store_true", help="write docs/launch-plan.md instead")
     args = parser.parse_args()
     if args.write:
-        DOCUMENT.write_text(f"{HEAD}\n{table()}\n\n## Kernel by kernel, in bfloat16\n\n{kernels()}\n")
+        by_kernel = f"## Kernel by kernel, in bfloat16\n\n{kernels()}"
+        DOCUMENT.write_text(f"{HEAD}\n{table()}\n\n{by_kernel}\n\n{NORM}\n{clipped()}\n")
         print(f"written to {DOCUMENT}")
         return
     if args.launches is None:

@@ -59,6 +59,37 @@ def test_a_gradient_larger_than_the_cache_is_updated_from_its_end():
     assert update["l"]["backward"] and 0 < update["l"]["grad_from_cache"] < update["l"]["grad"]
 
 
+def test_statistics_for_the_norm_come_first_and_again_where_it_clips():
+    for shapes in (gpt2(), llama3_8b(), [(16384, 8192)], [(64, 64)] * 2000):
+        matrices = [shape for shape in shapes if len(shape) > 1]
+        size = 2 * sum(map(math.prod, matrices))
+        plain = [la for la in launch_plan.plan("hfac", matrices, "bfloat16") if la["phase"] == "step"]
+        found = launch_plan.plan("hfac", matrices, "bfloat16", norm=True)
+        first, again, rest = (
+            [la for la in found if la["phase"] == "squares"],
+            [la for la in found if la["conditional"]],
+            [la for la in found if la["phase"] == "step" and not la["conditional"]],
+        )
+        assert found == [*first, *(la for la in found if la["phase"] == "step")] and len(plain) > 0
+        assert {la["kernel"] for la in first} == {la["kernel"] for la in again} == {"hfac_stats", "hfac_collect"}
+        assert {la["kernel"] for la in rest} == {"hfac_fold", "hfac_update"}
+        for launches in (first, again, rest):
+            assert sum(la["grad"] + la["grad_from_cache"] for la in launches) == size
+        for part in ("partial", "blocks"):
+            assert sum(la[part] for la in first) == sum(la[part] for la in again)
+        assert len(first) <= len(again)
+        below = sum(la["bytes"] for la in first + rest)
+        assert below < sum(la["bytes"] for la in plain) + size  # that of a plain step and of reading the norm apart
+
+
+def test_what_lasts_for_the_norm_is_a_few_numbers_per_row_and_column():
+    rows, cols = zip(*[shape for shape in llama3_8b() if len(shape) > 1], strict=True)
+    given = dict(op="hfac_step", rows=rows, cols=cols, param_dtypes=1, grad_dtypes=1)
+    found = native.cuda_plan(**given, norm=True)["workspace_bytes"]
+    lasting = 4 * (2 * sum(rows) + 5 * sum(cols))
+    assert lasting < found <= lasting * 1.01 + 0.6 * (50 << 20)
+
+
 def test_an_unknown_op_is_refused():
     with pytest.raises(ValueError, match="hfac_step, hfac_dense_step, smmf_step or smmf_dense_step is needed"):
         native.cuda_plan(op="adam", rows=[2], cols=[2], param_dtypes=0, grad_dtypes=0)

@@ -7,7 +7,9 @@ Without a GPU there is nothing here to run: the CUDA kernels run on the host in 
 import copy
 
 import pytest
+import test_cuda_clipping
 import test_cuda_rounding
+import test_cuda_watch
 import test_parts
 import torch
 from cases import OPTIONS, SHAPES, gradient
@@ -390,6 +392,61 @@ def test_a_replayed_graph_of_stored_parameters_equals_eager_steps(name, stored):
     """The step that random bits depend on is read on the device."""
     graph, eager = (run(name, "cuda", 8, use_graph, torch.bfloat16, **stored) for use_graph in (True, False))
     assert graph == eager
+
+
+@PARTS
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_replayed_graph_of_the_norm_and_the_step_equals_plain_steps(warm):
+    """Some replays clip and some do not. A graph made before any step finds no memory of an earlier one."""
+    shapes, ops = (
+        [(300, 2100), (24, 16), (0, 5), (1024, 4096), (40, 20000), (127, 129)],
+        backends.resolve("cuda", DEVICE),
+    )
+    ours, theirs = (test_cuda_clipping.Run(shapes, device=DEVICE, ops=ops) for _ in range(2))
+    static = [torch.zeros(shape, device=DEVICE) for shape in shapes]
+    limit, graph, clips = 2 * sum(map(torch.numel, static)) ** 0.5, None, []
+    for step in range(8):
+        for k, grad in enumerate(static):
+            generator = torch.Generator().manual_seed(100 * step + k)
+            grad.copy_(torch.randn(grad.shape, generator=generator) * (10.0 if step % 3 == 1 else 1.0))
+        if graph is None and (step == 3 or not warm):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                clip = test_cuda_clipping.norm_and_step(ours, static, limit)
+        if graph is None or step == 6:  # between replays too
+            clips.append(test_cuda_clipping.norm_and_step(ours, static, limit).clone())
+        else:
+            graph.replay()
+            clips.append(clip.clone())
+        theirs.step(static, **test_cuda_clipping.scalars(1), grad_scale=clips[-1].reciprocal())
+        assert test_cuda_clipping.agree(ours, theirs)
+    assert [bool(clip < 1) for clip in clips] == [step % 3 == 1 for step in range(8)]
+
+
+@PARTS
+def test_the_norm_and_the_step_do_not_wait_for_the_device():
+    run = test_cuda_clipping.Run([(300, 2100), (24, 16)], device=DEVICE, ops=backends.resolve("cuda", DEVICE))
+    grads = [torch.ones_like(param) for param in run.params]
+    for _ in range(2):
+        test_cuda_clipping.norm_and_step(run, grads, 1.0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        test_cuda_clipping.norm_and_step(run, grads, 1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@PARTS
+@pytest.mark.parametrize("kind", test_cuda_watch.EVERY.values(), ids=test_cuda_watch.EVERY)
+@pytest.mark.parametrize("op", test_cuda_watch.OPS)
+def test_sanitized_watched_steps(op, kind):
+    shapes = test_cuda_watch.shapes_of(op)
+    run = test_cuda_watch.Watched(op, kind, shapes, device=DEVICE, ops=backends.resolve("cuda", DEVICE))
+    for t in (1, 2):
+        grads = [grad.to(DEVICE) for grad in test_cuda_watch.grads_of(shapes, t)]
+        watched = torch.zeros(len(shapes), 5, dtype=torch.float64, device=DEVICE)
+        expected = run.watch(grads, watched, t=t)
+        test_cuda_watch.agree(watched.cpu(), expected)
 
 
 @PARTS

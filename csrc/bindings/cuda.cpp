@@ -165,6 +165,8 @@ py::list described(const Plan& plan) {
     d["access"] = name_of(launch.access);
     d["width"] = launch.kernel == Kernel::kHfacStats ? name_of(launch.width) : "";
     d["group"] = launch.group;
+    d["phase"] = name_of(launch.phase);
+    d["conditional"] = launch.conditional;
     d["backward"] = launch.backward;
     d["blocks"] = launch.tiles;
     d["threads"] = launch.threads;
@@ -182,7 +184,8 @@ py::list described(const Plan& plan) {
 }
 
 py::dict cuda_plan(const std::string& op, py::object rows, py::object cols, py::object param_dtypes,
-                   py::object grad_dtypes, py::object slices, bool first, bool clip, bool nonfinite, int64_t l2_bytes) {
+                   py::object grad_dtypes, py::object slices, bool first, bool clip, bool nonfinite, int64_t l2_bytes,
+                   bool norm) {
   const List n(rows, "rows", -1), m(cols, "cols", n.size());
   const PerParameter params(param_dtypes, "param_dtypes", n.size()), grads(grad_dtypes, "grad_dtypes", n.size());
   std::vector<Item> items;
@@ -199,7 +202,7 @@ py::dict cuda_plan(const std::string& op, py::object rows, py::object cols, py::
     }
     if (product(item.rows, item.cols, "rows") > 0) items.push_back(item);
   }
-  PlanOptions options{op_kind(op), first, clip, nonfinite};
+  PlanOptions options{op_kind(op), first, clip, nonfinite, norm};
   if (l2_bytes > 0) options.l2_bytes = l2_bytes;
   const Plan plan = make_plan(items, assumed_bulk(items), options);
   py::dict d;
@@ -215,7 +218,8 @@ class CudaPlan {
   void launch(uintptr_t table, uintptr_t workspace, uintptr_t counters, py::object lr, py::object weight_decay,
               py::object beta1, py::object beta2, double eps, std::optional<double> clip_threshold, bool maximize,
               bool coupled, uintptr_t nonfinite, uintptr_t grad_scale, uintptr_t found_inf, py::object totals,
-              py::object mean_squares, py::object seed, py::object step, int device, uintptr_t stream) const {
+              py::object mean_squares, py::object seed, py::object step, uintptr_t clip, uintptr_t squares,
+              uintptr_t watched, int device, uintptr_t stream) const {
     Scalars s{};
     s.lr = scalar(lr, "lr");
     s.weight_decay = scalar(weight_decay, "weight_decay");
@@ -243,9 +247,15 @@ class CudaPlan {
     const Memory memory{reinterpret_cast<void*>(table), reinterpret_cast<void*>(workspace),
                         reinterpret_cast<void*>(counters)};
     if (step_->table_bytes() && !table) refuse("table", "a null address");
+    Given given;
+    given.nonfinite = reinterpret_cast<int32_t*>(nonfinite);
+    given.grad_scale = reinterpret_cast<const float*>(grad_scale);
+    given.found_inf = reinterpret_cast<const float*>(found_inf);
+    given.clip = reinterpret_cast<const float*>(clip);
+    given.squares = reinterpret_cast<double*>(squares);
+    given.watched = reinterpret_cast<double*>(watched);
     const py::gil_scoped_release release;
-    step_->launch(memory, s, reinterpret_cast<int32_t*>(nonfinite), reinterpret_cast<const float*>(grad_scale),
-                  reinterpret_cast<const float*>(found_inf), device, reinterpret_cast<void*>(stream));
+    step_->launch(memory, s, given, device, reinterpret_cast<void*>(stream));
   }
 
   void write_table(uintptr_t host) const { step_->write_table(reinterpret_cast<void*>(host)); }
@@ -269,7 +279,7 @@ class CudaStep : public CudaPlan {
            py::object cols, py::object first_rows, py::object first_cols, py::object second_rows,
            py::object second_cols, py::object exp_avg_signs, py::object sign_bytes, py::object sign_slices,
            py::object shapes, py::object param_strides, py::object master_lows, py::object master_low_dtypes,
-           py::object master_low_strides, py::object places, int64_t l2_bytes)
+           py::object master_low_strides, py::object places, int64_t l2_bytes, bool norm)
       : params_(params, "params", -1, param_dtypes, "param_dtypes", param_strides, "param_strides"),
         stores_(master_lows, master_low_dtypes, master_low_strides, places, shapes, params_.size()) {
     const py::ssize_t size = params_.size();
@@ -304,6 +314,7 @@ class CudaStep : public CudaPlan {
     }
     first_ = !first_rows.is_none();
     PlanOptions options{op_kind(op), first_};
+    options.norm = norm;
     if (l2_bytes > 0) options.l2_bytes = l2_bytes;
     step_ = std::make_unique<Step>(std::move(items), size, options);
   }
@@ -527,7 +538,7 @@ py::dict cuda_info() {
 void define_cuda(py::module_& m) {
   m.def("cuda_plan", &cuda_plan, py::kw_only(), py::arg("op"), py::arg("rows"), py::arg("cols"),
         py::arg("param_dtypes"), py::arg("grad_dtypes"), py::arg("slices") = py::none(), py::arg("first") = true,
-        py::arg("clip") = true, py::arg("nonfinite") = false, py::arg("l2_bytes") = 0,
+        py::arg("clip") = true, py::arg("nonfinite") = false, py::arg("l2_bytes") = 0, py::arg("norm") = false,
         "The launches that a step on the GPU consists of, with blocks, threads and bytes; needs no GPU.");
 #ifdef HFAC_CUDA_STEP
   py::class_<CudaPlan>(m, "CudaPlan", "The launches of one op over one list, and the table that they read.")
@@ -535,7 +546,8 @@ void define_cuda(py::module_& m) {
            py::arg("lr"), py::arg("weight_decay"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
            py::arg("clip_threshold"), py::arg("maximize"), py::arg("coupled"), py::arg("nonfinite") = 0,
            py::arg("grad_scale") = 0, py::arg("found_inf") = 0, py::arg("totals") = 0.0, py::arg("mean_squares") = 0.0,
-           py::arg("seed") = py::none(), py::arg("step") = py::none(), py::arg("device") = 0, py::arg("stream") = 0)
+           py::arg("seed") = py::none(), py::arg("step") = py::none(), py::arg("clip") = 0, py::arg("squares") = 0,
+           py::arg("watched") = 0, py::arg("device") = 0, py::arg("stream") = 0)
       .def("write_table", &CudaPlan::write_table, py::arg("host"))
       .def("plan", &CudaPlan::plan)
       .def_property_readonly("table_bytes", &CudaPlan::table_bytes)
@@ -544,13 +556,14 @@ void define_cuda(py::module_& m) {
   py::class_<CudaStep, CudaPlan>(m, "CudaStep", "One op over one list of parameters, bound to their addresses.")
       .def(py::init<const std::string&, py::object, py::object, py::object, py::object, py::object, py::object,
                     py::object, py::object, py::object, py::object, py::object, py::object, py::object, py::object,
-                    py::object, py::object, py::object, py::object, int64_t>(),
+                    py::object, py::object, py::object, py::object, int64_t, bool>(),
            py::kw_only(), py::arg("op"), py::arg("params"), py::arg("numels"), py::arg("param_dtypes"), py::arg("rows"),
            py::arg("cols"), py::arg("first_rows"), py::arg("first_cols"), py::arg("second_rows"),
            py::arg("second_cols"), py::arg("exp_avg_signs") = py::none(), py::arg("sign_bytes") = py::none(),
            py::arg("sign_slices") = py::none(), py::arg("shapes") = py::none(), py::arg("param_strides") = py::none(),
            py::arg("master_lows") = py::none(), py::arg("master_low_dtypes") = py::none(),
-           py::arg("master_low_strides") = py::none(), py::arg("places") = py::none(), py::arg("l2_bytes") = 0)
+           py::arg("master_low_strides") = py::none(), py::arg("places") = py::none(), py::arg("l2_bytes") = 0,
+           py::arg("norm") = false)
       .def("prepare", &CudaStep::prepare, py::kw_only(), py::arg("grads"), py::arg("grad_dtypes"),
            py::arg("shapes") = py::none(), py::arg("grad_strides") = py::none(), py::arg("clip"), py::arg("nonfinite"),
            "Takes this step's gradients; true where the table in device memory is out of date.");

@@ -93,6 +93,8 @@ struct Decay {
 
 // Must this parameter keep every bit? (torch's fused protocol: found_inf; a gradient that was looked at: nonfinite)
 HFAC_DEVICE bool skipped(const Arguments& a) { return a.found_inf && *a.found_inf != 0.0f; }
+// Are the statistics that were taken for the norm those of the step, because it does not clip? (NaN: no)
+HFAC_DEVICE bool unclipped(const Arguments& a) { return a.clip && *a.clip == 1.0f; }
 HFAC_DEVICE bool refused(const Arguments& a, const Item& it) { return a.nonfinite && a.nonfinite[it.index]; }
 
 HFAC_DEVICE Tile tile_of(const Arguments& a) {
@@ -134,6 +136,35 @@ HFAC_DEVICE bool nonfinite(const T (&g)[kVector], T elements) {
   }
   return bad;
 }
+
+// Of the elements that a thread writes, what a watched step tells of them.
+template <class A>
+struct Watch {
+  using T = typename A::T;
+  T moved = T(0), direction = T(0);
+  int still = 0;
+
+  template <class Target>
+  HFAC_DEVICE void add(const Target& target, const T (&old)[kVector], const T (&fresh)[kVector], int count) {
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      if (k >= count) continue;
+      const T by = fresh[k] - old[k];
+      moved = moved + by * by;
+      still += A::nearest(target, fresh[k]) == old[k] ? 1 : 0;
+    }
+  }
+
+  // By all threads of a block, with one place each in `shared`. Blocks add in any order, which counts do not notice.
+  HFAC_DEVICE void finish(const Arguments& a, const Item& it, double* shared) const {
+    const double values[] = {static_cast<double>(moved), static_cast<double>(still), static_cast<double>(direction)};
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+      const double sum = block_sum(values[k], shared);
+      if (threadIdx.x == 0 && sum != 0) atomicAdd(a.watched + int64_t{it.index} * kWatchedNumbers + k, sum);
+    }
+  }
+};
 
 // max(1, rms / d), which keeps a NaN.
 template <class T>

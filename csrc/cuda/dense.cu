@@ -146,6 +146,12 @@ __global__ void __launch_bounds__(kTileThreads) dense_look(Arguments a) {
 }
 
 template <class A>
+HFAC_DEVICE void watched(const Arguments& a, const Item& it, const Watch<A>& watch) {
+  __shared__ double shared[kTileThreads];
+  watch.finish(a, it, shared);
+}
+
+template <class A, bool kWatched>
 __global__ void __launch_bounds__(kTileThreads) hfac_dense(Arguments a) {
   using T = typename A::T;
   __shared__ T shared[kTileThreads];
@@ -163,22 +169,27 @@ __global__ void __launch_bounds__(kTileThreads) hfac_dense(Arguments a) {
   const T lr = static_cast<T>(value_of(a.scalars.lr, 0));
   const T weight_decay = static_cast<T>(value_of(a.scalars.weight_decay, 0));
   const auto& param = A::target(a, it);
+  Watch<A> watch;
   each_vector(it, tile.part, [&](int64_t at, int count) {
     const HfacDenseCell<T> cell(a, it, gradient, b1, b2, at, count);
-    T w[kVector];
+    T w[kVector], old[kVector];
     load_param<A>(param, a.layouts, at, count, w);
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
+      old[k] = w[k];
+      if (kWatched && k < count) watch.direction = watch.direction + cell.update[k] * cell.update[k];
       w[k] = hfac_dense_update(w[k], cell.g[k], cell.average[k], cell.denominator[k], cell.update[k] / divisor, b1.beta,
                                lr, weight_decay);
     }
     store_moment(it.first_row, at, count, cell.average);
     store_moment(it.second_row, at, count, cell.square);
+    if constexpr (kWatched) watch.add(param, old, w, count);
     A::store(param, a.layouts, at, count, w);
   });
+  if constexpr (kWatched) watched(a, it, watch);
 }
 
-template <class A>
+template <class A, bool kWatched>
 __global__ void __launch_bounds__(kTileThreads) smmf_dense(Arguments a) {
   using T = typename A::T;
   __shared__ T shared[kTileThreads];
@@ -192,8 +203,9 @@ __global__ void __launch_bounds__(kTileThreads) smmf_dense(Arguments a) {
   const T lr = static_cast<T>(lr_wide), weight_decay = static_cast<T>(decay_wide), eps = static_cast<T>(a.scalars.eps);
   const T shrink = static_cast<T>(1 - lr_wide * decay_wide);
   const auto& param = A::target(a, it);
+  Watch<A> watch;
   each_vector(it, tile.part, [&](int64_t at, int count) {
-    T g[kVector], w[kVector], m[kVector], v[kVector];
+    T g[kVector], w[kVector], m[kVector], v[kVector], old[kVector];
     load_any(it.grad, a.layouts, at, count, g);
     load_param<A>(param, a.layouts, at, count, w);
     load_moment(it.second_row, at, count, v);
@@ -201,6 +213,7 @@ __global__ void __launch_bounds__(kTileThreads) smmf_dense(Arguments a) {
     gradient(g);
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
+      old[k] = w[k];
       if (a.scalars.coupled) {
         g[k] = g[k] + weight_decay * w[k];
       } else {
@@ -209,11 +222,26 @@ __global__ void __launch_bounds__(kTileThreads) smmf_dense(Arguments a) {
       m[k] = a.scalars.first ? smmf_first_moment(b1.beta * m[k], b1.rest, g[k]) : g[k];
       v[k] = smmf_second_moment(b2.beta * v[k], b2.rest, g[k]);
       w[k] = smmf_update(w[k], lr, m[k], v[k], eps);
+      if (kWatched && k < count) {
+        const T direction = m[k] / (root(v[k]) + eps);
+        watch.direction = watch.direction + direction * direction;
+      }
     }
     if (a.scalars.first) store_moment(it.first_row, at, count, m);
     store_moment(it.second_row, at, count, v);
+    if constexpr (kWatched) watch.add(param, old, w, count);
     A::store(param, a.layouts, at, count, w);
   });
+  if constexpr (kWatched) watched(a, it, watch);
+}
+
+template <class A>
+void (*hfac_kernel(bool watched))(Arguments) {
+  return watched ? hfac_dense<A, true> : hfac_dense<A, false>;
+}
+template <class A>
+void (*smmf_kernel(bool watched))(Arguments) {
+  return watched ? smmf_dense<A, true> : smmf_dense<A, false>;
 }
 
 }  // namespace
@@ -229,14 +257,16 @@ void launch_dense_look(const Launch& l, const Arguments& a, void* stream) {
 
 void launch_hfac_dense(const Launch& l, const Arguments& a, void* stream) {
   const auto with = [&](void (*kernel)(Arguments)) { launch("hfac_dense", kernel, l.tiles, l.threads, stream, a); };
-  if (l.access == Access::kStored) return with(hfac_dense<StoredAccess>);
-  with(l.access == Access::kDouble ? hfac_dense<AnyAccess<double>> : hfac_dense<AnyAccess<float>>);
+  if (l.access == Access::kStored) return with(hfac_kernel<StoredAccess>(a.watched));
+  if (l.access == Access::kDouble) return with(hfac_kernel<AnyAccess<double>>(a.watched));
+  with(hfac_kernel<AnyAccess<float>>(a.watched));
 }
 
 void launch_smmf_dense(const Launch& l, const Arguments& a, void* stream) {
   const auto with = [&](void (*kernel)(Arguments)) { launch("smmf_dense", kernel, l.tiles, l.threads, stream, a); };
-  if (l.access == Access::kStored) return with(smmf_dense<StoredAccess>);
-  with(l.access == Access::kDouble ? smmf_dense<AnyAccess<double>> : smmf_dense<AnyAccess<float>>);
+  if (l.access == Access::kStored) return with(smmf_kernel<StoredAccess>(a.watched));
+  if (l.access == Access::kDouble) return with(smmf_kernel<AnyAccess<double>>(a.watched));
+  with(smmf_kernel<AnyAccess<float>>(a.watched));
 }
 
 }  // namespace hfac

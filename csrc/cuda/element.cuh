@@ -240,6 +240,23 @@ HFAC_DEVICE void store_signs(const Signs& s, int64_t at, int count, unsigned old
   }
 }
 
+// What is stored of x where it is rounded to the nearest.
+HFAC_DEVICE float nearest(float x, float) { return x; }
+HFAC_DEVICE float nearest(float x, BFloat16) {
+#if defined(__CUDA_ARCH__)
+  return __bfloat162float(__float2bfloat16_rn(x));
+#else
+  return widen(Narrow<BFloat16>::from(x));
+#endif
+}
+HFAC_DEVICE float nearest(float x, Float16) {
+#if defined(__CUDA_ARCH__)
+  return __half2float(__float2half_rn(x));
+#else
+  return widen(Narrow<Float16>::from(x));
+#endif
+}
+
 // How a kernel reaches its operands; `target` is what it reads and writes a parameter by (stored.cuh has others). Bulk:
 // whole aligned vectors of known types, whole bytes of signs.
 template <class T_, class Sw, class Sg>
@@ -266,6 +283,10 @@ struct BulkAccess {
     Raw<Sw> raw;
     pack(x, raw);
     store_raw(global(static_cast<Sw*>(o.data)) + at, raw);
+  }
+  template <class Target>
+  static HFAC_DEVICE T nearest(const Target&, T x) {
+    return hfac::nearest(x, Sw());
   }
   static HFAC_DEVICE unsigned signs(const Signs& s, int64_t at, int) { return global(s.data)[at / 8]; }
   static HFAC_DEVICE void store(const Signs& s, int64_t at, int, unsigned, unsigned fresh) {
@@ -300,6 +321,12 @@ struct AnyAccess {
   static HFAC_DEVICE void store(const Operand& o, const int64_t* layouts, int64_t at, int count,
                                 const T (&x)[kVector]) {
     store_any(o, layouts, at, count, x);
+  }
+  static HFAC_DEVICE T nearest(const Operand& o, T x) {
+    if constexpr (sizeof(T) > sizeof(float)) return x;  // a double parameter
+    if (o.dtype == static_cast<int32_t>(DType::kBFloat16)) return hfac::nearest(x, BFloat16());
+    if (o.dtype == static_cast<int32_t>(DType::kFloat16)) return hfac::nearest(x, Float16());
+    return x;
   }
   static HFAC_DEVICE unsigned signs(const Signs& s, int64_t at, int count) { return load_signs(s, at, count); }
   static HFAC_DEVICE void store(const Signs& s, int64_t at, int count, unsigned old, unsigned fresh) {

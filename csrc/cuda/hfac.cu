@@ -4,6 +4,10 @@
 // The statistics hold whole rows, because r_i is needed for the third column sum, that of g^2 / r_i, which gives the
 // clip norm without a third read:
 //     sum_ij U_ij^2 = R sum_j w_j / s_j,  w_j = sum_i g_ij^2 / r_i,  R = sum_i r_i.
+//
+// Where gradients are clipped by the norm of them all, the first launch comes in a phase of its own: the norm is made
+// of its column sums, which `hfac_collect` adds up over the tiles to outlast the other groups. Then each group goes on
+// from there; where the coefficient is not 1 it takes the statistics again, because r_i depends on it.
 #include "../math/hfac.h"
 #include "launchers.h"
 #include "stored.cuh"
@@ -114,7 +118,7 @@ struct Stats {
       }
       const int64_t i = first_row + base + k;
       const T r = hfac_average(b2.beta, static_cast<const T*>(it.second_row)[i], b2.rest, square + eps_sum);
-      space.row_sum[i] = sum;
+      space.row_sum[i] = sum == T(0) && square == T(0) ? -T(0) : sum;  // of zeros alone: no sum comes out as -0
       space.row_square[i] = r;
       shared.inverse[k] = T(1) / r;
     }
@@ -135,7 +139,7 @@ template <class A, int kVectors>
 __global__ void __launch_bounds__(kVectors == 1 ? kStatsThreads : kLongThreads, 1) hfac_stats(Arguments a) {
   using T = typename A::T;
   __shared__ StatsShared<T> shared;
-  if (skipped(a)) return;
+  if (skipped(a) || unclipped(a)) return;
   const Tile tile = tile_of(a);
   Stats<A> s(a, a.items[tile.item], tile.part, shared);
   T sums[kVectors][kSums][kVector];
@@ -223,7 +227,7 @@ template <class A>
 __global__ void __launch_bounds__(kLongThreads, 1) hfac_stats_wide(Arguments a) {
   using T = typename A::T;
   __shared__ StatsShared<T> shared;
-  if (skipped(a)) return;
+  if (skipped(a) || unclipped(a)) return;
   const Tile tile = tile_of(a);
   Stats<A> s(a, a.items[tile.item], tile.part, shared);
   T* out = s.space.cols + static_cast<int64_t>(tile.part) * kSums * s.cols;
@@ -263,17 +267,76 @@ __global__ void __launch_bounds__(kLongThreads, 1) hfac_stats_wide(Arguments a) 
   s.finish();
 }
 
-// The sums of column k over all tiles of rows, in their order.
-template <class T>
-HFAC_DEVICE void sum_tiles(const HfacSpace<T>& space, const Item& it, int64_t k, T (&sums)[kSums]) {
+// The sums of column k over all tiles of rows, in their order; each(j, sum) sees those of a tile.
+template <class T, class Each>
+HFAC_DEVICE void sum_tiles(const T* cols, int tiles, int64_t width, int64_t k, T (&sums)[kSums], const Each& each) {
 #pragma unroll
   for (int j = 0; j < kSums; ++j) sums[j] = T(0);
-  for (int t = 0; t < it.tiling.row_tiles; ++t) {
+  for (int t = 0; t < tiles; ++t) {
 #pragma unroll
     for (int j = 0; j < kSums; ++j) {
-      sums[j] = sums[j] + space.cols[(static_cast<int64_t>(t) * kSums + j) * it.cols + k];
+      const T sum = cols[(static_cast<int64_t>(t) * kSums + j) * width + k];
+      sums[j] = sums[j] + sum;
+      each(j, sum);
     }
   }
+}
+
+// Collected sums are those of one tile: adding them to zero changes no bit.
+template <class T>
+HFAC_DEVICE void sum_tiles(const HfacSpace<T>& space, const Item& it, int64_t k, T (&sums)[kSums]) {
+  const bool collected = space.collected;
+  sum_tiles(collected ? space.collected : space.cols, collected ? 1 : it.tiling.row_tiles, it.cols, k, sums,
+            [](int, T) {});
+}
+
+// Column sums over all tiles, and the sum of squares of the whole gradient in double: of the tiles' sums, which lose
+// less than those of whole columns.
+template <class T>
+__global__ void __launch_bounds__(kTileThreads) hfac_collect(Arguments a) {
+  __shared__ double shared[kTileThreads];
+  const Tile tile = tile_of(a);
+  const Item& it = a.items[tile.item];
+  if (skipped(a)) {  // nothing was added up
+    if (a.squares && tile.part == 0 && threadIdx.x == 0) a.squares[it.index] = static_cast<double>(NAN);
+    return;
+  }
+  if (unclipped(a)) return;
+  const HfacSpace<T> space(it, a.workspace);
+  const int64_t k = static_cast<int64_t>(tile.part) * kFoldChunk + threadIdx.x;
+  double total = 0;
+  if (k < it.cols) {
+    T sums[kSums];
+    sum_tiles(space.cols, it.tiling.row_tiles, it.cols, k, sums, [&](int j, T sum) {
+      if (j == 1) total += static_cast<double>(sum);
+    });
+#pragma unroll
+    for (int j = 0; j < kSums; ++j) space.collected[j * it.cols + k] = sums[j];
+  }
+  if (!a.squares) return;
+
+  total = block_sum(total, shared);
+  if (threadIdx.x == 0) space.norms[tile.part] = total;
+  const int64_t chunks = collect_chunks(it);
+  if (!last_block(a.counters + it.counter, chunks)) return;
+  total = 0;
+  for (int64_t c = threadIdx.x; c < chunks; c += kTileThreads) total += load_fresh(space.norms + c);
+  total = block_sum(total, shared);
+  if (threadIdx.x == 0) a.squares[it.index] = total;
+}
+
+// Flags of statistics that are about to be taken again.
+__global__ void __launch_bounds__(kTileThreads) hfac_unflag(int32_t* flags, int64_t count, const float* clip) {
+  if (*clip == 1.0f) return;
+  const int64_t k = static_cast<int64_t>(blockIdx.x) * kTileThreads + threadIdx.x;
+  if (k < count) flags[k] = 0;
+}
+
+HFAC_DEVICE bool is_minus_zero(float x) { return bits_of(x) == 0x80000000u; }
+HFAC_DEVICE bool is_minus_zero(double x) {
+  uint64_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits == uint64_t{1} << 63;
 }
 
 template <class T>
@@ -291,9 +354,11 @@ __global__ void __launch_bounds__(kTileThreads) hfac_fold(Arguments a) {
 
   // In double, where no partial result can overflow.
   double total = 0, norm = 0;
+  double zeros[2] = {0, 0};  // rows and columns of zeros alone
   if (k < m) {
     T *u = static_cast<T*>(it.first_row), *r = static_cast<T*>(it.second_row);
-    const T mean = sign * space.row_sum[k] / cols;
+    const T sum = space.row_sum[k], mean = sign * (sum + T(0)) / cols;
+    zeros[0] = is_minus_zero(sum) ? 1 : 0;
     u[k] = hfac_average(b1.beta, u[k], b1.rest, mean);
     r[k] = space.row_square[k];
     space.row_sum[k] = hfac_half_drift(b1.beta, u[k], mean, r[k], cols);
@@ -309,6 +374,14 @@ __global__ void __launch_bounds__(kTileThreads) hfac_fold(Arguments a) {
     space.half_psi[k] = hfac_half_drift(b1.beta, v[k], mean, s[k], rows);
     space.col_scale[k] = T(1) / root(s[k]);
     norm = static_cast<double>(sums[2]) / static_cast<double>(s[k]);
+    zeros[1] = sums[0] == T(0) && sums[1] == T(0) ? 1 : 0;
+  }
+  double* const watched = a.watched ? a.watched + int64_t{it.index} * kWatchedNumbers : nullptr;
+  if (watched) {
+    for (int j = 0; j < 2; ++j) {
+      const double count = block_sum(zeros[j], shared);
+      if (threadIdx.x == 0 && count > 0) atomicAdd(watched + kZeroRows + j, count);
+    }
   }
   total = block_sum(total, shared);
   norm = block_sum(norm, shared);
@@ -327,6 +400,7 @@ __global__ void __launch_bounds__(kTileThreads) hfac_fold(Arguments a) {
   total = block_sum(total, shared);
   norm = block_sum(norm, shared);
   if (threadIdx.x > 0) return;
+  if (watched) watched[kDirection] += total * norm;
   *space.scale = root(static_cast<T>(total));
   const double mean_square = total * norm / (static_cast<double>(m) * static_cast<double>(n));
   *space.divisor =
@@ -342,7 +416,7 @@ __global__ void __launch_bounds__(kTileThreads) hfac_sums_fold(Arguments a) {
   const HfacSpace<T> space(it, a.workspace);
   const int64_t k = static_cast<int64_t>(tile.part) * kFoldChunk + threadIdx.x;
   if (k < it.rows) {
-    static_cast<T*>(part.row[0])[k] = space.row_sum[k];
+    static_cast<T*>(part.row[0])[k] = space.row_sum[k] + T(0);  // -0 was a mark
     static_cast<T*>(part.row[1])[k] = space.row_square[k];
   }
   if (!part.col[0] || k >= it.cols) return;
@@ -385,8 +459,9 @@ __global__ void __launch_bounds__(kTileThreads) hfac_apply_fold(Arguments a) {
 }
 
 // No root and no division in the loop: a tile's rows are prepared in shared memory, its columns in registers.
-template <class A>
-__global__ void __launch_bounds__(kTileThreads, A::kWhole ? 2 : 1) hfac_update_tiles(Arguments a) {
+// Watched, a kernel of its own: the plain one has no register for it.
+template <class A, bool kWatched>
+__global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) hfac_update_tiles(Arguments a) {
   using T = typename A::T;
   __shared__ T shared_phi[kRowsInFlight * kTileThreads], shared_scale[kRowsInFlight * kTileThreads];
   if (skipped(a)) return;
@@ -423,9 +498,10 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole ? 2 : 1) hfac_update_t
   const T lr = static_cast<T>(value_of(a.scalars.lr, 0));
   const T weight_decay = static_cast<T>(value_of(a.scalars.weight_decay, 0));
   __syncthreads();
-  if (!count) return;
+  if (!kWatched && !count) return;
 
-  for (int base = 0; base < tile_rows; base += ys * kRowsInFlight) {
+  Watch<A> watch;
+  for (int base = 0; base < (kWatched && !count ? 0 : tile_rows); base += ys * kRowsInFlight) {
     typename A::Grad g_raw[kRowsInFlight];
     typename A::Param w_raw[kRowsInFlight];
 #pragma unroll
@@ -449,9 +525,23 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole ? 2 : 1) hfac_update_t
       for (int j = 0; j < kVector; ++j) {
         w[j] = hfac_update(w[j], g[j], half_phi, half_psi[j], col_scale[j], row_scale, lr, weight_decay);
       }
+      if constexpr (kWatched) {
+        T old[kVector];
+        A::widen(w_raw[k], old);
+        watch.add(param, old, w, count);
+      }
       A::store(param, a.layouts, (first_row + row) * cols + col, count, w);
     }
   }
+  if constexpr (kWatched) {
+    __shared__ double shared[kTileThreads];
+    watch.finish(a, it, shared);
+  }
+}
+
+template <class A>
+void (*update_kernel(bool watched))(Arguments) {
+  return watched ? hfac_update_tiles<A, true> : hfac_update_tiles<A, false>;
 }
 
 template <class A>
@@ -483,6 +573,15 @@ void launch_hfac_stats(const Launch& l, const Arguments& a, void* stream) {
   }
 }
 
+void launch_hfac_collect(const Launch& l, const Arguments& a, void* stream) {
+  launch("hfac_collect", l.access == Access::kDouble ? hfac_collect<double> : hfac_collect<float>, l.tiles, l.threads,
+         stream, a);
+}
+
+void launch_hfac_unflag(int32_t* flags, int64_t count, const float* clip, void* stream) {
+  launch("hfac_unflag", hfac_unflag, ceil_quotient(count, kTileThreads), kTileThreads, stream, flags, count, clip);
+}
+
 void launch_hfac_fold(const Launch& l, const Arguments& a, void* stream) {
   launch("hfac_fold", l.access == Access::kDouble ? hfac_fold<double> : hfac_fold<float>, l.tiles, l.threads, stream,
          a);
@@ -502,34 +601,34 @@ void launch_hfac_update(const Launch& l, const Arguments& a, void* stream) {
   const auto with = [&](void (*kernel)(Arguments)) { launch("hfac_update", kernel, l.tiles, l.threads, stream, a); };
   switch (l.access) {
     case Access::kFloat:
-      return with(hfac_update_tiles<Float>);
+      return with(update_kernel<Float>(a.watched));
     case Access::kAny:
-      return with(hfac_update_tiles<AnyAccess<float>>);
+      return with(update_kernel<AnyAccess<float>>(a.watched));
     case Access::kDouble:
-      return with(hfac_update_tiles<AnyAccess<double>>);
+      return with(update_kernel<AnyAccess<double>>(a.watched));
     case Access::kDrawnFloat:
-      return with(hfac_update_tiles<DrawnFloat>);
+      return with(update_kernel<DrawnFloat>(a.watched));
     case Access::kSplitFloat:
-      return with(hfac_update_tiles<SplitFloat>);
+      return with(update_kernel<SplitFloat>(a.watched));
     case Access::kSplit8Float:
-      return with(hfac_update_tiles<Split8Float>);
+      return with(update_kernel<Split8Float>(a.watched));
     case Access::kStored:
-      return with(hfac_update_tiles<StoredAccess>);
+      return with(update_kernel<StoredAccess>(a.watched));
 #if !defined(HFAC_FLOAT_OPERANDS)
     case Access::kBFloat16:
-      return with(hfac_update_tiles<Brain>);
+      return with(update_kernel<Brain>(a.watched));
     case Access::kFloat16:
-      return with(hfac_update_tiles<Half>);
+      return with(update_kernel<Half>(a.watched));
     case Access::kBFloat16Float:
-      return with(hfac_update_tiles<BrainFloat>);
+      return with(update_kernel<BrainFloat>(a.watched));
     case Access::kFloatBFloat16:
-      return with(hfac_update_tiles<FloatBrain>);
+      return with(update_kernel<FloatBrain>(a.watched));
     case Access::kDrawn:
-      return with(hfac_update_tiles<Drawn>);
+      return with(update_kernel<Drawn>(a.watched));
     case Access::kSplit:
-      return with(hfac_update_tiles<Split>);
+      return with(update_kernel<Split>(a.watched));
     case Access::kSplit8:
-      return with(hfac_update_tiles<Split8>);
+      return with(update_kernel<Split8>(a.watched));
 #else
     default:
       throw std::logic_error("compiled without these operands");

@@ -6,9 +6,17 @@ namespace hfac {
 
 void launch_all(const Plan& plan, Arguments arguments, int64_t flags, int device, void* stream) {
   const DeviceGuard guard(device);
-  if (arguments.nonfinite) clear(arguments.nonfinite, static_cast<size_t>(flags) * sizeof(int32_t), stream);
+  const Phase phase = arguments.squares ? Phase::kSquares : Phase::kStep;
+  const float* const clip = arguments.clip;
+  if (arguments.nonfinite && phase == Phase::kStep && clip) {
+    launch_hfac_unflag(arguments.nonfinite, flags, clip, stream);
+  } else if (arguments.nonfinite) {
+    clear(arguments.nonfinite, static_cast<size_t>(flags) * sizeof(int32_t), stream);
+  }
   const Tile* tiles = arguments.tiles;
   for (const Launch& launch : plan.launches) {
+    if (launch.phase != phase) continue;
+    arguments.clip = launch.conditional ? clip : nullptr;
     arguments.tiles = tiles + launch.first_tile;
     arguments.backward = launch.backward;
     switch (launch.kernel) {
@@ -26,6 +34,9 @@ void launch_all(const Plan& plan, Arguments arguments, int64_t flags, int device
         break;
       case Kernel::kHfacStats:
         launch_hfac_stats(launch, arguments, stream);
+        break;
+      case Kernel::kHfacCollect:
+        launch_hfac_collect(launch, arguments, stream);
         break;
       case Kernel::kHfacFold:
         launch_hfac_fold(launch, arguments, stream);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <numeric>
 
 namespace hfac {
 namespace {
@@ -131,7 +132,11 @@ class Planner {
         for (const auto& group : capped_groups()) smmf(group);
         break;
       case OpKind::kHfac:
-        for (const auto& group : hfac_groups()) hfac(group);
+        if (options_.norm) {
+          hfac_after_norm();
+        } else {
+          for (const auto& group : hfac_groups(all())) hfac(group);
+        }
         break;
       case OpKind::kHfacSums:
         for (const auto& group : capped_groups()) hfac_sums(group);
@@ -149,6 +154,12 @@ class Planner {
   using Group = std::vector<int32_t>;
 
   static size_t at(int32_t i) { return static_cast<size_t>(i); }
+
+  Group all() const {
+    Group group(items_.size());
+    std::iota(group.begin(), group.end(), 0);
+    return group;
+  }
 
   bool smmf_matrices() const { return options_.op == OpKind::kSmmf || options_.op == OpKind::kSmmfSums; }
   bool hfac_matrices() const {
@@ -193,6 +204,8 @@ class Planner {
         launch.access = static_cast<Access>(a);
         launch.width = static_cast<Width>(w);
         launch.group = group_;
+        launch.phase = phase_;
+        launch.conditional = conditional_;
         launch.backward = backward;
         launch.threads = !by_width ? kTileThreads : launch.width == Width::kNarrow ? kStatsThreads : kLongThreads;
         launch.first_tile = static_cast<int64_t>(plan_.tiles.size());
@@ -216,17 +229,21 @@ class Planner {
 
   static int64_t runs(const Item& it) { return ceil_quotient(elements(it), kRun); }
 
-  // Blocks of one part stay together, because one fold adds them up.
   std::vector<Group> capped_groups() const {
+    return capped_groups(kWorkspaceCap, [this](const Item& it) { return workspace_of(it) + 16; });
+  }
+
+  // Blocks of one part stay together, because one fold adds them up.
+  std::vector<Group> capped_groups(int64_t cap, const std::function<int64_t(const Item&)>& bytes) const {
     std::vector<Group> groups;
     int64_t held = 0;
     const auto count = static_cast<int32_t>(items_.size());
     for (int32_t i = 0, end = 0; i < count; i = end) {
       int64_t mine = 0;
       for (end = i; end < count && items_[at(end)].index == items_[at(i)].index; ++end) {
-        mine += workspace_of(items_[at(end)]) + 16;
+        mine += bytes(items_[at(end)]);
       }
-      if (groups.empty() || held + mine > kWorkspaceCap) {
+      if (groups.empty() || held + mine > cap) {
         groups.emplace_back();
         held = 0;
       }
@@ -282,15 +299,15 @@ class Planner {
 
   // Gradients that fit the cache together are one group, in the list's order. Lists with few bytes get few groups, if
   // need be larger than the cache.
-  std::vector<Group> hfac_groups() const {
+  std::vector<Group> hfac_groups(const Group& among) const {
     int64_t total = 0;
-    for (const Item& it : items_) total += grad_bytes(it);
+    for (const int32_t i : among) total += grad_bytes(items_[at(i)]);
     std::vector<Group> groups;
     for (int64_t limit = std::max<int64_t>(cache(), 1);; limit += limit / 16 + 1) {
       groups.clear();
       int64_t held = 0;
-      for (int32_t i = 0; i < static_cast<int32_t>(items_.size()); ++i) {
-        const int64_t mine = grad_bytes(items_[static_cast<size_t>(i)]);
+      for (const int32_t i : among) {
+        const int64_t mine = grad_bytes(items_[at(i)]);
         if (groups.empty() || held + mine > limit) {
           groups.emplace_back();
           held = 0;
@@ -302,22 +319,88 @@ class Planner {
     }
   }
 
+  int64_t gradients(const Group& group) const {
+    int64_t bytes = 0;
+    for (const int32_t i : group) bytes += grad_bytes(items_[at(i)]);
+    return bytes;
+  }
+
   void hfac(const Group& group) {
     place(group);
-    int64_t bytes = 0;
-    for (const int32_t i : group) bytes += grad_bytes(items_[static_cast<size_t>(i)]);
-    // What is left in the cache of a group that does not fit is its end, so the update begins there.
-    const bool backward = bytes > cache();
+    const int64_t bytes = gradients(group);
     const double kept = bytes ? static_cast<double>(std::min(bytes, cache())) / static_cast<double>(bytes) : 0;
     statistics(group);
+    fold(group);
+    // What is left in the cache of a group that does not fit is its end, so the update begins there.
+    update(group, bytes > cache(), kept);
+    ++group_;
+  }
+
+  // All statistics, then every group's step from what was collected of them. Where gradients are clipped a group takes
+  // its statistics again, right before its update; where they are not, gradients of a list that does not fit the cache
+  // are read from memory, and so they are counted.
+  void hfac_after_norm() {
+    const std::vector<Group> shares = place_collected();
+    phase_ = Phase::kSquares;
+    for (const Group& share : shares) {
+      statistics(share);
+      collect(share);
+      ++group_;
+    }
+    phase_ = Phase::kStep;
+    const double kept = gradients(all()) <= cache() ? 1 : 0;
+    for (const Group& share : shares) {
+      for (const Group& group : hfac_groups(share)) {
+        conditional_ = true;
+        statistics(group);
+        collect(group);
+        conditional_ = false;
+        fold(group);
+        update(group, gradients(group) > cache(), kept);
+        ++group_;
+      }
+    }
+  }
+
+  // What lasts from phase to phase first: of an item 2 numbers per row, 5 per column and a few. Behind that the tiles'
+  // sums, memory that the lists returned use in turn: as much as stays in the cache until it is collected.
+  std::vector<Group> place_collected() {
+    const auto sums = [](const Item& it) {
+      return (state_bytes(it) * 3 * it.tiling.row_tiles * it.cols + 15) / 16 * 16;
+    };
+    int64_t lasting = 0, most = 0;
+    for (Item& it : items_) {
+      it.partials = 1;  // somewhere
+      it.workspace = lasting;
+      lasting = (lasting + workspace_of(it) + 15) / 16 * 16;
+    }
+    const std::vector<Group> shares = capped_groups(std::min(kWorkspaceCap, cache()), sums);
+    for (const Group& share : shares) {
+      int64_t end = lasting;
+      for (const int32_t i : share) {
+        items_[at(i)].partials = end;
+        end += sums(items_[at(i)]);
+      }
+      most = std::max(most, end);
+    }
+    plan_.workspace_bytes = static_cast<size_t>(most);
+    return shares;
+  }
+
+  void collect(const Group& group) {
+    emit(
+        Kernel::kHfacCollect, group, [&](int32_t i) { return state(i); },
+        [](const Item& it) { return collect_chunks(it); },
+        [](const Item& it, Bytes& b) { b.partial += state_bytes(it) * 3 * (it.tiling.row_tiles + 1) * it.cols; });
+  }
+
+  void fold(const Group& group) {
     emit(
         Kernel::kHfacFold, group, [&](int32_t i) { return state(i); }, chunks_of,
         [&](const Item& it, Bytes& b) {
-          b.partial += partial(it);
+          b.partial += options_.norm ? state_bytes(it) * (3 * it.cols + 2 * it.rows) : partial(it);
           b.states += state_bytes(it) * (3 * it.rows + 4 * it.cols);
         });
-    update(group, backward, kept);
-    ++group_;
   }
 
   void hfac_sums(const Group& group) {
@@ -379,13 +462,13 @@ class Planner {
 
   // A short run is looked at by the block that steps it; of a longer one all blocks must have looked first.
   void dense() {
-    Group all, longer;
-    for (int32_t i = 0; i < static_cast<int32_t>(items_.size()); ++i) {
-      all.push_back(i);
-      if (elements(items_[static_cast<size_t>(i)]) > kRun) longer.push_back(i);
+    const Group every = all();
+    Group longer;
+    for (const int32_t i : every) {
+      if (elements(items_[at(i)]) > kRun) longer.push_back(i);
     }
-    if (all.empty()) return;
-    place(all);
+    if (every.empty()) return;
+    place(every);
     const bool hfac = options_.op == OpKind::kHfacDense;
     if (hfac && options_.clip) {
       emit(
@@ -399,7 +482,7 @@ class Planner {
       look(longer);
     }
     emit(
-        hfac ? Kernel::kHfacDense : Kernel::kSmmfDense, all, [&](int32_t i) { return any(i); }, runs,
+        hfac ? Kernel::kHfacDense : Kernel::kSmmfDense, every, [&](int32_t i) { return any(i); }, runs,
         [&](const Item& it, Bytes& b) {
           b.grad += grad_bytes(it);
           b.param_read += param_bytes(it);
@@ -415,6 +498,8 @@ class Planner {
   const std::vector<Part>& parts_;
   Plan plan_;
   int group_ = 0;
+  Phase phase_ = Phase::kStep;  // of the launches that are added, as the next
+  bool conditional_ = false;
 };
 
 }  // namespace
@@ -431,9 +516,9 @@ std::vector<bool> assumed_bulk(const std::vector<Item>& items) {
 }
 
 const char* name_of(Kernel kernel) {
-  static const char* const names[] = {"look",        "smmf_tiles", "smmf_fold",      "smmf_sums_fold",
-                                      "hfac_stats",  "hfac_fold",  "hfac_sums_fold", "hfac_apply_fold",
-                                      "hfac_update", "dense_look", "hfac_dense",     "smmf_dense"};
+  static const char* const names[] = {"look",       "smmf_tiles",   "smmf_fold", "smmf_sums_fold",
+                                      "hfac_stats", "hfac_collect", "hfac_fold", "hfac_sums_fold",
+                                      "hfac_apply_fold", "hfac_update", "dense_look", "hfac_dense", "smmf_dense"};
   return names[static_cast<int>(kernel)];
 }
 
@@ -459,5 +544,7 @@ const char* name_of(Width width) {
   static const char* const names[] = {"narrow", "registers", "wide"};
   return names[static_cast<int>(width)];
 }
+
+const char* name_of(Phase phase) { return phase == Phase::kSquares ? "squares" : "step"; }
 
 }  // namespace hfac

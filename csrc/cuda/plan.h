@@ -17,6 +17,7 @@ enum class Kernel {
   kSmmfFold,
   kSmmfSumsFold,
   kHfacStats,
+  kHfacCollect,
   kHfacFold,
   kHfacSumsFold,
   kHfacApplyFold,
@@ -49,11 +50,15 @@ constexpr int kAccesses = static_cast<int>(Access::kStored) + 1;
 // Row lengths of H-Fac's statistics: held in registers, read again from L1, sums in memory.
 enum class Width { kNarrow, kRegisters, kWide };
 
+// A plan has one phase, the step; H-Fac's with `norm` takes all statistics before, for the norm of all gradients.
+enum class Phase { kStep, kSquares };
+
 struct PlanOptions {
   OpKind op;
   bool first = true;       // SMMF: there is a first moment
   bool clip = true;        // H-Fac
   bool nonfinite = false;  // gradients may be refused
+  bool norm = false;       // H-Fac: statistics in a phase of their own
   int64_t l2_bytes = 50 << 20;
   double l2_share = 0.6;  // of which a group's gradients may fill
 };
@@ -69,6 +74,8 @@ struct Launch {
   Access access;
   Width width;
   int group;
+  Phase phase;
+  bool conditional;  // runs only where gradients are clipped by their norm; its bytes are those that it then moves
   bool backward;
   int threads;
   int64_t first_tile, tiles;  // one block each
@@ -82,7 +89,7 @@ struct Plan {
 };
 
 // `bulk[i]`: contiguous and aligned, rows and signs in whole vectors; `parts`: as many as items where the op is one on
-// parts. Sets each item's tiling, workspace and counter.
+// parts. Sets each item's tiling, places in the workspace, and counter.
 Plan make_plan(std::vector<Item>& items, const std::vector<bool>& bulk, const PlanOptions& options,
                const std::vector<Part>& parts = {});
 
@@ -92,5 +99,6 @@ std::vector<bool> assumed_bulk(const std::vector<Item>& items);
 const char* name_of(Kernel kernel);
 const char* name_of(Access access);
 const char* name_of(Width width);
+const char* name_of(Phase phase);
 
 }  // namespace hfac

@@ -10,6 +10,7 @@
 namespace hfac {
 namespace {
 
+using common::root;
 using common::smmf_first_moment;
 using common::smmf_second_moment;
 using common::smmf_update;
@@ -45,8 +46,9 @@ struct Places {
 };
 
 // Two blocks per multiprocessor: with the columns' factors and sums and four rows in flight, 128 registers suffice.
-template <class A, bool kPart>
-__global__ void __launch_bounds__(kTileThreads, A::kWhole ? 2 : 1) smmf_tiles(Arguments a) {
+// Watched, more are needed, so that is a kernel of its own.
+template <class A, bool kPart, bool kWatched>
+__global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) smmf_tiles(Arguments a) {
   using T = typename A::T;
   __shared__ T shared[kSharedSums];
   if (skipped(a)) return;
@@ -88,6 +90,7 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole ? 2 : 1) smmf_tiles(Ar
     sum_m[k] = sum_v[k] = T(0);
   }
 
+  Watch<A> watch;
   for (int base = 0; base < tile_rows; base += ys * kRowsInFlight) {
     T sums[kVector];
 #pragma unroll
@@ -151,6 +154,15 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole ? 2 : 1) smmf_tiles(Ar
               sum_v[k] = sum_v[k] + v;
             }
             w[k] = smmf_update(w[k], lr, m[k], v, eps);
+            if constexpr (kWatched) {
+              const T direction = m[k] / (root(v) + eps);
+              if (A::kWhole || k < count) watch.direction = watch.direction + direction * direction;
+            }
+          }
+          if constexpr (kWatched) {
+            T old[kVector];
+            A::widen(w_raw[r], old);
+            watch.add(param, old, w, count);
           }
           A::store(param, a.layouts, at, count, w);
         }
@@ -166,6 +178,11 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole ? 2 : 1) smmf_tiles(Ar
 #if !defined(HFAC_FAULT_NO_BARRIER)
   __syncthreads();
 #endif
+
+  if constexpr (kWatched) {
+    __shared__ double watched[kTileThreads];
+    watch.finish(a, it, watched);
+  }
 
   const SmmfSpace<T> space(it, a.workspace);
   T* row_sums = space.rows + static_cast<int64_t>(col_tile) * 2 * rows + first_row;
@@ -283,8 +300,8 @@ __global__ void __launch_bounds__(kTileThreads) smmf_sums_fold(Arguments a) {
 }
 
 template <class A>
-void (*tiles_kernel(bool parts))(Arguments) {
-  return parts ? smmf_tiles<A, true> : smmf_tiles<A, false>;
+void (*tiles_kernel(const Arguments& a))(Arguments) {
+  return a.parts ? smmf_tiles<A, true, false> : a.watched ? smmf_tiles<A, false, true> : smmf_tiles<A, false, false>;
 }
 
 }  // namespace
@@ -298,34 +315,34 @@ void launch_smmf_tiles(const Launch& l, const Arguments& a, void* stream) {
   const auto with = [&](void (*kernel)(Arguments)) { launch("smmf_tiles", kernel, l.tiles, l.threads, stream, a); };
   switch (l.access) {
     case Access::kFloat:
-      return with(tiles_kernel<Float>(a.parts));
+      return with(tiles_kernel<Float>(a));
     case Access::kAny:
-      return with(tiles_kernel<AnyAccess<float>>(a.parts));
+      return with(tiles_kernel<AnyAccess<float>>(a));
     case Access::kDouble:
-      return with(tiles_kernel<AnyAccess<double>>(a.parts));
+      return with(tiles_kernel<AnyAccess<double>>(a));
     case Access::kDrawnFloat:
-      return with(tiles_kernel<DrawnFloat>(a.parts));
+      return with(tiles_kernel<DrawnFloat>(a));
     case Access::kSplitFloat:
-      return with(tiles_kernel<SplitFloat>(a.parts));
+      return with(tiles_kernel<SplitFloat>(a));
     case Access::kSplit8Float:
-      return with(tiles_kernel<Split8Float>(a.parts));
+      return with(tiles_kernel<Split8Float>(a));
     case Access::kStored:
-      return with(tiles_kernel<StoredAccess>(a.parts));
+      return with(tiles_kernel<StoredAccess>(a));
 #if !defined(HFAC_FLOAT_OPERANDS)
     case Access::kBFloat16:
-      return with(tiles_kernel<Brain>(a.parts));
+      return with(tiles_kernel<Brain>(a));
     case Access::kFloat16:
-      return with(tiles_kernel<Half>(a.parts));
+      return with(tiles_kernel<Half>(a));
     case Access::kBFloat16Float:
-      return with(tiles_kernel<BrainFloat>(a.parts));
+      return with(tiles_kernel<BrainFloat>(a));
     case Access::kFloatBFloat16:
-      return with(tiles_kernel<FloatBrain>(a.parts));
+      return with(tiles_kernel<FloatBrain>(a));
     case Access::kDrawn:
-      return with(tiles_kernel<Drawn>(a.parts));
+      return with(tiles_kernel<Drawn>(a));
     case Access::kSplit:
-      return with(tiles_kernel<Split>(a.parts));
+      return with(tiles_kernel<Split>(a));
     case Access::kSplit8:
-      return with(tiles_kernel<Split8>(a.parts));
+      return with(tiles_kernel<Split8>(a));
 #else
     default:
       throw std::logic_error("compiled without these operands");

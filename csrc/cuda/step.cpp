@@ -110,8 +110,7 @@ void Step::write_table(void* host) const {
   if (!plan_.tiles.empty()) memcpy(to + tiles_at(), plan_.tiles.data(), plan_.tiles.size() * sizeof(Tile));
 }
 
-void Step::launch(const Memory& memory, const Scalars& scalars, int32_t* nonfinite, const float* grad_scale,
-                  const float* found_inf, int device, void* stream) const {
+void Step::launch(const Memory& memory, const Scalars& scalars, const Given& given, int device, void* stream) const {
   const char* table = static_cast<const char*>(memory.table);
   Arguments a{};
   a.items = reinterpret_cast<const Item*>(table);
@@ -120,9 +119,12 @@ void Step::launch(const Memory& memory, const Scalars& scalars, int32_t* nonfini
   a.tiles = reinterpret_cast<const Tile*>(table + tiles_at());
   a.workspace = static_cast<char*>(memory.workspace);
   a.counters = static_cast<int32_t*>(memory.counters);
-  a.nonfinite = nonfinite;
-  a.grad_scale = grad_scale;
-  a.found_inf = found_inf;
+  a.nonfinite = given.nonfinite;
+  a.grad_scale = given.grad_scale;
+  a.found_inf = given.found_inf;
+  a.clip = given.clip;
+  a.squares = given.squares;
+  a.watched = given.watched;
   a.scalars = scalars;
   launch_all(plan_, a, entries_, device, stream);
 }

@@ -43,6 +43,14 @@ struct Memory {
   void *table, *workspace, *counters;  // on the device
 };
 
+// The caller's tensors on the device; null where there is none. With `squares` a launch is the phase of the norm; with
+// `clip` that phase was before.
+struct Given {
+  int32_t* nonfinite = nullptr;
+  const float *grad_scale = nullptr, *found_inf = nullptr, *clip = nullptr;
+  double *squares = nullptr, *watched = nullptr;
+};
+
 class Step {
  public:
   Step(std::vector<BoundItem> items, int64_t entries, const PlanOptions& options);
@@ -57,8 +65,7 @@ class Step {
   size_t workspace_bytes() const { return plan_.workspace_bytes; }
   size_t counter_bytes() const { return items_.size() * sizeof(int32_t); }
   void write_table(void* host) const;
-  void launch(const Memory& memory, const Scalars& scalars, int32_t* nonfinite, const float* grad_scale,
-              const float* found_inf, int device, void* stream) const;
+  void launch(const Memory& memory, const Scalars& scalars, const Given& given, int device, void* stream) const;
   const Plan& plan() const { return plan_; }
 
  private:

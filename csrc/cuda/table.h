@@ -57,6 +57,7 @@ struct Item {
   uint8_t* signs;
   int64_t slice, slice_bytes;  // as in csrc/cpu/signs.h
   int64_t workspace;           // bytes from its start
+  int64_t partials;            // as `workspace`: tiles' sums, where they are collected; 0: they follow the rest
   int32_t index;               // in the caller's list
   int32_t counter;
   Tiling tiling, update;  // of the first pass; of H-Fac's second
@@ -99,6 +100,11 @@ struct Scalars {
   Keys keys;
 };
 
+// What a step that is watched tells of a parameter: the sum of (new - old)^2, before the new one is rounded; elements
+// that stay what they are when it is rounded to the nearest; the sum of squares of the direction, before it is clipped.
+// Of H-Fac's gradients also the rows and columns of zeros.
+enum Watched { kMoved, kStill, kDirection, kZeroRows, kZeroCols, kWatchedNumbers };
+
 // Arguments of every kernel.
 struct Arguments {
   const Item* items;
@@ -109,6 +115,9 @@ struct Arguments {
   int32_t* counters;  // zero between launches
   int32_t* nonfinite;
   const float *grad_scale, *found_inf;
+  const float* clip;  // of a launch that has nothing to do where it is 1
+  double* squares;    // [entries] sums of squares, where the launch is to write them
+  double* watched;    // [entries, kWatchedNumbers] what kernels add to, where a step is watched
   int32_t backward;  // tiles from the last to the first
   Scalars scalars;
 };
@@ -130,6 +139,7 @@ HFAC_HD bool is_stored(const Item& it) { return has_low(it) || it.store.drawn; }
 HFAC_HD int64_t ceil_quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
 HFAC_HD int64_t fold_chunks(int64_t rows, int64_t cols) { return ceil_quotient(rows > cols ? rows : cols, kFoldChunk); }
 HFAC_HD int64_t fold_chunks(const Item& it) { return fold_chunks(it.rows, it.cols); }
+HFAC_HD int64_t collect_chunks(const Item& it) { return ceil_quotient(it.cols, kFoldChunk); }
 
 // Where a parameter's partial sums lie. The same function tells the host their size and the kernels their places.
 template <class T>
@@ -152,6 +162,7 @@ struct HfacSpace {
   T *scale, *divisor;      // sqrt(R); what U is divided by
   T *row_sum, *row_square; // [rows] sum of the gradient, then phi / 2; the new r
   T *half_psi, *col_scale; // [cols]
+  T* collected;            // [3, cols] `cols` added up, where that outlasts its group; else null
   T* cols;                 // [row_tiles, 3, cols] sums of g, g^2, g^2 / r_i
   T* end;
   HFAC_HD HfacSpace(const Item& it, char* workspace) {
@@ -162,8 +173,10 @@ struct HfacSpace {
     row_square = row_sum + it.rows;
     half_psi = row_square + it.rows;
     col_scale = half_psi + it.cols;
-    cols = col_scale + it.cols;
-    end = cols + it.tiling.row_tiles * 3 * it.cols;
+    T* const rest = col_scale + it.cols;
+    collected = it.partials ? rest : nullptr;
+    cols = it.partials ? reinterpret_cast<T*>(workspace + it.partials) : rest;
+    end = rest + (it.partials ? 1 : it.tiling.row_tiles) * 3 * it.cols;
   }
 };
 

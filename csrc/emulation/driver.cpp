@@ -74,8 +74,9 @@ class Arena {
   std::vector<std::pair<float*, int64_t>> moments_;
 };
 
-// `stored`: each parameter in the next of the other ways than plain.
-bool run(OpKind op, const std::vector<Matrix>& matrices, bool stored = false) {
+// `stored`: each parameter in the next of the other ways than plain. `norm`: statistics in a phase of their own, which
+// stand in the second step and are taken again in the others.
+bool run(OpKind op, const std::vector<Matrix>& matrices, bool stored = false, bool norm = false) {
   Arena arena;
   std::vector<BoundItem> items;
   std::vector<BoundGrad> grads;
@@ -101,7 +102,10 @@ bool run(OpKind op, const std::vector<Matrix>& matrices, bool stored = false) {
     items.push_back(item);
     grads.push_back({arena.floats(count, 0.1f), DType::kFloat32, nullptr});
   }
-  hfac::Step step(items, static_cast<int64_t>(items.size()), hfac::PlanOptions{op});
+  hfac::PlanOptions options{op};
+  options.norm = norm;
+  if (norm) options.l2_bytes = 4096;  // several groups
+  hfac::Step step(items, static_cast<int64_t>(items.size()), options);
   unsigned char* const counters = arena.bytes(items.size() * sizeof(int32_t), 0);
   for (int t = 1; t <= 3; ++t) {
     const bool flagged = t == 3;
@@ -121,7 +125,27 @@ bool run(OpKind op, const std::vector<Matrix>& matrices, bool stored = false) {
     s.clip = s.first = true;
     s.step.value = t;
     s.keys = hfac::keys_of(7);
-    step.launch({table, workspace, counters}, s, flagged ? flags : nullptr, nullptr, nullptr, 0, nullptr);
+    const hfac::Memory memory{table, workspace, counters};
+    hfac::Given given;
+    given.nonfinite = flagged ? flags : nullptr;
+    const size_t numbers = items.size() * hfac::kWatchedNumbers;
+    auto* const watched = reinterpret_cast<double*>(passing.bytes(numbers * sizeof(double), 0));
+    if (norm) {
+      given.squares = reinterpret_cast<double*>(passing.bytes(items.size() * sizeof(double), 0xff));
+      step.launch(memory, s, given, 0, nullptr);
+      for (size_t k = 0; k < items.size(); ++k) {
+        if (!std::isfinite(given.squares[k])) return false;
+      }
+      given.squares = nullptr;
+      auto* const clip = reinterpret_cast<float*>(passing.bytes(sizeof(float), 0));
+      *clip = t == 2 ? 1.0f : 0.5f;
+      given.clip = clip;
+    }
+    given.watched = t == 2 ? watched : nullptr;
+    step.launch(memory, s, given, 0, nullptr);
+    for (size_t k = 0; k < numbers; ++k) {
+      if (!std::isfinite(watched[k])) return false;
+    }
   }
   return arena.finite();
 }
@@ -217,7 +241,7 @@ bool run_parts(OpKind op, int way = kPlain) {
   s.clip = s.first = true;
   s.step.value = 5;
   s.keys = hfac::keys_of(7);
-  step.launch({table, workspace, nullptr}, s, nullptr, nullptr, nullptr, 0, nullptr);
+  step.launch({table, workspace, nullptr}, s, {}, 0, nullptr);
   return arena.finite();
 }
 
@@ -234,6 +258,7 @@ int main(int argc, char** argv) {
                       run(OpKind::kSmmfDense, vectors, true) & run(OpKind::kHfacDense, vectors, true) &
                       run_parts(OpKind::kSmmfSums, kSplit8Drawn) & run_parts(OpKind::kHfacApply, kSplit) &
                       run(OpKind::kSmmf, matrices) & run(OpKind::kHfac, matrices) &
+                      run(OpKind::kHfac, matrices, false, true) & run(OpKind::kHfac, stored, true, true) &
                       run(OpKind::kSmmfDense, {{24, 1, 1}, {8200, 1, 1}}) &
                       run(OpKind::kHfacDense, {{24, 1, 1}, {8200, 1, 1}}) & run_parts(OpKind::kSmmfSums) &
                       run_parts(OpKind::kHfacSums) & run_parts(OpKind::kHfacApply);

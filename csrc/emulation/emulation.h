@@ -4,6 +4,7 @@
 // A block's threads are fibers of one thread (fast), or one std::thread each (what ThreadSanitizer understands).
 #pragma once
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -73,4 +74,5 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 }
 
 inline int atomicAdd(int* p, int value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
+inline double atomicAdd(double* p, double value) { return std::atomic_ref<double>(*p).fetch_add(value); }
 inline int atomicOr(int* p, int value) { return __atomic_fetch_or(p, value, __ATOMIC_RELAXED); }

@@ -96,50 +96,11 @@ class Cuda:
         pass
 
 
-class Bound:
-    """Steps of one op on one list of parameters; see `bind`."""
+class _Planned:
+    """A plan over tensors that stay where they are, with the memory on the device that its launches use."""
 
-    def __init__(
-        self,
-        platform: Platform,
-        op: str,
-        params: Tensors,
-        states: dict[str, list[Tensor]],
-        places: Sequence[Place] | None = None,
-    ) -> None:
-        self.platform, self.op, self.params = platform, op, list(params)
-        self.states = {name: list(tensors) for name, tensors in states.items()}
-        self.device = params[0].device if params else torch.device("cpu")
-        first_rows, first_cols, second_rows, second_cols = (
-            None if name is None else self.states.get(name) for name in _STATES[op]
-        )
-        assert second_rows is not None
-        numels = _numels(params)
-        arguments: dict[str, Any] = {
-            "op": op,
-            "params": _addresses(params),
-            "numels": numels,
-            "param_dtypes": _codes(params),
-            "rows": _numels(second_rows) if second_cols is not None else numels,
-            "cols": _numels(second_cols) if second_cols is not None else [1] * len(numels),
-            "first_rows": None if first_rows is None else _addresses(first_rows),
-            "first_cols": None if first_cols is None else _addresses(first_cols),
-            "second_rows": _addresses(second_rows),
-            "second_cols": None if second_cols is None else _addresses(second_cols),
-            "l2_bytes": platform.l2_bytes(self.device),
-        }
-        signs = self.states.get("exp_avg_signs")
-        if signs is not None:
-            arguments.update(
-                exp_avg_signs=_addresses(signs),
-                sign_bytes=_numels(signs),
-                sign_slices=[sign.shape[0] for sign in signs],
-            )
-        self.shapes = [tuple(p.shape) for p in params]
-        stored = _stored(self.states.get("master_lows"), places)
-        if stored or not all(map(Tensor.is_contiguous, params)):
-            arguments.update(shapes=self.shapes, param_strides=_strides(params), **stored)
-        self.step = platform.native.CudaStep(**arguments)
+    def __init__(self, platform: Platform, device: torch.device, step: Any, shapes: list[tuple[int, ...]]) -> None:
+        self.platform, self.device, self.step, self.shapes = platform, device, step, shapes
         self.table: Tensor | None = None
         self.workspace: Tensor | None = None
         self.counters: Tensor | None = None
@@ -147,10 +108,13 @@ class Bound:
         self.stream: int | None = None  # on which the memory was made
         self.captured: list[Any] = []  # what a CUDA graph reads in every replay, and nobody may change or free
 
-    def __call__(
+    frozen: Tensor | None = None
+    warm = False  # a step has been made outside a graph
+
+    def launch(
         self,
         grads: Tensors,
-        nonfinite: Tensor | None = None,
+        nonfinite: Tensor | None,
         *,
         lr: Scalar,
         beta1: Scalar | None,
@@ -164,12 +128,11 @@ class Bound:
         found_inf: Tensor | None = None,
         seed: int | None = None,
         step: Scalar | None = None,
+        clip: Tensor | None = None,
+        squares: Tensor | None = None,
+        watched: Tensor | None = None,
     ) -> None:
-        """One step. ``grad_scale``, ``found_inf``: 0-d float32 tensors on the device, as torch's fused optimizers take
-        them: gradients are divided by the one, and nothing is written where the other is not zero. ``seed`` and
-        ``step`` are needed where there are places; a graph replays the seed, and reads a step that is a tensor."""
-        if not self.params:
-            return
+        """The step or, with ``squares``, what the plan has before it. ``clip``: that has been launched."""
         strides = None
         if not all(map(Tensor.is_contiguous, grads)):
             grads = [grad.resolve_neg() for grad in grads]
@@ -204,8 +167,12 @@ class Bound:
         if self.stream is None:
             self.stream = stream
         if stream != self.stream:
-            self.platform.used_on_another_stream((self.table, self.workspace, self.counters), self.device)
-        self.platform.before_launch(self.workspace)
+            mine = (self.table, self.workspace, self.counters, squares)
+            self.platform.used_on_another_stream([tensor for tensor in mine if tensor is not None], self.device)
+        if clip is None:  # else it holds statistics
+            self.platform.before_launch(self.workspace)
+        given = {"nonfinite": flags, "grad_scale": grad_scale, "found_inf": found_inf, "clip": clip}
+        given |= {"squares": squares, "watched": watched}
         self.step.launch(
             table=self.table.data_ptr(),
             workspace=self.workspace.data_ptr(),
@@ -215,9 +182,7 @@ class Bound:
             clip_threshold=clip_threshold,
             maximize=maximize,
             coupled=not decoupled_weight_decay,
-            nonfinite=0 if flags is None else flags.data_ptr(),
-            grad_scale=0 if grad_scale is None else grad_scale.data_ptr(),
-            found_inf=0 if found_inf is None else found_inf.data_ptr(),
+            **{name: 0 if tensor is None else tensor.data_ptr() for name, tensor in given.items()},
             seed=seed,
             device=_index(self.device),
             stream=stream,
@@ -225,15 +190,11 @@ class Bound:
         if nonfinite is not None and flags is not None and flags is not nonfinite:
             nonfinite.copy_(flags)
         if capturing:
-            self.captured += [self.table, self.workspace, self.counters, flags, *kept]
+            self.captured += [self.table, self.workspace, self.counters, flags, squares, watched, *kept]
             self.frozen = self.table
             if not self.warm:  # its zeros are written by the graph, not yet
                 self.counters = None
         self.warm = self.warm or not capturing
-        increment_version(self.params)
-
-    frozen: Tensor | None = None
-    warm = False  # a step has been made outside a graph
 
     def workspace_bytes(self) -> int:
         """Bytes on the device that are kept from step to step: partial sums, and the table."""
@@ -269,6 +230,117 @@ class Bound:
         value = value.contiguous()
         kept.append(value)
         return value.data_ptr(), value.dtype == torch.float64, value.ndim
+
+
+class Bound(_Planned):
+    """Steps of one op on one list of parameters; see `bind`."""
+
+    def __init__(
+        self,
+        platform: Platform,
+        op: str,
+        params: Tensors,
+        states: dict[str, list[Tensor]],
+        places: Sequence[Place] | None = None,
+    ) -> None:
+        self.op, self.params = op, list(params)
+        self.states = {name: list(tensors) for name, tensors in states.items()}
+        device = params[0].device if params else torch.device("cpu")
+        first_rows, first_cols, second_rows, second_cols = (
+            None if name is None else self.states.get(name) for name in _STATES[op]
+        )
+        assert second_rows is not None
+        numels = _numels(params)
+        arguments: dict[str, Any] = {
+            "op": op,
+            "params": _addresses(params),
+            "numels": numels,
+            "param_dtypes": _codes(params),
+            "rows": _numels(second_rows) if second_cols is not None else numels,
+            "cols": _numels(second_cols) if second_cols is not None else [1] * len(numels),
+            "first_rows": None if first_rows is None else _addresses(first_rows),
+            "first_cols": None if first_cols is None else _addresses(first_cols),
+            "second_rows": _addresses(second_rows),
+            "second_cols": None if second_cols is None else _addresses(second_cols),
+            "l2_bytes": platform.l2_bytes(device),
+        }
+        signs = self.states.get("exp_avg_signs")
+        if signs is not None:
+            arguments.update(
+                exp_avg_signs=_addresses(signs),
+                sign_bytes=_numels(signs),
+                sign_slices=[sign.shape[0] for sign in signs],
+            )
+        shapes = [tuple(p.shape) for p in params]
+        stored = _stored(self.states.get("master_lows"), places)
+        if stored or not all(map(Tensor.is_contiguous, params)):
+            arguments.update(shapes=shapes, param_strides=_strides(params), **stored)
+        super().__init__(platform, device, platform.native.CudaStep(**arguments), shapes)
+        self._arguments = arguments
+
+    # H-Fac on matrices: a plan whose statistics are taken before the norm of all gradients is known, made when it is
+    # first asked for. Where all steps clip, the plain plan takes no memory.
+    _clipping: _Planned | None = None
+    _squares: Tensor | None = None
+    _taken = False  # statistics that no step has used yet
+
+    def __call__(
+        self, grads: Tensors, nonfinite: Tensor | None = None, *, clip: Tensor | None = None, **scalars: Any
+    ) -> None:
+        """One step. ``grad_scale``, ``found_inf``: 0-d float32 tensors on the device, as torch's fused optimizers take
+        them: gradients are divided by the one, and nothing is written where the other is not zero. ``seed`` and
+        ``step`` are needed where there are places; a graph replays the seed, and reads a step that is a tensor.
+
+        ``clip``, a 0-d float32 tensor on the device, says that `squares` was called before, with the same gradients
+        and scalars, but that ``grad_scale`` has since been divided by it. Where it is exactly 1 the step goes on from
+        the statistics that were taken, else it takes them again: either way the bits are those of a step without it.
+        ``nonfinite`` is then the tensor that `squares` has set; of statistics taken again its flags are new.
+
+        ``watched``, a contiguous float64 tensor [parameters, 5] on the device: the step adds to it, for each parameter,
+
+        0. the sum of (new - old)^2, as they are before the new weight is rounded to what is stored of it;
+        1. how many elements keep what is stored of them when that is rounded to the nearest, even where it is not;
+        2. the sum of squares of the direction: G / sqrt(V) before it is clipped, or M / (sqrt(V) + eps);
+        3. and 4. H-Fac on matrices: how many rows and columns of the gradient are zero.
+
+        Nothing is added for a parameter that keeps every bit. Numbers 0 and 2 are added up in any order.
+        """
+        if not self.params:
+            return
+        if clip is None:
+            self.launch(grads, nonfinite, **scalars)
+        elif self._clipping is None or not self._taken:
+            raise RuntimeError("clip is given, but squares was not called since the last step")
+        else:
+            self._clipping.launch(grads, nonfinite, clip=clip, **scalars)
+        self._taken = False
+        increment_version(self.params)
+
+    def squares(self, grads: Tensors, nonfinite: Tensor | None = None, **scalars: Any) -> Tensor | None:
+        """H-Fac on matrices takes the statistics of the step that it would make of the same arguments; None for other
+        ops. Returns for every gradient, as the step sees it (divided by ``grad_scale``), the sum of its squares:
+        float64 on the device, 0 for what is empty, NaN where ``found_inf`` is not zero; squares are float32, so their
+        sums may be inf. The tensor is written again by the next call, and in every replay of a graph. ``nonfinite`` is
+        set as the step sets it."""
+        if self.op != "hfac_step":
+            return None
+        if self._squares is None:
+            self._squares = torch.zeros(len(self.params), dtype=torch.float64, device=self.device)
+        squares = self._squares
+        if not self.params:
+            return squares
+        if self._clipping is None:
+            step = self.platform.native.CudaStep(**self._arguments, norm=True)
+            self._clipping = _Planned(self.platform, self.device, step, self.shapes)
+        if not self._clipping.warm and self.platform.capturing():
+            self._squares = None  # as the counters: the graph writes its zeros
+        self._clipping.launch(grads, nonfinite, squares=squares, **scalars)
+        self._taken = True
+        return squares
+
+    def workspace_bytes(self) -> int:
+        """As of `_Planned`, for steps with clip and without."""
+        return super().workspace_bytes() + (0 if self._clipping is None else self._clipping.workspace_bytes())
 
 
 def _stored(lows: Tensors | None, places: Sequence[Place] | None) -> dict[str, Any]:
