@@ -9,7 +9,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hfac import SMMF, HFac, clipping, ops
+from hfac import SMMF, HFac, backends, clipping, ops
 
 BOTH = pytest.mark.parametrize("cls", [HFac, SMMF], ids=["hfac", "smmf"])
 OPTIONS = {
@@ -17,6 +17,8 @@ OPTIONS = {
     SMMF: dict(lr=0.02, beta=0.8, eps=1e-6, weight_decay=0.1, decay_rate=-0.8, growth_rate=0.95),
 }
 NAN, INF = float("nan"), float("inf")
+#: where its kernels are interpreted (tests/test_triton.py)
+TRITON = [name for name in backends.available(torch.device("cpu")) if name == "triton"]
 LIMIT = 5.0
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 1e-6}
 
@@ -73,7 +75,7 @@ def both_ways(cls, dtype=torch.float32, steps=8, **options):
 
 @BOTH
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("backend", ["auto", "reference", emulated.NAME])
+@pytest.mark.parametrize("backend", ["auto", "reference", emulated.NAME, *TRITON])
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
 def test_as_clip_grad_norm_and_a_step(cls, dtype, backend, nonfinite, request):
     tolerance = TOLERANCE[dtype]
@@ -81,7 +83,8 @@ def test_as_clip_grad_norm_and_a_step(cls, dtype, backend, nonfinite, request):
         if emulated.native is None:
             pytest.skip(emulated.WHY_NOT)
         request.getfixturevalue("emulated_backend")
-        # It takes a float32 coefficient, and does not round the gradients that it has multiplied.
+    if backend in (emulated.NAME, "triton"):
+        # They take a float32 coefficient, and do not round the gradients that they have multiplied.
         tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
     runs = both_ways(cls, dtype, backend=backend, nonfinite=nonfinite)
     assert farthest(*runs) <= tolerance
@@ -173,7 +176,7 @@ def test_skip_leaves_bad_gradients_out_of_the_norm(cls, bad, capturable):
 
 
 @BOTH
-@pytest.mark.parametrize("backend", ["auto", "reference", emulated.NAME])
+@pytest.mark.parametrize("backend", ["auto", "reference", emulated.NAME, *TRITON])
 def test_skip_leaves_bad_slices_out_of_the_norm(cls, backend, request):
     """Of a stack the other slices are stepped, and count."""
     if backend == emulated.NAME:
@@ -229,7 +232,7 @@ def test_expanded_gradients(cls):
     assert optimizer.grad_norm > 0.5 and params[0].grad[0, 0] == 2.0
 
 
-@pytest.mark.parametrize("backend", ["cpu", emulated.NAME])
+@pytest.mark.parametrize("backend", ["cpu", emulated.NAME, *TRITON])
 @pytest.mark.parametrize("limit", [1e4, 0.1])
 def test_matrices_are_not_read_for_their_norm(backend, limit, request, monkeypatch):
     """H-Fac has it from its statistics, also of slices; vectors are read."""
@@ -284,7 +287,7 @@ def updated(dtype, clip, backend, nonfinite=None, spoil=None, **scalars):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", ["cpu", emulated.NAME])
+@pytest.mark.parametrize("backend", ["cpu", emulated.NAME, *TRITON])
 @pytest.mark.parametrize("clip_threshold", [0.7, None])
 def test_statistics_taken_for_the_norm_serve_the_step(dtype, backend, clip_threshold, request):
     """Unclipped every bit is the plain step's; clipped, that of the plain step on gradients multiplied before."""
@@ -309,7 +312,7 @@ def test_statistics_taken_for_the_norm_serve_the_step(dtype, backend, clip_thres
     assert halved == clipped != plain
 
 
-@pytest.mark.parametrize("backend", ["cpu", emulated.NAME])
+@pytest.mark.parametrize("backend", ["cpu", emulated.NAME, *TRITON])
 def test_what_is_not_finite_is_known_for_the_gradients_as_they_are_stepped(backend, request):
     """A number too large to be squared is fine once it is clipped; NaN is not."""
     if backend == emulated.NAME:

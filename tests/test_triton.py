@@ -33,17 +33,19 @@ PARTS = "_parts or a_part"
 @pytest.mark.parametrize(
     ("file", "part"),
     [
-        ("interpreted", "hostile_shapes and HFac"),
-        ("interpreted", "hostile_shapes and SMMF"),
-        ("interpreted", PARTS),
-        ("interpreted", f"not hostile_shapes and not ({PARTS})"),
-        ("clipped", ""),
-        ("watched", ""),
+        ("triton_interpreted", "hostile_shapes and HFac"),
+        ("triton_interpreted", "hostile_shapes and SMMF"),
+        ("triton_interpreted", PARTS),
+        ("triton_interpreted", f"not hostile_shapes and not ({PARTS})"),
+        ("triton_clipped", ""),
+        ("triton_watched", ""),
+        ("test_clipping", "triton and (matrices or slices)"),
+        ("test_watch", "triton and (not_made or gone or slice or clipped)"),
     ],
 )
 def test_parity_in_the_interpreter(file, part, tmp_path):
     options = ["-q", "-p", "no:cacheprovider", "-k", part]
-    done = run_python(["-m", "pytest", *options, f"tests/triton_{file}.py"], tmp_path, TRITON_INTERPRET="1")
+    done = run_python(["-m", "pytest", *options, f"tests/{file}.py"], tmp_path, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 

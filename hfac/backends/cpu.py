@@ -101,9 +101,16 @@ class Bound:
         self._run(grads, nonfinite, more, **scalars)
         increment_version(self._params)
 
-    def squares(self, grads: Sequence[Tensor], nonfinite: Tensor | None = None, **scalars: Any) -> Tensor:
+    def squares(
+        self,
+        grads: Sequence[Tensor],
+        nonfinite: Tensor | None = None,
+        *,
+        watched: Tensor | None = None,
+        **scalars: Any,
+    ) -> Tensor:
         """The sums of squares of the gradients, float64 [len(params)], of H-Fac's matrices: from the statistics of the
-        step, which are kept for it: 2 numbers a row and 3 a column."""
+        step, which are kept for it: 2 numbers a row and 3 a column. ``watched`` is the step's to write."""
         sizes = {name: self._operands[name] for name in ("rows", "cols", "param_dtypes")}
         self._kept = torch.empty(_C.hfac_kept(**sizes), dtype=torch.uint8)
         found = torch.zeros(len(grads), dtype=torch.float64)

@@ -55,7 +55,7 @@ class Update:
             return norms if self._scale is None or self._unscaled else norms / self._scale
         self._known = True
         scaling = self._scaling(None) if self._bound.unscales else {}
-        found = squares(self._grads, nonfinite=self._nonfinite, **scaling, **self._scalars)
+        found = squares(self._grads, nonfinite=self._nonfinite, **scaling, **self._more, **self._scalars)
         double = any(grad.dtype == torch.float64 for grad in self._grads)
         return found.sqrt().to(torch.float64 if double else torch.float32)
 
