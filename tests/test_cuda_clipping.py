@@ -12,6 +12,7 @@ from test_cuda_rounding import same
 from test_parity import ieee_square_roots  # noqa: F401  (a fixture for every test here)
 
 from hfac import rounding
+from hfac.backends import cuda
 from hfac.rounding import Place
 
 pytestmark = [
@@ -297,6 +298,42 @@ def test_the_launches_are_those_of_the_plan():
     run.step(grads, **scalars(1), clip=torch.tensor(1.0), grad_scale=torch.tensor(1.0))
     assert emulated.native.take_launches() == counts["step"]
     assert {launch["kernel"] for launch in plan if launch["conditional"]} == {"hfac_stats", "hfac_collect"}
+
+
+class Capturing(emulated.Host):
+    """A host that says it is capturing a graph: what it launches then stands for the replays too."""
+
+    now = False
+
+    def capturing(self):
+        return self.now
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_what_a_graph_reads_is_left_alone(warm):
+    host = Capturing()
+    run, plain = Run(SMALL, ops=cuda.Ops(host)), Run(SMALL)
+    first, second = grads_of(SMALL, 0), grads_of(SMALL, 1)
+    clip = dict(clip=torch.tensor(1.0), grad_scale=torch.tensor(1.0))
+    if warm:
+        kept = run.step.squares(first, **scalars(1))
+        run.step(first, **scalars(1), **clip)
+        plain.step(first, **scalars(1))
+    host.now = True
+    inside = run.step.squares(second, **scalars(1))
+    run.step(second, **scalars(1), **clip)
+    plain.step(second, **scalars(1))
+    host.now, planned = False, run.step._clipping
+    table = planned.table
+    before = table.clone()
+    assert any(table is one for one in planned.captured) and any(inside is one for one in planned.captured)
+    squares = run.step.squares(first, **scalars(1))
+    run.step(first, **scalars(1), **clip)
+    plain.step(first, **scalars(1))
+    assert torch.equal(table, before) and planned.table is not table
+    # Zeros that only the graph writes are not there before its first replay.
+    assert (squares is inside) == warm and (not warm or squares is kept)
+    assert close(squares, first) and agree(run, plain)
 
 
 def test_clip_without_squares_is_refused():
