@@ -66,6 +66,9 @@ def options(name):
         "weight_decay": st.just(0.0) | st.floats(0.01, 0.5),
         "maximize": st.booleans(),
         "nonfinite": st.sampled_from(["propagate", "skip"]),
+        "watch": st.booleans(),
+        # Never reached: clipped or not, rounding of the norm would show in every number. H-Fac then steps in two calls.
+        "max_grad_norm": st.sampled_from([None, None, 1e30]),
     }
     if name == "HFac":
         own = {

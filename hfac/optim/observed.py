@@ -68,6 +68,8 @@ class ObservedOptimizer(StatefulOptimizer):
             mine = there if places is None else [there[place] for place in places]
             rows = numbers.split([param.shape[:batch].numel() for param, _ in mine])
             for (param, grad), row in zip(mine, rows, strict=True):
+                if param.numel() == 0:
+                    continue
                 if self._algorithm != "hfac" or "exp_avg_sq_row" not in self.state[param]:
                     row[:, 3:] += diagnostics.zeros(grad, group)
                 self._watched[param] = row.view(*param.shape[:batch], -1)
