@@ -4,25 +4,12 @@
 nearest, rounded stochastically, or the upper half of a master weight. Same initial weights (rounded), batches and
 learning rate, a low one on purpose: where an update is smaller than half the distance between two bfloat16, a weight
 that is rounded to nearest stays where it is. It draws docs/bf16.png and prints the table of docs/bf16.md.
-
-`python -m bench.bf16 --cost` times whole steps instead: interleaved, on the same gradients, against those of parameters
-that are rounded to nearest.
 """
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import hfac
-from bench import gate, machine, report, shapes, timing
-from bench.contestants import OPTIMIZERS as CLASSES
-from bench.contestants import ops_of
-from bench.problem import LR, WEIGHT_DECAY, Problem
-from bench.rivals import RIVALS, YARDSTICK
-from hfac import backends
 from hfac.cli.corpus import load_corpus
 from hfac.cli.optimizers import CHOICES
 from hfac.cli.settings import Settings
@@ -102,78 +89,14 @@ def plot(results: dict[str, dict[str, dict[str, Any]]], path: Path, title: str) 
     figure.savefig(path, dpi=120)
 
 
-#: how bfloat16 parameters are stored
-STORED: dict[str, dict[str, Any]] = {
-    "nearest": {},
-    "stochastic": dict(rounding="stochastic"),
-    "master split": dict(master="split"),
-    "master split8": dict(master="split8"),
-    "master split8, stochastic": dict(master="split8", rounding="stochastic"),
-}
-_CPU = torch.device("cpu")
-
-
-def why_red(name: str, stored: dict[str, Any], backend: str) -> str | None:
-    """None if three steps of the backend store what the reference stores, but for one element in a thousand, which the
-    order of sums may have rounded otherwise."""
-    for op in ops_of(name):
-        reason = gate.why_red(op, backend, torch.bfloat16, _CPU)
-        if reason is not None:
-            return reason
-    found = []
-    for chosen in (backend, "reference"):
-        problem = Problem([(520, 1030), (97,)], torch.bfloat16, _CPU)
-        optimizer = getattr(hfac, name)(problem.params, lr=1e-3, backend=chosen, **stored)
-        for _ in range(3):
-            optimizer.step()
-        found.append(optimizer.fp32_state_dict(torch.nn.ParameterList(problem.params)))
-    apart = [
-        int(((ours - theirs).abs() > 1e-6 * theirs.abs()).sum())
-        for ours, theirs in zip(*(weights.values() for weights in found), strict=True)
-    ]
-    return f"{sum(apart)} weights are stored otherwise" if sum(apart) > 500 else None
-
-
-def cost(args: argparse.Namespace) -> None:
-    """Prints, for each optimizer and list, how many times the time of the plain bfloat16 step another one takes."""
-    backend = backends.available(_CPU)[0]
-    print(f"{report.setting(machine.describe(_CPU))}, backend {backend}\n")
-    print("| | parameters | " + " | ".join([*STORED, "float32", "fused AdamW"]) + " |")
-    print("| --- | --- |" + " ---: |" * (len(STORED) + 2))
-    for name in CLASSES:
-        reds = {how: why_red(name, stored, backend) for how, stored in STORED.items()}
-        if any(reds.values()):
-            raise SystemExit(f"parity gate red, {name}: {reds}")
-        for shape in ("4096x4096", "16x 1024x1024"):
-            calls: dict[str, Callable[[], object]] = {}
-            for how, options in [*STORED.items(), ("float32", {}), ("fused AdamW", None)]:
-                problem = Problem(shapes.parse(shape), torch.float32 if how == "float32" else torch.bfloat16, _CPU)
-                if options is None:
-                    calls[how] = RIVALS[YARDSTICK](problem.params).step
-                else:
-                    built = getattr(hfac, name)(problem.params, lr=LR, weight_decay=WEIGHT_DECAY, **options)
-                    calls[how] = built.step
-            samples = timing.measure(calls, _CPU, args.rounds, 20.0)
-            cells = []
-            for how in calls:
-                ratio = timing.speedup(samples["nearest"], samples[how])
-                time = timing.quantiles(samples[how]).median * 1e3
-                cells.append(f"{ratio.median:.2f} [{ratio.q20:.2f}-{ratio.q80:.2f}], {time:.1f} ms")
-            print(f"| {name} | {shape} | " + " | ".join(cells) + " |", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
-    parser.add_argument("--cost", action="store_true", help="time whole steps instead of training")
-    parser.add_argument("--rounds", type=int, default=24, help="rounds of --cost")
     parser.add_argument("--out", type=Path, default=FOLDER)
     args = parser.parse_args()
-    if args.cost:
-        return cost(args)
     results = {optimizer: {p: train(optimizer, p, args) for p in PRECISIONS} for optimizer in args.only}
     head = f"{args.steps:,} steps at the constant learning rate {args.lr:g}, seed {args.seed}"
     plot(results, args.out / "bf16.png", f"Byte-level GPT of 0.4 million parameters: {head}")

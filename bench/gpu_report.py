@@ -55,14 +55,15 @@ class Times:
     parity: int
     sanitizer: int
     bench: int
+    options: int
     profile: int
     rounds: int
     seconds: float
 
 
-FULL = Times(build=150, parity=110, sanitizer=40, bench=160, profile=35, rounds=20, seconds=1.0)
-QUICK = Times(build=60, parity=20, sanitizer=0, bench=35, profile=0, rounds=8, seconds=0.4)
-DRY = Times(build=0, parity=60, sanitizer=0, bench=60, profile=0, rounds=2, seconds=0.01)
+FULL = Times(build=150, parity=110, sanitizer=40, bench=120, options=40, profile=35, rounds=20, seconds=1.0)
+QUICK = Times(build=60, parity=20, sanitizer=0, bench=35, options=0, profile=0, rounds=8, seconds=0.4)
+DRY = Times(build=0, parity=60, sanitizer=0, bench=60, options=0, profile=0, rounds=2, seconds=0.01)
 
 
 @dataclass
@@ -205,6 +206,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = QUICK_CASES if args.quick else CASES
     cases = tuple((f"{LLAMA}-4" if name == LLAMA and free < LLAMA_BYTES else name, *rest) for name, *rest in cases)
     report.measure(cases, times)
+    if times.options:
+        command = [python, "-m", "bench.options", "--device", "cuda", "--rounds", "9", "--out", str(report.out)]
+        report.run("options", command, times.options)
     profiler = shutil.which("ncu")
     if times.profile and profiler is None:
         report.note("profile", "not run", 0, "ncu is not on the path")

@@ -14,8 +14,8 @@ import hfac
 from hfac import backends, reference, rounding
 
 sys.path.append(str(Path(__file__).parent.parent))
-from bench import bf16, contestants, memory, problem, record, report, rivals, shapes, timing  # noqa: E402
 from bench import bytes as traffic  # noqa: E402
+from bench import contestants, memory, options, problem, record, report, rivals, shapes, timing  # noqa: E402
 from bench.__main__ import main  # noqa: E402
 from bench.gate import why_red  # noqa: E402
 
@@ -304,11 +304,29 @@ def test_a_file_of_something_else_is_not_overwritten(capsys, tmp_path):
     assert path.read_text() == '{"mine": 1}'
 
 
-def test_the_gate_of_stored_weights(monkeypatch):
-    """Green as it is, red where the random bits are others."""
-    backend = backends.available(torch.device("cpu"))[0]
-    assert bf16.why_red("SMMF", bf16.STORED["stochastic"], backend) is None
+def test_the_gate_of_options(monkeypatch):
+    """Green as it is, red where the random bits are others, and where a norm is."""
+    backend = backends.available(CPU)[0]
+
+    def why_red(name, how):
+        return options.why_red(name, options.options_of(torch.bfloat16)[how], backend, torch.bfloat16, CPU)
+
+    for name in ("HFac", "SMMF"):
+        for how in options.options_of(torch.bfloat16):
+            assert why_red(name, how) is None, (name, how)
     drawn = rounding.random_bits
     monkeypatch.setattr(rounding, "random_bits", lambda *args: drawn(*args) ^ 0x8000)
-    reason = bf16.why_red("SMMF", bf16.STORED["stochastic"], backend)
-    assert (reason is None) == (backend == "reference") and "stored otherwise" in (reason or "stored otherwise")
+    reason = why_red("SMMF", "stochastic")
+    assert (reason is None) == (backend == "reference") and "are others" in (reason or "are others")
+
+
+def test_table_of_options(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(options, "LISTS", ("24x16", "2x 7"))
+    options.main(["--rounds", "3", "--out", str(tmp_path)])
+    (path,) = tmp_path.glob("*-options.md")
+    text = path.read_text()
+    assert text in capsys.readouterr().out
+    for dtype in (torch.float32, torch.bfloat16):
+        for how in ("plain", *options.options_of(dtype), options.BY_HAND, options.AFTERWARDS, "fused AdamW"):
+            assert f"| {how} | " in text
+    assert text.count("| plain | 1.00 [1.00-1.00], ") == 2

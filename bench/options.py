@@ -1,0 +1,153 @@
+"""What an option costs: whole steps with it, against plain ones of the same optimizer in the same run.
+
+`python -m bench.options` prints a table for each type of parameters and writes it beside the other results. All
+contestants of a table are interleaved and work on the same parameters and gradients; what has not agreed with the
+reference is not timed.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import hfac
+from bench import gate, machine, report, shapes, timing
+from bench.contestants import OPTIMIZERS as CLASSES
+from bench.contestants import ops_of
+from bench.problem import LR, WEIGHT_DECAY, Problem
+from bench.rivals import RIVALS, YARDSTICK
+from hfac import backends
+
+LISTS = ("4096x4096", "16x 1024x1024")
+SECONDS = 20.0
+#: a norm that no gradient here has, and one that every list has many times over
+NEVER, ALWAYS = 1e30, 1e-3
+
+#: how bfloat16 parameters are stored
+STORED: dict[str, dict[str, Any]] = {
+    "stochastic": dict(rounding="stochastic"),
+    "master split": dict(master="split"),
+    "master split8": dict(master="split8"),
+    "master split8, stochastic": dict(master="split8", rounding="stochastic"),
+}
+CLIPPED: dict[str, dict[str, Any]] = {
+    "max_grad_norm, not reached": dict(max_grad_norm=NEVER),
+    "max_grad_norm, clipped": dict(max_grad_norm=ALWAYS),
+}
+WATCHED: dict[str, dict[str, Any]] = {"watch": dict(watch=True)}
+BY_HAND = "clip_grad_norm_ and step"
+AFTERWARDS = "step and diagnostics()"
+
+
+def options_of(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """Those that parameters of this type can have."""
+    return {**(STORED if dtype == torch.bfloat16 else {}), **CLIPPED, **WATCHED}
+
+
+def why_red(name: str, options: dict[str, Any], backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """None if three steps of the backend leave the weights that the reference leaves, but for one element in a
+    thousand, which the order of sums may have rounded otherwise."""
+    for op in ops_of(name):
+        reason = gate.why_red(op, backend, dtype, device)
+        if reason is not None:
+            return reason
+    found = []
+    for chosen in (backend, "reference"):
+        problem = Problem([(520, 1030), (97,)], dtype, device)
+        optimizer = getattr(hfac, name)(problem.params, lr=1e-3, backend=chosen, **options)
+        for _ in range(3):
+            optimizer.step()
+        weights = optimizer.fp32_state_dict(nn.ParameterList(problem.params)).values()
+        found.append([weight.float() for weight in weights])
+    # Gradients that a kernel multiplies as it reads them are not rounded to their type, as those multiplied in place.
+    scale = 1e-2 if "max_grad_norm" in options and dtype != torch.float32 else 1e-6
+    apart = [int(((a - b).abs() > scale * b.abs()).sum()) for a, b in zip(*found, strict=True)]
+    return f"{sum(apart)} weights are others" if sum(apart) > 500 else None
+
+
+def contestants(
+    name: str, shape: str, dtype: torch.dtype, device: torch.device, backend: str
+) -> dict[str, Callable[[], object]]:
+    """Steps by what they are called; the first is the plain one."""
+
+    def made(**options: Any) -> Any:
+        problem = Problem(shapes.parse(shape), dtype, device)
+        return getattr(hfac, name)(problem.params, lr=LR, weight_decay=WEIGHT_DECAY, backend=backend, **options)
+
+    def clipped(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+        params = optimizer.param_groups[0]["params"]
+
+        def step() -> None:
+            nn.utils.clip_grad_norm_(params, NEVER)
+            optimizer.step()
+
+        return step
+
+    def looked_at(optimizer: Any) -> Callable[[], object]:
+        def step() -> None:
+            optimizer.step()
+            optimizer.diagnostics()
+
+        return step
+
+    calls: dict[str, Callable[[], object]] = {"plain": made().step}
+    calls.update({how: made(**options).step for how, options in options_of(dtype).items()})
+    calls[BY_HAND] = clipped(made())
+    calls[AFTERWARDS] = looked_at(made())
+    if dtype == torch.bfloat16:
+        problem = Problem(shapes.parse(shape), torch.float32, device)
+        calls["float32"] = getattr(hfac, name)(problem.params, lr=LR, weight_decay=WEIGHT_DECAY, backend=backend).step
+    calls["fused AdamW"] = RIVALS[YARDSTICK](Problem(shapes.parse(shape), dtype, device).params).step
+    return calls
+
+
+def table(dtype: torch.dtype, device: torch.device, rounds: int) -> str:
+    """Markdown: for each optimizer and list how many times the time of the plain step each takes."""
+    backend = backends.available(device)[0]
+    for name in CLASSES:
+        for how, options in options_of(dtype).items():
+            reason = why_red(name, options, backend, dtype, device)
+            if reason is not None:
+                raise SystemExit(f"parity gate red, {name} with {how}: {reason}")
+    columns: dict[str, dict[str, str]] = {}
+    for name in CLASSES:
+        for shape in LISTS:
+            calls = contestants(name, shape, dtype, device, backend)
+            samples = timing.measure(calls, device, rounds, SECONDS)
+            for how in calls:
+                ratio = timing.speedup(samples["plain"], samples[how])
+                time = timing.quantiles(samples[how]).median * 1e3
+                cell = f"{ratio.median:.2f} [{ratio.q20:.2f}-{ratio.q80:.2f}], {time:.2f} ms"
+                columns.setdefault(how, {})[f"{name}, {shape}"] = cell
+    heads = list(columns["plain"])
+    lines = [f"| {str(dtype).removeprefix('torch.')} | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(heads)]
+    lines += [f"| {how} | " + " | ".join(cells[head] for head in heads) + " |" for how, cells in columns.items()]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m bench.options", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--out", type=Path, default=machine.ROOT / "bench" / "results", help="folder of the table")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    setting = machine.describe(device)
+    head = (
+        f"{report.setting(setting)}, backend {backends.available(device)[0]}.\n\nHow many times the time of a plain "
+        "step of the same optimizer: ratio of the medians [quantiles of 20 and 80 % of the rounds' ratios], and the "
+        "median. Interleaved, on the same parameters and gradients, behind a parity gate: `python -m bench.options`."
+    )
+    tables = [table(getattr(torch, dtype), device, args.rounds) for dtype in args.dtypes]
+    path = args.out / f"{machine.slug(setting['machine'])}-options.md"
+    path.write_text("\n\n".join(["# What options cost", head, *tables]) + "\n")
+    print(path.read_text())
+
+
+if __name__ == "__main__":
+    main()
