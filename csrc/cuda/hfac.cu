@@ -37,7 +37,6 @@ struct Stats {
   const Arguments& a;
   const Item& it;
   StatsShared<T>& shared;
-  const HfacSpace<T> space;
   const Operand grad;
   const Gradient<T> gradient;
   const Decay<T> b2;
@@ -49,7 +48,6 @@ struct Stats {
       : a(a_),
         it(it_),
         shared(shared_),
-        space(it_, a_.workspace),
         grad(it_.grad),
         gradient(a_),
         b2(a_.scalars.beta2, it_.index),
@@ -117,6 +115,7 @@ struct Stats {
         square = square + shared.sums[(k * 2 + 1) * warps + w];
       }
       const int64_t i = first_row + base + k;
+      const HfacSpace<T> space(it, a.workspace);
       const T r = hfac_average(b2.beta, static_cast<const T*>(it.second_row)[i], b2.rest, square + eps_sum);
       space.row_sum[i] = sum == T(0) && square == T(0) ? -T(0) : sum;  // of zeros alone: no sum comes out as -0
       space.row_square[i] = r;
@@ -192,7 +191,7 @@ __global__ void __launch_bounds__(kVectors == 1 ? kStatsThreads : kLongThreads, 
   }
   s.finish();
 
-  T* out = s.space.cols + static_cast<int64_t>(tile.part) * kSums * s.cols;
+  T* out = HfacSpace<T>(s.it, a.workspace).cols + static_cast<int64_t>(tile.part) * kSums * s.cols;
   if (s.ys == 1) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
@@ -230,7 +229,7 @@ __global__ void __launch_bounds__(kLongThreads, 1) hfac_stats_wide(Arguments a) 
   if (skipped(a) || unclipped(a)) return;
   const Tile tile = tile_of(a);
   Stats<A> s(a, a.items[tile.item], tile.part, shared);
-  T* out = s.space.cols + static_cast<int64_t>(tile.part) * kSums * s.cols;
+  T* out = HfacSpace<T>(s.it, a.workspace).cols + static_cast<int64_t>(tile.part) * kSums * s.cols;
   for (int base = 0; base < s.tile_rows; base += kWideRows) {
     for (int part = 0; part < kWideRows; part += kRowsInFlight) {
       T row_sums[kVector];
