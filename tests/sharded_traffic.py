@@ -98,6 +98,13 @@ def refusals():
         optimizer = hfac.HFac(groups)
         optimizer.step()
 
+    def swapped(net):
+        """Sharded once the optimizer is there, as trainers do it."""
+        plain = torch.nn.Parameter(torch.ones(4, 6))
+        optimizer = hfac.SMMF([plain], watch=True)
+        optimizer.param_groups[0]["params"] = list(net.parameters())
+        optimizer.step()
+
     def step_of(param):
         param.grad = param.detach().clone()
         hfac.HFac([param]).step_param(param)
@@ -112,6 +119,8 @@ def refusals():
         "signs-third": lambda: hfac.SMMF([made((4, 6, 8), [Replicate(), Shard(2)])]),
         "capturable": lambda: hfac.HFac([made((4, 6), [Shard(0), Replicate()])], capturable=True),
         "amp": lambda: hfac.SMMF([made((4, 6), [Shard(0), Replicate()])], amp_scaling=True),
+        "watch": lambda: hfac.HFac([made((4, 6), [Shard(0), Replicate()])], watch=True),
+        "watch-later": lambda: swapped(wrap("fsdp", model())),
         "amp-elsewhere": lambda: mixed(
             [
                 {"params": [made((4, 6), [Shard(0), Replicate()])]},

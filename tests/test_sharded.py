@@ -163,6 +163,8 @@ def test_what_cannot_be_sharded_is_refused():
         "signs-third": r"ValueError: SMMF: parameter 0 .*first or second dimension only.*HFac",
         "capturable": r"ValueError: HFac: parameter 0 .* sharded, and capturable=True is not supported",
         "amp": r"ValueError: SMMF: parameter 0 .* sharded, and amp_scaling=True is not supported",
+        "watch": r"ValueError: HFac: parameter 0 .* sharded, and watch=True is not supported",
+        "watch-later": r"ValueError: SMMF: parameter 0 .* sharded, and watch=True is not supported",
         "amp-elsewhere": r"ValueError: HFac: a group has amp_scaling=True.*parameter 0 of group 0 is sharded",
         "triton": r"RuntimeError: backend='cuda' was asked for",
         "release": r"RuntimeError: release_gradients: a parameter of shape .* is sharded, .*optimizer.step\(\)",

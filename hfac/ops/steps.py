@@ -198,6 +198,8 @@ class Bound:
             needed = [*needed, LOWS]
         self._states = {name: checked_list(name, states.get(name), op, len(params)) for name in needed}
         self.step: Callable[..., None] | None = None
+        #: whether the kernels divide gradients by a scale as they read them
+        self.unscales = False
         if not params:
             return
         self.device = params[0].device
@@ -211,7 +213,6 @@ class Bound:
         if LOWS in states or stored:
             check_stores(backend, self.device)
         module = backends.resolve(backend, self.device)
-        #: the kernels divide gradients by a scale as they read them
         self.unscales = getattr(module, "UNSCALES", False)
         if hasattr(module, "bind"):
             self.step = module.bind(op, self._params, self._states, **stored)

@@ -285,12 +285,6 @@ class FactoredOptimizer(ObservedOptimizer):
             for i, param in enumerate(group["params"])
             if needs_others(param, group) and param in self.state
         ]
-        watching = [entry.label for entry in entries if self.param_groups[entry.group]["watch"]]
-        if watching:
-            raise ValueError(
-                f"{type(self).__name__}: {watching[0]} is sharded, and watch=True is not supported there: no rank has "
-                "all of what a step would tell. Leave watch=False."
-            )
         if entries and self._step_supports_amp_scaling:
             raise ValueError(
                 f"{type(self).__name__}: a group has amp_scaling=True, for which a GradScaler leaves the gradients of "
@@ -345,7 +339,7 @@ class FactoredOptimizer(ObservedOptimizer):
         self._forget()
         for index, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):  # trainers swap parameters for sharded ones
-                self._check_batch(f"{type(self).__name__}: parameter {i} of group {index}", param, group)
+                self._check_layout(f"{type(self).__name__}: parameter {i} of group {index}", param, group)
         self._sync_state()
         self._seen = Seen(self)
         self._sharded = self._bind_sharded()

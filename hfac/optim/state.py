@@ -269,11 +269,17 @@ class StatefulOptimizer(Optimizer):
                 f"{where} is float16, and master={group['master']!r} keeps the bits that a bfloat16 lacks of a "
                 "float32; a float16 has another exponent. Use bfloat16, or rounding='stochastic'."
             )
-        self._check_batch(where, param, group)
+        self._check_layout(where, param, group)
         if layout.is_dtensor(param):
             self._check_dtensor(where, param, group)
 
-    def _check_batch(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
+    def _check_layout(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
+        """Batch dimensions, and what a parameter cannot have once it is sharded, which may be after construction."""
+        if group["watch"] and layout.is_sharded(param):
+            raise ValueError(
+                f"{where} is sharded, and watch=True is not supported with sharded parameters: no rank has all of what "
+                "a step would tell. Leave watch=False."
+            )
         batch = group["batch_dims"]
         if batch == 0:
             return
@@ -408,7 +414,7 @@ class StatefulOptimizer(Optimizer):
         owners = [(param, group) for group, target in zip(merged, groups, strict=True) for param in target["params"]]
         positions = {key: i for i, key in enumerate(key for g in saved_groups for key in g["params"])}
         for index, (param, group) in enumerate(owners):
-            self._check_batch(f"{name}: with the options of the state dict, parameter {index}", param, group)
+            self._check_layout(f"{name}: with the options of the state dict, parameter {index}", param, group)
         checked = {}
         for key, state in state_dict["state"].items():
             if key not in positions:
