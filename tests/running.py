@@ -1,7 +1,18 @@
 """Small training runs for the tests of the classes: parameters, gradients, steps, and every bit of what they leave."""
 
+import pytest
 import torch
+from cases import OPTIONS
 from torch.nn import Parameter
+
+import hfac
+
+#: (class, options), every row of `cases.OPTIONS`
+VARIANTS = [
+    pytest.param(getattr(hfac, name), row, id=f"{name.lower()}-{label}")
+    for name, rows in OPTIONS.items()
+    for label, row in rows.items()
+]
 
 SHAPES = [(4, 6), (5,), (3, 2, 4), (), (1, 3), (7,), (17, 19), (12,)]
 

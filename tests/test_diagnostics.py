@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from cases import OPTIONS, gradient, shape_id
-from running import bits, gradients, parameters, train
+from cases import gradient, shape_id
+from running import VARIANTS, bits, gradients, parameters, train
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,13 +13,7 @@ from hfac import SMMF, HFac, matricize, rounding
 from hfac.distributed import layout
 from hfac.optim import diagnostics
 
-CLASSES = {"HFac": HFac, "SMMF": SMMF}
 BOTH = pytest.mark.parametrize("cls", [HFac, SMMF], ids=["hfac", "smmf"])
-VARIANTS = [
-    pytest.param(CLASSES[name], row, id=f"{name.lower()}-{label}")
-    for name, rows in OPTIONS.items()
-    for label, row in rows.items()
-]
 SHAPES = [(24, 18), (7,), (24,), (6, 4, 3, 3), (31, 8), (1, 64), ()]
 TIMES = pytest.mark.parametrize("ahead", [False, True], ids=["after", "ahead"])
 

@@ -5,21 +5,15 @@ import contextlib
 import emulated
 import pytest
 import torch
-from cases import OPTIONS, gradient, shape_id
-from running import bits, gradients, parameters, train
+from cases import gradient, shape_id
+from running import VARIANTS, bits, gradients, parameters, train
 from torch import nn
 from torch.nn import Parameter
 
 import hfac
 from hfac import SMMF, HFac, backends, ops
 
-CLASSES = {"HFac": HFac, "SMMF": SMMF}
 BOTH = pytest.mark.parametrize("cls", [HFac, SMMF], ids=["hfac", "smmf"])
-VARIANTS = [
-    pytest.param(CLASSES[name], row, id=f"{name.lower()}-{label}")
-    for name, rows in OPTIONS.items()
-    for label, row in rows.items()
-]
 BACKENDS = [*backends.available(torch.device("cpu")), emulated.NAME]
 SHAPES = [(24, 18), (7,), (24,), (6, 4, 3, 3), (31, 8), (300, 40), (1, 64), (), (0, 3), (5, 0)]
 NAN = float("nan")

@@ -42,14 +42,6 @@ class Watch {
   std::vector<std::vector<Watched>> found_;
 };
 
-// What is read of a weight once it is stored in 24 bits, rounded to the nearest.
-inline float joined8(float value) {
-  BFloat16 high;
-  int8_t low;
-  common::split(value, high, low);
-  return common::join(high, low);
-}
-
 // The weights that a kernel is about to change.
 template <class T>
 const T* old_weights(const void* param, int64_t count, Scratch& scratch) {
@@ -95,7 +87,7 @@ inline void watch_change(const TensorRef& param, const float* old, const void* f
                          Watched& watched) {
   const float* now = static_cast<const float*>(fresh);
   if (param.stored && param.stored->low_bytes == 1) {
-    watch_run(old, now, count, joined8, watched);
+    watch_run(old, now, count, common::nearest_of_24_bits, watched);
   } else if (param.stored && param.stored->low_bytes == 2) {
     watch_run(old, now, count, [](float x) { return x; }, watched);
   } else if (param.dtype == DType::kBFloat16) {

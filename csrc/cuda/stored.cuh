@@ -171,13 +171,6 @@ struct SplitAccess : BulkAccess<float, BFloat16, Sg> {
   static HFAC_DEVICE float nearest(const Target&, float x) { return x; }
 };
 
-HFAC_DEVICE float nearest_of_24_bits(float x) {
-  BFloat16 high;
-  int8_t low;
-  common::split(x, high, low);
-  return common::join(high, low);
-}
-
 // A bfloat16 and 8 of the bits that it lacks of a float, rounded to the nearest even or stochastically.
 template <class Sg>
 struct Split8Access : BulkAccess<float, BFloat16, Sg> {
@@ -231,7 +224,7 @@ struct Split8Access : BulkAccess<float, BFloat16, Sg> {
     store_chunk(global(t.high) + at, high);
     store_bytes8(global(t.low) + at, {second_bytes(u[0], u[1], u[2], u[3]), second_bytes(u[4], u[5], u[6], u[7])});
   }
-  static HFAC_DEVICE float nearest(const Target&, float x) { return nearest_of_24_bits(x); }
+  static HFAC_DEVICE float nearest(const Target&, float x) { return common::nearest_of_24_bits(x); }
 };
 
 HFAC_DEVICE_APART Random draw_apart(uint64_t block, uint32_t step, uint32_t position, uint64_t seed) {
@@ -256,7 +249,7 @@ struct StoredAccess : AnyAccess<float> {
 
   static HFAC_DEVICE float nearest(const Target& t, float x) {
     if (t.store.low.dtype == static_cast<int32_t>(Low::kInt16)) return x;
-    if (t.store.low.dtype == static_cast<int32_t>(Low::kInt8)) return nearest_of_24_bits(x);
+    if (t.store.low.dtype == static_cast<int32_t>(Low::kInt8)) return common::nearest_of_24_bits(x);
     return Base::nearest(t.param, x);
   }
 

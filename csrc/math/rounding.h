@@ -102,6 +102,14 @@ HFAC_HD void split(float x, BFloat16& high, int8_t& low) {
   split_rounded(u, 0x7fu + ((u >> 8) & 1u), high, low);
 }
 
+// What is read of a master weight of 24 bits that was stored to the nearest.
+HFAC_HD float nearest_of_24_bits(float x) {
+  BFloat16 high;
+  int8_t low;
+  split(x, high, low);
+  return join(high, low);
+}
+
 // To 24 bits, stochastically by the upper half of an element's random bits.
 HFAC_HD void split(float x, uint32_t bits, BFloat16& high, int8_t& low) {
   split_rounded(bits_of(x), bits >> 8, high, low);
