@@ -62,6 +62,8 @@ class ObservedOptimizer(StatefulOptimizer):
         self, update: "functional.Update", group: Mapping[str, Any], params: list[Tensor], grads: list[Any]
     ) -> None:
         """Keeps what a watched step has told; ``grads`` as the parameters', None where there was none."""
+        if not group["watch"]:
+            return
         batch = group["batch_dims"]
         there = [(param, grad) for param, grad in zip(params, grads, strict=True) if grad is not None]
         for places, numbers in update.watched():
@@ -99,9 +101,9 @@ class ObservedOptimizer(StatefulOptimizer):
             nearest in their type, master weights as they are stored ("split": float32, "split8": 24 bits); with
             rounding="stochastic" such weights move now and then. These are NaN where no step was made, or
             nonfinite="skip" skipped it; of a watched step so are the next two then. ``zero_rows``, ``zero_cols``: rows
-            and columns of the gradient
-            (`hfac.matricize.cut`, also with ``dense``; elements of a vector are rows) that are all zero; ``skipped``:
-            steps skipped so far, of a stack those in which any slice was, the same number for each.
+            and columns of the gradient (`hfac.matricize.cut`, also with ``dense``; elements of a vector are rows) that
+            are all zero; ``skipped``: steps skipped so far, of a stack those in which any slice was, the same number
+            for each.
 
         Raises:
             RuntimeError: a parameter is sharded.
