@@ -254,6 +254,20 @@ def test_matrices_are_not_read_for_their_norm(backend, limit, request, monkeypat
     assert [tuple(grad.shape) for grad in read] == [(7,)] * 3
 
 
+@BOTH
+@pytest.mark.parametrize("backend", ["auto", "reference", emulated.NAME, *TRITON])
+def test_nothing_but_empty_gradients(cls, backend, request):
+    if backend == emulated.NAME:
+        if emulated.native is None:
+            pytest.skip(emulated.WHY_NOT)
+        request.getfixturevalue("emulated_backend")
+    params = parameters([(0, 5), (3, 0), (0,)])
+    optimizer = cls(params, max_grad_norm=1.0, backend=backend, watch=True)
+    gradients(params, 0)
+    optimizer.step()
+    assert optimizer.grad_norm == 0 and optimizer.diagnostics() == {}
+
+
 def a_list(dtype):
     """Matrices of several chunks, strided and empty ones, with the states of some steps before."""
     generator = torch.Generator().manual_seed(1)
