@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -70,3 +71,11 @@ def registered() -> Iterator[None]:
     finally:
         del backends.TABLE[NAME]
         backends.NAMES, state.COMMON_RULES["backend"] = names, rule
+
+
+def provide(backend: str, request: pytest.FixtureRequest) -> None:
+    """Makes a backend that a test is parametrized with known, if it is this one; skips where it is not built."""
+    if backend == NAME:
+        if native is None:
+            pytest.skip(WHY_NOT)
+        request.getfixturevalue("emulated_backend")

@@ -79,10 +79,7 @@ def both_ways(cls, dtype=torch.float32, steps=8, **options):
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
 def test_as_clip_grad_norm_and_a_step(cls, dtype, backend, nonfinite, request):
     tolerance = TOLERANCE[dtype]
-    if backend == emulated.NAME:
-        if emulated.native is None:
-            pytest.skip(emulated.WHY_NOT)
-        request.getfixturevalue("emulated_backend")
+    emulated.provide(backend, request)
     if backend in (emulated.NAME, "triton"):
         # They take a float32 coefficient, and do not round the gradients that they have multiplied.
         tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
@@ -121,10 +118,7 @@ def test_below_the_limit_every_bit_is_an_unclipped_steps(cls):
 @pytest.mark.parametrize("amp_scaling", [False, True])
 @pytest.mark.parametrize("backend", ["auto", emulated.NAME])
 def test_under_a_grad_scaler_the_norm_is_of_unscaled_gradients(cls, amp_scaling, backend, request):
-    if backend == emulated.NAME:
-        if emulated.native is None:
-            pytest.skip(emulated.WHY_NOT)
-        request.getfixturevalue("emulated_backend")
+    emulated.provide(backend, request)
     runs, norms = [], []
     for option in (False, True):
         params = parameters()
@@ -179,10 +173,7 @@ def test_skip_leaves_bad_gradients_out_of_the_norm(cls, bad, capturable):
 @pytest.mark.parametrize("backend", ["auto", "reference", emulated.NAME, *TRITON])
 def test_skip_leaves_bad_slices_out_of_the_norm(cls, backend, request):
     """Of a stack the other slices are stepped, and count."""
-    if backend == emulated.NAME:
-        if emulated.native is None:
-            pytest.skip(emulated.WHY_NOT)
-        request.getfixturevalue("emulated_backend")
+    emulated.provide(backend, request)
     params = parameters([(3, 4, 5), (6,)])
     groups = [{"params": params[:1], "batch_dims": 1}, {"params": params[1:]}]
     optimizer = cls(groups, max_grad_norm=LIMIT, nonfinite="skip", backend=backend)
@@ -236,10 +227,7 @@ def test_expanded_gradients(cls):
 @pytest.mark.parametrize("limit", [1e4, 0.1])
 def test_matrices_are_not_read_for_their_norm(backend, limit, request, monkeypatch):
     """H-Fac has it from its statistics, also of slices; vectors are read."""
-    if backend == emulated.NAME:
-        if emulated.native is None:
-            pytest.skip(emulated.WHY_NOT)
-        request.getfixturevalue("emulated_backend")
+    emulated.provide(backend, request)
     read = []
     norms = clipping.norms
     monkeypatch.setattr(clipping, "norms", lambda grads: read.extend(grads) or norms(grads))
@@ -257,10 +245,7 @@ def test_matrices_are_not_read_for_their_norm(backend, limit, request, monkeypat
 @BOTH
 @pytest.mark.parametrize("backend", ["auto", "reference", emulated.NAME, *TRITON])
 def test_nothing_but_empty_gradients(cls, backend, request):
-    if backend == emulated.NAME:
-        if emulated.native is None:
-            pytest.skip(emulated.WHY_NOT)
-        request.getfixturevalue("emulated_backend")
+    emulated.provide(backend, request)
     params = parameters([(0, 5), (3, 0), (0,)])
     optimizer = cls(params, max_grad_norm=1.0, backend=backend, watch=True)
     gradients(params, 0)
@@ -305,10 +290,7 @@ def updated(dtype, clip, backend, nonfinite=None, spoil=None, **scalars):
 @pytest.mark.parametrize("clip_threshold", [0.7, None])
 def test_statistics_taken_for_the_norm_serve_the_step(dtype, backend, clip_threshold, request):
     """Unclipped every bit is the plain step's; clipped, that of the plain step on gradients multiplied before."""
-    if backend == emulated.NAME:
-        if emulated.native is None:
-            pytest.skip(emulated.WHY_NOT)
-        request.getfixturevalue("emulated_backend")
+    emulated.provide(backend, request)
     options = dict(clip_threshold=clip_threshold)
     _, plain = updated(dtype, None, backend, **options)
     norms, same = updated(dtype, 1.0, backend, **options)
@@ -329,10 +311,7 @@ def test_statistics_taken_for_the_norm_serve_the_step(dtype, backend, clip_thres
 @pytest.mark.parametrize("backend", ["cpu", emulated.NAME, *TRITON])
 def test_what_is_not_finite_is_known_for_the_gradients_as_they_are_stepped(backend, request):
     """A number too large to be squared is fine once it is clipped; NaN is not."""
-    if backend == emulated.NAME:
-        if emulated.native is None:
-            pytest.skip(emulated.WHY_NOT)
-        request.getfixturevalue("emulated_backend")
+    emulated.provide(backend, request)
 
     def spoil(grads):
         grads[0][3, 3] = NAN

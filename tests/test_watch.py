@@ -21,10 +21,7 @@ NAN = float("nan")
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    if request.param == emulated.NAME:
-        if emulated.native is None:
-            pytest.skip(emulated.WHY_NOT)
-        request.getfixturevalue("emulated_backend")
+    emulated.provide(request.param, request)
     return request.param
 
 
