@@ -2,6 +2,10 @@
 
 import torch
 
+from hfac.parity import gradient
+
+__all__ = ["DTYPES", "OPTIONS", "SHAPES", "gradient", "shape_id"]
+
 #: Hostile shapes: scalars, one row, one column, primes, odd byte counts, powers of two and one beyond, five
 #: dimensions, empty.
 SHAPES = [
@@ -53,12 +57,3 @@ OPTIONS = {
 
 def shape_id(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
-
-
-def gradient(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Normal numbers of very different scales, with some zeros."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(shape, generator=generator, dtype=torch.float64)
-    scale = 10.0 ** torch.randint(-3, 2, shape, generator=generator)
-    zero = torch.rand(shape, generator=generator) < 0.05
-    return (values * scale).masked_fill(zero, 0.0).to(dtype)

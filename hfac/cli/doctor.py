@@ -1,5 +1,6 @@
 """Says which backends are here, each with its version, compiler and instruction sets or architectures, or why it is
-not here and which command would change that."""
+not here and which command would change that. With --check, steps small parameters of hostile shapes with every backend
+beside the reference, and one large matrix beside a copy of memory."""
 
 from __future__ import annotations
 
@@ -19,9 +20,13 @@ import torch
 import hfac
 from hfac import backends
 from hfac.backends import cpu
+from hfac.cli import check
+from hfac.cli.errors import UsageError
 
 HELP = "show which backends are here, and why the others are not"
 
+#: Exit status where --check finds a difference.
+DIFFERS = 1
 #: Devices a backend is made for, where not all.
 _MADE_FOR = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
@@ -29,18 +34,104 @@ _MADE_FOR = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``hfac doctor``."""
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare steps of every backend with the reference, and measure them (some 10 seconds); exit status 1 "
+        "where they differ. Add its output to a bug report",
+    )
+    parser.add_argument("--device", metavar="NAME", help="check this device only, such as cuda:1 (default: all here)")
+    parser.add_argument("--backend", metavar="NAME", help="check this backend only (default: all here)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the findings; the exit status is 0 whatever they are."""
+    """Print the findings. The exit status is 0 whatever they are, but 1 where --check finds a backend that differs
+    from the reference."""
+    plan = _plan(args)
     found = examine()
-    print(json.dumps(found, indent=2) if args.json else "\n".join(lines(found)))
-    return 0
+    if not args.json:
+        print("\n".join(lines(found)), flush=True)
+    if args.check:
+        for device, names in plan:
+            _check(device, names, found, quiet=args.json)
+    if args.json:
+        print(json.dumps(found, indent=2))
+    return DIFFERS if any(row["differences"] for row in found.get("checks", ())) else 0
+
+
+def _plan(args: argparse.Namespace) -> list[tuple[torch.device, list[str]]]:
+    """What --check checks: of each device the backends.
+
+    Raises:
+        UsageError: --device or --backend is given without --check, or is not here.
+    """
+    for name in ("device", "backend"):
+        if getattr(args, name) is not None and not args.check:
+            raise UsageError(f"--{name} says what --check checks: give --check too")
+    devices = [torch.device(kind["device"]) for kind in (_processor(), *_cuda_devices(), *_xpu_devices())]
+    if args.device is not None:
+        try:
+            asked = torch.device(args.device)
+        except RuntimeError:
+            asked = torch.device("meta")
+        matching = [device for device in devices if device.type == asked.type and asked.index in (None, device.index)]
+        if not matching:
+            here = ", ".join(map(str, devices))
+            raise UsageError(f"--device: required is a device that is here ({here}), got {args.device!r}")
+        devices = matching
+    plan = [(device, [name for name in backends.available(device) if name != "reference"]) for device in devices]
+    if args.backend is not None:
+        if args.backend not in backends.TABLE:
+            raise UsageError(f"--backend: required is one of {', '.join(backends.TABLE)}, got {args.backend!r}")
+        reasons = [backends.TABLE[args.backend].why_not(device) for device in devices]
+        if all(reasons):
+            raise UsageError(f"--backend: {args.backend!r} is not here: {reasons[-1]}")
+        plan = [(device, [args.backend]) for device, reason in zip(devices, reasons, strict=True) if reason is None]
+    return plan
+
+
+def _check(device: torch.device, names: list[str], found: dict[str, Any], quiet: bool) -> None:
+    """Checks and measures the backends ``names`` on a device; prints each row as it comes unless ``quiet``, and adds
+    all to ``found``."""
+
+    def say(text: str) -> None:
+        if not quiet:
+            print(text, flush=True)
+
+    checks, rates = found.setdefault("checks", []), found.setdefault("rates", [])
+    if not names:
+        say(f"\nCheck on {device}: only the reference is here, and there is nothing to compare it with.")
+        return
+    say(f"\nCheck on {device}, steps beside the reference's:")
+    differing = set()
+    for row in check.check(device, names):
+        checks.append(row)
+        what = f"  {row['backend']}, {row['optimizer']}, {row['case']}: "
+        say(what + ("DIFFERS" if row["differences"] else "ok"))
+        for difference in row["differences"]:
+            differing.add(row["backend"])
+            say(f"    {difference}")
+    # What does not compute the right thing has no speed, and an interpreter's is nobody's business.
+    able = [name for name in names if name not in differing and (name != "triton" or device.type != "cpu")]
+    if able:
+        say(f"Rate on {device}, one bfloat16 matrix of {check.large(device)}:")
+    for row in check.rates(device, able):
+        rates.append(row)
+        share = row["gb_per_s"] / row["copy_gb_per_s"]
+        say(
+            f"  {row['backend']}, {row['optimizer']}: {row['ms']:.2f} ms, {row['gb_per_s']:.4g} GB/s, {share:.0%} of a "
+            f"copy's {row['copy_gb_per_s']:.4g} GB/s"
+        )
+    if differing:
+        say(
+            f"{', '.join(sorted(differing))}: steps on {device} differ from the reference's. Use another backend "
+            "(backend='reference' is always right), and report this output."
+        )
 
 
 def examine() -> dict[str, Any]:
     """Versions, devices, and every backend of `hfac.backends.TABLE`, as plain values."""
-    devices = [_processor(), *_cuda_devices()]
+    devices = [_processor(), *_cuda_devices(), *_xpu_devices()]
     kinds = dict.fromkeys(device["device"].split(":")[0] for device in devices)
     return {
         "hfac": hfac.__version__,
@@ -72,7 +163,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         text += [f"    {name.replace('_', ' ')}: {_shown(value)}" for name, value in backend["details"].items()]
         if not backend["here"]:
             text.append(f"    why not: {backend['why_not']}")
-            text.append(f"    fix: {backend['fix'] or 'none in this version'}")
+            text.append(f"    fix: {backend['fix']}")
     return text
 
 
@@ -92,21 +183,30 @@ def _backend(backend: backends.Backend, kinds: list[str]) -> dict[str, Any]:
     }
 
 
-def _fix(name: str) -> str | None:
-    """What to do, if possible a command, to have the backend here; None where this version of hfac cannot have it."""
+def _fix(name: str) -> str:
+    """What to do, if possible a command, to have the backend here."""
     if name == "triton":
-        installed = importlib.util.find_spec("triton") is not None
-        return (
-            "a GPU and its driver, which Triton looks for" if installed else f"{sys.executable} -m pip install triton"
-        )
-    if name != "cpu":
-        return None
+        if importlib.util.find_spec("triton") is None:
+            return f"{sys.executable} -m pip install triton"
+        return "a GPU and its driver, which Triton looks for"
+    if name == "cuda" and cpu._C is not None and cpu._C.cuda_info()["compiled"]:
+        if not cpu._C.cuda_info()["devices"]:
+            return "an NVIDIA GPU and a driver for it that is no older than the CUDA runtime above"
+        return _build("HFAC_CUDA=1 HFAC_CUDA_ARCHS=NN ") + "   (NN: the GPU's sm number, such as 90)"
+    build = _build("HFAC_CUDA=1 " if name == "cuda" else "")
+    needs = []
+    if not any(map(shutil.which, ((os.environ.get("CXX") or "g++").split()[0], "g++", "c++"))):
+        needs.append("a C++17 compiler (Debian, Ubuntu: sudo apt-get install g++)")
+    if name == "cuda" and shutil.which("nvcc") is None and not os.environ.get("CUDA_HOME"):
+        needs.append("the CUDA toolkit, whose nvcc must be on the path or in CUDA_HOME")
+    return f"install {' and '.join(needs)}, then {build}" if needs else build
+
+
+def _build(environment: str) -> str:
+    """The command that builds the extension anew."""
     root = Path(hfac.__file__).parent.parent
     source = f'-e "{root}"' if (root / "setup.py").exists() else "SOURCE   (SOURCE: what hfac was installed from)"
-    build = f"{sys.executable} -m pip install --force-reinstall --no-deps --no-cache-dir {source}"
-    if any(map(shutil.which, ((os.environ.get("CXX") or "g++").split()[0], "g++", "c++"))):
-        return build
-    return f"install a C++17 compiler (Debian, Ubuntu: sudo apt-get install g++), then {build}"
+    return f"{environment}{sys.executable} -m pip install --force-reinstall --no-deps --no-cache-dir {source}"
 
 
 def _reference_details() -> dict[str, Any]:
@@ -134,6 +234,7 @@ def _cuda_details() -> dict[str, Any]:
     if not info["compiled"]:
         return {"extension": info["why_not"]}
     return {
+        **({"compiled_for": info["architectures"]} if "architectures" in info else {}),
         "runtime": _cuda_version(info["runtime_version"]),
         "driver": _cuda_version(info["driver_version"]),
         "devices": [f"{device['name']} (sm_{''.join(map(str, device['capability']))})" for device in info["devices"]],
@@ -170,6 +271,12 @@ def _cuda_devices() -> list[dict[str, str]]:
         major, minor = torch.cuda.get_device_capability(index)
         found.append({"device": f"cuda:{index}", "name": f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})"})
     return found
+
+
+def _xpu_devices() -> list[dict[str, str]]:
+    if not hasattr(torch, "xpu") or not torch.xpu.is_available():
+        return []
+    return [{"device": f"xpu:{i}", "name": torch.xpu.get_device_name(i)} for i in range(torch.xpu.device_count())]
 
 
 def _cuda_version(number: int) -> str:

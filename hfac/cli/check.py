@@ -1,0 +1,140 @@
+"""The check of `hfac doctor --check`: every backend steps a hostile list beside the reference, and one large matrix
+beside a copy of memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from hfac import SMMF, HFac, parity
+
+#: Scalars, vectors, a row, primes, odd numbers of bytes of signs, more columns than a block has, five dimensions,
+#: nothing, and one large enough for several threads and tiles.
+SHAPES: tuple[parity.Shape, ...] = (
+    (),
+    (7,),
+    (1024,),
+    (1, 64),
+    (24, 18),
+    (17, 19),
+    (127, 129),
+    (3, 4097),
+    (4097, 3),
+    (6, 4, 3, 3),
+    (2, 3, 5, 7, 2),
+    (0, 5),
+    (260, 1030),
+)
+#: In Triton's interpreter a thousand elements take as long as a million elsewhere.
+INTERPRETED: tuple[parity.Shape, ...] = ((), (7,), (1, 64), (17, 19), (24, 18), (6, 4, 3, 3), (0, 5))
+OPTIMIZERS = (HFac, SMMF)
+COMMON: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1}
+#: what is checked of each optimizer: its name, the parameters' type, options
+CASES: tuple[tuple[str, torch.dtype, dict[str, Any]], ...] = (
+    ("float32", torch.float32, {}),
+    ("float32, nonfinite='skip'", torch.float32, {"nonfinite": "skip"}),
+    ("float32, max_grad_norm", torch.float32, {"max_grad_norm": 1.0, "slack": 20.0}),  # norms differ by 1e-5
+    ("float64", torch.float64, {}),
+    ("float16", torch.float16, {}),
+    ("bfloat16", torch.bfloat16, {}),
+    ("bfloat16, rounding='stochastic'", torch.bfloat16, {"rounding": "stochastic"}),
+    ("bfloat16, master='split'", torch.bfloat16, {"master": "split"}),
+    ("bfloat16, capturable=True, nonfinite='skip'", torch.bfloat16, {"nonfinite": "skip", "capturable": True}),
+)
+STEPS = 2
+#: of the measurement; the first are not counted, in which kernels are compiled and caches filled
+ROUNDS, SETTLING = 9, 2
+#: rows and columns of the large matrix, by type of device
+LARGE = {"cpu": (4096, 4096)}
+LARGE_ON_GPU = (16384, 8192)
+
+
+def check(device: torch.device, names: list[str]) -> Iterator[dict[str, Any]]:
+    """Checks backends on a device, and yields a row for each case as soon as it is known.
+
+    A row has "device", "backend", "optimizer", "case" and "differences", a list of sentences, empty where the steps
+    agree. An error that leaves a GPU unusable ends the check with a row that says so.
+    """
+    for name in names:
+        interpreted = name == "triton" and device.type == "cpu"
+        for optimizer in OPTIMIZERS:
+            row = {"device": str(device), "backend": name, "optimizer": optimizer.__name__}
+            for case, dtype, options in CASES:
+                shapes = INTERPRETED if interpreted else SHAPES
+                found = parity.differences(
+                    optimizer, shapes, dtype, device, name, **{**COMMON, **options, "steps": STEPS}
+                )
+                yield {**row, "case": case, "differences": list(map(str, found))}
+                if found and not _alive(device):
+                    rest = f"not checked: the error before has left {device} unusable until Python starts anew"
+                    yield {**row, "case": "all that follows", "differences": [rest]}
+                    return
+
+
+def rates(device: torch.device, names: list[str]) -> Iterator[dict[str, Any]]:
+    """Times steps of one bfloat16 matrix and copies of memory, in turns, and yields a row for each backend and
+    optimizer: "device", "backend", "optimizer", "ms" (median of a step), "gb_per_s" and "copy_gb_per_s".
+
+    A step's bytes are those that it cannot do without: gradients read once (H-Fac: twice), parameter and state read
+    and written.
+    """
+    for name in names:
+        for optimizer in OPTIMIZERS:
+            yield {
+                "device": str(device),
+                "backend": name,
+                "optimizer": optimizer.__name__,
+                **_rate(optimizer, device, name),
+            }
+
+
+def large(device: torch.device) -> str:
+    """Rows and columns of the matrix that is timed."""
+    return "x".join(map(str, LARGE.get(device.type, LARGE_ON_GPU)))
+
+
+def _alive(device: torch.device) -> bool:
+    """Whether the device still computes: after an illegal access every later call of the process fails."""
+    try:
+        return bool(torch.ones(1, device=device).item() == 1)
+    except RuntimeError:
+        return False
+
+
+def _rate(optimizer: type[torch.optim.Optimizer], device: torch.device, backend: str) -> dict[str, float]:
+    generator = torch.Generator(device=device).manual_seed(0)
+    shape = LARGE.get(device.type, LARGE_ON_GPU)
+    source = torch.rand(shape, generator=generator, dtype=torch.float32, device=device).add_(0.5)
+    target = torch.empty_like(source)
+    param = Parameter(source.to(torch.bfloat16))
+    param.grad = param.detach().flip(0).contiguous()
+    built = optimizer([param], lr=1e-5, backend=backend)  # type: ignore[call-arg]
+    state = sum(value.nbytes for value in built.state[param].values())
+    moved = 2 * param.nbytes + (2 if optimizer is HFac else 1) * param.grad.nbytes + 2 * state
+    calls: dict[str, Callable[[], object]] = {"step": built.step, "copy": lambda: target.copy_(source)}
+    seconds: dict[str, list[float]] = {key: [] for key in calls}
+    for turn in range(SETTLING + ROUNDS):
+        for key, call in calls.items():
+            found = _seconds(call, device)
+            if turn >= SETTLING:
+                seconds[key].append(found)
+    step, copy = (statistics.median(seconds[key]) for key in calls)
+    return {"ms": step * 1e3, "gb_per_s": moved / step / 1e9, "copy_gb_per_s": 2 * source.nbytes / copy / 1e9}
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    _synchronize(device)
+    begin = time.perf_counter()
+    call()
+    _synchronize(device)
+    return time.perf_counter() - begin
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
