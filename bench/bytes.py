@@ -10,10 +10,11 @@ twice. The second read costs memory traffic only where the gradient has left the
 lower and an upper end.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 @dataclass(frozen=True)
@@ -39,3 +40,13 @@ def compulsory(params: Iterable[Tensor], grads: Iterable[Tensor], states: Iterab
 def size(tensor: Tensor) -> int:
     """Bytes of a tensor's elements."""
     return tensor.numel() * tensor.element_size()
+
+
+def plain(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The tensors themselves, and in the place of a wrapper subclass (torchao's 8-bit states) those that it holds."""
+    for tensor in tensors:
+        if is_traceable_wrapper_subclass(tensor):
+            names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+            yield from plain(getattr(tensor, name) for name in names)
+        else:
+            yield tensor

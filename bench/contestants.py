@@ -131,21 +131,22 @@ def _whole(name: str, backend: str, optimizer: Optimizer, params: Sequence[Tenso
     def of_state(param: Tensor) -> dict[str, Tensor]:
         return {key: value for key, value in optimizer.state[param].items() if isinstance(value, Tensor)}
 
-    def states() -> list[Tensor]:
-        return [value for param in params for key, value in of_state(param).items() if key != "step"]
+    def states(*without: str) -> list[Tensor]:
+        kept = [value for param in params for key, value in of_state(param).items() if key not in without]
+        return list(traffic.plain(kept))
 
     def counted() -> traffic.Traffic:
         # The one factored state of each of the two whose statistics come before the update.
         twice = {"HFac": "exp_avg_sq_row", "Adafactor": "row_var"}.get(name)
         reread = sum(traffic.size(param.grad) for param in params if twice in of_state(param))
-        return traffic.compulsory(params, [param.grad for param in params], states(), reread)
+        return traffic.compulsory(params, [param.grad for param in params], states("step"), reread)
 
     return Contestant(
         name,
         backend,
         partial(optimizer.step),
-        lambda: [*params, *states()],
+        lambda: [*params, *states("step")],
         counted,
-        lambda: sum(traffic.size(value) for param in params for value in of_state(param).values()),
+        lambda: sum(map(traffic.size, states())),
         getattr(optimizer, "workspace_bytes", lambda: 0),
     )

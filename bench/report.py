@@ -18,7 +18,8 @@ COLUMNS = {
     "of copy": "that bandwidth as a share of a plain copy's, timed in the same rounds; lists that fit the caches can "
     "exceed 100 %",
     "x AdamW": "how many times as fast as torch.optim.AdamW(fused=True) on the same list: ratio of the medians and, in "
-    "brackets, the quantiles of 20 and 80 % of the ratios round by round",
+    "brackets, the quantiles of 20 and 80 % of the ratios round by round; followed by ? where the machine was too "
+    "busy for the ratio to mean much",
     "x ref": "how many times as fast as the same thing in plain torch (the reference)",
     "x eager": "SMMF only: how many times as fast as an SMMF written the usual way in eager torch",
     "temp B": "peak of the memory held for a while during the step, with the workspace that is kept from step to step, "
@@ -79,13 +80,37 @@ def cells(row: Row) -> list[str]:
         _range(row["bytes_per_param"], row["bytes_per_param_reread"], "{:.4g}"),
         _range(row["gb_per_s"], row["gb_per_s_reread"], "{:.3g}"),
         _range(100 * row["copy_share"], 100 * row["copy_share_reread"], "{:.0f}") + "%",
-        f"{adamw['median']:.2f} [{adamw['q20']:.2f}-{adamw['q80']:.2f}]" if adamw else "",
+        f"{adamw['median']:.2f} [{adamw['q20']:.2f}-{adamw['q80']:.2f}]{'?' * is_noisy(row)}" if adamw else "",
         times("reference"),
         times("SMMF, eager torch"),
         f"{row['transient_bytes_per_param'] + row['kept_bytes_per_param']:.3g}",
         f"{row['state_bytes_per_param']:.3g}",
         "" if row["launches"] is None else str(row["launches"]),
     ]
+
+
+#: quantiles of 80 and of 20 % of a ratio that lie further apart say little
+_APART = 2.0
+
+
+def is_noisy(row: Row) -> bool:
+    """Whether the ratio to AdamW means little: it lies outside the quantiles of the rounds' ratios, or these lie far
+    apart."""
+    adamw = row["speedup"].get("AdamW, torch fused")
+    if adamw is None:
+        return False
+    return not adamw["q20"] <= adamw["median"] <= adamw["q80"] or adamw["q80"] > _APART * adamw["q20"]
+
+
+def noise(rows: Sequence[Row]) -> str | None:
+    """A warning where ratios of a table are not to be trusted."""
+    noisy = [f"{row['name']} {row['backend']}" for row in rows if is_noisy(row)]
+    if not noisy:
+        return None
+    return (
+        f"Noisy: the ratio to AdamW of {', '.join(noisy)} lies outside its own brackets, or these are wide. Measure "
+        "again when nothing else runs, or with more --rounds."
+    )
 
 
 def text_table(rows: Sequence[Row]) -> str:

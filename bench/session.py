@@ -21,6 +21,7 @@ from bench.gate import why_red
 from bench.problem import Problem, unhealthy
 from bench.report import Row
 from bench.rivals import EAGER_SMMF, RIVALS, YARDSTICK
+from hfac import backends
 
 _COPY = ("copy", "memory to memory")
 
@@ -71,6 +72,9 @@ class Session:
         self._gates: dict[tuple[str, str, str], str | None] = {}
         self._setting = machine.describe(self.plan.device)
         self.say(f"On {report.setting(self._setting)}\n\nColumns:\n{report.legend()}\n")
+        missing = self._missing()
+        if missing:
+            self.say(missing + "\n")
         for dtype in self.plan.dtypes:
             for name in self.plan.shapes:
                 problem = Problem(shapes.parse(name), getattr(torch, dtype), self.plan.device)
@@ -79,6 +83,23 @@ class Session:
                     if rows:
                         self.rows += rows
                         self.say(f"{report.case_title(rows[0])}\n{report.text_table(rows)}\n")
+                        noise = report.noise(rows)
+                        if noise:
+                            self.say(noise + "\n")
+        if missing:
+            self.say(missing)
+
+    def _missing(self) -> str | None:
+        """Why no fused kernels are measured, and what to do; None where there are some."""
+        device = self.plan.device
+        fused = [name for name in backends.TABLE if name != "reference"]
+        if not set(fused).isdisjoint(backends.available(device)):
+            return None
+        reasons = [backends.TABLE[name].why_not(device) for name in (("cpu",) if device.type == "cpu" else fused)]
+        return (
+            "No fused kernels are here, so that every row of HFac and SMMF is the reference in plain torch, many times "
+            f"slower: {' '.join(filter(None, reasons))}"
+        )
 
     def _cases(self, problem: Problem, dtype: str) -> Iterator[tuple[str, str, list[Contestant]]]:
         """(kind, what is measured, contestants) of every case of one list."""
@@ -102,8 +123,8 @@ class Session:
                 wanted.remove(EAGER_SMMF)
             yield "step", "step", [*steps, *self._rivals(wanted, problem.params)]
 
-    def _with_reference(self, backends: Iterable[str]) -> list[str]:
-        return list(dict.fromkeys((*backends, "reference") if self.plan.reference else backends))
+    def _with_reference(self, names: Iterable[str]) -> list[str]:
+        return list(dict.fromkeys((*names, "reference") if self.plan.reference else names))
 
     def _green(self, op: str, backend: str, dtype: str) -> bool:
         """Whether the op may be timed; the reference is what it is compared to."""
@@ -124,7 +145,8 @@ class Session:
             try:
                 contestant = rival_contestant(rival, params)
                 contestant.call()
-            except (ImportError, AttributeError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+                unhealthy(contestant.tensors())  # of states that are no plain tensors this may be more than they can
+            except Exception as error:  # whatever another package raises
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 self.say(f"{', '.join(rival)}: left out, it cannot be carried out here ({reason})")
                 contestant = None  # with the states that it made before it ran out of memory

@@ -136,11 +136,11 @@ def test_the_gate_is_green_for_the_kernels(op, dtype):
 @pytest.mark.parametrize(
     ("op", "state", "complaint"),
     [
-        ("hfac_step_", "exp_avg_sq_rows", "exp_avg_sq_rows is off"),
-        ("hfac_dense_step_", "exp_avgs", "exp_avgs is off"),
-        ("smmf_step_", "exp_avg_cols", "exp_avg_cols is off"),
+        ("hfac_step_", "exp_avg_sq_rows", "exp_avg_sq_row is off"),
+        ("hfac_dense_step_", "exp_avgs", "exp_avg is off"),
+        ("smmf_step_", "exp_avg_cols", "exp_avg_col is off"),
         ("smmf_step_", "exp_avg_signs", "signs of the first moment are wrong"),
-        ("smmf_dense_step_", "exp_avg_sqs", "exp_avg_sqs is off"),
+        ("smmf_dense_step_", "exp_avg_sqs", "exp_avg_sq is off"),
     ],
 )
 def test_the_gate_sees_a_wrong_state(op, state, complaint, monkeypatch):
@@ -330,3 +330,72 @@ def test_table_of_options(tmp_path, monkeypatch, capsys):
         for how in ("plain", *options.options_of(dtype), options.BY_HAND, options.AFTERWARDS, "fused AdamW"):
             assert f"| {how} | " in text
     assert text.count("| plain | 1.00 [1.00-1.00], ") == 2
+
+
+class Held(torch.Tensor):
+    """A state that is no plain tensor, as torchao's 8-bit ones: it holds codes and a scale, and knows few ops."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, outer_size, outer_stride):
+        return cls(inner["codes"], inner["scale"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(f"{func} is unknown to {cls.__name__}")
+
+
+class Holding(torch.optim.SGD):
+    def step(self, closure=None):
+        for param in self.param_groups[0]["params"]:
+            self.state[param].setdefault("held", Held(torch.zeros(param.shape, dtype=torch.uint8), torch.ones(2)))
+
+
+def test_rivals_whose_states_are_subclasses_are_measured_by_what_they_hold(tmp_path, monkeypatch):
+    monkeypatch.setitem(rivals.RIVALS, ("Holding", "theirs"), lambda params: Holding(params, lr=0.1))
+    status, rows = bench(tmp_path, "--shapes", "16x16", "--dtypes", "float32", "--ops", "step")
+    (row,) = [row for row in rows.values() if row["name"] == "Holding"]
+    assert status == 0
+    assert row["state_bytes_per_param"] == pytest.approx((256 + 8) / 256)
+    assert row["bytes_per_param"] == pytest.approx(12 + 2 * (256 + 8) / 256)
+
+
+def test_a_rival_that_fails_in_any_way_is_left_out(tmp_path, capsys, monkeypatch):
+    def build(params):
+        raise LookupError("no kernel of theirs for this processor")
+
+    monkeypatch.setitem(rivals.RIVALS, ("Broken", "theirs"), build)
+    status, rows = bench(tmp_path, "--shapes", "16x16", "--dtypes", "float32", "--ops", "step")
+    assert status == 0 and "AdamW" in {row["name"] for row in rows.values()}
+    assert "Broken, theirs: left out, it cannot be carried out here (no kernel of theirs" in capsys.readouterr().out
+
+
+def test_without_fused_kernels_it_says_how_to_build_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(backends.TABLE, "cpu", backends.Backend("cpu", "", lambda device: "build it with make.", None))
+    options = ("--shapes", "8x8", "--dtypes", "float32", "--ops", "hfac_step_")
+    assert bench(tmp_path, *options)[0] == 0
+    assert capsys.readouterr().out.count("No fused kernels are here") == 2
+    monkeypatch.undo()
+    if NATIVE:
+        assert bench(tmp_path, *options)[0] == 0
+        assert "No fused kernels" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("ratio", "noisy"), [((1.5, 1.4, 1.6), False), ((1.5, 1.6, 1.7), True), ((1.5, 0.9, 2.0), True), (None, False)]
+)
+def test_a_ratio_that_means_little_is_marked(ratio, noisy):
+    found = {} if ratio is None else {"AdamW, torch fused": dict(zip(("median", "q20", "q80"), ratio, strict=True))}
+    row = {"name": "HFac", "backend": "cpu", "speedup": found}
+    assert report.is_noisy(row) == noisy
+    said = report.noise([row])
+    assert said is None if not noisy else said.startswith("Noisy: the ratio to AdamW of HFac cpu ")
