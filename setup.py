@@ -240,7 +240,16 @@ def explain(error: Exception) -> str:
 
 
 setup(
-    packages=["hfac", "hfac.backends", "hfac.cli", "hfac.distributed", "hfac.ops", "hfac.optim", "hfac.triton_kernels"],
+    packages=[
+        "hfac",
+        "hfac.backends",
+        "hfac.cli",
+        "hfac.convert",
+        "hfac.distributed",
+        "hfac.ops",
+        "hfac.optim",
+        "hfac.triton_kernels",
+    ],
     package_dir={"hfac": "hfac", "hfac.triton_kernels": "triton_kernels"},
     package_data={"hfac": ["py.typed"]},
     ext_modules=[Extension("hfac._emulated" if EMULATION else "hfac._C", sources=[], optional=not EMULATION)],

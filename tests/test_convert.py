@@ -605,6 +605,95 @@ def test_amsgrad_is_said_to_be_left_out():
     assert bits(converted["state"]) == bits(hfac.convert(plain.state_dict())["state"])
 
 
+def test_nadam_has_adams_moments():
+    nadam, _ = ran(torch.optim.NAdam, shapes=[(4, 6)])
+    adam, _ = ran(torch.optim.Adam, shapes=[(4, 6)])
+    assert bits(hfac.convert(nadam.state_dict())["state"]) == bits(hfac.convert(adam.state_dict())["state"])
+
+
+@pytest.mark.parametrize("how", [dict(lr=0.02, relative_step=False, scale_parameter=False), dict(beta1=0.9), {}])
+@pytest.mark.parametrize("shape", [(24, 18), (7,), (3, 4, 5)], ids=str)
+def test_adafactor_of_transformers(shape, how):
+    """The second moment is torch's Adafactor's of the same gradients, to its eps."""
+    transformers = pytest.importorskip("transformers")
+    theirs, params = ran(lambda params: transformers.Adafactor(params, **how), shapes=[shape])
+    torchs, _ = ran(lambda params: torch.optim.Adafactor(params, eps=(1e-30, 1e-3)), shapes=[shape])
+    for to in ("hfac", "smmf"):
+        options = dict(betas=(0.9, 0.999)) if to == "hfac" else dict(lr=1e-3)
+        ours = hfac.convert(theirs.state_dict(), params, to=to, **options)
+        expected = hfac.convert(torchs.state_dict(), params, to=to, **options)
+        for key, value in expected["state"][0].items():
+            torch.testing.assert_close(ours["state"][0][key], value, rtol=1e-6, atol=1e-12)
+    found = group_of(theirs, "hfac", params)
+    assert found["clip_threshold"] == 1.0 and found["lr"] == how.get("lr", 1e-3)
+    assert group_of(theirs, "smmf", params, lr=0.1)["decay_rate"] == -0.8
+
+
+class Codes(torch.Tensor):
+    """A moment in 8 bits as torchao keeps it: a wrapper subclass that knows `dequantize` and little else."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, outer_size, outer_stride):
+        return cls(inner["codes"], inner["scale"])
+
+    def dequantize(self):
+        return self.codes * self.scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(f"{func} is unknown to {cls.__name__}")
+
+
+@TO
+def test_moments_in_eight_bits(to, cls):
+    codes = torch.arange(24, dtype=torch.uint8).reshape(4, 6)
+    held = renamed(["exp_avg", "exp_avg_sq"])
+    plain = copy.deepcopy(held)
+    for key, scale in (("exp_avg", 0.5), ("exp_avg_sq", 0.25)):
+        held["state"][0][key], plain["state"][0][key] = Codes(codes, torch.tensor(scale)), codes * scale
+    options = {"lr": 1e-3}
+    assert bits(hfac.convert(held, to=to, **options)) == bits(hfac.convert(plain, to=to, **options))
+
+
+def test_a_rate_of_the_end_of_a_schedule_is_said(recwarn):
+    adam, params = ran(torch.optim.AdamW, shapes=[(4, 6)])
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(adam, 10)
+    hfac.convert(adam.state_dict())
+    assert not recwarn.list
+    for _ in range(10):
+        adam.step()
+        scheduler.step()
+    with pytest.warns(
+        UserWarning, match=r"rate of group 0, 0, is carried over \(it began at 0.001\).*end of a schedule"
+    ):
+        hfac.convert(adam.state_dict())
+    recwarn.clear()
+    hfac.convert(adam.state_dict(), lr=1e-3)
+    assert not recwarn.list
+
+
+def test_smmf_wants_another_rate(recwarn):
+    adam, params = ran(torch.optim.AdamW, shapes=[(4, 6)])
+    with pytest.warns(UserWarning, match="carried over to SMMF, whose best one is 1.4 to 2 times AdamW's"):
+        converted = hfac.convert(adam.state_dict(), params, to="smmf")
+    recwarn.clear()
+    hfac.convert(adam.state_dict(), params, to="smmf", lr=2e-3)
+    hfac.convert(converted, params, to="smmf")
+    assert not recwarn.list
+
+
 def test_source_is_left_alone():
     adam, _ = ran(torch.optim.AdamW, dtype=torch.float32)
     source = adam.state_dict()
@@ -638,6 +727,12 @@ def other_optimizer(name):
     return optimizer.state_dict()
 
 
+def renamed(keys, step=3.0, **options):
+    """A state of one parameter with these keys, in a group of Adam's options and these."""
+    entry = {key: torch.ones(4, 6) for key in keys} | ({} if step is None else {"step": step})
+    return {"state": {0: entry}, "param_groups": [{"params": [0], "lr": 1e-3, "betas": (0.9, 0.999), **options}]}
+
+
 def changed(change):
     saved = adam_dict()
     change(saved)
@@ -654,8 +749,34 @@ BAD = [
     ("option", lambda: hfac.convert(adam_dict(), decay=1), TypeError, "decay"),
     ("value", lambda: hfac.convert(adam_dict(), lr=-1.0), ValueError, "lr must be"),
     ("execution", lambda: hfac.convert(adam_dict(), backend="cpu"), TypeError, "backend says how a step is"),
-    ("nadam", lambda: hfac.convert(other_optimizer("NAdam")), ValueError, "'mu_product'.*none of the optimizers"),
-    ("rmsprop", lambda: hfac.convert(other_optimizer("RMSprop")), ValueError, "'square_avg'.*none of the optimizers"),
+    *[
+        (name.lower(), lambda name=name: hfac.convert(other_optimizer(name)), ValueError,
+         f"parameter 0 is that of torch.optim.{name}\\. .*Start the new optimizer without")
+        for name in ("RMSprop", "Adamax", "Adadelta", "Adagrad", "Rprop", "ASGD")
+    ],
+    *[
+        (whose, lambda keys=keys, options=options: hfac.convert(renamed(keys, **options)), ValueError,
+         f"parameter 0 is that of {whose}.*Start the new optimizer without")
+        for whose, keys, options in (
+            ("Prodigy", ["exp_avg", "exp_avg_sq", "s", "p0"], {"d": 1.0, "d0": 1.0, "d_coef": 1.0, "growth_rate": 2.0}),
+            ("D-Adaptation", ["exp_avg", "exp_avg_sq"], {"d": 1e-6, "k": 5, "growth_rate": 2.0}),
+            ("Lion", ["exp_avg"], {}),
+            ("SGD", ["momentum_buffer"], {"momentum": 0.9}),
+            ("Muon", ["momentum_buffer"], {"momentum": 0.9, "ns_steps": 5}),
+            ("AdaBelief", ["exp_avg", "exp_avg_var"], {}),
+        )
+    ],
+    ("bitsandbytes", lambda: hfac.convert(renamed(["state1", "state2", "qmap1", "absmax1"])), ValueError,
+     "that of bitsandbytes.*dequantize_blockwise"),
+    ("apex", lambda: hfac.convert(renamed(["exp_avg", "exp_avg_sq"], step=None)), ValueError, "no 'step'.*Apex"),
+    ("wrapper", lambda: hfac.convert(renamed(["exp_avg", "exp_avg_sq", "slow_buffer"])), ValueError,
+     r"\['slow_buffer'\] besides.*take them out"),
+    ("nan", lambda: hfac.convert(changed(lambda s: s["state"][0]["exp_avg_sq"].view(-1)[:1].fill_(float("nan")))),
+     ValueError, "parameter 0: the second moment of Adam holds inf or NaN"),
+    ("inf", lambda: hfac.convert(changed(lambda s: s["state"][1]["exp_avg"].view(-1)[:1].fill_(float("inf")))),
+     ValueError, "parameter 1: the first moment of Adam holds inf or NaN"),
+    ("negative", lambda: hfac.convert(changed(lambda s: s["state"][0]["exp_avg_sq"].view(-1)[:1].fill_(-1.0))),
+     ValueError, "parameter 0: the second moment of Adam holds numbers below zero"),
     ("no-dict", lambda: hfac.convert(3), TypeError, "'state' and 'param_groups'.*got int"),
     ("other-dict", lambda: hfac.convert({"model": 1}), TypeError, r"got \['model'\]"),
     ("empty", lambda: hfac.convert(changed(lambda s: s["state"].clear())), ValueError, "has made no step"),

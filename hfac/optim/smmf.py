@@ -65,7 +65,7 @@ class SMMF(FactoredOptimizer):
         "exp_avg",
         "exp_avg_sq",
     )
-    _own_option = "growth_rate"
+    _own_option = "vector_reshape"
     _rules = {
         "beta": options.number(0.0, 1.0, open_high=True, none="no first moment"),
         "eps": options.number(0.0),
