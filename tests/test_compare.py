@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from hfac.cli.model import ByteGPT
 from hfac.cli.optimizers import CHOICES, build_optimizer, state_bytes
 from hfac.cli.report import best_runs, learning_rate_lines
 from hfac.cli.runner import Comparison
-from hfac.cli.settings import Settings
+from hfac.cli.settings import Settings, shown
 from hfac.cli.training import TrainingRun, scheduled_lr
 
 STEPS = 12
@@ -216,12 +217,81 @@ def test_resume_refuses_what_differs(compare, text, capsys, tmp_path):
 
 
 def test_a_failed_save_leaves_the_last_checkpoint(monkeypatch, tmp_path):
-    save_checkpoint(tmp_path, {"step": 1})
+    content = {"settings": {}, "text_sha256": "", "environment": {}, "plan": [], "finished": [], "run": None}
+    save_checkpoint(tmp_path, {**content, "plan": [1]})
     monkeypatch.setattr(checkpoint_module.os, "fsync", lambda handle: stop_at_once())
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(tmp_path, {"step": 2})
-    assert load_checkpoint(tmp_path)["step"] == 1
+        save_checkpoint(tmp_path, {**content, "plan": [2]})
+    assert load_checkpoint(tmp_path)["plan"] == [1]
     assert [file.name for file in tmp_path.iterdir()] == ["compare.pt"]
+
+
+def test_what_a_killed_save_has_left_is_removed(tmp_path):
+    (tmp_path / "compare.pt.a1b2.tmp").write_bytes(b"half of it")
+    (tmp_path / "notes.tmp").write_text("not ours")
+    save_checkpoint(tmp_path, {})
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["compare.pt", "notes.tmp"]
+
+
+def without(content, *path):
+    *parents, last = path
+    for key in parents:
+        content = content[key]
+    del content[last]
+
+
+DAMAGED = {
+    "no settings": (lambda c: without(c, "settings"), "it has no settings"),
+    "missing setting": (lambda c: without(c, "settings", "steps"), "it has no setting steps"),
+    "unknown setting": (lambda c: c["settings"].update(dropout=0.1), "it has an unknown setting dropout"),
+    "another type": (lambda c: c["settings"].update(steps="many"), "its setting steps is 'many'"),
+    "no number": (lambda c: c["settings"].update(lr=(("all", "fast"),)), "its setting lr is"),
+    "another plan": (lambda c: c.update(plan=[("smmf", 1e-3)]), "its plan is not that of its settings"),
+    "foreign runs": (lambda c: c.update(finished=[{"optimizer": "adamw"}]), "its finished runs are not those"),
+    "missing tensor": (
+        lambda c: without(c, "run", "model", next(iter(c["run"]["model"]))),
+        "its run under way cannot be loaded (Error(s) in loading",
+    ),
+    "another shape": (
+        lambda c: c["run"]["optimizer"]["state"][0].update(exp_avg_sq_row=torch.zeros(3)),
+        "'exp_avg_sq_row' must have shape",
+    ),
+    "no state of a parameter": (
+        lambda c: without(c, "run", "optimizer", "state", 0),
+        "the optimizer's state of 1 parameters is missing",
+    ),
+    "no generator": (lambda c: without(c, "run", "batches"), "its run under way lacks batches"),
+    "unknown part": (lambda c: c["run"].update(scaler={}), "its run under way has an unknown scaler"),
+    "beyond the end": (lambda c: c["run"].update(step=99), "at step 99 of 12"),
+}
+
+
+@pytest.mark.usefixtures("no_plot", "ctrl_c")
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_checkpoint_is_not_trusted(compare, monkeypatch, capsys, tmp_path, damage):
+    with monkeypatch.context() as patch:
+        interrupt(patch, "hfac", 6, press_ctrl_c)
+        compare("--optimizers", "hfac", "--lr", "hfac=1e-2", "--save", str(tmp_path / "saved"))
+    path = tmp_path / "saved" / "compare.pt"
+    content = torch.load(path, weights_only=True)
+    change, said = DAMAGED[damage]
+    change(content)
+    torch.save(content, path)
+    capsys.readouterr()
+    message = error_of(capsys, "--resume", str(tmp_path / "saved"))
+    assert "--resume cannot continue" in message and said in message and "start anew" in message
+
+
+@pytest.mark.usefixtures("no_plot")
+def test_settings_are_shown_as_they_are_given(compare, capsys, tmp_path):
+    saved = str(tmp_path / "saved")
+    compare("--optimizers", "adamw", "--save", saved)
+    capsys.readouterr()
+    message = error_of(capsys, "--resume", saved, "--lr", "adamw=1e-3", "--warmup-steps", "2", "--optimizers", "hfac")
+    assert "--lr (saved: adamw=0.01, given: adamw=0.001)" in message
+    assert shown("lr", ()) == "one for each optimizer" and shown("lr", (("all", 0.5),)) == "0.5"
+    assert "--warmup-steps (saved: a tenth of the steps, given: 2)" in message
+    assert "--optimizers (saved: adamw, given: hfac)" in message
 
 
 def test_a_checkpoint_is_data_only_and_of_this_format(tmp_path, capsys):
@@ -253,6 +323,8 @@ def test_a_checkpoint_is_data_only_and_of_this_format(tmp_path, capsys):
         (["--device", "tpu"], ["--device", "cuda:N", "'tpu'"]),
         (["--text", "no/such/file"], ["--text", "exist", "no/such/file"]),
         (["--text", "EMPTY"], ["no text", "--text"]),
+        (["--text", "BINARY"], ["no file with text in it", "NUL bytes are left out", "--text"]),
+        (["--seed", str(2**64)], ["--seed", "from 0 to 18446744073709551615", "'18446744073709551616'"]),
         (["--text", "SHORT"], ["too short", "at least 650 bytes", "649", "--context"]),
         (["--resume", "nowhere"], ["--resume", "--save", "nowhere", "does not exist"]),
         (["--resume", "BROKEN"], ["--resume", "cannot read", "compare.pt", "start anew"]),
@@ -262,6 +334,8 @@ def test_a_checkpoint_is_data_only_and_of_this_format(tmp_path, capsys):
 def test_bad_input(options, parts, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "BINARY").mkdir()
+    (tmp_path / "BINARY" / "weights").write_bytes(b"\0" * 1000)
     (tmp_path / "SHORT").write_text("x" * 649)
     (tmp_path / "BROKEN").mkdir()
     (tmp_path / "BROKEN" / "compare.pt").write_bytes(b"PK not a checkpoint")
@@ -335,6 +409,20 @@ def test_text_of_a_directory(tmp_path):
     corpus = load_corpus([str(tmp_path)], 1000, 4)
     assert bytes(corpus.train) == b"a" * 50 + b"b" * 40 and bytes(corpus.validation) == b"b" * 10 and corpus.files == 2
     assert len(load_corpus([str(tmp_path)], 60, 4).train) == 54
+
+
+def test_no_more_of_a_file_is_read_than_is_asked_for(tmp_path):
+    path = tmp_path / "large.txt"
+    with path.open("wb") as stream:
+        stream.truncate(2**28)
+    tracemalloc.start()
+    try:
+        corpus = load_corpus([str(path)], 1000, 4)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(corpus.train) + len(corpus.validation) == 1000
+    assert peak < 2**24
 
 
 def test_text_of_the_standard_library():

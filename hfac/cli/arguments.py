@@ -20,6 +20,11 @@ def nonnegative_int(text: str) -> int:
     return _whole_number(text, 0)
 
 
+def seed(text: str) -> int:
+    """A whole number that torch takes as a seed, from 0 to 2**64 - 1."""
+    return _whole_number(text, 0, 2**64 - 1)
+
+
 def positive_float(text: str) -> float:
     """A finite number above 0."""
     value = _number(text)
@@ -63,13 +68,14 @@ def device_name(text: str) -> str:
     return text
 
 
-def _whole_number(text: str, least: int) -> int:
+def _whole_number(text: str, least: int, most: int | None = None) -> int:
     try:
         value = int(text)
     except ValueError:
         value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"required is a whole number of at least {least}, got {text!r}")
+    if value < least or (most is not None and value > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise argparse.ArgumentTypeError(f"required is a whole number {limits}, got {text!r}")
     return value
 
 

@@ -9,10 +9,20 @@ from pathlib import Path
 
 import torch
 
+from hfac import __version__
 from hfac.cli.errors import UsageError
 
 FILE_NAME = "compare.pt"
 FORMAT = 1
+#: what a checkpoint holds, and of which type
+CONTENT = {
+    "settings": dict,
+    "text_sha256": str,
+    "environment": dict,
+    "plan": (list, tuple),
+    "finished": (list, tuple),
+    "run": (dict, type(None)),
+}
 
 
 def save_checkpoint(directory: Path, content: dict) -> None:
@@ -21,6 +31,7 @@ def save_checkpoint(directory: Path, content: dict) -> None:
     Interrupted at any point, the directory holds either the last checkpoint or this one, each complete.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(directory)
     handle, temporary = tempfile.mkstemp(prefix=FILE_NAME + ".", suffix=".tmp", dir=directory)
     try:
         with os.fdopen(handle, "wb") as stream:
@@ -31,6 +42,12 @@ def save_checkpoint(directory: Path, content: dict) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what saves have left behind that were killed before they could rename it."""
+    for leftover in directory.glob(f"{FILE_NAME}.*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def load_checkpoint(directory: Path) -> dict:
@@ -55,4 +72,18 @@ def load_checkpoint(directory: Path) -> dict:
             f"--resume requires a checkpoint of format {FORMAT} and {path} has {found}; it was written by another"
             " program or version: start anew with --save"
         )
+    wrong = [name for name, kind in CONTENT.items() if not isinstance(content.get(name), kind)]
+    if wrong:
+        raise cannot_continue(directory, content, f"it has no {' and no '.join(wrong)} as hfac compare saves it")
     return content
+
+
+def cannot_continue(directory: Path, content: dict, what: object) -> UsageError:
+    """The error for a checkpoint that was read and cannot be continued; `what` says why, as half a sentence."""
+    environment = content.get("environment")
+    version = environment.get("hfac") if isinstance(environment, dict) else None
+    by = "" if version in (None, __version__) else f" It was saved by hfac {version}, and this is {__version__}."
+    return UsageError(
+        f"--resume cannot continue {directory / FILE_NAME}: {what}.{by} Use the version that saved it, restore the"
+        " file, or start anew with --save"
+    )

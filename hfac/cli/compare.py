@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hfac.cli import arguments
-from hfac.cli.checkpoint import FILE_NAME, load_checkpoint
+from hfac.cli.checkpoint import FILE_NAME, cannot_continue, load_checkpoint
 from hfac.cli.corpus import load_corpus
-from hfac.cli.errors import INTERRUPTED, UsageError
+from hfac.cli.errors import INTERRUPTED, DamagedCheckpoint, UsageError
 from hfac.cli.optimizers import CHOICES
 from hfac.cli.plot import write_plot
 from hfac.cli.progress import make_progress
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _setting(add, "schedule", str, "learning rate after the warmup, down to a tenth of its peak", choices=SCHEDULES)
     _setting(add, "eval_every", arguments.positive_int, "steps between evaluations", shown="a tenth of the steps")
     _setting(add, "eval_batches", arguments.positive_int, "validation batches per evaluation")
-    _setting(add, "seed", arguments.nonnegative_int, "seed of the initial weights and the batches")
+    _setting(add, "seed", arguments.seed, "seed of the initial weights and the batches")
     _setting(add, "device", arguments.device_name, "cpu, cuda or cuda:N")
     _setting(add, "dtype", str, "type of the parameters", choices=tuple(DTYPES))
     meaning = "how hfac and smmf round new parameters of fewer bits than the arithmetic's"
@@ -85,7 +85,10 @@ def _setting(add: Callable, name: str, kind: Callable, meaning: str, shown: str 
 def run(args: argparse.Namespace) -> int:
     """Carry out `hfac compare` and return its exit status: 0, or 130 after Ctrl-C."""
     checkpoint = None if args.resume is None else load_checkpoint(args.resume)
-    settings = resolve(_given(args), None if checkpoint is None else checkpoint["settings"])
+    try:
+        settings = resolve(_given(args), None if checkpoint is None else checkpoint["settings"])
+    except DamagedCheckpoint as error:
+        raise cannot_continue(args.resume, checkpoint or {}, error) from error
     corpus = load_corpus(settings.text, settings.max_bytes, settings.context)
     if checkpoint is not None and checkpoint["text_sha256"] != corpus.sha256:
         raise UsageError(
@@ -94,9 +97,13 @@ def run(args: argparse.Namespace) -> int:
         )
     save_to = _make_directories(args)
     comparison = Comparison(settings, corpus, save_to, args.save_every)
+    if checkpoint is not None:
+        try:
+            comparison.resume(checkpoint)
+        except DamagedCheckpoint as error:
+            raise cannot_continue(args.resume, checkpoint, error) from error
     _print_heading(comparison)
     if checkpoint is not None:
-        comparison.resume(checkpoint)
         _print_resumed(comparison, checkpoint)
 
     status = 0
@@ -172,8 +179,8 @@ def _print_resumed(comparison: Comparison, checkpoint: dict) -> None:
     print(f"Resumed: {len(comparison.finished)} of {len(comparison.plan)} runs were finished before.")
     now = environment(comparison.settings.device)
     for name, before in checkpoint["environment"].items():
-        if before != now[name]:
-            print(f"Note: {name} was {before} and is {now[name]}; the last digits of the losses may differ for it.")
+        if before != now.get(name):
+            print(f"Note: {name} was {before} and is {now.get(name)}; the last digits of the losses may differ for it.")
 
 
 def _write_numbers(directory: Path, comparison: Comparison) -> None:

@@ -44,17 +44,20 @@ def load_corpus(paths: Sequence[str], max_bytes: int, context: int) -> Corpus:
     count = 0
     for file in files:
         try:
-            text += file.read_bytes()
+            with file.open("rb") as stream:
+                text += stream.read(max_bytes - len(text))
         except OSError as error:
             raise UsageError(
                 f"--text requires files that can be read, got {file} ({error.strerror}); make it readable"
             ) from error
         count += 1
         if len(text) >= max_bytes:
-            del text[max_bytes:]
             break
     if not text:
-        raise UsageError(f"no text to train on: {source} holds no bytes; give files or directories with --text PATH")
+        raise UsageError(
+            f"no text to train on: {source} has no file with text in it (of directories, hidden files and those with "
+            "NUL bytes are left out); give files or other directories with --text PATH"
+        )
     held_out = len(text) // VALIDATION_SHARE
     if held_out < context + 1:
         required = (context + 1) * VALIDATION_SHARE

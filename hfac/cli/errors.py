@@ -6,3 +6,7 @@ PIPE_CLOSED = 141  # and one whose reader has gone
 
 class UsageError(Exception):
     """Bad input: the message says what was required, what was given and what to do. Exit status 2."""
+
+
+class DamagedCheckpoint(Exception):
+    """What was loaded is not what was saved, or another version saved it; the message says where it differs."""

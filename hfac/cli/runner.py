@@ -9,6 +9,7 @@ from types import FrameType
 
 from hfac.cli.checkpoint import save_checkpoint
 from hfac.cli.corpus import Corpus
+from hfac.cli.errors import DamagedCheckpoint
 from hfac.cli.progress import PlainProgress, RichProgress
 from hfac.cli.report import environment
 from hfac.cli.settings import Settings
@@ -52,7 +53,7 @@ class Comparison:
         self.plan = settings.plan()
         self.finished: list[dict] = []
         self.current: TrainingRun | None = None
-        self._saved_run: dict | None = None
+        self._resumed: TrainingRun | None = None
 
     @property
     def results(self) -> list[dict]:
@@ -65,18 +66,38 @@ class Comparison:
         return len(self.finished) == len(self.plan)
 
     def resume(self, checkpoint: dict) -> None:
-        """Continue from a checkpoint of the same settings and text."""
+        """Continue from a checkpoint of the same settings and text.
+
+        Raises:
+            DamagedCheckpoint: it holds something else than what was saved.
+        """
         # The rates of the plan may be defaults, which another version of the package may have changed.
-        self.plan = [(name, lr) for name, lr in checkpoint["plan"]]
-        self.finished = checkpoint["finished"]
-        self._saved_run = checkpoint["run"]
+        try:
+            plan = [(name, float(lr)) for name, lr in checkpoint["plan"]]
+        except (TypeError, ValueError):
+            plan = []
+        finished = list(checkpoint["finished"])
+        factors = len(self.settings.lr_factors)
+        if [name for name, _ in plan] != [name for name in self.settings.optimizers for _ in range(factors)]:
+            raise DamagedCheckpoint("its plan is not that of its settings")
+        wanted = TrainingRun(self.settings, self.corpus, *plan[0]).result("finished").keys()
+        if len(finished) > len(plan) or not all(
+            isinstance(run, dict) and run.keys() == wanted and run["optimizer"] == name
+            for run, (name, _) in zip(finished, plan, strict=False)
+        ):
+            raise DamagedCheckpoint("its finished runs are not those of its plan")
+        if checkpoint["run"] is not None:
+            if len(finished) == len(plan):
+                raise DamagedCheckpoint("it has a run under way although all are finished")
+            self._resumed = TrainingRun(self.settings, self.corpus, *plan[len(finished)])
+            self._resumed.load_state_dict(checkpoint["run"])
+        self.plan, self.finished = plan, finished
 
     def train_next(self, progress: PlainProgress | RichProgress, stop: StopRequest) -> None:
         """Train the next run of the plan to its end; raise KeyboardInterrupt between two steps if asked to stop."""
-        run = TrainingRun(self.settings, self.corpus, *self.plan[len(self.finished)])
-        if self._saved_run is not None:
-            run.load_state_dict(self._saved_run)
-            self._saved_run = None
+        run, self._resumed = self._resumed, None
+        if run is None:
+            run = TrainingRun(self.settings, self.corpus, *self.plan[len(self.finished)])
         self.current = run
         progress.start(run)
         if not run.history:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
-from hfac.cli.errors import UsageError
+from hfac.cli.errors import DamagedCheckpoint, UsageError
 from hfac.cli.optimizers import CHOICES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -112,17 +112,21 @@ def resolve(given: dict, saved: dict | None) -> Settings:
     """Settings from those `given` on the command line over the `saved` ones of a checkpoint, or the defaults.
 
     A setting given that differs from the saved one raises `UsageError`: continuing with another model,
-    text, seed or schedule would be neither the old run nor a new one.
+    text, seed or schedule would be neither the old run nor a new one. `DamagedCheckpoint`: `saved` has not
+    exactly these settings, each of its type.
     """
     if "text" in given:
         given = given | {"text": tuple(os.path.abspath(path) for path in given["text"])}
     if saved is None:
         settings = Settings(**given)
     else:
-        settings = Settings(**saved)
+        settings = _restored(saved)
         different = [name for name in given if given[name] != getattr(settings, name)]
         if different:
-            pairs = (f"{flag(name)} (saved: {saved[name]}, given: {given[name]})" for name in different)
+            pairs = (
+                f"{flag(name)} (saved: {shown(name, saved[name])}, given: {shown(name, given[name])})"
+                for name in different
+            )
             raise UsageError(
                 f"--resume requires the settings the checkpoint was saved with, and these differ: {', '.join(pairs)};"
                 " leave them out (saved settings are used by themselves) or start anew without --resume"
@@ -131,9 +135,49 @@ def resolve(given: dict, saved: dict | None) -> Settings:
     return settings
 
 
+def _restored(saved: dict) -> Settings:
+    """The settings of a checkpoint. A missing one would be replaced by today's default: another run."""
+    for what, names in (("no", set(NAMES) - saved.keys()), ("an unknown", saved.keys() - set(NAMES))):
+        if names:
+            raise DamagedCheckpoint(f"it has {what} setting {', '.join(sorted(map(str, names)))}")
+    for name, value in saved.items():
+        default = getattr(Settings, name)
+        kinds = _OPTIONAL.get(name, (float, int) if isinstance(default, float) else (type(default),))
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise DamagedCheckpoint(f"its setting {name} is {value!r}")
+    try:
+        return Settings(**{**saved, "lr": tuple((str(name), float(lr)) for name, lr in saved["lr"])})
+    except (TypeError, ValueError):
+        raise DamagedCheckpoint(f"its setting lr is {saved['lr']!r}") from None
+
+
+def shown(name: str, value: object) -> str:
+    """A setting as the command line has it."""
+    if name in _WITHOUT and value in (None, ()):
+        return _WITHOUT[name]
+    if name == "lr":
+        pairs = value if isinstance(value, tuple) else ()
+        return " ".join(f"{lr:g}" if which == EVERY_OPTIMIZER else f"{which}={lr:g}" for which, lr in pairs)
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def flag(name: str) -> str:
     """The command-line option that sets a field of `Settings`."""
     return "--" + name.replace("_", "-")
 
 
 NAMES = tuple(field.name for field in fields(Settings))
+#: settings that may be None, and of which type they are else
+_OPTIONAL = {
+    "warmup_steps": (int, type(None)),
+    "eval_every": (int, type(None)),
+    "master": (str, type(None)),
+}
+#: what is said of a setting that has been left to a default of more than one value
+_WITHOUT = {
+    "lr": "one for each optimizer",
+    "text": "the Python standard library's source",
+    "warmup_steps": "a tenth of the steps",
+    "eval_every": "a tenth of the steps",
+    "master": "none",
+}

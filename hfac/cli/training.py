@@ -9,6 +9,7 @@ import time
 import torch
 
 from hfac.cli.corpus import Corpus, training_batch, validation_batches
+from hfac.cli.errors import DamagedCheckpoint
 from hfac.cli.model import ByteGPT
 from hfac.cli.optimizers import build_optimizer, state_bytes
 from hfac.cli.settings import DTYPES, Settings
@@ -143,13 +144,30 @@ class TrainingRun:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from what `state_dict` returned, for the same settings, optimizer and learning rate."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.batches.set_state(state["batches"])
-        torch.set_rng_state(state["cpu_rng"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        """Continue from what `state_dict` returned, for the same settings, optimizer and learning rate.
+
+        Raises:
+            DamagedCheckpoint: it holds something else.
+        """
+        mine = self.state_dict().keys()
+        for what, names in (("lacks", mine - state.keys()), ("has an unknown", state.keys() - mine)):
+            if names:
+                raise DamagedCheckpoint(f"its run under way {what} {', '.join(sorted(map(str, names)))}")
+        if not isinstance(state["step"], int) or not 0 <= state["step"] <= self.settings.steps:
+            raise DamagedCheckpoint(f"its run under way is at step {state['step']!r} of {self.settings.steps}")
+        try:
+            missing = len(list(self.model.parameters())) - len(state["optimizer"]["state"])
+            if state["step"] and missing:  # an optimizer would begin anew there
+                raise ValueError(f"the optimizer's state of {missing} parameters is missing")
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.batches.set_state(state["batches"])
+            torch.set_rng_state(state["cpu_rng"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise DamagedCheckpoint(f"its run under way cannot be loaded ({reason})") from error
         for name in ("step", "train_losses", "history", "optimizer_ms", "total_ms"):
             setattr(self, name, state[name])
 
