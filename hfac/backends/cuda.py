@@ -2,7 +2,8 @@
 
 `bind` takes what a step always has (parameters and states) and returns what makes steps of gradients and scalars. The
 kernels find addresses and sizes in a table in device memory, copied anew only where an address changed. A step waits
-for nothing and allocates nothing, but for the memory that grows with the list.
+for nothing and allocates nothing, but for the memory that grows with the list. While a CUDA graph is captured it
+allocates none on the host either: it finds what earlier steps left, or is refused before anything is launched.
 
 Everything here is written over a `Platform`, which knows the module with the launch functions and the device's memory;
 the tests have one for kernels that run on the host.
@@ -58,7 +59,12 @@ class Platform(Protocol):
     @property
     def native(self) -> Any: ...
     def l2_bytes(self, device: torch.device) -> int: ...
-    def stream(self, device: torch.device) -> int: ...
+
+    #: the current one: its address, or an object that has it as ``cuda_stream``
+    def stream(self, device: torch.device) -> Any: ...
+    #: what is launched from now on waits for what has been launched on ``stream``
+    def after(self, stream: Any, device: torch.device) -> None: ...
+    #: the current one is another than the one that the tensors were made on
     def used_on_another_stream(self, tensors: Sequence[Tensor], device: torch.device) -> None: ...
     def capturing(self) -> bool: ...
     def host_table(self, nbytes: int) -> Tensor: ...
@@ -78,8 +84,11 @@ class Cuda:
             _L2_BYTES[index] = getattr(torch.cuda.get_device_properties(index), "L2_cache_size", 0)
         return _L2_BYTES[index]
 
-    def stream(self, device: torch.device) -> int:
-        return torch.cuda.current_stream(device).cuda_stream
+    def stream(self, device: torch.device) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(device)
+
+    def after(self, stream: torch.cuda.Stream, device: torch.device) -> None:
+        torch.cuda.current_stream(device).wait_stream(stream)
 
     def used_on_another_stream(self, tensors: Sequence[Tensor], device: torch.device) -> None:
         for tensor in tensors:  # so that torch's allocator waits for that stream before it hands the memory out again
@@ -90,26 +99,33 @@ class Cuda:
 
     def host_table(self, nbytes: int) -> Tensor:
         # torch's allocator of pinned memory does not hand a buffer out again before the copies from it are done.
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def before_launch(self, workspace: Tensor) -> None:
         pass
 
 
 class _Planned:
-    """A plan over tensors that stay where they are, with the memory on the device that its launches use."""
+    """A plan over tensors that stay where they are, with the memory on the device that its launches use.
+
+    Launches follow each other on the device, whatever streams they are made on, because they share that memory; replays
+    of a graph are ordered by whoever makes them, as they are for parameters and states.
+    """
 
     def __init__(self, platform: Platform, device: torch.device, step: Any, shapes: list[tuple[int, ...]]) -> None:
         self.platform, self.device, self.step, self.shapes = platform, device, step, shapes
         self.table: Tensor | None = None
+        self.stale = True  # the table is not the plan's
+        self.source: Tensor | None = None  # on the host: what replays of a graph copy to the table, and no step has yet
+        self.frozen: Tensor | None = None  # a table that is in a graph
+        self.spare: Tensor | None = None  # on the host, for the table of the next graph
         self.workspace: Tensor | None = None
         self.counters: Tensor | None = None
-        self.spare: Tensor | None = None
-        self.stream: int | None = None  # on which the memory was made
-        self.captured: list[Any] = []  # what a CUDA graph reads in every replay, and nobody may change or free
-
-    frozen: Tensor | None = None
-    warm = False  # a step has been made outside a graph
+        self.resolved: Tensors = []  # copies of gradients whose statistics have been taken
+        self.stream: Any = None  # of the last launch
+        #: What a CUDA graph reads in every replay, and nobody may change or free. Only captures add to it; whoever
+        #: keeps this replaces the list by one of its own, which then outlives it.
+        self.captured: list[Any] = []
 
     def launch(
         self,
@@ -133,24 +149,16 @@ class _Planned:
         watched: Tensor | None = None,
     ) -> None:
         """The step or, with ``squares``, what the plan has before it. ``clip``: that has been launched."""
-        strides = None
-        if not all(map(Tensor.is_contiguous, grads)):
-            grads = [grad.resolve_neg() for grad in grads]
-            strides = _strides(grads)
-        stale = self.step.prepare(
-            grads=_addresses(grads),
-            grad_dtypes=_codes(grads),
-            shapes=None if strides is None else self.shapes,
-            grad_strides=strides,
-            clip=clip_threshold is not None,
-            nonfinite=nonfinite is not None,
-        )
+        taken = clip is not None and bool(self.resolved)
+        resolved = self._look(self.resolved if taken else grads, nonfinite, clip_threshold)
         capturing = self.platform.capturing()
-        if stale or self.table is None:
-            self._refresh(capturing)
-        if self.counters is None:
-            self.counters = torch.zeros(max(self.step.counter_bytes, 1), dtype=torch.uint8, device=self.device)
-        assert self.table is not None and self.workspace is not None
+        stream = self.platform.stream(self.device)
+        if capturing:
+            self.check_room()
+        elif stream != self.stream:
+            self._follow(stream, squares)
+        self._bring(capturing)
+        assert self.table is not None and self.workspace is not None and self.counters is not None
         flags = None if nonfinite is None else nonfinite.contiguous()
         kept: list[Tensor] = []
         scalars = {
@@ -163,12 +171,6 @@ class _Planned:
                 ("step", step),
             )
         }
-        stream = self.platform.stream(self.device)
-        if self.stream is None:
-            self.stream = stream
-        if stream != self.stream:
-            mine = (self.table, self.workspace, self.counters, squares)
-            self.platform.used_on_another_stream([tensor for tensor in mine if tensor is not None], self.device)
         if clip is None:  # else it holds statistics
             self.platform.before_launch(self.workspace)
         given = {"nonfinite": flags, "grad_scale": grad_scale, "found_inf": found_inf, "clip": clip}
@@ -185,38 +187,91 @@ class _Planned:
             **{name: 0 if tensor is None else tensor.data_ptr() for name, tensor in given.items()},
             seed=seed,
             device=_index(self.device),
-            stream=stream,
+            stream=getattr(stream, "cuda_stream", stream),
         )
         if nonfinite is not None and flags is not None and flags is not nonfinite:
             nonfinite.copy_(flags)
+        copies: list[Tensor] = []
+        if resolved is not grads:
+            copies = [mine for mine, grad in zip(resolved, grads, strict=True) if mine is not grad]
+        self.resolved = resolved if copies and squares is not None else []
         if capturing:
-            self.captured += [self.table, self.workspace, self.counters, flags, squares, watched, *kept]
-            self.frozen = self.table
-            if not self.warm:  # its zeros are written by the graph, not yet
-                self.counters = None
-        self.warm = self.warm or not capturing
+            self.captured += [self.table, self.source, self.workspace, self.counters, *given.values(), *kept, *copies]
+
+    def capturing(self) -> bool:
+        """Whether a graph is being captured, in whose replays what is launched now will run."""
+        return self.platform.capturing()
 
     def workspace_bytes(self) -> int:
         """Bytes on the device that are kept from step to step: partial sums, and the table."""
         kept = (self.table, self.workspace, self.counters)
         return sum(tensor.numel() for tensor in kept if tensor is not None)
 
-    def _refresh(self, capturing: bool) -> None:
-        """A table that is in a graph stays as it is: the graph reads it in every replay, and so does its copy from the
-        host."""
+    def _look(self, grads: Tensors, nonfinite: Tensor | None, clip_threshold: float | None) -> Tensors:
+        """Tells the plan what this step brings, and returns the gradients as the kernels read them."""
+        strides = None
+        if not all(map(Tensor.is_contiguous, grads)):
+            grads = [grad.resolve_neg() for grad in grads]
+            strides = _strides(grads)
+        changed = self.step.prepare(
+            grads=_addresses(grads),
+            grad_dtypes=_codes(grads),
+            shapes=None if strides is None else self.shapes,
+            grad_strides=strides,
+            clip=clip_threshold is not None,
+            nonfinite=nonfinite is not None,
+        )
+        if changed:  # until the table is written, whatever may fail before
+            self.stale, self.source = True, None
+        return grads
+
+    def check_room(self) -> None:
+        """That a graph can be captured of what `_look` has seen.
+
+        Raises:
+            RuntimeError: memory on the host is needed.
+        """
+        if self.counters is None:
+            raise RuntimeError(_refused("this is the first step on these tensors"))
+        if self.stale and (self.spare is None or self.spare.numel() < self.step.table_bytes):
+            why = "its gradients are not where the last step found them, or not of the same kind"
+            raise RuntimeError(_refused(why))
+
+    def _follow(self, stream: Any, *more: Tensor | None) -> None:
+        """Goes on on another stream: after what the last one was given, and with memory that is not handed out again
+        before both are done with it."""
+        if self.stream is not None:
+            self.platform.after(self.stream, self.device)
+            mine = (self.table, self.workspace, self.counters, *more)
+            self.platform.used_on_another_stream([tensor for tensor in mine if tensor is not None], self.device)
+        self.stream = stream
+
+    def _bring(self, capturing: bool) -> None:
+        """The plan's table to the device, where it is not there, and the other memory."""
         nbytes = max(self.step.table_bytes, 1)
-        if self.spare is None or self.spare.numel() < nbytes or not capturing:
-            host = self.platform.host_table(nbytes)
-        else:
-            host, self.spare = self.spare, None
-        self.step.write_table(host.data_ptr())
-        if self.table is None or self.table is self.frozen or capturing or self.table.numel() < nbytes:
-            self.table = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        self.table[:nbytes].copy_(host[:nbytes], non_blocking=True)
+        if self.stale:
+            if capturing:  # no memory on the host can be pinned during a capture
+                host, self.spare = self.spare, None
+                assert host is not None
+            else:
+                host = self.platform.host_table(nbytes)
+            self.step.write_table(host.data_ptr())
+            # What is copied in replays of a graph is not there for other steps, and must stay as it is.
+            frozen = capturing or self.table is self.frozen
+            if self.table is None or frozen or self.table.numel() < nbytes:
+                self.table = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            self.stale, self.source = False, host
+        assert self.table is not None
+        if self.source is not None:
+            self.table[:nbytes].copy_(self.source[:nbytes], non_blocking=True)
         if capturing:
-            self.captured.append(host)
-        elif self.spare is None or self.spare.numel() < nbytes:
-            self.spare = self.platform.host_table(nbytes)  # a graph capture can allocate no pinned memory
+            self.frozen = self.table
+        else:
+            self.source = None
+            if self.spare is None or self.spare.numel() < nbytes:
+                self.spare = self.platform.host_table(nbytes)
+            if self.counters is None:
+                self.counters = torch.zeros(max(self.step.counter_bytes, 1), dtype=torch.uint8, device=self.device)
         wanted = max(self.step.workspace_bytes, 1)
         if self.workspace is None or self.workspace.numel() < wanted:
             self.workspace = torch.empty(wanted, dtype=torch.uint8, device=self.device)
@@ -324,19 +379,38 @@ class Bound(_Planned):
         set as the step sets it."""
         if self.op != "hfac_step":
             return None
+        if self._clipping is None:
+            step = self.platform.native.CudaStep(**self._arguments, norm=True)
+            self._clipping = _Planned(self.platform, self.device, step, self.shapes)
+            self._clipping.captured = self.captured
         if self._squares is None:
+            if self.params and self.platform.capturing():
+                self._clipping.check_room()
             self._squares = torch.zeros(len(self.params), dtype=torch.float64, device=self.device)
         squares = self._squares
         if not self.params:
             return squares
-        if self._clipping is None:
-            step = self.platform.native.CudaStep(**self._arguments, norm=True)
-            self._clipping = _Planned(self.platform, self.device, step, self.shapes)
-        if not self._clipping.warm and self.platform.capturing():
-            self._squares = None  # as the counters: the graph writes its zeros
         self._clipping.launch(grads, nonfinite, squares=squares, **scalars)
         self._taken = True
         return squares
+
+    def check_capture(
+        self,
+        grads: Tensors,
+        nonfinite: Tensor | None = None,
+        *,
+        taken: bool = False,
+        clip_threshold: float | None = None,
+        **scalars: Any,
+    ) -> None:
+        """That a step of these arguments can be part of the graph that is being captured; ``taken``: as `squares` is.
+
+        Raises:
+            RuntimeError: it needs memory on the host; the message says what to do.
+        """
+        if self.params and not taken:  # else that has been checked
+            self._look(grads, nonfinite, clip_threshold)
+            self.check_room()
 
     def workspace_bytes(self) -> int:
         """As of `_Planned`, for steps with clip and without."""
@@ -352,6 +426,15 @@ def _stored(lows: Tensors | None, places: Sequence[Place] | None) -> dict[str, A
     if places is not None:
         found.update(places=list(places))
     return found
+
+
+def _refused(why: str) -> str:
+    return (
+        f"a step cannot be part of the CUDA graph that is being captured: {why}, and what it needs on the host cannot "
+        "be allocated during a capture. Take one step outside of graphs first, with gradients of the same types for "
+        "the same parameters and with the same options. It serves one graph, or any number whose gradients lie where "
+        "it found them."
+    )
 
 
 def _index(device: torch.device) -> int:
@@ -521,6 +604,11 @@ class Ops:
         have one entry per parameter go there with the table, in the same copy, so that nothing waits for the device."""
         if not plan.table_bytes:
             return
+        if self.platform.capturing():
+            raise RuntimeError(
+                "an op on parts of parameters brings its table from the host in every call, and cannot be part of the "
+                "CUDA graph that is being captured. Step sharded parameters outside of graphs."
+            )
         device = tensors[0].device
         end = -(-plan.table_bytes // 8) * 8
         found: dict[str, Any] = {"lr": 0.0, "weight_decay": 0.0, "beta1": 0.0, "beta2": 0.0}
@@ -549,13 +637,14 @@ class Ops:
             found[name] = given[name].data_ptr(), given[name].dtype == torch.float64, value.ndim
         workspace = torch.empty(max(plan.workspace_bytes, 1), dtype=torch.uint8, device=device)
         self.platform.before_launch(workspace)
+        stream = self.platform.stream(device)
         plan.launch(
             table=table.data_ptr(),
             workspace=workspace.data_ptr(),
             counters=0,
             **({"eps": 0.0, "clip_threshold": None, "maximize": False, "coupled": False} | options | found),
             device=_index(device),
-            stream=self.platform.stream(device),
+            stream=getattr(stream, "cuda_stream", stream),
         )
 
 
