@@ -61,7 +61,9 @@ def hfac(
             (`hfac.rounding`).
         places: of parameters that are rounded stochastically their place among the optimizer's (`hfac.rounding.Place`),
             which with ``seed`` makes their random bits; None for those that are rounded to nearest.
-        capturable: read the steps on their device (needed in a CUDA graph).
+        capturable: read the steps on their device (needed in a CUDA graph). The kernels of "cuda" and "triton" cannot
+            be captured in this form, whose tables are made anew in every call: capture a step of `hfac.HFac`, or of a
+            `Group` that has made one before and lives as long as the graph.
         batch_dims: so many leading dimensions of every parameter and every state, but not of steps and ``skipped``,
             count slices; the shapes above are then those of one slice, which is stepped as a parameter of its own. With
             ``skipped`` a slice keeps its values where its own gradient is not finite; a parameter's entry there is

@@ -46,7 +46,7 @@ class Host:
         return False
 
     def host_table(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
     def before_launch(self, workspace: Tensor) -> None:
         workspace.fill_(0xFF)  # as floats and as doubles: NaN

@@ -8,6 +8,7 @@ device; an explicit request is met or refused, never replaced.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -78,6 +79,16 @@ def resolve(name: str, device: torch.device, op: str | None = None) -> ModuleTyp
             "parameters need. Use backend='auto' or 'reference'."
         )
     return module
+
+
+def found(name: str, device: torch.device, op: str | None = None) -> ModuleType:
+    """As `resolve`, but asked once for as long as `TABLE` has the same rows: for what is called in every step."""
+    return _resolved(name, device, op, tuple(TABLE.items()))
+
+
+@lru_cache(maxsize=64)
+def _resolved(name: str, device: torch.device, op: str | None, rows: tuple[tuple[str, Backend], ...]) -> ModuleType:
+    return resolve(name, device, op)
 
 
 def host_counters() -> ModuleType | None:

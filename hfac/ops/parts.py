@@ -236,7 +236,7 @@ def nonfinite(grads: Tensors, elements: Sequence[int]) -> Tensor:
 
 
 def _part_op(op: str, tensors: Tensors, backend: str) -> Callable[..., None]:
-    return getattr(backends.resolve(backend, tensors[0].device if tensors else _HOST, op), op)
+    return getattr(backends.found(backend, tensors[0].device if tensors else _HOST, op), op)
 
 
 def _stored(
