@@ -237,13 +237,23 @@ class _Owners:
 
     def spread(self, per_param: Tensor) -> Tensor:
         """One entry for each slice."""
+        self._use()
         return per_param[self._of]
 
     def left(self, flags: Tensor) -> tuple[Tensor, Tensor]:
         """1 for parameters of which a slice has its flag up, and for those of which all have."""
+        self._use()
         up = self._sums(flags, len(self._counts))
         some = up.clamp(max=1)
         return some, some * (up == self._counts)
+
+    def _use(self) -> None:
+        """Tells the allocator of the stream that reads this now, which may not be the one that it was made on."""
+        device = self._of.device
+        if device.type in ("cuda", "xpu"):
+            stream = getattr(torch, device.type).current_stream(device)
+            for tensor in (self._of, self._counts):
+                tensor.record_stream(stream)
 
     def _sums(self, flags: Tensor, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int32, device=flags.device).index_add_(0, self._of, flags)

@@ -11,6 +11,7 @@ from dataclasses import replace
 import captured
 import emulated
 import pytest
+import rehearsal
 import torch
 from running import bits
 from test_parts import HFAC_OPTIONS, SMMF_OPTIONS, BlockParts, MatrixParts
@@ -274,6 +275,17 @@ def test_a_first_step_in_a_capture_is_refused_and_goes_well_afterwards(device, n
     assert everything(optimizer, params) == expected
 
 
+def test_the_functional_forms_which_bind_anew_in_every_call_are_refused(device):
+    optimizer, params = run("SMMF")
+    lists = {f"{key}s": [optimizer.state[param].get(key) for param in params] for key in optimizer._state_keys}
+    steps, options = [optimizer.state[param]["step"] for param in params], optimizer._options(optimizer.param_groups[0])
+    options.update(capturable=True, backend=BACKEND)
+    grads, before = [param.grad for param in params], everything(optimizer, params)
+    with pytest.raises(RuntimeError, match=REFUSED.format(FIRST)), device.capture():
+        functional.smmf(params, grads, **lists, state_steps=steps, **options)
+    assert everything(optimizer, params) == before
+
+
 def test_a_capture_in_which_another_parameter_has_no_gradient_is_refused(device):
     optimizer, params = run("HFac")
     params[1].grad = None
@@ -349,6 +361,24 @@ def test_steps_on_several_streams(device, name, options):
         optimizer.step()
         change(optimizer, params)
     del optimizer
+
+
+@pytest.mark.skipif(INTERPRETED, reason="a rehearsal has no Triton")
+def test_the_allocator_knows_of_the_streams_that_read_whose_slice_is_whose():
+    with rehearsal.rehearse() as gpu:
+        param = Parameter(torch.ones(3, 4, 8, device="cuda"))
+        param.grad = torch.ones_like(param)
+        optimizer = hfac.HFac([param], batch_dims=1, nonfinite="skip", backend="cuda")
+        optimizer.step()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            optimizer.step()
+        ((_, group),) = optimizer._bound.values()
+        owners = group._buckets[0].owners
+        for tensor in (owners._of, owners._counts):
+            assert stream.cuda_stream in gpu.memory(tensor).recorded
+        torch.cuda.synchronize()
 
 
 @pytest.fixture(params=["device", "float64", "bfloat16"])

@@ -2,8 +2,10 @@
 
 A backend is a module with one function per op, all with the signatures of `hfac.reference`, or with a function
 ``bind(op, params, states)`` that returns such an op for these tensors, (grads, nonfinite, **scalars) -> None: what
-kernels are told of them is then made once, not in every step. "auto" takes the first of `PREFERENCE` that can serve the
-device; an explicit request is met or refused, never replaced.
+kernels are told of them is then made once, not in every step. Where CUDA graphs can capture such an op, it has
+``capturing()``, ``check_capture(grads, nonfinite, **scalars)``, which refuses what could not be captured, and
+``captured``, a list of what replays need, which the op's owner may replace by one that lives longer. "auto" takes the
+first of `PREFERENCE` that can serve the device; an explicit request is met or refused, never replaced.
 """
 
 from collections.abc import Callable
