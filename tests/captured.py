@@ -295,7 +295,8 @@ def stand_in(backend: str) -> Iterator[Device]:
             def noted(self: Any, *given: Any) -> None:
                 ours = {name: getattr(self, name) for name in ("items", "grad_table", "scalars", "flags")}
                 if device.graph is None:
-                    hidden = [*ours.values(), given[1], self.layouts, self.workspace]
+                    mine = [self.__dict__[name] for name in ("layouts", "workspace") if name in self.__dict__]
+                    hidden = [*ours.values(), given[1], *mine]
                     device.launched(device.named(map(Tensor.data_ptr, hidden)))
                     launch(self, *given)
                     return
