@@ -61,7 +61,9 @@ def hfac(
             (`hfac.rounding`).
         places: of parameters that are rounded stochastically their place among the optimizer's (`hfac.rounding.Place`),
             which with ``seed`` makes their random bits; None for those that are rounded to nearest.
-        capturable: read the steps on their device (needed in a CUDA graph).
+        capturable: read the steps on their device (needed in a CUDA graph). The kernels of "cuda" and "triton" cannot
+            be captured in this form, whose tables are made anew in every call: capture a step of `hfac.HFac`, or of a
+            `Group` that has made one before and lives as long as the graph.
         batch_dims: so many leading dimensions of every parameter and every state, but not of steps and ``skipped``,
             count slices; the shapes above are then those of one slice, which is stepped as a parameter of its own. With
             ``skipped`` a slice keeps its values where its own gradient is not finite; a parameter's entry there is
@@ -227,7 +229,7 @@ class _Owners:
 
     def __init__(self, params: Sequence[Tensor], batch_dims: int, device: torch.device) -> None:
         counts = [param.shape[:batch_dims].numel() for param in params]
-        self._of = torch.cat([torch.full((n,), i, device=device) for i, n in enumerate(counts)])
+        self._of = torch.cat([torch.full((n,), i, dtype=torch.int64, device=device) for i, n in enumerate(counts)])
         self._counts = self._sums(torch.ones_like(self._of, dtype=torch.int32), len(params))
 
     def __len__(self) -> int:
@@ -235,13 +237,23 @@ class _Owners:
 
     def spread(self, per_param: Tensor) -> Tensor:
         """One entry for each slice."""
+        self._use()
         return per_param[self._of]
 
     def left(self, flags: Tensor) -> tuple[Tensor, Tensor]:
         """1 for parameters of which a slice has its flag up, and for those of which all have."""
+        self._use()
         up = self._sums(flags, len(self._counts))
         some = up.clamp(max=1)
         return some, some * (up == self._counts)
+
+    def _use(self) -> None:
+        """Tells the allocator of the stream that reads this now, which may not be the one that it was made on."""
+        device = self._of.device
+        if device.type in ("cuda", "xpu"):
+            stream = getattr(torch, device.type).current_stream(device)
+            for tensor in (self._of, self._counts):
+                tensor.record_stream(stream)
 
     def _sums(self, flags: Tensor, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int32, device=flags.device).index_add_(0, self._of, flags)
@@ -263,7 +275,9 @@ class Group:
 
     Args: as `hfac` and `smmf`; ``states`` are their lists of states by name, ``master_lows`` among them where there are
         any, and without ``first_moment`` those of the first are not read. ``grads`` are read for their types only.
-        ``watch``: whether a step tells of itself (`Update.watched`).
+        ``watch``: whether a step tells of itself (`Update.watched`). ``captured``: a list to which a step that a CUDA
+        graph captures adds what the graph reads and writes in every replay, gradients and parameters apart: it must
+        live as long as the graph. None: a list of the group's own, which must then live as long.
     """
 
     def __init__(
@@ -280,8 +294,10 @@ class Group:
         places: Sequence[Place | None] | None = None,
         batch_dims: int = 0,
         watch: bool = False,
+        captured: list[Any] | None = None,
     ) -> None:
         self._watch = watch
+        self._captured: list[Any] = [] if captured is None else captured
         self._algorithm = ALGORITHMS[algorithm]
         lists: dict[str, Sequence[Any] | None] = {
             "grads": grads,
@@ -349,6 +365,7 @@ class Group:
                         mine,
                         places=_sliced_places(of(places), of(params), batch_dims) if stochastic else None,
                         backend=backend,
+                        captured=self._captured,
                     ),
                     None if len(index) == len(params) else index,
                     steps,
@@ -423,7 +440,8 @@ class Group:
             )
             calls.append(_Call(bucket, call, flags, watched))
 
-        return Update(calls, found_inf)
+        tensors = [value for value in (*options.values(), grad_scale) if isinstance(value, Tensor)]
+        return Update(calls, found_inf, self._captured, tensors)
 
 
 class _Call(NamedTuple):
@@ -434,10 +452,16 @@ class _Call(NamedTuple):
 
 
 class Update:
-    """A step of a `Group` that has been checked, yet to be made: call it once, and `norms` before it or not at all."""
+    """A step of a `Group` that has been checked, yet to be made: call it once, and `norms` before it or not at all.
 
-    def __init__(self, calls: list[_Call], found_inf: Tensor | None) -> None:
+    ``captured``: what a graph reads is added there; ``tensors``: of what it has been given.
+    """
+
+    def __init__(
+        self, calls: list[_Call], found_inf: Tensor | None, captured: list[Any], tensors: list[Tensor]
+    ) -> None:
         self._calls, self._found_inf = calls, found_inf
+        self._captured, self._tensors = captured, tensors
 
     def norms(self) -> list[Tensor]:
         """The gradients' norms, those of slices where there are batch dimensions, as `ops.Update.norms` has them."""
@@ -460,8 +484,25 @@ class Update:
                     found = found.masked_fill(self._found_inf.reshape(1, 1) != 0, math.nan)
                 yield bucket.index, found
 
+    def check_capture(self) -> bool:
+        """Whether a CUDA graph is being captured, of which the step will be part.
+
+        Raises:
+            RuntimeError: it cannot be: it needs memory on the host; nothing has been written.
+        """
+        capturing = any(call.bucket.call.capturing() for call in self._calls)
+        if capturing:
+            for call in self._calls:
+                call.update.check_capture()
+        return capturing
+
     def __call__(self, clip: Tensor | None = None) -> None:
         """Makes the step, on gradients multiplied by ``clip``, and counts it."""
+        if self.check_capture():
+            for bucket, _, flags, watched in self._calls:
+                self._captured += [*bucket.call.tensors(), *bucket.steps, *(bucket.skipped or ()), bucket.owners]
+                self._captured += [flags, watched]
+            self._captured += [clip, self._found_inf, *self._tensors]
         for bucket, update, flags, _ in self._calls:
             update(clip)
             ops.advance_steps_(bucket.steps)

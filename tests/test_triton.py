@@ -28,6 +28,12 @@ def run_python(arguments, tmp_path, **environment):
 
 
 PARTS = "_parts or a_part"
+#: The CUDA kernels take the whole table.
+CAPTURES = (
+    "HFac and (no_gradient-moved or transposed-found or negated-moved or clipped) or goes_with or on_parts_cannot or "
+    "(defaults and device and plain) or (several_streams and plain) or (first_step and HFac and plain) or "
+    "(without_a_step and SMMF)"
+)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +46,7 @@ PARTS = "_parts or a_part"
         ("triton_clipped", ""),
         ("triton_watched", ""),
         ("test_clipping", "triton and (matrices or slices)"),
+        ("test_captures", CAPTURES),
         ("test_watch", "triton and (not_made or gone or slice or clipped)"),
     ],
 )

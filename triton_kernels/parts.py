@@ -22,11 +22,13 @@ from .step import (
     Place,
     Scalar,
     Tensors,
+    capturing,
     copy_tensors,
     current,
     host_memory,
     make_record,
     seed_words,
+    stream_of,
     tile_tables,
 )
 
@@ -293,6 +295,11 @@ class _Call(Launcher):
         if not items:
             return
         self.device = grads[0].device
+        if capturing(self.device):
+            raise RuntimeError(
+                "an op on parts of parameters brings its tables from the host in every call, and cannot be part of the "
+                "CUDA graph that is being captured. Step sharded parameters outside of graphs."
+            )
         layouts = Layouts()
         values, starts = stored.fields(items, params, layouts)
         fields = {**fields, **values}
@@ -301,7 +308,7 @@ class _Call(Launcher):
             starts[table.PARAM_LAYOUT.value] = list(map(layouts.of, params))
         own = [*decays, stored.step, 0.0]
         with current(self.device):
-            plan, records, tiles = _planned(op, self.device, tuple(map(_key, items)))
+            plan, records, tiles = _planned(op, self.device, stream_of(self.device), tuple(map(_key, items)))
             if not plan.launches:
                 return
             workspace = torch.empty(max(plan.workspace, 16), dtype=torch.uint8, device=self.device)
@@ -343,7 +350,7 @@ class _Call(Launcher):
 
         base = layout_table.data_ptr()
         fields = fields | {field: [base + 8 * start for start in mine] for field, mine in starts.items()}
-        records[:, list(fields)] = torch.tensor(list(fields.values()), dtype=torch.int64).T
+        records[:, list(fields)] = torch.tensor(list(fields.values()), dtype=torch.int64, device="cpu").T
         places = [
             x for grad, start in zip(grads, grad_layouts, strict=True) for x in (grad.data_ptr(), base + 8 * start)
         ]
@@ -352,9 +359,9 @@ class _Call(Launcher):
             host.split(sizes),
             (
                 records.view(-1),
-                torch.tensor(places, dtype=torch.int64),
-                torch.tensor(values, dtype=torch.float64).view(torch.int64),
-                torch.tensor(layouts.numbers, dtype=torch.int64),
+                torch.tensor(places, dtype=torch.int64, device="cpu"),
+                torch.tensor(values, dtype=torch.float64, device="cpu").view(torch.int64),
+                torch.tensor(layouts.numbers, dtype=torch.int64, device="cpu"),
             ),
             strict=True,
         ):
@@ -373,13 +380,16 @@ def _key(item: Item) -> tuple[Any, ...]:
 
 
 @lru_cache(maxsize=32)
-def _planned(op: str, device: torch.device, keys: tuple[tuple[Any, ...], ...]) -> tuple[Plan, Tensor, list[Tensor]]:
-    """The plan, records without addresses, whose workspace is at 0, on the host, and the tables of tiles."""
+def _planned(
+    op: str, device: torch.device, stream: Any, keys: tuple[tuple[Any, ...], ...]
+) -> tuple[Plan, Tensor, list[Tensor]]:
+    """The plan, records without addresses, whose workspace is at 0, on the host, and the tables of tiles, which only
+    this stream reads: they may be freed while it does."""
     items = [Item(*key) for key in keys]
     plan = make_plan(op, items)
     return (
         plan,
-        torch.tensor([make_record(item, 0) for item in items], dtype=torch.int64),
+        torch.tensor([make_record(item, 0) for item in items], dtype=torch.int64, device="cpu"),
         tile_tables(plan.launches, device),
     )
 
@@ -408,5 +418,5 @@ def _on_host(value: Scalar) -> Any:
 def _of_each(beta: Scalar, owners: Sequence[int]) -> Scalar:
     """Decays of parameters as those of their blocks."""
     if isinstance(beta, Tensor) and beta.ndim == 1:
-        return beta[torch.tensor(owners, dtype=torch.int64).to(beta.device)]
+        return beta[torch.tensor(owners, dtype=torch.int64, device="cpu").to(beta.device)]
     return beta

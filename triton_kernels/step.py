@@ -98,11 +98,16 @@ class Bound(Launcher):
         self.flags = torch.zeros(len(params), dtype=torch.int32, device=self.device)
         self.known: tuple[Any, ...] | None = None
         self.addresses: list[int] = []
-        self.grad_table = torch.empty(0)
-        self.spare: Tensor | None = None
+        self.grad_table = torch.empty(0, device=self.device)
+        self.source: Tensor | None = None  # on the host: what replays copy to grad_table, and no step has yet
+        self.frozen: Tensor | None = None  # a grad_table that is in a graph
+        self.spare: Tensor | None = None  # on the host, for the grad_table of the next graph
         self.resolved: Tensors = []  # copies of gradients whose statistics have been taken
         self.counted = False  # with those statistics the rows that are zero
-        self.in_graphs: list[Any] = []  # what a CUDA graph reads in every replay, and nobody may change or free
+        self.stream = stream_of(self.device)  # of the last step
+        #: What a CUDA graph reads in every replay, and nobody may change or free. Only captures add to it; whoever
+        #: keeps this replaces the list by one of its own, which then outlives it.
+        self.captured: list[Any] = []
 
     def __call__(
         self,
@@ -128,6 +133,7 @@ class Bound(Launcher):
             self._end(nonfinite, scalars.get("found_inf"))
             if watched is not None and self.watched is not watched:
                 watched.add_(self.watched)
+            self._keep()
             self.watched = None
             self.resolved = []
 
@@ -143,6 +149,7 @@ class Bound(Launcher):
         with current(self.device):
             options = self._begin(grads, nonfinite, None, watched, **scalars)
             self.sums = torch.zeros(len(self.params), dtype=torch.float64, device=self.device)
+            self._keep()
             count = self.plan.statistics
             self._run(self.plan.launches[:count], self.tiles[:count], options)
             self._run(self.plan.squares, self.square_tiles, options)
@@ -175,13 +182,15 @@ class Bound(Launcher):
         every parameter keeps its value."""
         skip = nonfinite is not None or found_inf is not None
         if clip is None:
-            capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-            self.resolved = [grad.resolve_neg() for grad in grads] if any(map(Tensor.is_neg, grads)) else []
+            capturing = self.capturing()
+            if capturing:
+                self.check_capture(grads)
+            else:
+                self._follow()
+            self.resolved = _resolved(grads)
             self._tables(self.resolved or grads, capturing)
             numbers = [lr, weight_decay, eps, clip_threshold or 0.0]
             self._scalars(numbers, seed, [0.0 if beta1 is None else beta1, beta2, step, 0.0], capturing)
-            if capturing:
-                self.in_graphs += [self.tiles, self.square_tiles, self.items, self.grad_table, self.workspace]
             if skip:
                 self.flags.zero_()
         else:  # all but this is there
@@ -219,35 +228,89 @@ class Bound(Launcher):
         if nonfinite is not None:
             nonfinite.copy_(self.flags if found_inf is None else self.flags * (found_inf.reshape(()) == 0))
 
+    def capturing(self) -> bool:
+        """Whether a graph is being captured, in whose replays what is launched now will run."""
+        return capturing(self.device)
+
+    def check_capture(
+        self, grads: Tensors, nonfinite: Tensor | None = None, *, taken: bool = False, **scalars: Any
+    ) -> None:
+        """That a step with these gradients can be part of the graph that is being captured; ``taken``: `squares` has
+        been.
+
+        Raises:
+            RuntimeError: it needs memory on the host; the message says what to do.
+        """
+        if taken:
+            return
+        grads = _resolved(grads) or grads
+        addresses, dtypes, strides = _read(grads)
+        if self.known is None:
+            why = "this is the first step on these tensors"
+        elif self.known != (dtypes, strides, _aligned(grads, addresses, strides)):
+            why = "its gradients are not of the types and layouts that the last step found"
+        elif addresses != self.addresses and self.spare is None:
+            why = "its gradients are not where the last step found them"
+        else:
+            return
+        raise RuntimeError(
+            f"a step cannot be part of the CUDA graph that is being captured: {why}, and what it needs on the host "
+            "cannot be allocated during a capture. Take one step outside of graphs first, with gradients of the same "
+            "types for the same parameters and with the same options. It serves one graph, or any number whose "
+            "gradients lie where it found them."
+        )
+
+    def _keep(self) -> None:
+        """What has been launched for a graph stays."""
+        if self.capturing():
+            self.captured += [self.tiles, self.square_tiles, self.items, self.layouts, self.grad_table, self.source]
+            self.captured += [self.workspace, self.scalars, self.flags, self.sums, self.watched, self.resolved]
+
+    def _follow(self) -> None:
+        """Goes on on the current stream: after what the last one was given, and with memory that is not handed out
+        again before both are done with it."""
+        stream = stream_of(self.device)
+        if stream == self.stream:
+            return
+        stream.wait_stream(self.stream)
+        mine = [self.scalars, self.flags]
+        if self.known is not None:
+            mine += [*self.tiles, *self.square_tiles, self.items, self.layouts, self.grad_table, self.workspace]
+        for tensor in mine:
+            tensor.record_stream(stream)
+        self.stream = stream
+
     def _tables(self, grads: Tensors, capturing: bool) -> None:
         """Makes what depends on the gradients' types and layouts, where those changed; else only notes where they
         lie, and where they lie as they lay, nothing."""
-        addresses = list(map(Tensor.data_ptr, grads))
-        dtypes = list(map(_DTYPE, grads))
-        strides = None if all(map(Tensor.is_contiguous, grads)) else list(map(Tensor.stride, grads))
-        if addresses == self.addresses and self.known is not None and not capturing:
-            if dtypes == self.known[0] and strides == self.known[1]:
-                return
-        aligned = [
-            address % 16 == 0 and (strides is None or grad.is_contiguous())
-            for address, grad in zip(addresses, grads, strict=True)
-        ]
-        known = dtypes, strides, aligned
-        if known != self.known:
-            self._plan(grads, aligned)
-            self.known = known
-            self.addresses = []
-        if addresses != self.addresses or capturing:
+        addresses, dtypes, strides = _read(grads)
+        same = addresses == self.addresses and self.known is not None
+        if not (same and (dtypes, strides) == self.known[:2]):
+            aligned = _aligned(grads, addresses, strides)
+            self.addresses = []  # until all is there, whatever may fail before
+            if (dtypes, strides, aligned) != self.known:
+                self.known = None
+                self._plan(grads, aligned)
+                self.known = dtypes, strides, aligned
             rows = [x for pair in zip(addresses, self.grad_layouts, strict=True) for x in pair]
-            host = self.spare if capturing and self.spare is not None else host_memory(self.device, len(rows))
-            host.copy_(torch.tensor(rows, dtype=torch.int64))
-            self.grad_table.copy_(host, non_blocking=True)
-            self.addresses = addresses
-            if capturing:  # every replay copies from this buffer
-                self.in_graphs.append(host)
-                self.spare = None
-            elif self.spare is None and host.is_pinned():
-                self.spare = host_memory(self.device, len(rows))  # a graph capture can allocate no pinned memory
+            if capturing:  # no memory on the host can be pinned during a capture
+                host, self.spare = self.spare, None
+                assert host is not None
+            else:
+                host = host_memory(self.device, len(rows))
+            host.copy_(torch.tensor(rows, dtype=torch.int64, device="cpu"))
+            # What is copied in replays of a graph is not there for other steps, and must stay as it is.
+            if capturing or self.grad_table is self.frozen:
+                self.grad_table = torch.empty_like(self.grad_table)
+            self.addresses, self.source = addresses, host
+        if self.source is not None:
+            self.grad_table.copy_(self.source, non_blocking=True)
+        if capturing:
+            self.frozen = self.grad_table
+        else:
+            self.source = None
+            if self.spare is None:
+                self.spare = host_memory(self.device, 2 * len(grads))
 
     def _plan(self, grads: Tensors, aligned: list[bool]) -> None:
         items, layouts, starts = [], Layouts(), []
@@ -278,7 +341,7 @@ class Bound(Launcher):
         self.plan: Plan = make_plan(self.op, items)
 
         self.workspace = torch.empty(max(self.plan.workspace, 16), dtype=torch.uint8, device=self.device)
-        self.layouts = torch.tensor(layouts.numbers, dtype=torch.int64).to(self.device)
+        self.layouts = torch.tensor(layouts.numbers, dtype=torch.int64, device="cpu").to(self.device)
         base, space = self.layouts.data_ptr(), self.workspace.data_ptr()
         self.grad_layouts = [base + 8 * start for _, start, _, _ in starts]
         records = []
@@ -297,7 +360,7 @@ class Bound(Launcher):
             for name, tensors in self.states.items():
                 record[STATES[name].value] = tensors[i].data_ptr()
             records.append(record)
-        self.items = torch.tensor(records, dtype=torch.int64).to(self.device)
+        self.items = torch.tensor(records, dtype=torch.int64, device="cpu").to(self.device)
         self.tiles = tile_tables(self.plan.launches, self.device)
         self.square_tiles = tile_tables(self.plan.squares, self.device)
         self.grad_table = torch.empty(2 * len(items), dtype=torch.int64, device=self.device)
@@ -313,7 +376,7 @@ class Bound(Launcher):
                 self.scalars[place].fill_(value)
         else:
             host = host_memory(self.device, len(on_host), torch.float64)
-            host.copy_(torch.tensor(on_host, dtype=torch.float64))
+            host.copy_(torch.tensor(on_host, dtype=torch.float64, device="cpu"))
             self.scalars[: len(on_host)].copy_(host, non_blocking=True)
         for place, value in enumerate(own):
             if each and not isinstance(value, Tensor):
@@ -391,13 +454,41 @@ def make_record(item: Item, space: int) -> list[int]:
 
 def tile_tables(launches: Sequence[Launch], device: torch.device) -> list[Tensor]:
     """A tensor of its own for each launch: alike aligned, so that no launch compiles its kernel anew."""
-    return [torch.tensor(launch.tiles, dtype=torch.int32).to(device) for launch in launches]
+    return [torch.tensor(launch.tiles, dtype=torch.int32, device="cpu").to(device) for launch in launches]
 
 
 def host_memory(device: torch.device, count: int, dtype: torch.dtype = torch.int64) -> Tensor:
     """Memory that a copy to the device need not wait for. torch's allocator of pinned memory does not hand a buffer
     out again before the copies from it are done."""
-    return torch.empty(count, dtype=dtype, pin_memory=device.type == "cuda")
+    return torch.empty(count, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a graph is being captured, in whose replays what is launched now will run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def stream_of(device: torch.device) -> Any:
+    """The device's current stream; None where it has none."""
+    return None if device.type == "cpu" else getattr(torch, device.type).current_stream(device)
+
+
+def _resolved(grads: Tensors) -> list[Tensor]:
+    """The gradients, where one of them is a view that negates; else nothing."""
+    return [grad.resolve_neg() for grad in grads] if any(map(Tensor.is_neg, grads)) else []
+
+
+def _read(grads: Tensors) -> tuple[list[int], list[torch.dtype], list[tuple[int, ...]] | None]:
+    """Where gradients lie and how: addresses, types, and strides where one of them is not contiguous."""
+    strides = None if all(map(Tensor.is_contiguous, grads)) else list(map(Tensor.stride, grads))
+    return list(map(Tensor.data_ptr, grads)), list(map(_DTYPE, grads)), strides
+
+
+def _aligned(grads: Tensors, addresses: Sequence[int], strides: Any) -> list[bool]:
+    return [
+        address % 16 == 0 and (strides is None or grad.is_contiguous())
+        for address, grad in zip(addresses, grads, strict=True)
+    ]
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:

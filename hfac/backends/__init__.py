@@ -2,12 +2,15 @@
 
 A backend is a module with one function per op, all with the signatures of `hfac.reference`, or with a function
 ``bind(op, params, states)`` that returns such an op for these tensors, (grads, nonfinite, **scalars) -> None: what
-kernels are told of them is then made once, not in every step. "auto" takes the first of `PREFERENCE` that can serve the
-device; an explicit request is met or refused, never replaced.
+kernels are told of them is then made once, not in every step. Where CUDA graphs can capture such an op, it has
+``capturing()``, ``check_capture(grads, nonfinite, **scalars)``, which refuses what could not be captured, and
+``captured``, a list of what replays need, which the op's owner may replace by one that lives longer. "auto" takes the
+first of `PREFERENCE` that can serve the device; an explicit request is met or refused, never replaced.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -78,6 +81,16 @@ def resolve(name: str, device: torch.device, op: str | None = None) -> ModuleTyp
             "parameters need. Use backend='auto' or 'reference'."
         )
     return module
+
+
+def found(name: str, device: torch.device, op: str | None = None) -> ModuleType:
+    """As `resolve`, but asked once for as long as `TABLE` has the same rows: for what is called in every step."""
+    return _resolved(name, device, op, tuple(TABLE.items()))
+
+
+@lru_cache(maxsize=64)
+def _resolved(name: str, device: torch.device, op: str | None, rows: tuple[tuple[str, Backend], ...]) -> ModuleType:
+    return resolve(name, device, op)
 
 
 def host_counters() -> ModuleType | None:

@@ -112,8 +112,8 @@ class Bound:
         """The sums of squares of the gradients, float64 [len(params)], of H-Fac's matrices: from the statistics of the
         step, which are kept for it: 2 numbers a row and 3 a column. ``watched`` is the step's to write."""
         sizes = {name: self._operands[name] for name in ("rows", "cols", "param_dtypes")}
-        self._kept = torch.empty(max(_C.hfac_kept(**sizes), 1), dtype=torch.uint8)  # what is empty has no address
-        found = torch.zeros(len(grads), dtype=torch.float64)
+        self._kept = torch.empty(max(_C.hfac_kept(**sizes), 1), dtype=torch.uint8, device="cpu")  # 1 has a place
+        found = torch.zeros(len(grads), dtype=torch.float64, device="cpu")
         places = {"kept": self._kept.data_ptr(), "squares": found.data_ptr()}
         self._run(grads, nonfinite, {"stage": "statistics", **places}, **scalars)
         return found

@@ -9,7 +9,7 @@ the tests have one for kernels that run on the host.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ..rounding import Place
 from ..schedules import Scalar
 from . import cpu
 from .cpu import _addresses, _codes, _grads, _numels, _params, _resolved, _strides
+from .planned import Planned, Platform, index_of
 
 Tensors = Sequence[Tensor]
 
@@ -52,19 +53,6 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
-class Platform(Protocol):
-    """Where kernels run: a module with `CudaStep` and `CudaParts`, and memory."""
-
-    @property
-    def native(self) -> Any: ...
-    def l2_bytes(self, device: torch.device) -> int: ...
-    def stream(self, device: torch.device) -> int: ...
-    def used_on_another_stream(self, tensors: Sequence[Tensor], device: torch.device) -> None: ...
-    def capturing(self) -> bool: ...
-    def host_table(self, nbytes: int) -> Tensor: ...
-    def before_launch(self, workspace: Tensor) -> None: ...
-
-
 class Cuda:
     """The GPU, through torch's allocators and streams."""
 
@@ -73,13 +61,16 @@ class Cuda:
         return cpu._C
 
     def l2_bytes(self, device: torch.device) -> int:
-        index = _index(device)
+        index = index_of(device)
         if index not in _L2_BYTES:
             _L2_BYTES[index] = getattr(torch.cuda.get_device_properties(index), "L2_cache_size", 0)
         return _L2_BYTES[index]
 
-    def stream(self, device: torch.device) -> int:
-        return torch.cuda.current_stream(device).cuda_stream
+    def stream(self, device: torch.device) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(device)
+
+    def after(self, stream: torch.cuda.Stream, device: torch.device) -> None:
+        torch.cuda.current_stream(device).wait_stream(stream)
 
     def used_on_another_stream(self, tensors: Sequence[Tensor], device: torch.device) -> None:
         for tensor in tensors:  # so that torch's allocator waits for that stream before it hands the memory out again
@@ -90,149 +81,13 @@ class Cuda:
 
     def host_table(self, nbytes: int) -> Tensor:
         # torch's allocator of pinned memory does not hand a buffer out again before the copies from it are done.
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def before_launch(self, workspace: Tensor) -> None:
         pass
 
 
-class _Planned:
-    """A plan over tensors that stay where they are, with the memory on the device that its launches use."""
-
-    def __init__(self, platform: Platform, device: torch.device, step: Any, shapes: list[tuple[int, ...]]) -> None:
-        self.platform, self.device, self.step, self.shapes = platform, device, step, shapes
-        self.table: Tensor | None = None
-        self.workspace: Tensor | None = None
-        self.counters: Tensor | None = None
-        self.spare: Tensor | None = None
-        self.stream: int | None = None  # on which the memory was made
-        self.captured: list[Any] = []  # what a CUDA graph reads in every replay, and nobody may change or free
-
-    frozen: Tensor | None = None
-    warm = False  # a step has been made outside a graph
-
-    def launch(
-        self,
-        grads: Tensors,
-        nonfinite: Tensor | None,
-        *,
-        lr: Scalar,
-        beta1: Scalar | None,
-        beta2: Scalar,
-        eps: float,
-        weight_decay: Scalar,
-        clip_threshold: float | None = None,
-        decoupled_weight_decay: bool = True,
-        maximize: bool = False,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-        seed: int | None = None,
-        step: Scalar | None = None,
-        clip: Tensor | None = None,
-        squares: Tensor | None = None,
-        watched: Tensor | None = None,
-    ) -> None:
-        """The step or, with ``squares``, what the plan has before it. ``clip``: that has been launched."""
-        strides = None
-        if not all(map(Tensor.is_contiguous, grads)):
-            grads = [grad.resolve_neg() for grad in grads]
-            strides = _strides(grads)
-        stale = self.step.prepare(
-            grads=_addresses(grads),
-            grad_dtypes=_codes(grads),
-            shapes=None if strides is None else self.shapes,
-            grad_strides=strides,
-            clip=clip_threshold is not None,
-            nonfinite=nonfinite is not None,
-        )
-        capturing = self.platform.capturing()
-        if stale or self.table is None:
-            self._refresh(capturing)
-        if self.counters is None:
-            self.counters = torch.zeros(max(self.step.counter_bytes, 1), dtype=torch.uint8, device=self.device)
-        assert self.table is not None and self.workspace is not None
-        flags = None if nonfinite is None else nonfinite.contiguous()
-        kept: list[Tensor] = []
-        scalars = {
-            name: self._scalar(value, kept)
-            for name, value in (
-                ("lr", lr),
-                ("weight_decay", weight_decay),
-                ("beta1", beta1),
-                ("beta2", beta2),
-                ("step", step),
-            )
-        }
-        stream = self.platform.stream(self.device)
-        if self.stream is None:
-            self.stream = stream
-        if stream != self.stream:
-            mine = (self.table, self.workspace, self.counters, squares)
-            self.platform.used_on_another_stream([tensor for tensor in mine if tensor is not None], self.device)
-        if clip is None:  # else it holds statistics
-            self.platform.before_launch(self.workspace)
-        given = {"nonfinite": flags, "grad_scale": grad_scale, "found_inf": found_inf, "clip": clip}
-        given |= {"squares": squares, "watched": watched}
-        self.step.launch(
-            table=self.table.data_ptr(),
-            workspace=self.workspace.data_ptr(),
-            counters=self.counters.data_ptr(),
-            **scalars,
-            eps=eps,
-            clip_threshold=clip_threshold,
-            maximize=maximize,
-            coupled=not decoupled_weight_decay,
-            **{name: 0 if tensor is None else tensor.data_ptr() for name, tensor in given.items()},
-            seed=seed,
-            device=_index(self.device),
-            stream=stream,
-        )
-        if nonfinite is not None and flags is not None and flags is not nonfinite:
-            nonfinite.copy_(flags)
-        if capturing:
-            self.captured += [self.table, self.workspace, self.counters, flags, squares, watched, *kept]
-            self.frozen = self.table
-            if not self.warm:  # its zeros are written by the graph, not yet
-                self.counters = None
-        self.warm = self.warm or not capturing
-
-    def workspace_bytes(self) -> int:
-        """Bytes on the device that are kept from step to step: partial sums, and the table."""
-        kept = (self.table, self.workspace, self.counters)
-        return sum(tensor.numel() for tensor in kept if tensor is not None)
-
-    def _refresh(self, capturing: bool) -> None:
-        """A table that is in a graph stays as it is: the graph reads it in every replay, and so does its copy from the
-        host."""
-        nbytes = max(self.step.table_bytes, 1)
-        if self.spare is None or self.spare.numel() < nbytes or not capturing:
-            host = self.platform.host_table(nbytes)
-        else:
-            host, self.spare = self.spare, None
-        self.step.write_table(host.data_ptr())
-        if self.table is None or self.table is self.frozen or capturing or self.table.numel() < nbytes:
-            self.table = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        self.table[:nbytes].copy_(host[:nbytes], non_blocking=True)
-        if capturing:
-            self.captured.append(host)
-        elif self.spare is None or self.spare.numel() < nbytes:
-            self.spare = self.platform.host_table(nbytes)  # a graph capture can allocate no pinned memory
-        wanted = max(self.step.workspace_bytes, 1)
-        if self.workspace is None or self.workspace.numel() < wanted:
-            self.workspace = torch.empty(wanted, dtype=torch.uint8, device=self.device)
-
-    def _scalar(self, value: Scalar | None, kept: list[Tensor]) -> Any:
-        """A number, or the address of a tensor on the device, which is not read here."""
-        if not isinstance(value, Tensor):
-            return value
-        if value.dtype not in (torch.float32, torch.float64) or value.device != self.device:
-            value = value.to(device=self.device, dtype=torch.float64)
-        value = value.contiguous()
-        kept.append(value)
-        return value.data_ptr(), value.dtype == torch.float64, value.ndim
-
-
-class Bound(_Planned):
+class Bound(Planned):
     """Steps of one op on one list of parameters; see `bind`."""
 
     def __init__(
@@ -280,7 +135,7 @@ class Bound(_Planned):
 
     # H-Fac on matrices: a plan whose statistics are taken before the norm of all gradients is known, made when it is
     # first asked for. Where all steps clip, the plain plan takes no memory.
-    _clipping: _Planned | None = None
+    _clipping: Planned | None = None
     _squares: Tensor | None = None
     _taken = False  # statistics that no step has used yet
 
@@ -324,22 +179,41 @@ class Bound(_Planned):
         set as the step sets it."""
         if self.op != "hfac_step":
             return None
+        if self._clipping is None:
+            step = self.platform.native.CudaStep(**self._arguments, norm=True)
+            self._clipping = Planned(self.platform, self.device, step, self.shapes)
+            self._clipping.captured = self.captured
         if self._squares is None:
+            if self.params and self.platform.capturing():
+                self._clipping.check_room()
             self._squares = torch.zeros(len(self.params), dtype=torch.float64, device=self.device)
         squares = self._squares
         if not self.params:
             return squares
-        if self._clipping is None:
-            step = self.platform.native.CudaStep(**self._arguments, norm=True)
-            self._clipping = _Planned(self.platform, self.device, step, self.shapes)
-        if not self._clipping.warm and self.platform.capturing():
-            self._squares = None  # as the counters: the graph writes its zeros
         self._clipping.launch(grads, nonfinite, squares=squares, **scalars)
         self._taken = True
         return squares
 
+    def check_capture(
+        self,
+        grads: Tensors,
+        nonfinite: Tensor | None = None,
+        *,
+        taken: bool = False,
+        clip_threshold: float | None = None,
+        **scalars: Any,
+    ) -> None:
+        """That a step of these arguments can be part of the graph that is being captured; ``taken``: as `squares` is.
+
+        Raises:
+            RuntimeError: it needs memory on the host; the message says what to do.
+        """
+        if self.params and not taken:  # else that has been checked
+            self._look(grads, nonfinite, clip_threshold)
+            self.check_room()
+
     def workspace_bytes(self) -> int:
-        """As of `_Planned`, for steps with clip and without."""
+        """As of `Planned`, for steps with clip and without."""
         return super().workspace_bytes() + (0 if self._clipping is None else self._clipping.workspace_bytes())
 
 
@@ -352,12 +226,6 @@ def _stored(lows: Tensors | None, places: Sequence[Place] | None) -> dict[str, A
     if places is not None:
         found.update(places=list(places))
     return found
-
-
-def _index(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.current_device() if device.index is None else device.index
 
 
 class Ops:
@@ -521,6 +389,11 @@ class Ops:
         have one entry per parameter go there with the table, in the same copy, so that nothing waits for the device."""
         if not plan.table_bytes:
             return
+        if self.platform.capturing():
+            raise RuntimeError(
+                "an op on parts of parameters brings its table from the host in every call, and cannot be part of the "
+                "CUDA graph that is being captured. Step sharded parameters outside of graphs."
+            )
         device = tensors[0].device
         end = -(-plan.table_bytes // 8) * 8
         found: dict[str, Any] = {"lr": 0.0, "weight_decay": 0.0, "beta1": 0.0, "beta2": 0.0}
@@ -549,13 +422,14 @@ class Ops:
             found[name] = given[name].data_ptr(), given[name].dtype == torch.float64, value.ndim
         workspace = torch.empty(max(plan.workspace_bytes, 1), dtype=torch.uint8, device=device)
         self.platform.before_launch(workspace)
+        stream = self.platform.stream(device)
         plan.launch(
             table=table.data_ptr(),
             workspace=workspace.data_ptr(),
             counters=0,
             **({"eps": 0.0, "clip_threshold": None, "maximize": False, "coupled": False} | options | found),
-            device=_index(device),
-            stream=self.platform.stream(device),
+            device=index_of(device),
+            stream=getattr(stream, "cuda_stream", stream),
         )
 
 

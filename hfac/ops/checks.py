@@ -164,7 +164,7 @@ def check_places(params: Tensors, places: Sequence[Place], lows: Tensors | None)
 
 
 def check_stores(backend: str, device: torch.device) -> None:
-    module = backends.resolve(backend, device)
+    module = backends.found(backend, device)
     if not getattr(module, "STORES", False):
         raise RuntimeError(
             f"backend={backend!r} on {device} rounds to the nearest only; stochastic rounding and master weights in "

@@ -227,7 +227,7 @@ def hfac_dense_apply_(
 def nonfinite(grads: Tensors, elements: Sequence[int]) -> Tensor:
     """int32 [len(grads)]: 1 where a gradient that is part of a tensor of so many elements must be refused, by the rule
     of `hfac.reference`. Nothing of a gradient's size is made."""
-    flags = torch.zeros(len(grads), dtype=torch.int32, device=grads[0].device if grads else None)
+    flags = torch.zeros(len(grads), dtype=torch.int32, device=grads[0].device if grads else _HOST)
     for i, grad in enumerate(grads):
         if grad.numel():
             largest = torch.stack(torch.aminmax(grad)).to(state_dtype(grad.dtype))
@@ -236,7 +236,7 @@ def nonfinite(grads: Tensors, elements: Sequence[int]) -> Tensor:
 
 
 def _part_op(op: str, tensors: Tensors, backend: str) -> Callable[..., None]:
-    return getattr(backends.resolve(backend, tensors[0].device if tensors else _HOST, op), op)
+    return getattr(backends.found(backend, tensors[0].device if tensors else _HOST, op), op)
 
 
 def _stored(

@@ -176,6 +176,8 @@ class Bound:
             `LOWS` is there where there are master weights.
         places: as the op takes it. A step then brings ``seed`` and ``step`` among its scalars.
         backend: as the op takes it.
+        captured: a list to which the op adds its own memory that a CUDA graph reads in every replay, when a step is
+            captured; it must live as long as the graph. None: it lives as long as this op.
 
     Raises:
         ValueError, RuntimeError: as every op, see above.
@@ -189,6 +191,7 @@ class Bound:
         *,
         places: Sequence[Place] | None = None,
         backend: str = "auto",
+        captured: list[Any] | None = None,
     ) -> None:
         self.op = op
         self._first = not op.startswith("smmf") or not FIRST_MOMENT.isdisjoint(states)
@@ -219,6 +222,8 @@ class Bound:
         else:
             missing = dict.fromkeys(set(STATES[op]) - set(needed))
             self.step = partial(getattr(module, op), self._params, **self._states, **missing, **stored)
+        if captured is not None and hasattr(self.step, "captured"):
+            self.step.captured = captured
         self._layout = whereabouts(self._params, self._states.values())
         self._shapes = self._layout[2]
 
@@ -229,6 +234,16 @@ class Bound:
     def workspace_bytes(self) -> int:
         """Bytes on the device that the backend keeps from step to step."""
         return getattr(self.step, "workspace_bytes", lambda: 0)()
+
+    def capturing(self) -> bool:
+        """Whether a CUDA graph is being captured, in whose replays what is launched now will run."""
+        if hasattr(self.step, "capturing"):
+            return self.step.capturing()
+        return self.step is not None and self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def tensors(self) -> list[Tensor]:
+        """The states that a step reads and writes."""
+        return [tensor for tensors in self._states.values() for tensor in tensors]
 
     def prepare(
         self,
@@ -330,4 +345,4 @@ def advance_steps_(steps: Tensors) -> None:
         native.advance_steps_(steps)
     else:
         # A tensor of one, made once: a number would be wrapped anew for every step that lives on the host.
-        torch._foreach_add_(list(steps), torch.ones((), device=steps[0].device), alpha=1)
+        torch._foreach_add_(list(steps), torch.ones((), dtype=torch.float32, device=steps[0].device), alpha=1)

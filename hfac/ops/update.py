@@ -48,7 +48,7 @@ class Update:
         """
         step = self._bound.step
         if step is None:
-            return torch.zeros(0)
+            return torch.zeros(0, dtype=torch.float32, device="cpu")
         squares = getattr(step, "squares", None) if self._bound.op == "hfac_step_" else None
         if squares is None or not (self._bound.unscales or self._unscale()):
             norms = torch.stack(clipping.norms(self._grads))
@@ -58,6 +58,16 @@ class Update:
         found = squares(self._grads, nonfinite=self._nonfinite, **scaling, **self._more, **self._scalars)
         double = any(grad.dtype == torch.float64 for grad in self._grads)
         return found.sqrt().to(torch.float64 if double else torch.float32)
+
+    def check_capture(self) -> None:
+        """Of a step in a CUDA graph that is being captured: that it can be part of it.
+
+        Raises:
+            RuntimeError: it needs memory on the host, which cannot be allocated then; nothing has been written.
+        """
+        check = getattr(self._bound.step, "check_capture", None)
+        if check is not None:
+            check(self._grads, self._nonfinite, taken=self._known, **self._scalars)
 
     def __call__(self, clip: Tensor | None = None) -> None:
         """Makes the step. ``clip``: a 0-d float32 or float64 tensor that the gradients are multiplied by."""

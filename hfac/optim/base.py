@@ -37,17 +37,21 @@ class FactoredOptimizer(ObservedOptimizer):
     _alone: "dict[Tensor, Alone]"
     #: the sharded parameters, bound; None where there are none, or they are to be looked at again
     _sharded: distributed.Sharded | None = None
+    #: what CUDA graphs read and write that captured a step: replays need it, whatever later steps find or load
+    _captured: list[Any]
 
     def _scalars(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The subclass's own arguments of its functional form."""
         raise NotImplementedError
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self._captured = []
         self._forget()
         super().__init__(params, self._checked(defaults))
         _keep_uncompiled(type(self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.setdefault("_captured", [])  # not there in a copy, and kept by an optimizer that loads
         super().__setstate__(state)
         _keep_uncompiled(type(self))
 
@@ -87,6 +91,9 @@ class FactoredOptimizer(ObservedOptimizer):
             clip = self._clip(work, shared, limit)
         if self._sharded is not None:
             finish = self._sharded.prepare(shared, clip)
+        for update in work:
+            if update is not None:
+                update.check_capture()
         self._read_times = None
         for index, update in enumerate(work):
             if update is not None:
@@ -261,6 +268,7 @@ class FactoredOptimizer(ObservedOptimizer):
             places,
             group["batch_dims"],
             group["watch"],
+            self._captured,
         )
 
     def _shared(self, group: dict[str, Any]) -> distributed.Options:

@@ -39,7 +39,8 @@ class HFac(FactoredOptimizer):
             all but those in which every one did. Fixed once state exists.
         maximize: climb instead of descend (default False).
         capturable: keep ``step`` on the parameter's device and never read it on the host, for CUDA graphs (default
-            False).
+            False). Make one step outside of graphs before a capture, and keep the optimizer for as long as the graph is
+            replayed: it owns what replays read and write.
         backend: "auto", "reference", "cpu", "triton" or "cuda"; an explicit one that cannot be had raises.
         nonfinite: "propagate" lets inf and NaN in a gradient through, as torch.optim does; "skip" leaves such a
             parameter and its state as they are, without synchronising the device, and counts it in
