@@ -41,6 +41,7 @@ PARTS = "_parts or a_part"
         ("triton_watched", ""),
         ("test_clipping", "triton and (matrices or slices)"),
         ("test_watch", "triton and (not_made or gone or slice or clipped)"),
+        ("test_whole_moments", "triton and (published or bits or plain or maximize or skip or split)"),
     ],
 )
 def test_parity_in_the_interpreter(file, part, tmp_path):
