@@ -205,7 +205,7 @@ def _hfac_update(
     # underflow float32 (eps = 1e-30), the second can overflow. |G_ij| <= sqrt(s_j / (1 - b2)) keeps the first
     # product finite.
     U = G * (1 / s.sqrt()) * (total.sqrt() * (1 / r.sqrt()))[:, None]
-    clipped = _clip(U, clip_threshold, mean_square)
+    clipped = U if clip_threshold is None else U / _clip_divisor(U, clip_threshold, mean_square)
     return W - lr * ((phi[:, None] + psi) / 2 + clipped + weight_decay * W), U
 
 
@@ -233,8 +233,10 @@ def hfac_dense_step_(
     """One step of H-Fac where nothing can be factored (vectors, scalars, one row or one column): both moments are
     whole.
 
-    The formula is that of `hfac_step_` with u = v = m and rowmean = colmean = G. `mean_squares`, one entry per
-    parameter, replaces the mean of U^2 by which U is clipped where a parameter is part of a larger one.
+    Without clipping the formula is that of `hfac_step_` with u = v = m and rowmean = colmean = G. The clip factor
+    scales the whole direction, where `hfac_step_` clips U alone: b1 (m - G) / sqrt(q) beside a clipped U would point
+    against a gradient that is larger than usual. `mean_squares`, one entry per parameter, replaces the mean of U^2 by
+    which a parameter is clipped where it is part of a larger one.
     """
     for i, param in enumerate(params):
         if param.numel() == 0:
@@ -245,10 +247,11 @@ def hfac_dense_step_(
 
         m = b1 * exp_avgs[i].view(-1) + (1 - b1) * G
         q = _hfac_dense_square(exp_avg_sqs[i], G, b2, eps)
-        mean_square = None if mean_squares is None else mean_squares[i]
         U = G / q.sqrt()
-        clipped = _clip(U, clip_threshold, mean_square)
-        W = W - lr * (b1 * (m - G) / q.sqrt() + clipped + weight_decay * W)
+        D = (b1 * m + (1 - b1) * G) / q.sqrt()
+        if clip_threshold is not None:
+            D = D * (1 / _clip_divisor(U, clip_threshold, None if mean_squares is None else mean_squares[i]))
+        W = W - lr * (D + weight_decay * W)
 
         keep = _keep(G, nonfinite, i)
         if watched is not None:
@@ -547,12 +550,10 @@ def _decay(W: Tensor, G: Tensor, lr: Scalar, weight_decay: Scalar, decoupled: bo
     return (W * (1 - lr * weight_decay), G) if decoupled else (W, G + weight_decay * W)
 
 
-def _clip(U: Tensor, clip_threshold: float | None, mean_square: Tensor | None = None) -> Tensor:
-    """U / max(1, rms(U) / d), the update clipping of Adafactor (Shazeer, Stern 2018, section 6)."""
-    if clip_threshold is None:
-        return U
+def _clip_divisor(U: Tensor, clip_threshold: float, mean_square: Tensor | None = None) -> Tensor:
+    """max(1, rms(U) / d), 0-d, of the update clipping of Adafactor (Shazeer, Stern 2018, section 6)."""
     rms = ((U * U).mean() if mean_square is None else mean_square).sqrt()
-    return U / (rms / clip_threshold).clamp(min=1)
+    return (rms / clip_threshold).clamp(min=1)
 
 
 def _of(decay: Scalar, i: int) -> Scalar:

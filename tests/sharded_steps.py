@@ -154,6 +154,23 @@ def partial_gradient(name):
     return difference(whole(ours.detach()), theirs.detach())
 
 
+def along_grown_gradient(larger, steps=20):
+    """The least product of an element of the gradient and its step, where the gradient has become ``larger``: of
+    parameters whose moments are whole, and of which every rank has a part."""
+    mesh = mesh_of("even")
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(13,), (300,), (1, 64), (64, 1), (10, 9)]
+    grads = [torch.randn(shape, generator=generator) for shape in shapes]
+    params = [torch.nn.Parameter(part_of(torch.zeros_like(grad), mesh, [S0])) for grad in grads]
+    optimizer = hfac.HFac(params, dense=True)
+    for step in range(steps + 1):
+        for param, grad in zip(params, grads, strict=True):
+            param.detach().zero_()  # the new weights are the step
+            param.grad = part_of(grad * (larger if step == steps else 1), mesh, [S0])
+        optimizer.step()
+    return min(float((-grad * whole(param.detach())).min()) for param, grad in zip(params, grads, strict=True))
+
+
 def difference(ours, theirs):
     if not theirs.numel():
         return 0.0

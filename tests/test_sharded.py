@@ -155,6 +155,14 @@ def test_a_gradient_that_is_placed_otherwise():
         assert error <= 1e-12
 
 
+def test_whole_moments_never_go_against_a_gradient_that_only_grows():
+    larger = (1.0, 2.0, 5.0, 20.0, 100.0)
+    for times, least in zip(
+        larger, on_ranks(4, *(("sharded_steps:along_grown_gradient", c) for c in larger)), strict=True
+    ):
+        assert least > 0, times
+
+
 def test_what_cannot_be_sharded_is_refused():
     (found,) = on_ranks(4, ("sharded_traffic:refusals",))
     patterns = {

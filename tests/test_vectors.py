@@ -49,15 +49,14 @@ def published_state(case: dict, arrays: dict[str, torch.Tensor]) -> dict[str, to
     return state
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['key']}-{'x'.join(map(str, case['shape']))}")
-def test_published_trajectory(case, dtype):
+def follow(case: dict, dtype: torch.dtype, backend: str) -> None:
+    """Makes the case's steps, and fails where they leave its trajectory."""
     prefix = case["key"] + "_"
     arrays = {
         name.removeprefix(prefix): torch.from_numpy(ARRAYS[name]) for name in ARRAYS.files if name.startswith(prefix)
     }
     param = torch.nn.Parameter(arrays["w0"].to(dtype))
-    optimizer = getattr(hfac, case["optimizer"])([param], **case["kwargs"], backend="reference")
+    optimizer = getattr(hfac, case["optimizer"])([param], **case["kwargs"], backend=backend)
 
     def agree(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
         error = (ours.double().reshape(-1) - theirs.reshape(-1)).abs().max()
@@ -78,3 +77,9 @@ def test_published_trajectory(case, dtype):
             assert torch.equal(signs.reshape(value.shape), value)
         else:
             agree(name, state[name], value)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['key']}-{'x'.join(map(str, case['shape']))}")
+def test_published_trajectory(case, dtype):
+    follow(case, dtype, "reference")

@@ -234,9 +234,7 @@ def hfac_dense(
     tl.store(first, m, mask)
     tl.store(second, q, mask)
     q = root(q)
-    U = divide(g, q)
-    if WATCH:
-        direction = U
+    direction = divide(b1 * m + rest1 * g, q)
     if CLIPPED:
         runs = tl.cdiv(count, RUN).to(tl.int32)
         totals = pointer(record, SPACE_TOTALS, T)
@@ -246,12 +244,12 @@ def hfac_dense(
             lanes += tl.load(totals + c, c < runs, 0.0)
         rms = root(divide(tl.sum(lanes, 0), count.to(T)))
         ratio = divide(rms, tl.load(scalars + CLIP).to(T))
-        U = divide(U, tl.where(ratio <= 1, 1.0, ratio).to(T))  # max(1, rms / d), which keeps a NaN
-    drift = divide(b1 * (m - g), q)
+        # 1 / max(1, rms / d), which keeps a NaN
+        direction = direction * divide(tl.full([], 1.0, T), tl.where(ratio <= 1, 1.0, ratio).to(T))
     lr = tl.load(scalars + LR).to(T)
     weight_decay = tl.load(scalars + WEIGHT_DECAY).to(T)
-    w = w - lr * ((drift + U) + weight_decay * w)
+    w = w - lr * (direction + weight_decay * w)
     if WATCH:
-        watch_run(watched, item, w, before, direction, mask, W, T, LOW)
+        watch_run(watched, item, w, before, divide(g, q), mask, W, T, LOW)
     bits = run_bits(record, scalars, item, part, STOCHASTIC)
     store(w, bits, to, low, low_layout, at, mask, W, WHOLE, STOCHASTIC, LOW)

@@ -328,7 +328,7 @@ class HfacDenseOp : public Op {
       : items_(std::move(items)),
         options_(options),
         refused_(items_.size()),
-        divisors_(items_.size(), T(1)),
+        clips_(items_.size(), T(1)),
         watch_(options.watched) {
     std::vector<int64_t> runs;
     for (int64_t i = 0; i < this->items(); ++i) runs.push_back(chunks(i, 0));
@@ -355,7 +355,7 @@ class HfacDenseOp : public Op {
     if (look && !options_.clip) return;
     const DenseRun<T> run = dense_run(to, it.param, it.grad, static_cast<T*>(it.exp_avg),
                                       static_cast<T*>(it.exp_avg_sq), first, count, scratch);
-    const HfacDenseScalars<T> s = scalars(it, divisors_[static_cast<size_t>(i)]);
+    const HfacDenseScalars<T> s = scalars(it, clips_[static_cast<size_t>(i)]);
     if (look) {
       static_cast<T*>(workspace)[c] = to.pair->hfac_dense_norm(s, run);
       return;
@@ -380,7 +380,7 @@ class HfacDenseOp : public Op {
     T total = 0;
     for (int64_t c = 0; c < chunks(i, 0); ++c) total += static_cast<const T*>(workspace)[c];
     const T rms = root(total / static_cast<T>(item(i).count));
-    divisors_[static_cast<size_t>(i)] = clip_divisor(rms, options_.clip_threshold);
+    clips_[static_cast<size_t>(i)] = T(1) / clip_divisor(rms, options_.clip_threshold);
   }
 
  private:
@@ -403,7 +403,7 @@ class HfacDenseOp : public Op {
   std::vector<DenseItem> items_;
   HfacOptions options_;
   std::vector<std::atomic<bool>> refused_;
-  std::vector<T> divisors_;
+  std::vector<T> clips_;
   Watch watch_;
 };
 

@@ -176,12 +176,12 @@ void hfac_update_all(const HfacUpdate<T>& a) {
   for (; i < a.rows; ++i) hfac_update_rows<T, Sw, Sg, 1>(a, i);
 }
 
-// Both moments whole: g, new m, sqrt of the new q, and U = g / sqrt(q) before clipping.
+// Both moments whole: g, new m, new q and its root.
 template <class T, class Sg>
 struct HfacDense {
   const HfacDenseScalars<T>& s;
   const DenseRun<T>& a;
-  Vec<T> g, average, square, denominator, update;
+  Vec<T> g, average, square, denominator;
 
   HFAC_HD void at(int64_t j) {
     constexpr int64_t L = Vec<T>::kLanes;
@@ -194,25 +194,30 @@ struct HfacDense {
     average = hfac_average(Vec<T>(s.beta1), average, Vec<T>(s.rest1), g);
     square = hfac_average(Vec<T>(s.beta2), square, Vec<T>(s.rest2), g * g + Vec<T>(s.eps));
     denominator = root(square);
-    update = g / denominator;
+  }
+
+  // Of U, before clipping.
+  HFAC_HD Vec<T> squared_update() const {
+    const Vec<T> update = g / denominator;
+    return update * update;
   }
 };
 
 template <class T, class Sg>
 T hfac_dense_norm(const HfacDenseScalars<T>& s, const DenseRun<T>& a) {
   constexpr int64_t L = Vec<T>::kLanes;
-  HfacDense<T, Sg> x{s, a, {}, {}, {}, {}, {}};
+  HfacDense<T, Sg> x{s, a, {}, {}, {}, {}};
   Vec<T> total(T(0));
   int64_t j = 0;
   for (; j + L <= a.count; j += L) {
     x.at(j);
-    total = total + x.update * x.update;
+    total = total + x.squared_update();
   }
   T norm = sum(total);
   if (j < a.count) {
     x.at(j);
     T lanes[L];
-    store(lanes, x.update * x.update);
+    store(lanes, x.squared_update());
     for (int64_t l = 0; l < a.count - j; ++l) norm += lanes[l];  // the lanes beyond may be 0 / 0
   }
   return norm;
@@ -221,16 +226,15 @@ T hfac_dense_norm(const HfacDenseScalars<T>& s, const DenseRun<T>& a) {
 template <class T, class Sw, class Sg>
 void hfac_dense(const HfacDenseScalars<T>& s, const DenseRun<T>& a) {
   constexpr int64_t L = Vec<T>::kLanes;
-  const Vec<T> clip(s.clip), beta1(s.beta1), lr(s.lr), weight_decay(s.weight_decay);
-  HfacDense<T, Sg> x{s, a, {}, {}, {}, {}, {}};
+  const Vec<T> clip(s.clip), beta1(s.beta1), rest1(s.rest1), lr(s.lr), weight_decay(s.weight_decay);
+  HfacDense<T, Sg> x{s, a, {}, {}, {}, {}};
   for (int64_t j = 0; j < a.count; j += L) {
     Sw* w_at = static_cast<Sw*>(a.param) + j;
     const int64_t left = a.count - j;
     const bool whole = left >= L;
     x.at(j);
     Vec<T> w = whole ? load(static_cast<const Sw*>(w_at)) : load_part<T>(w_at, left);
-    if (s.clip != T(1)) x.update = x.update / clip;
-    w = hfac_dense_update(w, x.g, x.average, x.denominator, x.update, beta1, lr, weight_decay);
+    w = hfac_dense_update(w, x.g, x.average, x.denominator, clip, beta1, rest1, lr, weight_decay);
     whole ? store(w_at, w) : store_part(w_at, w, left);
     whole ? store(a.exp_avg + j, x.average) : store_part(a.exp_avg + j, x.average, left);
     whole ? store(a.exp_avg_sq + j, x.square) : store_part(a.exp_avg_sq + j, x.square, left);

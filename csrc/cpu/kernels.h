@@ -81,7 +81,7 @@ struct DenseRun {
 template <class T>
 struct HfacDenseScalars {
   T beta1, rest1, beta2, rest2, eps, lr, weight_decay;
-  T clip;  // what U is divided by, 1 = not clipped
+  T clip;  // what the direction is multiplied by, 1 = not clipped
   bool negate;
 };
 

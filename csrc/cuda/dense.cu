@@ -84,10 +84,10 @@ HFAC_DEVICE bool refuse_run(const Arguments& a, const Item& it, T* shared) {
   return bad > T(0);
 }
 
-// Eight elements of H-Fac: new moments, sqrt of the second, and U before clipping.
+// Eight elements of H-Fac: new moments and the root of the second.
 template <class T>
 struct HfacDenseCell {
-  T g[kVector], average[kVector], square[kVector], denominator[kVector], update[kVector];
+  T g[kVector], average[kVector], square[kVector], denominator[kVector];
 
   HFAC_DEVICE HfacDenseCell(const Arguments& a, const Item& it, const Gradient<T>& gradient, const Decay<T>& b1,
                             const Decay<T>& b2, int64_t at, int count) {
@@ -100,8 +100,13 @@ struct HfacDenseCell {
       average[k] = hfac_average(b1.beta, average[k], b1.rest, g[k]);
       square[k] = hfac_average(b2.beta, square[k], b2.rest, g[k] * g[k] + static_cast<T>(a.scalars.eps));
       denominator[k] = root(square[k]);
-      update[k] = g[k] / denominator[k];
     }
+  }
+
+  // Of U, before clipping.
+  HFAC_DEVICE T squared_update(int k) const {
+    const T update = g[k] / denominator[k];
+    return update * update;
   }
 };
 
@@ -115,15 +120,16 @@ HFAC_DEVICE T run_norm(const Arguments& a, const Item& it, int part, T* shared) 
     const HfacDenseCell<T> cell(a, it, gradient, b1, b2, at, count);
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
-      if (k < count) norm = norm + cell.update[k] * cell.update[k];  // the others may be 0 / 0
+      const T square = cell.squared_update(k);  // beyond count it may be that of 0 / 0
+      if (k < count) norm = norm + square;
     }
   });
   return block_sum(norm, shared);
 }
 
 template <class T>
-HFAC_DEVICE T dense_divisor(const Arguments& a, const Item& it, T norm) {
-  return clip_divisor(root(norm / static_cast<T>(it.rows * it.cols)), a.scalars.clip_threshold);
+HFAC_DEVICE T dense_clip(const Arguments& a, const Item& it, T norm) {
+  return T(1) / clip_divisor(root(norm / static_cast<T>(it.rows * it.cols)), a.scalars.clip_threshold);
 }
 
 // The norm of a parameter of several runs.
@@ -142,7 +148,7 @@ __global__ void __launch_bounds__(kTileThreads) dense_look(Arguments a) {
   T sum = T(0);
   for (int64_t r = threadIdx.x; r < runs; r += kTileThreads) sum = sum + load_fresh(space.norms + r);
   const T total = block_sum(sum, shared);
-  if (threadIdx.x == 0) *space.divisor = dense_divisor(a, it, total);
+  if (threadIdx.x == 0) *space.clip = dense_clip(a, it, total);
 }
 
 template <class A>
@@ -159,10 +165,10 @@ __global__ void __launch_bounds__(kTileThreads) hfac_dense(Arguments a) {
   const Tile tile = tile_of(a);
   const Item& it = a.items[tile.item];
   if (refuse_run(a, it, shared)) return;
-  T divisor = T(1);
+  T clip = T(1);
   if (a.scalars.clip) {
-    divisor = it.rows * it.cols > kRun ? *DenseSpace<T>(it, a.workspace).divisor
-                                       : dense_divisor(a, it, run_norm(a, it, 0, shared));
+    clip = it.rows * it.cols > kRun ? *DenseSpace<T>(it, a.workspace).clip
+                                    : dense_clip(a, it, run_norm(a, it, 0, shared));
   }
   const Gradient<T> gradient(a);
   const Decay<T> b1(a.scalars.beta1, it.index), b2(a.scalars.beta2, it.index);
@@ -177,9 +183,9 @@ __global__ void __launch_bounds__(kTileThreads) hfac_dense(Arguments a) {
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
       old[k] = w[k];
-      if (kWatched && k < count) watch.direction = watch.direction + cell.update[k] * cell.update[k];
-      w[k] = hfac_dense_update(w[k], cell.g[k], cell.average[k], cell.denominator[k], cell.update[k] / divisor, b1.beta,
-                               lr, weight_decay);
+      if (kWatched && k < count) watch.direction = watch.direction + cell.squared_update(k);
+      w[k] = hfac_dense_update(w[k], cell.g[k], cell.average[k], cell.denominator[k], clip, b1.beta, b1.rest, lr,
+                               weight_decay);
     }
     store_moment(it.first_row, at, count, cell.average);
     store_moment(it.second_row, at, count, cell.square);

@@ -182,12 +182,12 @@ struct HfacSpace {
 
 template <class T>
 struct DenseSpace {
-  T* divisor;  // what U is divided by
-  T* norms;    // [runs] sums of U^2
+  T* clip;   // what the direction is multiplied by
+  T* norms;  // [runs] sums of U^2
   T* end;
   HFAC_HD DenseSpace(const Item& it, char* workspace) {
-    divisor = reinterpret_cast<T*>(workspace + it.workspace);
-    norms = divisor + 1;
+    clip = reinterpret_cast<T*>(workspace + it.workspace);
+    norms = clip + 1;
     end = norms + ceil_quotient(it.rows, kRun);
   }
 };

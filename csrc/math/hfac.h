@@ -32,10 +32,11 @@ HFAC_HD V hfac_update_by_lr(V w, V g, V half_phi, V half_psi, V col_scale, V row
   return w - (((half_phi + half_psi) + g * col_scale * row_scale) + decay * w);
 }
 
-// The same where both moments are whole; `denominator` is sqrt(q), `update` the clipped g / sqrt(q).
+// W - lr (c (b1 m + (1 - b1) g) / sqrt(q) + wd W) where both moments are whole: the clip factor c scales the whole
+// direction. Divided first, so that no product of small numbers underflows.
 template <class V>
-HFAC_HD V hfac_dense_update(V w, V g, V average, V denominator, V update, V beta1, V lr, V weight_decay) {
-  return w - lr * ((beta1 * (average - g) / denominator + update) + weight_decay * w);
+HFAC_HD V hfac_dense_update(V w, V g, V average, V denominator, V clip, V beta1, V rest1, V lr, V weight_decay) {
+  return w - lr * (hfac_average(beta1, average, rest1, g) / denominator * clip + weight_decay * w);
 }
 
 }  // namespace HFAC_LEVEL

@@ -233,8 +233,8 @@ def _hfac(view: _View) -> Metrics:
         def U(rows: slice) -> Tensor:
             return view.G(rows) * col * row[rows, None]
 
-        def first(rows: slice) -> Tensor:
-            return (phi[rows, None] + psi) / 2
+        def D(rows: slice, clip: Tensor) -> Tensor:
+            return (phi[rows, None] + psi) / 2 + U(rows) / clip
 
     else:
         avg, avg_sq = (state.reshape(m, 1) for state in view.states("exp_avg", "exp_avg_sq"))
@@ -246,14 +246,15 @@ def _hfac(view: _View) -> Metrics:
         def U(rows: slice) -> Tensor:
             return view.G(rows) / root(rows)
 
-        def first(rows: slice) -> Tensor:
+        def D(rows: slice, clip: Tensor) -> Tensor:
             G, M = view.G(rows), avg[rows]
-            return b1 * ((b1 * M + (1 - b1) * G if view.ahead else M) - G) / root(rows)
+            M = b1 * M + (1 - b1) * G if view.ahead else M
+            return (b1 * M + (1 - b1) * G) / root(rows) * (1 / clip)
 
     rms, threshold = view.rms(U), group["clip_threshold"]
     factor = torch.ones_like(rms) if threshold is None else (rms / threshold).clamp(min=1)
     lr, decay = view.lr, view.weight_decay
-    update = view.applied(lambda rows: first(rows) + U(rows) / factor, lambda W, D: W - lr * (D + decay * W), decay)
+    update = view.applied(lambda rows: D(rows, factor), lambda W, D: W - lr * (D + decay * W), decay)
     return {**update, "direction_rms": rms, "clip_factor": factor}
 
 

@@ -27,7 +27,10 @@ class HFac(FactoredOptimizer):
         lr: learning rate >= 0, a number or a 0-d tensor (default 1e-3).
         betas: decays of the first and second moment, each in [0, 1) (default (0.9, 0.999)).
         eps: added to every squared gradient, > 0 (default 1e-30).
-        clip_threshold: d in U / max(1, rms(U) / d), > 0, or None for no clipping (default 1.0).
+        clip_threshold: d of the clip factor c = 1 / max(1, rms(U) / d), U = G / sqrt(V), > 0, or None for no clipping
+            (default 1.0). Whole moments multiply their whole direction by c, factored matrices U alone, as in the
+            paper: where all rows or all columns of a gradient are alike and it is larger than those before, their step
+            may go against it (docs/clipping.md).
         weight_decay: decoupled, as in AdamW: lr * weight_decay * W is taken off; >= 0, a number or a 0-d tensor
             (default 0).
         matricize: "balanced" cuts a tensor's dimensions in two so that rows + columns are fewest; "flatten" takes

@@ -96,8 +96,9 @@ class ObservedOptimizer(StatefulOptimizer):
             By name, where parameters were given with names, else by position: 0-d tensors on the parameter's device,
             by metric; of a stack, tensors of shape p.shape[:batch_dims], an entry for each slice. ``update_rms``: of
             W's change, learning rate and decoupled weight decay included. ``direction_rms``: of G / sqrt(V) before
-            clipping (SMMF: M / (sqrt(V) + eps)). ``clip_factor`` (HFac): what it was divided by, max(1, direction_rms /
-            clip_threshold). ``unmoved``: the fraction of the weights that the update leaves as they are, rounded to
+            clipping (SMMF: M / (sqrt(V) + eps)). ``clip_factor`` (HFac): max(1, direction_rms / clip_threshold), what
+            that was divided by; with whole moments, what the whole direction was, momentum included. ``unmoved``: the
+            fraction of the weights that the update leaves as they are, rounded to
             nearest in their type, master weights as they are stored ("split": float32, "split8": 24 bits); with
             rounding="stochastic" such weights move now and then. These are NaN where no step was made, or
             nonfinite="skip" skipped it; of a watched step so are the next two then. ``zero_rows``, ``zero_cols``: rows
