@@ -301,6 +301,7 @@ class CudaStep : public CudaPlan {
                      optional(second_cols, "second_cols", size, i),
                      nullptr,
                      0,
+                     0,
                      0};
       if (!exp_avg_signs.is_none()) {
         const Signs s =
@@ -309,6 +310,7 @@ class CudaStep : public CudaPlan {
         item.signs = s.data;
         item.slice = s.slice;
         item.slice_bytes = s.slice_bytes;
+        item.sign_bytes = numel / s.slice * s.slice_bytes;
       }
       item.store = stores_.at(i, count, item.param.dtype);
       items.push_back(item);
@@ -467,6 +469,7 @@ class CudaParts : public CudaPlan {
         item.signs = s.data;
         item.slice = s.slice;
         item.slice_bytes = s.slice_bytes;
+        item.sign_bytes = numel / s.slice * s.slice_bytes;
       }
       const TensorRef grad = operands.grad(i);
       const std::vector<SmmfBlock> found = bindings::blocks(lists[i], numel, item.part.rows, item.part.cols);
