@@ -175,9 +175,7 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
       if (row < tile_rows) shared[(row * 2 + k % 2) * warps + x / kWarp] = sum;
     });
   }
-#if !defined(HFAC_FAULT_NO_BARRIER)
   __syncthreads();
-#endif
 
   if constexpr (kWatched) {
     __shared__ double watched[kTileThreads];
@@ -193,18 +191,10 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
   }
 
   T* col_sums = space.cols + static_cast<int64_t>(row_tile) * 2 * cols + (col - x * kVector);
-#if defined(HFAC_FAULT_WORKSPACE)
-  ++col_sums;
-#endif
-#if defined(HFAC_FAULT_UNINITIALISED)
-  const int written = row_tile == 0 && x == 0 ? count - 1 : count;
-#else
-  const int written = count;
-#endif
   if (ys == 1) {
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
-      if (k >= written) continue;
+      if (k >= count) continue;
       col_sums[x * kVector + k] = sum_m[k];
       col_sums[cols + x * kVector + k] = sum_v[k];
     }
@@ -222,7 +212,7 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
   for (int k = y; k < 2 * kVector; k += ys) {
     T sum = T(0);
     for (int from = 0; from < ys; ++from) sum = sum + shared[k * kTileThreads + from * tiling.lanes + x];
-    if (k % kVector < written) col_sums[k / kVector * cols + x * kVector + k % kVector] = sum;
+    if (k % kVector < count) col_sums[k / kVector * cols + x * kVector + k % kVector] = sum;
   }
 }
 
