@@ -28,7 +28,7 @@ test: $(EMULATED) ## run the tests, the CUDA kernels' among them (no GPU needed)
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
 test-emulated: $(EMULATED) ## run the CUDA kernels' tests on the host (no GPU needed)
-	$(BIN)/python -m pytest tests/test_cuda_emulated.py tests/test_cuda_sanitizers.py tests/test_cuda_plan.py $(ARGS)
+	$(BIN)/python -m pytest tests/test_cuda_emulated.py tests/test_cuda_device.py tests/test_cuda_sanitizers.py tests/test_cuda_plan.py $(ARGS)
 
 cuda-check: $(INSTALLED) ## compile the CUDA kernels and check registers, spills and accesses (needs nvcc, no GPU)
 	$(BIN)/python -m bench.launch_plan --write
