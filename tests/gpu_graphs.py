@@ -72,7 +72,8 @@ def moved(param):
 
 
 def strided(param):
-    param.grad = torch.empty_like(param.grad.t()).t().copy_(param.grad)
+    param.grad = param.grad.t().contiguous().t()
+    assert not param.grad.is_contiguous()
 
 
 def of_another_type(param):
