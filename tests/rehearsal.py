@@ -6,7 +6,7 @@ host, but every one knows which device it was asked for, and they are refused to
 
 The backend "cuda" is there (the kernels compiled for the host, tests/emulated.py), with its own tables, streams and
 graphs (tests/rehearsed_device.py). Launches are checked: every address that the kernels are given must lie in living
-memory of the device. What is not rehearsed: times, races between streams, what torch does in C++ for a CUDA device only.
+memory of the device. Not rehearsed are times, races between streams, and what torch does in C++ for a CUDA device only.
 """
 
 import runpy
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 from unittest import mock
 
@@ -73,9 +74,6 @@ class Dispatch(TorchDispatchMode):
             target = kinds[0] if func is aten.copy_.default else source if wanted is None else wanted
             self.check_copy(source, None if target == "cpu" else target, args, kwargs)
         result_kind = wanted if wanted is not None else CUDA if here else None
-        generator = kwargs.get("generator")
-        if generator is not None and (result_kind == CUDA) != (generator.device.type == "cuda"):
-            raise RuntimeError(f"Expected a {result_kind or CPU!r} device type for generator but found another")
         if gpu.capture is not None and (here or wanted == CUDA):
             return self.capture(func, args, kwargs, tensors, result_kind)
         results = func(*args, **kwargs)
@@ -202,12 +200,24 @@ class Rehearsal(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if kwargs.get("generator") is not None:
+            self.check_generator(kwargs["generator"], args, kwargs.get("device"))
+        if isinstance(func, FunctionType) and not func.__module__.startswith("torch"):
+            func = _replaced(func)
         handler = self.handlers.get(func)
         if handler is not None:
             return handler(func, *args, **kwargs)
         if "device" in kwargs or "pin_memory" in kwargs or func in self.factories:
             return self.made(func, args, dict(kwargs))
         return func(*args, **kwargs)
+
+    def check_generator(self, generator: Any, args: Any, device: Any) -> None:
+        tensor = next(iter(flat(list(args))), None)
+        on = (
+            CUDA if tensor is not None and self.gpu.kind(tensor) == CUDA else kind_of(device or default_device() or CPU)
+        )
+        if generator.device.type != on:
+            raise RuntimeError(f"Expected a '{on}' device type for generator but found '{generator.device.type}'")
 
     def made(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """A call that may name a device."""
@@ -226,6 +236,8 @@ class Rehearsal(TorchFunctionMode):
             result = func(*args, **kwargs, device=CPU)
         if isinstance(result, Tensor) and kind != "cpu" and self.gpu.kind(result) is None:
             # Such as torch.tensor, which dispatches nothing: numbers of the host.
+            if kind == CUDA:
+                self.gpu.synchronizes("a tensor of numbers that the host has")
             with self.asking(kind):
                 return result.detach().clone().requires_grad_(result.requires_grad)
         return result
@@ -322,6 +334,13 @@ class Rehearsal(TorchFunctionMode):
         return copied
 
 
+def _replaced(func: Any) -> Any:
+    """torch's own method, where a test has put ``func`` in its place, which has just called it: torch finds methods by
+    their names."""
+    names = (name for name, value in vars(Tensor).items() if value is func)
+    return next((getattr(torch._C.TensorBase, name) for name in names), func)
+
+
 class Generator(torch._C.Generator):
     """A generator that knows the device it was asked for."""
 
@@ -371,10 +390,21 @@ def _grouped(gpu: Gpu) -> Callable[..., Any]:
     return grouped
 
 
+def _without_cuda(init: Callable[..., None]) -> Callable[..., None]:
+    """torch's profiler knows nothing of this GPU."""
+
+    def of_the_host(profiler: Any, *, activities: Any = None, **options: Any) -> None:
+        init(profiler, activities=[torch.profiler.ProfilerActivity.CPU], **options)
+
+    return of_the_host
+
+
 @contextmanager
 def rehearse() -> Iterator[Gpu]:
     """Makes the machine look, to whatever runs inside, as if it had one GPU."""
     import emulated
+
+    from bench import timing
 
     gpu = Gpu()
     dispatch = Dispatch(gpu)
@@ -382,9 +412,13 @@ def rehearse() -> Iterator[Gpu]:
         for name, value in gpu.names().items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(Tensor, "record_stream", lambda x, stream: gpu.record_stream(x, stream)))
+        stack.enter_context(mock.patch.multiple(torch.cuda.profiler, start=lambda: None, stop=lambda: None))
         stack.enter_context(mock.patch.object(torch, "Generator", Generator))
         grouping = "_group_tensors_by_device_and_dtype"
         stack.enter_context(mock.patch.object(torch._C, grouping, _grouped(gpu)))
+        profile = torch.profiler.profile
+        stack.enter_context(mock.patch.object(profile, "__init__", _without_cuda(profile.__init__)))
+        stack.enter_context(mock.patch.dict(timing._COPY_BYTES, cuda=2**20))
         stack.enter_context(emulated.instead_of_a_gpu(gpu))
         stack.enter_context(dispatch)
         stack.enter_context(Rehearsal(gpu, dispatch))

@@ -1,4 +1,4 @@
-"""The GPU of a rehearsal (tests/rehearsal.py): its memory, streams, graphs and synchronizations, as a host can have them.
+"""The GPU of a rehearsal (tests/rehearsal.py): its memory, streams, graphs and synchronizations.
 
 Memory of the device is memory of the host that is noted here, by address, for as long as its storage lives.
 """
@@ -28,6 +28,7 @@ class Memory:
     def __init__(self, gpu: "Gpu", kind: str, address: int, nbytes: int) -> None:
         self.gpu, self.kind, self.address, self.nbytes = gpu, kind, address, nbytes
         self.stream = gpu.current
+        self.pooled = gpu.capture is not None  # a graph's, which orders its own streams
         #: streams whose kernels read or wrote it since the last synchronization, and those that the allocator knows of
         self.used: set[int] = set()
         self.recorded: set[int] = set()
@@ -125,7 +126,7 @@ class Gpu:
         if memory.kind == CUDA:
             self.allocated -= memory.nbytes
             late = memory.used - memory.recorded - {memory.stream}
-            if late:
+            if late and not memory.pooled:
                 self.faults.append(
                     f"{memory.nbytes} bytes allocated on stream {memory.stream} were freed while stream {min(late)} "
                     "may still use them: neither a synchronization nor record_stream stood between"
@@ -310,9 +311,9 @@ class Gpu:
 
 
 class Graph:
-    """A CUDA graph. A capture carries out nothing that writes memory of the device: it notes operations by the addresses
-    that they read and write, and a replay carries them out on what lies there then. Memory that is allocated during the
-    capture is the graph's for as long as it lives, whoever else drops it; no other memory is."""
+    """A CUDA graph. A capture carries out nothing that writes memory of the device: it notes operations by the
+    addresses that they read and write, and a replay carries them out on what lies there then. Memory that is allocated
+    during the capture is the graph's for as long as it lives, whoever else drops it; no other memory is."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
