@@ -1,10 +1,11 @@
-"""The CUDA kernels compiled for the host, for tests only: as the backend "cuda-emulated" of tensors on the CPU, and in a
-rehearsal (tests/rehearsal.py) in the place of the GPU's."""
+"""The CUDA kernels compiled for the host, for tests only: as the backend "cuda-emulated" of tensors on the CPU, and in
+a rehearsal (tests/rehearsal.py) in the place of the GPU's."""
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -101,7 +102,7 @@ class Plan:
     """A plan of the native module, whose launches read and write memory of a rehearsal's device and no other; in a
     capture they are noted for the replays."""
 
-    def __init__(self, gpu: Any, make: Callable[..., Any], arguments: dict[str, Any], step: bool) -> None:
+    def __init__(self, gpu: Any, make: Callable[..., Any], **arguments: Any) -> None:
         self.gpu, self.make, self.arguments = gpu, make, arguments
         self.what = arguments.get("op", make.__name__)
         self.memories = self._found(arguments)
@@ -189,13 +190,9 @@ class Kernels:
 
     def __init__(self, gpu: Any) -> None:
         self._gpu = gpu
-        self.CudaStep = lambda **arguments: Plan(gpu, native.CudaStep, arguments, True)
-        self.CudaParts = SimpleNamespace(
-            **{
-                name: lambda make=getattr(native.CudaParts, name), **arguments: Plan(gpu, make, arguments, False)
-                for name in ("hfac_sums", "hfac_apply", "smmf_sums_step")
-            }
-        )
+        self.CudaStep = partial(Plan, gpu, native.CudaStep)
+        parts = ("hfac_sums", "hfac_apply", "smmf_sums_step")
+        self.CudaParts = SimpleNamespace(**{op: partial(Plan, gpu, getattr(native.CudaParts, op)) for op in parts})
 
     def __getattr__(self, name: str) -> Any:
         return getattr(native, name)

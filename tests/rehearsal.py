@@ -6,7 +6,7 @@ host, but every one knows which device it was asked for, and they are refused to
 
 The backend "cuda" is there (the kernels compiled for the host, tests/emulated.py), with its own tables, streams and
 graphs (tests/rehearsed_device.py). Launches are checked: every address that the kernels are given must lie in living
-memory of the device. What is not rehearsed: times, races between streams, what torch does in C++ for a CUDA device only.
+memory of the device. Not rehearsed are times, races between streams, and what torch does in C++ for a CUDA device only.
 """
 
 import runpy
@@ -73,9 +73,6 @@ class Dispatch(TorchDispatchMode):
             target = kinds[0] if func is aten.copy_.default else source if wanted is None else wanted
             self.check_copy(source, None if target == "cpu" else target, args, kwargs)
         result_kind = wanted if wanted is not None else CUDA if here else None
-        generator = kwargs.get("generator")
-        if generator is not None and (result_kind == CUDA) != (generator.device.type == "cuda"):
-            raise RuntimeError(f"Expected a {result_kind or CPU!r} device type for generator but found another")
         if gpu.capture is not None and (here or wanted == CUDA):
             return self.capture(func, args, kwargs, tensors, result_kind)
         results = func(*args, **kwargs)
@@ -202,12 +199,22 @@ class Rehearsal(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if kwargs.get("generator") is not None:
+            self.check_generator(kwargs["generator"], args, kwargs.get("device"))
         handler = self.handlers.get(func)
         if handler is not None:
             return handler(func, *args, **kwargs)
         if "device" in kwargs or "pin_memory" in kwargs or func in self.factories:
             return self.made(func, args, dict(kwargs))
         return func(*args, **kwargs)
+
+    def check_generator(self, generator: Any, args: Any, device: Any) -> None:
+        tensor = next(iter(flat(list(args))), None)
+        on = (
+            CUDA if tensor is not None and self.gpu.kind(tensor) == CUDA else kind_of(device or default_device() or CPU)
+        )
+        if generator.device.type != on:
+            raise RuntimeError(f"Expected a '{on}' device type for generator but found '{generator.device.type}'")
 
     def made(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """A call that may name a device."""
@@ -371,10 +378,21 @@ def _grouped(gpu: Gpu) -> Callable[..., Any]:
     return grouped
 
 
+def _without_cuda(init: Callable[..., None]) -> Callable[..., None]:
+    """torch's profiler knows nothing of this GPU."""
+
+    def of_the_host(profiler: Any, *, activities: Any = None, **options: Any) -> None:
+        init(profiler, activities=[torch.profiler.ProfilerActivity.CPU], **options)
+
+    return of_the_host
+
+
 @contextmanager
 def rehearse() -> Iterator[Gpu]:
     """Makes the machine look, to whatever runs inside, as if it had one GPU."""
     import emulated
+
+    from bench import timing
 
     gpu = Gpu()
     dispatch = Dispatch(gpu)
@@ -385,6 +403,9 @@ def rehearse() -> Iterator[Gpu]:
         stack.enter_context(mock.patch.object(torch, "Generator", Generator))
         grouping = "_group_tensors_by_device_and_dtype"
         stack.enter_context(mock.patch.object(torch._C, grouping, _grouped(gpu)))
+        profile = torch.profiler.profile
+        stack.enter_context(mock.patch.object(profile, "__init__", _without_cuda(profile.__init__)))
+        stack.enter_context(mock.patch.dict(timing._COPY_BYTES, cuda=2**20))
         stack.enter_context(emulated.instead_of_a_gpu(gpu))
         stack.enter_context(dispatch)
         stack.enter_context(Rehearsal(gpu, dispatch))

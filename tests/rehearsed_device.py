@@ -1,4 +1,4 @@
-"""The GPU of a rehearsal (tests/rehearsal.py): its memory, streams, graphs and synchronizations, as a host can have them.
+"""The GPU of a rehearsal (tests/rehearsal.py): its memory, streams, graphs and synchronizations.
 
 Memory of the device is memory of the host that is noted here, by address, for as long as its storage lives.
 """
@@ -310,9 +310,9 @@ class Gpu:
 
 
 class Graph:
-    """A CUDA graph. A capture carries out nothing that writes memory of the device: it notes operations by the addresses
-    that they read and write, and a replay carries them out on what lies there then. Memory that is allocated during the
-    capture is the graph's for as long as it lives, whoever else drops it; no other memory is."""
+    """A CUDA graph. A capture carries out nothing that writes memory of the device: it notes operations by the
+    addresses that they read and write, and a replay carries them out on what lies there then. Memory that is allocated
+    during the capture is the graph's for as long as it lives, whoever else drops it; no other memory is."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
