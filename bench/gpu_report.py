@@ -142,9 +142,12 @@ class Report:
         return ended
 
     def add(self, title: str, rows: list[Row], fresh: bool) -> None:
-        """Rows of a process; the first of them take the place of what an earlier report has under the title."""
+        """Rows of a process; the first of them take the place of what an earlier report has under the title. A rival
+        that is measured again beside another backend keeps its first numbers."""
         if title == MEASURED:
-            self.rows += [{**row, "number": len(self.rows) + k} for k, row in enumerate(rows)]
+            known = {row["key"] for row in self.rows}
+            new = [row for row in rows if row["key"] not in known]
+            self.rows += [{**row, "number": len(self.rows) + k} for k, row in enumerate(new)]
         else:
             self.tables[title] = [*([] if fresh else self.tables[title]), *rows]
 

@@ -78,7 +78,6 @@ def measure(case: Case, args: argparse.Namespace, gates: dict) -> list[str]:
             quick=args.quick,
             reference=not case.alone,
             rivals=(YARDSTICK,) if case.alone else None,
-            copy_bytes=2**16 if args.cases.startswith("dry") else None,
         )
         run = session.Session(plan, gates=gates)
         try:

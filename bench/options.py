@@ -61,7 +61,10 @@ def why_red(name: str, options: dict[str, Any], backend: str, dtype: torch.dtype
     for chosen in (backend, "reference"):
         problem = Problem([(520, 1030), (97,)], dtype, device)
         optimizer = getattr(hfac, name)(problem.params, lr=1e-3, backend=chosen, **options)
+        grads = [param.grad.clone() for param in problem.params]
         for _ in range(3):
+            for param, grad in zip(problem.params, grads, strict=True):
+                param.grad.copy_(grad)  # some backends clip them in place, and a second time by a little
             optimizer.step()
         weights = optimizer.fp32_state_dict(nn.ParameterList(problem.params)).values()
         found.append([weight.float() for weight in weights])

@@ -38,7 +38,6 @@ class Plan:
         reference: whether the reference is measured even where it is not among the backends; not for lists so large
             that its temporaries have no room.
         rivals: those of `RIVALS` that whole steps are measured beside; None for all.
-        copy_bytes: as `bench.timing.copy_call` takes them.
     """
 
     ops: tuple[str, ...]
@@ -52,7 +51,6 @@ class Plan:
     quick: bool
     reference: bool = True
     rivals: tuple[tuple[str, str], ...] | None = None
-    copy_bytes: int | None = None
 
 
 @dataclass
@@ -145,7 +143,7 @@ class Session:
         self, kind: str, case: str, name: str, problem: Problem, dtype: str, contestants: list[Contestant]
     ) -> list[Row]:
         device = self.plan.device
-        copy, copied_bytes = timing.copy_call(device, self.plan.copy_bytes)
+        copy, copied_bytes = timing.copy_call(device)
         calls = {_COPY: copy, **{contestant.key: contestant.call for contestant in contestants}}
         samples = timing.measure(calls, device, self.plan.rounds, self.plan.seconds)
         for contestant in contestants:

@@ -59,13 +59,11 @@ def measure(
     return samples
 
 
-def copy_call(device: torch.device, size: int | None = None) -> tuple[Callable[[], object], int]:
-    """A plain copy from memory to memory, and the bytes that it reads and writes; ``size`` bytes are copied, far more
-    than the caches hold if it is not given."""
-    size = size or _COPY_BYTES[device.type]
-    source = torch.ones(size // 4, device=device)
+def copy_call(device: torch.device) -> tuple[Callable[[], object], int]:
+    """A plain copy from memory to memory, and the bytes that it reads and writes."""
+    source = torch.ones(_COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
-    return lambda: target.copy_(source), 2 * size
+    return lambda: target.copy_(source), 2 * _COPY_BYTES[device.type]
 
 
 def quantiles(samples: Mapping[int, float]) -> Quantiles:
