@@ -106,42 +106,40 @@ class Plan:
         self.gpu, self.make, self.arguments = gpu, make, arguments
         self.what = arguments.get("op", make.__name__)
         self.memories = self._found(arguments)
-        self.plan = make(**arguments)
+        self._plan = make(**arguments)
         self.prepared: dict[str, Any] | None = None
         self.of_grads: dict[str, list[Any]] = {}
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.plan, name)
+        return getattr(self._plan, name)
 
     def prepare(self, **arguments: Any) -> bool:
         self.prepared, self.of_grads = arguments, self._found(arguments)
-        return self.plan.prepare(**arguments)
+        return self._plan.prepare(**arguments)
 
     def write_table(self, host: int) -> None:
         found = self.gpu.at(host)
         if found is not None and found.kind == "cuda":
             raise AssertionError(f"{self.what}: the table is written by the host, but lies on the device")
-        self.plan.write_table(host)
+        self._plan.write_table(host)
 
     def launch(self, **arguments: Any) -> None:
         given = {name: arguments[name] for name in MEMORY if arguments.get(name)}
         given |= {name: value[0] for name in SCALARS if isinstance(value := arguments.get(name), tuple)}
         memories = {**self.memories, **self.of_grads, **{name: [self._at(name, at)] for name, at in given.items()}}
-        for one in (one for found in memories.values() for one in found if one is not None):
-            one.used.add(self.gpu.current)
         arguments.update(device=0, stream=0)
         if self.gpu.capture is None:
-            self._check(memories)
-            self.plan.launch(**arguments)
+            self._use(memories)
+            self._plan.launch(**arguments)
             return
-        frozen = self.plan
+        frozen = self._plan
         if self.prepared is not None:  # a graph keeps the launches of now, whatever this plan will be told
             frozen = self.make(**self.arguments)
             frozen.prepare(**self.prepared)
         expected = _table_of(frozen)
 
         def node() -> None:
-            self._check(memories)
+            self._use(memories)
             if not _agrees(arguments["table"], *expected):
                 raise AssertionError(f"{self.what}: a replay reads a table that is not the one it was captured with")
             frozen.launch(**arguments)
@@ -163,10 +161,13 @@ class Plan:
             if arguments[name] is not None
         }
 
-    def _check(self, memories: dict[str, list[Any]]) -> None:
+    def _use(self, memories: dict[str, list[Any]]) -> None:
         for name, found in memories.items():
             for k, one in enumerate(found):
-                if one is not None and not one.alive:
+                if one is None:
+                    continue
+                one.used.add(self.gpu.current)
+                if not one.alive:
                     raise AssertionError(f"{self.what}: {name}[{k}] has been freed, and a launch would read it")
 
 

@@ -28,6 +28,7 @@ class Memory:
     def __init__(self, gpu: "Gpu", kind: str, address: int, nbytes: int) -> None:
         self.gpu, self.kind, self.address, self.nbytes = gpu, kind, address, nbytes
         self.stream = gpu.current
+        self.pooled = gpu.capture is not None  # a graph's, which orders its own streams
         #: streams whose kernels read or wrote it since the last synchronization, and those that the allocator knows of
         self.used: set[int] = set()
         self.recorded: set[int] = set()
@@ -125,7 +126,7 @@ class Gpu:
         if memory.kind == CUDA:
             self.allocated -= memory.nbytes
             late = memory.used - memory.recorded - {memory.stream}
-            if late:
+            if late and not memory.pooled:
                 self.faults.append(
                     f"{memory.nbytes} bytes allocated on stream {memory.stream} were freed while stream {min(late)} "
                     "may still use them: neither a synchronization nor record_stream stood between"
