@@ -260,13 +260,13 @@ def ready_objects(folder: str) -> dict[str, tuple[str, Path]]:
     }
 
 
-def cuda_flags(nvcc: str, common: list[str], archs: str | None = None) -> list[str]:
+def cuda_flags(nvcc: str, common: list[str], wanted: str | None = None) -> list[str]:
     known = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout.split()
-    asked = (archs or switch("HFAC_CUDA_ARCHS")).replace(",", ";").replace(".", "").split(";")
-    targets = [a.strip() for a in asked if a.strip()]
-    targets = targets or [a for a in ("80", "90", "100") if f"sm_{a}" in known]
-    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in targets]
-    codes += [f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}"]  # for what comes after
+    asked = (wanted or switch("HFAC_CUDA_ARCHS")).replace(",", ";").replace(".", "").split(";")
+    archs = [a.strip() for a in asked if a.strip()]
+    archs = archs or [a for a in ("80", "90", "100") if f"sm_{a}" in known]
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    codes += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]  # for what comes after
     host = [flag for flag in common if not flag.startswith(("-std", "-O"))]
     return ["-std=c++17", "-O3", "--fmad=false", *codes, *(f"-Xcompiler={flag}" for flag in host)]
 

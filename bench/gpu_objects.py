@@ -79,12 +79,17 @@ def _compilers(build: ModuleType) -> tuple[list[str], str | None]:
     return [shutil.which("g++") or shutil.which("c++") or "c++"], build.find_nvcc()
 
 
-def _driver_digest(build: ModuleType, nvcc: str, arch: str) -> str:
+def host_driver() -> Path:
+    """Where the driver with the emulated kernels belongs that is of these sources."""
+    return FOLDER.parent / "gpu-dry-run" / f"driver-{_driver_digest(_setup(), None, 'host')[:16]}"
+
+
+def _driver_digest(build: ModuleType, nvcc: str | None, arch: str) -> str:
     """Of the driver's sources, which lie beside the extension's, and of what compiles it."""
     emulation = ROOT / "csrc" / "emulation"
     sources = [*sorted(emulation.iterdir()), ROOT / "bench" / "device_driver.py"]
-    job = ("driver", ROOT / "csrc" / "cuda" / "launchers.cu", ["nvcc", f"-arch={arch}"])
-    return build.digest(job, nvcc, sources)
+    kind = "launchers.cu" if nvcc else "plan.cpp"
+    return build.digest(("driver", ROOT / "csrc" / "cuda" / kind, [f"-arch={arch}"]), nvcc, sources)
 
 
 def _commit() -> str | None:

@@ -158,8 +158,8 @@ DRY_TESTS = {
 
 
 def _measure(mode: Mode, cases: str, backend: str) -> list[str]:
-    if mode is DRY:
-        cases = {"first": "dry", "more": "dry-more"}[cases]
+    if mode is DRY:  # Triton's kernels take no part in a rehearsal
+        cases, backend = {"first": "dry", "more": "dry-more"}[cases], {"triton": "reference"}.get(backend, backend)
     settings = ["--rounds", str(mode.rounds), "--seconds", str(mode.per_list)]
     settings += [] if mode is FULL else ["--quick"]
     return python(mode, "bench.gpu_steps", "--cases", cases, "--backends", backend, *settings)
@@ -167,7 +167,7 @@ def _measure(mode: Mode, cases: str, backend: str) -> list[str]:
 
 def _options(mode: Mode, folder: Path) -> list[str]:
     settings = ["--device", "cuda", "--rounds", "3" if mode is DRY else "9", "--seconds", "1", "--out", str(folder)]
-    settings += ["--shapes", "24x16"] if mode is DRY else []
+    settings += ["--shapes", "24x16", "--dtypes", "bfloat16"] if mode is DRY else []
     return python(mode, "bench.options", *settings)
 
 
@@ -194,9 +194,13 @@ def _profile(mode: Mode, folder: Path) -> Step:
 def _sanitize(mode: Mode, folder: Path, arch: str, driver: Path | None) -> Iterator[Step]:
     """The kernels without torch: its allocators hide what is read past a tensor, and its import takes 40 s under a
     sanitizer. An error of the CUDA API is reported by the driver itself."""
-    program = str(driver or folder / "driver")
-    build = [sys.executable, "-m", "bench.device_driver", "--out", program]
-    build += ["--host"] if mode is DRY else ["--arch", arch]
+    if mode is DRY:
+        driver = gpu_objects.host_driver()
+        program, target = str(driver), ["--host", "--float"]
+        driver = driver if driver.exists() else None
+    else:
+        program, target = str(driver or folder / "driver"), ["--arch", arch]
+    build = [sys.executable, "-m", "bench.device_driver", "--out", program, *target]
     if driver is None:
         yield Step("sanitize", "driver", ["sh", "-c", '"$@" && exec "$0" --quick', program, *build], extension=False)
     else:

@@ -190,7 +190,7 @@ class Report:
             lines.append(f"{name:<16} {result:<20} {check['seconds']:>5.0f}  {said}")
         lines += [f"  {name[:150]}" for name in self.failed[:12]]
         lines += [f"  and {len(self.failed) - 12} more"] if len(self.failed) > 12 else []
-        shown = [row for row in self.rows if row["name"] in ("HFac", "SMMF") or row["backend"] == "torch fused"]
+        shown = [row for row in self.rows if row["backend"] in ("cuda", "triton", "torch fused")]
         if shown:
             lines.append(f"{'step':<27} {'':<19} {'ms':>8} {'20-80 %':>15}  {'copy of as many bytes':>21}  x AdamW")
         for row in shown:

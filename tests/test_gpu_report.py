@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import emulated
 import pytest
 import setuptools
 import torch
@@ -16,7 +17,18 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 
-from bench import first_steps, gpu_child, gpu_objects, gpu_parts, gpu_report, gpu_steps, launches, session, shapes  # noqa: E402
+from bench import (  # noqa: E402
+    first_steps,
+    gpu_child,
+    gpu_objects,
+    gpu_parts,
+    gpu_report,
+    gpu_steps,
+    launches,
+    options,
+    session,
+    shapes,
+)
 from bench.gpu_parts import DRY, FULL, PARTS, QUICK, UNCOMPILED, Step  # noqa: E402
 
 
@@ -41,7 +53,6 @@ def written(folder):
 def test_dry_run(tmp_path):
     """Killed while it measures the second list of part 4, it leaves parts 1 to 3 and the first list; another run does
     the rest and loses nothing of that."""
-    emulated = pytest.importorskip("emulated")
     if emulated.native is None:
         pytest.skip(emulated.WHY_NOT)
     report = dry_run(tmp_path, "--only", "1,2,3,4")
@@ -146,7 +157,6 @@ def running(pid):
 
 
 def test_a_report_that_is_ended_ends_what_it_started(tmp_path):
-    emulated = pytest.importorskip("emulated")
     if emulated.native is None:
         pytest.skip(emulated.WHY_NOT)
     process = dry_run(tmp_path, "--only", "2")
@@ -314,6 +324,15 @@ def test_first_steps_are_compared_with_the_reference(monkeypatch):
         first_steps.step("HFac", "reference", torch.float32, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("name", ["HFac", "SMMF"])
+def test_the_gate_of_options_gives_every_step_the_same_gradients(name, emulated_backend):
+    """The CUDA kernels clip as they read, the reference clips in place: the same gradients would be clipped again."""
+    if emulated.native is None:
+        pytest.skip(emulated.WHY_NOT)
+    clipped = options.CLIPPED["max_grad_norm, clipped"]
+    assert options.why_red(name, clipped, emulated.NAME, torch.float32, torch.device("cpu")) is None
+
+
 def test_one_optimizer_that_cannot_be_measured_does_not_cost_the_other(tmp_path, monkeypatch):
     original = session.step_contestant
 
@@ -323,8 +342,8 @@ def test_one_optimizer_that_cannot_be_measured_does_not_cost_the_other(tmp_path,
         return original(optimizer, *rest)
 
     monkeypatch.setattr(session, "step_contestant", contestant)
-    options = ["--device", "cpu", "--backends", "reference", "--rounds", "2", "--seconds", "0.01"]
-    assert gpu_steps.main(["--cases", "dry", "--rows", str(tmp_path / "rows"), *options]) == 1
+    settings = ["--device", "cpu", "--backends", "reference", "--rounds", "2", "--seconds", "0.01"]
+    assert gpu_steps.main(["--cases", "dry", "--rows", str(tmp_path / "rows"), *settings]) == 1
     rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
     assert {(row["name"], row["dtype"]) for row in rows} == {
         (name, dtype) for name in ("SMMF", "AdamW") for dtype in ("float32", "bfloat16")
