@@ -207,7 +207,7 @@ def test_with_a_default_device(name, device, backend):
                 optimizer = getattr(hfac, name)(params, backend=backend if device == "cuda" else "auto", **each)
                 for step in grads:
                     for param, grad in zip(params, step, strict=True):
-                        param.grad = grad
+                        param.grad = grad.clone()  # a step that clips may scale it in place
                     optimizer.step()
                 optimizer.load_state_dict(optimizer.state_dict())
                 optimizer.step()

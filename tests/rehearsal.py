@@ -236,6 +236,8 @@ class Rehearsal(TorchFunctionMode):
             result = func(*args, **kwargs, device=CPU)
         if isinstance(result, Tensor) and kind != "cpu" and self.gpu.kind(result) is None:
             # Such as torch.tensor, which dispatches nothing: numbers of the host.
+            if kind == CUDA:
+                self.gpu.synchronizes("a tensor of numbers that the host has")
             with self.asking(kind):
                 return result.detach().clone().requires_grad_(result.requires_grad)
         return result
