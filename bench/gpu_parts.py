@@ -111,7 +111,11 @@ def versions(mode: Mode) -> Step:
 def steps(mode: Mode, folder: Path, arch: str, objects: Path) -> tuple[list[Step], bool]:
     """All other processes of the mode, in order, and whether everything was compiled beforehand. ``folder``: for what
     tools write; ``arch``: the GPU's capability."""
-    fresh, wanted, driver = (0, 0, None) if mode is DRY else gpu_objects.ready(objects, arch)
+    try:
+        fresh, wanted, driver = (0, 0, gpu_objects.host_driver()) if mode is DRY else gpu_objects.ready(objects, arch)
+    except Exception as error:  # whatever it is: there is a GPU here, and all can be compiled
+        print(f"gpu-report: nothing that was compiled beforehand is used: {error!r}", file=sys.stderr)
+        fresh, wanted, driver = 0, 0, None
     compiled = mode is DRY or (fresh == wanted > 0 and driver is not None)
     ordered = [
         *_build(mode, arch, objects if fresh else None),
@@ -194,14 +198,10 @@ def _profile(mode: Mode, folder: Path) -> Step:
 def _sanitize(mode: Mode, folder: Path, arch: str, driver: Path | None) -> Iterator[Step]:
     """The kernels without torch: its allocators hide what is read past a tensor, and its import takes 40 s under a
     sanitizer. An error of the CUDA API is reported by the driver itself."""
-    if mode is DRY:
-        driver = gpu_objects.host_driver()
-        program, target = str(driver), ["--host", "--float"]
-        driver = driver if driver.exists() else None
-    else:
-        program, target = str(driver or folder / "driver"), ["--arch", arch]
+    program = str(driver or folder / "driver")
+    target = ["--host", "--float"] if mode is DRY else ["--arch", arch]
     build = [sys.executable, "-m", "bench.device_driver", "--out", program, *target]
-    if driver is None:
+    if driver is None or not driver.exists():
         yield Step("sanitize", "driver", ["sh", "-c", '"$@" && exec "$0" --quick', program, *build], extension=False)
     else:
         yield Step("sanitize", "driver", [program], extension=False)

@@ -137,14 +137,14 @@ def test_nothing_that_a_process_started_is_left(report):
     report.out.mkdir()
     child = "import subprocess, sys, time; time.sleep(60)"
     start = (
-        f"import subprocess, sys, time; own = [sys.executable, '-c', {child!r}]; "
+        f"import os, subprocess, sys, time; own = [sys.executable, '-c', {child!r}]; "
         "pids = [subprocess.Popen(own, start_new_session=new).pid for new in (False, True)]; "
-        "print(*pids, flush=True); "
+        "print(*pids, os.getpgid(0) == os.getpid(), flush=True); "
     )
     for end in ("time.sleep(60)", "pass"):
         report.run(Step("profile", "profile", program(start + end), wrong=()), 6)
-        pids = (report.folder / "profile.log").read_text().splitlines()[0].split()
-        assert len(pids) == 2
+        *pids, own_group = (report.folder / "profile.log").read_text().splitlines()[0].split()
+        assert len(pids) == 2 and own_group == "True"
         assert not [pid for pid in pids if Path(f"/proc/{pid}/cmdline").exists() and running(pid)]
 
 
