@@ -47,6 +47,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,7 +132,7 @@ class Report:
         result = "ok" if ended.status == 0 else ended.why or "WRONG"
         if result == "WRONG" and step.wrong is not None and ended.status not in step.wrong:
             result = f"failed: status {ended.status}"
-        said = last_line(output)
+        said = "" if last_line(output) == "KeyboardInterrupt" else last_line(output)
         if ended.why and (tests := _tests_so_far(output)):
             said = tests
             result = "WRONG" if "failed" in tests else result
@@ -239,7 +240,11 @@ def _run(report: Report, only: Sequence[str], objects: Path) -> int:
     steps, compiled = gpu_parts.steps(mode, report.folder, arch, objects)
     for step in steps:
         if step.part in only:
-            report.run(step, mode.limit(step.name, compiled))
+            try:
+                report.run(step, mode.limit(step.name, compiled))
+            except Exception as error:  # whatever it is: the other parts are to be run
+                traceback.print_exc()
+                report.note(step, f"failed: {error!r}", 0.0, "")
     print(f"\nWritten: {report.path}, .md and {report.archive.name}, {time.monotonic() - report.begin:.0f} s\n")
     print(report.summary(), flush=True)
     return OK if report.correct else WRONG

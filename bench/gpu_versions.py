@@ -32,7 +32,10 @@ def rows() -> Iterator[dict[str, Any]]:
         yield {"what": "memory", "version": f"{properties.total_memory / 2**30:.1f} GiB"}
         yield {"what": "multiprocessors", "version": str(properties.multi_processor_count)}
     query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
-    yield {"what": query, "version": _said(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"])}
+    yield {
+        "what": "driver, clocks of SMs and memory, their limits, power",
+        "version": _said(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]),
+    }
     yield {"what": "Python", "version": platform.python_version()}
     yield {"what": "torch", "version": f"{torch.__version__}, CUDA {torch.version.cuda}"}
     for package in PACKAGES:
@@ -44,7 +47,7 @@ def rows() -> Iterator[dict[str, Any]]:
     for tool, option in TOOLS.items():
         said = _said([tool, option])
         version = re.search(r"release \S+|\d+\.\d+\.\d\S*", said)
-        yield {"what": tool, "version": version[0].rstrip(",") if version else said}
+        yield {"what": tool, "version": version[0].rstrip(",).") if version else said}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

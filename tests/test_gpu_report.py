@@ -232,6 +232,20 @@ def test_a_late_process_gets_what_is_left(report):
     assert results == ["cut off after 6 s", "not run: no time was left"]
 
 
+def test_a_fault_of_the_report_does_not_stop_it(report, monkeypatch, capsys):
+    def read(path):
+        raise OSError("no more memory")
+
+    steps = [Step("profile", "profile", program("pass")), Step("more", "options", program("print('fine')"))]
+    monkeypatch.setattr(gpu_parts, "versions", lambda mode: Step("build", "versions", program("pass"), "Versions"))
+    monkeypatch.setattr(gpu_parts, "steps", lambda *arguments: (steps, True))
+    monkeypatch.setattr(gpu_parts, "profiled", read)
+    assert gpu_report._run(report, PARTS, report.out) == 0
+    assert "no more memory" in capsys.readouterr().out
+    results = [check["result"] for check in written(report.out)["checks"]]
+    assert results == ["ok", "failed: OSError('no more memory')", "ok"]
+
+
 def test_parts_are_chosen_by_number_or_name(capsys):
     assert gpu_report.build_parser().parse_args(["--only", "5,more, 1"]).only == ("profile", "more", "build")
     with pytest.raises(SystemExit):
