@@ -267,6 +267,8 @@ def cuda_flags(nvcc: str, common: list[str], wanted: str | None = None) -> list[
     archs = archs or [a for a in ("80", "90", "100") if f"sm_{a}" in known]
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     codes += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]  # for what comes after
+    names = ",".join([*(f"sm_{a}" for a in archs), f"compute_{archs[-1]}"])
+    codes += [f'-DHFAC_ARCHITECTURES="{names}"']  # so that a GPU which none of them serves is known as such
     host = [flag for flag in common if not flag.startswith(("-std", "-O"))]
     return ["-std=c++17", "-O3", "--fmad=false", *codes, *(f"-Xcompiler={flag}" for flag in host)]
 

@@ -11,7 +11,7 @@ from cases import DTYPES, OPTIONS, SHAPES, gradient, shape_id
 from test_parity import ieee_square_roots  # noqa: F401  (a fixture for every test here)
 
 import hfac
-from hfac import backends
+from hfac import backends, matricize, reference
 
 pytestmark = [
     pytest.mark.skipif(emulated.native is None, reason=emulated.WHY_NOT),
@@ -271,3 +271,25 @@ def test_the_table_follows_the_gradient(op):
         step([fresh], **scalars)
         other([grad], **scalars)
         assert all(map(torch.equal, everything(param, states), everything(twin, twin_states)))
+
+
+@pytest.mark.parametrize("offset", range(4))
+@pytest.mark.parametrize("shape", [(3, 7), (5, 3), (1, 50), (4, 13), (9, 5), (6, 4, 3), (7, 9)], ids=shape_id)
+def test_signs_of_any_size_at_any_address(shape, offset):
+    """Threads share bytes, and a GPU flips bits by words of 4 bytes: at neither end may those reach what is not the
+    tensor's, wherever it begins and however long it is."""
+    values = gradient(shape, 1, torch.float32).sign()  # of one size, so that two factors say all of the moment
+    rows, cols = matricize.square(values.numel())
+    packed = reference.pack_signs(values > 0)
+    around = torch.full((offset + packed.numel() + 3,), 0xA5, dtype=torch.uint8)
+    signs = around[offset : offset + packed.numel()].view_as(packed)
+    signs.zero_()
+    states = {f"exp_avg_{kind}rows": [torch.zeros(rows)] for kind in ("", "sq_")}
+    states |= {f"exp_avg_{kind}cols": [torch.zeros(cols)] for kind in ("", "sq_")}
+    states["exp_avg_signs"] = [signs]
+    step = emulated.ops.bind("smmf_step", [torch.zeros(shape)], states)
+    scalars = dict(lr=0.1, beta1=0.5, beta2=0.5, eps=1e-8, weight_decay=0.0, decoupled_weight_decay=True)
+    for grad, expected in ((values, packed), (-9 * values, reference.pack_signs(values < 0))):
+        step([grad], **scalars, maximize=False)
+        assert torch.equal(signs, expected)
+        assert (torch.cat((around[:offset], around[offset + packed.numel() :])) == 0xA5).all()

@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 
+#include "../cuda/architectures.h"
 #include "../cuda/plan.h"
 #include "arguments.h"
 #include "modules.h"
@@ -300,6 +301,7 @@ class CudaStep : public CudaPlan {
                      optional(second_cols, "second_cols", size, i),
                      nullptr,
                      0,
+                     0,
                      0};
       if (!exp_avg_signs.is_none()) {
         const Signs s =
@@ -308,6 +310,7 @@ class CudaStep : public CudaPlan {
         item.signs = s.data;
         item.slice = s.slice;
         item.slice_bytes = s.slice_bytes;
+        item.sign_bytes = numel / s.slice * s.slice_bytes;
       }
       item.store = stores_.at(i, count, item.param.dtype);
       items.push_back(item);
@@ -466,6 +469,7 @@ class CudaParts : public CudaPlan {
         item.signs = s.data;
         item.slice = s.slice;
         item.slice_bytes = s.slice_bytes;
+        item.sign_bytes = numel / s.slice * s.slice_bytes;
       }
       const TensorRef grad = operands.grad(i);
       const std::vector<SmmfBlock> found = bindings::blocks(lists[i], numel, item.part.rows, item.part.cols);
@@ -515,15 +519,19 @@ py::dict cuda_info() {
     py::dict one;
     one["name"] = device.name;
     one["capability"] = py::make_tuple(device.major, device.minor);
+    one["usable"] = device.why_not.empty();
+    one["why_not"] = device.why_not.empty() ? py::object(py::none()) : py::object(py::str(device.why_not));
     devices.append(one);
   }
   d["compiled"] = true;
+  d["architectures"] = found.architectures;
   d["devices"] = devices;
   d["driver_version"] = found.driver_version;
   d["runtime_version"] = found.runtime_version;
   d["why_not"] = found.why_not.empty() ? py::object(py::none()) : py::object(py::str(found.why_not));
 #else
   d["compiled"] = false;
+  d["architectures"] = py::list();
   d["devices"] = py::list();
   d["driver_version"] = 0;
   d["runtime_version"] = 0;
@@ -592,7 +600,12 @@ void define_cuda(py::module_& m) {
                   py::arg("places") = py::none());
 #endif
 #ifndef HFAC_EMULATED
-  m.def("cuda_info", &cuda_info, "Whether CUDA was compiled in, the devices, and if none is usable, why.");
+  m.def("cuda_info", &cuda_info,
+        "Whether CUDA was compiled in, for which architectures, and the devices by index, each with whether it is usable "
+        "and if not, why; why_not: why there is no device.");
+  m.def("cuda_no_code_for", &no_code_for, py::kw_only(), py::arg("architectures"), py::arg("major"), py::arg("minor"),
+        py::arg("driver_version"), py::arg("runtime_version"),
+        "Why kernels compiled for these architectures do not run on a GPU of this compute capability; '' if they do.");
 #endif
 }
 

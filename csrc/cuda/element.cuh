@@ -204,6 +204,18 @@ HFAC_DEVICE void store_any(const Operand& o, const int64_t* layouts, int64_t at,
   store_run<double, double>(o, o.layout < 0 ? nullptr : layouts + o.layout, at, count, x);
 }
 
+// SMMF's sign bits where threads of several blocks may own bits of one byte. A GPU has no atomic operation on a byte, so
+// bits are flipped in the aligned word of 4 bytes around them; where part of that word lies outside the tensor, the
+// flips are collected in a word of `edges`, which stands for it until `settle_signs` in the fold applies them.
+struct SharedSigns : Signs {
+  const uint8_t* end;
+  int32_t* edges;  // [2]: of the word at the beginning, which may be all there is; of the word at the end
+  HFAC_DEVICE SharedSigns(const Arguments& a, const Item& it)
+      : Signs{it.signs, it.slice, it.slice_bytes},
+        end(it.signs + it.sign_bytes),
+        edges(a.counters + it.counter + kSignEdges) {}
+};
+
 // SMMF's sign bits of [at, at + count) in bits 0.. of the result, and their return.
 HFAC_DEVICE unsigned load_byte(const uint8_t* p) {
 #if defined(__CUDA_ARCH__)
@@ -213,13 +225,31 @@ HFAC_DEVICE unsigned load_byte(const uint8_t* p) {
 #endif
 }
 
-HFAC_DEVICE void flip_bit(uint8_t* p, unsigned bit) {
-#if defined(HFAC_DEVICE_COMPILER)
-  const auto address = reinterpret_cast<uintptr_t>(p);
-  atomicXor(reinterpret_cast<unsigned*>(address & ~uintptr_t{3}), 1u << ((address & 3) * 8 + bit));
-#else
-  __atomic_fetch_xor(p, static_cast<uint8_t>(1u << bit), __ATOMIC_RELAXED);
-#endif
+HFAC_DEVICE void flip_bit(const SharedSigns& s, const uint8_t* p, unsigned bit) {
+  const auto address = reinterpret_cast<uintptr_t>(p), word = address & ~uintptr_t{3};
+  int32_t* target = reinterpret_cast<int32_t*>(word);
+  if (word + 4 > reinterpret_cast<uintptr_t>(s.end)) target = s.edges + 1;
+  if (word < reinterpret_cast<uintptr_t>(s.data)) target = s.edges;
+  atomicXor(target, static_cast<int32_t>(1u << ((address & 3) * 8 + bit)));
+}
+
+// By one thread, in a launch after the one that flipped bits.
+HFAC_DEVICE void settle_signs(const Arguments& a, const Item& it) {
+  const SharedSigns s(a, it);
+  const auto begin = reinterpret_cast<uintptr_t>(s.data), end = reinterpret_cast<uintptr_t>(s.end);
+  if (((begin | end) & 3) == 0) return;
+  for (int side = 0; side < 2; ++side) {
+    const auto flips = static_cast<uint32_t>(s.edges[side]);
+    if (!flips) continue;
+    const uintptr_t word = (side ? end - 1 : begin) & ~uintptr_t{3};
+    for (unsigned k = 0; k < 4; ++k) {
+      const uint32_t bits = flips >> 8 * k & 0xffu;
+      if (!bits) continue;  // outside, it may be
+      auto* const byte = reinterpret_cast<uint8_t*>(word + k);
+      *byte = static_cast<uint8_t>(*byte ^ bits);
+    }
+    s.edges[side] = 0;
+  }
 }
 
 HFAC_DEVICE unsigned load_signs(const Signs& s, int64_t at, int count) {
@@ -232,11 +262,11 @@ HFAC_DEVICE unsigned load_signs(const Signs& s, int64_t at, int count) {
 }
 
 // Bytes may be shared between threads: each flips only bits of its own, and only those that changed.
-HFAC_DEVICE void store_signs(const Signs& s, int64_t at, int count, unsigned old, unsigned fresh) {
+HFAC_DEVICE void store_signs(const SharedSigns& s, int64_t at, int count, unsigned old, unsigned fresh) {
   for (int k = 0; k < count; ++k) {
     if (!((old ^ fresh) >> k & 1u)) continue;
     const int64_t slice = (at + k) / s.slice, within = (at + k) % s.slice;
-    flip_bit(s.data + slice * s.slice_bytes + within / 8, static_cast<unsigned>(within % 8));
+    flip_bit(s, s.data + slice * s.slice_bytes + within / 8, static_cast<unsigned>(within % 8));
   }
 }
 
@@ -329,7 +359,7 @@ struct AnyAccess {
     return x;
   }
   static HFAC_DEVICE unsigned signs(const Signs& s, int64_t at, int count) { return load_signs(s, at, count); }
-  static HFAC_DEVICE void store(const Signs& s, int64_t at, int count, unsigned old, unsigned fresh) {
+  static HFAC_DEVICE void store(const SharedSigns& s, int64_t at, int count, unsigned old, unsigned fresh) {
     store_signs(s, at, count, old, fresh);
   }
 };

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -28,16 +29,54 @@ static_assert(__AMDGCN_WAVEFRONT_SIZE == kWarp, "row sums are written for warps 
 #endif
 
 #ifdef HFAC_DEVICE_COMPILER
-inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+using Status = cudaError_t;
+inline Status take_error() { return cudaGetLastError(); }
+inline const char* text_of(Status status) { return cudaGetErrorString(status); }
+#else
+using emulation::Status;
+using emulation::take_error;
+using emulation::text_of;
+#endif
+
+// Is it an error of something that ran, a kernel or a copy? Calls that start something report it though they did not
+// cause it, and so does every call after them: the context is lost. Numbers are those of cudaError_t.
+inline bool of_what_ran(Status status) {
+  const int code = static_cast<int>(status);
+  return code == 214 || code == 220 || code == 226 ||  // memory and NVLink: uncorrectable, contained
+         code == 700 || code == 702 || code == 710 ||  // illegal address, timeout, assert
+         (code >= 714 && code <= 719) || code == 721 ||  // stack, instruction, alignment, launch failure
+         code == 999;
 }
 
+// Throws what `status` says of the call `name`, or of what was before it; `begun`: the call has been made.
+inline void check(Status status, const char* name, bool begun = true) {
+  if (static_cast<int>(status) == 0) return;
+  const char* const blocking = std::getenv("CUDA_LAUNCH_BLOCKING");
+  // Where launches wait for their kernels, all that ran before has been reported.
+  const bool waited = blocking && *blocking && std::string(blocking) != "0";
+  const std::string of = name, said = text_of(status);
+  if (begun && (waited || !of_what_ran(status))) throw std::runtime_error(of + ": " + said);
+  throw std::runtime_error("an earlier CUDA operation had failed before " + of + " was launched: " + said +
+                           "; set CUDA_LAUNCH_BLOCKING=1 to find it");
+}
+
+// begin() starts something on the device; errors that are there before it are not called its own.
+template <class Begin>
+void checked(const char* name, const Begin& begin) {
+  check(take_error(), name, false);
+  begin();
+  check(take_error(), name);
+}
+
+#ifdef HFAC_DEVICE_COMPILER
 // The device of the tensors is the current one while this lives.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice");
+    checked("the step", [&] {
+      cudaGetDevice(&before_);
+      if (device != before_) cudaSetDevice(device);
+    });
     changed_ = device != before_;
   }
   ~DeviceGuard() {
@@ -53,13 +92,15 @@ class DeviceGuard {
 
 template <class... A>
 void launch(const char* name, void (*kernel)(A...), int64_t blocks, int threads, void* stream, A... arguments) {
-  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, static_cast<cudaStream_t>(stream)>>>(
-      arguments...);
-  check(cudaGetLastError(), name);
+  checked(name, [&] {
+    kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, static_cast<cudaStream_t>(stream)>>>(
+        arguments...);
+  });
 }
 
 inline void clear(void* p, size_t bytes, void* stream) {
-  check(cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(stream)), "clearing the flags of `nonfinite`");
+  checked("clearing flags and counters",
+          [&] { cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(stream)); });
 }
 #else
 class DeviceGuard {
@@ -68,11 +109,15 @@ class DeviceGuard {
 };
 
 template <class... A>
-void launch(const char*, void (*kernel)(A...), int64_t blocks, int threads, void*, A... arguments) {
-  emulation::run_grid(static_cast<unsigned>(blocks), static_cast<unsigned>(threads), [&] { kernel(arguments...); });
+void launch(const char* name, void (*kernel)(A...), int64_t blocks, int threads, void*, A... arguments) {
+  checked(name, [&] {
+    emulation::run_grid(name, static_cast<unsigned>(blocks), static_cast<unsigned>(threads), [&] { kernel(arguments...); });
+  });
 }
 
-inline void clear(void* p, size_t bytes, void*) { memset(p, 0, bytes); }
+inline void clear(void* p, size_t bytes, void*) {
+  checked("clearing flags and counters", [&] { memset(p, 0, bytes); });
+}
 #endif
 
 }  // namespace hfac

@@ -4,7 +4,7 @@
 
 namespace hfac {
 
-void launch_all(const Plan& plan, Arguments arguments, int64_t flags, int device, void* stream) {
+void launch_all(const Plan& plan, Arguments arguments, int64_t flags, size_t counter_bytes, int device, void* stream) {
   const DeviceGuard guard(device);
   const Phase phase = arguments.squares ? Phase::kSquares : Phase::kStep;
   const float* const clip = arguments.clip;
@@ -13,6 +13,7 @@ void launch_all(const Plan& plan, Arguments arguments, int64_t flags, int device
   } else if (arguments.nonfinite) {
     clear(arguments.nonfinite, static_cast<size_t>(flags) * sizeof(int32_t), stream);
   }
+  if (counter_bytes) clear(arguments.counters, counter_bytes, stream);
   const Tile* tiles = arguments.tiles;
   for (const Launch& launch : plan.launches) {
     if (launch.phase != phase) continue;

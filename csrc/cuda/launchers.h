@@ -22,7 +22,7 @@ void launch_smmf_dense(const Launch& launch, const Arguments& arguments, void* s
 
 // One phase of a plan: that of the norm where there is a place for squares, else the step. Sets the device for as long
 // as the launches take. Clears the flags of gradients that are refused, but for those that are still true: a step that
-// was told of `clip` has them from the phase before, and where it is 1 they stand.
-void launch_all(const Plan& plan, Arguments arguments, int64_t flags, int device, void* stream);
+// was told of `clip` has them from the phase before, and where it is 1 they stand. Clears so many bytes of counters.
+void launch_all(const Plan& plan, Arguments arguments, int64_t flags, size_t counter_bytes, int device, void* stream);
 
 }  // namespace hfac

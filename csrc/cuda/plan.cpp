@@ -120,7 +120,7 @@ class Planner {
   Plan make() {
     for (size_t i = 0; i < items_.size(); ++i) {
       Item& it = items_[i];
-      it.counter = static_cast<int32_t>(i);
+      it.counter = static_cast<int32_t>(i) * kCounters;
       if (elements(it) == 0) continue;  // part of a parameter: it has moments, and no tiles
       if (smmf_matrices()) it.tiling = tiles_of(it.rows, it.cols);
       if (options_.op == OpKind::kHfac || options_.op == OpKind::kHfacSums) it.tiling = rows_of(it.rows, it.cols);

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
   const Places<kPart> places(a, tile.item, cols);
   const Operand grad = it.grad;
   const auto param = A::target(a, it);
-  const Signs signs{it.signs, it.slice, it.slice_bytes};
+  const SharedSigns signs(a, it);
   const Gradient<T> gradient(a);
   const bool first = a.scalars.first, coupled = a.scalars.coupled;
   const Decay<T> b1(a.scalars.beta1, it.index), b2(a.scalars.beta2, it.index);
@@ -175,9 +175,7 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
       if (row < tile_rows) shared[(row * 2 + k % 2) * warps + x / kWarp] = sum;
     });
   }
-#if !defined(HFAC_FAULT_NO_BARRIER)
   __syncthreads();
-#endif
 
   if constexpr (kWatched) {
     __shared__ double watched[kTileThreads];
@@ -193,18 +191,10 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
   }
 
   T* col_sums = space.cols + static_cast<int64_t>(row_tile) * 2 * cols + (col - x * kVector);
-#if defined(HFAC_FAULT_WORKSPACE)
-  ++col_sums;
-#endif
-#if defined(HFAC_FAULT_UNINITIALISED)
-  const int written = row_tile == 0 && x == 0 ? count - 1 : count;
-#else
-  const int written = count;
-#endif
   if (ys == 1) {
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
-      if (k >= written) continue;
+      if (k >= count) continue;
       col_sums[x * kVector + k] = sum_m[k];
       col_sums[cols + x * kVector + k] = sum_v[k];
     }
@@ -222,7 +212,7 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
   for (int k = y; k < 2 * kVector; k += ys) {
     T sum = T(0);
     for (int from = 0; from < ys; ++from) sum = sum + shared[k * kTileThreads + from * tiling.lanes + x];
-    if (k % kVector < written) col_sums[k / kVector * cols + x * kVector + k % kVector] = sum;
+    if (k % kVector < count) col_sums[k / kVector * cols + x * kVector + k % kVector] = sum;
   }
 }
 
@@ -237,6 +227,7 @@ __global__ void __launch_bounds__(kTileThreads) smmf_fold(Arguments a) {
   const SmmfSpace<T> space(it, a.workspace);
   const int64_t rows = it.rows, cols = it.cols;
   const int64_t k = static_cast<int64_t>(tile.part) * kFoldChunk + threadIdx.x;
+  if (a.scalars.first && tile.part == 0 && threadIdx.x == 0) settle_signs(a, it);
   T* const row_factor[2] = {static_cast<T*>(it.first_row), static_cast<T*>(it.second_row)};
   T* const col_factor[2] = {static_cast<T*>(it.first_col), static_cast<T*>(it.second_col)};
 
@@ -276,6 +267,9 @@ __global__ void __launch_bounds__(kTileThreads) smmf_sums_fold(Arguments a) {
   const Part* const parts = a.parts + tile.item;
   const int64_t rows = parts->rows, cols = parts->cols, blocks = parts->blocks;
   const int64_t k = static_cast<int64_t>(tile.part) * kFoldChunk + threadIdx.x;
+  if (a.scalars.first && k == 0) {
+    for (int64_t b = 0; b < blocks; ++b) settle_signs(a, items[b]);
+  }
   for (int moment = a.scalars.first ? 0 : 1; moment < 2; ++moment) {
     T *const row_total = static_cast<T*>(parts->row[moment]), *const col_total = static_cast<T*>(parts->col[moment]);
     T row = k < rows ? row_total[k] : T(0), col = k < cols ? col_total[k] : T(0);

@@ -52,8 +52,8 @@ Store Step::store(const BoundStore& from, std::vector<int64_t>& layouts) const {
 bool Step::bulk(const Item& it, const Part& part) const {
   const bool whole_bytes = !it.signs || it.slice % kVector == 0;
   const uintptr_t low_bytes = static_cast<Low>(it.store.low.dtype) == Low::kInt16 ? 16 : 8;
-  return it.store.low.layout < 0 && aligned(it.store.low.data, low_bytes) && it.param.layout < 0 && it.grad.layout < 0 && aligned(it.param.data) && aligned(it.grad.data) &&
-         it.cols % kVector == 0 && part.first % kVector == 0 && part.stride % kVector == 0 && whole_bytes;
+  return it.store.low.layout < 0 && aligned(it.store.low.data, low_bytes) && it.param.layout < 0 &&
+         it.grad.layout < 0 && aligned(it.param.data) && aligned(it.grad.data) && it.cols % kVector == 0 && part.first % kVector == 0 && part.stride % kVector == 0 && whole_bytes;
 }
 
 bool Step::prepare(const std::vector<BoundGrad>& grads, bool clip, bool nonfinite) {
@@ -75,6 +75,7 @@ bool Step::prepare(const std::vector<BoundGrad>& grads, bool clip, bool nonfinit
     it.signs = from.signs;
     it.slice = from.slice;
     it.slice_bytes = from.slice_bytes;
+    it.sign_bytes = from.sign_bytes;
     it.index = static_cast<int32_t>(from.index);
     it.param = operand(from.param.data, from.param.dtype, from.param.strided, layouts);
     it.grad = operand(grads[i].data, grads[i].dtype, grads[i].strided, layouts);
@@ -94,6 +95,11 @@ bool Step::prepare(const std::vector<BoundGrad>& grads, bool clip, bool nonfinit
   options_.nonfinite = nonfinite;
   if (replan) plan_ = make_plan(items_, bulk_, options_, parts_);
   planned_ = true;
+  edged_ = false;
+  for (const Item& it : items_) {
+    if (options_.op != OpKind::kSmmfSums) break;
+    edged_ = edged_ || (it.signs && !(aligned(it.signs, 4) && aligned(it.signs + it.sign_bytes, 4)));
+  }
   return true;
 }
 
@@ -126,7 +132,8 @@ void Step::launch(const Memory& memory, const Scalars& scalars, const Given& giv
   a.squares = given.squares;
   a.watched = given.watched;
   a.scalars = scalars;
-  launch_all(plan_, a, entries_, device, stream);
+  if (edged_) a.counters = reinterpret_cast<int32_t*>(a.workspace + counters_at());
+  launch_all(plan_, a, entries_, edged_ ? counter_bytes() : 0, device, stream);
 }
 
 }  // namespace hfac

@@ -28,7 +28,7 @@ struct BoundItem {
   int64_t rows, cols;
   void *first_row, *first_col, *second_row, *second_col;
   uint8_t* signs;
-  int64_t slice, slice_bytes;
+  int64_t slice, slice_bytes, sign_bytes;
   Part part{};  // where the op is one on parts
   BoundStore store{};
 };
@@ -40,7 +40,7 @@ struct BoundGrad {
 };
 
 struct Memory {
-  void *table, *workspace, *counters;  // on the device
+  void *table, *workspace, *counters;  // on the device; an op on parts has no counters that last
 };
 
 // The caller's tensors on the device; null where there is none. With `squares` a launch is the phase of the norm; with
@@ -62,8 +62,8 @@ class Step {
   const std::vector<BoundItem>& items() const { return bound_; }
   int64_t entries() const { return entries_; }  // of the caller's list, empty tensors included
   size_t table_bytes() const;
-  size_t workspace_bytes() const { return plan_.workspace_bytes; }
-  size_t counter_bytes() const { return items_.size() * sizeof(int32_t); }
+  size_t workspace_bytes() const { return edged_ ? counters_at() + counter_bytes() : plan_.workspace_bytes; }
+  size_t counter_bytes() const { return bound_.size() * kCounters * sizeof(int32_t); }
   void write_table(void* host) const;
   void launch(const Memory& memory, const Scalars& scalars, const Given& given, int device, void* stream) const;
   const Plan& plan() const { return plan_; }
@@ -74,6 +74,7 @@ class Step {
   size_t parts_at() const;
   size_t layouts_at() const;
   size_t tiles_at() const;
+  size_t counters_at() const { return (plan_.workspace_bytes + 15) / 16 * 16; }
 
   std::vector<BoundItem> bound_;
   int64_t entries_;
@@ -84,6 +85,7 @@ class Step {
   std::vector<bool> bulk_;
   Plan plan_;
   bool planned_ = false;
+  bool edged_ = false;  // SMMF's parts: counters in the workspace collect flips at the ends of signs
 };
 
 }  // namespace hfac

@@ -23,6 +23,9 @@ constexpr int64_t kStatsRegisters = kLongThreads * kVector * kStatsVectors;
 constexpr int kWideRows = 16;                      // rows that the path for longer rows reads twice at a time
 constexpr int kFoldChunk = kTileThreads;           // rows and columns of one block of a fold
 constexpr int64_t kRun = 4 * kTileCols;            // elements of a block of the dense ops
+// Of each item in `Arguments::counters`: blocks that are done, then two words for flips at the ends of its signs.
+constexpr int kCounters = 3;
+constexpr int kSignEdges = 1;
 constexpr int kSharedSums = kTileThreads * 2 * kVector;  // values of shared memory of the tile kernels
 
 struct Operand {
@@ -56,10 +59,11 @@ struct Item {
   void *first_row, *first_col, *second_row, *second_col;
   uint8_t* signs;
   int64_t slice, slice_bytes;  // as in csrc/cpu/signs.h
+  int64_t sign_bytes;          // of all slices
   int64_t workspace;           // bytes from its start
   int64_t partials;            // as `workspace`: tiles' sums, where they are collected; 0: they follow the rest
   int32_t index;               // in the caller's list
-  int32_t counter;
+  int32_t counter;             // its first among the counters
   Tiling tiling, update;  // of the first pass; of H-Fac's second
   Store store;
 };
@@ -112,7 +116,7 @@ struct Arguments {
   const int64_t* layouts;
   const Tile* tiles;
   char* workspace;
-  int32_t* counters;  // zero between launches
+  int32_t* counters;  // [items, kCounters], zero between steps
   int32_t* nonfinite;
   const float *grad_scale, *found_inf;
   const float* clip;  // of a launch that has nothing to do where it is 1

@@ -1,13 +1,23 @@
-// A few steps of every op on the emulated kernels, for runs under a sanitizer: every buffer has exactly its size, the
-// workspace is filled with NaN, and each CUDA thread is a std::thread.
+// A few steps of every op without torch, for runs under a sanitizer: every buffer has exactly its size, and the
+// workspace is filled with NaN. Compiled for the host the kernels are emulated, each CUDA thread a std::thread; by nvcc
+// for the device they are what an optimizer launches. `python -m bench.device_driver` builds both.
+//
+// Each op runs twice, on the host in the reverse order of blocks the second time, and must give the same bits. It prints
+// a checksum of all parameters and states, which is the same on the host and on a GPU.
+//
+// Exit status: 0; 1 an error of CUDA; 2 there is no GPU; 3 numbers that are not finite, or other bits the second time.
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
-#include <memory>
+#include <functional>
+#include <map>
+#include <set>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "../cuda/step.h"
-#include "emulation.h"
+#include "memory.h"
 
 namespace {
 
@@ -15,40 +25,51 @@ using hfac::BoundGrad;
 using hfac::BoundItem;
 using hfac::DType;
 using hfac::OpKind;
-
-struct Aligned {
-  explicit Aligned(size_t bytes, unsigned char fill) : data(static_cast<unsigned char*>(operator new(bytes, kAlign))) {
-    for (size_t k = 0; k < bytes; ++k) data[k] = fill;
-  }
-  ~Aligned() { operator delete(data, kAlign); }
-  Aligned(const Aligned&) = delete;
-  Aligned& operator=(const Aligned&) = delete;
-  static constexpr std::align_val_t kAlign{16};
-  unsigned char* data;
-};
+using hfac::driver::Buffer;
 
 struct Matrix {
   int64_t rows, cols, slices;
 };
 
-enum Way { kPlain, kDrawn, kSplit, kSplit8, kSplit8Drawn, kFloat16, kWays };
+// How a parameter is stored. From kBrain on to the nearest, for gradients of 16 bits.
+enum Way { kPlain, kDrawn, kSplit, kSplit8, kSplit8Drawn, kFloat16, kBrain, kHalf };
+
+// What is done wrong on purpose by the driver itself: "workspace" gives 4 bytes too few; "signs" says of signs that they
+// go on to the end of their last word, as if it could be written.
+std::string fault;
+
+// The same on every machine, to the bit: no function of the C library has a part in it.
+float number(int64_t k, float scale) { return scale * static_cast<float>((k * 7919 + 131) % 2003 - 1001) / 1001.0f; }
+
+uint16_t narrow(float x, DType dtype) {
+  return dtype == DType::kFloat16 ? hfac::common::narrow_float16(x).bits : hfac::common::narrow_bfloat16(x).bits;
+}
 
 class Arena {
  public:
-  float* floats(int64_t count, float scale) {
-    auto* p = reinterpret_cast<float*>(bytes(static_cast<size_t>(count) * sizeof(float), 0));
-    for (int64_t k = 0; k < count; ++k) p[k] = scale * std::sin(static_cast<float>(k + 1));
-    moments_.push_back({p, count});
-    return p;
+  unsigned char* bytes(size_t count, unsigned char fill, size_t offset = 0) {
+    buffers_.emplace_back(std::vector<unsigned char>(count, fill), offset);
+    return buffers_.back().data();
   }
-  // A parameter of `count` elements: a float, or one of the ways to store it with more than one rounding to the nearest.
+  float* floats(int64_t count, float scale, float plus = 0.0f) {
+    std::vector<float> values(static_cast<size_t>(count));
+    for (size_t k = 0; k < values.size(); ++k) values[k] = number(static_cast<int64_t>(k), scale) + plus;
+    floats_.insert(buffers_.size());
+    return static_cast<float*>(put(values));
+  }
+  // Of 16 bits each, or floats.
+  void* numbers(int64_t count, float scale, DType dtype) {
+    if (dtype == DType::kFloat32) return floats(count, scale);
+    std::vector<uint16_t> values(static_cast<size_t>(count));
+    for (size_t k = 0; k < values.size(); ++k) values[k] = narrow(number(static_cast<int64_t>(k), scale), dtype);
+    return put(values);
+  }
   void parameter(BoundItem& item, int64_t count, int way) {
+    const DType dtype = way == kPlain                       ? DType::kFloat32
+                        : way == kFloat16 || way == kHalf ? DType::kFloat16
+                                                            : DType::kBFloat16;
+    item.param = {numbers(count, 1.0f, dtype), dtype, nullptr};
     const auto size = static_cast<size_t>(count);
-    if (way == kPlain) {
-      item.param = {floats(count, 1.0f), DType::kFloat32, nullptr};
-      return;
-    }
-    item.param = {bytes(2 * size, 0x3d), way == kFloat16 ? DType::kFloat16 : DType::kBFloat16, nullptr};
     if (way == kSplit) item.store.low = bytes(2 * size, 0x11);
     if (way == kSplit8 || way == kSplit8Drawn) item.store.low = bytes(size, 0x11);
     if (item.store.low) item.store.kind = way == kSplit ? hfac::Low::kInt16 : hfac::Low::kInt8;
@@ -56,27 +77,94 @@ class Arena {
     item.store.position = 3;
     item.store.first = 16;
   }
-  unsigned char* bytes(size_t count, unsigned char fill) {
-    blocks_.push_back(std::make_unique<Aligned>(count, fill));
-    return blocks_.back()->data;
+  template <class T>
+  void* put(const std::vector<T>& values) {
+    const auto* const from = reinterpret_cast<const unsigned char*>(values.data());
+    buffers_.emplace_back(std::vector<unsigned char>(from, from + values.size() * sizeof(T)));
+    return buffers_.back().data();
+  }
+  template <class T>
+  std::vector<T> get(const void* p) const {
+    for (const Buffer& buffer : buffers_) {
+      if (buffer.data() == p) return as<T>(buffer.read());
+    }
+    throw std::logic_error("no buffer begins there");
   }
   bool finite() const {
-    for (const auto& [p, count] : moments_) {
-      for (int64_t k = 0; k < count; ++k) {
-        if (!std::isfinite(p[k])) return false;
+    for (const size_t k : floats_) {
+      for (const float x : as<float>(buffers_[k].read())) {
+        if (!std::isfinite(x)) return false;
       }
     }
     return true;
   }
+  void add_to(uint64_t& sum) const {  // FNV-1a
+    for (const Buffer& buffer : buffers_) {
+      for (const unsigned char byte : buffer.read()) sum = (sum ^ byte) * 0x100000001b3u;
+    }
+  }
 
  private:
-  std::vector<std::unique_ptr<Aligned>> blocks_;
-  std::vector<std::pair<float*, int64_t>> moments_;
+  template <class T>
+  static std::vector<T> as(const std::vector<unsigned char>& bytes) {
+    std::vector<T> values(bytes.size() / sizeof(T));
+    if (!bytes.empty()) memcpy(values.data(), bytes.data(), bytes.size());
+    return values;
+  }
+  std::vector<Buffer> buffers_;
+  std::set<size_t> floats_;  // places of those that must be finite
 };
 
-// `stored`: each parameter in the next of the other ways than plain. `norm`: statistics in a phase of their own, which
-// stand in the second step and are taken again in the others.
-bool run(OpKind op, const std::vector<Matrix>& matrices, bool stored = false, bool norm = false) {
+struct Result {
+  bool finite = true, same = true;  // same: alignment changed nothing
+  uint64_t sum = 0xcbf29ce484222325u;
+};
+
+bool finite(const std::vector<double>& values) {
+  for (const double x : values) {
+    if (!std::isfinite(x)) return false;
+  }
+  return true;
+}
+
+// Memory of a step that does not last.
+struct Passing {
+  Arena arena;
+  hfac::Memory memory;
+  Passing(const hfac::Step& step, void* counters) {
+    std::vector<unsigned char> table(step.table_bytes());
+    step.write_table(table.data());
+    memory = {arena.put(table), arena.bytes(step.workspace_bytes() - (fault == "workspace" ? 4 : 0), 0xff), counters};
+  }
+};
+
+hfac::Scalars scalars(int step) {
+  hfac::Scalars s{};
+  s.lr.value = 0.01;
+  s.weight_decay.value = 0.1;
+  s.beta1.value = step > 1 ? 0.9 : 0.0;
+  s.beta2.value = step > 1 ? 0.99 : 0.0;
+  s.eps = 1e-8;
+  s.clip_threshold = 1.0;
+  s.clip = s.first = true;
+  s.step.value = step;
+  s.keys = hfac::keys_of(7);
+  return s;
+}
+
+void launch(const hfac::Step& step, const hfac::Memory& memory, const hfac::Scalars& s, const hfac::Given& given) {
+  step.launch(memory, s, given, 0, hfac::driver::stream());
+  hfac::driver::wait("the step");
+}
+
+struct Options {
+  std::vector<int> ways = {kPlain};  // of storing a parameter, one parameter after the other
+  bool norm = false;  // statistics in a phase of their own, which stand in the second step and are taken again else
+  DType grad = DType::kFloat32;
+  size_t offset = 0;  // of the signs, from an aligned address
+};
+
+Result run(OpKind op, const std::vector<Matrix>& matrices, const Options& how = {}) {
   Arena arena;
   std::vector<BoundItem> items;
   std::vector<BoundGrad> grads;
@@ -85,7 +173,7 @@ bool run(OpKind op, const std::vector<Matrix>& matrices, bool stored = false, bo
     const int64_t count = m.rows * m.cols;
     BoundItem item{};
     item.index = static_cast<int64_t>(items.size());
-    arena.parameter(item, count, stored ? kDrawn + static_cast<int>(items.size()) % (kWays - 1) : kPlain);
+    arena.parameter(item, count, how.ways[items.size() % how.ways.size()]);
     item.rows = m.rows;
     item.cols = m.cols;
     item.first_row = arena.floats(m.rows, 0.0f);
@@ -97,62 +185,65 @@ bool run(OpKind op, const std::vector<Matrix>& matrices, bool stored = false, bo
     if (op == OpKind::kSmmf) {
       item.slice = count / m.slices;
       item.slice_bytes = (item.slice + 7) / 8;
-      item.signs = arena.bytes(static_cast<size_t>(m.slices * item.slice_bytes), 0);
+      item.sign_bytes = m.slices * item.slice_bytes;
+      item.signs = arena.bytes(static_cast<size_t>(item.sign_bytes), 0, how.offset);
+      if (fault == "signs") item.sign_bytes += 3;
     }
     items.push_back(item);
-    grads.push_back({arena.floats(count, 0.1f), DType::kFloat32, nullptr});
+    grads.push_back({arena.numbers(count, 0.1f, how.grad), how.grad, nullptr});
   }
   hfac::PlanOptions options{op};
-  options.norm = norm;
-  if (norm) options.l2_bytes = 4096;  // several groups
+  options.norm = how.norm;
+  if (how.norm) options.l2_bytes = 4096;  // several groups
   hfac::Step step(items, static_cast<int64_t>(items.size()), options);
-  unsigned char* const counters = arena.bytes(items.size() * sizeof(int32_t), 0);
+  unsigned char* const counters = arena.bytes(step.counter_bytes(), 0);
+  Result result;
   for (int t = 1; t <= 3; ++t) {
     const bool flagged = t == 3;
     step.prepare(grads, true, flagged);
-    Arena passing;
-    unsigned char* const table = passing.bytes(step.table_bytes(), 0);
-    unsigned char* const workspace = passing.bytes(step.workspace_bytes(), 0xff);
-    auto* const flags = reinterpret_cast<int32_t*>(passing.bytes(items.size() * sizeof(int32_t), 0xff));
-    step.write_table(table);
-    hfac::Scalars s{};
-    s.lr.value = 0.01;
-    s.weight_decay.value = 0.1;
-    s.beta1.value = t > 1 ? 0.9 : 0.0;
-    s.beta2.value = t > 1 ? 0.99 : 0.0;
-    s.eps = 1e-8;
-    s.clip_threshold = 1.0;
-    s.clip = s.first = true;
-    s.step.value = t;
-    s.keys = hfac::keys_of(7);
-    const hfac::Memory memory{table, workspace, counters};
+    Passing passing(step, counters);
     hfac::Given given;
-    given.nonfinite = flagged ? flags : nullptr;
-    const size_t numbers = items.size() * hfac::kWatchedNumbers;
-    auto* const watched = reinterpret_cast<double*>(passing.bytes(numbers * sizeof(double), 0));
-    if (norm) {
-      given.squares = reinterpret_cast<double*>(passing.bytes(items.size() * sizeof(double), 0xff));
-      step.launch(memory, s, given, 0, nullptr);
-      for (size_t k = 0; k < items.size(); ++k) {
-        if (!std::isfinite(given.squares[k])) return false;
-      }
+    if (flagged) given.nonfinite = reinterpret_cast<int32_t*>(passing.arena.bytes(items.size() * sizeof(int32_t), 0xff));
+    if (how.norm) {
+      unsigned char* const squares = passing.arena.bytes(items.size() * sizeof(double), 0xff);
+      given.squares = reinterpret_cast<double*>(squares);
+      launch(step, passing.memory, scalars(t), given);
+      result.finite = result.finite && finite(passing.arena.get<double>(squares));
       given.squares = nullptr;
-      auto* const clip = reinterpret_cast<float*>(passing.bytes(sizeof(float), 0));
-      *clip = t == 2 ? 1.0f : 0.5f;
-      given.clip = clip;
+      given.clip = static_cast<const float*>(passing.arena.put(std::vector<float>{t == 2 ? 1.0f : 0.5f}));
     }
-    given.watched = t == 2 ? watched : nullptr;
-    step.launch(memory, s, given, 0, nullptr);
-    for (size_t k = 0; k < numbers; ++k) {
-      if (!std::isfinite(watched[k])) return false;
-    }
+    unsigned char* watched = nullptr;  // added up in any order, so its bits are not compared
+    if (t == 2) watched = passing.arena.bytes(items.size() * hfac::kWatchedNumbers * sizeof(double), 0);
+    given.watched = reinterpret_cast<double*>(watched);
+    launch(step, passing.memory, scalars(t), given);
+    if (watched) result.finite = result.finite && finite(passing.arena.get<double>(watched));
   }
-  return arena.finite();
+  result.finite = result.finite && arena.finite();
+  arena.add_to(result.sum);
+  return result;
+}
+
+// Signs of 1 to 7 bytes at every alignment, in one slice and in padded ones. The alignment must change no bit.
+Result run_signs() {
+  std::vector<Matrix> matrices;
+  for (int64_t bytes = 1; bytes <= 7; ++bytes) {
+    matrices.insert(matrices.end(), {{bytes, 8, 1}, {2, bytes * 4 - 1, 1}, {5, bytes, bytes}});
+  }
+  Result aligned;
+  for (int offset = 0; offset < 4; ++offset) {
+    Options how;
+    how.offset = static_cast<size_t>(offset);
+    const Result one = run(OpKind::kSmmf, matrices, how);
+    if (offset == 0) aligned = one;
+    aligned.finite = aligned.finite && one.finite;
+    aligned.same = aligned.same && one.sum == aligned.sum;
+  }
+  return aligned;
 }
 
 // Parts of parameters: H-Fac's statistics and update, and SMMF's blocks, which share rows, columns and bytes of signs.
 // A part without rows has columns whose moments go on.
-bool run_parts(OpKind op, int way = kPlain) {
+Result run_parts(OpKind op, int way = kPlain) {
   Arena arena;
   std::vector<BoundItem> items;
   std::vector<BoundGrad> grads;
@@ -181,8 +272,8 @@ bool run_parts(OpKind op, int way = kPlain) {
       item.second_row = arena.floats(rows, 0.0f);
       item.second_col = arena.floats(cols, 0.0f);
       item.slice = count;
-      item.slice_bytes = (count + 7) / 8;
-      item.signs = arena.bytes(static_cast<size_t>(item.slice_bytes), 0);
+      item.slice_bytes = item.sign_bytes = (count + 7) / 8;
+      item.signs = arena.bytes(static_cast<size_t>(item.sign_bytes), 0, p == 0 ? 1 : 0);
       void *const row[2] = {arena.floats(rows, 1.0f), arena.floats(rows, 1.0f)};
       void *const col[2] = {arena.floats(cols, 1.0f), arena.floats(cols, 1.0f)};
       for (size_t b = 0; b < parts[p].size(); ++b) {
@@ -213,58 +304,156 @@ bool run_parts(OpKind op, int way = kPlain) {
       item.part.rows = m.rows + 3;
       item.part.cols = m.cols + 5;
       // What is given must be positive, where it is a sum of squares.
-      const auto given = [&](int64_t size) {
-        float* p = arena.floats(size, 0.1f);
-        for (int64_t k = 0; k < size; ++k) p[k] += 1.0f;
-        return p;
-      };
-      for (void*& p : item.part.row) p = given(m.rows);
-      for (void*& p : item.part.col) p = given(m.cols);
+      for (void*& p : item.part.row) p = arena.floats(m.rows, 0.1f, 1.0f);
+      for (void*& p : item.part.col) p = arena.floats(m.cols, 0.1f, 1.0f);
       float* const grad = arena.floats(count, 0.1f);
       add(grad, item, static_cast<int64_t>(items.size()));
     }
   }
   hfac::Step step(items, entries, hfac::PlanOptions{op});
   step.prepare(grads, false, false);
-  unsigned char* const table = arena.bytes(step.table_bytes(), 0);
-  unsigned char* const workspace = arena.bytes(step.workspace_bytes(), 0xff);
-  step.write_table(table);
-  hfac::Scalars s{};
-  s.lr.value = 0.01;
-  s.weight_decay.value = 0.1;
-  s.beta1.value = 0.9;
-  s.beta2.value = 0.99;
+  const Passing passing(step, nullptr);
+  hfac::Scalars s = scalars(5);
   s.totals.value = 2.0;
   s.mean_squares.value = 4.0;
-  s.eps = 1e-8;
-  s.clip_threshold = 1.0;
-  s.clip = s.first = true;
-  s.step.value = 5;
-  s.keys = hfac::keys_of(7);
-  step.launch({table, workspace, nullptr}, s, {}, 0, nullptr);
-  return arena.finite();
+  launch(step, passing.memory, s, {});
+  Result result;
+  result.finite = arena.finite();
+  arena.add_to(result.sum);
+  return result;
+}
+
+// kLong: left out where each CUDA thread is a std::thread, which would take minutes.
+enum Length { kQuick, kFull, kLong };
+
+struct Case {
+  const char* name;
+  Length length;
+  std::function<Result()> run;
+};
+
+std::vector<Case> cases() {
+  const std::vector<Matrix> small = {{24, 16, 1}, {19, 17, 19}, {12, 12, 4}, {40, 264, 1}, {9, 8, 72}};
+  // Each way with whole aligned vectors, then with neither.
+  const std::vector<Matrix> both = {{24, 16, 1}, {16, 16, 1}, {32, 24, 1}, {24, 8, 1}, {40, 16, 1},
+                                    {19, 17, 19}, {9, 9, 9},  {17, 9, 1},  {12, 9, 1}, {13, 9, 1}};
+  const std::vector<Matrix> vectors = {{24, 1, 1}, {8200, 1, 1}, {7, 1, 1}, {30, 1, 1}, {9, 1, 1}};
+  Options stored, norm, stored_norm;
+  stored.ways = stored_norm.ways = {kDrawn, kSplit, kSplit8, kSplit8Drawn, kFloat16};
+  norm.norm = stored_norm.norm = true;
+  const auto op = [](OpKind kind, const std::vector<Matrix>& matrices, const Options& how = {}) {
+    return [=] { return run(kind, matrices, how); };
+  };
+  std::vector<Case> all = {
+      {"smmf, stored", kQuick, op(OpKind::kSmmf, both, stored)},
+      {"hfac, stored", kQuick, op(OpKind::kHfac, both, stored)},
+      {"smmf dense, stored", kQuick, op(OpKind::kSmmfDense, vectors, stored)},
+      {"hfac dense, stored", kQuick, op(OpKind::kHfacDense, vectors, stored)},
+      {"smmf parts, stored", kQuick, [] { return run_parts(OpKind::kSmmfSums, kSplit8Drawn); }},
+      {"hfac apply, stored", kQuick, [] { return run_parts(OpKind::kHfacApply, kSplit); }},
+      {"smmf", kQuick, op(OpKind::kSmmf, small)},
+      {"hfac", kQuick, op(OpKind::kHfac, small)},
+      {"hfac, norm", kQuick, op(OpKind::kHfac, small, norm)},
+      {"hfac, norm, stored", kFull, op(OpKind::kHfac, both, stored_norm)},
+      {"smmf dense", kFull, op(OpKind::kSmmfDense, {{24, 1, 1}, {8200, 1, 1}})},
+      {"hfac dense", kFull, op(OpKind::kHfacDense, {{24, 1, 1}, {8200, 1, 1}})},
+      {"smmf parts", kFull, [] { return run_parts(OpKind::kSmmfSums); }},
+      {"hfac sums", kQuick, [] { return run_parts(OpKind::kHfacSums); }},
+      {"hfac apply", kFull, [] { return run_parts(OpKind::kHfacApply); }},
+      {"smmf, small signs", kLong, run_signs},
+      {"hfac, long rows", kLong, op(OpKind::kHfac, {{5, 4104, 1}, {3, 14344, 1}, {5, 4099, 1}})},
+  };
+#if !defined(HFAC_FLOAT_OPERANDS)
+  std::vector<Matrix> six = both;  // as `both`, one more of each kind
+  six.insert(six.begin(), {48, 24, 1});
+  six.push_back({11, 9, 11});
+  Options brain = stored, mixed, half;
+  brain.ways.push_back(kBrain);
+  brain.grad = mixed.grad = DType::kBFloat16;
+  half.ways = {kHalf};
+  half.grad = DType::kFloat16;
+  Options wide;
+  wide.ways = {kBrain};
+  for (const auto& [name, kind] : std::map<std::string, OpKind>{{"hfac", OpKind::kHfac}, {"smmf", OpKind::kSmmf}}) {
+    const bool hfac = kind == OpKind::kHfac;
+    all.push_back({hfac ? "hfac, bfloat16" : "smmf, bfloat16", kQuick, op(kind, six, brain)});
+    all.push_back({hfac ? "hfac, float and bfloat16" : "smmf, float and bfloat16", kFull, op(kind, small, mixed)});
+    all.push_back({hfac ? "hfac, bfloat16 and float" : "smmf, bfloat16 and float", kFull, op(kind, small, wide)});
+    all.push_back({hfac ? "hfac, float16" : "smmf, float16", kFull, op(kind, small, half)});
+  }
+#endif
+  return all;
+}
+
+#ifdef HFAC_DRIVER_DEVICE
+// Exit status 2 where there is nothing to run on.
+int open_device() {
+  int count = 0;
+  const cudaError_t found = cudaGetDeviceCount(&count);
+  if (found != cudaSuccess || count == 0) {
+    std::fprintf(stderr, "no GPU: %s\n", found == cudaSuccess ? "no CUDA device" : cudaGetErrorString(found));
+    return 2;
+  }
+  cudaDeviceProp properties;
+  hfac::driver::check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
+  std::printf("%s, sm_%d%d\n", properties.name, properties.major, properties.minor);
+  return 0;
+}
+void second_order(bool) {}
+#else
+int open_device() { return 0; }
+void second_order(bool second) { hfac::emulation::set_block_order(second ? "reverse" : "forward"); }
+#endif
+
+int drive(Length longest, bool once) {
+  if (const int status = open_device()) return status;
+  bool good = true;
+  for (const Case& one : cases()) {
+    if (one.length > longest) continue;
+    second_order(false);
+    const Result first = one.run();
+    second_order(true);
+    const Result second = once ? first : one.run();
+    const bool finite = first.finite && second.finite, same = first.same && first.sum == second.sum;
+    good = good && finite && same;
+    const char* const said = !finite ? "not finite: a partial sum was read that nobody wrote"
+                             : !same ? "not the same bits twice"
+                                     : "ok";
+    std::printf("%-26s %016llx %s\n", one.name, static_cast<unsigned long long>(first.sum), said);
+    std::fflush(stdout);
+  }
+  return good ? 0 : 3;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  hfac::emulation::set_threading(argc > 1 ? argv[1] : "threads");
-  const std::vector<Matrix> matrices = {{24, 16, 1}, {19, 17, 19}, {12, 12, 4}, {40, 264, 1}, {9, 8, 72}};
-  // Each way with whole aligned vectors, then with neither.
-  const std::vector<Matrix> stored = {{24, 16, 1}, {16, 16, 1}, {32, 24, 1}, {24, 8, 1}, {40, 16, 1},
-                                      {19, 17, 19}, {9, 9, 9},  {17, 9, 1},  {12, 9, 1}, {13, 9, 1}};
-  const std::vector<Matrix> vectors = {{24, 1, 1}, {8200, 1, 1}, {7, 1, 1}, {30, 1, 1}, {9, 1, 1}};
-  const bool finite = run(OpKind::kSmmf, stored, true) & run(OpKind::kHfac, stored, true) &
-                      run(OpKind::kSmmfDense, vectors, true) & run(OpKind::kHfacDense, vectors, true) &
-                      run_parts(OpKind::kSmmfSums, kSplit8Drawn) & run_parts(OpKind::kHfacApply, kSplit) &
-                      run(OpKind::kSmmf, matrices) & run(OpKind::kHfac, matrices) &
-                      run(OpKind::kHfac, matrices, false, true) & run(OpKind::kHfac, stored, true, true) &
-                      run(OpKind::kSmmfDense, {{24, 1, 1}, {8200, 1, 1}}) &
-                      run(OpKind::kHfacDense, {{24, 1, 1}, {8200, 1, 1}}) & run_parts(OpKind::kSmmfSums) &
-                      run_parts(OpKind::kHfacSums) & run_parts(OpKind::kHfacApply);
-  if (!finite) {
-    std::fprintf(stderr, "not finite: a partial sum was read that nobody wrote\n");
-    return 3;
+  bool quick = false, once = false, fibers = false;
+  for (int k = 1; k < argc; ++k) {
+    const std::string option = argv[k];
+    if (option == "--quick") {
+      quick = true;
+    } else if (option == "--once") {
+      once = true;
+    } else if (option == "--fibers") {
+      fibers = true;
+    } else if (option == "--fault" && k + 1 < argc) {
+      fault = argv[++k];
+    } else {
+      std::fprintf(stderr, "usage: %s [--quick] [--once] and, on the host, [--fibers] [--fault NAME]\n", argv[0]);
+      return 64;
+    }
   }
-  return 0;
+  try {
+#ifdef HFAC_DRIVER_DEVICE
+    fibers = true;
+#else
+    hfac::emulation::set_threading(fibers ? "fibers" : "threads");
+    if (fault != "" && fault != "workspace" && fault != "signs") hfac::emulation::inject_fault(fault);
+#endif
+    return drive(quick ? kQuick : fibers ? kLong : kFull, once);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
 }

@@ -4,6 +4,8 @@
 #include <barrier>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -14,6 +16,9 @@
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #endif
 
 namespace hfac {
@@ -26,6 +31,17 @@ namespace {
 std::string block_order = "forward";
 std::string threading = "fibers";
 int64_t launches = 0;
+
+struct Injected {
+  int code = 0;
+  std::string text;
+  int64_t launches = 0;  // before it comes
+};
+Injected error;
+std::string reported;  // what `text_of` returns
+std::string fault;
+bool faulty = false;  // the launch that is running
+std::map<const char*, size_t> memory;
 
 std::vector<unsigned> ordered(unsigned blocks) {
   std::vector<unsigned> order(blocks);
@@ -42,13 +58,14 @@ class Team {
   virtual ~Team() = default;
   virtual void block_barrier() = 0;
   virtual void warp_barrier() = 0;
-  virtual void run(const std::vector<unsigned>& order, const std::function<void()>& kernel) = 0;
+  // `order` has the blocks that run, of a grid of so many.
+  virtual void run(const std::vector<unsigned>& order, unsigned blocks, const std::function<void()>& kernel) = 0;
   uint64_t* slots(unsigned turn) { return &slots_[(self->thread.x / 32 * 2 + turn % 2) * 32]; }
 
  protected:
   void prepare(unsigned thread, unsigned block, unsigned blocks) {
     const auto threads = static_cast<unsigned>(lanes_.size());
-    lanes_[thread] = Lane{{thread, 0, 0}, {block, 0, 0}, {threads, 1, 1}, {blocks, 1, 1}, 0};
+    lanes_[thread] = Lane{{thread, 0, 0}, {block, 0, 0}, {threads, 1, 1}, {blocks, 1, 1}, 0, 0};
   }
   std::vector<Lane> lanes_;
   std::vector<uint64_t> slots_;
@@ -65,13 +82,13 @@ class Threads : public Team {
   }
   void block_barrier() override { block_.arrive_and_wait(); }
   void warp_barrier() override { warps_[self->thread.x / 32]->arrive_and_wait(); }
-  void run(const std::vector<unsigned>& order, const std::function<void()>& kernel) override {
+  void run(const std::vector<unsigned>& order, unsigned blocks, const std::function<void()>& kernel) override {
     std::vector<std::thread> threads;
     for (unsigned t = 0; t < lanes_.size(); ++t) {
       threads.emplace_back([&, t] {
         self = &lanes_[t];
         for (const unsigned block : order) {
-          prepare(t, block, static_cast<unsigned>(order.size()));
+          prepare(t, block, blocks);
           kernel();
           block_.arrive_and_wait();
         }
@@ -115,6 +132,9 @@ extern "C" void hfac_emulation_switch(void** from, void** to);
 void switch_to(Place& from, Place& to) { hfac_emulation_switch(&from, &to); }
 
 void start_at(Place& place, char* stack, size_t bytes, void (*entry)()) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stack, bytes);  // of frames that were left without a return
+#endif
   auto* top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + bytes) & ~uintptr_t{15});
   top -= 2;  // the entry sees a stack pointer that is 8 beyond a multiple of 16, as after a call
   *top = reinterpret_cast<void*>(entry);
@@ -143,11 +163,11 @@ class Fibers : public Team {
     wait(warps_[warp], std::min(32u, static_cast<unsigned>(lanes_.size()) - warp * 32));
   }
 
-  void run(const std::vector<unsigned>& order, const std::function<void()>& kernel) override {
+  void run(const std::vector<unsigned>& order, unsigned blocks, const std::function<void()>& kernel) override {
     kernel_ = &kernel;
     for (const unsigned block : order) {
       for (unsigned t = 0; t < lanes_.size(); ++t) {
-        prepare(t, block, static_cast<unsigned>(order.size()));
+        prepare(t, block, blocks);
         fibers_[t].done = false;
         fibers_[t].barrier = nullptr;
         start_at(fibers_[t].place, fibers_[t].stack.get(), kStack, &Fibers::enter);
@@ -223,25 +243,32 @@ class Fibers : public Team {
 
 }  // namespace
 
-void block_barrier() { team->block_barrier(); }
+void block_barrier() {
+  if (faulty && fault == "barrier" && self->barriers++ == 0) return;
+  team->block_barrier();
+}
 void warp_barrier() { team->warp_barrier(); }
 uint64_t* slots(unsigned turn) { return team->slots(turn); }
 
-void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
+void run_grid(const char* name, unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
   ++launches;
+  if (error.code) --error.launches;
+  faulty = !fault.empty() && std::string(name) == "smmf_tiles";
   static std::vector<std::pair<unsigned, std::unique_ptr<Fibers>>> teams;  // stacks are worth keeping
-  const std::vector<unsigned> order = ordered(blocks);
+  std::vector<unsigned> order = ordered(blocks);
+  if (faulty && fault == "block") order.erase(std::find(order.begin(), order.end(), blocks - 1));
   if (threading == "threads") {
     Threads threads_of_this_grid(threads);
     team = &threads_of_this_grid;
-    team->run(order, kernel);
+    team->run(order, blocks, kernel);
   } else {
     auto found = std::find_if(teams.begin(), teams.end(), [&](const auto& one) { return one.first == threads; });
     if (found == teams.end()) found = teams.insert(teams.end(), {threads, std::make_unique<Fibers>(threads)});
     team = found->second.get();
-    team->run(order, kernel);
+    team->run(order, blocks, kernel);
   }
   team = nullptr;
+  faulty = false;
 }
 
 void set_block_order(const std::string& order) {
@@ -256,6 +283,36 @@ void set_threading(const std::string& name) {
     throw std::invalid_argument("threading: 'fibers' or 'threads' is needed, not '" + name + "'");
   }
   threading = name;
+}
+
+void inject_error(int code, const std::string& text, int64_t after) { error = {code, text, after}; }
+
+Status take_error() {
+  if (error.code == 0 || error.launches > 0) return Status::kSuccess;
+  reported = error.text;
+  return static_cast<Status>(std::exchange(error, {}).code);
+}
+
+const char* text_of(Status) { return reported.c_str(); }
+
+void inject_fault(const std::string& name) {
+  if (name != "" && name != "barrier" && name != "block") {
+    throw std::invalid_argument("fault: '', 'barrier' or 'block' is needed, not '" + name + "'");
+  }
+  fault = name;
+}
+
+void name_memory(const void* p, size_t bytes) { memory[static_cast<const char*>(p)] = bytes; }
+void forget_memory(const void* p) { memory.erase(static_cast<const char*>(p)); }
+
+void touches(const void* p, size_t bytes) {
+  if (memory.empty()) return;
+  const auto* const first = static_cast<const char*>(p);
+  const auto after = memory.upper_bound(first);
+  const auto found = after == memory.begin() ? after : std::prev(after);
+  if (found->first <= first && first + bytes <= found->first + found->second) return;
+  std::fprintf(stderr, "hfac emulation: %zu bytes at %p are not all in one buffer\n", bytes, p);
+  std::_Exit(4);
 }
 
 int64_t take_launches() { return std::exchange(launches, 0); }

@@ -24,10 +24,10 @@ struct Index {
   unsigned x, y, z;
 };
 
-// One CUDA thread; `turn` is the number of exchanges its warp has made.
+// One CUDA thread; `turn` is the number of exchanges its warp has made, `barriers` those of its block that it came to.
 struct Lane {
   Index thread, block, block_size, grid_size;
-  unsigned turn;
+  unsigned turn, barriers;
 };
 
 extern thread_local Lane* self;
@@ -48,13 +48,30 @@ T exchange(T value, unsigned source) {
   return value;
 }
 
-void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& kernel);
+void run_grid(const char* name, unsigned blocks, unsigned threads, const std::function<void()>& kernel);
 
 // "forward", "reverse" or "shuffled"; "fibers" or "threads". Throw std::invalid_argument for anything else.
 void set_block_order(const std::string& order);
 void set_threading(const std::string& threading);
 // Launches since the last call of this function.
 int64_t take_launches();
+
+// Stands for cudaError_t, with its numbers.
+enum class Status : int { kSuccess = 0 };
+Status take_error();
+const char* text_of(Status status);
+// An error for `take_error`, once that many more launches have been made.
+void inject_error(int code, const std::string& text, int64_t launches);
+
+// What is done wrong on purpose in every launch of `smmf_tiles`, to see that it is found: "barrier" leaves out the first
+// barrier of each block, "block" the last block. "" is nothing.
+void inject_fault(const std::string& fault);
+
+// Memory that kernels may touch, where any is named: `touches` ends the program (exit status 4) at an access outside
+// it, which it checks to the byte, as AddressSanitizer cannot below a buffer's first byte.
+void name_memory(const void* p, size_t bytes);
+void forget_memory(const void* p);
+void touches(const void* p, size_t bytes);
 
 }  // namespace emulation
 }  // namespace hfac
@@ -75,4 +92,9 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 
 inline int atomicAdd(int* p, int value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
 inline double atomicAdd(double* p, double value) { return std::atomic_ref<double>(*p).fetch_add(value); }
+inline int atomicXor(int* p, int value) {
+  const int old = __atomic_fetch_xor(p, value, __ATOMIC_RELAXED);  // of 4 bytes, as on a GPU: sanitizers see them all
+  hfac::emulation::touches(p, sizeof(int));
+  return old;
+}
 inline int atomicOr(int* p, int value) { return __atomic_fetch_or(p, value, __ATOMIC_RELAXED); }

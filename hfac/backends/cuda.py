@@ -8,6 +8,7 @@ Everything here is written over a `Platform`, which knows the module with the la
 the tests have one for kernels that run on the host.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -41,7 +42,17 @@ def why_not(device: torch.device) -> str | None:
         return f"the CUDA kernels serve tensors on a GPU, not on {device}. Use backend='auto'."
     if cpu._C is None:
         return cpu.why_not(torch.device("cpu"))
-    info = cpu._C.cuda_info()
+    index = device.index
+    if index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return _unserved(cpu._C, index)
+
+
+@functools.cache
+def _unserved(native: Any, index: int) -> str | None:
+    """Why the extension serves no tensors on the CUDA device of this index; None where it does. Asked once for each:
+    devices' properties take milliseconds."""
+    info = native.cuda_info()
     if not info["compiled"]:
         return (
             "the extension hfac._C was built without CUDA. Build it again with nvcc on the path: HFAC_CUDA=1 python -m "
@@ -49,6 +60,11 @@ def why_not(device: torch.device) -> str | None:
         )
     if info["why_not"] is not None:
         return f"no CUDA device can be used ({info['why_not']}). Check the driver: nvidia-smi."
+    if index >= len(info["devices"]):
+        return f"there is no CUDA device cuda:{index}; there are {len(info['devices'])}, counted from 0."
+    found = info["devices"][index]
+    if found["why_not"] is not None:
+        return f"the CUDA kernels cannot run on cuda:{index}, a {found['name']}: {found['why_not']}."
     return None
 
 
