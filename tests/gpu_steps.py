@@ -68,13 +68,13 @@ def compared(name, backend, kwargs, shapes, dtype, steps, layout=lambda x: x):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "options"), [(name, key) for name, rows in OPTIONS.items() for key in rows])
 def test_parity(name, options, dtype, backend):
-    compared(name, backend, OPTIONS[name][options], [*SHAPES, *LARGE], dtype, steps=4)
+    compared(name, backend, OPTIONS[name][options], [*SHAPES, *LARGE], dtype, steps=sized(4, 2))
 
 
 @pytest.mark.parity
 @BOTH
-def test_twenty_steps_of_every_shape(name, backend):
-    compared(name, backend, OPTIONS[name]["all"], SHAPES, torch.float32, steps=20)
+def test_more_steps_of_every_shape(name, backend):
+    compared(name, backend, OPTIONS[name]["all"], SHAPES, torch.float32, steps=sized(20, 4))
 
 
 @pytest.mark.parity

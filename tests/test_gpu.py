@@ -34,6 +34,7 @@ def backend(gpu):  # noqa: F811
     return "cuda"
 
 
+OF_PARTS = pytest.mark.parametrize("dtype", sized([*DTYPES, torch.float64], [torch.bfloat16, torch.float64]), ids=str)
 STORED = [dict(rounding="stochastic"), dict(master="split"), dict(rounding="stochastic", master="split8")]
 KIND = pytest.mark.parametrize("kind", test_cuda_rounding.KINDS.values(), ids=test_cuda_rounding.KINDS)
 
@@ -55,7 +56,7 @@ def move(parts):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@OF_PARTS
 def test_parts_of_hfac(dtype, layout):
     parts, options = (
         MatrixParts(list(MATRIX_PARTS), [dtype] * len(MATRIX_PARTS), layout=layout),
@@ -81,7 +82,7 @@ def test_parts_of_hfac(dtype, layout):
 @pytest.mark.parity
 @pytest.mark.parametrize("options", SMMF_OPTIONS)
 @pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "transposed"])
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@OF_PARTS
 def test_parts_of_smmf(dtype, transposed, options):
     parts = BlockParts(list(BLOCK_PARTS), [dtype] * len(BLOCK_PARTS), transposed=transposed)
     theirs = parts.step("reference", **SMMF_OPTIONS[options])
@@ -122,7 +123,7 @@ def test_two_runs_on_parts_have_the_same_bits():
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("grad_dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("grad_dtype", sized(DTYPES[:2], DTYPES[1:2]), ids=str)
 @KIND
 @pytest.mark.parametrize("op", test_cuda_rounding.OPS)
 def test_stored_parameters(op, kind, grad_dtype):

@@ -1,4 +1,4 @@
-"""The rehearsal itself (tests/rehearsal.py): it refuses what a GPU would refuse, and replays read what lies there now."""
+"""The rehearsal itself (tests/rehearsal.py): it refuses what a GPU would refuse, and replays read what is there now."""
 
 import copy
 import subprocess
