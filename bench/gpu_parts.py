@@ -201,15 +201,17 @@ def _sanitize(mode: Mode, folder: Path, arch: str, driver: Path | None) -> Itera
     program = str(driver or folder / "driver")
     target = ["--host", "--float"] if mode is DRY else ["--arch", arch]
     build = [sys.executable, "-m", "bench.device_driver", "--out", program, *target]
-    if driver is None or not driver.exists():
-        yield Step("sanitize", "driver", ["sh", "-c", '"$@" && exec "$0" --quick', program, *build], extension=False)
-    else:
-        yield Step("sanitize", "driver", [program], extension=False)
+    how = "--quick --once --fibers" if mode is DRY else ""  # else every thread of a block is one of the host
+    first = '"$@" && ' if driver is None or not driver.exists() else ""
+    yield Step("sanitize", "driver", ["sh", "-c", f'{first}exec "$0" {how}', program, *build], extension=False)
     tool = find("compute-sanitizer")
     missing = "" if tool else "compute-sanitizer is not on the path"
-    for name, own in (("memcheck", ["--report-api-errors", "no"]), ("racecheck", [])):
+    for name, own, options in (
+        ("memcheck", ["--report-api-errors", "no"], ["--once"]),
+        ("racecheck", [], ["--quick", "--once"]),
+    ):
         command = [tool or "compute-sanitizer", "--tool", name, *own, "--error-exitcode", str(SANITIZER_FOUND)]
-        command += ["--print-limit", "20", program, "--quick"]
+        command += ["--print-limit", "20", program, *options]
         yield Step("sanitize", name, command, missing=missing, wrong=(SANITIZER_FOUND,), extension=False)
 
 
