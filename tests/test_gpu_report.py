@@ -163,11 +163,14 @@ def test_a_report_that_is_ended_ends_what_it_started(tmp_path):
     while "first steps" not in process.stdout.readline():
         assert process.poll() is None
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not (pids := children.read_text().split()):
+    while not any(
+        "bench.first_steps" in Path(f"/proc/{pid}/cmdline").read_text() for pid in children.read_text().split()
+    ):
         time.sleep(0.01)
+    pids = children.read_text().split()
     process.send_signal(signal.SIGTERM)
-    process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM
+    output = process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
     assert not any(map(running, pids))
 
 
