@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 EMULATED := $(VENV)/.emulated
 
 .DEFAULT_GOAL := help
-.PHONY: help install compare test test-emulated cuda-check triton-check sanitize fuzz bench gpu-report plan doctor lint clean
+.PHONY: help install compare test test-emulated cuda-check triton-check sanitize fuzz bench gpu-report gpu-objects plan doctor lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,8 +43,11 @@ fuzz: $(INSTALLED) ## try random lists of tensors on every backend (HFAC_FUZZ_LI
 bench: $(INSTALLED) ## measure every op and whole steps against their rivals (ARGS="--quick --plot")
 	$(BIN)/python -m bench $(ARGS)
 
-gpu-report: ## on a machine with a GPU, torch and nvcc: tests, sanitizers, measurements, profiles (ARGS=--quick)
+gpu-report: ## on a machine with a GPU, torch and nvcc, in seven minutes: tests, measurements, profiles (ARGS=--quick: three)
 	$(PYTHON) -m bench.gpu_report $(ARGS)
+
+gpu-objects: $(INSTALLED) ## compile for gpu-report beforehand, into build/gpu-objects (needs nvcc, no GPU; ARGS="--arch 90")
+	$(BIN)/python -m bench.gpu_objects $(ARGS)
 
 triton-check: $(INSTALLED) ## compile the Triton kernels for four GPUs that need not be here; writes docs/triton-check.md
 	$(BIN)/python -m pip install -q $(TRITON)

@@ -8,6 +8,7 @@ hfac/_build_info.json says why (`hfac doctor` shows it). Switches, all environme
     HFAC_NATIVE=0           do not build the extension
     HFAC_CUDA=0 | 1         leave the CUDA part out | fail where it cannot be built (default: built where nvcc is found)
     HFAC_CUDA_ARCHS=80;90   compute capabilities to compile for
+    HFAC_CUDA_OBJECTS=DIR   link what `python -m bench.gpu_objects` compiled into DIR, if sources and flags are the same
     HFAC_EMULATION=1        build_ext makes hfac._emulated instead: the CUDA kernels for the host (make test-emulated)
     HFAC_DEBUG=1            -O1 -g and assertions
     HFAC_SANITIZE=address,undefined   with these sanitizers
@@ -15,16 +16,20 @@ hfac/_build_info.json says why (`hfac doctor` shows it). Switches, all environme
     CXX, CXXFLAGS, LDFLAGS  as everywhere
 """
 
+import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -54,6 +59,25 @@ def find_nvcc() -> str | None:
         if home and (Path(home) / "bin" / "nvcc").exists():
             return str(Path(home) / "bin" / "nvcc")
     return shutil.which("nvcc")
+
+
+#: The first setuptools that reads the license of pyproject.toml; older ones end with an error there.
+NEEDED_SETUPTOOLS = 77
+
+
+class Distribution(setuptools.Distribution):
+    """Reads pyproject.toml only where setuptools understands it: build_ext needs nothing of it, an install does."""
+
+    def parse_config_files(self, filenames=None, **options) -> None:
+        if int(setuptools.__version__.split(".")[0]) < NEEDED_SETUPTOOLS:
+            filenames = []
+            if "build_ext" not in self.script_args:
+                sys.exit(
+                    f"hfac needs setuptools {NEEDED_SETUPTOOLS} or later to be installed or packaged, this is "
+                    f"{setuptools.__version__}: run python -m pip install -U setuptools. With an older one "
+                    "`python setup.py build_ext --inplace` builds the extension in a checkout."
+                )
+        super().parse_config_files(filenames, **options)
 
 
 EMULATION = switch("HFAC_EMULATION") == "1"
@@ -107,54 +131,27 @@ class BuildNative(build_ext):
         return {"native": True, "cuda": bool(nvcc), "cuda_why_not": why_not, "compiler": version.splitlines()[0]}
 
     def make(self, compiler: list[str], nvcc: str | None, target: Path) -> None:
-        import pybind11
-
-        debug, sanitize = switch("HFAC_DEBUG") == "1", switch("HFAC_SANITIZE")
-        sanitizers = (
-            [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"] if sanitize else []
-        )
-        optimize = ["-O1", "-g", "-D_GLIBCXX_ASSERTIONS"] if debug or sanitize else ["-O3", "-DNDEBUG"]
-        common = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", *optimize, *EXACT, *sanitizers]
-        if sanitize:
-            common += [f'-DHFAC_SANITIZE="{sanitize}"', "-Wno-psabi"]
-        common += shlex.split(os.environ.get("CXXFLAGS", ""))
-        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-        binding = [*includes, f'-DHFAC_VERSION="{self.distribution.get_version()}"', "-DHFAC_WITH_CUDA" if nvcc else ""]
-
-        # (object, source, command) of everything to compile
-        kernels = CSRC / "cpu" / "kernels.cpp"
-        jobs = []
-        for level, flags in LEVELS.items():
-            jobs.append((f"kernels_{level}", kernels, [*common, *flags, f"-DHFAC_LEVEL={level}"]))
-        jobs += [(f.stem, f, common) for f in sorted((CSRC / "cpu").glob("*.cpp")) if f != kernels]
-        plan = CSRC / "cuda" / "plan.cpp"  # needs no CUDA
-        jobs += [("cuda_plan", plan, common)]
-        jobs += [
-            ("_".join(f.relative_to(CSRC).with_suffix("").parts), f, [*common, *filter(None, binding)])
-            for f in BINDINGS
-        ]
-        jobs = [(name, source, [*compiler, *flags]) for name, source, flags in jobs]
-        if nvcc:
-            command = [nvcc, "-ccbin", compiler[0], *cuda_flags(nvcc, common)]
-            jobs += [(f"cuda_{f.stem}", f, command) for f in sorted((CSRC / "cuda").glob("*.cu"))]
-            jobs += [("cuda_step", CSRC / "cuda" / "step.cpp", [*compiler, *common])]
-
         temp = Path(self.build_temp).resolve()
         temp.mkdir(parents=True, exist_ok=True)
-        steps = []
-        for name, source, command in jobs:
-            out = temp / f"{name}.o"
-            files = ["-MD", "-MF", str(out.with_suffix(".d")), "-c", str(source), "-o", str(out)]
-            steps.append(([*command, *files], source, out))
-        objects = [str(out) for _, _, out in steps]
+        ready = ready_objects(switch("HFAC_CUDA_OBJECTS"))
+        steps, objects = [], []
+        for job in jobs(compiler, nvcc):
+            known, path = ready.get(job[0], (None, None))
+            if known is not None and known == digest(job, nvcc):
+                objects.append(str(path))
+            else:
+                steps.append(compile_step(job, temp))
+                objects.append(str(steps[-1][-1]))
+        if ready:
+            print(f"hfac: {len(objects) - len(steps)} of {len(objects)} objects were compiled before", flush=True)
         shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-        ldflags = [*sanitizers, *shlex.split(os.environ.get("LDFLAGS", ""))]
+        ldflags = [*sanitizers(), *shlex.split(os.environ.get("LDFLAGS", ""))]
         if nvcc:  # links the CUDA runtime statically: the import needs no driver
             ldflags = [f"-Xcompiler={flag}" for flag in ["-pthread", *ldflags]]
             link = [nvcc, "-ccbin", compiler[0], "-shared", "-cudart", "static", *objects, *ldflags]
         else:
             link = [*compiler, *shared, "-pthread", *objects, *ldflags]
-        run(steps, [*link, "-o", str(target.resolve())], target.resolve(), temp)
+        run(steps, [*link, "-o", str(target.resolve())], objects, target.resolve(), temp)
 
 
 class BuildEmulated(build_ext):
@@ -181,7 +178,7 @@ class BuildEmulated(build_ext):
             steps.append(([*compiler, *flags, *own, *files], source, out))
         target = ROOT / "hfac" / Path(self.get_ext_fullpath(ext.name)).name
         objects = [str(out) for _, _, out in steps]
-        run(steps, [*compiler, "-shared", "-pthread", *objects, "-o", str(target)], target, temp)
+        run(steps, [*compiler, "-shared", "-pthread", *objects, "-o", str(target)], objects, target, temp)
 
 
 def emulated_sources() -> list[Path]:
@@ -189,9 +186,83 @@ def emulated_sources() -> list[Path]:
     return [*(f for f in BINDINGS if f.stem != "cpu"), *cuda, CSRC / "emulation" / "emulation.cpp"]
 
 
-def cuda_flags(nvcc: str, common: list[str]) -> list[str]:
+def sanitizers() -> list[str]:
+    asked = switch("HFAC_SANITIZE")
+    return [f"-fsanitize={asked}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"] if asked else []
+
+
+def jobs(compiler: list[str], nvcc: str | None, archs: str | None = None) -> list[tuple[str, Path, list[str]]]:
+    """(object, source, command) of everything that hfac._C consists of; ``archs`` in place of HFAC_CUDA_ARCHS."""
+    import pybind11
+
+    sanitize = switch("HFAC_SANITIZE")
+    debug = switch("HFAC_DEBUG") == "1" or sanitize
+    optimize = ["-O1", "-g", "-D_GLIBCXX_ASSERTIONS"] if debug else ["-O3", "-DNDEBUG"]
+    common = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", *optimize, *EXACT, *sanitizers()]
+    if sanitize:
+        common += [f'-DHFAC_SANITIZE="{sanitize}"', "-Wno-psabi"]
+    common += shlex.split(os.environ.get("CXXFLAGS", ""))
+    version = re.search(r'"(.+)"', (ROOT / "hfac" / "_version.py").read_text())[1]
+    binding = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", f'-DHFAC_VERSION="{version}"']
+    binding += ["-DHFAC_WITH_CUDA"] if nvcc else []
+
+    kernels = CSRC / "cpu" / "kernels.cpp"
+    found = []
+    for level, flags in LEVELS.items():
+        found.append((f"kernels_{level}", kernels, [*common, *flags, f"-DHFAC_LEVEL={level}"]))
+    found += [(f.stem, f, common) for f in sorted((CSRC / "cpu").glob("*.cpp")) if f != kernels]
+    found += [("cuda_plan", CSRC / "cuda" / "plan.cpp", common)]  # needs no CUDA
+    found += [("_".join(f.relative_to(CSRC).with_suffix("").parts), f, [*common, *binding]) for f in BINDINGS]
+    found = [(name, source, [*compiler, *flags]) for name, source, flags in found]
+    if nvcc:
+        command = [nvcc, "-ccbin", compiler[0], *cuda_flags(nvcc, common, archs)]
+        found += [(f"cuda_{f.stem}", f, command) for f in sorted((CSRC / "cuda").glob("*.cu"))]
+        found += [("cuda_step", CSRC / "cuda" / "step.cpp", [*compiler, *common])]
+    return found
+
+
+def compile_step(job: tuple[str, Path, list[str]], folder: Path) -> tuple[list[str], Path, Path]:
+    """(whole command, source, object file) of a job whose object goes into the folder."""
+    name, source, command = job
+    out = folder / f"{name}.o"
+    files = ["-MD", "-MF", str(out.with_suffix(".d")), "-c", str(source), "-o", str(out)]
+    return [*command, *files], source, out
+
+
+def digest(job: tuple[str, Path, list[str]], nvcc: str | None, more: Iterable[Path] = ()) -> str | None:
+    """Of all that decides what an object holds: everything in csrc that may be included, ``more`` files, flags, nvcc's
+    release; not where compilers and checkout lie. None where the object is of one Python: it is compiled where it is
+    used."""
+    _, source, command = job
+    if source in BINDINGS:
+        return None
+    files = sorted(f for folder in ("cpu", "cuda", "math") for f in (CSRC / folder).rglob("*") if f.is_file())
+    parts = [source.relative_to(CSRC).as_posix(), *(flag for flag in command if flag.startswith("-"))]
+    if source.suffix == ".cu":
+        said = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+        parts += re.findall(r"release (\S+)", said)
+    whole = hashlib.sha256("\0".join(parts).encode())
+    for file in (*files, *more):
+        whole.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
+    return whole.hexdigest()
+
+
+def ready_objects(folder: str) -> dict[str, tuple[str, Path]]:
+    """Object -> (its digest, its file) of those in a folder; nothing where there is no folder or no record in it."""
+    try:
+        record = json.loads((Path(folder) / "objects.json").read_text()) if folder else {}
+    except FileNotFoundError:
+        record = {}
+    return {
+        name: (found, Path(folder).resolve() / f"{name}.o")
+        for name, found in record.get("objects", {}).items()
+        if (Path(folder) / f"{name}.o").exists()
+    }
+
+
+def cuda_flags(nvcc: str, common: list[str], wanted: str | None = None) -> list[str]:
     known = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout.split()
-    asked = switch("HFAC_CUDA_ARCHS").replace(",", ";").replace(".", "").split(";")
+    asked = (wanted or switch("HFAC_CUDA_ARCHS")).replace(",", ";").replace(".", "").split(";")
     archs = [a.strip() for a in asked if a.strip()]
     archs = archs or [a for a in ("80", "90", "100") if f"sm_{a}" in known]
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
@@ -202,8 +273,8 @@ def cuda_flags(nvcc: str, common: list[str]) -> list[str]:
     return ["-std=c++17", "-O3", "--fmad=false", *codes, *(f"-Xcompiler={flag}" for flag in host)]
 
 
-def run(steps: list, link: list[str], target: Path, temp: Path) -> None:
-    """Every step, then the link; through ninja, which skips what is up to date, or one after the other."""
+def run(steps: list, link: list[str], objects: list[str], target: Path, temp: Path) -> None:
+    """Every step, then the link, where there is one; through ninja, which skips what is up to date, or in order."""
     ninja = shutil.which("ninja")
     if ninja is None:
         try:
@@ -213,7 +284,8 @@ def run(steps: list, link: list[str], target: Path, temp: Path) -> None:
         except ImportError:
             for command, _, _ in steps:
                 subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
-            subprocess.run(link, check=True, stderr=subprocess.PIPE, text=True)
+            if link:
+                subprocess.run(link, check=True, stderr=subprocess.PIPE, text=True)
             return
 
     def path(p: Path) -> str:
@@ -223,8 +295,9 @@ def run(steps: list, link: list[str], target: Path, temp: Path) -> None:
     for command, source, out in steps:
         lines += [f"build {path(out)}: run {path(source)}", f"  dep = {out.with_suffix('.d')}"]
         lines += ["  cmd = " + shlex.join(command).replace("$", "$$")]
-    lines += [f"build {path(target)}: link {' '.join(path(out) for _, _, out in steps)}"]
-    lines += ["  cmd = " + shlex.join(link).replace("$", "$$")]
+    if link:
+        lines += [f"build {path(target)}: link {' '.join(path(Path(each)) for each in objects)}"]
+        lines += ["  cmd = " + shlex.join(link).replace("$", "$$")]
     (temp / "build.ninja").write_text("\n".join(lines) + "\n")
     jobs = switch("MAX_JOBS") or str(os.cpu_count() or 1)
     subprocess.run([ninja, "-j", jobs, "-C", str(temp)], check=True, stdout=subprocess.PIPE, text=True)
@@ -241,19 +314,21 @@ def explain(error: Exception) -> str:
     return str(error)
 
 
-setup(
-    packages=[
-        "hfac",
-        "hfac.backends",
-        "hfac.cli",
-        "hfac.convert",
-        "hfac.distributed",
-        "hfac.ops",
-        "hfac.optim",
-        "hfac.triton_kernels",
-    ],
-    package_dir={"hfac": "hfac", "hfac.triton_kernels": "triton_kernels"},
-    package_data={"hfac": ["py.typed"]},
-    ext_modules=[Extension("hfac._emulated" if EMULATION else "hfac._C", sources=[], optional=not EMULATION)],
-    cmdclass={"build_ext": BuildEmulated if EMULATION else BuildNative},
-)
+if __name__ == "__main__":  # bench/gpu_objects.py imports this file
+    setup(
+        packages=[
+            "hfac",
+            "hfac.backends",
+            "hfac.cli",
+            "hfac.convert",
+            "hfac.distributed",
+            "hfac.ops",
+            "hfac.optim",
+            "hfac.triton_kernels",
+        ],
+        package_dir={"hfac": "hfac", "hfac.triton_kernels": "triton_kernels"},
+        package_data={"hfac": ["py.typed"]},
+        ext_modules=[Extension("hfac._emulated" if EMULATION else "hfac._C", sources=[], optional=not EMULATION)],
+        distclass=Distribution,
+        cmdclass={"build_ext": BuildEmulated if EMULATION else BuildNative},
+    )

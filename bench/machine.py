@@ -46,11 +46,6 @@ def processor() -> str:
     return " ".join(found[1].split()) if found else platform.processor() or platform.machine()
 
 
-def slug(machine: str) -> str:
-    """A file name for a kind of machine."""
-    return re.sub(r"[^a-z0-9.]+", "-", machine.lower()).strip("-")
-
-
 def _git(*arguments: str) -> str | None:
     """What git answers in this checkout; None where there is no git or no repository."""
     try:

@@ -1,4 +1,8 @@
-"""Two steps of both optimizers on GPT-2 124M in bfloat16, for a profiler to look at: `python -m bench.one_step`."""
+"""A step of each optimizer in bfloat16 for a profiler to look at, SMMF first: `python -m bench.one_step`.
+
+The steps before it, which make states and plans, are outside of the range of the CUDA profiler: under
+`ncu --profile-from-start off` the launches of one step of each are all that is seen.
+"""
 
 import argparse
 import sys
@@ -9,25 +13,37 @@ import torch
 import hfac
 from bench import shapes
 from bench.problem import LR, WEIGHT_DECAY, Problem
-from bench.shapes import Shape
+
+#: Few launches: one for all matrices of SMMF, two for each matrix of H-Fac (and what adds up partial sums).
+SHAPES = "4096x4096 + 14336x4096 + 50257x768"
+TINY = "24x16 + 7"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Makes the steps."""
-    parser = argparse.ArgumentParser(prog="python -m bench.one_step", description=__doc__)
-    parser.add_argument("--device", default="cuda", help="cuda (default), or cpu for a tiny list")
+    parser = argparse.ArgumentParser(prog="python -m bench.one_step", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda", help="cuda (default) or cpu")
     parser.add_argument("--backend", default="auto", help="as the optimizers take it")
+    parser.add_argument("--shapes", default=SHAPES, metavar="LIST", help=f"as bench takes it (default: {SHAPES!r})")
+    parser.add_argument("--tiny", action="store_const", dest="shapes", const=TINY, help=f"the list {TINY!r}")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    sizes: list[Shape] = shapes.gpt2() if device.type == "cuda" else [(24, 16), (7,)]
-    problem = Problem(sizes, torch.bfloat16, device)
-    for cls in (hfac.HFac, hfac.SMMF):
-        optimizer = cls(problem.params, lr=LR, weight_decay=WEIGHT_DECAY, backend=args.backend)
+    problem = Problem(shapes.parse(args.shapes), torch.bfloat16, device)
+    optimizers = [
+        cls(problem.params, lr=LR, weight_decay=WEIGHT_DECAY, backend=args.backend) for cls in (hfac.SMMF, hfac.HFac)
+    ]
+    for optimizer in optimizers:
         for _ in range(2):
             optimizer.step()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    print(f"two steps each on {problem.elements:,} parameters")
+        torch.cuda.profiler.start()
+    for optimizer in optimizers:
+        optimizer.step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+    print(f"three steps each on {problem.elements:,} parameters, the last ones for the profiler")
     return 0
 
 

@@ -1,12 +1,13 @@
 """What an option costs: whole steps with it, against plain ones of the same optimizer in the same run.
 
-`python -m bench.options` prints a table for each type of parameters and writes it beside the other results. All
-contestants of a table are interleaved and work on the same parameters and gradients; what has not agreed with the
-reference is not timed.
+`python -m bench.options` measures each optimizer on each list, prints what it found and writes the tables of all that
+it has found so far beside the other results. The contestants of one list are interleaved and work on the same
+parameters and gradients; what has not agreed with the reference is not timed, and the exit status is then 1.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 import hfac
-from bench import gate, machine, report, shapes, timing
+from bench import gate, gpu_child, machine, record, report, shapes, timing
 from bench.contestants import OPTIMIZERS as CLASSES
 from bench.contestants import ops_of
 from bench.problem import LR, WEIGHT_DECAY, Problem
@@ -52,15 +53,14 @@ def options_of(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
 def why_red(name: str, options: dict[str, Any], backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
     """None if three steps of the backend leave the weights that the reference leaves, but for one element in a
     thousand, which the order of sums may have rounded otherwise."""
-    for op in ops_of(name):
-        reason = gate.why_red(op, backend, dtype, device)
-        if reason is not None:
-            return reason
     found = []
     for chosen in (backend, "reference"):
         problem = Problem([(520, 1030), (97,)], dtype, device)
         optimizer = getattr(hfac, name)(problem.params, lr=1e-3, backend=chosen, **options)
+        grads = [param.grad.clone() for param in problem.params]
         for _ in range(3):
+            for param, grad in zip(problem.params, grads, strict=True):
+                param.grad.copy_(grad)  # some backends clip them in place, and a second time by a little
             optimizer.step()
         weights = optimizer.fp32_state_dict(nn.ParameterList(problem.params)).values()
         found.append([weight.float() for weight in weights])
@@ -71,9 +71,9 @@ def why_red(name: str, options: dict[str, Any], backend: str, dtype: torch.dtype
 
 
 def contestants(
-    name: str, shape: str, dtype: torch.dtype, device: torch.device, backend: str
+    name: str, shape: str, dtype: torch.dtype, device: torch.device, backend: str, red: Collection[str] = ()
 ) -> dict[str, Callable[[], object]]:
-    """Steps by what they are called; the first is the plain one."""
+    """Steps by what they are called; the first is the plain one. Options among ``red`` are left out."""
 
     def made(**options: Any) -> Any:
         problem = Problem(shapes.parse(shape), dtype, device)
@@ -107,6 +107,8 @@ def contestants(
 
     calls: dict[str, Callable[[], object]] = {"plain": made().step}
     for how, options in options_of(dtype).items():
+        if how in red:
+            continue
         always = options.get("max_grad_norm") == ALWAYS
         calls[how] = always_clipped(made(**options)) if always else made(**options).step
     calls[BY_HAND] = clipped(made())
@@ -118,36 +120,76 @@ def contestants(
     return calls
 
 
-def table(dtype: torch.dtype, device: torch.device, rounds: int) -> str:
-    """Markdown: for each optimizer and list how many times the time of the plain step each takes."""
+def rows(
+    lists: Sequence[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    rounds: int,
+    seconds: float,
+    say: Callable[[str], None],
+) -> Iterator[list[report.Row]]:
+    """For each optimizer and list: how many times the time of the plain step each takes. ``say`` takes what a red gate
+    keeps from being measured."""
     backend = backends.available(device)[0]
+    short = str(dtype).removeprefix("torch.")
     for name in CLASSES:
-        for how, options in options_of(dtype).items():
-            reason = why_red(name, options, backend, dtype, device)
+        plain = [reason for op in ops_of(name) if (reason := gate.why_red(op, backend, dtype, device))]
+        if plain:
+            say(f"PARITY GATE RED: {name}, {short}: {plain[0]}. It gets no numbers.")
+            continue
+        reasons = {how: why_red(name, options, backend, dtype, device) for how, options in options_of(dtype).items()}
+        for how, reason in reasons.items():
             if reason is not None:
-                raise SystemExit(f"parity gate red, {name} with {how}: {reason}")
-    columns: dict[str, dict[str, str]] = {}
-    for name in CLASSES:
-        for shape in LISTS:
-            calls = contestants(name, shape, dtype, device, backend)
-            samples = timing.measure(calls, device, rounds, SECONDS)
+                say(f"PARITY GATE RED: {name} with {how}, {short}: {reason}. It gets no numbers.")
+        red = {how for how, reason in reasons.items() if reason is not None}
+        for shape in lists:
+            calls = contestants(name, shape, dtype, device, backend, red)
+            samples = timing.measure(calls, device, rounds, seconds)
+            found = []
             for how in calls:
-                ratio = timing.speedup(samples["plain"], samples[how])
-                time = timing.quantiles(samples[how]).median * 1e3
-                cell = f"{ratio.median:.2f} [{ratio.q20:.2f}-{ratio.q80:.2f}], {time:.2f} ms"
-                columns.setdefault(how, {})[f"{name}, {shape}"] = cell
+                ratio, time = timing.speedup(samples["plain"], samples[how]), timing.quantiles(samples[how])
+                found.append(
+                    {
+                        "dtype": short,
+                        "optimizer": name,
+                        "shapes": shape,
+                        "how": how,
+                        "ratio": ratio.median,
+                        "ratio_q20": ratio.q20,
+                        "ratio_q80": ratio.q80,
+                        "ms": time.median * 1e3,
+                        "ms_samples": [each * 1e3 for each in samples[how].values()],
+                    }
+                )
+            yield found
+
+
+def table(found: Sequence[report.Row], dtype: str) -> str:
+    """Markdown of the rows of one type: options by optimizer and list, those that are there."""
+    columns: dict[str, dict[str, str]] = {}
+    for row in found:
+        if row["dtype"] == dtype:
+            cell = f"{row['ratio']:.2f} [{row['ratio_q20']:.2f}-{row['ratio_q80']:.2f}], {row['ms']:.2f} ms"
+            columns.setdefault(row["how"], {})[f"{row['optimizer']}, {row['shapes']}"] = cell
     heads = list(columns["plain"])
-    lines = [f"| {str(dtype).removeprefix('torch.')} | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(heads)]
-    lines += [f"| {how} | " + " | ".join(cells[head] for head in heads) + " |" for how, cells in columns.items()]
+    lines = [f"| {dtype} | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(heads)]
+    lines += [
+        f"| {how} | " + " | ".join(cells.get(head, "") for head in heads) + " |" for how, cells in columns.items()
+    ]
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns 1 where a gate was red, else 0."""
     parser = argparse.ArgumentParser(prog="python -m bench.options", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="per contestant and list (default: %(default)s)")
+    parser.add_argument(
+        "--shapes", nargs="+", default=LISTS, metavar="LIST", help="parameter lists, as bench takes them"
+    )
+    parser.add_argument("--rows", type=Path, help="file to which a line of JSON is added for each number")
     parser.add_argument("--out", type=Path, default=machine.ROOT / "bench" / "results", help="folder of the table")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
@@ -157,11 +199,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         "step of the same optimizer: ratio of the medians [quantiles of 20 and 80 % of the rounds' ratios], and the "
         "median. Interleaved, on the same parameters and gradients, behind a parity gate: `python -m bench.options`."
     )
-    tables = [table(getattr(torch, dtype), device, args.rounds) for dtype in args.dtypes]
-    path = args.out / f"{machine.slug(setting['machine'])}-options.md"
-    path.write_text("\n\n".join(["# What options cost", head, *tables]) + "\n")
-    print(path.read_text())
+    path = args.out / f"{record.slug(setting['machine'])}-options.md"
+    reds: list[str] = []
+    so_far: list[report.Row] = []
+
+    def say(line: str) -> None:
+        reds.append(line)
+        print(line, flush=True)
+
+    for dtype in args.dtypes:
+        for found in rows(args.shapes, getattr(torch, dtype), device, args.rounds, args.seconds, say):
+            so_far += found
+            gpu_child.add(args.rows, found)
+            for row in found:
+                place = f"{dtype}, {row['optimizer']}, {row['shapes']}, {row['how']}"
+                print(f"{place}: {row['ratio']:.2f} of a plain step, {row['ms']:.3g} ms", flush=True)
+            tables = [table(so_far, done) for done in dict.fromkeys(row["dtype"] for row in so_far)]
+            path.write_text("\n\n".join(["# What options cost", head, *tables, *reds]) + "\n")
+    print(f"{path.read_text() if so_far else ''}\n{len(so_far)} numbers, {len(reds)} gates red")
+    return 1 if reds else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,12 +2,17 @@
 
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench import report
-from bench.machine import slug
 from bench.report import Row
+
+
+def slug(machine: str) -> str:
+    """A file name for a kind of machine."""
+    return re.sub(r"[^a-z0-9.]+", "-", machine.lower()).strip("-")
 
 
 def row_key(row: Row) -> str:
@@ -38,21 +43,36 @@ def read(path: Path) -> dict[str, Row]:
         ) from error
 
 
-def read_checks(path: Path) -> list[Row]:
-    """What `bench.gpu_report` checked on this kind of machine; nothing where there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")).get("checks", []) if path.exists() else []
+def read_others(path: Path) -> Row:
+    """What `bench.gpu_report` wrote beside the rows: "checks", a list, and "tables", lists of dicts by their titles."""
+    return {"checks": [], "tables": {}} | _contents(path, "checks", "tables")
 
 
-def write(path: Path, new: Sequence[Row], checks: Sequence[Row] = ()) -> None:
-    """Adds the rows to the file, in place of those with the same keys, and writes its tables anew. ``checks``, where
-    given, take the place of the earlier ones: dicts with name, result, seconds, said, date and machine."""
+def write(
+    path: Path, new: Sequence[Row], checks: Sequence[Row] = (), tables: Mapping[str, Sequence[Row]] | None = None
+) -> None:
+    """Adds the rows to the file, in place of those with the same keys, and writes its tables anew.
+
+    ``checks`` take the place of the earlier ones of the same names: dicts with name, result, seconds, said, date and
+    machine. ``tables`` take the place of the earlier ones of the same titles.
+    """
     rows = read(path) | {row_key(row): row for row in new}
-    checks = list(checks) or read_checks(path)
+    others = read_others(path)
+    known = {check["name"]: check for check in (*others["checks"], *checks)}
+    tables = others["tables"] | {title: list(table) for title, table in (tables or {}).items()}
     ordered = dict(sorted(rows.items(), key=lambda item: _place(item[1])))
-    contents = {"checks": checks, "rows": ordered} if checks else {"rows": ordered}
-    _replace(path, json.dumps(contents, indent=1, allow_nan=False) + "\n")
-    first = next(iter(ordered.values()), None) or checks[0]
-    _replace(path.with_suffix(".md"), report.markdown(first["machine"], list(ordered.values()), checks))
+    contents = {"checks": list(known.values()), "tables": tables, "rows": ordered}
+    _replace(
+        path, json.dumps({k: v for k, v in contents.items() if v or k == "rows"}, indent=1, allow_nan=False) + "\n"
+    )
+    machine = next(iter((*ordered.values(), *known.values())))["machine"]
+    text = report.markdown(machine, list(ordered.values()), list(known.values()), tables)
+    _replace(path.with_suffix(".md"), text)
+
+
+def _contents(path: Path, *keys: str) -> Row:
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {key: found[key] for key in keys if key in found}
 
 
 def _place(row: Row) -> tuple:

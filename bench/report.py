@@ -1,6 +1,6 @@
 """What is printed: what every column means, and one table per case; the same tables as Markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
@@ -127,14 +127,25 @@ def text_table(rows: Sequence[Row]) -> str:
     )
 
 
-def markdown(machine: str, rows: Sequence[Row], checks: Sequence[Row] = ()) -> str:
-    """The whole file of a machine: what was checked there, and one table per case, grouped by what the rows were
-    measured with."""
+def markdown(
+    machine: str,
+    rows: Sequence[Row],
+    checks: Sequence[Row] = (),
+    tables: Mapping[str, Sequence[Row]] | None = None,
+) -> str:
+    """The whole file of a machine: what was checked there, tables by their titles, and one table per case, grouped by
+    what the rows were measured with."""
     parts = [f"# {machine}", "Written by `python -m bench`; the numbers in full stand in the JSON file beside it."]
     if checks:
-        lines = ["| check | result | seconds | what it said last |", "| --- | --- | ---: | --- |"]
-        lines += [f"| {c['name']} | {c['result']} | {c['seconds']:.0f} | {_cell(c['said'])} |" for c in checks]
-        parts.append(f"## Checks, {checks[0]['date']}\n\n" + "\n".join(lines))
+        lines = ["| check | result | seconds | what it said last | when |", "| --- | --- | ---: | --- | --- |"]
+        for c in checks:
+            lines.append(
+                f"| {c['name']} | {c['result']} | {c['seconds']:.0f} | {_cell(c['said'])} | {c['date'][:16]} |"
+            )
+        parts.append("## Checks\n\n" + "\n".join(lines))
+    parts += [f"## {title}\n\n{plain_table(table)}" for title, table in (tables or {}).items() if table]
+    if not rows:
+        return "\n\n".join(parts) + "\n"
     parts.append("\n".join(f"- **{name}**: {meaning}" for name, meaning in COLUMNS.items()))
     cases: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -148,6 +159,17 @@ def markdown(machine: str, rows: Sequence[Row], checks: Sequence[Row] = ()) -> s
         lines += ["| " + " | ".join(cells(row)) + " |" for row in members]
         parts.append(f"### {case_title(members[0])}\n\n" + "\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def plain_table(rows: Sequence[Row]) -> str:
+    """Markdown of dicts, each a row; raw samples (lists) are left to the JSON file."""
+    heads = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list)))
+    lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
+    for row in rows:
+        values = (row.get(head, "") for head in heads)
+        texts = (f"{value:.4g}" if isinstance(value, float) else _cell(str(value)) for value in values)
+        lines.append("| " + " | ".join(texts) + " |")
+    return "\n".join(lines)
 
 
 def _cell(text: str) -> str:

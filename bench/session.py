@@ -38,6 +38,7 @@ class Plan:
         quick: kept with the rows.
         reference: whether the reference is measured even where it is not among the backends; not for lists so large
             that its temporaries have no room.
+        rivals: those of `RIVALS` that whole steps are measured beside; None for all.
     """
 
     ops: tuple[str, ...]
@@ -50,6 +51,7 @@ class Plan:
     seconds: float
     quick: bool
     reference: bool = True
+    rivals: tuple[tuple[str, str], ...] | None = None
 
 
 @dataclass
@@ -60,16 +62,17 @@ class Session:
         say: takes every line for the reader.
         rows: what has been measured.
         failures: gates that were red and values that would have misled; their numbers are not among the rows.
+        gates: why an op of a backend is red for a type, None where it is green; sessions may share what they found.
     """
 
     plan: Plan
     say: Callable[[str], None] = print
     rows: list[Row] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    gates: dict[tuple[str, str, str], str | None] = field(default_factory=dict)
 
     def run(self) -> None:
         """Measures everything, with a table after every case."""
-        self._gates: dict[tuple[str, str, str], str | None] = {}
         self._setting = machine.describe(self.plan.device)
         self.say(f"On {report.setting(self._setting)}\n\nColumns:\n{report.legend()}\n")
         missing = self._missing()
@@ -121,6 +124,8 @@ class Session:
             wanted = [rival for rival in RIVALS if rival[0] not in OPTIMIZERS or rival[0] in self.plan.optimizers]
             if not self.plan.reference:
                 wanted.remove(EAGER_SMMF)
+            if self.plan.rivals is not None:
+                wanted = [rival for rival in wanted if rival in self.plan.rivals]
             yield "step", "step", [*steps, *self._rivals(wanted, problem.params)]
 
     def _with_reference(self, names: Iterable[str]) -> list[str]:
@@ -129,14 +134,14 @@ class Session:
     def _green(self, op: str, backend: str, dtype: str) -> bool:
         """Whether the op may be timed; the reference is what it is compared to."""
         key = op, backend, dtype
-        if backend != "reference" and key not in self._gates:
-            self._gates[key] = why_red(op, backend, getattr(torch, dtype), self.plan.device)
-            if self._gates[key] is not None:
+        if backend != "reference" and key not in self.gates:
+            self.gates[key] = why_red(op, backend, getattr(torch, dtype), self.plan.device)
+            if self.gates[key] is not None:
                 self._fail(
                     f"PARITY GATE RED: {op} of backend {backend!r} in {dtype} differs from the reference "
-                    f"({self._gates[key]}). It gets no numbers, nor does the step() that calls it."
+                    f"({self.gates[key]}). It gets no numbers, nor does the step() that calls it."
                 )
-        return self._gates.get(key) is None
+        return self.gates.get(key) is None
 
     def _rivals(self, rivals: list[tuple[str, str]], params: list[torch.Tensor]) -> list[Contestant]:
         """Those that this torch can carry out on these parameters."""
@@ -192,12 +197,14 @@ class Session:
                 "ms": time.median * 1e3,
                 "ms_q20": time.q20 * 1e3,
                 "ms_q80": time.q80 * 1e3,
+                "ms_samples": [seconds * 1e3 for seconds in mine.values()],
                 "ns_per_param": time.median * 1e9 / elements,
                 "bytes_per_param": traffic.least / elements,
                 "bytes_per_param_reread": traffic.most / elements,
                 "gb_per_s": least,
                 "gb_per_s_reread": most,
                 "copy_gb_per_s": copy_rate,
+                "copy_gb_per_s_samples": [copied_bytes / seconds / 1e9 for seconds in samples[_COPY].values()],
                 "copy_share": least / copy_rate,
                 "copy_share_reread": most / copy_rate,
                 "speedup": {

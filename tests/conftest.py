@@ -11,7 +11,7 @@ pytest.register_assert_rewrite("gpu_steps", "gpu_graphs")
 
 
 #: Tests that take a minute: begun last, one of them would keep one process busy while the others have nothing left.
-LONG = ("test_parity_in_the_interpreter", "test_cuda_sanitizers", "test_sharded", "test_fsdp2_example")
+LONG = ("test_parity_in_the_interpreter", "test_cuda_sanitizers", "test_sharded", "test_fsdp2_example", "test_dry_run")
 
 
 def pytest_collection_modifyitems(items):

@@ -320,9 +320,8 @@ def test_the_gate_of_options(monkeypatch):
     assert (reason is None) == (backend == "reference") and "are others" in (reason or "are others")
 
 
-def test_table_of_options(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(options, "LISTS", ("24x16", "2x 7"))
-    options.main(["--rounds", "3", "--out", str(tmp_path)])
+def test_table_of_options(tmp_path, capsys):
+    assert options.main(["--shapes", "24x16", "2x 7", "--rounds", "3", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*-options.md")
     text = path.read_text()
     assert text in capsys.readouterr().out
