@@ -142,6 +142,7 @@ bool wide(const Item& item) {
   return item.param.dtype == DType::kFloat64;
 }
 inline bool wide(const HfacSumsItem& item) { return item.wide; }
+inline bool wide(const SquaresItem& item) { return item.grad.dtype == DType::kFloat64; }
 
 // Parameters of both arithmetics may share a list: an op for each.
 template <template <class> class AnOp, class Item, class Options>
