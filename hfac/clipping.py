@@ -2,17 +2,20 @@
 float32 whatever the gradients' type, and nothing of a gradient's size made. Norm and coefficient stay on the device."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-#: elements of a gradient that are widened at once where torch widens all of what it is given
+from . import backends, memory
+
+#: elements of a gradient that are widened at once, or an eighth where that is more, where torch widens all of it
 _PIECE = 2**18
 
 
 def norms(grads: Sequence[Tensor]) -> list[Tensor]:
     """The 2-norm of every tensor: 0-d, on its device, float32 (float64 for float64)."""
-    found: list[Tensor] = [torch.empty(0)] * len(grads)
+    found: list[Any] = [None] * len(grads)
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, grad in enumerate(grads):
         kinds.setdefault((grad.device, grad.dtype), []).append(i)
@@ -21,7 +24,7 @@ def norms(grads: Sequence[Tensor]) -> list[Tensor]:
         if dtype in (torch.float32, torch.float64):
             values = torch._foreach_norm(mine)
         elif device.type == "cpu":
-            values = [_widened(grad) for grad in mine]
+            values = _widened(mine)
         else:
             values = torch._foreach_norm(mine, dtype=torch.float32)
         for i, value in zip(index, values, strict=True):
@@ -29,12 +32,24 @@ def norms(grads: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def _widened(grad: Tensor) -> Tensor:
-    """Of a 16-bit tensor on the CPU, where torch makes a float32 copy of what it is given."""
-    if grad.numel() <= _PIECE:
+def _widened(grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Of 16-bit tensors on the CPU, where torch makes a float32 copy of what it is given: the extension makes none, and
+    has its threads meet once for all of the list."""
+    native = backends.host_counters()
+    if native is None or memory.reason({"grads": grads}, negated=True) is not None:
+        return list(map(_in_pieces, grads))
+    squares = native.squares(memory.materialized(grads))
+    # What overflows float32 is not finite, as it is to a step that skips such gradients.
+    squares.masked_fill_(squares > torch.finfo(torch.float32).max, torch.inf)
+    return squares.sqrt().to(torch.float32).unbind()
+
+
+def _in_pieces(grad: Tensor) -> Tensor:
+    piece = max(_PIECE, grad.numel() // 8)
+    if grad.numel() <= piece:
         return torch.linalg.vector_norm(grad, dtype=torch.float32)
     dim = max(range(grad.ndim), key=lambda d: grad.shape[d])
-    pieces = grad.split(max(1, _PIECE * grad.shape[dim] // grad.numel()), dim)
+    pieces = grad.split(max(1, piece * grad.shape[dim] // grad.numel()), dim)
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p, dtype=torch.float32) for p in pieces]))
 
 
@@ -57,12 +72,15 @@ def coefficient(norm: Tensor, limit: float) -> Tensor:
 def scaled(grads: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
     """The gradients times a 0-d tensor, written in place; not at all where the factor is 1 and reading it costs no
     device synchronisation."""
-    if factor.is_cpu and factor.item() == 1.0:
+    if type(factor) is Tensor and factor.is_cpu and factor.item() == 1.0:
         return list(grads)
     # Expanded tensors, whose elements share memory, cannot be written; they are no larger for being read.
-    out = [grad * factor if _expanded(grad) else grad for grad in grads]
+    out = [grad * factor if _expanded(grad) or grad._is_zerotensor() else grad for grad in grads]
     whole = [grad for grad, mine in zip(out, grads, strict=True) if grad is mine]
-    if whole:
+    if any(map(Tensor.is_neg, whole)):  # torch takes no lists of tensors that negate
+        for grad in whole:
+            grad.mul_(factor.to(grad.device))
+    elif whole:
         torch._foreach_mul_(whole, factor.to(whole[0].device))
     return out
 

@@ -216,6 +216,7 @@ class _Bucket:
     steps: list[Tensor]
     skipped: list[Tensor] | None
     on_host: bool  # the steps are read, and agree; else each parameter has its own decays, on the device
+    native: bool  # the extension counts the steps
     batch_dims: int
     owners: "_Owners | None"  # with batch dimensions, where the device must know whose slice is whose
 
@@ -330,19 +331,27 @@ class Group:
             _check_batch(batch_dims, params, read)
             self._params = list(params)
             self._states = [[state for state in tensors if state is not None] for tensors in read.values()]
-            self._whereabouts = ops.whereabouts(self._params, self._states)
+            self._whereabouts = self._look()
+        # What shares memory is stepped one after the other, as torch does it, and not by kernels at once.
+        sharing, twice = ops.sharing([(param, *(s[i] for s in states.values())) for i, param in enumerate(params)])
+        if twice and backend not in ("auto", "reference"):
+            raise RuntimeError(
+                f"params[{min(twice)}] and its states share memory, which backend={backend!r} reads and writes at "
+                "once. Give each memory of its own, or use backend='reference'."
+            )
         self._grad_dtypes = list(map(_DTYPE, grads))
         indices: dict[tuple[Any, ...], list[int]] = {}
         for i, (param, grad, step) in enumerate(zip(params, grads, state_steps, strict=True)):
-            on_host = step.is_cpu and not capturable
+            on_host = step.is_cpu and not capturable and not ops.is_fake(step)
             factored = states["exp_avg_sqs"][i] is None
             low = None if ops.LOWS not in states else states[ops.LOWS][i]
             stored = None if low is None else low.dtype, places is not None and places[i] is not None
             like = param.device, param.dtype, grad.dtype
-            key = (factored, *like, *stored, on_host, step.item() if on_host else None)
+            alone = i if i in sharing else None, i in twice
+            key = (factored, *like, *stored, *alone, on_host, step.item() if on_host else None)
             indices.setdefault(key, []).append(i)
         self._buckets = []
-        for (factored, *_, low, stochastic, on_host, _), index in indices.items():
+        for (factored, *_, low, stochastic, _, itself, on_host, _), index in indices.items():
 
             def of(tensors: Sequence[Any], index: list[int] = index) -> list[Any]:
                 return [tensors[i] for i in index]
@@ -364,13 +373,14 @@ class Group:
                         slices(params),
                         mine,
                         places=_sliced_places(of(places), of(params), batch_dims) if stochastic else None,
-                        backend=backend,
+                        backend="reference" if itself else backend,
                         captured=self._captured,
                     ),
                     None if len(index) == len(params) else index,
                     steps,
                     None if skipped is None else of(skipped),
                     on_host,
+                    ops.counted_natively(steps),
                     batch_dims,
                     _Owners(of(params), batch_dims, steps[0].device) if told else None,
                 )
@@ -381,8 +391,11 @@ class Group:
         if list(map(_DTYPE, grads)) != self._grad_dtypes:
             return False
         if self._batch_dims:  # slices stay with the memory that they were taken of
-            return ops.whereabouts(self._params, self._states) == self._whereabouts
+            return self._look() == self._whereabouts
         return all(bucket.call.holds() for bucket in self._buckets)
+
+    def _look(self) -> list[list[Any]]:
+        return ops.whereabouts(self._params, self._states, ops.address)
 
     def workspace_bytes(self) -> int:
         """Bytes on the device that fused kernels keep from step to step."""
@@ -410,7 +423,7 @@ class Group:
         for bucket in self._buckets:
             t: Any
             if bucket.on_host:
-                steps = ops.read_steps(bucket.steps)
+                steps = ops.read_steps(bucket.steps, bucket.native)
                 if steps.count(steps[0]) != len(steps):
                     return None
                 t = steps[0] + 1
@@ -505,7 +518,7 @@ class Update:
             self._captured += [clip, self._found_inf, *self._tensors]
         for bucket, update, flags, _ in self._calls:
             update(clip)
-            ops.advance_steps_(bucket.steps)
+            ops.advance_steps_(bucket.steps, bucket.native)
             if flags is not None and bucket.skipped is not None:
                 some, every = (flags, flags) if bucket.owners is None else bucket.owners.left(flags)
                 torch._foreach_add_(bucket.skipped, some.unbind())
@@ -519,6 +532,7 @@ def _check_batch(batch_dims: int, params: Sequence[Tensor], states: Mapping[str,
         raise ValueError(f"batch_dims must be a whole number >= 0, got {batch_dims}")
     for i, param in enumerate(params):
         ops.check_tensor(f"params[{i}]", param)
+        ops.check_writable(f"params[{i}]", param)  # of which a slice might see nothing
         if param.ndim <= batch_dims:
             raise ValueError(f"params[{i}] of shape {tuple(param.shape)} has nothing behind batch_dims={batch_dims}")
         for name, tensors in states.items():

@@ -1,5 +1,5 @@
-"""Runs the parity table, the tests of parts, rounding, clipping and watched steps, the native tests and the fuzz on a
-build of the extension with AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
+"""Runs the parity table, the tests of parts, rounding, clipping, watched steps and memory, the native tests and the
+fuzz on a build of the extension with AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
 
 The build lies beside the installed one, in build/sanitize. First a call that lies about a tensor's size must be
 reported: sanitizers that are not there find nothing.
@@ -12,7 +12,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "build" / "sanitize"
-TESTS = [f"tests/test_{name}.py" for name in ("parity", "native", "parts", "rounding", "clipping", "watch", "fuzz")]
+TESTS = [
+    f"tests/test_{name}.py" for name in ("parity", "native", "parts", "rounding", "clipping", "watch", "memory", "fuzz")
+]
 
 CHECK = """
 import hfac

@@ -389,15 +389,45 @@ def test_the_option_can_be_turned_on_and_off_and_is_saved(cls):
     assert fresh.param_groups[0]["max_grad_norm"] == 0.5
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-def test_norms_of_large_and_strided_tensors(dtype, monkeypatch):
+def test_norms_of_large_and_strided_tensors(dtype, native, monkeypatch):
     """In pieces, whichever dimension is the long one, and in float32 where 16 bits would round."""
     monkeypatch.setattr(clipping, "_PIECE", 100)
+    if not native:
+        monkeypatch.setattr(backends, "host_counters", lambda: None)
     made = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)).to(dtype)
     tensors = [made, made.t(), made[::2, 3:7], made.view(4, 300), made.view(-1), made[:0], made[0, 0]]
     for tensor, norm in zip(tensors, clipping.norms(tensors), strict=True):
         assert norm.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and norm.ndim == 0
         assert norm.item() == pytest.approx(tensor.double().norm().item(), rel=1e-6)
+
+
+def test_norms_of_a_list_of_16_bits_are_one_call(monkeypatch):
+    """However many there are and however large: threads meet once. And their bits do not depend on how many did."""
+    native = pytest.importorskip("hfac._C").squares
+    grads = [torch.randn(300, 700).to(dtype) for dtype in (torch.bfloat16, torch.float16) for _ in range(5)]
+    grads += [grads[0].t(), torch._neg_view(grads[1]), torch.zeros(0).bfloat16()]
+    calls = []
+
+    class Spy:
+        def squares(self, **given):
+            calls.append(len(given["numels"]))
+            return native(**given)
+
+    monkeypatch.setattr(backends.cpu, "_C", Spy())
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(clipping.norms(grads))
+    finally:
+        torch.set_num_threads(threads)
+    assert calls == [8, 5] * 3
+    assert bits(found[0]) == bits(found[1]) == bits(found[2])
+    assert torch.equal(found[0][0], found[0][10]) and torch.equal(found[0][1], found[0][11])
+    for grad, norm in zip(grads, found[0], strict=True):
+        assert norm.item() == pytest.approx(grad.double().norm().item(), rel=1e-6)
 
 
 @BOTH
@@ -423,5 +453,6 @@ def test_clipping_makes_nothing_of_a_gradients_size(cls, dtype, monkeypatch):
         known = {param.grad.untyped_storage().data_ptr() for param in params}
         with Sizes() as sizes:
             optimizer.step()
-    statistics = 4 * (2 * 64 + 3 * 48) if cls is HFac else 0  # of the first read, kept until the norm is known
+        # of the first read, kept until the norm is known, behind the sums of squares
+        statistics = 64 + 4 * (2 * 64 + 3 * 48) if cls is HFac else 0
     assert 0 < sizes.largest <= max(4 * 64, statistics)

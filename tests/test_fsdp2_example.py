@@ -38,7 +38,7 @@ def start(processes: int, *arguments: object) -> subprocess.Popen[str]:
 
 def losses(run: subprocess.Popen[str]) -> dict[str, float]:
     """By step, and the last line's by "validation"."""
-    output, errors = run.communicate(timeout=120)
+    output, errors = run.communicate(timeout=900)
     assert run.returncode == 0, errors
     found = {step: float(loss) for step, loss in re.findall(r"^step (\d+) loss ([\d.]+)$", output, re.MULTILINE)}
     (validation,) = re.findall(r"^validation loss ([\d.]+), optimizer state \d+ bytes per rank", output, re.MULTILINE)
@@ -77,7 +77,7 @@ def test_a_user_error_is_one_sentence(text: Path, tmp_path: Path) -> None:
         "error: start it with torchrun, for example: torchrun --nproc-per-node 4": start(0),
     }
     for message, run in runs.items():
-        _, errors = run.communicate(timeout=120)
+        _, errors = run.communicate(timeout=900)
         assert run.returncode != 0
         assert errors.count(message) == 1, errors
         assert "UsageError" not in errors

@@ -193,9 +193,9 @@ def test_a_fork_gets_threads_of_its_own():
     child = context.Process(target=step, args=(queue,))
     child.start()
     try:
-        assert queue.get(timeout=60)
+        assert queue.get(timeout=900)
     finally:
-        child.join(10)
+        child.join(900)
         child.kill()
     assert child.exitcode == 0
 
@@ -316,6 +316,7 @@ PARTS = {
     | dict(whole_rows=[6], whole_cols=[4], totals=[1.0], mean_squares=[1.0], beta1=0.9, lr=0.1)
     | dict(clip_threshold=1.0, weight_decay=0.0, maximize=False)
     | dict.fromkeys(("row_sums", "new_rows", "col_sums", "new_cols"), [HERE]),
+    "squares": dict(grads=[HERE], numels=[6], grad_dtypes=0, sums=HERE),
     "smmf_sums_step": GOOD["operands"]
     | GOOD["scalars"]
     | GOOD["matrix"]
@@ -371,6 +372,15 @@ BAD_PARTS = {
         ("mean_squares", [1.0, 1.0]),
         ("beta1", []),
         ("threads", -1),
+    ],
+    "squares": [
+        ("grads", [0]),
+        ("grads", [HERE, HERE]),
+        ("numels", [-1]),
+        ("grad_dtypes", 4),
+        ("grad_dtypes", [0, 0]),
+        ("sums", 0),
+        ("threads", 0),
     ],
     "smmf_sums_step": [
         ("params", [0]),

@@ -4,6 +4,7 @@ A step launches a handful of kernels, whatever the length of the list, waits for
 parameters' size. Numbers of a step (learning rate, decays, ...) are values in device memory: none is compiled in.
 """
 
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
@@ -104,6 +105,8 @@ class Bound(Launcher):
         self.spare: Tensor | None = None  # on the host, for the grad_table of the next graph
         self.resolved: Tensors = []  # copies of gradients whose statistics have been taken
         self.counted = False  # with those statistics the rows that are zero
+        self.taken: Tensor | None = None  # sums that came with them
+        self.lock = threading.Lock()  # several threads may step one list, whose tables and workspace there are once
         self.stream = stream_of(self.device)  # of the last step
         #: What a CUDA graph reads in every replay, and nobody may change or free. Only captures add to it; whoever
         #: keeps this replaces the list by one of its own, which then outlives it.
@@ -115,6 +118,7 @@ class Bound(Launcher):
         nonfinite: Tensor | None = None,
         *,
         clip: Tensor | None = None,
+        squares: Tensor | None = None,
         watched: Tensor | None = None,
         **scalars: Any,
     ) -> None:
@@ -124,10 +128,15 @@ class Bound(Launcher):
             clip: a 0-d float32 tensor on the device: `squares` has been called right before with the same gradients
                 and scalars, but for grad_scale, which is now also divided by this. Where it is 1 the statistics of
                 then are the step's, elsewhere they are taken again, and with them ``nonfinite``. It is not read here.
+            squares: what that call returned. Where another thread has called it since, or made a step, this step is
+                made from the beginning.
             watched: float64 [parameters, 5] on the device (`table.CHANGE` and so on), to which the step adds what it
                 does to each parameter that it writes. Rows and columns are those of H-Fac's matrices.
         """
-        with current(self.device):
+        with self.lock, current(self.device):
+            if squares is not None and squares is not self.taken:
+                clip = None
+            self.taken = None
             options = self._begin(grads, nonfinite, clip, watched, **scalars)
             self._run(self.plan.launches, self.tiles, options)
             self._end(nonfinite, scalars.get("found_inf"))
@@ -146,16 +155,16 @@ class Bound(Launcher):
         in any case. None for an op that takes none."""
         if self.op != "hfac_step_":
             return None
-        with current(self.device):
+        with self.lock, current(self.device):
             options = self._begin(grads, nonfinite, None, watched, **scalars)
-            self.sums = torch.zeros(len(self.params), dtype=torch.float64, device=self.device)
+            self.sums = sums = self.taken = torch.zeros(len(self.params), dtype=torch.float64, device=self.device)
             self._keep()
             count = self.plan.statistics
             self._run(self.plan.launches[:count], self.tiles[:count], options)
             self._run(self.plan.squares, self.square_tiles, options)
             self._end(nonfinite, scalars.get("found_inf"))
             self.watched = None
-        return self.sums
+        return sums
 
     def _begin(
         self,

@@ -305,6 +305,21 @@ size_t smmf_dense_step(py::object params, py::object grads, py::object numels, p
   return unlocked([&] { return hfac::smmf_dense_step(items, options); });
 }
 
+size_t squares(py::object grads, py::object numels, py::object grad_dtypes, uintptr_t sums, int threads,
+               py::object shapes, py::object grad_strides) {
+  const List counts(numels, "numels", -1);
+  const py::ssize_t size = counts.size();
+  Tensors tensors(grads, "grads", size, grad_dtypes, "grad_dtypes", grad_strides, "grad_strides");
+  if (size > 0 && !sums) refuse("sums", "a null address");
+  std::vector<SquaresItem> items;
+  items.reserve(static_cast<size_t>(size));
+  for (py::ssize_t i = 0; i < size; ++i) {
+    if (counts.count(i) > 0) items.push_back({i, tensors.at(i, counts, shapes), counts.count(i)});
+  }
+  const int workers = at_least_one(threads);
+  return unlocked([&] { return hfac::squares(items, reinterpret_cast<double*>(sums), workers); });
+}
+
 py::list read_floats(const py::object& addresses) {
   const List list(addresses, "addresses", -1);
   py::list out(static_cast<size_t>(list.size()));
@@ -363,6 +378,9 @@ void define_cpu(py::module_& m) {
         py::arg("new_sq_rows"), py::arg("new_sq_cols"), py::arg("blocks"), py::arg("beta1"), py::arg("beta2"),
         py::arg("lr"), py::arg("eps"), py::arg("weight_decay"), py::arg("decoupled_weight_decay"), py::arg("maximize"),
         HFAC_PLACES);
+  m.def("squares", &squares, py::kw_only(), py::arg("grads"), py::arg("numels"), py::arg("grad_dtypes"),
+        py::arg("sums"), py::arg("threads") = 1, py::arg("shapes") = py::none(), py::arg("grad_strides") = py::none(),
+        "Writes the sum of squares of every tensor that is not empty.");
   m.def("read_floats", &read_floats, py::arg("addresses"), "The float at each address.");
   m.def("advance_floats", &advance_floats, py::arg("addresses"), "Adds one to the float at each address.");
 }

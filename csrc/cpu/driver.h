@@ -70,6 +70,16 @@ inline int64_t staged_rows(int64_t cols, bool scattered) {
   return scattered ? std::max<int64_t>(cols <= 4096 ? 16 : kRowsAtOnce, some) : some;
 }
 
+// Room for as many rows of `cols` elements as are staged at a time; `old` weights are where a step is watched.
+template <class T>
+void reserve_rows(Scratch& scratch, const Route<T>& to, int64_t rows, int64_t cols, bool old) {
+  if (rows == 0 || cols == 0) return;
+  const size_t bytes = static_cast<size_t>(std::min(rows, staged_rows(cols, to.scattered)) * cols) * sizeof(T);
+  if (to.stage_param) scratch.reserve(Scratch::kParam, bytes);
+  if (to.stage_grad) scratch.reserve(Scratch::kGrad, bytes);
+  if (old) scratch.reserve(Scratch::kOld, bytes);
+}
+
 constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
 // A chunk holds at least this many elements, so that thin matrices are not cut into crumbs.
@@ -79,6 +89,14 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Runs of elements whose moments are whole are cut here; a function of nothing but a constant.
 constexpr int64_t kRun = 16384;
+
+// Room for a run of one of the items.
+template <class T>
+void reserve_runs(Scratch& scratch, const std::vector<DenseItem>& items, bool watched) {
+  for (const DenseItem& it : items) {
+    reserve_rows(scratch, route<T>(it.param, it.grad, watched), 1, std::min(kRun, it.count), watched);
+  }
+}
 
 template <class T>
 DenseRun<T> dense_run(const Route<T>& route, const TensorRef& param, const TensorRef& grad, T* exp_avg, T* exp_avg_sq,
@@ -124,14 +142,16 @@ bool wide(const Item& item) {
   return item.param.dtype == DType::kFloat64;
 }
 inline bool wide(const HfacSumsItem& item) { return item.wide; }
+inline bool wide(const SquaresItem& item) { return item.grad.dtype == DType::kFloat64; }
 
-// Parameters of both arithmetics may share a list: `make` builds and runs the op of one of them.
-template <class Item, class Make>
-size_t by_arithmetic(const std::vector<Item>& items, const Make& make) {
+// Parameters of both arithmetics may share a list: an op for each.
+template <template <class> class AnOp, class Item, class Options>
+size_t run_both(const std::vector<Item>& items, const Options& options, int threads) {
   std::vector<Item> single, twice;
   for (const Item& item : items) (wide(item) ? twice : single).push_back(item);
-  const size_t a = make(std::move(single), float()), b = make(std::move(twice), double());
-  return std::max(a, b);
+  AnOp<float> one(std::move(single), options);
+  AnOp<double> other(std::move(twice), options);
+  return run({&one, &other}, threads);
 }
 
 }  // namespace hfac

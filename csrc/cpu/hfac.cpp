@@ -90,6 +90,12 @@ class HfacSumsOp : public Op {
     return item(i).col_sum ? static_cast<size_t>(chunks(i, 0) * 3 * padded(item(i).cols)) * sizeof(T) : 0;
   }
 
+  void reserve(Scratch& scratch) const override {
+    for (int64_t i = 0; i < items(); ++i) {
+      reserve_rows(scratch, routes_[static_cast<size_t>(i)], item(i).rows, item(i).cols, false);
+    }
+  }
+
   void chunk(int64_t i, int, int64_t c, void* workspace, Scratch& scratch) override {
     const HfacSumsItem& it = item(i);
     const int64_t first = c * rows_of(it), rows = std::min(rows_of(it), it.rows - first);
@@ -143,6 +149,12 @@ class HfacOp : public Op {
     if (rest()) return 0;
     const int64_t rows = item(i).kept ? 0 : 2 * padded(item(i).rows);
     return static_cast<size_t>(rows + chunks(i, 0) * 3 * padded(item(i).cols)) * sizeof(T);
+  }
+
+  void reserve(Scratch& scratch) const override {
+    for (int64_t i = 0; i < items(); ++i) {
+      reserve_rows(scratch, routes_[static_cast<size_t>(i)], item(i).rows, item(i).cols, static_cast<bool>(watch_));
+    }
   }
 
   void chunk(int64_t i, int phase, int64_t c, void* workspace, Scratch& scratch) override {
@@ -341,6 +353,8 @@ class HfacDenseOp : public Op {
   int64_t chunks(int64_t i, int) const override { return ceil_div(item(i).count, kRun); }
   size_t workspace_bytes(int64_t i) const override { return static_cast<size_t>(chunks(i, 0)) * sizeof(T); }
 
+  void reserve(Scratch& scratch) const override { reserve_runs<T>(scratch, items_, static_cast<bool>(watch_)); }
+
   void chunk(int64_t i, int phase, int64_t c, void* workspace, Scratch& scratch) override {
     const DenseItem& it = item(i);
     const Route<T> to = route<T>(it.param, it.grad, options_.watched);
@@ -414,24 +428,15 @@ size_t hfac_kept_bytes(int64_t rows, int64_t cols, bool wide) {
 }
 
 size_t hfac_step(const std::vector<HfacItem>& items, const HfacOptions& options) {
-  return by_arithmetic(items, [&](std::vector<HfacItem> mine, auto zero) {
-    HfacOp<decltype(zero)> op(std::move(mine), options);
-    return run(op, options.threads);
-  });
+  return run_both<HfacOp>(items, options, options.threads);
 }
 
 size_t hfac_sums(const std::vector<HfacSumsItem>& items, double eps, int threads) {
-  return by_arithmetic(items, [&](std::vector<HfacSumsItem> mine, auto zero) {
-    HfacSumsOp<decltype(zero)> op(std::move(mine), eps);
-    return run(op, threads);
-  });
+  return run_both<HfacSumsOp>(items, eps, threads);
 }
 
 size_t hfac_dense_step(const std::vector<DenseItem>& items, const HfacOptions& options) {
-  return by_arithmetic(items, [&](std::vector<DenseItem> mine, auto zero) {
-    HfacDenseOp<decltype(zero)> op(std::move(mine), options);
-    return run(op, options.threads);
-  });
+  return run_both<HfacDenseOp>(items, options, options.threads);
 }
 
 }  // namespace hfac

@@ -78,6 +78,13 @@ struct DenseItem {
   double beta1, beta2;
 };
 
+// A gradient whose squares are summed.
+struct SquaresItem {
+  int64_t index;
+  TensorRef grad;
+  int64_t count;
+};
+
 struct HfacOptions {
   double lr, eps, clip_threshold, weight_decay;
   bool clip, maximize;
@@ -105,5 +112,7 @@ size_t hfac_dense_step(const std::vector<DenseItem>& items, const HfacOptions& o
 size_t smmf_step(const std::vector<SmmfItem>& items, const SmmfOptions& options);
 size_t smmf_sums_step(const std::vector<SmmfSumsItem>& items, const SmmfOptions& options);
 size_t smmf_dense_step(const std::vector<DenseItem>& items, const SmmfOptions& options);
+// Writes the sums of the items, by their index.
+size_t squares(const std::vector<SquaresItem>& items, double* sums, int threads);
 
 }  // namespace hfac

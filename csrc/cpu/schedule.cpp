@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <functional>
 #include <new>
-#include <stdexcept>
 
 #include "threads.h"
 
@@ -39,13 +39,19 @@ class Run {
     for (int64_t i = 0; i < op.items(); ++i) elements += op.elements(i);
     const int64_t useful = std::max<int64_t>(1, std::min<int64_t>(threads, elements / kPerThread + 1));
     plan(useful, elements);
-    threads_ = static_cast<int>(std::min<int64_t>(useful, static_cast<int64_t>(tasks_.size())));
+    const int count = static_cast<int>(std::min<int64_t>(useful, static_cast<int64_t>(tasks_.size())));
+    scratch_ = std::vector<Scratch>(static_cast<size_t>(std::max(count, 1)));
+    for (Scratch& scratch : scratch_) op.reserve(scratch);
+    std::vector<size_t> bytes;
+    for (int64_t i = 0; i < op.items(); ++i) bytes.push_back(op.workspace_bytes(i));
+    workspace_.reserve(std::move(bytes), scratch_.size());
   }
 
-  size_t go() {
-    parallel(threads_, [this](int) { work(); });
-    return workspace_.total();
+  void go() {
+    parallel(static_cast<int>(scratch_.size()), [this](int index) { work(scratch_[static_cast<size_t>(index)]); });
   }
+
+  size_t workspace() const { return workspace_.total(); }
 
  private:
   // An item is done whole by one thread where what comes after it keeps the others as busy: nobody waits between its
@@ -81,8 +87,7 @@ class Run {
     close(items);
   }
 
-  void work() {
-    Scratch scratch;
+  void work(Scratch& scratch) {
     try {
       for (;;) {
         const size_t ticket = next_.fetch_add(1, std::memory_order_relaxed);
@@ -103,7 +108,8 @@ class Run {
   }
 
   void whole(int64_t item, Scratch& scratch) {
-    void* workspace = take(item);
+    void* workspace = nullptr;
+    if (!take(item, workspace)) return;
     for (int phase = 0; phase < op_.phases(); ++phase) {
       for (int64_t c = 0; c < op_.chunks(item, phase); ++c) op_.chunk(item, phase, c, workspace, scratch);
       op_.finish(item, phase, workspace);
@@ -115,10 +121,7 @@ class Run {
     Progress& p = progress_[static_cast<size_t>(task.first)];
     await(p, task.phase);
     if (failed_.load(std::memory_order_relaxed)) return;
-    if (task.phase == 0) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (!p.workspace) p.workspace = workspace_.take(op_.workspace_bytes(task.first));
-    }
+    if (task.phase == 0 && !take(task.first, p.workspace)) return;
     op_.chunk(task.first, task.phase, task.chunk, p.workspace, scratch);
     if (p.left.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
     op_.finish(task.first, task.phase, p.workspace);
@@ -141,20 +144,27 @@ class Run {
     turned_.wait(lock, [&] { return p.phase.load(std::memory_order_acquire) >= phase || failed_.load(); });
   }
 
-  void* take(int64_t item) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    return workspace_.take(op_.workspace_bytes(item));
+  // A block for the item, unless it has one. A smaller item may be in the only block that is large enough; it needs
+  // nothing more to get done. False where the call has failed.
+  bool take(int64_t item, void*& block) {
+    const size_t bytes = op_.workspace_bytes(item);
+    if (bytes == 0) return true;
+    std::unique_lock<std::mutex> lock(mutex_);
+    turned_.wait(lock, [&] { return block || (block = workspace_.take(bytes)) || failed_.load(); });
+    return block;
   }
 
   void give(void* block) {
+    if (!block) return;
     std::lock_guard<std::mutex> lock(mutex_);
     workspace_.give(block);
+    turned_.notify_all();
   }
 
   Op& op_;
   std::vector<Task> tasks_;
   std::vector<Progress> progress_;
-  int threads_ = 1;
+  std::vector<Scratch> scratch_;  // one for each thread
   std::atomic<size_t> next_{0};
   std::atomic<bool> failed_{false};
   std::mutex mutex_;
@@ -166,39 +176,36 @@ class Run {
 
 void Scratch::Free::operator()(void* p) const { ::operator delete(p, kLine); }
 
-void* Scratch::at(Slot slot, size_t bytes) {
-  if (size_[slot] < bytes) {
-    memory_[slot].reset();
-    memory_[slot].reset(::operator new(bytes, kLine));
-    size_[slot] = bytes;
-  }
-  return memory_[slot].get();
+void Scratch::reserve(Slot slot, size_t bytes) {
+  if (size_[slot] >= bytes) return;
+  memory_[slot].reset();
+  memory_[slot].reset(::operator new(bytes, kLine));
+  size_[slot] = bytes;
 }
 
 Workspace::~Workspace() {
   for (const Block& block : blocks_) ::operator delete(block.memory, kLine);
 }
 
+void Workspace::reserve(std::vector<size_t> wanted, size_t blocks) {
+  blocks = std::min(blocks, wanted.size());
+  std::partial_sort(wanted.begin(), wanted.begin() + static_cast<std::ptrdiff_t>(blocks), wanted.end(),
+                    std::greater<size_t>());
+  blocks_.reserve(blocks);
+  for (size_t b = blocks; b-- > 0;) {
+    if (wanted[b] == 0) continue;
+    blocks_.push_back({::operator new(wanted[b], kLine), wanted[b], false});
+    total_ += wanted[b];
+  }
+}
+
 void* Workspace::take(size_t bytes) {
-  if (bytes == 0) return nullptr;
   for (Block& block : blocks_) {
-    if (!block.used && block.bytes >= bytes) {
-      block.used = true;
-      return block.memory;
-    }
+    if (block.used || block.bytes < bytes) continue;
+    block.used = true;
+    return block.memory;
   }
-  // No free block is large enough: one of them makes room, so that a list of growing matrices does not keep them all.
-  for (size_t b = 0; b < blocks_.size(); ++b) {
-    if (blocks_[b].used) continue;
-    ::operator delete(blocks_[b].memory, kLine);
-    total_ -= blocks_[b].bytes;
-    blocks_.erase(blocks_.begin() + static_cast<std::ptrdiff_t>(b));
-    break;
-  }
-  blocks_.push_back({nullptr, bytes, true});
-  blocks_.back().memory = ::operator new(bytes, kLine);
-  total_ += bytes;
-  return blocks_.back().memory;
+  return nullptr;
 }
 
 void Workspace::give(void* memory) {
@@ -207,6 +214,16 @@ void Workspace::give(void* memory) {
   }
 }
 
-size_t run(Op& op, int threads) { return op.items() == 0 ? 0 : Run(op, threads).go(); }
+size_t run(std::initializer_list<Op*> ops, int threads) {
+  std::vector<std::unique_ptr<Run>> runs;
+  size_t workspace = 0;
+  for (Op* const op : ops) {
+    if (op->items() == 0) continue;
+    runs.push_back(std::make_unique<Run>(*op, threads));
+    workspace += runs.back()->workspace();
+  }
+  for (const auto& run : runs) run->go();
+  return workspace;
+}
 
 }  // namespace hfac

@@ -6,17 +6,23 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <mutex>
 #include <vector>
 
 namespace hfac {
 
-// A thread's own memory for staged rows; it grows to what the largest request was and is freed with the call.
+// A thread's own memory for staged rows, reserved before any thread writes, for at most the largest request, and freed
+// with the call.
 class Scratch {
  public:
   enum Slot { kParam, kGrad, kSigns, kOld, kSlots };
-  void* at(Slot slot, size_t bytes);
+  void reserve(Slot slot, size_t bytes);
+  void* at(Slot slot, size_t bytes) {
+    reserve(slot, bytes);  // which has been done
+    return memory_[slot].get();
+  }
 
  private:
   struct Free {
@@ -26,11 +32,19 @@ class Scratch {
   size_t size_[kSlots] = {};
 };
 
-// Memory for partial sums of the items under way: taken by an item's first chunk, given back when it is finished, and
-// used again by the next.
+// Memory for partial sums of the items under way, which are at most as many as threads: a block for each of the largest,
+// reserved before any thread writes. Taken by an item's first chunk, given back when it is finished, and used again by
+// the next.
 class Workspace {
  public:
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
   ~Workspace();
+  // `wanted`: by item. Called once.
+  void reserve(std::vector<size_t> wanted, size_t blocks);
+  // The smallest block that is free and large enough, or null: an item that needs no more than this has it, and will
+  // give it back.
   void* take(size_t bytes);
   void give(void* block);
   size_t total() const { return total_; }
@@ -41,7 +55,7 @@ class Workspace {
     size_t bytes;
     bool used;
   };
-  std::vector<Block> blocks_;
+  std::vector<Block> blocks_;  // ascending
   size_t total_ = 0;
 };
 
@@ -53,11 +67,14 @@ class Op {
   virtual int phases() const = 0;
   virtual int64_t chunks(int64_t item, int phase) const = 0;
   virtual size_t workspace_bytes(int64_t item) const = 0;
+  // Makes room for all that `chunk` asks of a thread's scratch.
+  virtual void reserve(Scratch& scratch) const = 0;
   virtual void chunk(int64_t item, int phase, int64_t c, void* workspace, Scratch& scratch) = 0;
   virtual void finish(int64_t item, int phase, void* workspace) = 0;
 };
 
-// Runs every phase of every item. Returns the bytes of workspace that were held at most.
-size_t run(Op& op, int threads);
+// Runs every phase of every item of one op, then of the next. What needs memory is done before anything is written, so
+// that std::bad_alloc leaves all as it was. Returns the bytes of workspace that were held.
+size_t run(std::initializer_list<Op*> ops, int threads);
 
 }  // namespace hfac

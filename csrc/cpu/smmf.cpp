@@ -44,14 +44,31 @@ void scatter_rows(const TensorRef& to, const SmmfBlock& block, int64_t first, in
   for (int64_t k = 0; k < rows; ++k) scatter(to, first + k * block.stride, block.cols, values + k * block.cols);
 }
 
+// Do the signs of every row of a block begin and end with a byte?
+inline bool whole_bytes(const SmmfItem& it, const SmmfBlock& block) {
+  return block.cols % 8 == 0 && block.stride % 8 == 0 && block.first % 8 == 0 && it.signs.slice % 8 == 0;
+}
+
+// Room for what `step_rows` stages of a block, and for what is looked at before it.
+template <class T>
+void reserve_block(Scratch& scratch, const SmmfItem& it, const Route<T>& route, const SmmfBlock& block, bool watched) {
+  reserve_rows(scratch, route, block.rows, block.cols, watched);
+  if (route.stage_grad) {
+    const int64_t run = std::min(kRun, block.rows * block.cols);
+    scratch.reserve(Scratch::kGrad, static_cast<size_t>(run) * sizeof(T));
+  }
+  if (it.exp_avg_col && !whole_bytes(it, block)) {
+    const int64_t rows = std::min(block.rows, staged_rows(block.cols, route.scattered));
+    scratch.reserve(Scratch::kSigns, static_cast<size_t>(rows * (padded(block.cols) / 8)));
+  }
+}
+
 // The step on rows [row, row + rows) of a block. `a` brings the factors from there on, of which the rows' become their
 // sums, and the columns' sums; what the kernel reads of param, grad and signs is set here.
 template <class T>
 void step_rows(const SmmfScalars<T>& s, SmmfRows<T> a, const SmmfItem& it, const Route<T>& route,
                const SmmfBlock& block, int64_t row, int64_t rows, Scratch& scratch, Watched* watched = nullptr) {
-  const bool whole_bytes =
-      block.cols % 8 == 0 && block.stride % 8 == 0 && block.first % 8 == 0 && it.signs.slice % 8 == 0;
-  const bool stage_signs = a.col_m && !whole_bytes;
+  const bool stage_signs = a.col_m && !whole_bytes(it, block);
   const bool in_place = !route.stage_param && !route.stage_grad && !stage_signs;
   const int64_t step = in_place ? rows : std::min(rows, staged_rows(block.cols, route.scattered));
   const auto staged = [&](Scratch::Slot slot, const TensorRef& tensor, int64_t first) {
@@ -111,6 +128,12 @@ class SmmfOp : public Op {
     return static_cast<size_t>(chunks(i, 0) * 2 * padded(item(i).cols)) * sizeof(T);
   }
 
+  void reserve(Scratch& scratch) const override {
+    for (int64_t i = 0; i < items(); ++i) {
+      reserve_block(scratch, item(i), routes_[static_cast<size_t>(i)], block(item(i)), static_cast<bool>(watch_));
+    }
+  }
+
   void chunk(int64_t i, int phase, int64_t c, void* workspace, Scratch& scratch) override {
     const SmmfItem& it = item(i);
     const Route<T>& route = routes_[static_cast<size_t>(i)];
@@ -131,8 +154,8 @@ class SmmfOp : public Op {
     a.col_v = static_cast<const T*>(it.exp_avg_sq_col);
     a.sum_m = sums;
     a.sum_v = sums + padded(it.cols);
-    step_rows(scalars<T>(options_, it.beta1, it.beta2), a, it, route, {0, it.cols, 0, 1, 0, it.rows, it.cols}, first,
-              rows, scratch, watch_ ? &watch_.at(i, c) : nullptr);
+    step_rows(scalars<T>(options_, it.beta1, it.beta2), a, it, route, block(it), first, rows, scratch,
+              watch_ ? &watch_.at(i, c) : nullptr);
   }
 
   // (SMMF, Algorithm 4) n >= m, so the columns' factors carry the normalisation; the rows' are sums as they stand.
@@ -152,6 +175,7 @@ class SmmfOp : public Op {
 
  private:
   const SmmfItem& item(int64_t i) const { return items_[static_cast<size_t>(i)]; }
+  static SmmfBlock block(const SmmfItem& it) { return {0, it.cols, 0, 1, 0, it.rows, it.cols}; }
 
   std::vector<int64_t> updates() const {
     std::vector<int64_t> counts;
@@ -204,6 +228,12 @@ class SmmfSumsOp : public Op {
   int phases() const override { return 1; }
   int64_t chunks(int64_t i, int) const override { return static_cast<int64_t>(plan_of(i).chunks.size()); }
   size_t workspace_bytes(int64_t i) const override { return static_cast<size_t>(plan_of(i).numbers) * sizeof(T); }
+
+  void reserve(Scratch& scratch) const override {
+    for (size_t i = 0; i < items_.size(); ++i) {
+      for (const SmmfBlock& block : items_[i].blocks) reserve_block(scratch, items_[i], routes_[i], block, false);
+    }
+  }
 
   void chunk(int64_t i, int, int64_t c, void* workspace, Scratch& scratch) override {
     const SmmfSumsItem& it = items_[static_cast<size_t>(i)];
@@ -334,6 +364,8 @@ class SmmfDenseOp : public Op {
   int64_t chunks(int64_t i, int) const override { return ceil_div(item(i).count, kRun); }
   size_t workspace_bytes(int64_t) const override { return 0; }
 
+  void reserve(Scratch& scratch) const override { reserve_runs<T>(scratch, items_, static_cast<bool>(watch_)); }
+
   void chunk(int64_t i, int phase, int64_t c, void*, Scratch& scratch) override {
     const DenseItem& it = item(i);
     const Route<T> to = route<T>(it.param, it.grad, options_.watched);
@@ -377,24 +409,15 @@ class SmmfDenseOp : public Op {
 }  // namespace
 
 size_t smmf_step(const std::vector<SmmfItem>& items, const SmmfOptions& options) {
-  return by_arithmetic(items, [&](std::vector<SmmfItem> mine, auto zero) {
-    SmmfOp<decltype(zero)> op(std::move(mine), options);
-    return run(op, options.threads);
-  });
+  return run_both<SmmfOp>(items, options, options.threads);
 }
 
 size_t smmf_sums_step(const std::vector<SmmfSumsItem>& items, const SmmfOptions& options) {
-  return by_arithmetic(items, [&](std::vector<SmmfSumsItem> mine, auto zero) {
-    SmmfSumsOp<decltype(zero)> op(std::move(mine), options);
-    return run(op, options.threads);
-  });
+  return run_both<SmmfSumsOp>(items, options, options.threads);
 }
 
 size_t smmf_dense_step(const std::vector<DenseItem>& items, const SmmfOptions& options) {
-  return by_arithmetic(items, [&](std::vector<DenseItem> mine, auto zero) {
-    SmmfDenseOp<decltype(zero)> op(std::move(mine), options);
-    return run(op, options.threads);
-  });
+  return run_both<SmmfDenseOp>(items, options, options.threads);
 }
 
 }  // namespace hfac

@@ -1,10 +1,12 @@
 #include "threads.h"
 
+#include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <condition_variable>
 #include <exception>
-#include <memory>
 #include <mutex>
+#include <new>
 #include <thread>
 
 #if defined(_WIN32)
@@ -31,11 +33,10 @@ class Pool {
 
   void run(int threads, const std::function<void(int)>& body) {
     std::unique_lock<std::mutex> lock(mutex_);
-    while (workers_ < threads - 1) {
-      std::thread(&Pool::work, this, ++workers_, generation_).detach();
-    }
+    while (workers_ < threads - 1 && start_worker()) ++workers_;
     body_ = &body;
-    wanted_ = running_ = threads - 1;
+    wanted_ = running_ = std::min(threads - 1, workers_);
+    std::fegetenv(&environment_);
     error_ = nullptr;
     ++generation_;
     lock.unlock();
@@ -48,6 +49,16 @@ class Pool {
   }
 
  private:
+  // False where the system has no thread left, as in a container with a limit: those that are there do the work.
+  bool start_worker() {
+    try {
+      std::thread(&Pool::work, this, workers_ + 1, generation_).detach();
+      return true;
+    } catch (const std::exception&) {
+      return false;
+    }
+  }
+
   void work(int index, unsigned long seen) {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
@@ -55,7 +66,9 @@ class Pool {
       seen = generation_;
       if (index > wanted_) continue;
       const std::function<void(int)>& body = *body_;
+      const std::fenv_t environment = environment_;
       lock.unlock();
+      std::fesetenv(&environment);
       guarded(body, index);
       lock.lock();
       if (--running_ == 0) done_.notify_one();
@@ -75,30 +88,38 @@ class Pool {
   std::condition_variable start_, done_;
   const std::function<void(int)>* body_ = nullptr;
   std::exception_ptr error_;
+  std::fenv_t environment_;  // the caller's: how to round, and whether what is denormal is zero
   unsigned long generation_ = 0;
   int workers_ = 0, wanted_ = 0, running_ = 0;
 };
 
 // A fork copies the pool but none of its threads, and perhaps a locked mutex: the child makes a new one and leaves the
-// old one alone. A pool is never destroyed, for its threads wait in it until the process ends.
-Pool& pool() {
+// old one alone. A pool is never destroyed, for its threads wait in it until the process ends. Null where there is no
+// memory for one.
+Pool* pool() {
   static std::atomic<Pool*> current{nullptr};
   Pool* found = current.load(std::memory_order_acquire);
   while (!found || found->owner != process_id()) {
-    auto fresh = std::make_unique<Pool>();
-    if (current.compare_exchange_strong(found, fresh.get(), std::memory_order_acq_rel)) found = fresh.release();
+    Pool* const fresh = new (std::nothrow) Pool;
+    if (!fresh) return nullptr;
+    if (current.compare_exchange_strong(found, fresh, std::memory_order_acq_rel)) {
+      found = fresh;
+    } else {
+      delete fresh;
+    }
   }
-  return *found;
+  return found;
 }
 
 }  // namespace
 
 void parallel(int threads, const std::function<void(int)>& body) {
   if (threads <= 1) return body(0);
-  Pool& shared = pool();
-  std::unique_lock<std::mutex> mine(shared.busy, std::try_to_lock);
+  Pool* const shared = pool();
+  if (!shared) return body(0);
+  std::unique_lock<std::mutex> mine(shared->busy, std::try_to_lock);
   if (!mine.owns_lock()) return body(0);
-  shared.run(threads, body);
+  shared->run(threads, body);
 }
 
 }  // namespace hfac

@@ -6,8 +6,9 @@
 namespace hfac {
 
 // Calls body(0) ... body(threads - 1), each once and on a thread of its own, body(0) on the caller's. Returns when all
-// have returned. A call made while another one holds the pool runs body(0) only: bodies share their work through a
-// counter and must get all of it done however many of them run. An exception of a body is rethrown here.
+// have returned. Where the system refuses threads, fewer bodies run, and while another call holds the pool, body(0)
+// only: bodies share their work through a counter and must get all of it done however many of them run. All of them
+// compute in the caller's floating-point environment. An exception of a body is rethrown here; nothing else throws.
 void parallel(int threads, const std::function<void(int)>& body);
 
 }  // namespace hfac

@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version  # tells autograd of writes that it cannot see
 
+# Tells autograd of writes that it cannot see. Called before them, for it refuses some tensors.
+from torch.autograd.graph import increment_version
+
+from .. import memory
 from ..matricize import Block
 from ..rounding import Place
 from ..schedules import Scalar
@@ -78,7 +81,6 @@ class Bound:
         if op.startswith("smmf"):
             self._operands = dict.fromkeys(_FIRST_MOMENT[op]) | self._operands
         self._shapes = _needs_shapes(self._operands)
-        self._kept: Tensor | None = None
 
     def __call__(
         self,
@@ -86,20 +88,19 @@ class Bound:
         nonfinite: Tensor | None = None,
         *,
         clip: Tensor | None = None,
+        squares: Tensor | None = None,
         watched: Tensor | None = None,
         **scalars: Any,
     ) -> None:
         """A step, as the function of `hfac.reference`. ``clip``, a tensor of 1, says that `squares` was called with
-        the same gradients and scalars: its statistics are used."""
-        kept, self._kept = self._kept, None
+        the same gradients and scalars, and returned ``squares``: its statistics are used."""
         more: dict[str, Any] = {}
-        if clip is not None:
-            assert kept is not None
-            more.update(stage="rest", kept=kept.data_ptr())
+        if clip is not None and squares is not None:
+            more.update(stage="rest", kept=squares.data_ptr() + _kept_from(len(grads)))
         if watched is not None:
             more.update(watched=watched.data_ptr())
-        self._run(grads, nonfinite, more, **scalars)
         increment_version(self._params)
+        self._run(grads, nonfinite, more, **scalars)
 
     def squares(
         self,
@@ -110,11 +111,14 @@ class Bound:
         **scalars: Any,
     ) -> Tensor:
         """The sums of squares of the gradients, float64 [len(params)], of H-Fac's matrices: from the statistics of the
-        step, which are kept for it: 2 numbers a row and 3 a column. ``watched`` is the step's to write."""
+        step, which lie behind them in their memory: 2 numbers a row and 3 a column. ``watched`` is the step's to
+        write."""
         sizes = {name: self._operands[name] for name in ("rows", "cols", "param_dtypes")}
-        self._kept = torch.empty(max(_C.hfac_kept(**sizes), 1), dtype=torch.uint8, device="cpu")  # 1 has a place
-        found = torch.zeros(len(grads), dtype=torch.float64, device="cpu")
-        places = {"kept": self._kept.data_ptr(), "squares": found.data_ptr()}
+        count, kept = len(grads), _kept_from(len(grads))
+        room = torch.empty(kept + _C.hfac_kept(**sizes), dtype=torch.uint8, device="cpu")
+        found = room[: 8 * count].view(torch.float64).zero_()
+        address = room.data_ptr()
+        places = {"kept": address + kept, "squares": address}
         self._run(grads, nonfinite, {"stage": "statistics", **places}, **scalars)
         return found
 
@@ -131,12 +135,16 @@ class Bound:
         **scalars: Any,
     ) -> None:
         grads, strides = _resolved(grads)
+        given = _grads(grads, strides, self._shapes)
+        if 0 in given["grads"]:  # empty, or zeros without memory
+            grads = memory.without_zerotensors(grads)
+            given = _grads(grads, strides, self._shapes)
         if self._places is not None:
             scalars["step"] = _scalar(scalars["step"])
         with _Flags(nonfinite) as flags:
             getattr(_C, self._op.removesuffix("_"))(
                 **self._operands,
-                **_grads(grads, strides, self._shapes),
+                **given,
                 **scalars,
                 **more,
                 beta1=None if beta1 is None else _scalar(beta1),
@@ -146,6 +154,11 @@ class Bound:
                 nonfinite=flags,
                 threads=torch.get_num_threads(),
             )
+
+
+def _kept_from(count: int) -> int:
+    """Where statistics begin behind ``count`` sums of squares: on a line of the cache."""
+    return -(-8 * max(count, 1) // 64) * 64
 
 
 def hfac_sums(
@@ -206,6 +219,7 @@ def hfac_apply_(
     step: Scalar = 0.0,
 ) -> None:
     operands, (grads, strides) = _params(params, master_lows, places), _resolved(grads)
+    increment_version(params)
     _C.hfac_apply(
         **operands,
         **_grads(grads, strides, _needs_shapes(operands)),
@@ -231,7 +245,6 @@ def hfac_apply_(
         maximize=maximize,
         threads=torch.get_num_threads(),
     )
-    increment_version(params)
 
 
 def smmf_sums_step_(
@@ -265,6 +278,7 @@ def smmf_sums_step_(
     states = {"exp_avg_sq_rows": exp_avg_sq_rows, "exp_avg_sq_cols": exp_avg_sq_cols}
     if exp_avg_signs is not None:
         states["exp_avg_signs"] = exp_avg_signs
+    increment_version(params)
     _C.smmf_sums_step(
         **operands,
         **_grads(grads, strides, _needs_shapes(operands)),
@@ -286,7 +300,6 @@ def smmf_sums_step_(
         maximize=maximize,
         threads=torch.get_num_threads(),
     )
-    increment_version(params)
 
 
 #: What the extension is told of a first moment, None where there is none.
@@ -310,6 +323,19 @@ def _factors(numels: list[int], states: dict[str, list[Tensor]]) -> dict[str, An
     return found
 
 
+def squares(grads: Tensors) -> Tensor:
+    """The sum of squares of every tensor, [len(grads)] in float64: its bits do not depend on the number of threads."""
+    found = torch.zeros(len(grads), dtype=torch.float64, device="cpu")
+    grads, strides = _resolved(grads)
+    _C.squares(
+        **_grads(grads, strides),
+        numels=_numels(grads),
+        sums=found.data_ptr() if len(grads) else 0,
+        threads=torch.get_num_threads(),
+    )
+    return found
+
+
 def read_steps(steps: Iterable[Tensor]) -> list[float]:
     """The values of 0-d float32 tensors."""
     return _C.read_floats(_addresses(steps))
@@ -317,8 +343,8 @@ def read_steps(steps: Iterable[Tensor]) -> list[float]:
 
 def advance_steps_(steps: Sequence[Tensor]) -> None:
     """Adds one to 0-d float32 tensors."""
-    _C.advance_floats(_addresses(steps))
     increment_version(steps)
+    _C.advance_floats(_addresses(steps))
 
 
 def _params(params: Tensors, lows: Tensors | None = None, places: Sequence[Place] | None = None) -> dict[str, Any]:

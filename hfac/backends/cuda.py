@@ -9,6 +9,7 @@ the tests have one for kernels that run on the host.
 """
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -148,15 +149,22 @@ class Bound(Planned):
             arguments.update(shapes=shapes, param_strides=_strides(params), **stored)
         super().__init__(platform, device, platform.native.CudaStep(**arguments), shapes)
         self._arguments = arguments
+        self._lock = threading.Lock()  # several threads may step one list, whose tables and workspace there are once
 
     # H-Fac on matrices: a plan whose statistics are taken before the norm of all gradients is known, made when it is
     # first asked for. Where all steps clip, the plain plan takes no memory.
     _clipping: Planned | None = None
     _squares: Tensor | None = None
-    _taken = False  # statistics that no step has used yet
+    _taken: Tensor | None = None  # what `squares` returned with statistics that no step has used yet
 
     def __call__(
-        self, grads: Tensors, nonfinite: Tensor | None = None, *, clip: Tensor | None = None, **scalars: Any
+        self,
+        grads: Tensors,
+        nonfinite: Tensor | None = None,
+        *,
+        clip: Tensor | None = None,
+        squares: Tensor | None = None,
+        **scalars: Any,
     ) -> None:
         """One step. ``grad_scale``, ``found_inf``: 0-d float32 tensors on the device, as torch's fused optimizers take
         them: gradients are divided by the one, and nothing is written where the other is not zero. ``seed`` and
@@ -166,6 +174,8 @@ class Bound(Planned):
         and scalars, but that ``grad_scale`` has since been divided by it. Where it is exactly 1 the step goes on from
         the statistics that were taken, else it takes them again: either way the bits are those of a step without it.
         ``nonfinite`` is then the tensor that `squares` has set; of statistics taken again its flags are new.
+        ``squares``, what that call returned, shows whether another thread has taken others since, or made a step: this
+        one is then made from the beginning.
 
         ``watched``, a contiguous float64 tensor [parameters, 5] on the device: the step adds to it, for each parameter,
 
@@ -178,14 +188,15 @@ class Bound(Planned):
         """
         if not self.params:
             return
-        if clip is None:
-            self.launch(grads, nonfinite, **scalars)
-        elif self._clipping is None or not self._taken:
-            raise RuntimeError("clip is given, but squares was not called since the last step")
-        else:
-            self._clipping.launch(grads, nonfinite, clip=clip, **scalars)
-        self._taken = False
         increment_version(self.params)
+        with self._lock:
+            if clip is None or (squares is not None and squares is not self._taken):
+                self.launch(grads, nonfinite, **scalars)
+            elif self._clipping is None or self._taken is None:
+                raise RuntimeError("clip is given, but squares was not called since the last step")
+            else:
+                self._clipping.launch(grads, nonfinite, clip=clip, **scalars)
+            self._taken = None
 
     def squares(self, grads: Tensors, nonfinite: Tensor | None = None, **scalars: Any) -> Tensor | None:
         """H-Fac on matrices takes the statistics of the step that it would make of the same arguments; None for other
@@ -195,20 +206,21 @@ class Bound(Planned):
         set as the step sets it."""
         if self.op != "hfac_step":
             return None
-        if self._clipping is None:
-            step = self.platform.native.CudaStep(**self._arguments, norm=True)
-            self._clipping = Planned(self.platform, self.device, step, self.shapes)
-            self._clipping.captured = self.captured
-        if self._squares is None:
-            if self.params and self.platform.capturing():
-                self._clipping.check_room()
-            self._squares = torch.zeros(len(self.params), dtype=torch.float64, device=self.device)
-        squares = self._squares
-        if not self.params:
-            return squares
-        self._clipping.launch(grads, nonfinite, squares=squares, **scalars)
-        self._taken = True
-        return squares
+        with self._lock:
+            if self._clipping is None:
+                step = self.platform.native.CudaStep(**self._arguments, norm=True)
+                self._clipping = Planned(self.platform, self.device, step, self.shapes)
+                self._clipping.captured = self.captured
+            if self._squares is None:
+                if self.params and self.platform.capturing():
+                    self._clipping.check_room()
+                self._squares = torch.zeros(len(self.params), dtype=torch.float64, device=self.device)
+            squares = self._squares
+            if not self.params:
+                return squares
+            self._clipping.launch(grads, nonfinite, squares=squares, **scalars)
+            self._taken = squares.view(-1)  # another object for every call
+            return self._taken
 
     def check_capture(
         self,

@@ -15,7 +15,8 @@ Errors of every op:
     RuntimeError: a sparse or complex tensor; tensors on different devices; a backend that cannot serve them.
 """
 
-from .checks import LOWS, PARAM_DTYPES, check_tensor, state_dtype
+from ..memory import address, is_fake, sharing
+from .checks import LOWS, PARAM_DTYPES, check_tensor, check_writable, state_dtype
 from .parts import PART_OPS, hfac_apply_, hfac_dense_apply_, hfac_dense_squares, hfac_sums, nonfinite, smmf_sums_step_
 from .steps import (
     FIRST_MOMENT,
@@ -23,6 +24,7 @@ from .steps import (
     WATCHED,
     Bound,
     advance_steps_,
+    counted_natively,
     hfac_dense_step_,
     hfac_step_,
     read_steps,
@@ -41,16 +43,21 @@ __all__ = [
     "STATES",
     "Update",
     "WATCHED",
+    "address",
     "advance_steps_",
     "check_tensor",
+    "check_writable",
+    "counted_natively",
     "hfac_apply_",
     "hfac_dense_apply_",
     "hfac_dense_squares",
     "hfac_dense_step_",
     "hfac_step_",
     "hfac_sums",
+    "is_fake",
     "nonfinite",
     "read_steps",
+    "sharing",
     "smmf_dense_step_",
     "smmf_step_",
     "smmf_sums_step_",

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from operator import mul
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .. import backends, rounding
+from .. import backends, memory, rounding
 from ..matricize import sign_shape
 from ..rounding import Place
 
@@ -53,6 +54,24 @@ def check_params(params: Tensors) -> None:
             raise ValueError(f"params[{i}] must be one of {names(PARAM_DTYPES)}, got {param.dtype}")
         if param.device != params[0].device:
             raise RuntimeError(f"params[{i}] is on {param.device}, but params[0] is on {params[0].device}")
+        check_writable(f"params[{i}]", param)
+
+
+def check_writable(name: str, param: Tensor) -> None:
+    """Raises RuntimeError for a parameter that torch's own operations would not write, before any of them finds out."""
+    if param.is_inference():
+        raise RuntimeError(
+            f"{name} is an inference tensor, which nothing but inference mode may write. Make it outside of "
+            "torch.inference_mode(), or train a clone of it that is made outside."
+        )
+    if param._is_zerotensor():
+        raise RuntimeError(f"{name} is a ZeroTensor, which has no elements to be written. Train a clone of it.")
+    if type(param) in memory.PLAIN and memory.overlaps_itself(param):
+        raise RuntimeError(
+            f"{name} of shape {tuple(param.shape)} and strides {param.stride()} has elements that share memory, as "
+            "an expanded tensor has, so they cannot be updated one by one. Train the tensor that was expanded, or "
+            "a clone."
+        )
 
 
 def check_states(op: str, params: Tensors, states: Mapping[str, Tensors]) -> None:
@@ -161,6 +180,20 @@ def check_places(params: Tensors, places: Sequence[Place], lows: Tensors | None)
             raise ValueError(f"places[{i}] must have an unsigned 32-bit position and a first >= 0, got {place}")
         if place.strides is not None and (len(place.strides) != param.ndim or min(place.strides, default=0) < 0):
             raise ValueError(f"places[{i}] must have a stride >= 0 for each of {param.ndim} dimensions, got {place}")
+
+
+def choose(backend: str, device: torch.device, reason: str | None, op: str | None = None) -> ModuleType:
+    """The backend's module, `backends.resolve`; with a ``reason`` why memory cannot be read and written, the reference,
+    which leaves that to torch's operations."""
+    if reason is None or backend == "reference":
+        return backends.found(backend, device, op)
+    if backend == "auto":
+        return backends.found("reference", device, op)
+    backends.found(backend, device, op)
+    raise RuntimeError(
+        f"backend={backend!r} was asked for, whose kernels read and write memory, but {reason}. Use backend='auto' or "
+        "'reference', which step such tensors through torch's operations."
+    )
 
 
 def check_stores(backend: str, device: torch.device) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, memory
 from ..matricize import Block
 from ..rounding import Place
 from ..schedules import Scalar
@@ -20,7 +20,9 @@ from .checks import (
     check_signs,
     check_stores,
     check_tensor,
+    check_writable,
     checked_list,
+    choose,
     names,
     state_dtype,
 )
@@ -67,7 +69,8 @@ def hfac_sums(
                     f"{name}[{i}] of {tensors[i].numel()} and old_rows[{i}] of {old_rows[i].numel()} elements do not "
                     f"make the {grad.numel()} of grads[{i}]"
                 )
-    _part_op("hfac_sums", grads, backend)(grads, **rows, **columns, cols=cols, beta2=beta2, eps=eps)
+    op, grads = _part_op("hfac_sums", grads, {}, backend)
+    op(grads, **rows, **columns, cols=cols, beta2=beta2, eps=eps)
 
 
 def hfac_apply_(
@@ -102,6 +105,7 @@ def hfac_apply_(
     by_row = dict(exp_avg_rows=exp_avg_rows, exp_avg_sq_rows=exp_avg_sq_rows, row_sums=row_sums, new_rows=new_rows)
     by_col = dict(exp_avg_cols=exp_avg_cols, exp_avg_sq_cols=exp_avg_sq_cols, col_sums=col_sums, new_cols=new_cols)
     lists = {"rows": rows, "cols": cols, "grads": grads, "totals": totals, "mean_squares": mean_squares}
+    _check_writable(params)
     _check_parts(params, lists, {**by_row, **by_col}, [state_dtype(param.dtype) for param in params])
     _check_part_grads(params, grads)
     for i, param in enumerate(params):
@@ -111,7 +115,8 @@ def hfac_apply_(
                 f"rows and columns of the lists' entries {i} do not agree with each other and with the "
                 f"{param.numel()} elements of params[{i}]"
             )
-    _part_op("hfac_apply_", params, backend)(
+    op, grads = _part_op("hfac_apply_", grads, {"params": params}, backend)
+    op(
         params,
         grads,
         **by_row,
@@ -177,6 +182,7 @@ def smmf_sums_step_(
     given = {name: tensors for name, tensors in first.items() if tensors is not None}
     states = {**second, **given}
     signs = states.pop("exp_avg_signs", None)
+    _check_writable(params)
     _check_parts(params, {"grads": grads, "blocks": blocks}, states, [state_dtype(param.dtype) for param in params])
     _check_part_grads(params, grads)
     if signs is not None:
@@ -194,7 +200,8 @@ def smmf_sums_step_(
                 f"blocks[{i}] must place the {param.numel()} elements of params[{i}] in a matrix of {n} rows and {m} "
                 "columns"
             )
-    _part_op("smmf_sums_step_", params, backend)(
+    op, grads = _part_op("smmf_sums_step_", grads, {"params": params}, backend)
+    op(
         params,
         grads,
         **second,
@@ -235,8 +242,15 @@ def nonfinite(grads: Tensors, elements: Sequence[int]) -> Tensor:
     return flags
 
 
-def _part_op(op: str, tensors: Tensors, backend: str) -> Callable[..., None]:
-    return getattr(backends.found(backend, tensors[0].device if tensors else _HOST, op), op)
+def _part_op(op: str, grads: Tensors, written: dict[str, Tensors], backend: str) -> tuple[Callable[..., None], Tensors]:
+    """The backend's op, and gradients that it may read."""
+    lists = {"grads": grads, **written}
+    reason = None
+    zeros = any(map(Tensor._is_zerotensor, grads))
+    if zeros or memory.bypassed() or not all(map(memory.plain, lists.values())):
+        grads = lists["grads"] = memory.materialized(grads)
+        reason = memory.reason(lists)
+    return getattr(choose(backend, grads[0].device if grads else _HOST, reason, op), op), grads
 
 
 def _stored(
@@ -276,6 +290,11 @@ def _check_parts(
                 raise ValueError(f"{name}[{i}] must be contiguous and on {tensor.device}")
             if entries[i].dtype != dtypes[i]:
                 raise ValueError(f"{name}[{i}] must be {dtypes[i]}, got {entries[i].dtype}")
+
+
+def _check_writable(params: Tensors) -> None:
+    for i, param in enumerate(params):
+        check_writable(f"params[{i}]", param)
 
 
 def _check_part_grads(params: Tensors, grads: Tensors) -> None:

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, memory
 from ..rounding import Place
 from ..schedules import Scalar
 from .checks import (
@@ -22,6 +23,7 @@ from .checks import (
     check_stores,
     check_tensor,
     checked_list,
+    choose,
     names,
 )
 from .update import Update
@@ -38,6 +40,7 @@ WATCHED = 5
 #: Those that SMMF does without where beta1 is None.
 FIRST_MOMENT = frozenset(("exp_avg_rows", "exp_avg_cols", "exp_avg_signs", "exp_avgs"))
 _LAYOUT, _DTYPE, _DEVICE, _SHAPE = (attrgetter(name) for name in ("layout", "dtype", "device", "shape"))
+_IS_CPU = attrgetter("is_cpu")
 
 
 def hfac_step_(
@@ -193,7 +196,7 @@ class Bound:
         backend: str = "auto",
         captured: list[Any] | None = None,
     ) -> None:
-        self.op = op
+        self.op, self._backend = op, backend
         self._first = not op.startswith("smmf") or not FIRST_MOMENT.isdisjoint(states)
         needed = STATES[op] if self._first else [name for name in STATES[op] if name not in FIRST_MOMENT]
         self._params = list(params)
@@ -206,6 +209,7 @@ class Bound:
         if not params:
             return
         self.device = params[0].device
+        self._on_cpu = self.device.type == "cpu"
         check_params(self._params)
         check_states(op, self._params, self._states)
         self._stochastic = places is not None
@@ -215,21 +219,34 @@ class Bound:
             stored["places"] = list(places)
         if LOWS in states or stored:
             check_stores(backend, self.device)
-        module = backends.resolve(backend, self.device)
+        self._stored = stored
+        reason = memory.reason({"params": self._params, **self._states})
+        module = choose(backend, self.device, reason)
         self.unscales = getattr(module, "UNSCALES", False)
         if hasattr(module, "bind"):
             self.step = module.bind(op, self._params, self._states, **stored)
         else:
-            missing = dict.fromkeys(set(STATES[op]) - set(needed))
-            self.step = partial(getattr(module, op), self._params, **self._states, **missing, **stored)
+            self.step = self._op_of(module)
         if captured is not None and hasattr(self.step, "captured"):
             self.step.captured = captured
-        self._layout = whereabouts(self._params, self._states.values())
+        self._reads_memory = hasattr(module, "bind")
+        self._address = Tensor.data_ptr if reason is None else memory.address
+        self._layout = whereabouts(self._params, self._states.values(), self._address)
         self._shapes = self._layout[2]
+
+    def _op_of(self, module: ModuleType) -> Callable[..., None]:
+        """The op of a backend that has plain functions."""
+        missing = dict.fromkeys(set(STATES[self.op]) - self._states.keys())
+        return partial(getattr(module, self.op), self._params, **self._states, **missing, **self._stored)
 
     def holds(self) -> bool:
         """Parameters and states have the places, shapes and types that they had."""
-        return self.step is None or whereabouts(self._params, self._states.values()) == self._layout
+        if self.step is None:
+            return True
+        try:
+            return whereabouts(self._params, self._states.values(), self._address) == self._layout
+        except RuntimeError:  # something has no memory any more
+            return False
 
     def workspace_bytes(self) -> int:
         """Bytes on the device that the backend keeps from step to step."""
@@ -268,12 +285,24 @@ class Bound:
         if (scalars["beta1"] is not None) != self._first:
             raise ValueError("states of the first moment are required by SMMF exactly where beta1 is not None")
         scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
-        if self.step is not None:
+        grads, make, unscales, lazy = list(grads), self.step, self.unscales, False
+        if make is not None:
             self._check_grads(grads)
             self._check_given(len(grads), nonfinite, watched, scaling)
             if self._stochastic:
                 scalars.update(seed=seed, step=step)
-        return Update(self, list(grads), nonfinite, watched, scaling, scalars)
+            # The C++ kernels' backend sees by a null address which gradients are zeros without memory.
+            zeros = unscales and any(map(Tensor._is_zerotensor, grads))
+            if self._reads_memory and (zeros or memory.bypassed() or not memory.plain(grads)):
+                grads = memory.without_zerotensors(grads)
+                reason = memory.reason({"grads": grads}, negated=True)
+                if reason is not None:
+                    make, unscales = self._op_of(choose(self._backend, self.device, reason)), False
+                elif unscales:
+                    grads = memory.materialized(grads)
+                else:
+                    lazy = True  # they may have to be multiplied in place first
+        return Update(self, make, unscales, grads, lazy, nonfinite, watched, scaling, scalars)
 
     def _check_given(
         self, count: int, nonfinite: Tensor | None, watched: Tensor | None, scaling: Mapping[str, Tensor | None]
@@ -307,9 +336,9 @@ class Bound:
     def _check_grads(self, grads: Tensors) -> None:
         if (
             list(map(_SHAPE, grads)) == self._shapes
-            and {torch.strided}.issuperset(map(_LAYOUT, grads))
+            and list(map(_LAYOUT, grads)).count(torch.strided) == len(grads)
             and FLOATING.issuperset(map(_DTYPE, grads))
-            and {self.device}.issuperset(map(_DEVICE, grads))
+            and (all(map(_IS_CPU, grads)) if self._on_cpu else {self.device}.issuperset(map(_DEVICE, grads)))
         ):
             return
         for i, (param, grad) in enumerate(zip(self._params, grads, strict=True)):
@@ -326,23 +355,35 @@ class Bound:
                 )
 
 
-def whereabouts(params: Tensors, states: Iterable[Tensors]) -> list[list[Any]]:
+def whereabouts(
+    params: Tensors, states: Iterable[Tensors], address: Callable[[Tensor], int] = Tensor.data_ptr
+) -> list[list[Any]]:
     """Of parameters all that ``p.data = ...`` can change; states are contiguous, and only move."""
-    found = [list(map(get, params)) for get in (Tensor.data_ptr, _DTYPE, _SHAPE, Tensor.stride)]
-    return found + [list(map(Tensor.data_ptr, tensors)) for tensors in states]
+    found = [list(map(get, params)) for get in (address, _DTYPE, _SHAPE, Tensor.stride)]
+    return found + [list(map(address, tensors)) for tensors in states]
 
 
-def read_steps(steps: Tensors) -> list[float]:
-    """The values of 0-d tensors on the host."""
-    native = backends.host_counters()
-    return [step.item() for step in steps] if native is None else native.read_steps(steps)
+def read_steps(steps: Tensors, native: bool = True) -> list[float]:
+    """The values of 0-d tensors on the host; ``native``: `counted_natively`."""
+    counters = backends.host_counters() if native else None
+    return [step.item() for step in steps] if counters is None else counters.read_steps(steps)
 
 
-def advance_steps_(steps: Tensors) -> None:
-    """Adds one to 0-d tensors, which all lie on the host or all on one device."""
-    native = backends.host_counters() if steps[0].is_cpu else None
-    if native is not None:
-        native.advance_steps_(steps)
+def counted_natively(steps: Tensors) -> bool:
+    """Whether these are float32 on the host that lie in memory, so that the extension may read and advance them."""
+    return all(step.is_cpu and memory.why_not(step) is None for step in steps)
+
+
+def advance_steps_(steps: Tensors, native: bool = True) -> None:
+    """Adds one to 0-d tensors, which all lie on the host or all on one device; ``native`` as for `read_steps`."""
+    counters = backends.host_counters() if native and steps[0].is_cpu else None
+    if counters is not None:
+        counters.advance_steps_(steps)
     else:
         # A tensor of one, made once: a number would be wrapped anew for every step that lives on the host.
-        torch._foreach_add_(list(steps), torch.ones((), dtype=torch.float32, device=steps[0].device), alpha=1)
+        one = torch.ones((), dtype=torch.float32, device=steps[0].device)
+        if steps[0].is_cpu:
+            for step in steps:
+                step.add_(one)
+        else:
+            torch._foreach_add_(list(steps), one, alpha=1)

@@ -76,11 +76,12 @@ class FactoredOptimizer(ObservedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._seen is None or not self._seen.holds(self):
-            self._look_again()
+        seen = self._seen  # a name of its own: other threads may step, too, and look again
+        if seen is None or not seen.holds(self):
+            seen = self._look_again()
         limit = self.max_grad_norm
-        grads = [self._seen.gradients(index) for index in range(len(self.param_groups))]
-        work = [self._prepare(index, group, grads[index]) for index, group in enumerate(self.param_groups)]
+        grads = [seen.gradients(index) for index in range(len(self.param_groups))]
+        work = [self._prepare(index, group, grads[index], seen) for index, group in enumerate(self.param_groups)]
         shared = {}
         if self._sharded is not None:
             shared = {i: self._shared(group) for i, group in enumerate(self.param_groups)}
@@ -98,7 +99,7 @@ class FactoredOptimizer(ObservedOptimizer):
         for index, update in enumerate(work):
             if update is not None:
                 update(clip)
-                self._note(update, self.param_groups[index], self._seen.whole[index], grads[index])
+                self._note(update, self.param_groups[index], seen.whole[index], grads[index])
                 if update.unscales:
                     self._read_times = clip
         if finish is not None:
@@ -203,10 +204,11 @@ class FactoredOptimizer(ObservedOptimizer):
             "param_groups' parameters itself, not a copy or a view, or add it with add_param_group."
         )
 
-    def _prepare(self, group_index: int, group: dict[str, Any], grads: list[Any]) -> "functional.Update | None":
+    def _prepare(
+        self, group_index: int, group: dict[str, Any], grads: list[Any], seen: Seen
+    ) -> "functional.Update | None":
         """Checks a step of one group, on the parameters that have a gradient, and returns it, yet to be made."""
-        assert self._seen is not None
-        params = self._seen.whole[group_index]
+        params = seen.whole[group_index]
         present = list(map(is_not, grads, repeat(None)))
         if not all(present):
             params = [param for param, here in zip(params, present, strict=True) if here]
@@ -225,10 +227,13 @@ class FactoredOptimizer(ObservedOptimizer):
             if bound is not None:
                 self._sync_state()  # what moved may have left its state behind
             states = [{key: layout.local(value) for key, value in self.state[param].items()} for param in params]
-            places = [self._place(param, group, self._seen.positions[param]) for param in params]
-            functional_group = self._bind(group, list(map(layout.local, params)), grads, states, places)
-            self._bound[group_index] = present, functional_group
-            return functional_group.prepare(grads, **options)
+            places = [self._place(param, group, seen.positions[param]) for param in params]
+            update = None
+            while update is None:  # unless another thread has counted a step in between
+                functional_group = self._bind(group, list(map(layout.local, params)), grads, states, places)
+                self._bound[group_index] = present, functional_group
+                update = functional_group.prepare(grads, **options)
+            return update
         except RuntimeError:
             for index, param in enumerate(group["params"]):
                 if param.grad is not None:  # the same complaint, with the place that the user knows
@@ -277,10 +282,9 @@ class FactoredOptimizer(ObservedOptimizer):
         options.update({name: schedules.as_scalar(name, options[name]) for name in ("lr", "weight_decay")})
         return distributed.Options(options, group["nonfinite"] == "skip", group["backend"])
 
-    def _bind_sharded(self) -> distributed.Sharded | None:
+    def _bind_sharded(self, seen: Seen) -> distributed.Sharded | None:
         """Sharded parameters of all groups; nobody else's gradients decide which, so that all ranks agree on them."""
-        assert self._seen is not None
-        positions = self._seen.positions
+        positions = seen.positions
         entries = [
             distributed.Entry(
                 f"parameter {i} of group {index}",
@@ -343,14 +347,15 @@ class FactoredOptimizer(ObservedOptimizer):
         skip = {i: group["nonfinite"] == "skip" for i, group in enumerate(self.param_groups)}
         return self._sharded.collectives(skip, self.max_grad_norm is not None)
 
-    def _look_again(self) -> None:
+    def _look_again(self) -> Seen:
         self._forget()
         for index, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):  # trainers swap parameters for sharded ones
                 self._check_layout(f"{type(self).__name__}: parameter {i} of group {index}", param, group)
         self._sync_state()
-        self._seen = Seen(self)
-        self._sharded = self._bind_sharded()
+        self._seen = seen = Seen(self)
+        self._sharded = self._bind_sharded(seen)
+        return seen
 
 
 def _keep_uncompiled(cls: type[Optimizer]) -> None:
