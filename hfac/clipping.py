@@ -12,7 +12,7 @@ _PIECE = 2**18
 
 def norms(grads: Sequence[Tensor]) -> list[Tensor]:
     """The 2-norm of every tensor: 0-d, on its device, float32 (float64 for float64)."""
-    found: list[Tensor] = [torch.empty(0)] * len(grads)
+    found: list[Tensor] = [torch.empty(0, device="cpu")] * len(grads)
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, grad in enumerate(grads):
         kinds.setdefault((grad.device, grad.dtype), []).append(i)
@@ -59,8 +59,8 @@ def scaled(grads: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
     device synchronisation."""
     if factor.is_cpu and factor.item() == 1.0:
         return list(grads)
-    # Expanded tensors, whose elements share memory, cannot be written; they are no larger for being read.
-    out = [grad * factor if _expanded(grad) else grad for grad in grads]
+    # Expanded tensors, whose elements share memory, cannot be written, nor can what was made in inference mode.
+    out = [grad * factor if _expanded(grad) or grad.is_inference() else grad for grad in grads]
     whole = [grad for grad, mine in zip(out, grads, strict=True) if grad is mine]
     if whole:
         torch._foreach_mul_(whole, factor.to(whole[0].device))

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping
 from itertools import repeat
 from operator import is_not
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .. import clipping, distributed, functional, ops, rounding, schedules
@@ -14,7 +15,7 @@ from ..distributed import layout
 from ..rounding import Place
 from .bound import Alone, Seen
 from .observed import ObservedOptimizer
-from .state import LOW, State, needs_others
+from .state import LOW, State, is_trained, needs_others
 
 
 class FactoredOptimizer(ObservedOptimizer):
@@ -27,8 +28,6 @@ class FactoredOptimizer(ObservedOptimizer):
     host, because what ranks add up says there who made one.
     """
 
-    #: every state key that the subclass's functional form takes lists of
-    _state_keys: ClassVar[tuple[str, ...]]
     #: what the last step found in order
     _seen: "Seen | None"
     #: by group: which of its parameters had a gradient, and those, bound
@@ -72,30 +71,33 @@ class FactoredOptimizer(ObservedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._seen is None or not self._seen.holds(self):
+        if not self._holds():
             self._look_again()
+        assert self._seen is not None
         limit = self.max_grad_norm
         grads = [self._seen.gradients(index) for index in range(len(self.param_groups))]
         work = [self._prepare(index, group, grads[index]) for index, group in enumerate(self.param_groups)]
         shared = {}
         if self._sharded is not None:
             shared = {i: self._shared(group) for i, group in enumerate(self.param_groups)}
-        clip = finish = None
+        clip = None
         if limit is None:
             self._grad_norm = None
         else:
             clip = self._clip(work, shared, limit)
-        if self._sharded is not None:
-            finish = self._sharded.prepare(shared, clip)
+        begin = None if self._sharded is None else self._sharded.prepare(shared, clip)
         self._read_times = None
-        for index, update in enumerate(work):
-            if update is not None:
-                update(clip)
-                self._note(update, self.param_groups[index], self._seen.whole[index], grads[index])
-                if update.unscales:
-                    self._read_times = clip
-        if finish is not None:
-            finish()
+        finish = None if begin is None else begin()
+        try:
+            for index, update in enumerate(work):
+                if update is not None:
+                    update(clip)
+                    self._note(update, self.param_groups[index], self._seen.whole[index], grads[index])
+                    if update.unscales:
+                        self._read_times = clip
+        finally:
+            if finish is not None:  # whatever happened, other ranks count on what is under way
+                finish()
         return loss
 
     def _clip(
@@ -148,7 +150,7 @@ class FactoredOptimizer(ObservedOptimizer):
                 f"{type(self).__name__}.step_param: {alone.where} was given with another group. Pass its own entry of "
                 "param_groups, or None to have it looked up."
             )
-        if clip is None and self.max_grad_norm is not None:
+        if clip is None and self._limit_of(alone.group) is not None:
             raise RuntimeError(
                 f"{type(self).__name__}.step_param: max_grad_norm clips by the norm of all gradients, and a step of "
                 "one parameter knows one. Use hfac.release_gradients, which clips by the norm of the backward pass "
@@ -178,23 +180,21 @@ class FactoredOptimizer(ObservedOptimizer):
         name = f"{type(self).__name__}.step_param"
         if not isinstance(param, Tensor):
             raise TypeError(f"{name} takes a parameter of this optimizer, got {type(param).__name__}")
-        before = 0
-        for index, group in enumerate(self.param_groups):
-            for i, mine in enumerate(group["params"]):
-                if mine is param:
-                    where = f"parameter {i} of group {index}"
-                    if layout.is_sharded(param):
-                        raise RuntimeError(
-                            f"{name}: {where} (shape {tuple(param.shape)}) is sharded, and a step of it a collective: "
-                            "one for every parameter by itself. Call step(), which makes one for all."
-                        )
-                    alone = self._alone[param] = Alone(group, i, before + i, param, where)
-                    return alone
-            before += len(group["params"])
-        raise ValueError(
-            f"{name}: the parameter of shape {tuple(param.shape)} is in none of the optimizer's groups. Pass one of "
-            "param_groups' parameters itself, not a copy or a view, or add it with add_param_group."
-        )
+        found = self._find(param)
+        if found is None:
+            raise ValueError(
+                f"{name}: the parameter of shape {tuple(param.shape)} is in none of the optimizer's groups. Pass one of"
+                " param_groups' parameters itself, not a copy or a view, or add it with add_param_group."
+            )
+        group_index, i = found
+        where = f"parameter {i} of group {group_index}"
+        if layout.is_sharded(param):
+            raise RuntimeError(
+                f"{name}: {where} (shape {tuple(param.shape)}) is sharded, and a step of it a collective: one for every"
+                " parameter by itself. Call step(), which makes one for all."
+            )
+        alone = self._alone[param] = Alone(self.param_groups[group_index], group_index, i, param, where)
+        return alone
 
     def _prepare(self, group_index: int, group: dict[str, Any], grads: list[Any]) -> "functional.Update | None":
         """Checks a step of one group, on the parameters that have a gradient, and returns it, yet to be made."""
@@ -215,9 +215,10 @@ class FactoredOptimizer(ObservedOptimizer):
                 update = bound[1].prepare(grads, **options)
                 if update is not None:
                     return update
-            if bound is not None:
-                self._sync_state()  # what moved may have left its state behind
-            states = [{key: layout.local(value) for key, value in self.state[param].items()} for param in params]
+            for param in params:  # what moved may have left its state behind, and what was frozen has none
+                self._check_stepped(f"{type(self).__name__}: a parameter of group {group_index}", param, group)
+                self._sync_param(param, group)
+            states = [self._local_state(param) for param in params]
             places = [self._place(param, group, self._seen.positions[param]) for param in params]
             functional_group = self._bind(group, list(map(layout.local, params)), grads, states, places)
             self._bound[group_index] = present, functional_group
@@ -227,6 +228,10 @@ class FactoredOptimizer(ObservedOptimizer):
                 if param.grad is not None:  # the same complaint, with the place that the user knows
                     ops.check_tensor(f"the gradient of parameter {index} of group {group_index}", param.grad)
             raise
+
+    def _local_state(self, param: Tensor) -> State:
+        """This rank's part of a parameter's state, without what wrappers keep there."""
+        return {key: layout.local(value) for key, value in self.state[param].items() if self._is_own(key)}
 
     def _options(self, group: dict[str, Any]) -> dict[str, Any]:
         """What a step is told anew every time."""
@@ -283,7 +288,7 @@ class FactoredOptimizer(ObservedOptimizer):
             )
             for index, group in enumerate(self.param_groups)
             for i, param in enumerate(group["params"])
-            if needs_others(param, group) and param in self.state
+            if needs_others(param, group) and "step" in self.state.get(param, ())
         ]
         if entries and self._step_supports_amp_scaling:
             raise ValueError(
@@ -293,22 +298,13 @@ class FactoredOptimizer(ObservedOptimizer):
             )
         return distributed.Sharded(self._algorithm, entries) if entries else None
 
-    def _wait(self) -> None:
-        """Takes up what collectives of the last step have yet to bring."""
-        if self._sharded is not None:
-            self._sharded.wait()
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._wait()
-        return super().__getstate__()
-
     def _forget(self) -> None:
         """What earlier steps found in order is to be looked at again."""
-        self._wait()
         self._sharded = None
         self._seen = None
         self._bound = {}
         self._alone = {}
+        self._index = {}
 
     def _check_graph_capture(self) -> None:
         if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
@@ -328,20 +324,39 @@ class FactoredOptimizer(ObservedOptimizer):
 
     def collectives(self) -> list[tuple[int, int]]:
         """What a step adds up over ranks for sharded parameters: (ranks, bytes) of every all-reduce, in order."""
-        if self._seen is None or not self._seen.holds(self):
+        if not self._holds():
             self._look_again()
         if self._sharded is None:
             return []
         skip = {i: group["nonfinite"] == "skip" for i, group in enumerate(self.param_groups)}
         return self._sharded.collectives(skip, self.max_grad_norm is not None)
 
+    def _check_stepped(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
+        """What a step requires of a parameter, which may have been unfrozen, sharded or swapped since construction."""
+        if is_lazy(param) or not is_trained(param):
+            return
+        if param.grad is not None and param.is_inference():
+            raise RuntimeError(
+                f"{where} (shape {tuple(param.shape)}) is an inference tensor, which autograd cannot follow: it was "
+                "made inside torch.inference_mode(). Make the model outside, or clone the parameter there."
+            )
+        if "step" in self.state.get(param, ()):
+            self._check_layout(where, param, group)
+        else:
+            self._check_param(where, param, group)
+
+    def _holds(self) -> bool:
+        """Whether what earlier steps found in order still is."""
+        return self._seen is not None and self._seen.holds(self) and (self._sharded is None or self._sharded.holds())
+
     def _look_again(self) -> None:
         self._forget()
         for index, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):  # trainers swap parameters for sharded ones
-                self._check_layout(f"{type(self).__name__}: parameter {i} of group {index}", param, group)
+                self._check_stepped(f"{type(self).__name__}: parameter {i} of group {index}", param, group)
         self._sync_state()
         self._seen = Seen(self)
+        self._watched = {param: told for param, told in self._watched.items() if param in self._seen.positions}
         self._sharded = self._bind_sharded()
 
 
