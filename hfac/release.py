@@ -165,7 +165,7 @@ class ReleasedGradients:
             assert grad is not None
             (norm,) = clipping.norms([grad])
             clip = self._coefficient(limit, grad.device)
-        self._optimizer.step_param(param, group, clip=clip, lr_scale=lr_scale)
+        self._optimizer.step_param(param, clip=clip, lr_scale=lr_scale)
         if limit is not None:
             self._passed[param] = norm
         param.grad = None
