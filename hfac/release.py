@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import clipping
 from .distributed import layout
@@ -36,8 +37,8 @@ def release_gradients(
       the decays of the moments move k times as fast.
 
     `optimizer.step()` marks the end of a step. What still has a gradient then is stepped and freed by it: parameters
-    without one in the last pass, and those that were frozen until now, which are hooked from then on. A loop that
-    never calls it works where every parameter has a gradient in every backward pass.
+    without one in the last pass, and those that were frozen, or of lazy modules without a shape, until now, which are
+    hooked from then on. A loop that never calls it works where every parameter has a gradient in every backward pass.
 
     With the optimizer's ``max_grad_norm`` the norm of all gradients is known when the first of them are gone, so each
     step is clipped by the norm of the step before it, and the first not at all: not the numbers of an ordinary loop,
@@ -84,7 +85,7 @@ class ReleasedGradients:
         self._norm: Tensor | None = None
         self._clip: tuple[float, Tensor] | None = None
         for param in self._shared():
-            if param.requires_grad:
+            if param.requires_grad and not is_lazy(param):
                 self._hooks[param] = param.register_post_accumulate_grad_hook(self._hook)
         self._ending = optimizer.register_step_pre_hook(self._end)
         _released.add(optimizer)
@@ -201,7 +202,7 @@ class ReleasedGradients:
         with self._lock:
             self._counts.clear()
             for param in self._shared():
-                if param.requires_grad and param not in self._hooks:
+                if param.requires_grad and param not in self._hooks and not is_lazy(param):
                     self._hooks[param] = param.register_post_accumulate_grad_hook(self._hook)
                 if param.grad is not None:
                     self._step(param)

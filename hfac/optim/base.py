@@ -215,9 +215,10 @@ class FactoredOptimizer(ObservedOptimizer):
                 update = bound[1].prepare(grads, **options)
                 if update is not None:
                     return update
-            for param in params:  # what moved may have left its state behind, and what was frozen has none
-                self._check_stepped(f"{type(self).__name__}: a parameter of group {group_index}", param, group)
-                self._sync_param(param, group)
+            for i, param in enumerate(group["params"]):
+                if param.grad is not None:  # what moved may have left its state behind, and what was frozen has none
+                    self._check_stepped(f"{type(self).__name__}: parameter {i} of group {group_index}", param, group)
+                    self._sync_param(param, group)
             states = [self._local_state(param) for param in params]
             places = [self._place(param, group, self._seen.positions[param]) for param in params]
             functional_group = self._bind(group, list(map(layout.local, params)), grads, states, places)

@@ -364,7 +364,7 @@ class StatefulOptimizer(Optimizer):
         takes, of which `step` complains."""
         state = self.state.get(param)
         if not state or not ("exp_avg_sq_row" in state or "exp_avg_sq" in state):
-            if not is_trained(param) or is_lazy(param) or not _is_supported(param):
+            if not is_trained(param) or is_lazy(param) or not _is_supported(param, group):
                 return state is not None
             if state is None:
                 state = self.state[param] = {}
@@ -530,8 +530,10 @@ def is_trained(param: Tensor) -> bool:
     return param.requires_grad or param.grad is not None
 
 
-def _is_supported(param: Tensor) -> bool:
-    return param.layout == torch.strided and not param.is_nested and param.dtype in ops.PARAM_DTYPES
+def _is_supported(param: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether state can be made; `_check_param` says why not."""
+    dense = param.layout == torch.strided and not param.is_nested
+    return dense and param.dtype in ops.PARAM_DTYPES and (not group["batch_dims"] or param.ndim > group["batch_dims"])
 
 
 def _counts(value: Any, dtype: torch.dtype, device: torch.device) -> bool:
