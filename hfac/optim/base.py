@@ -219,7 +219,7 @@ class FactoredOptimizer(ObservedOptimizer):
                 if param.grad is not None:  # what moved may have left its state behind, and what was frozen has none
                     self._check_stepped(f"{type(self).__name__}: parameter {i} of group {group_index}", param, group)
                     self._sync_param(param, group)
-            states = [self._local_state(param) for param in params]
+            states = [self._local_state(param, group) for param in params]
             places = [self._place(param, group, self._seen.positions[param]) for param in params]
             functional_group = self._bind(group, list(map(layout.local, params)), grads, states, places)
             self._bound[group_index] = present, functional_group
@@ -230,9 +230,9 @@ class FactoredOptimizer(ObservedOptimizer):
                     ops.check_tensor(f"the gradient of parameter {index} of group {group_index}", param.grad)
             raise
 
-    def _local_state(self, param: Tensor) -> State:
-        """This rank's part of a parameter's state, without what wrappers keep there."""
-        return {key: layout.local(value) for key, value in self.state[param].items() if self._is_own(key)}
+    def _local_state(self, param: Tensor, group: Mapping[str, Any]) -> State:
+        """This rank's part of a parameter's state."""
+        return {key: layout.local(value) for key, value in self._needed_state(param, group).items()}
 
     def _options(self, group: dict[str, Any]) -> dict[str, Any]:
         """What a step is told anew every time."""
@@ -284,7 +284,7 @@ class FactoredOptimizer(ObservedOptimizer):
                 f"parameter {i} of group {index}",
                 index,
                 param,
-                self.state[param],
+                self._needed_state(param, group),
                 self._place(param, group, positions[param]),
             )
             for index, group in enumerate(self.param_groups)

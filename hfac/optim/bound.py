@@ -138,7 +138,7 @@ class Alone:
         self._part = getattr(self._param, "_local_tensor", None)
         self._options = _execution_of(self.group)
         self._position = self._position_now(optimizer)
-        state = optimizer._local_state(self._param)
+        state = optimizer._local_state(self._param, self.group)
         place = optimizer._place(self._param, self.group, self._position or 0)
         self.bound = optimizer._bind(self.group, [layout.local(self._param)], [grad], [state], [place])
 

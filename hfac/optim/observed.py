@@ -148,7 +148,7 @@ class ObservedOptimizer(StatefulOptimizer):
         state = self.state.get(param)
         if state is None or "step" not in state or param.numel() == 0:
             return None
-        state = {key: value for key, value in state.items() if self._is_own(key)}
+        state = self._needed_state(param, group)
         if not ahead and group["watch"] and param in self._watched:
             return diagnostics.told(self._algorithm, param, group, state, self._watched[param])
         if param.grad is None:

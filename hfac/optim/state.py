@@ -100,6 +100,11 @@ class StatefulOptimizer(Optimizer):
         found, low = self._layout(param, group), self._low_dtype(param, group)
         return found if low is None else {**found, LOW: (tuple(param.shape), low, tuple(range(param.ndim)))}
 
+    def _needed_state(self, param: Tensor, group: Mapping[str, Any]) -> State:
+        """What a step goes by, without what wrappers keep beside it under whatever names."""
+        needed = {*self._full_layout(param, group), "step", "skipped"}
+        return {key: value for key, value in self.state[param].items() if key in needed}
+
     @staticmethod
     def _low_dtype(param: Tensor, group: Mapping[str, Any]) -> torch.dtype | None:
         """The type of what is kept of a master weight beside this parameter, if anything is."""
@@ -363,7 +368,7 @@ class StatefulOptimizer(Optimizer):
         """The same for one parameter; False where it has no state, because it is frozen, or of a kind that no step
         takes, of which `step` complains."""
         state = self.state.get(param)
-        if not state or not ("exp_avg_sq_row" in state or "exp_avg_sq" in state):
+        if not state or "step" not in state or not ("exp_avg_sq_row" in state or "exp_avg_sq" in state):
             if not is_trained(param) or is_lazy(param) or not _is_supported(param, group):
                 return state is not None
             if state is None:
