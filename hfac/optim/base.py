@@ -21,8 +21,9 @@ from .state import LOW, State, is_trained, needs_others
 class FactoredOptimizer(ObservedOptimizer):
     """Base of `hfac.HFac` and `hfac.SMMF`; not for use by itself.
 
-    State is made when parameters are added, as plain tensors: factors or moments in float32 (float64 for float64
-    parameters), ``step`` as a 0-d float32 tensor on the host, and with nonfinite="skip" the count ``skipped``. With
+    State is made when parameters are added (of frozen ones, and those of lazy modules: when they are first trained), as
+    plain tensors: factors or moments in float32 (float64 for float64 parameters), ``step`` as a 0-d float32 tensor on
+    the host, and with nonfinite="skip" the count ``skipped``. What others keep there beside it is left alone. With
     ``capturable``, "skip" or ``amp_scaling`` the step lives beside the parameter, because only the device knows it
     then. State of a DTensor is DTensors, whose global shapes do not depend on how it is sharded; its steps are on the
     host, because what ranks add up says there who made one.
