@@ -138,7 +138,9 @@ class StatefulOptimizer(Optimizer):
         if isinstance(param_group, dict) and "params" in param_group:
             param_group.update(self._checked(param_group))
             group = {**self.defaults, **param_group}
-            self._common_limit([*self.param_groups[:1], group])
+            first = next(iter(self.param_groups), group)  # those that are there agree
+            agrees = first.get("max_grad_norm") == group["max_grad_norm"]
+            self._common_limit([group] if agrees else [*self.param_groups, group])
             if not isinstance(param_group["params"], Tensor | set):
                 param_group["params"] = list(param_group["params"])
             for index, param in enumerate(_tensors(param_group["params"])):
