@@ -77,6 +77,7 @@ def test_step_inside_inference_mode(cls):
         gradients(others, seed)
         with torch.inference_mode(seed != 1):
             optimizer.step()
+        assert not any(value.is_inference() for state in optimizer.state.values() for value in state.values())
         plain.step()
     assert bits(params) == bits(others)
 
@@ -152,6 +153,10 @@ def test_released_gradients(cls, around):
         with inside():
             optimizer = cls(param_groups(net, lr=0.01), max_grad_norm=0.1, backend="reference")
             handle = release_gradients(net, optimizer)
+        for param in net.parameters():  # which no hook has seen
+            param.grad = torch.ones_like(param)
+        with inside():
+            optimizer.step()
         for _ in range(3):
             net(torch.ones(2, 6)).square().sum().backward()
             with inside():
