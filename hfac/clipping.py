@@ -74,8 +74,9 @@ def scaled(grads: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
     device synchronisation."""
     if type(factor) is Tensor and factor.is_cpu and factor.item() == 1.0:
         return list(grads)
-    # Expanded tensors, whose elements share memory, cannot be written; they are no larger for being read.
-    out = [grad * factor if _expanded(grad) or grad._is_zerotensor() else grad for grad in grads]
+    # Expanded tensors, whose elements share memory, cannot be written, nor can zeros that have none, nor what was made
+    # in inference mode.
+    out = [grad * factor if _expanded(grad) or _unwritable(grad) else grad for grad in grads]
     whole = [grad for grad, mine in zip(out, grads, strict=True) if grad is mine]
     if any(map(Tensor.is_neg, whole)):  # torch takes no lists of tensors that negate
         for grad in whole:
@@ -87,3 +88,7 @@ def scaled(grads: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
 
 def _expanded(tensor: Tensor) -> bool:
     return 0 in tensor.stride() and tensor.numel() > 1
+
+
+def _unwritable(grad: Tensor) -> bool:
+    return grad._is_zerotensor() or grad.is_inference()

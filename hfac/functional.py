@@ -357,7 +357,9 @@ class Group:
                 return [tensors[i] for i in index]
 
             def slices(tensors: Sequence[Any], of: Callable[[Sequence[Any]], list[Any]] = of) -> Sequence[Any]:
-                return _slices(of(tensors), batch_dims)
+                # Of what shares memory and version, and no more: a view would own its tensor, which torch then refuses
+                # to swap (torch.utils.swap_tensors).
+                return _slices([tensor.detach() for tensor in of(tensors)] if batch_dims else of(tensors), batch_dims)
 
             names = self._algorithm.factored if factored else self._algorithm.whole
             if low is not None:

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 #: classes, and bases of classes: nn.LayerNorm, nn.BatchNorm1d, LlamaRMSNorm; nn.EmbeddingBag, ViTEmbeddings
 _CLASS = re.compile(r".*(Norm([123]d)?|Embedding(s|Bag)?)")
@@ -54,8 +55,8 @@ def param_groups(
         depend on ``weight_decay``: plain ones before dense ones before stacks, in each those that decay first.
 
     Raises:
-        ValueError: a pattern matches no parameter of the model, a stack has not so many dimensions, or nothing is to be
-            trained.
+        ValueError: a pattern matches no parameter of the model, a stack has not so many dimensions, nothing is to be
+            trained, or a lazy module has not been initialized.
         TypeError: ``model`` is no module, ``batch_dims`` no mapping, or ``more`` has "params".
     """
     if not isinstance(model, nn.Module):
@@ -77,6 +78,11 @@ def param_groups(
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
+        if is_lazy(param):
+            raise ValueError(
+                f"{name!r} has no shape yet, which decides what decays. Run a forward pass first: it initializes the "
+                "parameters of lazy modules."
+            )
         key, batch = id(param), stacks.get(id(param), 0)
         if not 0 <= batch < max(param.ndim, 1):
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import clipping
 from .distributed import layout
@@ -36,8 +37,8 @@ def release_gradients(
       the decays of the moments move k times as fast.
 
     `optimizer.step()` marks the end of a step. What still has a gradient then is stepped and freed by it: parameters
-    without one in the last pass, and those that were frozen until now, which are hooked from then on. A loop that
-    never calls it works where every parameter has a gradient in every backward pass.
+    without one in the last pass, and those that were frozen, or of lazy modules without a shape, until now, which are
+    hooked from then on. A loop that never calls it works where every parameter has a gradient in every backward pass.
 
     With the optimizer's ``max_grad_norm`` the norm of all gradients is known when the first of them are gone, so each
     step is clipped by the norm of the step before it, and the first not at all: not the numbers of an ordinary loop,
@@ -84,7 +85,7 @@ class ReleasedGradients:
         self._norm: Tensor | None = None
         self._clip: tuple[float, Tensor] | None = None
         for param in self._shared():
-            if param.requires_grad:
+            if param.requires_grad and not is_lazy(param):
                 self._hooks[param] = param.register_post_accumulate_grad_hook(self._hook)
         self._ending = optimizer.register_step_pre_hook(self._end)
         _released.add(optimizer)
@@ -109,9 +110,10 @@ class ReleasedGradients:
             param.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What goes into a checkpoint beside the optimizer's: {"grad_norm": the last complete norm, 0-d, or None}. Call
-        it after `optimizer.step()`: gradients that are held for micro-batches to come are in no checkpoint."""
-        return {"grad_norm": self._norm}
+        """What goes into a checkpoint beside the optimizer's: {"grad_norm": the norm that the next step is clipped by,
+        0-d, or None}. Call it after `optimizer.step()`, or after a backward pass in a loop that never calls it:
+        gradients that are held for micro-batches to come are in no checkpoint."""
+        return {"grad_norm": self._norm_of_passed() if self._passed else self._norm}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there, bit for bit.
@@ -156,7 +158,9 @@ class ReleasedGradients:
             self._step(param, 1.0 if self._exact else 1.0 / self._accumulate)
 
     def _step(self, param: Tensor, lr_scale: float = 1.0) -> None:
-        clip, limit = None, self._optimizer.max_grad_norm
+        found = self._optimizer._find(param)  # and no look at all groups for each parameter
+        group = None if found is None else self._optimizer.param_groups[found[0]]
+        clip, limit = None, None if group is None else self._optimizer._limit_of(group)
         if limit is not None:
             grad = layout.gradient(param, "a parameter")
             assert grad is not None
@@ -170,20 +174,24 @@ class ReleasedGradients:
     def _coefficient(self, limit: float, device: torch.device) -> Tensor:
         """That of the last complete norm, formed once."""
         if self._clip is None or self._clip[0] != limit:
-            whole = torch.ones((), device=device)
+            whole = torch.ones((), dtype=torch.float32, device=device)
             self._clip = limit, whole if self._norm is None else clipping.coefficient(self._norm, limit)
         return self._clip[1]
 
     def _complete(self) -> None:
         """What has passed is a whole step's gradients."""
-        if not self._passed:
-            return
+        if self._passed:
+            assert self._optimizer.max_grad_norm is not None  # which all groups agree in
+            norm = self._norm_of_passed()
+            self._passed.clear()
+            self._keep(norm)
+
+    def _norm_of_passed(self) -> Tensor:
         skip = {id(p): g["nonfinite"] == "skip" for g in self._optimizer.param_groups for p in g["params"]}
         norms: dict[bool, list[Tensor]] = {False: [], True: []}
         for param, norm in self._passed.items():
             norms[skip.get(id(param), False)].append(norm)
-        self._passed.clear()
-        self._keep(clipping.total(norms[False], norms[True]))
+        return clipping.total(norms[False], norms[True])
 
     def _keep(self, norm: Tensor | None) -> None:
         self._norm = self._optimizer._grad_norm = norm
@@ -194,7 +202,7 @@ class ReleasedGradients:
         with self._lock:
             self._counts.clear()
             for param in self._shared():
-                if param.requires_grad and param not in self._hooks:
+                if param.requires_grad and param not in self._hooks and not is_lazy(param):
                     self._hooks[param] = param.register_post_accumulate_grad_hook(self._hook)
                 if param.grad is not None:
                     self._step(param)

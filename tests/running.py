@@ -1,5 +1,7 @@
 """Small training runs for the tests of the classes: parameters, gradients, steps, and every bit of what they leave."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from cases import OPTIONS
@@ -45,3 +47,24 @@ def bits(value):
     if isinstance(value, list | tuple):
         return type(value)(bits(entry) for entry in value)
     return value
+
+
+@contextmanager
+def _default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+#: what may be torch's default around a call that makes tensors, or steps
+AMBIENT = {
+    "meta": lambda: torch.device("meta"),
+    "float64": lambda: _default_dtype(torch.float64),
+    "bfloat16": lambda: _default_dtype(torch.bfloat16),
+    "float16": lambda: _default_dtype(torch.float16),
+    "inference": torch.inference_mode,
+    "no_grad": torch.no_grad,
+}

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from sharded_models import everything, model, optimizer_of, train, with_state, wrap
+from sharded_models import everything, model, optimizer_of, train, wrap
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -60,7 +60,7 @@ def continue_all(folder, kind):
                     options=options,
                 )
                 train(net, optimizer, AFTER, first=BEFORE)
-                found[saved_on, name, flat] = everything(net, with_state(optimizer))
+                found[saved_on, name, flat] = everything(net, optimizer)
     return found
 
 
@@ -68,7 +68,7 @@ def uninterrupted(name):
     net = model()
     optimizer = optimizer_of(name, net, backend="reference")
     train(net, optimizer, BEFORE + AFTER)
-    return everything(net, with_state(optimizer))
+    return everything(net, optimizer)
 
 
 def full_state(kind):
@@ -88,7 +88,7 @@ def full_state(kind):
         set_model_state_dict(net, model_state, options=options)
         set_optimizer_state_dict(net, optimizer, state, options=options)
         train(net, optimizer, AFTER, first=BEFORE)
-        found[name] = everything(net, with_state(optimizer))
+        found[name] = everything(net, optimizer)
     return found
 
 

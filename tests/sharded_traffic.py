@@ -1,13 +1,15 @@
 """What a sharded step sends, and what becomes of ranks that part ways; runs on every rank."""
 
+import copy
 import os
+import pickle
 import time
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from sharded_models import OPTIMIZERS, loss_of, model, optimizer_of, train, wrap
-from sharded_steps import CASES, mesh_of, part_of
+from sharded_models import OPTIMIZERS, everything, loss_of, model, optimizer_of, train, wrap
+from sharded_steps import CASES, difference, mesh_of, part_of, run_all, whole
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -64,8 +66,9 @@ def counted_on_one_mesh(case):
 
 
 def part_ways(name, *options):
-    """One rank has no gradient of one parameter. Returns (message, whether parameters and gradients were left alone,
-    step in which it was raised)."""
+    """One rank has no gradient of one parameter. Returns (message, which parameters were left alone, whether all
+    gradients were, step in which it was raised, steps that are counted of each parameter, and whether its factors are
+    those of ranks that were never told of it)."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
     def part(shape):
@@ -76,15 +79,80 @@ def part_ways(name, *options):
     optimizer = getattr(hfac, name)(params, **dict(options))
     for step in range(3):
         before = [p.to_local().clone() for p in params]
+        factors = [s["exp_avg_sq_row"].to_local().clone() for s in optimizer.state.values() if "exp_avg_sq_row" in s]
         for i, p in enumerate(params):
             p.grad = None if step == 1 and i == 1 and dist.get_rank() == 1 else part(tuple(p.shape))
         try:
             optimizer.step()
         except RuntimeError as error:
-            untouched = all(torch.equal(p.to_local(), old) for p, old in zip(params, before, strict=True))
-            untouched &= all(bool((p.grad.to_local() == 1).all()) for p in params if p.grad is not None)
-            return str(error), untouched, step
+            untouched = [torch.equal(p.to_local(), old) for p, old in zip(params, before, strict=True)]
+            kept = all(bool((p.grad.to_local() == 1).all()) for p in params if p.grad is not None)
+            steps = [int(optimizer.state[p]["step"]) for p in params]
+            stale = torch.equal(optimizer.state[params[1]]["exp_avg_sq_row"].to_local(), factors[1])
+            return str(error), untouched, kept, step, steps, stale
     return None
+
+
+def state_replaced(cases):
+    """By case, differences from whole parameters after steps between which the state was read or replaced."""
+    return run_all(cases, _state_replaced)
+
+
+def _state_replaced(name, way):
+    plain = model()
+    net = wrap("fsdp", copy.deepcopy(plain))
+    ours, theirs = optimizer_of(name, net), optimizer_of(name, plain, backend="reference")
+    held = None
+    for step in range(4):
+        train(plain, theirs, 1, first=step)
+        train(net, ours, 1, first=step)
+        if way == "entries":  # what offloading trainers do
+            for state in ours.state.values():
+                for key, value in state.items():
+                    state[key] = value.to("cpu", copy=True)
+        elif way == "inner-dicts":
+            for param, state in list(ours.state.items()):
+                ours.state[param] = {key: value.clone() for key, value in state.items()}
+        elif way == "moved-within":  # the same objects, their memory elsewhere
+            for state in ours.state.values():
+                for value in state.values():
+                    part = value._local_tensor if isinstance(value, DTensor) else value
+                    part.data = part.data.clone()
+        elif way == "deepcopied":
+            copied = {p: {k: v.clone() for k, v in state.items()} for p, state in ours.__getstate__()["state"].items()}
+            ours = optimizer_of(name, net)
+            ours.state.update(copied)
+        elif way == "pickled":
+            state = {i: dict(ours.state[p]) for i, p in enumerate(net.parameters()) if p in ours.state}
+            plain_state = {i: {k: whole(v).clone() for k, v in s.items()} for i, s in state.items()}
+            ours = optimizer_of(name, net)
+            groups = ours.state_dict()["param_groups"]
+            ours.load_state_dict({"state": pickle.loads(pickle.dumps(plain_state)), "param_groups": groups})
+        elif held is not None:  # a tensor that was taken before the step is the state after it
+            assert all(ours.state[p][key] is value for p, key, value in held)
+        held = [(p, key, value) for p, state in ours.state.items() for key, value in state.items()]
+    found, wanted = everything(net, ours), everything(plain, theirs)
+    assert found.keys() == wanted.keys()
+    return {key: difference(found[key], value) for key, value in wanted.items()}
+
+
+def unfrozen(names):
+    """The same after a parameter was unfrozen between two steps."""
+    return run_all([(name,) for name in names], _unfrozen)
+
+
+def _unfrozen(name):
+    plain = model()
+    net = wrap("fsdp", copy.deepcopy(plain))
+    optimizers = optimizer_of(name, net), optimizer_of(name, plain, backend="reference")
+    for step in range(4):
+        for each, optimizer in zip((net, plain), optimizers, strict=True):
+            if step == 2:
+                each.frozen.requires_grad_(True)
+            train(each, optimizer, 1, first=step)
+    found, wanted = everything(net, optimizers[0]), everything(plain, optimizers[1])
+    assert found.keys() == wanted.keys() and any(key.startswith("frozen.weight.") for key in found)
+    return {key: difference(found[key], value) for key, value in wanted.items()}
 
 
 def refusals():
@@ -161,7 +229,7 @@ def lose_one(folder, name, how):
         setattr(ops, op, broken)
     start = time.monotonic()
     try:
-        train(net, optimizer, 3, first=2)  # SMMF's sums arrive a step later
+        train(net, optimizer, 1, first=2)
         outcome = "nothing"
     except Exception as error:
         outcome = type(error).__name__

@@ -455,7 +455,9 @@ class Experts(nn.Module):
 
 
 def fully_sharded(cls):
-    """Largest difference from the whole model, in parameters and states, and what a step adds up."""
+    """Largest difference from the whole model, in parameters and states, each relative to its largest entry, and what a
+    step adds up."""
+    from sharded_steps import difference, whole  # imports what only ranks need
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
     from torch.distributed.fsdp import fully_shard
 
@@ -473,14 +475,11 @@ def fully_sharded(cls):
         if seed == 1:
             saved = get_optimizer_state_dict(models[1], optimizers[1])
             set_optimizer_state_dict(models[1], optimizers[1], saved)
-    for optimizer in optimizers:
-        optimizer.state_dict()  # takes up what is under way
     pairs = list(zip(*(model.parameters() for model in models), strict=True))
     for one, other in list(pairs):
         states = (optimizer.state[param] for optimizer, param in zip(optimizers, (one, other), strict=True))
         pairs += [(value, twin) for value, twin in zip(*map(dict.values, states), strict=True)]
-    whole = [(one, other.full_tensor() if hasattr(other, "full_tensor") else other) for one, other in pairs]
-    return max(float((one.double() - other.double()).abs().max()) for one, other in whole), sent
+    return max(difference(whole(other).double(), one.double()) for one, other in pairs), sent
 
 
 def test_stacks_and_whole_moments_under_fsdp2():

@@ -6,13 +6,14 @@ is compared to the last bit unless a tolerance is written down.
 """
 
 import copy
+import functools
 import io
 import pickle
 import warnings
 
 import pytest
 import torch
-from running import bits, gradients, parameters, train
+from running import AMBIENT, bits, gradients, parameters, train
 from torch.nn import Parameter
 from torch.optim import lr_scheduler as lrs
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -50,6 +51,26 @@ def everything(optimizer, params):
     return bits([list(params), optimizer.state_dict()])
 
 
+@pytest.fixture(params=["none", *AMBIENT])
+def ambient(request, monkeypatch):
+    """Optimizers are made, and load, while something else is torch's default; the rest of a test is outside."""
+    if request.param == "none":
+        return
+    around = AMBIENT[request.param]
+
+    def inside(method):
+        @functools.wraps(method)
+        def wrapped(*args, **kwargs):
+            with around():
+                return method(*args, **kwargs)
+
+        return wrapped
+
+    for cls in (HFac, SMMF):
+        for name in ("__init__", "load_state_dict", "add_param_group", "__setstate__"):
+            monkeypatch.setattr(cls, name, inside(getattr(cls, name)))
+
+
 # ---- groups ----------------------------------------------------------------------------------------------------------
 
 
@@ -68,6 +89,7 @@ def test_option_of_one_group_is_used_there_and_only_there(cls, name, value):
     assert bits(mixed[3:]) != bits(plain[3:])
 
 
+@pytest.mark.usefixtures("ambient")
 @BOTH
 def test_group_added_in_the_middle(cls):
     """The late parameters count their own steps from one; the early ones go on as if alone."""
@@ -96,6 +118,7 @@ def test_one_tensor_is_a_group(cls):
     assert len(optimizer.param_groups[0]["params"]) == 1 and float(optimizer.state[param]["step"]) == 1
 
 
+@pytest.mark.usefixtures("ambient")
 @BOTH
 def test_named_parameters(cls):
     torch.manual_seed(0)
@@ -270,6 +293,7 @@ def test_state_dict_hooks(cls):
     optimizer.load_state_dict(saved)  # what hooks add is no reason to refuse
 
 
+@pytest.mark.usefixtures("ambient")
 @BOTH
 @pytest.mark.parametrize("prepend", [False, True])
 def test_load_pre_hook_rewrites(cls, prepend):
@@ -367,6 +391,7 @@ def test_no_gradient_is_no_step(cls):
     assert [float(optimizer.state[p]["step"]) for p in params] == [0, 1, 0, 1, 1, 1, 1, 1]
 
 
+@pytest.mark.usefixtures("ambient")
 @BOTH
 def test_parameters_that_skip_steps_count_their_own(cls):
     """Two parameters of one group whose gradients come at different steps equal two optimizers."""
@@ -509,6 +534,7 @@ def test_parameter_that_needs_no_gradient_but_has_one(cls):
     assert bits(param) == bits(twin.detach())
 
 
+@pytest.mark.usefixtures("ambient")
 @BOTH
 def test_mixed_types_in_one_optimizer(cls):
     """Each parameter as if alone in an optimizer."""
@@ -579,6 +605,7 @@ def test_two_devices_in_one_optimizer(cls):
 # ---- copies ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("ambient")
 @BOTH
 def test_state_dict_is_the_same_twice_and_for_a_twin(cls):
     params, others = parameters(), parameters()
@@ -627,6 +654,7 @@ def saved_whole(optimizer):
     return torch.load(buffer, weights_only=False)
 
 
+@pytest.mark.usefixtures("ambient")
 @BOTH
 @pytest.mark.parametrize("way", COPIES)
 def test_copy_goes_on_bit_for_bit(cls, way):
@@ -644,6 +672,7 @@ def test_copy_goes_on_bit_for_bit(cls, way):
     twin.add_param_group({"params": parameters(seed=9)})  # and it is whole
 
 
+@pytest.mark.usefixtures("ambient")
 @BOTH
 def test_older_state(cls):
     """A pickle from before some options existed, with steps as plain numbers, as torch.optim once had them."""
@@ -667,6 +696,7 @@ def test_older_state(cls):
     assert everything(old, params) == everything(reference, others)
 
 
+@pytest.mark.usefixtures("ambient")
 @BOTH
 def test_older_state_dict(cls):
     params, others = parameters(), parameters()

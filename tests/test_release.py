@@ -468,12 +468,16 @@ def test_a_bad_gradient_is_left_out_of_the_norm(cls):
     assert all(param.isfinite().all() for param in net.parameters())
 
 
+@pytest.mark.parametrize("stepped", [True, False], ids=["step", "no-step"])
 @BOTH
-def test_a_resumed_run_clips_as_the_run_that_went_on(cls):
+def test_a_resumed_run_clips_as_the_run_that_went_on(cls, stepped):
+    """Also in a loop that never calls step(), where nothing says that a backward pass was the last one."""
+
     def run(steps, net, optimizer, handle):
         for step in steps:
             loss_of(net, step).backward()
-            optimizer.step()
+            if stepped:
+                optimizer.step()
         return handle
 
     def made():

@@ -135,19 +135,30 @@ def test_llama_on_64_ranks_sends_what_the_design_says():
 
 
 def test_a_gradient_on_some_ranks_only():
-    for name, found in zip(
-        OPTIONS, on_ranks(4, *(("sharded_traffic:part_ways", name) for name in OPTIONS)), strict=True
-    ):
-        message, untouched, step = found
-        assert re.match(r"parameter 1 of group 0 \(shape \(16, 4\)\) has a gradient on 3 of the 4 ranks", message)
-        # SMMF's sums arrive with the next step, so that is when it learns of it.
-        assert untouched and step == {"HFac": 1, "SMMF": 2}[name]
+    """In the step itself, and before anything is updated; SMMF, which adds up nothing before a plain step, completes it
+    for all other parameters."""
+    cases = [(name, *more) for name in OPTIONS for more in ((), (("max_grad_norm", 0.1),), (("nonfinite", "skip"),))]
+    found = on_ranks(4, *(("sharded_traffic:part_ways", *case) for case in cases))
+    for case, (message, untouched, gradients_kept, step, steps, stale) in zip(cases, found, strict=True):
+        assert re.match(r"parameter 1 of group 0 \(shape \(16, 4\)\) has a gradient on 3 of the 4 ranks", message), case
+        assert gradients_kept and step == 1 and stale, case
+        if case == ("SMMF",):
+            assert "checkpoint" in message and untouched == [False, False, False] and steps == [2, 1, 2], case
+        else:
+            assert message.endswith("Nothing was updated.") and all(untouched) and steps == [1, 1, 1], case
 
 
-def test_a_gradient_on_some_ranks_only_is_found_before_any_is_clipped():
-    (found,) = on_ranks(4, ("sharded_traffic:part_ways", "HFac", ("max_grad_norm", 0.1)))
-    message, untouched, step = found
-    assert "has a gradient on 3 of the 4 ranks" in message and untouched and step == 1
+def test_state_is_the_state_between_steps():
+    """Whoever copies it, moves it, holds it or loads it into another optimizer goes on as if nothing had been."""
+    ways = ("entries", "inner-dicts", "moved-within", "deepcopied", "pickled", "held")
+    cases = [(name, way) for name in OPTIONS for way in ways]
+    (found,) = on_ranks(2, ("sharded_traffic:state_replaced", cases))
+    agree(found, TOLERANCE[torch.float64])
+
+
+def test_sharded_parameters_that_are_unfrozen_later():
+    (found,) = on_ranks(2, ("sharded_traffic:unfrozen", tuple(OPTIONS)))
+    agree(found, TOLERANCE[torch.float64])
 
 
 def test_a_gradient_that_is_placed_otherwise():

@@ -114,7 +114,9 @@ def convert(state_dict: Mapping[str, Any], params: Any = None, *, to: str = "hfa
                 else:
                     without_low.append(key)
             if "skipped" in entry:
-                state[key]["skipped"] = torch.as_tensor(entry["skipped"]).detach().clone()
+                state[key]["skipped"] = torch.as_tensor(
+                    entry["skipped"], device=getattr(entry["skipped"], "device", "cpu")
+                ).clone()
     if without_low:
         warnings.warn(
             f"convert: {LOW} of {len(without_low)} parameter(s), the first being {without_low[0]!r}, is left out: "
@@ -181,7 +183,7 @@ def _written(target: HFac | SMMF, param: Tensor, group: Mapping[str, Any], momen
     layout, batch = target._full_layout(param, group), group["batch_dims"]
     device, wide = moments.second.device, next(dtype for _, dtype, _ in layout.values() if dtype.is_floating_point)
     state = {key: torch.zeros(shape, dtype=dtype, device=device) for key, (shape, dtype, _) in layout.items()}
-    step = torch.tensor(moments.step, dtype=torch.float32)
+    step = torch.tensor(moments.step, dtype=torch.float32, device="cpu")
     if moments.step == 0 or param.numel() == 0:
         return {**state, "step": step}
     V = moments.second.to(wide)
@@ -224,7 +226,7 @@ def _checked(state_dict: Any) -> Mapping[str, Any]:
             f"convert: a state dict has the keys 'state' and 'param_groups', as optimizer.state_dict() returns; got "
             f"{given}"
         )
-    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    keys = {key for group in state_dict["param_groups"] for key in group["params"]}
     for key in state_dict["state"]:
         if key not in keys:
             raise ValueError(f"convert: the state dict has state for parameter {key!r}, which is in none of its groups")
@@ -300,7 +302,8 @@ def _placeholder(
                 f"parameter {key!r} does not tell whether it is one. Give convert(state_dict, params) the parameters "
                 "in the optimizer's order."
             )
-    return torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+    # What has no state may be frozen, and of any kind.
+    return torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=bool(entry))
 
 
 def _is_flat(state_dict: Any) -> bool:

@@ -6,6 +6,7 @@ each rank updates its part. See docs/distributed.md.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 
 from torch import Tensor
 
@@ -27,10 +28,19 @@ class Sharded:
     def __init__(self, algorithm: str, entries: Sequence[Entry]) -> None:
         self._parts: list[smmf.Parts] = smmf.buckets(entries) if algorithm == "smmf" else []
         self._buckets: Sequence[Bucket] = self._parts or hfac.buckets(entries)
-        self._sent: list[smmf.Sent] = []
         self._entries = list(entries)
+        states = [value for entry in entries for value in entry.state.values() if layout.is_dtensor(value)]
+        self._dtensors = [*(entry.param for entry in entries), *states]
+        self._parts_then = self._parts_now()
         self._norms: list[norm.Norms] | None = None
         self._ready: list[Callable[[], None]] | None = None
+
+    def holds(self) -> bool:
+        """The parts of parameters and states on this rank lie where they lay."""
+        return self._parts_now() == self._parts_then
+
+    def _parts_now(self) -> list[int]:
+        return list(map(Tensor.data_ptr, map(_LOCAL, self._dtensors)))
 
     def norms(self, options: Mapping[int, Options]) -> list[tuple[int, Tensor]]:
         """(group, norm of the gradient) of every parameter, over all ranks, which every rank must ask for.
@@ -64,8 +74,9 @@ class Sharded:
         grads = [entry.param.grad for entry in self._entries]
         clipping.scaled([layout.local(grad) for grad in grads if grad is not None], factor)
 
-    def prepare(self, options: Mapping[int, Options], clip: Tensor | None = None) -> Callable[[], None]:
-        """Adds up over the ranks what the step needs, checks it, and returns the step, yet to be made.
+    def prepare(self, options: Mapping[int, Options], clip: Tensor | None = None) -> Callable[[], Callable[[], None]]:
+        """Adds up over the ranks what the step needs, checks it, and returns the step, yet to be made. To call it
+        begins the step, and to call what it returns completes it, which must happen in any case.
 
         Args:
             options: by group.
@@ -73,22 +84,23 @@ class Sharded:
                 added up stands; it is read on the host, which H-Fac's numbers are waited for anyway.
 
         Raises:
-            RuntimeError: ranks do not agree on which parameters have a gradient; nothing has been written by H-Fac,
-                and SMMF, which learns it one step later, names the parameter then.
+            RuntimeError: ranks do not agree on which parameters have a gradient; nothing has been written then. SMMF
+                learns it here only where it adds up something before the step (``clip``, nonfinite="skip"), and else
+                when the step is completed: `smmf.Parts.take`.
         """
-        self.wait()
         rest, self._ready = self._ready, None
         if rest is None or clip is None or clip.item() != 1:
             if clip is not None:
                 self._scale_(clip)
             rest = self._run(options)
 
-        def step() -> None:
-            self._sent = smmf.send(self._parts)
+        def begin() -> Callable[[], None]:
+            sent = smmf.send(self._parts)
             for finish in rest:
                 finish()
+            return lambda: smmf.take(sent)
 
-        return step
+        return begin
 
     def collectives(self, skip: Mapping[int, bool], clip: bool) -> list[tuple[int, int]]:
         """(ranks, bytes) of every all-reduce of a step; ``skip`` says by group whether nonfinite="skip", ``clip``
@@ -102,11 +114,8 @@ class Sharded:
         found = [*schedule.collectives(planned), *smmf.sends(self._parts)]
         return first + [(collective.group.size(), collective.bytes) for collective in found]
 
-    def wait(self) -> None:
-        """Takes up what is still under way; every reader of the state calls it first."""
-        sent, self._sent = self._sent, []
-        for under_way in sent:
-            under_way.take()
+
+_LOCAL = attrgetter("_local_tensor")
 
 
 def _nothing() -> schedule.Job:

@@ -94,7 +94,7 @@ class Bucket:
 
     def decays(self, options: Options) -> tuple[Tensor | None, Tensor]:
         """beta1 and beta2, one entry per parameter, of the step to be made."""
-        steps = torch.tensor(ops.read_steps([entry.state["step"] for entry in self.entries]), dtype=torch.float64)
+        steps = _steps(self.entries)
         found = ALGORITHMS[self.algorithm].decays(steps + 1, dict(options.scalars))
         return found["beta1"], found["beta2"]
 
@@ -104,7 +104,7 @@ class Bucket:
         if self.lows is not None:
             found[ops.LOWS] = pick(self.lows, going)
         if self.places is not None:
-            steps = torch.tensor(ops.read_steps([self.entries[i].state["step"] for i in going]), dtype=torch.float64)
+            steps = _steps(pick(self.entries, going))
             found.update(places=pick(self.places, going), seed=options.scalars["seed"], step=steps + 1)
         return found
 
@@ -131,27 +131,40 @@ class Bucket:
         if going:
             ops.advance_steps_([self.entries[i].state["step"] for i in going])
 
-    def who(self, counts: Sequence[float], expected: Sequence[int]) -> list[int]:
-        """The parameters that have a gradient, as far as every rank that shares them says so.
-
-        Raises:
-            RuntimeError: some ranks have a gradient of a parameter and some do not.
-        """
-        for entry, count, all_of_them in zip(self.entries, counts, expected, strict=True):
-            if count not in (0, all_of_them):
-                raise RuntimeError(
-                    f"{entry.label} (shape {tuple(entry.param.shape)}) has a gradient on {int(count)} of the "
-                    f"{all_of_them} ranks that share it. A sharded parameter needs one on all of them or on none: let "
-                    "every rank use the parameter in its loss (a zero times its output will do), or set requires_grad "
-                    "to False on all."
-                )
-        return [i for i, count in enumerate(counts) if count]
-
     def who_goes(self, present: Tensor, refused: Tensor) -> tuple[list[int], list[int]]:
         """The parameters that make the step, and those whose gradient is refused, of the sums over all ranks."""
-        with_gradient = self.who(present.tolist(), self.ranks)
+        with_gradient = who(self.entries, present.tolist(), self.ranks)
         flags = refused.tolist()
         return [i for i in with_gradient if not flags[i]], [i for i in with_gradient if flags[i]]
+
+
+def who(
+    entries: Sequence[Entry], counts: Sequence[float], expected: Sequence[int], outcome: str = "Nothing was updated."
+) -> list[int]:
+    """The parameters that have a gradient, as far as every rank that shares them says so.
+
+    Args:
+        counts: by entry, on how many ranks there is a gradient.
+        expected: on how many it must be if it is on any.
+        outcome: what the message says of the step.
+
+    Raises:
+        RuntimeError: some ranks have a gradient of a parameter and some do not.
+    """
+    for entry, count, all_of_them in zip(entries, counts, expected, strict=True):
+        if count not in (0, all_of_them):
+            raise RuntimeError(
+                f"{entry.label} (shape {tuple(entry.param.shape)}) has a gradient on {int(count)} of the {all_of_them} "
+                "ranks that share it. A sharded parameter needs one on all of them or on none: let every rank use the "
+                "parameter in its loss (a zero times its output will do), or set requires_grad to False on all. "
+                f"{outcome}"
+            )
+    return [i for i, count in enumerate(counts) if count]
+
+
+def _steps(entries: Sequence[Entry]) -> Tensor:
+    """The steps made so far, on the host in double."""
+    return torch.tensor(ops.read_steps([entry.state["step"] for entry in entries]), dtype=torch.float64, device="cpu")
 
 
 def ranks_that_share(param: Tensor) -> int:

@@ -153,7 +153,7 @@ class Matrices(Bucket):
 
         def fill_cols(room: Tensor) -> None:
             sums, marks = room.split([3 * sum(n), 3 * count])
-            decay = torch.ones(len(here), dtype=torch.float64) if self.row_groups else beta2[here]
+            decay = torch.ones(len(here), dtype=torch.float64, device="cpu") if self.row_groups else beta2[here]
             look(read, tuple(_split(sums, n, 3)), decay, eps)
             totals, *rest = marks.split(count)
             for total, rows in zip(pick(totals, here), pick(new_rows, here), strict=True):
@@ -178,8 +178,9 @@ class Matrices(Bucket):
 
         going, left = self.who_goes(present, refused)
         # In double, where no partial result can overflow.
-        whole = torch.tensor([a * b for a, b in zip(self.rows, self.cols, strict=True)], dtype=torch.float64)
-        mean_squares = (totals.double() * norms.double() / whole.to(self.device)).to(self.dtype)
+        elements = [a * b for a, b in zip(self.rows, self.cols, strict=True)]
+        whole = torch.tensor(elements, dtype=torch.float64, device=self.device)
+        mean_squares = (totals.double() * norms.double() / whole).to(self.dtype)
 
         def apply() -> None:
             self.count_skipped(left)

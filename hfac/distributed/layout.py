@@ -184,7 +184,7 @@ def state_placements(param: Tensor, follows: Follows) -> list[Any]:
 def indices(size: int, mesh: DeviceMesh, placements: Sequence[tuple[int, Any]]) -> Tensor:
     """Which of the ``size`` indices of a dimension lie on this rank, in the order of its part, where the given mesh
     dimensions cut it, first to last."""
-    mine = torch.arange(size)
+    mine = torch.arange(size, device="cpu")
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "this rank is not in the parameter's mesh"
     for mesh_dim, placement in placements:

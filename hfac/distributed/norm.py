@@ -1,4 +1,5 @@
-"""The norm of sharded gradients: one number per parameter, added up over the ranks of a mesh in one all-reduce."""
+"""The norm of sharded gradients: two numbers per parameter, its square and on how many ranks there is a gradient, added
+up over the ranks of a mesh in one all-reduce."""
 
 from __future__ import annotations  # not every torch has the types that are named here
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .. import clipping, schedules
 from . import layout
-from .bucket import Entry
+from .bucket import Entry, ranks_that_share, who
 
 
 class Norms:
@@ -25,27 +26,31 @@ class Norms:
         coordinate = mesh.get_coordinate()
         self.joint = layout.joint_group(mesh, dims)
         self.speaks = [all(coordinate[d] == 0 for d in dims if d not in own) for own in cuts]
+        self.ranks = [ranks_that_share(entry.param) for entry in entries]
         self.device = layout.local(entries[0].param).device
         #: sums of squares, which overflow before norms do
         self.dtype = schedules.step_dtype(self.device)
 
     @property
     def bytes(self) -> int:
-        return len(self.entries) * self.dtype.itemsize
+        return 2 * len(self.entries) * self.dtype.itemsize
 
     def of(self) -> list[Tensor]:
-        """By parameter, the same on every rank; 0 where there is no gradient."""
+        """By parameter, the same on every rank; 0 where there is no gradient.
+
+        Raises:
+            RuntimeError: ranks do not agree on which parameters have a gradient.
+        """
         grads = [layout.gradient(entry.param, entry.label) for entry in self.entries]
-        mine = [grad for grad, speaks in zip(grads, self.speaks, strict=True) if grad is not None and speaks]
-        found = iter(clipping.norms(mine))
-        nothing = torch.zeros((), dtype=self.dtype, device=self.device)
-        squares = torch.stack(
-            [
-                nothing if grad is None or not speaks else next(found).to(self.dtype).square()
-                for grad, speaks in zip(grads, self.speaks, strict=True)
-            ]
-        )
-        dist.all_reduce(squares, group=self.joint)
+        here = [i for i, speaks in enumerate(self.speaks) if speaks and grads[i] is not None]
+        numbers = torch.zeros(2, len(grads), dtype=self.dtype, device=self.device)
+        squares, present = numbers
+        if here:
+            norms = clipping.norms([grad for i in here if (grad := grads[i]) is not None])
+            squares[here] = torch.stack([norm.to(self.dtype) for norm in norms]).square()
+            present[here] = 1
+        dist.all_reduce(numbers, group=self.joint)
+        who(self.entries, present.tolist(), self.ranks)
         double = any(entry.param.dtype == torch.float64 for entry in self.entries)
         return list(squares.sqrt().to(torch.float64 if double else torch.float32).unbind())
 

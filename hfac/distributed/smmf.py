@@ -1,8 +1,8 @@
-"""SMMF on sharded parameters: one asynchronous all-reduce for all of them.
+"""SMMF on sharded parameters: one all-reduce for all of them.
 
-A step needs the factors of the step before and nothing of this one, so no rank waits: the sums over its part that make
-the next factors are sent off at the end of a step, travel while the next gradient is computed, and are taken up before
-anything reads a factor.
+A step needs the factors of the step before and nothing of this one. So each rank updates its part at once and sends off
+the sums over it that make the next factors; while they are under way it makes what other steps there are (of other
+meshes and types, and of parameters that are not sharded), and at the end of the step it makes the factors of them.
 """
 
 from __future__ import annotations  # not every torch has the types that are named here
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import ops
 from . import layout
-from .bucket import Bucket, Entry, Options, pick
+from .bucket import Bucket, Entry, Options, pick, who
 from .schedule import Collective, Job, reduced
 
 
@@ -45,6 +45,11 @@ class Parts(Bucket):
     collective serves them all; where a parameter is not cut in one of these, one rank speaks for its copies."""
 
     algorithm = "smmf"
+    #: what a message says of a step in which ranks turned out to disagree on a parameter
+    OUTCOME = (
+        "The step was made of all other parameters. Of this one, the ranks that had a gradient have updated their "
+        "parts; go back to the last checkpoint."
+    )
 
     def __init__(self, entries: Sequence[Entry], mesh_dims: Sequence[int]) -> None:
         super().__init__(entries)
@@ -63,12 +68,27 @@ class Parts(Bucket):
         """Makes the step on the parts of the parameters in ``going`` and adds what is to be sent off to ``room``."""
         raise NotImplementedError
 
-    def take(self, room: Tensor) -> None:
-        """Makes the factors of the sums over all parts."""
+    def present(self, room: Tensor) -> Tensor:
+        """Where in ``room`` it is said on how many ranks each parameter has made the step."""
         raise NotImplementedError
 
+    def complete(self, room: Tensor, going: Sequence[int]) -> None:
+        """Makes the factors of parameters of the sums over all parts."""
+
+    def take(self, room: Tensor) -> None:
+        """Completes the step with the sums over all parts, and counts it.
+
+        Raises:
+            RuntimeError: ranks do not agree on which parameters have a gradient; the step is complete for all others.
+        """
+        counts = self.present(room).tolist()
+        going = [i for i, count in enumerate(counts) if count and count == self.ranks[i]]
+        self.complete(room, going)
+        self.advance(going)
+        who(self.entries, counts, self.ranks, self.OUTCOME)
+
     def requests(self, skip: bool, norm: bool) -> list[tuple[dist.ProcessGroup, int]]:
-        return [(self.joint, len(self.entries))] if skip else []
+        return [(self.joint, 2 * len(self.entries))] if skip else []
 
     def job(self, grads: list[Tensor | None], options: Options) -> Job:
         here = [i for i, grad in enumerate(grads) if grad is not None]
@@ -76,18 +96,16 @@ class Parts(Bucket):
         if options.skip:
 
             def fill(room: Tensor) -> None:
-                room.copy_(self.flags(here, grads, options))
+                flags, present = room.split(len(self.entries))
+                flags.copy_(self.flags(here, grads, options))
+                present.copy_(self.at([i for i in here if self.speaks[i]]))
 
-            flags = yield from reduced(1, fill)
-            left = {i for i, flag in enumerate(flags.tolist()) if flag}
+            flags, present = (yield from reduced(1, fill)).split(len(self.entries))
+            _, refused = self.who_goes(present, flags)
+            left.update(refused)
         going = [i for i in here if i not in left]
         self._call = lambda room: self.step(room, going, grads, options)
-
-        def count_steps() -> None:
-            self.count_skipped([i for i in here if i in left])
-            self.advance(going)
-
-        return count_steps
+        return lambda: self.count_skipped([i for i in here if i in left])
 
     def send(self, room: Tensor) -> None:
         """The step that has been planned."""
@@ -147,9 +165,11 @@ class Factored(Parts):
                     factors[i].zero_()
         present.copy_(self.at([i for i in going if self.speaks[i]]))
 
-    def take(self, room: Tensor) -> None:
-        sums, present = self._split(room)
-        going = self.who(present.tolist(), self.ranks)
+    def present(self, room: Tensor) -> Tensor:
+        return self._split(room)[1]
+
+    def complete(self, room: Tensor, going: Sequence[int]) -> None:
+        sums, _ = self._split(room)
         for rows, cols, new_rows, new_cols in zip(
             self.factors[::2], self.factors[1::2], sums[::2], sums[1::2], strict=True
         ):
@@ -184,8 +204,8 @@ class Whole(Parts):
             )
         room.copy_(self.at([i for i in going if self.speaks[i]]))
 
-    def take(self, room: Tensor) -> None:
-        self.who(room.tolist(), self.ranks)
+    def present(self, room: Tensor) -> Tensor:
+        return room
 
 
 def _scalars(options: Options) -> dict[str, Any]:
@@ -199,11 +219,6 @@ class Sent:
 
     work: dist.Work
     rooms: list[tuple[Parts, Tensor]]
-
-    def take(self) -> None:
-        self.work.wait()
-        for bucket, room in self.rooms:
-            bucket.take(room)
 
 
 def sends(parts: Sequence[Parts]) -> list[Collective]:
@@ -231,3 +246,22 @@ def send(parts: Sequence[Parts]) -> list[Sent]:
         assert work is not None
         sent.append(Sent(work, rooms))
     return sent
+
+
+def take(sent: Sequence[Sent]) -> None:
+    """Completes the steps that were sent off. On a GPU `wait` holds up the stream, not the host, which then reads whose
+    step it was.
+
+    Raises:
+        RuntimeError: as `Parts.take`, once everything else is complete.
+    """
+    errors = []
+    for each in sent:
+        each.work.wait()
+        for bucket, room in each.rooms:
+            try:
+                bucket.take(room)
+            except RuntimeError as error:
+                errors.append(error)
+    if errors:
+        raise errors[0]

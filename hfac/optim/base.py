@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping
 from itertools import repeat
 from operator import is_not
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .. import clipping, distributed, functional, ops, rounding, schedules
@@ -14,21 +15,20 @@ from ..distributed import layout
 from ..rounding import Place
 from .bound import Alone, Seen
 from .observed import ObservedOptimizer
-from .state import LOW, State, needs_others
+from .state import LOW, State, is_trained, needs_others
 
 
 class FactoredOptimizer(ObservedOptimizer):
     """Base of `hfac.HFac` and `hfac.SMMF`; not for use by itself.
 
-    State is made when parameters are added, as plain tensors: factors or moments in float32 (float64 for float64
-    parameters), ``step`` as a 0-d float32 tensor on the host, and with nonfinite="skip" the count ``skipped``. With
+    State is made when parameters are added (of frozen ones, and those of lazy modules: when they are first trained), as
+    plain tensors: factors or moments in float32 (float64 for float64 parameters), ``step`` as a 0-d float32 tensor on
+    the host, and with nonfinite="skip" the count ``skipped``. What others keep there beside it is left alone. With
     ``capturable``, "skip" or ``amp_scaling`` the step lives beside the parameter, because only the device knows it
     then. State of a DTensor is DTensors, whose global shapes do not depend on how it is sharded; its steps are on the
     host, because what ranks add up says there who made one.
     """
 
-    #: every state key that the subclass's functional form takes lists of
-    _state_keys: ClassVar[tuple[str, ...]]
     #: what the last step found in order
     _seen: "Seen | None"
     #: by group: which of its parameters had a gradient, and those, bound
@@ -76,34 +76,34 @@ class FactoredOptimizer(ObservedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        seen = self._seen  # a name of its own: other threads may step, too, and look again
-        if seen is None or not seen.holds(self):
-            seen = self._look_again()
+        seen = self._found()  # a name of its own: other threads may step, too, and look again
         limit = self.max_grad_norm
         grads = [seen.gradients(index) for index in range(len(self.param_groups))]
         work = [self._prepare(index, group, grads[index], seen) for index, group in enumerate(self.param_groups)]
         shared = {}
         if self._sharded is not None:
             shared = {i: self._shared(group) for i, group in enumerate(self.param_groups)}
-        clip = finish = None
+        clip = None
         if limit is None:
             self._grad_norm = None
         else:
             clip = self._clip(work, shared, limit)
-        if self._sharded is not None:
-            finish = self._sharded.prepare(shared, clip)
+        begin = None if self._sharded is None else self._sharded.prepare(shared, clip)
         for update in work:
             if update is not None:
                 update.check_capture()
         self._read_times = None
-        for index, update in enumerate(work):
-            if update is not None:
-                update(clip)
-                self._note(update, self.param_groups[index], seen.whole[index], grads[index])
-                if update.unscales:
-                    self._read_times = clip
-        if finish is not None:
-            finish()
+        finish = None if begin is None else begin()
+        try:
+            for index, update in enumerate(work):
+                if update is not None:
+                    update(clip)
+                    self._note(update, self.param_groups[index], seen.whole[index], grads[index])
+                    if update.unscales:
+                        self._read_times = clip
+        finally:
+            if finish is not None:  # whatever happened, other ranks count on what is under way
+                finish()
         return loss
 
     def _clip(
@@ -156,7 +156,7 @@ class FactoredOptimizer(ObservedOptimizer):
                 f"{type(self).__name__}.step_param: {alone.where} was given with another group. Pass its own entry of "
                 "param_groups, or None to have it looked up."
             )
-        if clip is None and self.max_grad_norm is not None:
+        if clip is None and self._limit_of(alone.group) is not None:
             raise RuntimeError(
                 f"{type(self).__name__}.step_param: max_grad_norm clips by the norm of all gradients, and a step of "
                 "one parameter knows one. Use hfac.release_gradients, which clips by the norm of the backward pass "
@@ -186,23 +186,21 @@ class FactoredOptimizer(ObservedOptimizer):
         name = f"{type(self).__name__}.step_param"
         if not isinstance(param, Tensor):
             raise TypeError(f"{name} takes a parameter of this optimizer, got {type(param).__name__}")
-        before = 0
-        for index, group in enumerate(self.param_groups):
-            for i, mine in enumerate(group["params"]):
-                if mine is param:
-                    where = f"parameter {i} of group {index}"
-                    if layout.is_sharded(param):
-                        raise RuntimeError(
-                            f"{name}: {where} (shape {tuple(param.shape)}) is sharded, and a step of it a collective: "
-                            "one for every parameter by itself. Call step(), which makes one for all."
-                        )
-                    alone = self._alone[param] = Alone(group, i, before + i, param, where)
-                    return alone
-            before += len(group["params"])
-        raise ValueError(
-            f"{name}: the parameter of shape {tuple(param.shape)} is in none of the optimizer's groups. Pass one of "
-            "param_groups' parameters itself, not a copy or a view, or add it with add_param_group."
-        )
+        found = self._find(param)
+        if found is None:
+            raise ValueError(
+                f"{name}: the parameter of shape {tuple(param.shape)} is in none of the optimizer's groups. Pass one of"
+                " param_groups' parameters itself, not a copy or a view, or add it with add_param_group."
+            )
+        group_index, i = found
+        where = f"parameter {i} of group {group_index}"
+        if layout.is_sharded(param):
+            raise RuntimeError(
+                f"{name}: {where} (shape {tuple(param.shape)}) is sharded, and a step of it a collective: one for every"
+                " parameter by itself. Call step(), which makes one for all."
+            )
+        alone = self._alone[param] = Alone(self.param_groups[group_index], group_index, i, param, where)
+        return alone
 
     def _prepare(
         self, group_index: int, group: dict[str, Any], grads: list[Any], seen: Seen
@@ -224,9 +222,11 @@ class FactoredOptimizer(ObservedOptimizer):
                 update = bound[1].prepare(grads, **options)
                 if update is not None:
                     return update
-            if bound is not None:
-                self._sync_state()  # what moved may have left its state behind
-            states = [{key: layout.local(value) for key, value in self.state[param].items()} for param in params]
+            for i, param in enumerate(group["params"]):
+                if param.grad is not None:  # what moved may have left its state behind, and what was frozen has none
+                    self._check_stepped(f"{type(self).__name__}: parameter {i} of group {group_index}", param, group)
+                    self._sync_param(param, group)
+            states = [self._local_state(param, group) for param in params]
             places = [self._place(param, group, seen.positions[param]) for param in params]
             update = None
             while update is None:  # unless another thread has counted a step in between
@@ -239,6 +239,10 @@ class FactoredOptimizer(ObservedOptimizer):
                 if param.grad is not None:  # the same complaint, with the place that the user knows
                     ops.check_tensor(f"the gradient of parameter {index} of group {group_index}", param.grad)
             raise
+
+    def _local_state(self, param: Tensor, group: Mapping[str, Any]) -> State:
+        """This rank's part of a parameter's state."""
+        return {key: layout.local(value) for key, value in self._needed_state(param, group).items()}
 
     def _options(self, group: dict[str, Any]) -> dict[str, Any]:
         """What a step is told anew every time."""
@@ -290,12 +294,12 @@ class FactoredOptimizer(ObservedOptimizer):
                 f"parameter {i} of group {index}",
                 index,
                 param,
-                self.state[param],
+                self._needed_state(param, group),
                 self._place(param, group, positions[param]),
             )
             for index, group in enumerate(self.param_groups)
             for i, param in enumerate(group["params"])
-            if needs_others(param, group) and param in self.state
+            if needs_others(param, group) and "step" in self.state.get(param, ())
         ]
         if entries and self._step_supports_amp_scaling:
             raise ValueError(
@@ -305,22 +309,13 @@ class FactoredOptimizer(ObservedOptimizer):
             )
         return distributed.Sharded(self._algorithm, entries) if entries else None
 
-    def _wait(self) -> None:
-        """Takes up what collectives of the last step have yet to bring."""
-        if self._sharded is not None:
-            self._sharded.wait()
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._wait()
-        return super().__getstate__()
-
     def _forget(self) -> None:
         """What earlier steps found in order is to be looked at again."""
-        self._wait()
         self._sharded = None
         self._seen = None
         self._bound = {}
         self._alone = {}
+        self._index = {}
 
     def _check_graph_capture(self) -> None:
         if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
@@ -340,20 +335,41 @@ class FactoredOptimizer(ObservedOptimizer):
 
     def collectives(self) -> list[tuple[int, int]]:
         """What a step adds up over ranks for sharded parameters: (ranks, bytes) of every all-reduce, in order."""
-        if self._seen is None or not self._seen.holds(self):
-            self._look_again()
+        self._found()
         if self._sharded is None:
             return []
         skip = {i: group["nonfinite"] == "skip" for i, group in enumerate(self.param_groups)}
         return self._sharded.collectives(skip, self.max_grad_norm is not None)
 
+    def _check_stepped(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
+        """What a step requires of a parameter, which may have been unfrozen, sharded or swapped since construction."""
+        if is_lazy(param) or not is_trained(param):
+            return
+        if param.grad is not None and param.is_inference():
+            raise RuntimeError(
+                f"{where} (shape {tuple(param.shape)}) is an inference tensor, which autograd cannot follow: it was "
+                "made inside torch.inference_mode(). Make the model outside, or clone the parameter there."
+            )
+        if "step" in self.state.get(param, ()):
+            self._check_layout(where, param, group)
+        else:
+            self._check_param(where, param, group)
+
+    def _found(self) -> Seen:
+        """What earlier steps found in order, if it still is; else all is looked at again."""
+        seen, sharded = self._seen, self._sharded
+        if seen is not None and seen.holds(self) and (sharded is None or sharded.holds()):
+            return seen
+        return self._look_again()
+
     def _look_again(self) -> Seen:
         self._forget()
         for index, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):  # trainers swap parameters for sharded ones
-                self._check_layout(f"{type(self).__name__}: parameter {i} of group {index}", param, group)
+                self._check_stepped(f"{type(self).__name__}: parameter {i} of group {index}", param, group)
         self._sync_state()
         self._seen = seen = Seen(self)
+        self._watched = {param: told for param, told in self._watched.items() if param in seen.positions}
         self._sharded = self._bind_sharded(seen)
         return seen
 

@@ -139,15 +139,14 @@ class HFac(FactoredOptimizer):
         )
         super().__init__(params, defaults)
 
-    def _check_param(self, index: int, param: Any, group: Mapping[str, Any]) -> None:
-        super()._check_param(index, param, group)
-        if isinstance(param, Tensor):
-            smallest = torch.finfo(ops.state_dtype(param.dtype)).tiny
-            if group["eps"] < smallest:
-                raise ValueError(
-                    f"HFac: eps must be at least {smallest:.3g} for parameter {index} of dtype {param.dtype}, got "
-                    f"{group['eps']}: in the arithmetic's type it would be zero, and a zero gradient would give 0/0"
-                )
+    def _check_param(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
+        super()._check_param(where, param, group)
+        smallest = torch.finfo(ops.state_dtype(param.dtype)).tiny
+        if group["eps"] < smallest:
+            raise ValueError(
+                f"{where} has dtype {param.dtype}, for which eps must be at least {smallest:.3g}, got {group['eps']}: "
+                "in the arithmetic's type it would be zero, and a zero gradient would give 0/0"
+            )
 
     def _slice_layout(self, shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any]) -> Layout:
         k = None if group["dense"] else matricize.cut(shape, group["matricize"])

@@ -1,8 +1,6 @@
 """What both optimizers tell of a step: the norm of its gradients, and what it did to each parameter."""
 
 from collections.abc import Iterable, Mapping
-from itertools import repeat
-from operator import is_
 from typing import Any
 
 import torch
@@ -22,6 +20,8 @@ class ObservedOptimizer(StatefulOptimizer):
     _watched: dict[Tensor, Tensor]
     #: what the last step multiplied gradients by as it read them, and left them as they were
     _read_times: Tensor | None = None
+    #: where each parameter was when one was last looked for: the number of its group, and its place there
+    _index: dict[Tensor, tuple[int, int]]
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._watched = {}
@@ -57,6 +57,27 @@ class ObservedOptimizer(StatefulOptimizer):
                 f"{limits}. Set it once, for the optimizer."
             )
         return COMMON_RULES["max_grad_norm"](name, limits[0])
+
+    def _limit_of(self, group: Mapping[str, Any]) -> float | None:
+        """``max_grad_norm`` of one group, where looking at all would cost too much."""
+        return self._common_limit([group])
+
+    def _find(self, param: Tensor) -> tuple[int, int] | None:
+        """The number of a parameter's group, and its place there; None where it is in none. Looking for each of many
+        parameters walks over the groups once."""
+        for again in (False, True):
+            if again:
+                self._index = {}
+                for index, group in enumerate(self.param_groups):
+                    for i, mine in enumerate(group["params"]):
+                        self._index.setdefault(mine, (index, i))
+            found = self._index.get(param)
+            if found is not None:
+                index, i = found
+                params = self.param_groups[index]["params"] if index < len(self.param_groups) else []
+                if i < len(params) and params[i] is param:
+                    return found
+        return None
 
     def _note(
         self, update: "functional.Update", group: Mapping[str, Any], params: list[Tensor], grads: list[Any]
@@ -126,8 +147,9 @@ class ObservedOptimizer(StatefulOptimizer):
     ) -> dict[str, Tensor] | None:
         """None where there is nothing to tell. ``times``: what the gradient has yet to be multiplied by."""
         state = self.state.get(param)
-        if state is None or param.numel() == 0:
+        if state is None or "step" not in state or param.numel() == 0:
             return None
+        state = self._needed_state(param, group)
         if not ahead and group["watch"] and param in self._watched:
             return diagnostics.told(self._algorithm, param, group, state, self._watched[param])
         if param.grad is None:
@@ -157,8 +179,8 @@ class ObservedOptimizer(StatefulOptimizer):
 
         Its `pre_reduce_metrics` and `dist_reduce_metrics` combine shards of FSDP, which are refused here.
         """
-        for group in self.param_groups:
-            if any(map(is_, group["params"], repeat(param))):
-                metrics = self._metrics(param, group, False, self._read_times)
-                optimizer_metrics.update(diagnostics.by_name(name, metrics or {}))
+        found = self._find(param)
+        if found is not None:
+            metrics = self._metrics(param, self.param_groups[found[0]], False, self._read_times)
+            optimizer_metrics.update(diagnostics.by_name(name, metrics or {}))
         return optimizer_metrics

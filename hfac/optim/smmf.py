@@ -42,8 +42,8 @@ class SMMF(FactoredOptimizer):
         dense, batch_dims, maximize, capturable, backend, nonfinite, amp_scaling, rounding, seed, master, max_grad_norm,
         watch:
             as for `hfac.HFac`; each slice of ``batch_dims`` has a square matrix of its own. The norm that
-            ``max_grad_norm`` clips by takes a read of the gradients, and over ranks an all-reduce for each mesh, of one
-            number per parameter.
+            ``max_grad_norm`` clips by takes a read of the gradients, and over ranks an all-reduce for each mesh, of two
+            numbers per parameter.
 
     State of a parameter (n, m = `hfac.matricize.square` of its number of elements): ``exp_avg_row``,
     ``exp_avg_sq_row`` of shape (n,), ``exp_avg_col``, ``exp_avg_sq_col`` of shape (m,), ``exp_avg_sign`` uint8 of

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import Parameter, is_lazy
 from torch.optim import Optimizer
 
 from .. import backends, ops, rounding
@@ -59,6 +61,8 @@ class StatefulOptimizer(Optimizer):
 
     #: name of the subclass's functional form
     _algorithm: ClassVar[str]
+    #: every state key that the functional form takes lists of
+    _state_keys: ClassVar[tuple[str, ...]]
     #: rule of every option of the subclass, beyond the common ones
     _rules: ClassVar[dict[str, options.Rule]] = {}
     #: an option that every version of the subclass has and no other optimizer: tells whose a state dict is
@@ -68,13 +72,13 @@ class StatefulOptimizer(Optimizer):
         """What earlier steps found in order is to be looked at again."""
         raise NotImplementedError
 
-    def _wait(self) -> None:
-        """Takes up what collectives of the last step have yet to bring."""
-        raise NotImplementedError
-
     def _common_limit(self, groups: Iterable[Mapping[str, Any]]) -> float | None:
         """The one ``max_grad_norm`` of the groups."""
         raise NotImplementedError
+
+    def _is_own(self, key: Any) -> bool:
+        """Whether a key of a parameter's state is the optimizer's; all others belong to wrappers and are left alone."""
+        return key in self._state_keys or key in ("step", "skipped", LOW)
 
     def _slice_layout(self, shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any]) -> Layout:
         """The layout of a parameter of ``shape`` without batch dimensions, its factors and moments being of
@@ -96,6 +100,11 @@ class StatefulOptimizer(Optimizer):
         found, low = self._layout(param, group), self._low_dtype(param, group)
         return found if low is None else {**found, LOW: (tuple(param.shape), low, tuple(range(param.ndim)))}
 
+    def _needed_state(self, param: Tensor, group: Mapping[str, Any]) -> State:
+        """What a step goes by, without what wrappers keep beside it under whatever names."""
+        needed = {*self._full_layout(param, group), "step", "skipped"}
+        return {key: value for key, value in self.state[param].items() if key in needed}
+
     @staticmethod
     def _low_dtype(param: Tensor, group: Mapping[str, Any]) -> torch.dtype | None:
         """The type of what is kept of a master weight beside this parameter, if anything is."""
@@ -115,10 +124,13 @@ class StatefulOptimizer(Optimizer):
             for param in group["params"]:
                 param_state = self.state.get(param, {})
                 if "step" in param_state and not isinstance(param_state["step"], Tensor):
-                    param_state["step"] = torch.tensor(float(param_state["step"]), dtype=torch.float32)
+                    param_state["step"] = _counter(param_state["step"], torch.float32, HOST)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group at any time, with any option of its own, and makes the state of its parameters.
+
+        A module's frozen parameters (requires_grad False) may be of any kind: they are checked, and have state, once
+        they are trained. So are those of lazy modules, once a forward pass has given them a shape.
 
         Raises:
             TypeError, ValueError, RuntimeError: bad options or parameters; the optimizer is left as it was.
@@ -126,18 +138,24 @@ class StatefulOptimizer(Optimizer):
         if isinstance(param_group, dict) and "params" in param_group:
             param_group.update(self._checked(param_group))
             group = {**self.defaults, **param_group}
-            self._common_limit([*self.param_groups, group])
+            first = next(iter(self.param_groups), group)  # those that are there agree
+            agrees = first.get("max_grad_norm") == group["max_grad_norm"]
+            self._common_limit([group] if agrees else [*self.param_groups, group])
             if not isinstance(param_group["params"], Tensor | set):
                 param_group["params"] = list(param_group["params"])
             for index, param in enumerate(_tensors(param_group["params"])):
-                self._check_param(index, param, group)
+                # A model's frozen parameters may be of any kind. Of what is no tensor torch says what it thinks.
+                frozen = isinstance(param, Parameter) and not is_trained(param)
+                if isinstance(param, Tensor) and not frozen:
+                    self._check_param(f"{type(self).__name__}: parameter {index} of the group", param, group)
         super().add_param_group(param_group)
-        self._sync_state()
+        group = self.param_groups[-1]
+        for param in group["params"]:
+            self._sync_param(param, group)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim: {"state": {index: {key: tensor}}, "param_groups": [...]}, plain tensors that share memory
-        with the state. What collectives have yet to bring is waited for."""
-        self._wait()
+        with the state, and whatever else wrappers of the optimizer keep in its state."""
         self._sync_state()
         return super().state_dict()
 
@@ -146,7 +164,8 @@ class StatefulOptimizer(Optimizer):
 
         Everything is checked first. Tensors keep their own types: torch's own loading would cast factors and sign
         bits to the parameter's type. ``capturable`` and ``backend`` stay as they are in this optimizer: they say how
-        a step is carried out on this machine.
+        a step is carried out on this machine. Entries under other keys than the optimizer's own, which wrappers keep in
+        its state, are taken over as they are; their tensors are copied and move to the parameter's device, as in torch.
 
         Raises:
             TypeError, ValueError: the state does not fit; the message names the parameter's index, what was expected
@@ -154,7 +173,7 @@ class StatefulOptimizer(Optimizer):
         """
         if not isinstance(state_dict, Mapping):
             self._checked_state(state_dict)
-        loaded: dict[int, State] = {}
+        loaded: dict[Any, Any] = {}
         execution = [{name: group[name] for name in EXECUTION} for group in self.param_groups]
 
         # Hooks of the user may rewrite the state dict, so what is checked and copied is what they leave: the first of
@@ -168,10 +187,18 @@ class StatefulOptimizer(Optimizer):
                 group.update(kept)
             params = [param for group in self.param_groups for param in group["params"]]
             self.state.clear()
-            for index, state in loaded.items():
-                self.state[params[index]] = {
-                    key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()
-                }
+            with torch.inference_mode(False), torch.no_grad():
+                for key, state in loaded.items():
+                    if not isinstance(key, int):  # of no parameter
+                        self.state[key] = _copied(state, None)
+                        continue
+                    param = params[key]
+                    self.state[param] = {
+                        name: value.clone(memory_format=torch.contiguous_format)
+                        if self._is_own(name)
+                        else _copied(value, None if param.is_meta else param.device)
+                        for name, value in state.items()
+                    }
             self._sync_state()
 
         handles = (
@@ -228,7 +255,6 @@ class StatefulOptimizer(Optimizer):
                 values[name] = layout.local(layout.placed(target, value.detach(), tuple(range(value.ndim))))
             except ValueError as error:
                 raise ValueError(f"{where} {error}") from None
-        self._wait()
         self._sync_state()
         for name, target in mine.items():
             value, to = values[name], layout.local(target.detach())
@@ -248,16 +274,18 @@ class StatefulOptimizer(Optimizer):
             if name in rules
         }
 
-    def _check_param(self, index: int, param: Any, group: Mapping[str, Any]) -> None:
-        if not isinstance(param, Tensor):
-            return  # torch says what it thinks of it
-        where = f"{type(self).__name__}: parameter {index} of the group"
+    def _check_param(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
+        """What is required of a parameter that is to be trained, once it has a shape; messages begin with ``where``."""
+        if is_lazy(param):
+            return
         if layout.is_flat(param):
             raise TypeError(
                 f"{where} is a flat parameter of FSDP1, or a piece of one (use_orig_params=True), which has no rows "
                 "and columns to factor. Shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead."
             )
         ops.check_tensor(where, param)
+        if param.is_nested:
+            raise RuntimeError(f"{where} is a nested tensor, which has no rows and columns. Optimize its pieces.")
         if param.dtype not in ops.PARAM_DTYPES:
             raise ValueError(
                 f"{where} has dtype {param.dtype}; float16, bfloat16, float32 or float64 is required. Leave other "
@@ -332,57 +360,72 @@ class StatefulOptimizer(Optimizer):
             for param in group["params"]:
                 if self._sync_param(param, group):
                     live.add(id(param))
-        if len(live) != len(self.state):
-            kept = {param for group in self.param_groups for param in group["params"]}
-            for param in [param for param in self.state if param not in kept]:
-                del self.state[param]
+        gone = [key for key in self.state if isinstance(key, Tensor) and id(key) not in live]
+        for param in gone:
+            del self.state[param]
+        if gone:
             self._forget()  # nor is what is gone kept alive
 
-    def _low_is_off(self, param: Tensor, group: Mapping[str, Any], state: State) -> bool:
-        """The lower piece of a master weight is missing, or of another type than it must be, or no longer wanted."""
-        return (state[LOW].dtype if LOW in state else None) != self._low_dtype(param, group)
-
     def _sync_param(self, param: Tensor, group: Mapping[str, Any]) -> bool:
-        """The same for one parameter; False where it has no state."""
+        """The same for one parameter; False where it has no state, because it is frozen, or of a kind that no step
+        takes, of which `step` complains."""
         state = self.state.get(param)
-        if state is None:
-            if not param.requires_grad and param.grad is None:
-                return False  # frozen: no state until it is trained
-            state = self.state[param] = {}
-        device = param.device
-        anchor = state.get("exp_avg_sq_row", state.get("exp_avg_sq"))
-        if (
-            anchor is None
-            or anchor.device != device
-            or anchor.dtype != ops.state_dtype(param.dtype)
-            or state["step"].device != (device if _steps_beside(group, param) else HOST)
-            or (group["nonfinite"] == "skip" and "skipped" not in state)
-            or ((group["master"] is not None or LOW in state) and self._low_is_off(param, group, state))
-        ):
+        if not state or "step" not in state or not ("exp_avg_sq_row" in state or "exp_avg_sq" in state):
+            if not is_trained(param) or is_lazy(param) or not _is_supported(param, group):
+                return state is not None
+            if state is None:
+                state = self.state[param] = {}
+            self._complete_state(param, group, state)
+        elif not self._in_order(param, group, state):
             self._complete_state(param, group, state)
         return True
 
+    def _in_order(self, param: Tensor, group: Mapping[str, Any], state: State) -> bool:
+        """Whether state that is there lies where it must lie, in the types it must have, and can be written."""
+        device, wide = param.device, ops.state_dtype(param.dtype)
+        for key in self._state_keys:
+            value = state.get(key)
+            if value is not None and (
+                value.device != device or value.is_inference() or (value.dtype != wide and key != "exp_avg_sign")
+            ):
+                return False
+        low = state.get(LOW)
+        if (None if low is None else low.dtype) != self._low_dtype(param, group) or (
+            low is not None and (low.device != device or low.is_inference())
+        ):
+            return False
+        return _counts(state.get("step"), torch.float32, device if _steps_beside(group, param) else HOST) and (
+            (group["nonfinite"] != "skip" and "skipped" not in state)
+            or _counts(state.get("skipped"), torch.int32, device)
+        )
+
+    @torch.inference_mode(False)  # what is made here outlives the mode that a step or a trainer is in
+    @torch.no_grad()
     def _complete_state(self, param: Tensor, group: Mapping[str, Any], state: State) -> None:
         """Every key of a parameter's state, on the device and of the type it must have; what is new is zero."""
-        counters = [("step", torch.float32, param.device if _steps_beside(group, param) else HOST)]
-        if group["nonfinite"] == "skip":
-            counters.append(("skipped", torch.int32, param.device))
-        if not param.is_meta and any(value.is_meta for value in state.values()):
-            state.clear()  # moments that went to the meta device are lost, and the step counts them
-        if LOW in state and self._low_is_off(param, group, state):
+        needed = self._full_layout(param, group)
+        counters = {"step": (torch.float32, param.device if _steps_beside(group, param) else HOST)}
+        if group["nonfinite"] == "skip" or "skipped" in state:
+            counters["skipped"] = (torch.int32, param.device)
+        if not param.is_meta and any(
+            isinstance(state.get(key), Tensor) and state[key].is_meta for key in (*needed, *counters)
+        ):
+            # Moments that went to the meta device are lost, and the step counts them.
+            for key in [key for key in state if self._is_own(key)]:
+                del state[key]
+        if LOW in state and (LOW not in needed or state[LOW].dtype != needed[LOW][1]):
             del state[LOW]  # of another option, or of the bfloat16 that the parameter was
-        for key, (shape, dtype, follows) in self._full_layout(param, group).items():
+        for key, (shape, dtype, follows) in needed.items():
             if key in state:
-                state[key] = state[key].to(device=param.device, dtype=dtype)
+                state[key] = _writable(state[key].to(device=param.device, dtype=dtype))
             else:
                 state[key] = layout.zeros(param, shape, follows, dtype, param.device)
-        for key, dtype, device in counters:
-            count = state[key] if key in state else torch.zeros((), dtype=dtype)
-            state[key] = count.to(device=device, dtype=dtype)
+        for key, (dtype, device) in counters.items():
+            state[key] = _counter(state.get(key, 0), dtype, device)
 
-    def _checked_state(self, state_dict: dict[str, Any]) -> dict[int, State]:
+    def _checked_state(self, state_dict: dict[str, Any]) -> dict[Any, Any]:
         """The state of every parameter that ``state_dict`` has one for, by the parameter's position in this
-        optimizer."""
+        optimizer; and what else wrappers keep in the state, by its key."""
         name = type(self).__name__
         if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
             given = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
@@ -414,10 +457,15 @@ class StatefulOptimizer(Optimizer):
         owners = [(param, group) for group, target in zip(merged, groups, strict=True) for param in target["params"]]
         positions = {key: i for i, key in enumerate(key for g in saved_groups for key in g["params"])}
         for index, (param, group) in enumerate(owners):
-            self._check_layout(f"{name}: with the options of the state dict, parameter {index}", param, group)
-        checked = {}
+            if is_trained(param) and not is_lazy(param):
+                self._check_layout(f"{name}: with the options of the state dict, parameter {index}", param, group)
+        named = any(isinstance(key, str) for key in positions)
+        checked: dict[Any, Any] = {}
         for key, state in state_dict["state"].items():
             if key not in positions:
+                if not isinstance(key, int) and not named:
+                    checked[key] = state
+                    continue
                 raise ValueError(
                     f"{name}: the state dict has state for parameter {key!r}, which is in none of its groups"
                 )
@@ -425,18 +473,28 @@ class StatefulOptimizer(Optimizer):
                 checked[positions[key]] = self._checked_entry(positions[key], *owners[positions[key]], state)
         return checked
 
-    def _checked_entry(self, index: int, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> State:
+    def _checked_entry(
+        self, index: int, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        if is_lazy(param):
+            raise ValueError(
+                f"{type(self).__name__}: the state dict has state for parameter {index}, which has no shape yet. Run a "
+                "forward pass first: it initializes the parameters of lazy modules."
+            )
         where = f"{type(self).__name__}: state of parameter {index} (shape {tuple(param.shape)})"
         if not isinstance(state, Mapping):
             raise TypeError(f"{where} must be a dict of tensors, got {type(state).__name__}")
         needed_layout = self._full_layout(param, group)
         needed = {*needed_layout, "step"}
-        if not needed <= state.keys() or not state.keys() <= {*needed, "skipped"}:
+        own = {key for key in state if self._is_own(key)}
+        entry: dict[str, Any] = {key: value for key, value in state.items() if key not in own}
+        if not own and not is_trained(param):
+            return entry
+        if not needed <= own or not own <= {*needed, "skipped"}:
             raise ValueError(
                 f"{where} must have the keys {sorted(needed)}, got {sorted(map(str, state))}. It was saved by another "
                 "optimizer, or with options that give another state."
             )
-        entry: State = {}
         for key, (shape, dtype, follows) in needed_layout.items():
             value = state[key]
             if not isinstance(value, Tensor):
@@ -454,10 +512,10 @@ class StatefulOptimizer(Optimizer):
         for key, dtype in (("step", torch.float32), ("skipped", torch.int32)):
             if key in state:
                 count = state[key]
-                if not isinstance(count, Tensor | int | float) or (isinstance(count, Tensor) and count.numel() != 1):
+                if not isinstance(count, Tensor | Real) or (isinstance(count, Tensor) and count.numel() != 1):
                     found = f"shape {tuple(count.shape)}" if isinstance(count, Tensor) else type(count).__name__
                     raise ValueError(f"{where}: '{key}' must be one number, got {found}")
-                entry[key] = torch.as_tensor(count, dtype=dtype).reshape(())
+                entry[key] = _counter(count, dtype, count.device if isinstance(count, Tensor) else HOST)
                 if entry[key].device.type == "cpu" and not 0 <= entry[key].item() < math.inf:
                     raise ValueError(f"{where}: '{key}' must be a number >= 0, got {entry[key].item()}")
         return entry
@@ -472,6 +530,53 @@ def _steps_beside(group: Mapping[str, Any], param: Tensor) -> bool:
     """Whether a step lives beside its parameter: where only the device knows whether it was made, or reads it."""
     beside = group["nonfinite"] == "skip" or group["capturable"] or group["amp_scaling"]
     return beside and not needs_others(param, group)
+
+
+def is_trained(param: Tensor) -> bool:
+    """Whether a step may have to do with the parameter; what is frozen is none of the optimizer's business."""
+    return param.requires_grad or param.grad is not None
+
+
+def _is_supported(param: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether state can be made; `_check_param` says why not."""
+    dense = param.layout == torch.strided and not param.is_nested
+    return dense and param.dtype in ops.PARAM_DTYPES and (not group["batch_dims"] or param.ndim > group["batch_dims"])
+
+
+def _counts(value: Any, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a step, or a count of skipped ones, is kept as it must be."""
+    return (
+        isinstance(value, Tensor)
+        and value.dtype == dtype
+        and value.ndim == 0
+        and value.device == device
+        and not value.is_inference()
+    )
+
+
+def _counter(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A count as it is kept: of a number, or of a tensor of one element of any type and shape."""
+    if not isinstance(value, Tensor):
+        return torch.tensor(float(value), dtype=dtype, device=device)
+    if value.ndim:
+        value = value.reshape(()).clone()  # no view, which would hold what it is of
+    return _writable(value.to(device=device, dtype=dtype))
+
+
+def _writable(tensor: Tensor) -> Tensor:
+    """The tensor itself; an ordinary copy of one that was made in inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _copied(value: Any, device: torch.device | None) -> Any:
+    """What a wrapper keeps, its tensors copied (to ``device``, unless that is None), in containers as well."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device=device or value.device, copy=True).requires_grad_(value.requires_grad)
+    if isinstance(value, dict):
+        return {key: _copied(entry, device) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied(entry, device) for entry in value)
+    return value
 
 
 def _described(tensor: Tensor) -> str:
