@@ -30,20 +30,21 @@ from bench import machine, record, session
 from bench.machine import ROOT
 from bench.report import Row
 from hfac import backends
+from hfac.cli import outputs
 
 OK, WRONG, NO_GPU = 0, 1, 2
 
 #: lists, types, whether plain torch takes part: (a) to (d) of what the report is for
 CASES = (
-    ("llama3-8b", ("bfloat16",), False),
+    ("llama-3-8b", ("bfloat16",), False),
     ("gpt2", ("bfloat16", "float32"), True),
     ("resnet50", ("float32",), True),
     ("2000x 64x64", ("bfloat16", "float32"), True),
 )
-QUICK_CASES = (("llama3-8b-4", ("bfloat16",), False), ("gpt2", ("bfloat16",), True))
+QUICK_CASES = (("llama-3-8b-4", ("bfloat16",), False), ("gpt2", ("bfloat16",), True))
 DRY_CASES = (("2x 24x16 + 7", ("float32", "bfloat16"), True),)
 #: a list of less than this share of the memory of the GPU is not cut: parameters, gradients, two states of AdamW
-LLAMA = "llama3-8b"
+LLAMA = "llama-3-8b"
 LLAMA_BYTES = 8.03e9 * 2 * 4 * 1.2
 
 
@@ -255,7 +256,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="two minutes instead of nine; written to bench-out/")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU: does the script itself work?")
     parser.add_argument("--built", type=float, metavar="SECONDS", help=argparse.SUPPRESS)  # the build is done
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the files go (default: bench/results)")
+    parser.add_argument("--out", type=outputs.folder, metavar="DIR", help="where the files go (default: bench/results)")
     return parser
 
 
