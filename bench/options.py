@@ -7,7 +7,6 @@ reference is not timed.
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from bench.contestants import ops_of
 from bench.problem import LR, WEIGHT_DECAY, Problem
 from bench.rivals import RIVALS, YARDSTICK
 from hfac import backends
+from hfac.cli import outputs
 
 LISTS = ("4096x4096", "16x 1024x1024")
 SECONDS = 20.0
@@ -148,7 +148,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=24)
-    parser.add_argument("--out", type=Path, default=machine.ROOT / "bench" / "results", help="folder of the table")
+    parser.add_argument(
+        "--out", type=outputs.folder, default=machine.ROOT / "bench" / "results", help="folder of the table"
+    )
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     setting = machine.describe(device)

@@ -12,8 +12,9 @@ ROOT = Path(__file__).parent.parent
 
 #: module (first part below hfac) -> modules of the package it may import
 ALLOWED = {
-    "__init__": {"_version", "convert", "functional", "groups", "optim", "release"},
+    "__init__": {"_startup", "_version", "convert", "functional", "groups", "optim", "release"},
     "__main__": {"cli"},
+    "_startup": set(),
     "_version": set(),
     "groups": set(),
     "matricize": set(),
@@ -29,7 +30,7 @@ ALLOWED = {
     "convert": {"optim", "matricize", "reference"},
     "release": {"optim", "distributed", "clipping"},
     "triton_kernels": set(),
-    "cli": {"", "optim", "backends", "_version", "matricize"},
+    "cli": {"", "_startup", "_version", "backends", "groups", "matricize", "optim"},
 }
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from hfac.cli.errors import UsageError
+from hfac.cli.errors import OutputError, UsageError
+from hfac.cli.foreign import told
 
 FILE_NAME = "compare.pt"
 FORMAT = 1
@@ -19,18 +20,30 @@ def save_checkpoint(directory: Path, content: dict) -> None:
     """Write `content` to a temporary name, flush it to disk, then rename it over the last checkpoint.
 
     Interrupted at any point, the directory holds either the last checkpoint or this one, each complete.
+
+    Raises:
+        OutputError: it cannot be written; the last checkpoint is still there.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=FILE_NAME + ".", suffix=".tmp", dir=directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=FILE_NAME + ".", suffix=".tmp", dir=directory)
+    except OSError as error:
+        raise _unwritten(directory, error) from error
     try:
         with os.fdopen(handle, "wb") as stream:
             torch.save({"format": FORMAT} | content, stream)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, directory / FILE_NAME)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, (OSError, RuntimeError)):  # torch's writer says RuntimeError of a full disk
+            raise _unwritten(directory, error) from error
         raise
+
+
+def _unwritten(directory: Path, error: Exception) -> OutputError:
+    return OutputError(f"the checkpoint {directory / FILE_NAME} could not be written ({told(error)})")
 
 
 def load_checkpoint(directory: Path) -> dict:
