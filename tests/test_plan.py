@@ -521,8 +521,7 @@ def test_a_plot_is_drawn(tmp_path, capsys):
     assert main(["plan", "resnet50", "--world-size", "1,2,4,8", "--plot", str(file)]) == 0
     drawn = file.read_text()
     assert drawn.count("<!-- ") > 60
-    bars = 4 * 4 * len(footprints.OPTIMIZERS)  # panels, parts
-    assert drawn.count("clip-path") >= bars, "a panel is empty"
+    assert drawn.count('<g id="axes_') == 4, "a panel is empty"
     for text in ("ResNet-50", "one GPU", "each of 8 GPUs", "optimizer state", "8-bit Adam"):
         assert f"<!-- {text}" in drawn
     assert str(file) in capsys.readouterr().err
