@@ -11,6 +11,7 @@ from bench import record, session, shapes
 from bench.contestants import OPS
 from bench.machine import ROOT, describe
 from hfac import backends
+from hfac.cli import outputs
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 WHAT = ("hfac", "smmf", *OPS, "step")
@@ -105,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rounds", type=_positive, metavar="N", help=f"rounds (default: {FULL[0]}, with --quick {QUICK[0]})")
     add("--quick", action="store_true", help="few rounds of small lists, under a minute; written to bench-out/")
     add("--plot", action="store_true", help="draw a roofline picture and a bar chart beside the numbers")
-    add("--out", type=Path, metavar="DIR", help="where the files go (default: bench/results)")
+    add("--out", type=outputs.folder, metavar="DIR", help="where the files go (default: bench/results)")
     return parser
 
 
@@ -114,7 +115,7 @@ def _shapes(text: str) -> str:
         shapes.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    return text
+    return shapes.ALIASES.get(text, text)
 
 
 def _positive(text: str) -> int:

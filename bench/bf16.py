@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from hfac.cli import outputs
 from hfac.cli.corpus import load_corpus
 from hfac.cli.optimizers import CHOICES
 from hfac.cli.settings import Settings
@@ -95,7 +96,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
-    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--out", type=outputs.folder, default=FOLDER)
     args = parser.parse_args()
     results = {optimizer: {p: train(optimizer, p, args) for p in PRECISIONS} for optimizer in args.only}
     head = f"{args.steps:,} steps at the constant learning rate {args.lr:g}, seed {args.seed}"

@@ -55,6 +55,7 @@ from pathlib import Path
 from bench import gpu_objects, gpu_parts, gpu_process, record
 from bench.gpu_parts import DRY, FULL, MEASURED, PARTS, PROFILE, QUICK, VERSIONS, Mode, Step
 from bench.report import Row
+from hfac.cli import outputs
 
 ROOT = Path(__file__).parent.parent
 OK, WRONG, NO_GPU = 0, 1, 2
@@ -265,7 +266,7 @@ def build_parser() -> argparse.ArgumentParser:
     named = ", ".join(f"{number} {name}" for number, name in enumerate(PARTS, 1))
     parser.add_argument("--only", type=_parts, default=PARTS, metavar="PART[,PART]", help=f"some of: {named}")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where the files go (default: $OUT, else bench/results)"
+        "--out", type=outputs.folder, metavar="DIR", help="where the files go (default: $OUT, else bench/results)"
     )
     parser.add_argument(
         "--objects", type=Path, default=gpu_objects.FOLDER, metavar="DIR", help="what make gpu-objects compiled"

@@ -31,7 +31,7 @@ class Case:
 
 
 CASES = {
-    "first": (Case("llama3-8b", "bfloat16"), Case("gpt2", "bfloat16")),
+    "first": (Case("llama-3-8b", "bfloat16"), Case("gpt2", "bfloat16")),
     "more": (
         Case("resnet50", "float32", alone=False),
         Case("2000x 64x64", "bfloat16", alone=False),
@@ -42,7 +42,7 @@ CASES = {
     "dry-more": (Case("2x 24x16 + 7", "float32", alone=False),),
 }
 #: lists that are cut where the GPU has no room for them -> what is measured in their place
-SMALLER = {"llama3-8b": "llama3-8b-4"}
+SMALLER = {"llama-3-8b": "llama-3-8b-4"}
 #: of a bfloat16 list: parameters, gradients, two states of AdamW, and what is needed for a while
 _BYTES_PER_ELEMENT = 2 * 4 * 1.2
 

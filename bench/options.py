@@ -21,6 +21,7 @@ from bench.contestants import ops_of
 from bench.problem import LR, WEIGHT_DECAY, Problem
 from bench.rivals import RIVALS, YARDSTICK
 from hfac import backends
+from hfac.cli import outputs
 
 LISTS = ("4096x4096", "16x 1024x1024")
 SECONDS = 20.0
@@ -190,7 +191,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--shapes", nargs="+", default=LISTS, metavar="LIST", help="parameter lists, as bench takes them"
     )
     parser.add_argument("--rows", type=Path, help="file to which a line of JSON is added for each number")
-    parser.add_argument("--out", type=Path, default=machine.ROOT / "bench" / "results", help="folder of the table")
+    parser.add_argument(
+        "--out", type=outputs.folder, default=machine.ROOT / "bench" / "results", help="folder of the table"
+    )
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     setting = machine.describe(device)

@@ -46,10 +46,12 @@ def llama3_8b(layers: int = 32) -> list[Shape]:
 NAMED: dict[str, tuple[str, Callable[[], list[Shape]]]] = {
     "gpt2": ("GPT-2 124M, all parameters", gpt2),
     "resnet50": ("ResNet-50, all parameters", resnet50),
-    "llama3-8b": ("Llama-3-8B, all parameters (16 GB of parameters in bfloat16, as much of gradients)", llama3_8b),
-    "llama3-8b-4": ("Llama-3-8B, embedding, head and 4 of 32 layers", lambda: llama3_8b(4)),
+    "llama-3-8b": ("Llama-3-8B, all parameters (16 GB of parameters in bfloat16, as much of gradients)", llama3_8b),
+    "llama-3-8b-4": ("Llama-3-8B, embedding, head and 4 of 32 layers", lambda: llama3_8b(4)),
     "hostile": ("scalars, primes, single rows, empty tensors, five dimensions", lambda: list(cases.SHAPES)),
 }
+#: earlier names of the same lists
+ALIASES = {**models.ALIASES, "llama3-8b-4": "llama-3-8b-4"}
 FULL = ("4096x4096", "16x 1024x1024", "200x 1024", "400x 768 + 100x 64x64", "gpt2", "resnet50")
 QUICK = ("2048x2048", "200x 1024")
 
@@ -60,6 +62,8 @@ def parse(name: str) -> list[Shape]:
     Raises:
         ValueError: neither a name of `NAMED` nor of the written form.
     """
+    name = name.strip()
+    name = ALIASES.get(name, name)
     if name in NAMED:
         return NAMED[name][1]()
     shapes: list[Shape] = []

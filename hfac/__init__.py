@@ -6,6 +6,7 @@
 
 from pathlib import Path
 
+from . import _startup  # noqa: F401  first: what follows imports torch, which takes a second
 from ._version import __version__
 
 # An uninstalled checkout keeps hfac.triton_kernels beside this folder; installed, it lies inside it.

@@ -368,14 +368,14 @@ def test_one_optimizer_that_cannot_be_measured_does_not_cost_the_other(tmp_path,
 
 
 def test_lists_of_the_report():
-    sizes = [torch.Size(shape).numel() for shape in shapes.parse("llama3-8b")]
+    sizes = [torch.Size(shape).numel() for shape in shapes.parse("llama-3-8b")]
     assert len(sizes) == 291 and sum(sizes) == 8_030_261_248
     assert sum(torch.Size(shape).numel() for shape in shapes.parse("gpt2")) == 124_439_808
     assert len(shapes.parse("2000x 64x64")) == 2000
     for cases in gpu_steps.CASES.values():
         assert all(shapes.parse(case.shapes) and hasattr(torch, case.dtype) for case in cases)
     first = [(case.shapes, case.dtype) for case in gpu_steps.CASES["first"]]
-    assert first == [("llama3-8b", "bfloat16"), ("gpt2", "bfloat16")]
+    assert first == [("llama-3-8b", "bfloat16"), ("gpt2", "bfloat16")]
 
 
 def test_launches_are_counted_on_a_gpu_only():

@@ -12,8 +12,9 @@ ROOT = Path(__file__).parent.parent
 
 #: module (first part below hfac) -> modules of the package it may import
 ALLOWED = {
-    "__init__": {"_version", "convert", "functional", "groups", "optim", "release"},
+    "__init__": {"_startup", "_version", "convert", "functional", "groups", "optim", "release"},
     "__main__": {"cli"},
+    "_startup": set(),
     "_version": set(),
     "groups": set(),
     "matricize": set(),
@@ -31,7 +32,7 @@ ALLOWED = {
     "release": {"optim", "distributed", "clipping"},
     "parity": {"ops", "reference", "rounding", "schedules"},
     "triton_kernels": set(),
-    "cli": {"", "optim", "backends", "_version", "matricize", "parity"},
+    "cli": {"", "_startup", "_version", "backends", "groups", "matricize", "optim", "parity"},
 }
 
 

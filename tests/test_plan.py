@@ -17,7 +17,7 @@ from torch import nn
 
 import hfac
 from hfac.backends import cpu
-from hfac.cli import findings, footprints, main, memory, shapes, sources
+from hfac.cli import configs, findings, footprints, main, memory, parameters, shapes, sources
 from hfac.cli.model import ByteGPT
 
 sys.path.append(str(Path(__file__).parent.parent))
@@ -59,12 +59,14 @@ MODELS = {"gpt": gpt, "convolutions": convolutions}
 
 
 def modeled(module, dtype="bf16"):
-    model = sources._of_module(module, "model", "here")
+    model = parameters.of_module(module, "model", "here")
     return model, memory.Load(model, memory.DTYPES[dtype])
 
 
 def listed(*sizes, dtype="bf16"):
-    model = sources.Model("list", "here", tuple(sources.Parameter(f"p{i}", shape) for i, shape in enumerate(sizes)))
+    model = parameters.Model(
+        "list", "here", tuple(parameters.Parameter(f"p{i}", shape) for i, shape in enumerate(sizes))
+    )
     return model, memory.Load(model, memory.DTYPES[dtype])
 
 
@@ -187,6 +189,64 @@ def test_shards_are_torchs(world, index):
                     assert sent == sum(size for _, size in optimizer.collectives())
 
 
+#: options of every group, and of the matrices; the type of the weights
+OPTIONS = {
+    "master": ({"master": "split"}, {}, "bf16"),
+    "master in 24 bits, stochastic": ({"master": "split8", "rounding": "stochastic"}, {}, "bf16"),
+    "dense": ({}, {"dense": True}, "fp32"),
+    "stacks": ({}, {"batch_dims": 1}, "fp32"),
+    "stacks with masters": ({"master": "split"}, {"batch_dims": 1}, "bf16"),
+}
+
+
+def stacks():
+    """Two stacks of matrices, a matrix and a vector."""
+    shapes = {"experts_up": (6, 20, 12), "experts_down": (6, 12, 20), "gate": (20, 6), "bias": (20,)}
+    return nn.ParameterDict({name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()})
+
+
+def grouped(module, everywhere, some, dtype):
+    """The model as it is planned, and the groups that its optimizers get."""
+    dense = ["experts_*"] if some.get("dense") else []
+    batch_dims = {"experts_*": 1} if some.get("batch_dims") else {}
+    model = parameters.of_module(module, "model", "here").grouped(dense, batch_dims)
+    load = memory.Load(model, memory.DTYPES[dtype], everywhere.get("rounding", "nearest"), everywhere.get("master"))
+    experts = [param for name, param in module.items() if name.startswith("experts")]
+    others = [param for name, param in module.items() if not name.startswith("experts")]
+    return load, [{"params": experts, **everywhere, **some}, {"params": others, **everywhere}]
+
+
+@pytest.mark.parametrize("label", OPTIONS)
+@pytest.mark.parametrize("name", ["hfac", "smmf"])
+def test_bytes_under_options_are_those_of_real_tensors(name, label):
+    everywhere, some, dtype = OPTIONS[label]
+    module = stacks().to(memory.DTYPES[dtype])
+    load, groups = grouped(module, everywhere, some, dtype)
+    with_gradients(module)
+    optimizer = REAL[name, dtype](groups)
+    optimizer.step()
+    assert footprints.OPTIMIZERS[name].load_bytes(load, memory.ALONE) == state_bytes(optimizer)
+    assert footprints.OPTIMIZERS[name].checkpoint_bytes(load, 3) == load.weight_bytes() + state_bytes(optimizer)
+
+
+@pytest.mark.parametrize(("label", "world"), list(zip(OPTIONS, (13, 14, 15, 17, 18), strict=True)))
+def test_shards_under_options_are_torchs(label, world):
+    from torch.distributed.fsdp import fully_shard
+
+    everywhere, some, dtype = OPTIONS[label]
+    with rank_of(1, world) as mesh:
+        module = stacks().to(memory.DTYPES[dtype])
+        load, _ = grouped(module, everywhere, some, dtype)
+        fully_shard(module, mesh=mesh)
+        _, groups = grouped(module, everywhere, some, dtype)
+        for name in ("hfac", "smmf"):
+            optimizer = REAL[name, dtype](groups)
+            planned = footprints.OPTIMIZERS[name]
+            assert planned.load_bytes(load, memory.Rank(1, world)) == state_bytes(optimizer), name
+            sent = sum(size for _, size in optimizer.collectives())
+            assert planned.sent_bytes(load, memory.Rank(1, world)) == sent, name
+
+
 def make_state(adafactor):
     """Its step makes state and then fails where a matrix is sharded: what the plan says of torch 2.13."""
     with pytest.raises(RuntimeError, match="placement|Cannot flatten unevenly sharded"):
@@ -252,6 +312,47 @@ def test_transient_bytes_said_to_be_counted_are_what_the_kernels_keep(name, dtyp
     assert 0 < optimizer.workspace_bytes() - said.bytes <= 1024 * len(sizes)
 
 
+@pytest.mark.skipif(emulated.native is None, reason=emulated.WHY_NOT)
+@pytest.mark.usefixtures("emulated_backend")
+@pytest.mark.parametrize("label", ["dense", "stacks"])
+@pytest.mark.parametrize("name", ["hfac", "smmf"])
+def test_transient_bytes_under_options_are_what_the_kernels_keep(name, label):
+    everywhere, some, dtype = OPTIONS[label]
+    module = stacks()
+    load, groups = grouped(module, everywhere, some, dtype)
+    with_gradients(module)
+    optimizer = REAL[name, dtype](groups, backend=emulated.NAME)
+    optimizer.step()
+    steps = [bucket.call.step for _, group in optimizer._bound.values() for bucket in group._buckets]
+    said = footprints.OPTIMIZERS[name].transient(load, memory.ALONE)
+    assert sum(step.workspace.numel() for step in steps) == said.bytes
+
+
+def test_adafactors_transient_bytes_on_many_ranks_are_those_of_the_parts():
+    adafactor = footprints.OPTIMIZERS["adafactor"]
+    _, load = listed((300, 200), (96, 80), (200,), dtype="fp32")
+    _, parts = listed((75, 200), (24, 80), (50,), dtype="fp32")
+    said = adafactor.transient(load, memory.Rank(0, 4))
+    assert said.bytes == adafactor.transient(parts, memory.ALONE).bytes > 0
+    assert said.basis == "estimated"
+
+
+def test_float32_masters_take_16_bytes_for_each_weight():
+    """As mixed-precision trainers keep them, with the real optimizer on the copies."""
+    module = gpt().to(torch.bfloat16)
+    _, load = modeled(module)
+    [row] = [row for row in footprints.rows(load, 1) if row.optimizer.name == "adamw-masters"]
+    masters = [nn.Parameter(param.detach().float()) for param in module.parameters()]
+    for master in masters:
+        master.grad = torch.zeros_like(master)
+    optimizer = torch.optim.AdamW(masters)
+    optimizer.step()
+    assert row.state == state_bytes(optimizer) + sum(master.nbytes for master in masters)
+    steps = 4 * len(masters)
+    assert row.weights + row.gradients + row.state - steps == 16 * load.elements()
+    assert "adamw-masters" not in {row.optimizer.name for row in footprints.rows(modeled(gpt(), "fp32")[1], 1)}
+
+
 def test_without_the_extension_transient_bytes_are_unknown(monkeypatch, capsys):
     monkeypatch.setattr(cpu, "_C", None)
     monkeypatch.setattr(cpu, "_build_failure", lambda: "it was not built")
@@ -311,6 +412,58 @@ def test_the_share_is_the_threshold():
     assert ("hfac", "thin") not in found_kinds((8, 4096), share=share)
 
 
+def test_experts_that_leave_ranks_empty_are_named():
+    def empty(*worlds):
+        return [f for f in findings.find(*listed((8, 64, 64), (64, 64)), worlds) if f.kind == "empty ranks"]
+
+    assert empty(1, 8) == []
+    [finding] = empty(1, 8, 16)
+    assert [p.shape for p in finding.parameters] == [(8, 64, 64)] and "8 have none" in finding.why
+    assert len(empty(16, 64)) == 2
+    [finding] = [f for f in findings.find(*listed((10, 64, 64)), (8,)) if f.kind == "empty ranks"]
+    assert "3 have none and the fullest has 20.0%" in finding.why  # 5 ranks with 2 slices each
+    few = findings.find(*listed((8, 4), (1024, 1024)), (16,))
+    assert not [f for f in few if f.kind == "empty ranks"]
+
+
+def test_what_was_asked_for_is_no_finding():
+    model, _ = listed((4, 4096), (1024, 1024))
+    for load in (memory.Load(model, torch.bfloat16, master="split"), memory.Load(model, torch.bfloat16)):
+        assert {f.kind for f in findings.find(model, load, (1,)) if f.optimizer == "hfac"} == {"thin"}
+    model = model.grouped(["p0"], {})
+    load = memory.Load(model, torch.bfloat16)
+    assert not [f for f in findings.find(model, load, (1,)) if f.optimizer in ("hfac", "smmf")]
+
+
+def test_options_are_planned_and_told(capsys):
+    arguments = ["gpt2", "--dense", "*wpe*", "--batch-dims", "*.c_fc.weight=1", "--master", "split"]
+    arguments += ["--rounding", "stochastic"]
+    found = json.loads(plan(capsys, *arguments, "--json"))
+    assert found["dense"] == ["transformer.wpe.weight"] and len(found["batch_dims"]) == 12
+    assert (found["master"], found["rounding"]) == ("split", "stochastic")
+    text = " ".join(plan(capsys, *arguments).split())
+    assert "master=split, rounding=stochastic, dense for 1 tensor, batch_dims for 12 tensors" in text
+    bare = json.loads(plan(capsys, "gpt2", "--json"))
+    for shown, plain in zip(*(entry["world_sizes"][0]["optimizers"] for entry in (found, bare)), strict=True):
+        ours = shown["optimizer"] in ("hfac", "smmf")
+        assert (shown["state_bytes"] > plain["state_bytes"] + 2 * 124_439_808 - 1) == ours
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dense", "nothing*"], "'nothing*' matches no parameter that is trained"),
+        (["--batch-dims", "*wpe*=2"], "a number from 0 to 1 is required"),
+        (["--batch-dims", "*wpe*"], "required is PATTERN=N"),
+        (["--batch-dims", "*wpe*=x"], "required is a whole number of at least 0"),
+        (["--master", "split", "--dtype", "fp32"], "are for weights of fewer bits"),
+        (["--rounding", "stochastic", "--dtype", "fp32"], "are for weights of fewer bits"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(arguments, message, capsys):
+    assert message in refusal(capsys, "gpt2", *arguments)
+
+
 def test_scalars_are_named_where_they_would_be_cut():
     assert (None, "scalars") in found_kinds((), (64, 64), worlds=(1, 2))
     assert (None, "scalars") not in found_kinds((), (64, 64), worlds=(1,))
@@ -368,6 +521,7 @@ def test_a_plot_is_drawn(tmp_path, capsys):
     assert main(["plan", "resnet50", "--world-size", "1,2,4,8", "--plot", str(file)]) == 0
     drawn = file.read_text()
     assert drawn.count("<!-- ") > 60
+    assert drawn.count('<g id="axes_') == 4, "a panel is empty"
     for text in ("ResNet-50", "one GPU", "each of 8 GPUs", "optimizer state", "8-bit Adam"):
         assert f"<!-- {text}" in drawn
     assert str(file) in capsys.readouterr().err
@@ -507,7 +661,7 @@ def test_a_config_that_gives_no_model_is_refused(config, message, tmp_path, caps
 
 
 def test_a_config_that_no_auto_class_takes_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sources, "AUTO_CLASSES", ("AutoModelForCausalLM",))
+    monkeypatch.setattr(configs, "_auto_classes", lambda config: ("AutoModelForCausalLM",))
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     assert "has none of AutoModelForCausalLM for the model_type 'vit'" in refusal(capsys, str(tmp_path))
 
@@ -517,6 +671,7 @@ def test_bytes_of_every_optimizer_are_counted_by_hand():
     _, load = listed((64, 96))
     numel, part = 64 * 96, 16 * 96
     expected = {
+        "adamw-masters": (12 * part + 4, 12 * numel + 4),
         "adamw-fp32": (8 * part + 4, 8 * numel + 4),
         "adamw-bf16": (4 * part + 4, 4 * numel + 4),
         "adam-8bit": (8 * part, 8 * numel),  # a part is below 4096 elements

@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
+from hfac import __version__, _startup
 from hfac.cli import compare, doctor, plan
-from hfac.cli.errors import INTERRUPTED, PIPE_CLOSED, UsageError
+from hfac.cli.errors import FAILED, INTERRUPTED, PIPE_CLOSED, OutputError, UsageError
+from hfac.cli.foreign import told
 
 # Each module offers HELP (one line), add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {
@@ -18,29 +23,100 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that does not take a help text for written when it was not."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if file is not None and file is sys.stdout:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line, with one sub-parser per entry of `COMMANDS`."""
-    parser = argparse.ArgumentParser(prog="hfac", description="Tools for the HFac and SMMF factored optimizers.")
+    parser = _Parser(prog="hfac", description="Tools for the HFac and SMMF factored optimizers.")
+    parser.add_argument("--version", action="version", version=f"hfac {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
         command = commands.add_parser(name, help=module.HELP, description=module.__doc__)
         module.add_arguments(command)
-        command.set_defaults(run=module.run, command_parser=command)
+        command.set_defaults(run=module.run)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status; bad input exits with status 2 as argparse does."""
-    args = build_parser().parse_args(argv)
+    """Run one command and return its exit status. Nothing that goes wrong ends in a traceback: it is one line on
+    standard error. Bad input exits with status 2, as argparse does.
+
+    Set HFAC_TRACEBACK=1 to see where an error comes from.
+    """
+    _startup.release()
+    command = "hfac"
     try:
-        status = args.run(args)
-        sys.stdout.flush()
-        return status
-    except UsageError as error:
-        args.command_parser.error(str(error))  # exits
-        raise
+        _prepare_output()
+        try:
+            args = build_parser().parse_args(argv)
+            command = f"hfac {args.command}"
+            return args.run(args)
+        finally:
+            sys.stdout.flush()  # here, where what cannot be written is still reported
+    except Exception as error:
+        if os.environ.get("HFAC_TRACEBACK"):
+            traceback.print_exc()
+        if isinstance(error, OSError):
+            _discard_output()
+        if _was_interrupted(error):  # which some modules turn into an ImportError
+            return INTERRUPTED
+        if isinstance(error, BrokenPipeError):  # whoever read the output has read enough, as `head` does
+            return PIPE_CLOSED
+        if isinstance(error, UsageError):
+            _say(f"{command}: error: {_one_line(error)}")
+            raise SystemExit(2) from error
+        _say(f"{command}: error: {_described(error)}")
+        return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read the output has read enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere, without complaint
-        return PIPE_CLOSED
+
+
+def _prepare_output() -> None:
+    """Characters that the terminal does not have are written as escapes, as on standard error."""
+    if sys.stdout is None:
+        raise OutputError("standard output is closed; nothing could be told")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _described(error: Exception) -> str:
+    if isinstance(error, OutputError):
+        return _one_line(error)
+    if isinstance(error, OSError) and error.strerror:
+        if error.filename is None:
+            return f"the output cannot be written ({error.strerror})"
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory for this ({told(error)}); ask for less"
+    return f"{told(error)} (HFAC_TRACEBACK=1 shows where)"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _say(line: str) -> None:
+    with suppress(OSError, ValueError, AttributeError):  # standard error may be gone, too
+        print(line, file=sys.stderr, flush=True)
+
+
+def _discard_output() -> None:
+    """What is left in the buffer goes nowhere, without complaint when the interpreter ends."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from hfac import __version__
-from hfac.cli.errors import UsageError
+from hfac.cli.errors import OutputError, UsageError
+from hfac.cli.foreign import told
 
 FILE_NAME = "compare.pt"
 FORMAT = 1
@@ -29,18 +30,26 @@ def save_checkpoint(directory: Path, content: dict) -> None:
     """Write `content` to a temporary name, flush it to disk, then rename it over the last checkpoint.
 
     Interrupted at any point, the directory holds either the last checkpoint or this one, each complete.
+
+    Raises:
+        OutputError: it cannot be written; the last checkpoint is still there.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(directory)
-    handle, temporary = tempfile.mkstemp(prefix=FILE_NAME + ".", suffix=".tmp", dir=directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(directory)
+        handle, temporary = tempfile.mkstemp(prefix=FILE_NAME + ".", suffix=".tmp", dir=directory)
+    except OSError as error:
+        raise _unwritten(directory, error) from error
     try:
         with os.fdopen(handle, "wb") as stream:
             torch.save({"format": FORMAT} | content, stream)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, directory / FILE_NAME)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, (OSError, RuntimeError)):  # torch's writer says RuntimeError of a full disk
+            raise _unwritten(directory, error) from error
         raise
 
 
@@ -48,6 +57,10 @@ def remove_leftovers(directory: Path) -> None:
     """Remove what saves have left behind that were killed before they could rename it."""
     for leftover in directory.glob(f"{FILE_NAME}.*.tmp"):
         leftover.unlink(missing_ok=True)
+
+
+def _unwritten(directory: Path, error: Exception) -> OutputError:
+    return OutputError(f"the checkpoint {directory / FILE_NAME} could not be written ({told(error)})")
 
 
 def load_checkpoint(directory: Path) -> dict:

@@ -4,13 +4,16 @@ batches, and compare their validation loss, memory and time."""
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from hfac.cli import arguments
+from hfac.cli import arguments, outputs
 from hfac.cli.checkpoint import FILE_NAME, cannot_continue, load_checkpoint
 from hfac.cli.corpus import load_corpus
-from hfac.cli.errors import INTERRUPTED, DamagedCheckpoint, UsageError
+from hfac.cli.errors import FAILED, INTERRUPTED, DamagedCheckpoint, OutputError, UsageError
+from hfac.cli.foreign import told
 from hfac.cli.optimizers import CHOICES
 from hfac.cli.plot import write_plot
 from hfac.cli.progress import make_progress
@@ -20,6 +23,7 @@ from hfac.cli.settings import DTYPES, NAMES, SCHEDULES, Settings, flag, resolve
 from hfac.optim.state import MASTER, ROUNDING
 
 HELP = "train a small GPT with several optimizers and compare loss, memory and time"
+NUMBERS, PLOT = "compare.json", "compare.png"
 SWEEP_FACTORS = (0.5, 1.0, 2.0)
 
 
@@ -65,12 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("files").add_argument
     meaning = "where compare.json and compare.png go (default: %(default)s)"
-    add("--out", type=Path, default=Path("compare-out"), metavar="DIR", help=meaning)
-    add("--save", type=Path, metavar="DIR", help="keep a checkpoint in this directory")
+    add("--out", type=outputs.folder, default=Path("compare-out"), metavar="DIR", help=meaning)
+    add("--save", type=outputs.folder, metavar="DIR", help="keep a checkpoint in this directory")
     meaning = "steps between checkpoints (default: %(default)s)"
     add("--save-every", type=arguments.positive_int, default=100, metavar="N", help=meaning)
     meaning = "continue from the checkpoint in this directory, with its settings, and keep saving there (or in --save)"
-    add("--resume", type=Path, metavar="DIR", help=meaning)
+    add("--resume", type=outputs.folder, metavar="DIR", help=meaning)
 
 
 def _setting(add: Callable, name: str, kind: Callable, meaning: str, shown: str | None = None, **keywords) -> None:
@@ -83,7 +87,11 @@ def _setting(add: Callable, name: str, kind: Callable, meaning: str, shown: str 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out `hfac compare` and return its exit status: 0, or 130 after Ctrl-C."""
+    """Carry out `hfac compare` and return its exit status: 0, 1 if a file could not be written, 130 after Ctrl-C.
+
+    What was trained is never lost for a file that cannot be written: training goes on without the checkpoint, and the
+    table is printed before anything else is written.
+    """
     checkpoint = None if args.resume is None else load_checkpoint(args.resume)
     try:
         settings = resolve(_given(args), None if checkpoint is None else checkpoint["settings"])
@@ -106,22 +114,62 @@ def run(args: argparse.Namespace) -> int:
     if checkpoint is not None:
         _print_resumed(comparison, checkpoint)
 
-    status = 0
+    status, failure = 0, None
+    writing = _Writing()
     with StopRequest() as stop:
         try:
             with make_progress() as progress:
                 while not comparison.complete:
-                    comparison.train_next(progress, stop)
-                    _write_numbers(args.out, comparison)  # after every run, so that a later failure costs less
+                    comparison.train_next(progress, stop, writing.attempt)
+                    # after every run, so that a later failure costs less
+                    writing.attempt(_write_numbers, args.out, comparison)
         except KeyboardInterrupt:
             status = INTERRUPTED
-            print("\nInterrupted." if save_to is None else f"\nInterrupted. Continue with: --resume {save_to}")
+            saved = save_to is not None and not writing.failed
+            print(f"\nInterrupted. Continue with: --resume {save_to}" if saved else "\nInterrupted.")
+        except OSError as error:  # of standard output, between two steps
+            failure = error
+            writing.attempt(comparison.save)
+        except Exception as error:
+            failure = error
     if comparison.results:
-        print()
-        print_table(comparison.results, settings.steps)
-        _write_numbers(args.out, comparison)
-        _write_plot(args.out, comparison)
-    return status
+        try:
+            print()
+            print_table(comparison.results, settings.steps)
+            sys.stdout.flush()
+        except OSError as error:
+            failure = failure or error
+        writing.attempt(_write_numbers, args.out, comparison)
+        if not isinstance(failure, BrokenPipeError):  # whoever has stopped reading looks at no picture either
+            writing.attempt(_write_plot, args.out, comparison)
+    if failure is not None:
+        raise failure
+    return status or (FAILED if writing.failed else 0)
+
+
+class _Writing:
+    """Writes files beside a training that must not end for them: what cannot be written is told on standard error."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    @property
+    def failed(self) -> bool:
+        """Whether anything could not be written."""
+        return bool(self._told)
+
+    def attempt(self, write: Callable, *arguments: object) -> None:
+        """Call ``write`` with the arguments, and tell why it failed if it did, each reason once."""
+        try:
+            write(*arguments)
+        except BrokenPipeError:
+            raise
+        except (OSError, OutputError) as error:
+            reason = " ".join(str(error).split())
+            if reason not in self._told:
+                with suppress(OSError):
+                    print(f"hfac compare: error: {reason}", file=sys.stderr, flush=True)
+            self._told.add(reason)
 
 
 def _given(args: argparse.Namespace) -> dict:
@@ -141,15 +189,9 @@ def _make_directories(args: argparse.Namespace) -> Path | None:
             f"--save requires a directory without a checkpoint, and {save_to} holds one; continue it with --resume"
             f" {save_to}, or remove it, or give another directory"
         )
-    for option, directory in (("--out", args.out), ("--save", save_to)):
-        if directory is not None:
-            try:
-                directory.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UsageError(
-                    f"{option} requires a directory that can be written, got {directory}"
-                    f" ({error.strerror}); give another"
-                ) from error
+    outputs.check_folder("--out", args.out, (NUMBERS, PLOT))
+    if save_to is not None:
+        outputs.check_folder("--save", save_to, (FILE_NAME,))
     return save_to
 
 
@@ -199,13 +241,20 @@ def _write_numbers(directory: Path, comparison: Comparison) -> None:
         "best": {run["optimizer"]: {"lr": run["lr"], "val_loss": run["val_loss"]} for run in best_runs(runs)},
         "runs": runs,
     }
-    write_json(directory / "compare.json", report)
+    try:
+        write_json(directory / NUMBERS, report)
+    except OSError as error:
+        raise OutputError(f"{directory / NUMBERS} could not be written ({told(error)})") from error
 
 
 def _write_plot(directory: Path, comparison: Comparison) -> None:
-    print(f"\nNumbers: {directory / 'compare.json'}")
+    said = [f"Numbers: {directory / NUMBERS}"] if (directory / NUMBERS).exists() else []
     try:
-        write_plot(directory / "compare.png", comparison.results)
-        print(f"Plot:    {directory / 'compare.png'}")
+        write_plot(directory / PLOT, comparison.results)
+        said.append(f"Plot:    {directory / PLOT}")
     except ModuleNotFoundError as missing:
-        print(f"Plot skipped: it requires matplotlib ({missing}); install it with: pip install hfac[cli]")
+        said.append(f"Plot skipped: it requires matplotlib ({missing}); install it with: pip install hfac[cli]")
+    except Exception as error:  # matplotlib's, of any kind
+        raise OutputError(f"{directory / PLOT} could not be drawn ({told(error)})") from error
+    finally:
+        print("", *said, sep="\n")

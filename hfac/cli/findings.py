@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hfac.cli.footprints import ADAMW, OPTIMIZERS
-from hfac.cli.memory import Load, Optimizer, Shape
-from hfac.cli.sources import Model, Parameter
+from hfac.cli.memory import Load, Optimizer, Options, Rank, Shape
+from hfac.cli.parameters import Model, Parameter
 
 #: of AdamW's float32 state: what takes more of it than this is named
 SHARE = 0.1
@@ -23,7 +23,8 @@ class Finding:
     """Parameters that one optimizer has the same trouble with.
 
     Attributes:
-        kind: "vectors", "prime", "thin", "nearly prime", "small", "signs", "last dimensions" or "scalars".
+        kind: "vectors", "prime", "thin", "nearly prime", "small", "signs", "last dimensions", "scalars" or
+            "empty ranks".
         optimizer: its name in `OPTIMIZERS`; None where it concerns all of them.
         parameters: those concerned, the one with most state first.
         state_bytes: theirs together, on one rank that has all.
@@ -54,14 +55,14 @@ def find(model: Model, load: Load, worlds: Iterable[int], share: float = SHARE) 
         optimizer = OPTIMIZERS[name]
         kinds: dict[str, list[Parameter]] = {}
         for parameter in trained:
-            kind = _kind(optimizer, parameter.shape, load, share)
+            kind = _kind(optimizer, parameter, load, share)
             if kind is not None:
                 kinds.setdefault(kind, []).append(parameter)
         for kind, mine in kinds.items():
             minor = sum(parameter.numel for parameter in mine) < FEW * load.elements()
             groups: dict[str | None, list[Parameter]] = {}
             for parameter in mine:  # one advice does for all of them where nothing need be done
-                better = None if minor else _better(optimizer, parameter.shape, load)
+                better = None if minor else _better(optimizer, parameter, load)
                 groups.setdefault(better, []).append(parameter)
             found += [_finding(optimizer, kind, better, minor, group, load) for better, group in groups.items()]
     found.sort(key=lambda finding: -finding.state_bytes)
@@ -70,17 +71,55 @@ def find(model: Model, load: Load, worlds: Iterable[int], share: float = SHARE) 
         why = "Scalars cannot be cut, and fully_shard refuses them; here every rank has them whole."
         advice = "Give them the shape (1,), or leave them out with ignored_params."
         found.append(Finding("scalars", None, scalars, 0, 0, why, advice))
+    return found + _empty_ranks(model.parameters, worlds)
+
+
+def _empty_ranks(parameters: Sequence[Parameter], worlds: Iterable[int]) -> list[Finding]:
+    """Stacks of fewer slices than ranks, or of a number that does not go round: some ranks have none of them."""
+
+    def used(parameter: Parameter, world: int) -> int:
+        """How many ranks have something of it."""
+        size = parameter.shape[0]
+        return -(-size // Rank(0, world).share(size))
+
+    total = sum(parameter.numel for parameter in parameters)
+    stacks = [p for p in parameters if len(p.shape) > 1 and p.numel]
+    found = []
+    for world in sorted(set(worlds)):
+        mine = sorted((p for p in stacks if used(p, world) < world), key=lambda p: -p.numel)
+        elements = sum(parameter.numel for parameter in mine)
+        if elements < FEW * total or not mine:
+            continue
+        first = mine[0]
+        busy, most = used(first, world), Rank(0, world).share(first.shape[0])
+        why = (
+            f"FSDP2 cuts the first dimension: {world:,} ranks get up to {most:,} of {first.shape[0]:,} slices each, so "
+            f"that {world - busy:,} have none and the fullest has {most / first.shape[0]:.1%}, where {1 / world:.1%} "
+            "would be even."
+        )
+        advice = (
+            "Cut the second dimension (fully_shard's shard_placement_fn; SMMF takes parts of multiples of 8), shard "
+            "over fewer ranks and replicate, or give ranks whole experts (expert parallelism)."
+        )
+        found.append(Finding("empty ranks", None, tuple(mine), 0, 0, why, advice))
     return found
 
 
-def _kind(optimizer: Optimizer, shape: Shape, load: Load, share: float) -> str | None:
+def _judged(parameter: Parameter, load: Load) -> Options:
+    """What is judged of a parameter: what `--master` adds to its state was asked for."""
+    return load.options(parameter)._replace(master=None)
+
+
+def _kind(optimizer: Optimizer, parameter: Parameter, load: Load, share: float) -> str | None:
     """What is wrong with a shape, or None."""
+    numel, options = parameter.numel, _judged(parameter, load)
+    if numel < 2 or options.dense and optimizer.name in OURS:  # whole because it was asked for
+        return None
+    state = optimizer.state_bytes(parameter.shape, load.dtype, options=options)
+    if state <= share * ADAMW.state_bytes(parameter.shape, load.dtype):
+        return None
+    shape = parameter.shape[options.batch_dims :] if optimizer.name in OURS else parameter.shape
     numel = math.prod(shape)
-    if numel < 2:
-        return None
-    state = optimizer.state_bytes(shape, load.dtype)
-    if state <= share * ADAMW.state_bytes(shape, load.dtype):
-        return None
     pieces = optimizer.pieces(shape, load.dtype)
     if optimizer.name == "adafactor":
         return "vectors" if "variance" in pieces else "last dimensions"
@@ -106,11 +145,11 @@ def _finding(
     optimizer: Optimizer, kind: str, better: str | None, minor: bool, mine: list[Parameter], load: Load
 ) -> Finding:
     def of(parameter: Parameter, other: Optimizer = optimizer) -> int:
-        return other.state_bytes(parameter.shape, load.dtype)
+        return other.state_bytes(parameter.shape, load.dtype, options=_judged(parameter, load))
 
     mine = sorted(mine, key=lambda parameter: -of(parameter))
     why, advice = _WORDS[kind, optimizer.name]
-    largest = mine[0].shape
+    largest = mine[0].shape[mine[0].batch_dims :] if optimizer.name in OURS else mine[0].shape
     values: dict[str, object] = {"shape": written(largest)}
     if kind in ("thin", "nearly prime"):
         sides = _sides(optimizer, largest, load)
@@ -138,12 +177,14 @@ def _finding(
     )
 
 
-def _better(optimizer: Optimizer, shape: Shape, load: Load) -> str | None:
-    """Which of hfac's other optimizers takes clearly less of a shape: its name, or None."""
-    here = optimizer.state_bytes(shape, load.dtype)
-    others = {name: OPTIMIZERS[name].state_bytes(shape, load.dtype) for name in OURS if name != optimizer.name}
-    best = min(others, key=lambda name: others[name])
-    return best if others[best] <= 0.75 * here else None
+def _better(optimizer: Optimizer, parameter: Parameter, load: Load) -> str | None:
+    """Which of hfac's other optimizers takes clearly less of a parameter: its name, or None."""
+
+    def of(name: str) -> int:
+        return OPTIMIZERS[name].state_bytes(parameter.shape, load.dtype, options=_judged(parameter, load))
+
+    best = min((name for name in OURS if name != optimizer.name), key=of)
+    return best if of(best) <= 0.75 * of(optimizer.name) else None
 
 
 def _padded(shape: Shape) -> Shape:

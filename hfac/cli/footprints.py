@@ -15,21 +15,33 @@ import torch
 
 import hfac
 from hfac.backends import cpu
-from hfac.cli.memory import ALONE, STEP, Load, Optimizer, Piece, Rank, Shape, Transient
+from hfac.cli.memory import ALONE, PLAIN, STEP, Load, Optimizer, Options, Piece, Rank, Shape, Transient
 
 
 class AdamW(Optimizer):
-    """torch.optim.AdamW, which keeps both moments in the type of the weights, or one that keeps them in another."""
+    """torch.optim.AdamW, which keeps both moments in the type of the weights, or one that keeps them in another; with
+    ``masters`` on float32 copies of the weights, as mixed-precision trainers make them."""
 
-    def __init__(self, name: str, title: str, state: torch.dtype) -> None:
-        self.name, self.title, self.state = name, title, state
+    def __init__(self, name: str, title: str, state: torch.dtype, masters: bool = False) -> None:
+        self.name, self.title, self.state, self.masters = name, title, state, masters
 
-    def pieces(self, shape: Shape, dtype: torch.dtype) -> dict[str, Piece]:
+    def serves(self, dtype: torch.dtype) -> bool:
+        return not self.masters or dtype != torch.float32
+
+    def pieces(self, shape: Shape, dtype: torch.dtype, options: Options = PLAIN) -> dict[str, Piece]:
         moment = Piece(shape, self.state.itemsize, 0)
-        return {"step": STEP, "exp_avg": moment, "exp_avg_sq": moment}
+        found = {"step": STEP, "exp_avg": moment, "exp_avg_sq": moment}
+        return found | {"master": Piece(shape, 4, 0)} if self.masters else found
 
     def transient(self, load: Load, rank: Rank) -> Transient:
         size = self.state.itemsize
+        if self.masters:
+            return Transient(
+                (4 + size) * load.elements(rank),
+                "counted",
+                f"gradients in float32, 4 bytes per parameter, and one more moment of torch's foreach form, {size} "
+                "(fused: 0)",
+            )
         return Transient(
             size * load.elements(rank),
             "measured" if self.state == load.dtype else "counted",
@@ -45,11 +57,11 @@ class Adam8bit(Optimizer):
     BLOCK, LEAST = 256, 4096
     TABLES = 2 * 256 * 4  # what the bytes stand for, once for all
 
-    def state_bytes(self, shape: Shape, dtype: torch.dtype, rank: Rank = ALONE) -> int:
+    def state_bytes(self, shape: Shape, dtype: torch.dtype, rank: Rank = ALONE, options: Options = PLAIN) -> int:
         numel = math.prod(rank.part(shape))
         return 2 * (4 * numel if numel < self.LEAST else numel + 4 * -(-numel // self.BLOCK))
 
-    def saved_bytes(self, shape: Shape, dtype: torch.dtype, world: int) -> int:
+    def saved_bytes(self, shape: Shape, dtype: torch.dtype, world: int, options: Options = PLAIN) -> int:
         if not shape:
             return self.state_bytes(shape, dtype)
         piece = Rank(0, world).share(shape[0])
@@ -81,7 +93,7 @@ class Adafactor(Optimizer):
 
     name, title = "adafactor", "Adafactor (torch)"
 
-    def pieces(self, shape: Shape, dtype: torch.dtype) -> dict[str, Piece]:
+    def pieces(self, shape: Shape, dtype: torch.dtype, options: Options = PLAIN) -> dict[str, Piece]:
         if len(shape) < 2:
             return {"step": STEP, "variance": Piece(shape, dtype.itemsize, 0)}
         factors = {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, shape[-1])}
@@ -90,19 +102,20 @@ class Adafactor(Optimizer):
         }
 
     def transient(self, load: Load, rank: Rank) -> Transient:
-        if rank.world > 1:
-            return Transient(None, "unknown", "torch 2.13's step refuses matrices that are DTensors")
-        return Transient(
-            self._most_held(load) * load.dtype.itemsize,
-            "measured" if load.dtype == torch.float32 else "counted",
-            "torch's for-loop form, its default, holds a tensor's update, and until it is made that of the one before",
+        held = self._most_held(load, rank) * load.dtype.itemsize
+        loop = (
+            "torch's for-loop form, its default, holds a tensor's update, and until it is made that of the one before"
         )
+        if rank.world > 1:
+            refused = "of the parts, since torch 2.13's step refuses matrices that are DTensors"
+            return Transient(held, "estimated", f"{loop}; {refused}")
+        return Transient(held, "measured" if load.dtype == torch.float32 else "counted", loop)
 
     @staticmethod
-    def _most_held(load: Load) -> int:
+    def _most_held(load: Load, rank: Rank) -> int:
         """Elements held at once, at most: the loop's variables live on until the next tensor's replace them."""
         update = squares = means = most = 0
-        for shape in load.order:
+        for shape in map(rank.part, load.order):
             numel = math.prod(shape)
             if len(shape) < 2:
                 most = max(most, means + update + squares + numel, means + update + 2 * numel)
@@ -117,11 +130,13 @@ class Adafactor(Optimizer):
 class Factored(Optimizer):
     """`hfac.HFac` or `hfac.SMMF`: whatever the class says."""
 
+    MOST = 1 << 42  # the plan of the launches has an entry for each tile
+
     def __init__(self, name: str, title: str, cls: type[torch.optim.Optimizer]) -> None:
         self.name, self.title, self.cls = name, title, cls
 
-    def pieces(self, shape: Shape, dtype: torch.dtype) -> dict[str, Piece]:
-        return _asked(self.cls, shape, dtype)
+    def pieces(self, shape: Shape, dtype: torch.dtype, options: Options = PLAIN) -> dict[str, Piece]:
+        return _asked(self.cls, shape, dtype, options)
 
     def sent_bytes(self, load: Load, rank: Rank) -> int:
         """The buffer that ranks add up: 3 numbers for every column under H-Fac, all factors under SMMF, and a few for
@@ -129,10 +144,10 @@ class Factored(Optimizer):
         if rank.world == 1:
             return 0
         total = 0
-        for shape, n in load.trained.items():
-            pieces = self.pieces(shape, load.dtype)
-            if not math.prod(shape) or not shape:
+        for (shape, options), n in load.kinds.items():
+            if not math.prod(shape) or not shape or options.batch_dims:  # a rank has all of its slices
                 continue
+            pieces = self.pieces(shape, load.dtype, options)
             if self.cls is hfac.HFac:
                 numbers = 3 + 3 * math.prod(pieces["exp_avg_col"].shape) if "exp_avg_col" in pieces else 3
             else:
@@ -144,6 +159,8 @@ class Factored(Optimizer):
     def transient(self, load: Load, rank: Rank) -> Transient:
         if cpu._C is None:
             return Transient(None, "unknown", "hfac._C, which plans the kernels, is not built: see hfac doctor")
+        if load.elements(rank) > self.MOST:
+            return Transient(None, "unknown", f"launches are not planned for more than {self.MOST:,} elements")
         sums = self._partial_sums(load, rank)
         if rank.world == 1:
             return Transient(sums, "counted", "the CUDA kernels' partial sums, as their launch plan has them")
@@ -154,17 +171,27 @@ class Factored(Optimizer):
         )
 
     def _partial_sums(self, load: Load, rank: Rank) -> int:
-        """Workspace of the CUDA kernels on a list of a rank's parts."""
+        """Workspace of the CUDA kernels on a list of a rank's parts: a call for each group of options."""
+        groups: dict[Options, list[tuple[Shape, int]]] = {}
+        for (shape, options), n in load.kinds.items():
+            groups.setdefault(options, []).append((shape, n))
+        return sum(self._of_group(options, shapes, load, rank) for options, shapes in groups.items())
+
+    def _of_group(self, options: Options, shapes: list[tuple[Shape, int]], load: Load, rank: Rank) -> int:
         factored: list[tuple[int, int, int]] = []
         whole: list[int] = []
-        for shape, n in load.trained.items():
-            pieces = self.pieces(shape, load.dtype)
-            numel = math.prod(rank.part(shape))
-            if not numel:
+        batch = options.batch_dims
+        for shape, n in shapes:
+            part, one = rank.part(shape), shape[batch:]
+            if not math.prod(part):
                 continue
+            if batch:  # matrices of their own
+                n, part = n * math.prod(part[:batch]), one
+            pieces = self.pieces(one, load.dtype, options._replace(batch_dims=0))
+            numel = math.prod(part)
             if "exp_avg_sq_col" in pieces:
                 cols = math.prod(pieces["exp_avg_sq_col"].shape)
-                factored += n * [(-(-numel // cols), cols, math.prod(shape[1:]))]
+                factored += n * [(-(-numel // cols), cols, math.prod(one[1:]))]
             else:
                 whole += n * [numel]
         code = cpu._CODES[load.dtype]
@@ -183,11 +210,11 @@ class Factored(Optimizer):
 
 
 @lru_cache(maxsize=4096)
-def _asked(cls: Any, shape: Shape, dtype: torch.dtype) -> dict[str, Piece]:
+def _asked(cls: Any, shape: Shape, dtype: torch.dtype, options: Options) -> dict[str, Piece]:
     """The state that an optimizer of hfac makes for a parameter on the meta device."""
     param = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
-    optimizer = cls([param])
-    layout = optimizer._layout(param, optimizer.param_groups[0])
+    optimizer = cls([{"params": [param], **options._asdict()}])
+    layout = optimizer._full_layout(param, optimizer.param_groups[0])
     found = {}
     for key, value in optimizer.state[param].items():
         _, _, follows = layout.get(key, (None, None, ()))
@@ -196,10 +223,12 @@ def _asked(cls: Any, shape: Shape, dtype: torch.dtype) -> dict[str, Piece]:
 
 
 ADAMW = AdamW("adamw-fp32", "AdamW, fp32 state", torch.float32)
+MASTERS = AdamW("adamw-masters", "AdamW, fp32 masters", torch.float32, masters=True)
 #: in the order of the tables
 OPTIMIZERS: dict[str, Optimizer] = {
     optimizer.name: optimizer
     for optimizer in (
+        MASTERS,
         ADAMW,
         AdamW("adamw-bf16", "AdamW, bf16 state", torch.bfloat16),
         Adam8bit(),
@@ -232,6 +261,8 @@ def rows(load: Load, world: int) -> list[Row]:
     """Every optimizer, on the fullest of ``world`` ranks."""
     found = []
     for optimizer in OPTIMIZERS.values():
+        if not optimizer.serves(load.dtype):
+            continue
         rank = optimizer.fullest(load, world)
         sizes = load.weight_bytes(rank), load.gradient_bytes(rank), optimizer.load_bytes(load, rank)
         transient, checkpoint = optimizer.transient(load, rank), optimizer.checkpoint_bytes(load, world)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from hfac.cli.sources import Model
+from hfac.cli.parameters import Model, Parameter
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Shape = tuple[int, ...]
@@ -59,6 +59,18 @@ class Piece(NamedTuple):
 STEP = Piece((), 4)  # a float32 number: on the host, if nothing wants it elsewhere
 
 
+class Options(NamedTuple):
+    """Options of H-Fac and SMMF that a parameter's state depends on, as their groups have them."""
+
+    dense: bool = False
+    batch_dims: int = 0
+    rounding: str = "nearest"
+    master: str | None = None
+
+
+PLAIN = Options()
+
+
 @dataclass(frozen=True)
 class Transient:
     """What a step holds for a while beside weights, gradients and state.
@@ -76,16 +88,26 @@ class Transient:
 
 
 class Load:
-    """The parameters of a model as bytes: those of one shape, alike in everything, are counted together."""
+    """The parameters of a model as bytes: those of one shape, alike in everything, are counted together.
 
-    def __init__(self, model: Model, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    ``rounding`` and ``master`` are what H-Fac and SMMF are given; the others train the weights as they are.
+    """
+
+    def __init__(
+        self, model: Model, dtype: torch.dtype, rounding: str = PLAIN.rounding, master: str | None = None
+    ) -> None:
+        self.dtype, self.rounding, self.master = dtype, rounding, master
         self.order = [p.shape for p in model.parameters if p.trainable]
         self.trained = Counter(self.order)
+        self.kinds = Counter((p.shape, self.options(p)) for p in model.parameters if p.trainable)
         self.weights = Counter((p.shape, p.itemsize or dtype.itemsize) for p in model.parameters)
 
+    def options(self, parameter: Parameter) -> Options:
+        """What H-Fac and SMMF are told of a parameter."""
+        return Options(parameter.dense, parameter.batch_dims, self.rounding, self.master)
+
     def weight_bytes(self, rank: Rank = ALONE) -> int:
-        return sum(n * size * math.prod(rank.part(shape)) for (shape, size), n in self.weights.items())
+        return sum(n * math.ceil(size * math.prod(rank.part(shape))) for (shape, size), n in self.weights.items())
 
     def gradient_bytes(self, rank: Rank = ALONE) -> int:
         return self.dtype.itemsize * self.elements(rank)
@@ -101,18 +123,22 @@ class Optimizer:
     name: str
     title: str
 
-    def pieces(self, shape: Shape, dtype: torch.dtype) -> dict[str, Piece]:
+    def serves(self, dtype: torch.dtype) -> bool:
+        """Whether it is something to choose for weights of this type."""
+        return True
+
+    def pieces(self, shape: Shape, dtype: torch.dtype, options: Options = PLAIN) -> dict[str, Piece]:
         """State of a parameter, by key."""
         raise NotImplementedError
 
-    def state_bytes(self, shape: Shape, dtype: torch.dtype, rank: Rank = ALONE) -> int:
+    def state_bytes(self, shape: Shape, dtype: torch.dtype, rank: Rank = ALONE, options: Options = PLAIN) -> int:
         """Of a parameter, on a rank."""
-        return sum(piece.bytes(rank) for piece in self.pieces(shape, dtype).values())
+        return sum(piece.bytes(rank) for piece in self.pieces(shape, dtype, options).values())
 
-    def saved_bytes(self, shape: Shape, dtype: torch.dtype, world: int) -> int:
+    def saved_bytes(self, shape: Shape, dtype: torch.dtype, world: int, options: Options = PLAIN) -> int:
         """Of a parameter in a checkpoint of all ranks: a cut tensor is in it once, piece by piece, and so is a whole
         one."""
-        return sum(piece.bytes() for piece in self.pieces(shape, dtype).values())
+        return sum(piece.bytes() for piece in self.pieces(shape, dtype, options).values())
 
     def shared_bytes(self, load: Load, rank: Rank) -> int:
         """What all parameters share."""
@@ -127,12 +153,12 @@ class Optimizer:
 
     def load_bytes(self, load: Load, rank: Rank) -> int:
         """State of all parameters on a rank."""
-        each = sum(n * self.state_bytes(shape, load.dtype, rank) for shape, n in load.trained.items())
+        each = sum(n * self.state_bytes(shape, load.dtype, rank, how) for (shape, how), n in load.kinds.items())
         return each + self.shared_bytes(load, rank)
 
     def checkpoint_bytes(self, load: Load, world: int) -> int:
         """Tensors of weights and state, once for all ranks together; what a file has beside them is not counted."""
-        each = sum(n * self.saved_bytes(shape, load.dtype, world) for shape, n in load.trained.items())
+        each = sum(n * self.saved_bytes(shape, load.dtype, world, how) for (shape, how), n in load.kinds.items())
         return load.weight_bytes() + each + self.shared_bytes(load, Rank(0, world))
 
 

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 import hfac
-from hfac.cli import arguments, findings, footprints, memory, sources
-from hfac.cli.errors import UsageError
+from hfac.cli import arguments, findings, footprints, memory, outputs, sources
+from hfac.cli.errors import OutputError, UsageError
+from hfac.cli.foreign import told
 from hfac.cli.plan_plot import write_plot
 from hfac.cli.report import print_rows
+from hfac.optim.state import MASTER, ROUNDING
 
 HELP = "tell what memory each optimizer takes of a model, before training"
 
@@ -39,22 +41,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world-size", type=_world_sizes, default=[1], metavar="N[,N...]", help=meaning)
     meaning = "type of weights and gradients (default: %(default)s)"
     parser.add_argument("--dtype", choices=tuple(memory.DTYPES), default="bf16", help=meaning)
+    meaning = "parameters that are stacks, and how many of their leading dimensions count slices; may be repeated"
+    parser.add_argument("--batch-dims", type=_stack, action="append", metavar="PATTERN=N", help=meaning)
+    meaning = "parameters whose moments H-Fac and SMMF keep whole; may be repeated"
+    parser.add_argument("--dense", action="append", metavar="PATTERN", help=meaning)
+    meaning = "master weights that H-Fac and SMMF keep beside bfloat16 weights (default: none)"
+    parser.add_argument("--master", choices=MASTER, help=meaning)
+    meaning = "how H-Fac and SMMF round bfloat16 weights, which takes no memory (default: %(default)s)"
+    parser.add_argument("--rounding", choices=ROUNDING, default=ROUNDING[0], help=meaning)
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object, in bytes")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the memory as bars to a PNG, PDF or SVG file")
+    meaning = "draw the memory as bars to a PNG, PDF or SVG file"
+    parser.add_argument("--plot", type=outputs.picture, metavar="FILE", help=meaning)
 
 
 def _world_sizes(text: str) -> list[int]:
     return list(dict.fromkeys(arguments.positive_int(item) for item in text.split(",")))
 
 
+def _stack(text: str) -> tuple[str, int]:
+    pattern, equals, count = text.rpartition("=")
+    if not equals or not pattern:
+        raise argparse.ArgumentTypeError(f"required is PATTERN=N such as '*.experts.*=1', got {text!r}")
+    return pattern, arguments.nonnegative_int(count)
+
+
 def run(args: argparse.Namespace) -> int:
-    """Print the plan and return the exit status, 0.
+    """Print the plan and return the exit status: 0, or 1 where the plot could not be written in the end.
 
     Raises:
-        UsageError: the model cannot be had, or the plot not be drawn.
+        UsageError: the model cannot be had, options do not fit it, or the plot cannot be drawn.
     """
-    model = sources.read(args.model)
-    load = memory.Load(model, memory.DTYPES[args.dtype])
+    dtype = memory.DTYPES[args.dtype]
+    if dtype == torch.float32 and (args.master or args.rounding != ROUNDING[0]):
+        raise UsageError(
+            "--master and --rounding are for weights of fewer bits than the arithmetic's, got --dtype fp32; leave them "
+            "out, or plan --dtype bf16"
+        )
+    if args.plot is not None:
+        outputs.check_picture("--plot", args.plot)
+    model = sources.read(args.model).grouped(args.dense or (), dict(args.batch_dims or ()))
+    load = memory.Load(model, dtype, args.rounding, args.master)
     worlds = {world: footprints.rows(load, world) for world in args.world_size}
     found = findings.find(model, load, args.world_size)
     if args.json:
@@ -62,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(model, load, worlds, found)
     if args.plot is not None:
+        sys.stdout.flush()  # whatever becomes of the picture
         _plot(args.plot, model, worlds)
     return 0
 
@@ -79,10 +106,20 @@ def _print(model: sources.Model, load: memory.Load, worlds: dict, found: Sequenc
     for note in _NOTES:
         print(*_wrapped(note), sep="\n")
     print()
-    if not found:
-        print(f"Shapes: every parameter's state is at most {findings.SHARE:.0%} of AdamW's (float32) everywhere.")
-        return
-    serious, minor = ([finding for finding in found if finding.minor is kind] for kind in (False, True))
+    _print_findings(found)
+    if model.assumed:
+        print()
+        print(*_wrapped(f"Assumed: {' '.join(model.assumed)}"), sep="\n")
+
+
+def _print_findings(found: Sequence[findings.Finding]) -> None:
+    judged = [finding for finding in found if finding.optimizer]
+    serious, minor = ([finding for finding in judged if finding.minor is kind] for kind in (False, True))
+    if not judged:
+        print(
+            *_wrapped(f"Shapes: every parameter's state is at most {findings.SHARE:.0%} of AdamW's (float32)."),
+            sep="\n",
+        )
     if serious:
         intro = f"Shapes whose state is more than {findings.SHARE:.0%} of AdamW's (float32: 8 bytes per element):"
         print(*_wrapped(intro), sep="\n")
@@ -94,6 +131,11 @@ def _print(model: sources.Model, load: memory.Load, worlds: dict, found: Sequenc
         print(*_wrapped(f"{intro}, {few}"), sep="\n")
         for finding in minor:
             print(*_finding_head(finding), sep="\n")
+    cut = [finding for finding in found if not finding.optimizer]
+    if cut:
+        print("Shapes that many GPUs cannot share evenly:")
+        for finding in cut:
+            print(*_finding_head(finding), *_finding_reasons(finding), sep="\n")
 
 
 def _described(model: sources.Model, load: memory.Load) -> str:
@@ -104,8 +146,21 @@ def _described(model: sources.Model, load: memory.Load) -> str:
     count = len(model.parameters)
     return (
         f"{model.title} ({model.source}): {total:,} parameters in {count:,} tensor{'s'[: count != 1]}{some}; "
-        f"weights and gradients in {dtype}"
+        f"weights and gradients in {dtype}{_options_told(model, load)}"
     )
+
+
+def _options_told(model: sources.Model, load: memory.Load) -> str:
+    """What H-Fac and SMMF are given besides their defaults."""
+    said = [f"master={load.master}"] if load.master else []
+    said += [f"rounding={load.rounding}"] if load.rounding != ROUNDING[0] else []
+    for name, count in (
+        ("dense", sum(parameter.dense for parameter in model.parameters)),
+        ("batch_dims", sum(parameter.batch_dims > 0 for parameter in model.parameters)),
+    ):
+        if count:
+            said.append(f"{name} for {count:,} tensor{'s'[: count != 1]}")
+    return f"; H-Fac and SMMF with {', '.join(said)}" if said else ""
 
 
 def _cells(row: footprints.Row) -> list[str]:
@@ -153,7 +208,7 @@ def _wrapped(text: str, first: str = "", later: str = "") -> list[str]:
     width = min(shutil.get_terminal_size().columns, 120)
     return textwrap.wrap(
         text,
-        max(width, 60),
+        max(width, 24),
         initial_indent=first,
         subsequent_indent=later,
         break_long_words=False,
@@ -176,6 +231,11 @@ def _as_json(
             "trained_parameters": load.elements(),
         },
         "dtype": str(load.dtype).removeprefix("torch."),
+        "rounding": load.rounding,
+        "master": load.master,
+        "dense": [parameter.name for parameter in model.parameters if parameter.dense],
+        "batch_dims": {parameter.name: parameter.batch_dims for parameter in model.parameters if parameter.batch_dims},
+        "assumed": list(model.assumed),
         "world_sizes": [
             {"world_size": world, "optimizers": [_row_as_json(row, load) for row in rows]}
             for world, rows in worlds.items()
@@ -215,10 +275,6 @@ def _row_as_json(row: footprints.Row, load: memory.Load) -> dict[str, Any]:
 def _plot(path: Path, model: sources.Model, worlds: dict[int, list[footprints.Row]]) -> None:
     try:
         write_plot(path, model.title, worlds)
-    except ModuleNotFoundError as missing:
-        raise UsageError(
-            f"--plot requires matplotlib ({missing}); install it with: {sys.executable} -m pip install matplotlib"
-        ) from missing
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--plot requires a PNG, PDF or SVG file that can be written, got {path} ({error})") from error
+    except Exception as error:  # matplotlib's, of any kind; whether the file can be written was looked at before
+        raise OutputError(f"the plan is printed, but {path} could not be drawn ({told(error)})") from error
     print(f"plot written to {path}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from hfac.cli import outputs
 from hfac.cli.footprints import Row
 from hfac.cli.memory import human
 
@@ -20,25 +21,25 @@ PARTS = {
 def write_plot(path: Path, title: str, worlds: dict[int, list[Row]]) -> None:
     """Draw the rows of each number of ranks as stacked bars to a file of the type that its name ends in.
 
-    Raises ModuleNotFoundError if matplotlib is not installed, OSError or ValueError if the file cannot be written.
+    Raises ModuleNotFoundError if matplotlib is not installed, OSError if the file cannot be written.
     """
     from matplotlib.figure import Figure
 
     across = min(len(worlds), 3)
     down = math.ceil(len(worlds) / across)
     figure = Figure(figsize=(max(8.0, 5.0 * across), 4.2 * down + 0.4), layout="constrained")
-    panels = figure.subplots(down, across, squeeze=False, sharey=True).flat
+    panels = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
     for axes, (world, rows) in zip(panels, worlds.items(), strict=False):
         _draw(axes, rows)
         where = "one GPU" if world == 1 else f"each of {world:,} GPUs (FSDP2; the fullest)"
         axes.set_title(where if len(worlds) > 1 else f"{title}: memory of {where}, by optimizer")
-    for axes in list(panels)[len(worlds) :]:
+    for axes in panels[len(worlds) :]:
         axes.remove()
     if len(worlds) > 1:
         figure.suptitle(f"{title}: memory of a GPU by optimizer")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(PARTS), frameon=False)
-    figure.savefig(path, dpi=150)
+    outputs.save_figure(figure, path)
 
 
 def _draw(axes, rows: list[Row]) -> None:

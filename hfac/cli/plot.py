@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from hfac.cli import outputs
 from hfac.cli.optimizers import CHOICES
 from hfac.cli.report import best_runs
 
@@ -30,7 +31,7 @@ def write_plot(path: Path, runs: list[dict]) -> None:
     _draw_losses(loss_axes, runs, best)
     _draw_memory(memory_axes, best)
     figure.suptitle(f"Training the same {_millions(best[0]['parameters'])} byte-level GPT with each optimizer")
-    figure.savefig(path, dpi=150)
+    outputs.save_figure(figure, path)
 
 
 def _draw_losses(axes, runs: list[dict], best: list[dict]) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import time
 
 from hfac.cli.training import TrainingRun
+
+#: what a bar with its numbers takes; narrower terminals would cut the numbers
+BAR_COLUMNS = 80
 
 
 class PlainProgress:
@@ -69,8 +73,8 @@ class RichProgress:
 
 
 def make_progress() -> PlainProgress | RichProgress:
-    """Bars if standard output is a terminal and rich is installed, plain lines if not."""
-    if sys.stdout.isatty():
+    """Bars if standard output is a terminal wide enough for them and rich is installed, plain lines if not."""
+    if sys.stdout.isatty() and shutil.get_terminal_size().columns >= BAR_COLUMNS:
         try:
             return RichProgress()
         except ModuleNotFoundError:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,8 +54,13 @@ def print_table(runs: list[dict], total_steps: int) -> None:
 
 
 def print_rows(title: str | None, headers: Sequence[str], rows: list[list[str]]) -> None:
-    """Print a table, the first column to the left: through rich, with its title, where there is a terminal and rich."""
+    """Print a table, the first column to the left: through rich, with its title, where there is a terminal and rich; as
+    lines of one number each where it is wider than the terminal. Numbers are never cut."""
     if sys.stdout.isatty():
+        heads = [max(_folded(header).split("\n"), key=len) for header in headers]
+        needed = sum(max(map(len, column)) + 2 for column in zip(heads, *rows, strict=True)) - 2
+        if needed > shutil.get_terminal_size().columns:
+            return _print_lines(title, headers, rows)
         try:
             return _print_rich(title, headers, rows)
         except ModuleNotFoundError:
@@ -103,12 +109,25 @@ def _print_rich(title: str | None, headers: Sequence[str], rows: list[list[str]]
 
     table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for column, header in enumerate(headers):
-        # Headers on two lines leave room for whole numbers on 80 columns.
-        header = header.replace(" ", "\n") if " " in header else header.replace("/", "/\n")
-        table.add_column(header, justify="left" if column == 0 else "right")
+        table.add_column(_folded(header), justify="left" if column == 0 else "right")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def _folded(header: str) -> str:
+    """A header on two lines, which leaves room for whole numbers on 80 columns."""
+    return header.replace(" ", "\n") if " " in header else header.replace("/", "/\n")
+
+
+def _print_lines(title: str | None, headers: Sequence[str], rows: list[list[str]]) -> None:
+    if title:
+        print(title)
+    width = max(map(len, headers[1:]))
+    for row in rows:
+        print(row[0])
+        for header, cell in zip(headers[1:], row[1:], strict=True):
+            print(f"  {header.ljust(width)}  {cell}")
 
 
 def _print_plain(headers: Sequence[str], rows: list[list[str]]) -> None:
@@ -137,8 +156,12 @@ def environment(device: str) -> dict:
 def write_json(path: Path, report: dict) -> None:
     """Write `report` under a temporary name, then rename it; what is not a finite number becomes null."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(_finite(report), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(_finite(report), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _finite(value: object) -> object:

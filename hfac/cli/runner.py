@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -93,8 +94,12 @@ class Comparison:
             self._resumed.load_state_dict(checkpoint["run"])
         self.plan, self.finished = plan, finished
 
-    def train_next(self, progress: PlainProgress | RichProgress, stop: StopRequest) -> None:
-        """Train the next run of the plan to its end; raise KeyboardInterrupt between two steps if asked to stop."""
+    def train_next(
+        self, progress: PlainProgress | RichProgress, stop: StopRequest, attempt: Callable[[Callable], None]
+    ) -> None:
+        """Train the next run of the plan to its end; raise KeyboardInterrupt between two steps if asked to stop.
+
+        Checkpoints are written through ``attempt``, which decides what becomes of one that cannot be."""
         run, self._resumed = self._resumed, None
         if run is None:
             run = TrainingRun(self.settings, self.corpus, *self.plan[len(self.finished)])
@@ -110,15 +115,16 @@ class Comparison:
                 run.evaluate()
                 progress.evaluated(run)
             if stop.requested:
-                self._save()
+                attempt(self.save)
                 raise KeyboardInterrupt
             if run.step % self.save_every == 0 and not run.finished:
-                self._save()
+                attempt(self.save)
         self.finished.append(run.result("finished"))
         self.current = None
-        self._save()
+        attempt(self.save)
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write a checkpoint of all that is trained so far, if there is a folder for it."""
         if self.save_to is not None:
             save_checkpoint(
                 self.save_to,

@@ -138,3 +138,5 @@ NAMED: dict[str, tuple[str, Callable[[], Shapes]]] = {
     "resnet50": ("ResNet-50", resnet50),
     "sdxl-unet": ("Stable Diffusion XL's U-Net", sdxl_unet),
 }
+#: names that other tools, and bench, have had for the same lists
+ALIASES = {"llama3-8b": "llama-3-8b"}

@@ -1,0 +1,115 @@
+"""A model as far as memory goes: what its parameters are called, their shapes, and what is trained of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from hfac.cli.errors import UsageError
+from hfac.groups import _nearest, _Parameters
+
+#: types of weights that `hfac plan --dtype` stands for; of any other type a weight keeps its size
+_PLANNED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor of a model.
+
+    Attributes:
+        trainable: it has a gradient and optimizer state.
+        itemsize: bytes of an element where its type is not the one that is planned for: quantized, say. A fraction
+            where several elements share a byte, or a scale.
+        dense, batch_dims: options of the group that it will be in, as `hfac.param_groups` has them.
+        labels: what patterns may call it besides its name: further names of tied weights, and classes of the modules
+            that hold it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    trainable: bool = True
+    itemsize: float | None = None
+    dense: bool = False
+    batch_dims: int = 0
+    labels: tuple[str, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's name, where its parameters come from, and these parameters, shared ones once.
+
+    Attributes:
+        assumed: sentences about what the source does not say and the plan takes for granted.
+    """
+
+    title: str
+    source: str
+    parameters: tuple[Parameter, ...]
+    assumed: tuple[str, ...] = ()
+
+    def check_trainable(self) -> None:
+        """Raise `UsageError` where there is nothing to train."""
+        if not any(parameter.trainable for parameter in self.parameters):
+            raise UsageError(
+                f"required is a model with something to train; {self.source} has no parameter that requires_grad"
+            )
+
+    def grouped(self, dense: Iterable[str], batch_dims: Mapping[str, int]) -> Model:
+        """The model with the options ``dense`` and ``batch_dims`` of what patterns match, as in `hfac.param_groups`.
+
+        Raises:
+            UsageError: a pattern matches nothing that is trained, or a stack has not so many dimensions.
+        """
+        parameters = list(self.parameters)
+        for pattern in dense:
+            for i in self._matching("--dense", pattern):
+                parameters[i] = replace(parameters[i], dense=True)
+        for pattern, count in batch_dims.items():
+            for i in self._matching("--batch-dims", pattern):
+                name, shape = parameters[i].name, parameters[i].shape
+                if not 0 <= count < max(len(shape), 1):
+                    raise UsageError(
+                        f"--batch-dims says {count} of {name}, which has shape {shape}: a number from 0 to "
+                        f"{max(len(shape), 1) - 1} is required; name the stacks alone in its patterns"
+                    )
+                parameters[i] = replace(parameters[i], batch_dims=count)
+        return replace(self, parameters=tuple(parameters))
+
+    def _matching(self, option: str, pattern: str) -> list[int]:
+        trained = [(i, parameter) for i, parameter in enumerate(self.parameters) if parameter.trainable]
+        found = [i for i, p in trained if any(fnmatchcase(text, pattern) for text in (p.name, *p.labels))]
+        if not found:
+            names = _nearest(pattern, (parameter.name for _, parameter in trained))
+            raise UsageError(f"{option}: {pattern!r} matches no parameter that is trained; there are {names}")
+        return found
+
+
+def of_module(module: nn.Module, title: str, source: str, assumed: Iterable[str] = ()) -> Model:
+    """The parameters of a module; shared ones come once, as `named_parameters` has them.
+
+    Raises:
+        UsageError: a parameter has no shape yet, or none is trained.
+    """
+    held = _Parameters(module)
+    found = []
+    for name, param in module.named_parameters():
+        if nn.parameter.is_lazy(param):
+            raise UsageError(
+                f"required are parameters with shapes, and {name} of {source} is lazy: it gets its shape in the first "
+                "forward pass. Run one in the callable, on tensors of the meta device, or give the layer its sizes"
+            )
+        itemsize = None if param.dtype in _PLANNED else param.element_size()
+        labels = tuple(text for text in dict.fromkeys(held._texts(id(param))) if text != name)
+        found.append(Parameter(name, tuple(param.shape), param.requires_grad, itemsize, labels=labels))
+    model = Model(title, source, tuple(found), tuple(assumed))
+    model.check_trainable()
+    return model
