@@ -339,7 +339,7 @@ ROWS = [
     ("load-smmf-into-hfac", H, other(SMMF), ValueError,
      r"group 0 .* no 'matricize': it was saved by another optimizer"),
     ("load-hfac-into-smmf", S, other(HFac), ValueError,
-     r"group 0 .* no 'growth_rate': it was saved by another optimizer"),
+     r"group 0 .* no 'vector_reshape': it was saved by another optimizer"),
     ("load-vectors-of-another", H, other(SMMF, [(5,), (7,), (3,), (1,)]), ValueError, r"saved by another optimizer"),
     ("load-other-shapes", BOTH, lambda optimizer: other(type(optimizer), [(4, 6), (5,), (7, 2, 4), (1,)])(optimizer),
      ValueError,

@@ -1,4 +1,4 @@
-"""The Triton kernels of `hfac.triton_kernels`: for GPUs of any maker, without a compiler on the machine.
+"""The Triton kernels of `hfac.triton_kernels`: for GPUs of any maker, without nvcc; Triton wants a C compiler.
 
 Nothing of Triton is imported before a step asks for it.
 """

@@ -1,4 +1,4 @@
-"""What is checked of the tensors of an op before anything is written. Nothing else of the package validates tensors."""
+"""What is checked of an op's tensors before anything is written. `hfac.functional` checks its own lists besides."""
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate

@@ -557,7 +557,7 @@ def _counts(value: Any, dtype: torch.dtype, device: torch.device) -> bool:
 def _counter(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A count as it is kept: of a number, or of a tensor of one element of any type and shape."""
     if not isinstance(value, Tensor):
-        return torch.tensor(float(value), dtype=dtype, device=device)
+        return torch.full((), float(value), dtype=dtype, device=device)
     if value.ndim:
         value = value.reshape(()).clone()  # no view, which would hold what it is of
     return _writable(value.to(device=device, dtype=dtype))
