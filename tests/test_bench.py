@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import gradient
+from subclasses import Codes
 from torch.nn import Parameter
 
 import hfac
@@ -331,32 +332,10 @@ def test_table_of_options(tmp_path, capsys):
     assert text.count("| plain | 1.00 [1.00-1.00], ") == 2
 
 
-class Held(torch.Tensor):
-    """A state that is no plain tensor, as torchao's 8-bit ones: it holds codes and a scale, and knows few ops."""
-
-    @staticmethod
-    def __new__(cls, codes, scale):
-        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
-
-    def __init__(self, codes, scale):
-        self.codes, self.scale = codes, scale
-
-    def __tensor_flatten__(self):
-        return ["codes", "scale"], None
-
-    @classmethod
-    def __tensor_unflatten__(cls, inner, context, outer_size, outer_stride):
-        return cls(inner["codes"], inner["scale"])
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        raise NotImplementedError(f"{func} is unknown to {cls.__name__}")
-
-
 class Holding(torch.optim.SGD):
     def step(self, closure=None):
         for param in self.param_groups[0]["params"]:
-            self.state[param].setdefault("held", Held(torch.zeros(param.shape, dtype=torch.uint8), torch.ones(2)))
+            self.state[param].setdefault("held", Codes(torch.zeros(param.shape, dtype=torch.uint8), torch.ones(2)))
 
 
 def test_rivals_whose_states_are_subclasses_are_measured_by_what_they_hold(tmp_path, monkeypatch):

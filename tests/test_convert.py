@@ -14,6 +14,7 @@ import pytest
 import torch
 from cases import gradient, shape_id
 from running import SHAPES, bits, gradients, parameters, train
+from subclasses import Codes
 from torch import nn
 from torch.nn import Parameter
 
@@ -627,33 +628,6 @@ def test_adafactor_of_transformers(shape, how):
     found = group_of(theirs, "hfac", params)
     assert found["clip_threshold"] == 1.0 and found["lr"] == how.get("lr", 1e-3)
     assert group_of(theirs, "smmf", params, lr=0.1)["decay_rate"] == -0.8
-
-
-class Codes(torch.Tensor):
-    """A moment in 8 bits as torchao keeps it: a wrapper subclass that knows `dequantize` and little else."""
-
-    @staticmethod
-    def __new__(cls, codes, scale):
-        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
-
-    def __init__(self, codes, scale):
-        self.codes, self.scale = codes, scale
-
-    def __tensor_flatten__(self):
-        return ["codes", "scale"], None
-
-    @classmethod
-    def __tensor_unflatten__(cls, inner, context, outer_size, outer_stride):
-        return cls(inner["codes"], inner["scale"])
-
-    def dequantize(self):
-        return self.codes * self.scale
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.detach.default:
-            return args[0]
-        raise NotImplementedError(f"{func} is unknown to {cls.__name__}")
 
 
 @TO
