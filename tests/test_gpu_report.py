@@ -290,6 +290,10 @@ def test_the_profiler_leaves_clocks_alone_and_sees_all_three_kernels(tmp_path, m
     assert "--clock-control none --profile-from-start off" in commands["profile"]
     assert "regex:smmf_tiles|hfac_stats|hfac_update" in commands["profile"]
     assert "--report-api-errors no" in commands["memcheck"] and "torch" not in commands["racecheck"]
+    # Triton's cases have a part of their own, later: they compile, and would use up the time of the others.
+    for name in ("parity", "graphs", "large"):
+        assert "tests/test_gpu.py" in commands[name].split()
+    assert "tests/test_gpu_triton.py" in commands["triton parity"].split()
     assert "tests/test_gpu_triton.py" in commands["triton parity"] and "triton" not in commands["parity"]
     assert commands["parity"].endswith("-n 8") and " -x" not in commands["parity"]
 
