@@ -67,12 +67,12 @@ lint: $(INSTALLED) ## check style with ruff and clang-format
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build dist *.egg-info hfac/*.so hfac/_build_info.json
 
-$(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
+$(INSTALLED): pyproject.toml setup.py $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -m pip install -e ".[cli,test]"
 	touch $@
 
-$(EMULATED): $(INSTALLED) $(wildcard csrc/cuda/* csrc/emulation/*)
+$(EMULATED): $(INSTALLED) $(shell find csrc -type f)
 	HFAC_EMULATION=1 $(BIN)/python setup.py -q build_ext
 	touch $@
