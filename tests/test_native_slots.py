@@ -1,5 +1,5 @@
-"""csrc agrees with itself and with the package: the lists that the extension takes for each op are those that the package
-describes, in the same order, and an include only goes down."""
+"""csrc agrees with itself and with the package: the lists that the extension takes for each op are those that are
+described there, in the same order, and an include only goes down."""
 
 import re
 from pathlib import Path
