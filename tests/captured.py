@@ -330,9 +330,11 @@ def stand_in(backend: str) -> Iterator[Device]:
         else:
             if backend not in backends.TABLE:
                 stack.enter_context(emulated.registered())
-            ops = cuda.Ops(Host(device))
-            row = backends.Backend(backend, "", lambda _: None, lambda: ops)
-            stack.enter_context(mock.patch.dict(backends.TABLE, {backend: row}))
+            ops = cuda.Kernels(Host(device))
+            stack.enter_context(mock.patch.dict(backends.TABLE))
+            backends.register(
+                backends.Backend(backend, "", lambda _: None, lambda: ops, automatic=backend != emulated.NAME)
+            )
         stack.enter_context(device)
         yield device
         assert not device.faults

@@ -5,7 +5,7 @@ Nothing of Triton is imported before a step asks for it.
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,16 @@ from torch import Tensor
 from torch.autograd.graph import increment_version  # tells autograd of writes that it cannot see
 
 from ..rounding import Place
+from ..spec import HFAC_APPLY, HFAC_DENSE_STEP, HFAC_STEP, HFAC_SUMS, SMMF_DENSE_STEP, SMMF_STEP, SMMF_SUMS_STEP, Op
+from .statistics import Statistics
 
 DEVICES = ("cuda", "xpu")
-#: The kernels divide by a GradScaler's scale and look at its found_inf themselves.
-UNSCALES = True
-#: Knows `master_lows` and `places` (`hfac.reference`).
-STORES = True
+#: Ops of which there are kernels.
+OPS = {HFAC_STEP, HFAC_DENSE_STEP, HFAC_SUMS, HFAC_APPLY, SMMF_STEP, SMMF_DENSE_STEP, SMMF_SUMS_STEP}
+
+
+def has(op: Op) -> bool:
+    return op in OPS
 
 
 def why_not(device: torch.device) -> str | None:
@@ -61,43 +65,72 @@ def _driver() -> str | None:
 
 
 def bind(
-    op: str, params: Sequence[Tensor], states: dict[str, list[Tensor]], places: Sequence[Place] | None = None
+    op: Op,
+    params: Sequence[Tensor],
+    lists: Mapping[str, Sequence[Tensor]],
+    counts: Mapping[str, Sequence[Any]],
+    places: Sequence[Place] | None = None,
 ) -> Callable[..., None]:
-    """The op of that name on these parameters and states, for as long as they lie where they lie: (grads, nonfinite,
-    **scalars) -> None, as the function of `hfac.reference`; with ``places`` seed and step are among the scalars."""
-    from ..triton_kernels.step import Bound
+    """The op on these parameters and lists, for as long as they lie where they lie; see `hfac.backends`."""
+    if not op.shard:
+        from ..triton_kernels.step import Bound
 
-    class Step(Bound):
-        def __call__(self, grads: Sequence[Tensor], nonfinite: Tensor | None = None, **scalars: Any) -> None:
-            super().__call__(grads, nonfinite, **scalars)
+        return TritonCall(Bound(op.name, params, dict(lists), places), op, params)
+    from ..triton_kernels import parts
+
+    named: dict[str, Any] = {operand.name: lists.get(operand.name) for operand in op.operands} | {**lists, **counts}
+    if op.updates:
+        named.update(params=params, places=places)
+    kernels = getattr(parts, op.name)
+
+    def call(grads: Sequence[Tensor], nonfinite: None = None, **numbers: Any) -> None:
+        kernels(grads=grads, **named, **numbers)
+        if op.updates:
             increment_version(params)
 
-        def workspace_bytes(self) -> int:
-            """Bytes on the device that are kept from step to step; 0 before the first."""
-            workspace = getattr(self, "workspace", None)
-            return 0 if workspace is None else workspace.numel()
-
-    return Step(op, params, states, places)
+    return call
 
 
-def hfac_sums(grads: Sequence[Tensor], *lists: Any, **arguments: Any) -> None:
-    """As the function of `hfac.reference`."""
-    from ..triton_kernels import parts
+class TritonCall:
+    """Steps of one op on whole parameters."""
 
-    parts.hfac_sums(grads, *lists, **arguments)
+    #: The kernels divide by a GradScaler's scale and look at its found_inf themselves.
+    unscales = True
 
+    def __init__(self, step: Any, op: Op, params: Sequence[Tensor]) -> None:
+        self._step, self._params = step, params
+        self.capturing = step.capturing
+        if op.name == "hfac_step_":
+            self.statistics = self._statistics
 
-def hfac_apply_(params: Sequence[Tensor], *lists: Any, **arguments: Any) -> None:
-    """As the function of `hfac.reference`."""
-    from ..triton_kernels import parts
+    @property
+    def captured(self) -> list[Any]:
+        return self._step.captured
 
-    parts.hfac_apply_(params, *lists, **arguments)
-    increment_version(params)
+    @captured.setter
+    def captured(self, kept: list[Any]) -> None:
+        self._step.captured = kept
 
+    def __call__(
+        self,
+        grads: Sequence[Tensor],
+        nonfinite: Tensor | None = None,
+        *,
+        statistics: Statistics | None = None,
+        **numbers: Any,
+    ) -> None:
+        if statistics is not None:
+            numbers["squares"] = statistics.squares
+        self._step(grads, nonfinite, **numbers)
+        increment_version(self._params)
 
-def smmf_sums_step_(params: Sequence[Tensor], *lists: Any, **arguments: Any) -> None:
-    """As the function of `hfac.reference`."""
-    from ..triton_kernels import parts
+    def _statistics(self, grads: Sequence[Tensor], nonfinite: Tensor | None = None, **numbers: Any) -> Statistics:
+        return Statistics(self._step.squares(grads, nonfinite, **numbers), None)
 
-    parts.smmf_sums_step_(params, *lists, **arguments)
-    increment_version(params)
+    def check_capture(self, grads: Sequence[Tensor], nonfinite: Tensor | None, clip_threshold: float | None) -> None:
+        self._step.check_capture(grads)
+
+    def workspace_bytes(self) -> int:
+        """Bytes on the device that are kept from step to step; 0 before the first."""
+        workspace = getattr(self._step, "workspace", None)
+        return 0 if workspace is None else workspace.numel()
