@@ -215,8 +215,11 @@ class HostKernels:
 def instead_of_a_gpu(gpu: Any) -> Iterator[None]:
     """The backend "cuda" serves what a rehearsal says is on a GPU, with these kernels; Triton's take no part."""
 
-    def before_launch(platform: cuda.Cuda, workspace: Tensor) -> None:
-        workspace.fill_(0xFF)
+    class Platform(cuda.Cuda):
+        native = Kernels(gpu)
+
+        def before_launch(self, workspace: Tensor) -> None:
+            workspace.fill_(0xFF)
 
     def serves(device: torch.device) -> str | None:
         if device.type != "cuda":
@@ -224,16 +227,14 @@ def instead_of_a_gpu(gpu: Any) -> Iterator[None]:
         return None if native is not None else WHY_NOT
 
     def triton(device: torch.device) -> str | None:
-        return "Triton's kernels take no part in a rehearsal." if device.type == "cuda" else rows["triton"](device)
+        return (
+            "Triton's kernels take no part in a rehearsal." if device.type == "cuda" else rows["triton"].why_not(device)
+        )
 
-    rows = {name: backends.TABLE[name].why_not for name in ("cuda", "triton")}
-    kernels = Kernels(gpu)
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(cuda.Cuda, "native", kernels))
-        stack.enter_context(mock.patch.object(cuda.Cuda, "before_launch", before_launch))
-        stack.enter_context(mock.patch.object(cuda, "_L2_BYTES", {}))
+    rows, kernels = dict(backends.TABLE), cuda.Kernels(Platform())
+    with mock.patch.dict(backends.TABLE), ExitStack() as stack:
         if cpu._C is not None:
             stack.enter_context(mock.patch.object(cpu, "_C", HostKernels(gpu, cpu._C)))
-        for name, why_not in (("cuda", serves), ("triton", triton)):
-            stack.enter_context(mock.patch.dict(backends.TABLE, {name: replace(backends.TABLE[name], why_not=why_not)}))
+        backends.register(replace(rows["cuda"], why_not=serves, load=lambda: kernels))
+        backends.register(replace(rows["triton"], why_not=triton))
         yield

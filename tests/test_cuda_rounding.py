@@ -177,7 +177,7 @@ class Pair:
 
     def accesses(self):
         """Of the launches that write parameters, in the table's last plan."""
-        plan = self.call.step.step.plan()
+        plan = self.call._call._plain.step.plan()
         return {launch["access"] for launch in plan if launch["param_written"]}
 
 

@@ -306,7 +306,7 @@ def test_transient_bytes_said_to_be_counted_are_what_the_kernels_keep(name, dtyp
     optimizer.step()
     said = footprints.OPTIMIZERS[name].transient(load, memory.ALONE)
     assert said.basis == "counted"
-    steps = [bucket.call.step for _, group in optimizer._bound.values() for bucket in group._buckets]
+    steps = [bucket.call._call._plain for _, group in optimizer._bound.values() for bucket in group._buckets]
     assert sum(step.workspace.numel() for step in steps) == said.bytes
     # They also keep a table, which is not counted: a description of each tensor and an entry for each tile.
     assert 0 < optimizer.workspace_bytes() - said.bytes <= 1024 * len(sizes)
@@ -323,7 +323,7 @@ def test_transient_bytes_under_options_are_what_the_kernels_keep(name, label):
     with_gradients(module)
     optimizer = REAL[name, dtype](groups, backend=emulated.NAME)
     optimizer.step()
-    steps = [bucket.call.step for _, group in optimizer._bound.values() for bucket in group._buckets]
+    steps = [bucket.call._call._plain for _, group in optimizer._bound.values() for bucket in group._buckets]
     said = footprints.OPTIMIZERS[name].transient(load, memory.ALONE)
     assert sum(step.workspace.numel() for step in steps) == said.bytes
 

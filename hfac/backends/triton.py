@@ -100,8 +100,6 @@ class TritonCall:
     def __init__(self, step: Any, op: Op, params: Sequence[Tensor]) -> None:
         self._step, self._params = step, params
         self.capturing = step.capturing
-        if op.name == "hfac_step_":
-            self.statistics = self._statistics
 
     @property
     def captured(self) -> list[Any]:
@@ -124,7 +122,7 @@ class TritonCall:
         self._step(grads, nonfinite, **numbers)
         increment_version(self._params)
 
-    def _statistics(self, grads: Sequence[Tensor], nonfinite: Tensor | None = None, **numbers: Any) -> Statistics:
+    def statistics(self, grads: Sequence[Tensor], nonfinite: Tensor | None = None, **numbers: Any) -> Statistics:
         return Statistics(self._step.squares(grads, nonfinite, **numbers), None)
 
     def check_capture(self, grads: Sequence[Tensor], nonfinite: Tensor | None, clip_threshold: float | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import hfac
-from hfac.backends import cpu
+from hfac.backends import addresses, cpu
 from hfac.cli.memory import ALONE, PLAIN, STEP, Load, Optimizer, Options, Piece, Rank, Shape, Transient
 
 
@@ -194,7 +194,7 @@ class Factored(Optimizer):
                 factored += n * [(-(-numel // cols), cols, math.prod(one[1:]))]
             else:
                 whole += n * [numel]
-        code = cpu._CODES[load.dtype]
+        code = addresses.CODES[load.dtype]
         plan = cpu._C.cuda_plan
         types = dict(param_dtypes=code, grad_dtypes=code)
         algorithm = self.cls._algorithm  # type: ignore[attr-defined]
