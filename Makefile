@@ -28,17 +28,17 @@ test: $(EMULATED) ## run the tests, the CUDA kernels' among them (no GPU needed)
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
 test-emulated: $(EMULATED) ## run the CUDA kernels' tests on the host (no GPU needed)
-	$(BIN)/python -m pytest tests/test_cuda_emulated.py tests/test_cuda_device.py tests/test_cuda_sanitizers.py tests/test_cuda_plan.py $(ARGS)
+	$(BIN)/python -m pytest tests/backends/test_cuda_*.py $(ARGS)
 
 cuda-check: $(INSTALLED) ## compile the CUDA kernels and check registers, spills and accesses (needs nvcc, no GPU)
 	$(BIN)/python -m bench.launch_plan --write
 	$(BIN)/python -m bench.cuda_check $(ARGS)
 
 sanitize: $(INSTALLED) ## run the parity table on a build with AddressSanitizer and UndefinedBehaviorSanitizer
-	$(BIN)/python tests/sanitize.py $(ARGS)
+	$(BIN)/python tests/tools/sanitize.py $(ARGS)
 
 fuzz: $(INSTALLED) ## try random lists of tensors on every backend (HFAC_FUZZ_LISTS of them for each, 1000 if not set)
-	HFAC_FUZZ_LISTS=$${HFAC_FUZZ_LISTS:-1000} $(BIN)/python -m pytest -q tests/test_fuzz.py $(ARGS)
+	HFAC_FUZZ_LISTS=$${HFAC_FUZZ_LISTS:-1000} $(BIN)/python -m pytest -q tests/backends/test_fuzz.py $(ARGS)
 
 bench: $(INSTALLED) ## measure every op and whole steps against their rivals (ARGS="--quick --plot")
 	$(BIN)/python -m bench $(ARGS)

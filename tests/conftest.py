@@ -1,11 +1,16 @@
-"""The checkout's root is on the path, so that the tests also run without an installed package."""
+"""Where tests find their helpers, which tests begin first, and fixtures that several modules share."""
 
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parent.parent))
+TESTS = Path(__file__).parent
+FOLDERS = ("helpers", "optim", "backends", "distributed", "tools")
+# Modules of tests import helpers, and some import each other, by their bare names, which are unique.
+sys.path[:0] = [str(TESTS / folder) for folder in FOLDERS]
+# bench/, and hfac itself in a checkout that is not installed; last, because an installed hfac is the one to test.
+sys.path.append(str(TESTS.parent))
 
 pytest.register_assert_rewrite("gpu_steps", "gpu_graphs")
 

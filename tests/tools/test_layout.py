@@ -1,0 +1,50 @@
+"""Tests find each other: names are unique, and every file of tests that is named anywhere exists."""
+
+import re
+from pathlib import Path
+
+import conftest
+import sanitize
+
+ROOT = Path(__file__).parents[2]
+#: Names of this repository's tests where they are now; CHANGELOG.md names them where they were.
+MENTIONING = [
+    *(ROOT / file for file in ("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml", ".ci/run")),
+    *(path for folder in ("docs", "examples") for path in sorted((ROOT / folder).rglob("*.*"))),
+    *(
+        path
+        for folder in ("bench", "hfac", "tests", "triton_kernels")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    ),
+    *(path for path in sorted((ROOT / "csrc").rglob("*.*"))),
+]
+MENTION = re.compile(r"\btests/[\w/*]+\.py\b")
+
+
+def mentions(path):
+    try:
+        return MENTION.findall(path.read_text())
+    except (UnicodeDecodeError, IsADirectoryError):  # pictures
+        return []
+
+
+def test_every_file_that_is_named_exists():
+    named = {(file, name) for file in MENTIONING for name in mentions(file)}
+    assert len(named) > 30
+    assert not sorted(f"{file.relative_to(ROOT)}: {name}" for file, name in named if not list(ROOT.glob(name)))
+
+
+def test_every_module_has_a_folder_and_a_name_of_its_own():
+    modules = [path for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert len({path.name for path in modules}) == len(modules)
+    assert {path.parent.name for path in modules} == set(conftest.FOLDERS)
+
+
+def test_long_tests_exist():
+    text = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py") if path.name != "test_layout.py")
+    for name in conftest.LONG:
+        assert list((ROOT / "tests").rglob(f"{name}*.py")) or f"def {name}" in text, name
+
+
+def test_sanitizers_have_tests():
+    assert all((ROOT / file).exists() for file in sanitize.TESTS)
