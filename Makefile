@@ -59,9 +59,10 @@ plan: $(INSTALLED) ## what memory each optimizer takes of a model (ARGS="llama-3
 doctor: $(INSTALLED) ## which backends are here, and why others are not
 	$(BIN)/hfac doctor
 
-lint: $(INSTALLED) ## check style with ruff
+lint: $(INSTALLED) ## check style with ruff and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(shell git ls-files csrc)
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build dist *.egg-info hfac/*.so hfac/_build_info.json
