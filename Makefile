@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 EMULATED := $(VENV)/.emulated
 
 .DEFAULT_GOAL := help
-.PHONY: help install compare test test-emulated cuda-check triton-check sanitize fuzz bench gpu-report gpu-objects plan doctor lint clean
+.PHONY: help install compare test test-all planted test-emulated cuda-check triton-check sanitize fuzz bench gpu-report gpu-objects plan doctor lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,8 +24,14 @@ install: $(INSTALLED) ## create .venv and install hfac with everything its comma
 compare: $(INSTALLED) ## train a byte-level GPT on real text with AdamW, Adafactor, HFac and SMMF; ends with a table
 	$(BIN)/hfac compare $(ARGS)
 
-test: $(EMULATED) ## run the tests, the CUDA kernels' among them (no GPU needed)
-	$(BIN)/python -m pytest -n auto $(ARGS)
+test: lint $(EMULATED) ## check style and run the tests, the CUDA kernels' among them (no GPU needed; 8 minutes on 2 cores)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+test-all: lint $(EMULATED) ## the same, and the tests that take too long for `make test` (25 minutes on 2 cores)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "" $(ARGS)
+
+planted: $(EMULATED) ## plant faults in a copy of this checkout and see whether `make test` notices (ARGS="clip sharded" chooses)
+	$(BIN)/python tests/tools/planted.py $(ARGS)
 
 test-emulated: $(EMULATED) ## run the CUDA kernels' tests on the host (no GPU needed)
 	$(BIN)/python -m pytest tests/backends/test_cuda_*.py $(ARGS)

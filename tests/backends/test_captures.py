@@ -166,6 +166,7 @@ def check(device, name, changes, before=0, **options):
         assert everything(optimizer, params) == expected
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("before", [0, 1], ids=["found", "moved"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("name", ["HFac", "SMMF"])
@@ -408,6 +409,7 @@ STEPPED = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("options", STEPPED.values(), ids=STEPPED)
 @pytest.mark.parametrize("name", ["HFac", "SMMF"])
 @pytest.mark.parametrize("backend", BACKENDS)

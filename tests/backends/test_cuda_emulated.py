@@ -31,6 +31,7 @@ def forward():
         emulated.native.set_block_order("forward")
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 @pytest.mark.parametrize(("name", "options"), ROWS)
@@ -47,6 +48,7 @@ def test_the_parity_table(name, options, shape, dtype, monkeypatch):
     test_parity.test_twenty_steps(emulated.NAME, name, options, shape, dtype)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", LARGE, ids=shape_id)
 @pytest.mark.parametrize("name", OPTIONS)
@@ -55,6 +57,7 @@ def test_several_tiles(name, shape, dtype, monkeypatch):
     test_parity.test_twenty_steps(emulated.NAME, name, "all", shape, dtype)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
@@ -87,6 +90,7 @@ def assert_same_bits(ours, theirs):
             assert torch.equal(mine[key], other[key]), key
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("order", ORDERS[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "options"), ROWS)
@@ -97,6 +101,7 @@ def test_the_order_of_blocks_changes_no_bit(name, options, dtype, order):
     assert_same_bits(steps(name, shapes, dtype=dtype, **OPTIONS[name][options]), expected)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("order", ORDERS[1:])
 @pytest.mark.parametrize("shape", [(24, 18), (127, 129), (256, 320), (4097,)], ids=shape_id)
 @pytest.mark.parametrize("name", OPTIONS)

@@ -58,12 +58,21 @@ def drivers(tmp_path_factory):
 
 
 @on_the_host
-@pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_the_kernels_are_clean(drivers, sanitizer):
-    done = drivers.run(sanitizer)
+@pytest.mark.parametrize(
+    ("sanitizer", "options", "least"),
+    [
+        ("none", [], 15),
+        ("address", ["--quick"], 5),
+        pytest.param("address", [], 15, marks=pytest.mark.slow),
+        pytest.param("thread", [], 15, marks=pytest.mark.slow),  # a thread for each of CUDA's: minutes
+    ],
+    ids=lambda value: value if isinstance(value, str) else "quick" if value == ["--quick"] else "",
+)
+def test_the_kernels_are_clean(drivers, sanitizer, options, least):
+    done = drivers.run(sanitizer, *options)
     assert done.returncode == 0, done.stderr[:4000] + done.stdout
     assert all(line.endswith(" ok") for line in done.stdout.splitlines()), done.stdout
-    assert len(done.stdout.splitlines()) >= 15
+    assert len(done.stdout.splitlines()) >= least
 
 
 @on_the_host
@@ -75,7 +84,12 @@ def test_a_quick_run_makes_a_part_of_the_same_steps(drivers):
 @on_the_host
 @pytest.mark.parametrize(
     ("fault", "sanitizer"),
-    [("barrier", "thread"), ("workspace", "address"), ("signs", "address"), ("block", "none")],
+    [
+        pytest.param("barrier", "thread", marks=pytest.mark.slow),
+        ("workspace", "address"),
+        ("signs", "address"),
+        ("block", "none"),
+    ],
 )
 def test_a_fault_is_found(drivers, fault, sanitizer):
     """A block's first barrier left out; a workspace 4 bytes too small; the 4-byte word around the last byte of signs,

@@ -1,7 +1,7 @@
 """Random lists of tensors, layouts, types and options: every backend against the reference, from the same states.
 
-A few hundred lists in the test suite, always the same ones; `make fuzz` takes new ones each time, HFAC_FUZZ_LISTS of
-them.
+Some in `make test`, more in `make test-all`, always the same ones; `make fuzz` takes new ones each time,
+HFAC_FUZZ_LISTS of them.
 """
 
 import copy
@@ -138,15 +138,23 @@ if emulated.native is not None:
 
 @pytest.mark.skipif(not BACKENDS, reason="no backend but the reference is built here: hfac doctor says why")
 @pytest.mark.parametrize("backend", BACKENDS or ["none"])
-@settings(
-    max_examples=LISTS or 150,
-    derandomize=not LISTS,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-@given(problem=problems())
-def test_any_list(threads_and_isa, emulated_backend, backend, problem):
+@pytest.mark.parametrize("lists", [LISTS] if LISTS else [50, pytest.param(400, marks=pytest.mark.slow)])
+def test_any_list(threads_and_isa, emulated_backend, backend, lists):
+    @settings(
+        max_examples=lists,
+        derandomize=not LISTS,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    @given(problem=problems())
+    def compare(problem):
+        agrees(backend, problem)
+
+    compare()
+
+
+def agrees(backend, problem):
     name, kwargs = problem["name"], problem["options"]
     if cpu._C is not None:
         cpu._C.set_isa(problem["isa"])

@@ -62,6 +62,7 @@ def params_agree(name, ours, theirs, before, lr, slack=1.0):
     assert (same | (error <= bound)).all(), f"off by {(error / bound)[~same].max():.3g} of the bound"
 
 
+@pytest.mark.pairwise
 @pytest.mark.skipif(not BACKENDS, reason="no backend but the reference is built here: hfac doctor says why")
 @pytest.mark.parametrize("backend", BACKENDS or ["none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -96,6 +97,7 @@ def step_with(optimizer, params, grads):
     bound.prepare(grads, **optimizer._options(group))()
 
 
+@pytest.mark.pairwise
 @pytest.mark.skipif(not BACKENDS, reason="no backend but the reference is built here: hfac doctor says why")
 @pytest.mark.parametrize("backend", BACKENDS or ["none"])
 @pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)

@@ -129,6 +129,7 @@ class MatrixParts:
         return params, states
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
@@ -143,6 +144,7 @@ def test_hfac_sums(part, wide, grad_dtype, layout, backend="cpu"):
     assert same_bits(sum(parts.sums(backend, columns=False), []), ours[0] + ours[1])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("options", HFAC_OPTIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -177,6 +179,7 @@ def test_hfac_takes_a_list_of_both_arithmetics(backend="cpu"):
         assert same_bits([params[k]] + [s[k] for s in states.values()], again + [s[0] for s in kept.values()])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("options", HFAC_OPTIONS)
 @pytest.mark.parametrize("grid", [(1, 1), (3, 1), (1, 2), (2, 3)], ids=lambda grid: "x".join(map(str, grid)))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -340,6 +343,7 @@ def smmf_agrees(parts, ours, theirs, which=slice(None)):
                 assert name == "exp_avg_signs" or torch.equal(mine, old), name
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("options", SMMF_OPTIONS)
 @pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "transposed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -371,6 +375,7 @@ def test_smmf_takes_a_list_of_both_arithmetics(options, grad_dtype, backend="cpu
         smmf_agrees(parts, ours, theirs, slice(k, k + 1))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("options", SMMF_OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pieces", [1, 3])

@@ -27,33 +27,43 @@ def run_python(arguments, tmp_path, **environment):
     )
 
 
-PARTS = "_parts or a_part"
-#: The CUDA kernels take the whole table.
-CAPTURES = (
-    "HFac and (no_gradient-moved or transposed-found or negated-moved or clipped) or goes_with or on_parts_cannot or "
-    "(defaults and device and plain) or (several_streams and plain) or (first_step and HFac and plain) or "
-    "(without_a_step and SMMF)"
+#: Tests of other backends that run once more with Triton's kernels; the CUDA kernels take all tests of these files.
+STEPS = {
+    "optim/test_clipping": "triton and (matrices or slices)",
+    "backends/test_captures": (
+        "HFac and (no_gradient-moved or transposed-found or negated-moved or clipped) or goes_with or on_parts_cannot "
+        "or (defaults and device and plain) or (several_streams and plain) or (first_step and HFac and plain) or "
+        "(without_a_step and SMMF)"
+    ),
+    "optim/test_watch": "triton and (not_made or gone or slice or clipped)",
+    "optim/test_whole_moments": "triton and (published or bits or plain or maximize or skip or split)",
+}
+KERNELS, MORE = ["backends/triton_interpreted"], ["backends/triton_clipped", "backends/triton_watched", *STEPS]
+OF_MORE = " or ".join(
+    ["triton_clipped", "triton_watched", *(f"({file.split('/')[1]} and ({part}))" for file, part in STEPS.items())]
 )
 
 
 @pytest.mark.parametrize(
-    ("file", "part"),
+    ("files", "part", "mark"),
     [
-        ("backends/triton_interpreted", "hostile_shapes and HFac"),
-        ("backends/triton_interpreted", "hostile_shapes and SMMF"),
-        ("backends/triton_interpreted", PARTS),
-        ("backends/triton_interpreted", f"not hostile_shapes and not ({PARTS})"),
-        ("backends/triton_clipped", ""),
-        ("backends/triton_watched", ""),
-        ("optim/test_clipping", "triton and (matrices or slices)"),
-        ("backends/test_captures", CAPTURES),
-        ("optim/test_watch", "triton and (not_made or gone or slice or clipped)"),
-        ("optim/test_whole_moments", "triton and (published or bits or plain or maximize or skip or split)"),
+        pytest.param(KERNELS, "", "not slow", id="kernels"),
+        pytest.param(MORE, OF_MORE, "not slow", id="steps"),
+        *(
+            pytest.param(files, part, "slow", id=name, marks=pytest.mark.slow)
+            for name, files, part in (
+                ("more-of-HFac", KERNELS, "HFac"),
+                ("more-of-SMMF", KERNELS, "not HFac"),
+                ("more-steps", MORE, OF_MORE),
+            )
+        ),
     ],
 )
-def test_parity_in_the_interpreter(file, part, tmp_path):
-    options = ["-q", "-p", "no:cacheprovider", "-k", part]
-    done = run_python(["-m", "pytest", *options, f"tests/{file}.py"], tmp_path, TRITON_INTERPRET="1")
+def test_parity_in_the_interpreter(files, part, mark, tmp_path):
+    """In a process for many tests, because its start takes as long as some of them."""
+    options = ["-q", "-p", "no:cacheprovider", "-k", part, "-m", mark]
+    command = ["-m", "pytest", *options, *(f"tests/{file}.py" for file in files)]
+    done = run_python(command, tmp_path, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 

@@ -2,7 +2,8 @@
 its own, because TRITON_INTERPRET must be set before anything imports Triton.
 
 The table is that of test_parity.py with three steps in place of twenty, its shapes one list. Shapes of more than
-1024 elements are there for every row of options in float32, and for every type in the first row. In bfloat16 a
+1024 elements are there for every row of options in float32, and for every type in the first row (`make test`: in
+float32 in the first row), and the others for every row and type (where one of both is the first). In bfloat16 a
 parameter may be one ulp off: the interpreter's stores truncate.
 """
 
@@ -68,18 +69,30 @@ def agree(name, ours, theirs, before, lr):
     params_agree(name, ours, theirs, before, lr)
 
 
+def rows(shapes, taken, *marks):
+    """Rows of the table, with these shapes; ``taken``: whether a row is, by whether it has the first row's options and
+    whether it is float32."""
+    size = "all" if shapes is SHAPES else "small"
+    return [
+        pytest.param(name, options, dtype, shapes, id=f"{name}-{options}-{str(dtype)[6:]}-{size}", marks=marks)
+        for name, table in OPTIONS.items()
+        for options in table
+        for dtype in DTYPES
+        if taken(options == "all", dtype == torch.float32)
+    ]
+
+
 ROWS = [
-    pytest.param(name, options, dtype, id=f"{name}-{options}-{str(dtype).removeprefix('torch.')}")
-    for name, rows in OPTIONS.items()
-    for options in rows
-    for dtype in DTYPES
+    *rows(SHAPES, lambda first, single: first and single),
+    *rows(SMALL, lambda first, single: first != single),
+    *rows(SHAPES, lambda first, single: first != single, pytest.mark.slow),
+    *rows(SMALL, lambda first, single: not first and not single, pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "dtype"), ROWS)
-def test_a_list_of_hostile_shapes(name, options, dtype):
+@pytest.mark.parametrize(("name", "options", "dtype", "shapes"), ROWS)
+def test_a_list_of_hostile_shapes(name, options, dtype, shapes):
     kwargs = OPTIONS[name][options]
-    shapes = SHAPES if options == "all" or dtype == torch.float32 else SMALL
     params = [torch.nn.Parameter(gradient(shape, 0, dtype)) for shape in shapes]
     optimizer = getattr(hfac, name)(params, **kwargs, backend="triton")
     twins = [torch.nn.Parameter(p.detach().clone()) for p in params]

@@ -54,7 +54,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("optimizer", ["hfac", "smmf"])
+@pytest.mark.parametrize("optimizer", ["hfac", pytest.param("smmf", marks=pytest.mark.slow)])
 def test_another_number_of_processes_goes_on(optimizer: str, text: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
     common = ("--optimizer", optimizer, "--steps", STEPS, "--batch", 8, "--text", text)

@@ -30,21 +30,21 @@ def agree(found, tolerance):
     assert not wrong, "\n".join(f"{case}: {what}" for case, what in wrong.items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_placement_equals_whole_tensors(name):
-    """For every type, backend and option; the float32 run is compared with that of whole tensors in float32."""
+def test_every_placement_equals_whole_tensors(name, dtype):
+    """For every backend and option; the float32 run is compared with that of whole tensors in float32."""
     here = [backend for backend in ("reference", "cpu") if not backends.TABLE[backend].why_not(torch.device("cpu"))]
-    for dtype, tolerance in TOLERANCE.items():
-        cases = [(name, "all", case, dtype, backend) for case in placements(name) for backend in here]
-        if dtype == torch.float64:
-            cases += [
-                (name, options, case, dtype, "reference")
-                for options in OPTIONS[name]
-                for case in ("mixed", "fsdp-tp", "empty-shards")
-                if options != "all"
-            ]
-        (found,) = on_ranks(4, ("sharded_steps:run_all", cases))
-        agree(found, tolerance)
+    cases = [(name, "all", case, dtype, backend) for case in placements(name) for backend in here]
+    if dtype == torch.float64:
+        cases += [
+            (name, options, case, dtype, "reference")
+            for options in OPTIONS[name]
+            for case in ("mixed", "fsdp-tp", "empty-shards")
+            if options != "all"
+        ]
+    (found,) = on_ranks(4, ("sharded_steps:run_all", cases))
+    agree(found, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -83,6 +83,7 @@ def test_every_wrapper_equals_the_bare_model():
     agree(found, TOLERANCE[torch.float64])
 
 
+@pytest.mark.slow  # those of every wrapper are compared above, after a few steps
 def test_replicas_are_equal_to_the_bit_after_200_steps():
     cases = [(kind, name) for kind in ("hsdp", "ddp") for name in OPTIONS]
     (found,) = on_ranks(4, ("sharded_models:replicas_all", cases))

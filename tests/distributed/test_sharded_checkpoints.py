@@ -22,7 +22,15 @@ def goes_on(found, name):
         assert difference(found[key], value) <= 1e-12, key
 
 
-@pytest.mark.parametrize(("world", "kinds"), [(1, ["fsdp"]), (2, ["fsdp"]), (3, ["fsdp"]), (4, ["hsdp", "fsdp-tp"])])
+@pytest.mark.parametrize(
+    ("world", "kinds"),
+    [
+        (1, ["fsdp"]),
+        (2, ["fsdp"]),
+        pytest.param(3, ["fsdp"], marks=pytest.mark.slow),
+        (4, ["hsdp", "fsdp-tp"]),
+    ],
+)
 def test_continued_on_another_layout(saved, world, kinds):
     for found in on_ranks(world, *(("sharded_checkpoints:continue_all", saved, kind) for kind in kinds)):
         for (_, name, _), everything in found.items():

@@ -49,6 +49,20 @@ def written(folder):
     return json.loads(path.read_text()) if path else {"checks": [], "rows": {}}
 
 
+def test_the_first_parts_of_a_dry_run(tmp_path):
+    if emulated.native is None:
+        pytest.skip(emulated.WHY_NOT)
+    report = dry_run(tmp_path, "--only", "1,2")
+    output = report.communicate()[0]
+    assert report.returncode == 0, output[-3000:]
+    found = written(tmp_path)
+    results = {check["name"]: check["result"] for check in found["checks"]}
+    assert results["1 versions"] == results["2 first steps"] == "ok" and results["1 build"].startswith("not run: ")
+    assert [row["step"][:2] for row in found["tables"]["First steps"]] == ["ok"] * 4
+    assert "8 options" not in output
+
+
+@pytest.mark.slow
 def test_dry_run(tmp_path):
     """Killed while it measures the second list of part 4, it leaves parts 1 to 3 and the first list; another run does
     the rest and loses nothing of that."""

@@ -1,6 +1,8 @@
-"""Tests find each other: names are unique, and every file of tests that is named anywhere exists."""
+"""The tests' own order: modules have unique names, every file of tests that is named anywhere exists, and where `make
+test` leaves cases out of a table, every pair of values stays in."""
 
 import re
+from itertools import combinations, product
 from pathlib import Path
 
 import conftest
@@ -48,3 +50,13 @@ def test_long_tests_exist():
 
 def test_sanitizers_have_tests():
     assert all((ROOT / file).exists() for file in sanitize.TESTS)
+
+
+def test_every_two_values_of_two_parameters_still_meet():
+    sizes = {"dtype": 4, "shape": 24, "options": 9}
+    cases = [dict(zip(sizes, values, strict=True)) for values in product(*map(range, sizes.values()))]
+    left_out = conftest.left_out(range(len(cases)), cases)
+    kept = [case for i, case in enumerate(cases) if i not in left_out]
+    assert len(kept) < 1.2 * 24 * 9  # the two longest parameters alone make so many pairs
+    for a, b in combinations(sizes, 2):
+        assert {(case[a], case[b]) for case in kept} == set(product(range(sizes[a]), range(sizes[b])))
