@@ -66,7 +66,7 @@ def _plan(args: argparse.Namespace) -> list[tuple[torch.device, list[str]]]:
     """
     for name in ("device", "backend"):
         if getattr(args, name) is not None and not args.check:
-            raise UsageError(f"--{name} selects what --check checks: add --check")
+            raise UsageError(f"--{name} selects what --check checks: give --check too")
     devices = [torch.device(kind["device"]) for kind in (_processor(), *_cuda_devices(), *_xpu_devices())]
     if args.device is not None:
         try:
