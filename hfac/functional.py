@@ -159,7 +159,7 @@ class _Bucket:
     steps: list[Tensor]
     skipped: list[Tensor] | None
     on_host: bool  # the steps are read, and agree; else each parameter has its own decays, on the device
-    native: bool  # the extension counts the steps
+    counters: Any  # what reads and advances the steps
     batch_dims: int
     owners: "_Owners | None"  # with batch dimensions, where the device must know whose slice is whose
 
@@ -323,7 +323,7 @@ class Group:
                     steps,
                     None if skipped is None else of(skipped),
                     on_host,
-                    ops.counted_natively(steps),
+                    ops.counters_of(steps),
                     batch_dims,
                     _Owners(of(params), batch_dims, steps[0].device) if told else None,
                 )
@@ -370,7 +370,7 @@ class Group:
                 return None
             t: Any
             if bucket.on_host:
-                steps = ops.read_steps(bucket.steps, bucket.native)
+                steps = bucket.counters.read_steps(bucket.steps)
                 if steps.count(steps[0]) != len(steps):
                     return None
                 t = steps[0] + 1
@@ -465,7 +465,7 @@ class Step:
             self._captured += [clip, self._found_inf, *self._tensors]
         for (bucket, inputs, flags, _), found in zip(self._calls, statistics or repeat(None), strict=False):
             bucket.call.apply(inputs, found, clip)
-            ops.advance_steps_(bucket.steps, bucket.native)
+            bucket.counters.advance_steps_(bucket.steps)
             if flags is not None and bucket.skipped is not None:
                 some, every = (flags, flags) if bucket.owners is None else bucket.owners.left(flags)
                 torch._foreach_add_(bucket.skipped, some.unbind())

@@ -5,16 +5,15 @@ Nothing of Triton is imported before a step asks for it.
 
 import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version  # tells autograd of writes that it cannot see
 
-from ..rounding import Place
 from ..spec import HFAC_APPLY, HFAC_DENSE_STEP, HFAC_STEP, HFAC_SUMS, SMMF_DENSE_STEP, SMMF_STEP, SMMF_SUMS_STEP, Op
-from .statistics import Statistics
+from .contract import Operands, Statistics
 
 DEVICES = ("cuda", "xpu")
 #: Ops of which there are kernels.
@@ -64,29 +63,19 @@ def _driver() -> str | None:
     return _found[0]
 
 
-def bind(
-    op: Op,
-    params: Sequence[Tensor],
-    lists: Mapping[str, Sequence[Tensor]],
-    counts: Mapping[str, Sequence[Any]],
-    places: Sequence[Place] | None = None,
-) -> Callable[..., None]:
-    """The op on these parameters and lists, for as long as they lie where they lie; see `hfac.backends`."""
+def bind(operands: Operands) -> Callable[..., None]:
+    """The op bound to its operands; see `hfac.backends`."""
+    op = operands.op
     if not op.shard:
         from ..triton_kernels.step import Bound
 
-        return TritonCall(Bound(op.name, params, dict(lists), places), op, params)
+        return TritonCall(Bound(op.name, operands.params, dict(operands.lists), operands.places), operands)
     from ..triton_kernels import parts
 
-    named: dict[str, Any] = {operand.name: lists.get(operand.name) for operand in op.operands} | {**lists, **counts}
-    if op.updates:
-        named.update(params=params, places=places)
-    kernels = getattr(parts, op.name)
-
     def call(grads: Sequence[Tensor], nonfinite: None = None, **numbers: Any) -> None:
-        kernels(grads=grads, **named, **numbers)
-        if op.updates:
-            increment_version(params)
+        getattr(parts, op.name)(grads=grads, **operands.by_name(), **numbers)
+        if operands.written:
+            increment_version(operands.written)
 
     return call
 
@@ -97,8 +86,8 @@ class TritonCall:
     #: The kernels divide by a GradScaler's scale and look at its found_inf themselves.
     unscales = True
 
-    def __init__(self, step: Any, op: Op, params: Sequence[Tensor]) -> None:
-        self._step, self._params = step, params
+    def __init__(self, step: Any, operands: Operands) -> None:
+        self._step, self._params = step, operands.params
         self.capturing = step.capturing
 
     @property

@@ -128,7 +128,8 @@ class Bucket:
 
     def advance(self, going: Sequence[int]) -> None:
         if going:
-            ops.advance_steps_([self.entries[i].state["step"] for i in going])
+            steps = [self.entries[i].state["step"] for i in going]
+            ops.counters_of(steps).advance_steps_(steps)
 
     def who_goes(self, present: Tensor, refused: Tensor) -> tuple[list[int], list[int]]:
         """The parameters that make the step, and those whose gradient is refused, of the sums over all ranks."""
@@ -163,7 +164,8 @@ def who(
 
 def _steps(entries: Sequence[Entry]) -> Tensor:
     """The steps made so far, on the host in double."""
-    return torch.tensor(ops.read_steps([entry.state["step"] for entry in entries]), dtype=torch.float64, device="cpu")
+    steps = [entry.state["step"] for entry in entries]
+    return torch.tensor(ops.counters_of(steps).read_steps(steps), dtype=torch.float64, device="cpu")
 
 
 def ranks_that_share(param: Tensor) -> int:
