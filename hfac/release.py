@@ -160,7 +160,7 @@ class ReleasedGradients:
     def _step(self, param: Tensor, lr_scale: float = 1.0) -> None:
         found = self._optimizer._find(param)  # and no look at all groups for each parameter
         group = None if found is None else self._optimizer.param_groups[found[0]]
-        clip, limit = None, None if group is None else self._optimizer._limit_of(group)
+        clip, limit = None, None if group is None else self._optimizer._common_limit([group])
         if limit is not None:
             grad = layout.gradient(param, "a parameter")
             assert grad is not None
