@@ -231,7 +231,7 @@ def test_what_is_kept_goes_with_the_optimizer(device):
 def test_a_group_without_an_optimizer_keeps_what_is_captured(device):
     optimizer, params = run("SMMF")
     states = [optimizer.state[param] for param in params]
-    lists = {f"{key}s": [state.get(key) for state in states] for key in optimizer._state_keys}
+    lists = {f"{key}s": [state.get(key) for state in states] for key in optimizer._spec.keys}
     steps, grads = [state["step"] for state in states], [param.grad for param in params]
     group = functional.Group("smmf", params, grads, lists, steps, None, True, True, BACKEND)
     options = optimizer._options(optimizer.param_groups[0])
@@ -277,7 +277,7 @@ def test_a_first_step_in_a_capture_is_refused_and_goes_well_afterwards(device, n
 
 def test_the_functional_forms_which_bind_anew_in_every_call_are_refused(device):
     optimizer, params = run("SMMF")
-    lists = {f"{key}s": [optimizer.state[param].get(key) for param in params] for key in optimizer._state_keys}
+    lists = {f"{key}s": [optimizer.state[param].get(key) for param in params] for key in optimizer._spec.keys}
     steps, options = [optimizer.state[param]["step"] for param in params], optimizer._options(optimizer.param_groups[0])
     options.update(capturable=True, backend=BACKEND)
     grads, before = [param.grad for param in params], everything(optimizer, params)

@@ -202,8 +202,9 @@ class FactoredOptimizer(ReportingOptimizer):
         single.bound = None
         self._check_stepped(f"{type(self).__name__}.step_param: {single.label}", single.param, single.group)
         self._sync_param(single.param, single.group)
-        position = single.position(self.param_groups)
-        bound = self._bind(single.group, [single.param], [grad], [position])
+        state = self._local_state(single.param, single.group)
+        offset = self._bit_offset(single.param, single.group, single.position(self.param_groups))
+        bound = self._bind(single.group, [layout.local(single.param)], [grad], [state], [offset])
         single.keep(bound, self.param_groups, self.state)
 
     def _prepare(
@@ -228,9 +229,11 @@ class FactoredOptimizer(ReportingOptimizer):
                 if param.grad is not None:  # it may have moved away from its state, or have been frozen until now
                     self._check_stepped(f"{type(self).__name__}: parameter {i} of group {group_index}", param, group)
                     self._sync_param(param, group)
+            states = [self._local_state(param, group) for param in params]
+            offsets = [self._bit_offset(param, group, cache.positions[param]) for param in params]
             update = None
             while update is None:  # until no other thread advances a step between binding and reading it
-                functional_group = self._bind(group, params, grads, [cache.positions[param] for param in params])
+                functional_group = self._bind(group, list(map(layout.local, params)), grads, states, offsets)
                 self._bound[group_index] = present, functional_group
                 update = functional_group.prepare(grads, **options)
             return update
@@ -256,17 +259,22 @@ class FactoredOptimizer(ReportingOptimizer):
             return None
         return layout.bit_offset(param, position)
 
+    def _local_state(self, param: Tensor, group: Mapping[str, Any]) -> State:
+        """This rank's shard of a parameter's state."""
+        return {key: layout.local(value) for key, value in self._needed_state(param, group).items()}
+
     def _bind(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], positions: list[int]
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        bit_offsets: list[BitOffset | None] | None = None,
     ) -> functional.Group:
-        """Binds this rank's tensors of the parameters; ``positions`` as for `_bit_offset`."""
-        states: list[State] = [
-            {key: layout.local(value) for key, value in self._needed_state(param, group).items()} for param in params
-        ]
         operands = (*self._spec.states, spec.MASTER_LOW)
         return functional.Group(
             self._algorithm,
-            list(map(layout.local, params)),
+            params,
             grads,
             {operand.name: [state.get(operand.key) for state in states] for operand in operands},  # type: ignore[arg-type]
             [state["step"] for state in states],
@@ -274,7 +282,7 @@ class FactoredOptimizer(ReportingOptimizer):
             self._spec.has_first(group),
             group["capturable"] or group["amp_scaling"],
             group["backend"],
-            [self._bit_offset(param, group, position) for param, position in zip(params, positions, strict=True)],
+            bit_offsets,
             group["batch_dims"],
             group["watch"],
             self._captured,
