@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rounding import Place
+from ..rounding import BitOffset
 from ..spec import COLS, ROWS, SIGNS
 from .contract import Operands
 
@@ -87,7 +87,7 @@ def of_operands(operands: Operands) -> dict[str, Any]:
     return found
 
 
-def of_places(places: Sequence[Place]) -> dict[str, Any]:
+def of_places(places: Sequence[BitOffset]) -> dict[str, Any]:
     """Where random bits come from, as the C++ kernels take it."""
     found: dict[str, Any] = {"positions": [place.position for place in places]}
     found["place_firsts"] = [place.first for place in places]

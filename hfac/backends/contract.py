@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..rounding import Place
+from ..rounding import BitOffset
 from ..spec import MASTER_LOW, Op
 
 
@@ -25,7 +25,7 @@ class Operands:
     params: Sequence[Tensor]
     lists: Mapping[str, Sequence[Tensor]]
     counts: Mapping[str, Sequence[Any]]
-    places: Sequence[Place] | None = None
+    places: Sequence[BitOffset] | None = None
 
     @property
     def lows(self) -> Sequence[Tensor] | None:

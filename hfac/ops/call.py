@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, clipping, memory, spec
-from ..rounding import Place
+from ..rounding import BitOffset
 from ..schedules import Scalar
 from ..spec import MASTER_LOW, REQUIRED, WATCHED
 from .checks import (
@@ -101,7 +101,7 @@ class OpCall:
         lists: Mapping[str, Tensors],
         *,
         counts: Mapping[str, Sequence[Any]] | None = None,
-        places: Sequence[Place] | None = None,
+        places: Sequence[BitOffset] | None = None,
         backend: str = "auto",
         captured: list[Any] | None = None,
     ) -> None:
