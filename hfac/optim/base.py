@@ -81,7 +81,8 @@ class FactoredOptimizer(ReportingOptimizer):
         steps = [self._prepare(index, group, grads[index], cache) for index, group in enumerate(self.param_groups)]
         sharded = self._sharded
         shared = {} if sharded is None else {i: self._shared(group) for i, group in enumerate(self.param_groups)}
-        norm_coefficient, statistics = None, [None] * len(steps)
+        statistics: list[list[ops.Statistics] | None] = [None] * len(steps)
+        norm_coefficient = None
         if limit is None:
             self._grad_norm = None
         else:
@@ -163,16 +164,13 @@ class FactoredOptimizer(ReportingOptimizer):
         grad = layout.gradient(param, single.label)
         if grad is None:
             return
-        options = self._options(single.group)
+        options = {**self._options(single.group), **self._amp_scaling()}
         if lr_scale != 1.0:
             options["lr"] = schedules.as_scalar("lr", options["lr"]) * lr_scale
         try:
-            options.update(self._amp_scaling())
             step = None if single.bound is None else single.bound.prepare([grad], **options)
             if step is None:
-                self._bind_single(single, grad)
-                assert single.bound is not None
-                step = single.bound.prepare([grad], **options)
+                step = self._bind_single(single, grad).prepare([grad], **options)
         except RuntimeError:
             ops.check_tensor(f"the gradient of {single.label}", param.grad)  # the same error, naming the parameter
             raise
@@ -201,7 +199,7 @@ class FactoredOptimizer(ReportingOptimizer):
         self._single[param] = single
         return single
 
-    def _bind_single(self, single: SingleParamCache, grad: Tensor) -> None:
+    def _bind_single(self, single: SingleParamCache, grad: Tensor) -> functional.Group:
         single.bound = None
         self._check_stepped(f"{type(self).__name__}.step_param: {single.label}", single.param, single.group)
         self._sync_param(single.param, single.group)
@@ -209,6 +207,7 @@ class FactoredOptimizer(ReportingOptimizer):
         offset = self._bit_offset(single.param, single.group, single.position(self.param_groups))
         bound = self._bind(single.group, [layout.local(single.param)], [grad], [state], [offset])
         single.keep(bound, self.param_groups, self.state)
+        return bound
 
     def _prepare(
         self, group_index: int, group: dict[str, Any], grads: list[Any], cache: StepCache
@@ -224,17 +223,15 @@ class FactoredOptimizer(ReportingOptimizer):
         options = {**self._options(group), **self._amp_scaling()}
         try:
             bound = self._bound.get(group_index)
-            if bound is not None and bound[0] == present:
-                step = bound[1].prepare(grads, **options)
-                if step is not None:
-                    return step
+            step = bound[1].prepare(grads, **options) if bound is not None and bound[0] == present else None
+            if step is not None:
+                return step
             for i, param in enumerate(group["params"]):
                 if param.grad is not None:  # it may have moved away from its state, or have been frozen until now
                     self._check_stepped(f"{type(self).__name__}: parameter {i} of group {group_index}", param, group)
                     self._sync_param(param, group)
             states = [self._local_state(param, group) for param in params]
             offsets = [self._bit_offset(param, group, cache.positions[param]) for param in params]
-            step = None
             while step is None:  # until no other thread advances a step between binding and reading it
                 functional_group = self._bind(group, list(map(layout.local, params)), grads, states, offsets)
                 self._bound[group_index] = present, functional_group

@@ -39,7 +39,7 @@ class ReportingOptimizer(CheckpointedOptimizer):
         return self._grad_norm
 
     def _keep_sums(
-        self, step: "functional.Step", group: Mapping[str, Any], params: list[Tensor], grads: list[Any]
+        self, step: functional.Step, group: Mapping[str, Any], params: list[Tensor], grads: list[Any]
     ) -> None:
         """Keeps the sums of a watched step; ``grads`` are the parameters', None where there was none."""
         if not group["watch"]:

@@ -36,7 +36,7 @@ COMMON_RULES: dict[str, options.Rule] = {
     "amp_scaling": options.flag,
     "watch": options.flag,
     "max_grad_norm": options.number(0.0, open_low=True, none="no clipping by the norm"),
-    "backend": lambda name, value: options.choice(*backends.names())(name, value),
+    "backend": lambda name, value: options.choice(*backends.names())(name, value),  # names may be registered
 }
 #: options that optimizers pickled by earlier versions lack, with the values that keep their behaviour
 _ADDED = {
