@@ -110,18 +110,15 @@ class FactoredOptimizer(ReportingOptimizer):
         self, statistics: list[list[ops.Statistics] | None], shared: dict[int, distributed.Options], limit: float
     ) -> Tensor | None:
         """What all gradients are multiplied by so that their norm is at most ``limit``; None where there are none."""
-        # With "skip", a parameter whose gradient is not finite keeps its value, and its gradient is left out.
-        norms: dict[bool, list[Tensor]] = {False: [], True: []}
         skips = [group["nonfinite"] == "skip" for group in self.param_groups]
-        for skip, mine in zip(skips, statistics, strict=True):
-            norms[skip] += [found.norms for found in mine or ()]
+        norms = [(found.norms, skip) for skip, mine in zip(skips, statistics, strict=True) for found in mine or ()]
         if self._sharded is not None:
-            for group_index, norm in self._sharded.norms(shared):
-                norms[skips[group_index]].append(norm)
-        if not norms[False] and not norms[True]:
+            norms += [(norm, skips[index]) for index, norm in self._sharded.norms(shared)]
+        total = clipping.total(norms)
+        if total is None:
             return None
-        self._grad_norm = clipping.total(norms[False], norms[True])
-        return clipping.coefficient(self._grad_norm, limit)
+        self._grad_norm = total
+        return clipping.coefficient(total, limit)
 
     @torch.no_grad()
     def step_param(

@@ -132,14 +132,13 @@ class ReportingOptimizer(CheckpointedOptimizer):
         limit = self.max_grad_norm
         if limit is None:
             return None
-        norms: dict[bool, list[Tensor]] = {False: [], True: []}
+        norms: list[tuple[Tensor, bool]] = []
         for group in self.param_groups:
             grads = [p.grad for p in group["params"] if p.grad is not None and not layout.is_sharded(p)]
             slices = [part for grad in grads for part in diagnostics.slices(layout.local(grad), group["batch_dims"])]
-            norms[group["nonfinite"] == "skip"] += clipping.norms(slices)
-        if not norms[False] and not norms[True]:
-            return None
-        return clipping.coefficient(clipping.total(norms[False], norms[True]), limit)
+            norms += [(norm, group["nonfinite"] == "skip") for norm in clipping.norms(slices)]
+        total = clipping.total(norms)
+        return None if total is None else clipping.coefficient(total, limit)
 
     @torch.no_grad()
     def report_per_parameter_metrics(
