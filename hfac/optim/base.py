@@ -98,7 +98,8 @@ class FactoredOptimizer(ReportingOptimizer):
             for index, step in enumerate(steps):
                 if step is not None:
                     step.apply(norm_coefficient, statistics[index])
-                    self._keep_sums(step, self.param_groups[index], cache.local[index], grads[index])
+                    if self.param_groups[index]["watch"]:
+                        self._keep_sums(step, self.param_groups[index], cache.local[index], grads[index])
                     if step.unscales:
                         self._norm_coefficient = norm_coefficient
         finally:
@@ -174,7 +175,8 @@ class FactoredOptimizer(ReportingOptimizer):
         assert step is not None  # just bound
         step.check_capture(clip)
         step.apply(clip)
-        self._keep_sums(step, single.group, [param], [grad])
+        if single.group["watch"]:
+            self._keep_sums(step, single.group, [param], [grad])
 
     def _single_of(self, param: Tensor) -> SingleParamCache:
         """Looks up a parameter for `step_param`."""

@@ -42,8 +42,6 @@ class ReportingOptimizer(CheckpointedOptimizer):
         self, step: functional.Step, group: Mapping[str, Any], params: list[Tensor], grads: list[Any]
     ) -> None:
         """Keeps the sums of a watched step; ``grads`` are the parameters', None where there was none."""
-        if not group["watch"]:
-            return
         batch = group["batch_dims"]
         stepped = [(param, grad) for param, grad in zip(params, grads, strict=True) if grad is not None]
         for indices, sums in step.watched():
