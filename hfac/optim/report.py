@@ -65,10 +65,9 @@ class ReportingOptimizer(CheckpointedOptimizer):
         (`hfac.optim.diagnostics`): call it after `step` and before `zero_grad`. The gradient must be the one that the
         step saw (with ``amp_scaling``, call `GradScaler.unscale_` before the step).
 
-        .. deprecated:: 0.3
-            After a step without ``watch=True``, SMMF's direction and what follows from it are estimates where its first
-            moment is factored, off by a tenth or so, and give a FutureWarning. Set ``watch=True``, or ask before the
-            step with ``ahead=True``; both are exact.
+        Deprecated: after a step without ``watch=True``, SMMF's direction and what follows from it are estimates where
+        its first moment is factored, off by a tenth or so, and give a FutureWarning. Set ``watch=True``, or ask before
+        the step with ``ahead=True``; both are exact.
 
         Args:
             ahead: describe the step that `step` would make now: call it after the backward pass, before `step`. Exact
