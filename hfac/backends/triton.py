@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version  # tells autograd of writes that it cannot see
 
-from ..rounding import Place
+from ..spec import HFAC_APPLY, HFAC_DENSE_STEP, HFAC_STEP, HFAC_SUMS, SMMF_DENSE_STEP, SMMF_STEP, SMMF_SUMS_STEP, Op
+from .contract import Operands, Statistics
 
 DEVICES = ("cuda", "xpu")
-#: The kernels divide by a GradScaler's scale and look at its found_inf themselves.
-UNSCALES = True
-#: Knows `master_lows` and `places` (`hfac.reference`).
-STORES = True
+#: Ops of which there are kernels.
+OPS = {HFAC_STEP, HFAC_DENSE_STEP, HFAC_SUMS, HFAC_APPLY, SMMF_STEP, SMMF_DENSE_STEP, SMMF_SUMS_STEP}
+
+
+def has(op: Op) -> bool:
+    return op in OPS
 
 
 def why_not(device: torch.device) -> str | None:
@@ -60,44 +63,61 @@ def _driver() -> str | None:
     return _found[0]
 
 
-def bind(
-    op: str, params: Sequence[Tensor], states: dict[str, list[Tensor]], places: Sequence[Place] | None = None
-) -> Callable[..., None]:
-    """The op of that name on these parameters and states, for as long as they lie where they lie: (grads, nonfinite,
-    **scalars) -> None, as the function of `hfac.reference`; with ``places`` seed and step are among the scalars."""
-    from ..triton_kernels.step import Bound
+def bind(operands: Operands) -> Callable[..., None]:
+    """The op bound to its operands; see `hfac.backends`."""
+    op = operands.op
+    if not op.shard:
+        from ..triton_kernels.step import Bound
 
-    class Step(Bound):
-        def __call__(self, grads: Sequence[Tensor], nonfinite: Tensor | None = None, **scalars: Any) -> None:
-            super().__call__(grads, nonfinite, **scalars)
-            increment_version(params)
-
-        def workspace_bytes(self) -> int:
-            """Bytes on the device that are kept from step to step; 0 before the first."""
-            workspace = getattr(self, "workspace", None)
-            return 0 if workspace is None else workspace.numel()
-
-    return Step(op, params, states, places)
-
-
-def hfac_sums(grads: Sequence[Tensor], *lists: Any, **arguments: Any) -> None:
-    """As the function of `hfac.reference`."""
+        return TritonCall(Bound(op.name, operands.params, dict(operands.lists), operands.places), operands)
     from ..triton_kernels import parts
 
-    parts.hfac_sums(grads, *lists, **arguments)
+    def call(grads: Sequence[Tensor], nonfinite: None = None, **numbers: Any) -> None:
+        getattr(parts, op.name)(grads=grads, **operands.by_name(), **numbers)
+        if operands.written:
+            increment_version(operands.written)
+
+    return call
 
 
-def hfac_apply_(params: Sequence[Tensor], *lists: Any, **arguments: Any) -> None:
-    """As the function of `hfac.reference`."""
-    from ..triton_kernels import parts
+class TritonCall:
+    """Steps of one op on whole parameters."""
 
-    parts.hfac_apply_(params, *lists, **arguments)
-    increment_version(params)
+    #: The kernels divide by a GradScaler's scale and look at its found_inf themselves.
+    unscales = True
 
+    def __init__(self, step: Any, operands: Operands) -> None:
+        self._step, self._params = step, operands.params
+        self.capturing = step.capturing
 
-def smmf_sums_step_(params: Sequence[Tensor], *lists: Any, **arguments: Any) -> None:
-    """As the function of `hfac.reference`."""
-    from ..triton_kernels import parts
+    @property
+    def captured(self) -> list[Any]:
+        return self._step.captured
 
-    parts.smmf_sums_step_(params, *lists, **arguments)
-    increment_version(params)
+    @captured.setter
+    def captured(self, kept: list[Any]) -> None:
+        self._step.captured = kept
+
+    def __call__(
+        self,
+        grads: Sequence[Tensor],
+        nonfinite: Tensor | None = None,
+        *,
+        statistics: Statistics | None = None,
+        **numbers: Any,
+    ) -> None:
+        if statistics is not None:
+            numbers["squares"] = statistics.squares
+        self._step(grads, nonfinite, **numbers)
+        increment_version(self._params)
+
+    def statistics(self, grads: Sequence[Tensor], nonfinite: Tensor | None = None, **numbers: Any) -> Statistics:
+        return Statistics(self._step.squares(grads, nonfinite, **numbers), None)
+
+    def check_capture(self, grads: Sequence[Tensor], nonfinite: Tensor | None, clip_threshold: float | None) -> None:
+        self._step.check_capture(grads)
+
+    def workspace_bytes(self) -> int:
+        """Bytes on the device that are kept from step to step; 0 before the first."""
+        workspace = getattr(self._step, "workspace", None)
+        return 0 if workspace is None else workspace.numel()

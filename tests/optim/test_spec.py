@@ -1,0 +1,107 @@
+"""`hfac.spec` says what the definition and the public functions say: names, order, defaults; and could say more."""
+
+import inspect
+
+import pytest
+import torch
+
+import hfac
+from hfac import functional, reference, spec
+
+POSITIONAL, KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+#: What `Algorithm.options` leaves to all functional forms alike.
+SHARED = ("lr", "weight_decay", "maximize", "places", "seed", "capturable", "backend", "batch_dims")
+
+
+def parameters(function) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(function).parameters)
+
+
+def names(function, kind) -> list[str]:
+    return [name for name, parameter in parameters(function).items() if parameter.kind == kind]
+
+
+def test_every_op_of_the_definition_is_described():
+    """`hfac_dense_squares` is a helper of sharded vectors, which every backend leaves to plain torch."""
+    functions = [
+        name for name, f in vars(reference).items() if inspect.isfunction(f) and f.__module__ == "hfac.reference"
+    ]
+    ops = [name for name in functions if name.startswith(("hfac_", "smmf_"))]
+    assert set(ops) - {"hfac_dense_squares"} == set(spec.OPS)
+
+
+@pytest.mark.parametrize("op", spec.OPS.values(), ids=lambda op: op.name)
+def test_an_op_is_what_the_reference_takes(op):
+    function = getattr(reference, op.name)
+    lists = [operand.name for operand in op.operands]
+    before = ["params", "grads"] if op.updates else ["grads"]
+    after = [name for name in op.outputs if name == "nonfinite"]
+    assert names(function, POSITIONAL) == [*before, *lists, *op.vectors, *after]
+    numbers = [number.name for number in op.numbers]
+    watched = [name for name in op.outputs if name == "watched"]
+    assert names(function, KEYWORD) == [*op.counts, *numbers, *op.storage, *watched, *op.shard_vectors]
+
+
+@pytest.mark.parametrize("op", spec.OPS.values(), ids=lambda op: op.name)
+def test_what_may_be_none_is_what_the_reference_lets_be_none(op):
+    found = parameters(getattr(reference, op.name))
+    for operand in op.operands:
+        optional = operand.optional or (operand.moment == 1 and op.without_first)
+        assert ("None" in str(found[operand.name].annotation)) == optional, operand.name
+        assert (found[operand.name].default is None) == operand.optional, operand.name
+    for number in op.numbers:
+        annotation = str(found[number.name].annotation).replace("torch.", "")
+        assert ("Tensor" in annotation) == number.tensor, number.name
+        assert ("None" in annotation) == number.none, number.name
+        assert number.tensor or not number.each
+        assert (annotation == "<class 'bool'>") == isinstance(number.default, bool), number.name
+
+
+@pytest.mark.parametrize("algorithm", spec.ALGORITHMS.values(), ids=lambda algorithm: algorithm.name)
+def test_an_algorithm_is_what_its_functional_form_takes(algorithm):
+    function = getattr(functional, algorithm.name)
+    lists = [state.name for state in algorithm.states]
+    expected = ["params", "grads", *lists, "state_steps", "skipped", spec.MASTER_LOW.name]
+    assert names(function, POSITIONAL) == expected
+    assert set(names(function, KEYWORD)) == {*algorithm.options, *SHARED}
+
+
+@pytest.mark.parametrize("algorithm", spec.ALGORITHMS.values(), ids=lambda algorithm: algorithm.name)
+def test_an_op_gets_the_numbers_that_it_needs(algorithm):
+    options = {name: 0.5 for name in algorithm.options} | {"weight_decay_mode": "adamw"}
+    given = {*algorithm.decays(1.0, options), *algorithm.scalars(options), "lr", "weight_decay", "maximize"}
+    for op in algorithm.ops:
+        assert {number.name for number in op.numbers} == given
+
+
+@pytest.mark.parametrize("optimizer", [hfac.HFac, hfac.SMMF])
+def test_the_states_of_an_optimizer_are_those_of_its_ops(optimizer):
+    algorithm = spec.ALGORITHMS[optimizer.__name__.lower()]
+    for shape in [(), (7,), (6, 4), (1, 9), (3, 4, 5)]:
+        param = torch.nn.Parameter(torch.ones(shape))
+        state = optimizer([param]).state[param]
+        op = algorithm.op_of(list(state))
+        assert {s.key for s in op.states} | {"step"} == set(state), shape
+        for operand in op.states:
+            assert state[operand.key].dtype == (operand.dtype or torch.float32), operand
+            if operand.size == spec.WHOLE:
+                assert state[operand.key].shape == param.shape
+
+
+def test_an_op_is_found_by_the_states_that_are_there():
+    algorithm = spec.ALGORITHMS["smmf"]
+    assert algorithm.op_of(["exp_avg_sq_row", "exp_avg_sq_col"]) is spec.SMMF_STEP  # no first moment
+    assert algorithm.op_of(["exp_avg_sqs"]) is spec.SMMF_DENSE_STEP
+
+
+def test_a_whole_first_moment_beside_factors_can_be_said():
+    """As a later op will have it: int8 of the parameter's shape beside the rank-1 second moment."""
+    codes = spec.Operand("exp_avg_qs", spec.WHOLE, 1, "exp_avg_q", torch.int8)
+    op = spec.Op("hfac_int8_step_", (codes, *spec.HFAC_STEP.states[2:]), spec.HFAC_STEP.numbers, matrix="cut")
+    hfac_ = spec.ALGORITHMS["hfac"]
+    algorithm = spec.Algorithm("hfac", (*hfac_.ops, op), (), hfac_.options, hfac_.decays, hfac_.scalars)
+    assert algorithm.op_of(["exp_avg_q", "exp_avg_sq_row", "exp_avg_sq_col", "step"]) is op
+    assert algorithm.op_of(["exp_avg_row", "exp_avg_col", "exp_avg_sq_row", "exp_avg_sq_col"]) is spec.HFAC_STEP
+    assert algorithm.op_of(["exp_avg", "exp_avg_sq"]) is spec.HFAC_DENSE_STEP
+    assert algorithm.keys == (*hfac_.keys, "exp_avg_q")
+    assert op.operand(1, spec.WHOLE) is codes and op.operand(1, spec.ROWS) is None
