@@ -120,8 +120,8 @@ def _check_factors(op: Op, params: Tensors, lists: Mapping[str, Tensors]) -> Non
             first = first or (m, n)
             if (m, n) != first and "blocks" in op.counts:
                 raise ValueError(
-                    f"moments of params[{i}] must have {first[0]} rows and {first[1]} columns throughout, got {m} and {n} "
-                    f"in {row}[{i}] and {col}[{i}]"
+                    f"moments of params[{i}] must have {first[0]} rows and {first[1]} columns throughout, got {m} and "
+                    f"{n} in {row}[{i}] and {col}[{i}]"
                 )
             if "blocks" not in op.counts and ((m, n) != first or m * n != param.numel()):
                 raise ValueError(
