@@ -75,8 +75,8 @@ FAULTS = [
     Fault(
         "the gradient is not negated when maximizing",
         "csrc",
-        "negate(a.scalars.maximize) {}",
-        "negate(false) {}",
+        ".maximize) {}",
+        ".maximize && false) {}",
         EMULATED,
     ),
     Fault(
@@ -89,9 +89,9 @@ FAULTS = [
     Fault(
         "coupled and decoupled weight decay are mixed up",
         "hfac",
-        '"decoupled_weight_decay": options.scalars["weight_decay_mode"] == "adamw"',
-        '"decoupled_weight_decay": options.scalars["weight_decay_mode"] != "adamw"',
-        f"{SHARDED} -k every_placement",
+        'coupled = not group.get("decoupled_weight_decay", True)',
+        'coupled = group.get("decoupled_weight_decay", True)',
+        "tests/optim/test_convert.py",
     ),
     Fault(
         "a square is not the most nearly square",
@@ -168,8 +168,8 @@ FAULTS = [
     Fault(
         "statistics of unclipped gradients serve the clipped step",
         "hfac",
-        "if self._squares is not None and clip.item() == 1:",
-        "if self._squares is not None:",
+        " is not None and clip.item() == 1:",
+        " is not None:",
         "tests/optim/test_clipping.py",
     ),
     Fault(
@@ -289,8 +289,8 @@ FAULTS = [
     Fault(
         "memory that a graph reads is freed",
         "hfac",
-        "self.captured += [self.table, self.source, self.workspace, self.counters, *given.values(), *kept, *copies]",
-        "self.captured += [self.table, self.source, self.counters, *given.values(), *kept, *copies]",
+        "captured += [self.table, ",
+        "captured += [",
         "tests/backends/test_captures.py",
     ),
     Fault(
@@ -311,15 +311,15 @@ FAULTS = [
     Fault(
         "a collective is forgotten",
         "hfac",
-        "        dist.all_reduce(numbers, group=self.joint)\n",
-        "",
+        "dist.all_reduce(numbers, group=",
+        "bool(",
         f"{SHARDED} -k every_wrapper",
     ),
     Fault(
         "copies of a part are all added up",
         "hfac",
-        "self.speaks.append(all(coordinate[d] == 0 for d in mesh_dims if d not in own))",
-        "self.speaks.append(True)",
+        "s[i].zero_()",
+        "s[i].abs_()",
         f"{SHARDED} -k every_placement",
     ),
     Fault(
