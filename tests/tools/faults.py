@@ -205,7 +205,7 @@ FAULTS = [
         "triton_kernels",
         "g = divide(g, scale)",
         "g = g * scale",
-        "tests/backends/test_triton.py -k 'interpreter and triton_clipped'",
+        "tests/backends/test_triton.py -k 'interpreter and steps'",
     ),
     # State and checkpoints.
     Fault(
