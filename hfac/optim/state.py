@@ -386,7 +386,10 @@ class StatefulOptimizer(Optimizer):
         for key in self._state_keys:
             value = state.get(key)
             if value is not None and (
-                value.device != device or value.is_inference() or (value.dtype != wide and key != "exp_avg_sign")
+                value.device != device
+                or value.is_inference()
+                or not value.is_contiguous()
+                or (value.dtype != wide and key != "exp_avg_sign")
             ):
                 return False
         low = state.get(LOW)
@@ -417,7 +420,7 @@ class StatefulOptimizer(Optimizer):
             del state[LOW]  # of another option, or of the bfloat16 that the parameter was
         for key, (shape, dtype, follows) in needed.items():
             if key in state:
-                state[key] = _writable(state[key].to(device=param.device, dtype=dtype))
+                state[key] = _writable(state[key].to(device=param.device, dtype=dtype)).contiguous()
             else:
                 state[key] = layout.zeros(param, shape, follows, dtype, param.device)
         for key, (dtype, device) in counters.items():
