@@ -330,7 +330,7 @@ def tensor(where: str, entry: Entry, name: str, shape: Sequence[int]) -> Tensor:
         what = "complex" if value.is_complex() else "without values (meta)" if value.is_meta else str(value.layout)
         raise ValueError(f"{where}: {name!r} must be a dense tensor of real numbers, and is {what}. Give one that is.")
     if not value.is_floating_point():
-        if "sign" not in name:  # one is a bit or a bool
+        if "sign" not in name and name != LOW:  # bits, bools and pieces of a master weight
             raise ValueError(
                 f"{where}: {name!r} has dtype {value.dtype}, codes without the table that says what they stand for. "
                 "Give the moments as floating-point tensors."
