@@ -22,13 +22,13 @@ from test_parity import (
 )
 
 import hfac
-from hfac import matricize, ops, reference, rounding
+from hfac import matricize, ops, reference, rounding, spec
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/test_triton.py"
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from hfac.triton_kernels import parts, plan, step, table  # noqa: E402
+from hfac.triton_kernels import plan, records, shards, step, table  # noqa: E402
 from hfac.triton_kernels import rounding as kernels  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
@@ -230,8 +230,8 @@ def rounded(
     if HOW != table.NEAREST:
         seed, t, position, first, layout = kernels.counter(record, scalars, 0, HOW)
         at = kernels.calls(N, HOW)
-        bits = tl.reshape(kernels.random_bits(seed, t, position, first, layout, at, HOW), [N])
-        tl.store(drawn + i, bits.to(tl.int32))
+        bits = kernels.random_bits(seed, t, position, first, layout, at, HOW)
+        tl.store(drawn + i, tl.reshape(bits, [N]).to(tl.int32))
     kernels.store(w, bits, out + i, lows, 0, i, i < N, W, True, HOW, LOW)
     tl.store(values + i, kernels.load(out + i, lows, 0, i, i < N, tl.float32, True, LOW))
 
@@ -267,21 +267,17 @@ def test_rounding_is_the_definition(how, dtype, low):
         return  # a plain store, which rounds to nearest
     values = hard_numbers(1024)
     seed, t = 0xFEDCBA9876543210, 2**24
-    item = plan.Item(16, 64, dtype, dtype, low=low)
-    layouts = step.Layouts()
-    start = 0 if place is None else layouts.of_place(item, shape, place)
-    if place is not None and low != 16:
-        assert item.stochastic == getattr(table, how).value
-    record = torch.zeros(table.FIELDS.value, dtype=torch.int64)
-    numbers = torch.tensor(layouts.numbers)
-    record[table.PLACE_LAYOUT.value] = numbers.data_ptr() + 8 * start
-    if place is not None:
-        record[table.POSITION.value], record[table.FIRST_INDEX.value] = place[:2]
-    scalars = torch.zeros(16, dtype=torch.float64)
-    scalars[table.SEED.value : table.SEED.value + 2] = torch.tensor(step.seed_words(seed), dtype=torch.float64)
-    scalars[table.OWN.value + 2] = t
     drawn, out = torch.zeros(1024, dtype=torch.int32), torch.zeros(1024, dtype=dtype)
     lows = torch.zeros(1024, dtype=torch.int8 if low == 8 else torch.int16)
+    lists = {"master_lows": [lows.view(shape)]} if low else {}
+    offsets = None if place is None else [place]
+    found = records.Records(spec.HFAC_DENSE_STEP, [out.view(shape)], [out.view(shape)], lists, {}, offsets)
+    (item,) = found.items
+    if place is not None and low != 16:
+        assert item.stochastic == getattr(table, how).value
+    numbers = torch.tensor(found.numbers)
+    record = found.filled(torch.tensor([item.record()]), 0, numbers.data_ptr())
+    scalars = torch.tensor(records.scalar_values({"seed": seed, "step": float(t)}, 1), dtype=torch.float64)
     back = values.clone()
     HOW = getattr(table, how).value
     rounded[(1,)](back, drawn, out, lows, scalars, record, 1024, plan.TYPES[dtype], HOW, low)
@@ -447,7 +443,7 @@ def test_nothing_is_compiled_anew(name, kind, monkeypatch):
         keys.add(tuple(key))
         calls.append(launch.name)
 
-    monkeypatch.setattr(step.Bound, "_launch", observe)
+    monkeypatch.setattr(step.Room, "_launch", observe)
     dtype, options = (torch.float32, {}) if kind == "plain" else KINDS[kind]
     params = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((16, 24), (24,))]
     first = None
@@ -805,13 +801,13 @@ def test_smmf_on_parts_of_several_tiles():
     scalars = SMMF_PARTS["adamw"] | dict(beta1=0.9, beta2=0.5)
     found = []
     for bound in (plan.WORKSPACE, plan.WORKSPACE, 4096):
-        parts._planned.cache_clear()
+        shards._planned.cache_clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(plan, "WORKSPACE", bound)
             own, _ = copied(arguments)
             ops.smmf_sums_step_(**own, **scalars, backend="triton")
             found.append(own)
-    parts._planned.cache_clear()
+    shards._planned.cache_clear()
     theirs, _ = copied(arguments)
     ops.smmf_sums_step_(**theirs, **scalars, backend="reference")
     smmf_agree(found[0], theirs, arguments)
@@ -856,7 +852,7 @@ def test_nothing_is_compiled_anew_for_parts(monkeypatch):
         grads, (old, *lists) = [torch.ones(16, 24)], ([torch.ones(size)] for size in (16, 16, 16, 24, 24, 24))
         ops.hfac_sums(grads, old, *lists, cols=[24], beta2=lr, eps=lr, backend="triton")
     assert keys[0] == keys[1] == keys[2]
-    assert calls[:4] == ["smmf_tiles", "smmf_part_fold", "hfac_stats", "hfac_part_cols"]
+    assert calls[:4] == ["smmf_tiles", "smmf_shard_fold", "hfac_stats", "hfac_shard_cols"]
 
 
 def test_autograd_notices_a_write_to_a_part():

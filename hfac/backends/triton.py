@@ -63,41 +63,54 @@ def _driver() -> str | None:
 def bind(
     op: str, params: Sequence[Tensor], states: dict[str, list[Tensor]], places: Sequence[Place] | None = None
 ) -> Callable[..., None]:
-    """The op of that name on these parameters and states, for as long as they lie where they lie: (grads, nonfinite,
-    **scalars) -> None, as the function of `hfac.reference`; with ``places`` seed and step are among the scalars."""
+    from .. import spec
     from ..triton_kernels.step import Bound
 
     class Step(Bound):
-        def __call__(self, grads: Sequence[Tensor], nonfinite: Tensor | None = None, **scalars: Any) -> None:
-            super().__call__(grads, nonfinite, **scalars)
+        _taken = None
+
+        def __call__(self, grads, nonfinite=None, squares=None, **scalars) -> None:
+            taken = self._taken if squares is not None and squares is getattr(self._taken, "squares", None) else None
+            self._taken = None
+            super().__call__(grads, nonfinite, statistics=taken, **scalars)
             increment_version(params)
 
-        def workspace_bytes(self) -> int:
-            """Bytes on the device that are kept from step to step; 0 before the first."""
-            workspace = getattr(self, "workspace", None)
-            return 0 if workspace is None else workspace.numel()
+        def check_capture(self, grads, nonfinite=None, *, taken=False, **scalars) -> None:
+            if not taken:
+                super().check_capture(grads)
 
-    return Step(op, params, states, places)
+        def squares(self, grads, nonfinite=None, **scalars):
+            if op != "hfac_step_":
+                return None
+            self._taken = self.statistics(grads, nonfinite, **scalars)
+            return self._taken.squares
+
+    return Step(spec.OPS[op], params, states, places)
+
+
+def _shards(name, params, lists, **arguments):
+    from .. import spec
+    from ..triton_kernels.shards import ShardCall
+
+    op = spec.OPS[name]
+    grads, *rest = lists if op.updates else (params, *lists)
+    named = dict(zip([*(one.name for one in op.operands), *op.vectors], rest)) | arguments
+    lists = {one.name: named.pop(one.name, None) for one in (*op.operands, spec.MASTER_LOW)}
+    counts = {one: named.pop(one) for one in op.counts}
+    places = named.pop("places", None)
+    lists = {n: v for n, v in lists.items() if v is not None}
+    ShardCall(op, params if op.updates else [], lists, counts, places)(grads, **named)
+    if op.updates:
+        increment_version(params)
 
 
 def hfac_sums(grads: Sequence[Tensor], *lists: Any, **arguments: Any) -> None:
-    """As the function of `hfac.reference`."""
-    from ..triton_kernels import parts
-
-    parts.hfac_sums(grads, *lists, **arguments)
+    _shards("hfac_sums", grads, lists, **arguments)
 
 
 def hfac_apply_(params: Sequence[Tensor], *lists: Any, **arguments: Any) -> None:
-    """As the function of `hfac.reference`."""
-    from ..triton_kernels import parts
-
-    parts.hfac_apply_(params, *lists, **arguments)
-    increment_version(params)
+    _shards("hfac_apply_", params, lists, **arguments)
 
 
 def smmf_sums_step_(params: Sequence[Tensor], *lists: Any, **arguments: Any) -> None:
-    """As the function of `hfac.reference`."""
-    from ..triton_kernels import parts
-
-    parts.smmf_sums_step_(params, *lists, **arguments)
-    increment_version(params)
+    _shards("smmf_sums_step_", params, lists, **arguments)

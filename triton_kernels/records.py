@@ -1,0 +1,234 @@
+"""From the tensors and numbers of a call to what the kernels read of them: records, layouts, scalars."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import spec
+from . import table
+from .plan import Item, bits_of, merged_layout
+
+Tensors = Sequence[Tensor]
+Scalar = float | Tensor
+#: Position, first index, strides: `hfac.rounding.BitOffset`.
+BitOffset = tuple[int, int, tuple[int, ...] | None]
+
+#: Where a record has the addresses of a state, by its moment and size.
+_STATES = {
+    (1, spec.ROWS): "first_row",
+    (1, spec.COLS): "first_col",
+    (2, spec.ROWS): "second_row",
+    (2, spec.COLS): "second_col",
+    (1, spec.WHOLE): "first_row",
+    (2, spec.WHOLE): "second_row",
+    (1, spec.SIGNS): "signs",
+    (0, spec.WHOLE): "low_bits",
+}
+_SPACES = [at for name, at in table.FIELD.items() if name.startswith("space_")]
+_OWN = table.OWN.value
+
+
+def fields_of(op: spec.Op) -> dict[str, str]:
+    """Where a record has the addresses of an op's lists, by their names; sums have fields in the order of the lists.
+    `hfac_stats` leaves rows' sums where they are asked for."""
+    sums: dict[str, Iterator[str]] = {
+        spec.ROWS: iter(("sum_row", "new_row") if op.updates else ("second_row", "space_rows", "space_squares")),
+        spec.COLS: iter(("sum_col", "new_col", "ratio_col")),
+    }
+    return {
+        one.name: _STATES[one.moment, one.size] if one.key else next(sums[one.size])
+        for one in (*op.operands, spec.MASTER_LOW)
+    }
+
+
+def aligned(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+
+
+class Records:
+    """What kernels read of the tensors of a call: a record for each parameter or, of SMMF's shards, for each block that
+    has elements.
+
+    Args:
+        op: what is called.
+        params: the parameters; nothing where none is updated.
+        lists: the op's lists by name, without those that it goes without, and ``master_lows`` where there are any.
+        counts: the op's counts by name (`hfac.spec.Op`).
+        offsets: where random bits come from, None where nothing is drawn.
+        vectors: the op's vectors by name.
+
+    Attributes:
+        items: one per record.
+        numbers: layouts, one behind the other; the first is that of everything contiguous.
+        grads: per record, the gradient's address and where its layout begins in ``numbers``.
+    """
+
+    def __init__(
+        self,
+        op: spec.Op,
+        params: Tensors,
+        grads: Tensors,
+        lists: Mapping[str, Tensors],
+        counts: Mapping[str, Sequence[Any]],
+        offsets: Sequence[BitOffset] | None = None,
+        vectors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.items = _items(op, params, grads, lists, counts)
+        self.numbers = [0]
+        of = [item.owner for item in self.items]
+        fields = fields_of(op)
+        addresses = {fields[name]: list(map(Tensor.data_ptr, tensors)) for name, tensors in lists.items()}
+        layouts: dict[str, list[int]] = {}
+        if op.updates:
+            addresses["param"], layouts["param_layout"] = list(map(Tensor.data_ptr, params)), self._layouts(params)
+        if spec.MASTER_LOW.name in lists:
+            layouts["low_layout"] = self._layouts(lists[spec.MASTER_LOW.name])
+        if offsets is not None:
+            addresses["position"], addresses["first_index"] = ([offset[k] for offset in offsets] for k in range(2))
+            layouts["index_layout"] = self._index_layouts(grads, offsets)
+        self._values = {field: [values[i] for i in of] for field, values in addresses.items()}
+        self._layouts_at = {field: [starts[i] for i in of] for field, starts in layouts.items()}
+        starts = self._layouts(grads)
+        self.grads = [(grads[i].data_ptr(), starts[i]) for i in of]
+        self._vectors = self._add_vectors(vectors or {})
+        if "blocks" in counts:
+            self._move_to_blocks()
+
+    def _layouts(self, tensors: Tensors) -> list[int]:
+        """Where each tensor's layout begins."""
+        return [
+            0 if tensor.is_contiguous() else self._add(merged_layout(tensor.shape, tensor.stride()))
+            for tensor in tensors
+        ]
+
+    def _index_layouts(self, grads: Tensors, offsets: Sequence[BitOffset]) -> list[int]:
+        """Where the layouts of the elements' indices begin; also says how the items' random bits are drawn."""
+        layouts = [
+            [0] if strides is None else merged_layout(grad.shape, strides)
+            for grad, (_, _, strides) in zip(grads, offsets, strict=True)
+        ]
+        for item in self.items:
+            # Sixteen low bits complete the float32, of which nothing is rounded.
+            if item.low != 16:
+                item.stochastic = bits_of(layouts[item.owner], offsets[item.owner][1], item.whole)
+        return [0 if layout == [0] else self._add(layout) for layout in layouts]
+
+    def _add(self, layout: list[int]) -> int:
+        self.numbers.extend(layout)
+        return len(self.numbers) - len(layout)
+
+    def _add_vectors(self, vectors: Mapping[str, Tensor]) -> list[Tensor]:
+        """Addresses of numbers that are one per parameter, in the type of its arithmetic. Where that makes new tensors,
+        they are kept until the launches."""
+        kept = []
+        for name, vector in vectors.items():
+            of = {wide: vector.to(wide).contiguous() for wide in {item.wide for item in self.items}}
+            self._values[name.removesuffix("s")] = [
+                of[item.wide].data_ptr() + item.owner * item.wide.itemsize for item in self.items
+            ]
+            kept += of.values()
+        return kept
+
+    def _move_to_blocks(self) -> None:
+        """Factors begin with a block's first row or column."""
+        for field in ("first_row", "second_row", "first_col", "second_col"):
+            side = field[-3:]
+            self._values[field] = [
+                address + getattr(item, side) * item.wide.itemsize
+                for address, item in zip(self._values.get(field, ()), self.items, strict=False)
+            ]
+
+    def filled(self, records: Tensor, workspace: int, layouts: int) -> Tensor:
+        """Records of these items, whose workspace is at 0, with the addresses of all memory; on the host."""
+        records = records.clone()
+        records[:, _SPACES] += workspace
+        at = {field: [layouts + 8 * start for start in starts] for field, starts in self._layouts_at.items()}
+        values = {field: column for field, column in (self._values | at).items() if column}
+        columns = torch.tensor(list(values.values()), dtype=torch.int64, device="cpu")
+        records[:, [table.FIELD[field] for field in values]] = columns.T
+        return records
+
+
+def _items(
+    op: spec.Op, params: Tensors, grads: Tensors, lists: Mapping[str, Tensors], counts: Mapping[str, Sequence[Any]]
+) -> list[Item]:
+    sizes = {one.name: one.size for one in (*op.operands, spec.MASTER_LOW)}
+    rows, cols = (
+        next((tensors for name, tensors in lists.items() if sizes[name] == size), None)
+        for size in (spec.ROWS, spec.COLS)
+    )
+    in_vectors = [tensors for name, tensors in lists.items() if sizes[name] in (spec.WHOLE, spec.SIGNS)]
+    in_vectors += [params, grads] if op.updates else [grads]
+    signed = spec.SIGNS in map(sizes.get, lists)
+    lows = lists.get(spec.MASTER_LOW.name)
+    found = []
+    for i, grad in enumerate(grads):
+        m = grad.numel() if rows is None else rows[i].numel()
+        n = 1 if rows is None else grad.numel() // max(m, 1) if cols is None else cols[i].numel()
+        dtype = params[i].dtype if op.updates or rows is None else rows[i].dtype
+        more = {"slice": math.prod(grad.shape[1:]) if signed else 0, "owner": i}
+        more["low"] = 8 * lows[i].itemsize if lows else 0
+        if "blocks" in counts:
+            items = [
+                Item(
+                    block_rows, block_cols, dtype, grad.dtype,
+                    start=start, stride=stride, row=row, row_step=row_step, col=col, all_rows=m, all_cols=n, **more,
+                )
+                for start, stride, row, row_step, col, block_rows, block_cols in counts["blocks"][i]
+                if block_rows * block_cols
+            ]  # fmt: skip
+        else:
+            whole = {f"all_{side}": counts[side][i] for side in ("rows", "cols") if side in counts}
+            items = [Item(m, n, dtype, grad.dtype, **whole, **more)]
+        whole = all([aligned(tensors[i]) for tensors in in_vectors])
+        for item in items:
+            lengths = (item.start, item.stride, item.rows if rows is None else item.cols)
+            item.whole = whole and all(length % 8 == 0 for length in lengths) and item.signs != table.SHARED_BYTES.value
+        found += items
+    return found
+
+
+def is_each(value: Any) -> bool:
+    """Whether a scalar is one for each parameter."""
+    return isinstance(value, list) or (isinstance(value, Tensor) and value.ndim == 1)
+
+
+def on_host(value: Any) -> Any:
+    """A number, or numbers, where they are to be had without waiting for a device."""
+    return value.tolist() if isinstance(value, Tensor) and value.is_cpu else value
+
+
+def scalar_values(numbers: Mapping[str, Any], count: int) -> list[float]:
+    """Scalars of a step as they lie in device memory; 0 where a tensor on the device has them. ``count``: records."""
+    shared = [_number(numbers.get(name)) for name in table.SHARED_SCALARS]
+    own = [numbers.get(name) for name in table.OWN_SCALARS]
+    each = any(map(is_each, own))
+    seed = numbers.get("seed") or 0
+    values = [*shared, float(each), float(seed & 0xFFFFFFFF), float(seed >> 32), 1.0, 1.0, *map(_number, own), 0.0]
+    if each:
+        columns = [value if isinstance(value, list) else [_number(value)] * count for value in own]
+        values += [x for mine in zip(*columns, strict=True) for x in (*mine, 0.0)]
+    return values
+
+
+def _number(value: Any) -> float:
+    return 0.0 if value is None or isinstance(value, (list, Tensor)) else value
+
+
+def copy_scalars(scalars: Tensor, numbers: Mapping[str, Any], fill: bool = False) -> None:
+    """Puts the values of tensors in their places, which are not read here. ``fill``: those of numbers, too, where each
+    parameter has its own."""
+    for at, name in enumerate(table.SHARED_SCALARS):
+        if isinstance(numbers.get(name), Tensor):
+            scalars[at].copy_(numbers[name].reshape(()))
+    own = [numbers.get(name) for name in table.OWN_SCALARS]
+    each = any(map(is_each, own))
+    for at, value in enumerate(own):
+        if isinstance(value, Tensor):
+            to = scalars[_OWN + table.OWNED.value + at :: table.OWNED.value] if each else scalars[_OWN + at]
+            to.copy_(value if each else value.reshape(()))
+        elif each and fill:
+            scalars[_OWN + table.OWNED.value + at :: table.OWNED.value].fill_(_number(value))

@@ -1,0 +1,120 @@
+"""Ops on shards, the pieces of parameters that one rank has, over whole lists.
+
+No memory is kept: what a sharded step reads and writes lies elsewhere every time. Tilings and tables of tiles are kept
+by shapes and types; addresses and numbers of a call go to the device in one copy.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import spec
+from . import platform, table
+from .plan import KEY, Item, Plan, make_plan
+from .records import BitOffset, Records, Tensors, copy_scalars, on_host, scalar_values
+from .step import Launcher, has_first, options_of, tile_tables
+
+#: What steps on shards never ask of kernels.
+_OFF = dict.fromkeys(("SKIP", "LOOK", "SCALED", "AGAIN", "WATCH"), False)
+
+
+class ShardCall:
+    """An op on shards, bound to these parameters and lists; arguments as of `Records`."""
+
+    def __init__(
+        self,
+        op: spec.Op,
+        params: Tensors,
+        lists: Mapping[str, Tensors],
+        counts: Mapping[str, Sequence[Any]],
+        offsets: Sequence[BitOffset] | None = None,
+    ) -> None:
+        self._op, self._params, self._lists, self._counts, self._offsets = op, params, lists, counts, offsets
+
+    def __call__(self, grads: Tensors, **numbers: Any) -> None:
+        """Calls the op with these gradients, numbers and vectors, by name; ``seed`` and ``step`` where there are
+        offsets.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured.
+        """
+        grads = [grad.resolve_neg() for grad in grads]
+        vectors = {name: numbers.pop(name) for name in self._op.vectors}
+        records = Records(self._op, self._params, grads, self._lists, self._counts, self._offsets, vectors)
+        if not records.items:
+            return
+        device = grads[0].device
+        if platform.capturing(device):
+            raise RuntimeError(
+                "an op on shards brings its tables from the host in every call, and cannot be part of the CUDA graph "
+                "that is being captured. Step sharded parameters outside of graphs."
+            )
+        rows_only = any(one.optional and one.name not in self._lists for one in self._op.operands)
+        name = "hfac_row_sums" if rows_only else self._op.name
+        with platform.current(device):
+            plan, made, tiles = _planned(name, device, platform.stream_of(device), tuple(map(KEY, records.items)))
+            if plan.launches:
+                room = _Room(device, records, plan, made, numbers)
+                options = _OFF | options_of(numbers, has_first(self._op, self._lists))
+                room.run(plan.launches, tiles, options)
+
+
+class _Room(Launcher):
+    """Device memory of one call."""
+
+    def __init__(
+        self, device: torch.device, records: Records, plan: Plan, made: Tensor, numbers: Mapping[str, Any]
+    ) -> None:
+        self.device = device
+        self.workspace = torch.empty(max(plan.workspace, 16), dtype=torch.uint8, device=device)
+        self.flags = torch.empty(1, dtype=torch.int32, device=device)  # of steps that skip nothing, unread
+        of = [item.owner for item in records.items]
+        numbers = {name: on_host(value) for name, value in numbers.items()}
+        numbers |= {name: _of_records(numbers.get(name), of) for name in table.OWN_SCALARS}
+        values = scalar_values(numbers, len(of))
+
+        # Each table begins at a multiple of 16 bytes, for which Triton compiles.
+        sizes = [size + size % 2 for size in (made.numel(), 2 * len(of), len(values), len(records.numbers))]
+        tables = torch.empty(sum(sizes), dtype=torch.int64, device=device)
+        self.items, self.grad_table, scalars, layouts = tables.split(sizes)
+        self.scalars = scalars.view(torch.float64)[: len(values)]
+        base = layouts.data_ptr()
+        grads = [x for address, start in records.grads for x in (address, base + 8 * start)]
+        host = platform.host_memory(device, sum(sizes))
+        for to, values_ in zip(
+            host.split(sizes),
+            (
+                records.filled(made, self.workspace.data_ptr(), base).view(-1),
+                torch.tensor(grads, dtype=torch.int64, device="cpu"),
+                torch.tensor(values, dtype=torch.float64, device="cpu").view(torch.int64),
+                torch.tensor(records.numbers, dtype=torch.int64, device="cpu"),
+            ),
+            strict=True,
+        ):
+            to[: len(values_)] = values_
+        tables.copy_(host, non_blocking=True)
+        copy_scalars(self.scalars, numbers)
+
+
+@lru_cache(maxsize=32)
+def _planned(
+    op: str, device: torch.device, stream: Any, keys: tuple[tuple[Any, ...], ...]
+) -> tuple[Plan, Tensor, list[Tensor]]:
+    """The plan, records without addresses, whose workspace is at 0, on the host, and the tables of tiles, which only
+    this stream reads: they may be freed while it does."""
+    items = [Item(*key) for key in keys]
+    plan = make_plan(op, items)
+    made = torch.tensor([item.record() for item in items], dtype=torch.int64, device="cpu")
+    return plan, made, tile_tables(plan.launches, device)
+
+
+def _of_records(value: Any, of: Sequence[int]) -> Any:
+    """A number of each parameter as one of each record."""
+    if isinstance(value, list):
+        return [value[i] for i in of]
+    if isinstance(value, Tensor) and value.ndim == 1:
+        return value[torch.tensor(of, dtype=torch.int64, device="cpu").to(value.device)]
+    return value
