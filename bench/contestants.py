@@ -95,14 +95,14 @@ def op_contestant(op: str, backend: str, problem: Problem) -> Contestant | None:
     grads = [param.grad for param in params]
     flat = [tensor for tensors in states.values() for tensor in tensors]
     scalars = op_scalars(op, _STEP, defaults(optimizer_of(op), lr=LR, weight_decay=WEIGHT_DECAY))
-    bound = ops.Bound(op, params, states, backend=backend)  # as the optimizers call it: states are looked at once
+    bound = ops.OpCall(op, params, states, backend=backend)  # as the optimizers call it: states are looked at once
     if op.startswith("smmf"):
         scalars["decoupled_weight_decay"] = True
 
     @torch.no_grad()
     def call() -> None:
         assert bound.holds()
-        bound.prepare(grads, maximize=False, **scalars)()
+        bound.apply(bound.prepare(grads, maximize=False, **scalars))
 
     reread = sum(map(traffic.size, grads)) if op == "hfac_step_" else 0
     return Contestant(

@@ -29,9 +29,9 @@ def why_red(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> 
                 target.copy_(source)
         scalars = op_scalars(op, float(step), options)
         with torch.no_grad():
-            getattr(ops, op)(theirs, grads, **states, **scalars, backend="reference")
+            ops.run(op, theirs, grads, **states, **scalars, backend="reference")
             try:
-                getattr(ops, op)(ours, grads, **twins, **scalars, backend=backend)
+                ops.run(op, ours, grads, **twins, **scalars, backend=backend)
             except Exception as error:  # whatever it raises, it has not computed the step
                 return f"step {step} raised {type(error).__name__}: {error}"
         for i, param in enumerate(theirs):

@@ -7,15 +7,17 @@ The classes `hfac.HFac` and `hfac.SMMF` keep a `Group` of the tensors of each pa
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import ops, schedules
+from . import ops, schedules, spec
 from .rounding import Place
 from .schedules import Scalar
+from .spec import MASTER_LOW
 
 States = Sequence[Tensor | None]
 
@@ -136,74 +138,15 @@ def _step(
     batch_dims: int,
     **arguments: Any,
 ) -> None:
-    states = {name: arguments.pop(name) for name in ALGORITHMS[algorithm].states}
+    described = spec.ALGORITHMS[algorithm]
+    states = {state.name: arguments.pop(state.name) for state in described.states}
     if master_lows is not None:
-        states[ops.LOWS] = master_lows
-    first_moment = arguments.get("beta", 0.0) is not None
-    keywords: dict[str, Any] = {"places": places, "batch_dims": batch_dims}
-    group = Group(algorithm, params, grads, states, state_steps, skipped, first_moment, capturable, backend, **keywords)
-    update = group.prepare(grads, **arguments)
-    assert update is not None  # just bound
-    update()
-
-
-@dataclass(frozen=True)
-class Algorithm:
-    """What tells the two apart here.
-
-    Attributes:
-        factored, whole: names of the state lists of a matrix, and of what keeps whole moments.
-        decays: (step t, options) -> the op's decays beta1 and beta2.
-        scalars: (options) -> the op's other scalars.
-    """
-
-    factored: tuple[str, ...]
-    whole: tuple[str, ...]
-    decays: Callable[[Any, dict[str, Any]], dict[str, Any]]
-    scalars: Callable[[dict[str, Any]], dict[str, Any]]
-
-    @property
-    def states(self) -> tuple[str, ...]:
-        return self.factored + self.whole
-
-
-def _hfac_decays(step: Any, options: dict[str, Any]) -> dict[str, Any]:
-    return {name: schedules.hfac_decay(step, options[name]) for name in ("beta1", "beta2")}
-
-
-def _hfac_scalars(options: dict[str, Any]) -> dict[str, Any]:
-    return {"eps": options["eps"], "clip_threshold": options["clip_threshold"]}
-
-
-def _smmf_decays(step: Any, options: dict[str, Any]) -> dict[str, Any]:
-    beta = options["beta"]
-    return {
-        "beta1": None if beta is None else schedules.smmf_decay_first(step, beta, options["growth_rate"]),
-        "beta2": schedules.smmf_decay_second(step, options["decay_rate"]),
-    }
-
-
-def _smmf_scalars(options: dict[str, Any]) -> dict[str, Any]:
-    mode = options["weight_decay_mode"]
-    if mode not in ("adamw", "adam"):
-        raise ValueError(f"weight_decay_mode must be 'adamw' or 'adam', got {mode!r}")
-    return {"eps": options["eps"], "decoupled_weight_decay": mode == "adamw"}
-
-
-ALGORITHMS = {
-    "hfac": Algorithm(
-        ("exp_avg_rows", "exp_avg_cols", "exp_avg_sq_rows", "exp_avg_sq_cols"),
-        ("exp_avgs", "exp_avg_sqs"),
-        _hfac_decays,
-        _hfac_scalars,
-    ),
-    "smmf": Algorithm(
-        ("exp_avg_rows", "exp_avg_cols", "exp_avg_signs", "exp_avg_sq_rows", "exp_avg_sq_cols"),
-        ("exp_avgs", "exp_avg_sqs"),
-        _smmf_decays,
-        _smmf_scalars,
-    ),
-}
+        states[MASTER_LOW.name] = master_lows
+    first, keywords = described.has_first(arguments), {"places": places, "batch_dims": batch_dims}
+    group = Group(algorithm, params, grads, states, state_steps, skipped, first, capturable, backend, **keywords)
+    step = group.prepare(grads, **arguments)
+    assert step is not None  # just bound
+    step.apply()
 
 
 @dataclass
@@ -211,7 +154,7 @@ class _Bucket:
     """Parameters that share one call: they agree in layout of state, device, types and step. The call is on their
     slices, where they have batch dimensions."""
 
-    call: ops.Bound
+    call: ops.OpCall
     index: list[int] | None  # places in the group's lists; None where it is all of them
     steps: list[Tensor]
     skipped: list[Tensor] | None
@@ -276,7 +219,7 @@ class Group:
 
     Args: as `hfac` and `smmf`; ``states`` are their lists of states by name, ``master_lows`` among them where there are
         any, and without ``first_moment`` those of the first are not read. ``grads`` are read for their types only.
-        ``watch``: whether a step tells of itself (`Update.watched`). ``captured``: a list to which a step that a CUDA
+        ``watch``: whether a step tells of itself (`Step.watched`). ``captured``: a list to which a step that a CUDA
         graph captures adds what the graph reads and writes in every replay, gradients and parameters apart: it must
         live as long as the graph. None: a list of the group's own, which must then live as long.
     """
@@ -299,7 +242,9 @@ class Group:
     ) -> None:
         self._watch = watch
         self._captured: list[Any] = [] if captured is None else captured
-        self._algorithm = ALGORITHMS[algorithm]
+        self._algorithm = spec.ALGORITHMS[algorithm]
+        first = {state.name for state in self._algorithm.states if state.moment == 1}
+        read = {name: states[name] for name in states if first_moment or name not in first}
         lists: dict[str, Sequence[Any] | None] = {
             "grads": grads,
             **states,
@@ -327,7 +272,6 @@ class Group:
                     )
         self._batch_dims = batch_dims
         if batch_dims:
-            read = {name: states[name] for name in states if first_moment or name not in ops.FIRST_MOMENT}
             _check_batch(batch_dims, params, read)
             self._params = list(params)
             self._states = [[state for state in tensors if state is not None] for tensors in read.values()]
@@ -343,15 +287,15 @@ class Group:
         indices: dict[tuple[Any, ...], list[int]] = {}
         for i, (param, grad, step) in enumerate(zip(params, grads, state_steps, strict=True)):
             on_host = step.is_cpu and not capturable and not ops.is_fake(step)
-            factored = states["exp_avg_sqs"][i] is None
-            low = None if ops.LOWS not in states else states[ops.LOWS][i]
+            op = self._algorithm.op_of([name for name, entries in read.items() if entries[i] is not None])
+            low = None if MASTER_LOW.name not in states else states[MASTER_LOW.name][i]
             stored = None if low is None else low.dtype, places is not None and places[i] is not None
             like = param.device, param.dtype, grad.dtype
             alone = i if i in sharing else None, i in twice
-            key = (factored, *like, *stored, *alone, on_host, step.item() if on_host else None)
+            key = (op, *like, *stored, *alone, on_host, step.item() if on_host else None)
             indices.setdefault(key, []).append(i)
         self._buckets = []
-        for (factored, *_, low, stochastic, _, itself, on_host, _), index in indices.items():
+        for (op, *_, low, stochastic, _, itself, on_host, _), index in indices.items():
 
             def of(tensors: Sequence[Any], index: list[int] = index) -> list[Any]:
                 return [tensors[i] for i in index]
@@ -361,17 +305,14 @@ class Group:
                 # to swap (torch.utils.swap_tensors).
                 return _slices([tensor.detach() for tensor in of(tensors)] if batch_dims else of(tensors), batch_dims)
 
-            names = self._algorithm.factored if factored else self._algorithm.whole
-            if low is not None:
-                names = (*names, ops.LOWS)
-            mine = {name: slices(states[name]) for name in names if first_moment or name not in ops.FIRST_MOMENT}
-            op = f"{algorithm}_step_" if factored else f"{algorithm}_dense_step_"
+            operands = (*op.states, MASTER_LOW) if low is not None else op.states
+            mine = {operand.name: slices(read[operand.name]) for operand in operands if operand.name in read}
             steps = of(state_steps)
             told = batch_dims and (skipped is not None or not on_host)
             self._buckets.append(
                 _Bucket(
-                    ops.Bound(
-                        op,
+                    ops.OpCall(
+                        op.name,
                         slices(params),
                         mine,
                         places=_sliced_places(of(places), of(params), batch_dims) if stochastic else None,
@@ -388,13 +329,12 @@ class Group:
                 )
             )
 
-    def holds(self, grads: Sequence[Tensor]) -> bool:
-        """Parameters and states lie where they lay, and the gradients have the types that they had."""
-        if list(map(_DTYPE, grads)) != self._grad_dtypes:
-            return False
-        if self._batch_dims:  # slices stay with the memory that they were taken of
-            return self._look() == self._whereabouts
-        return all(bucket.call.holds() for bucket in self._buckets)
+    def _holds(self, grads: Sequence[Tensor]) -> bool:
+        """The gradients have the types that they had; slices are where they were, which stay with the memory that they
+        were taken of. Where whole parameters are, `ops.OpCall` sees."""
+        return list(map(_DTYPE, grads)) == self._grad_dtypes and (
+            not self._batch_dims or self._look() == self._whereabouts
+        )
 
     def _look(self) -> list[list[Any]]:
         return ops.whereabouts(self._params, self._states, ops.address)
@@ -410,10 +350,13 @@ class Group:
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         **options: Any,
-    ) -> "Update | None":
-        """Checks a step with these gradients and returns it, yet to be made; ``options`` are those of `hfac` or `smmf`
-        that are no tensors' lists, ``grad_scale`` and ``found_inf`` as `ops.Bound.prepare` takes them. None where the
-        steps of one bucket have come apart: it must be bound anew."""
+    ) -> "Step | None":
+        """Checks a step with these gradients; ``options`` are those of `hfac` or `smmf` that are no tensors' lists,
+        ``grad_scale`` and ``found_inf`` as `ops.OpCall.prepare` takes them. None where the group must be bound anew:
+        parameters or states do not lie where they lay, gradients have other types than they had, or the steps of one
+        bucket have come apart."""
+        if not self._holds(grads):
+            return None
         scalars = {
             **self._algorithm.scalars(options),
             "maximize": options["maximize"],
@@ -423,6 +366,8 @@ class Group:
             _check_batch_grads(self._params, grads)
         calls = []
         for bucket in self._buckets:
+            if not self._batch_dims and not bucket.call.holds():
+                return None
             t: Any
             if bucket.on_host:
                 steps = ops.read_steps(bucket.steps, bucket.native)
@@ -441,8 +386,8 @@ class Group:
             slices = bucket.of(grads)
             watched = None
             if self._watch:
-                watched = torch.zeros(len(slices), ops.WATCHED, dtype=torch.float64, device=slices[0].device)
-            call = bucket.call.prepare(
+                watched = torch.zeros(len(slices), spec.WATCHED, dtype=torch.float64, device=slices[0].device)
+            inputs = bucket.call.prepare(
                 slices,
                 flags,
                 grad_scale=grad_scale,
@@ -453,23 +398,23 @@ class Group:
                 **decays,
                 **scalars,
             )
-            calls.append(_Call(bucket, call, flags, watched))
+            calls.append(_Call(bucket, inputs, flags, watched))
 
         tensors = [value for value in (*options.values(), grad_scale) if isinstance(value, Tensor)]
-        return Update(calls, found_inf, self._captured, tensors)
+        return Step(calls, found_inf, self._captured, tensors)
 
 
 class _Call(NamedTuple):
     bucket: _Bucket
-    update: ops.Update
+    inputs: ops.Inputs
     flags: Tensor | None  # of parameters whose gradient is not finite; of slices, where there are batch dimensions
     watched: Tensor | None  # [parameters or slices, 5]
 
 
-class Update:
-    """A step of a `Group` that has been checked, yet to be made: call it once, and `norms` before it or not at all.
+class Step:
+    """A validated step of a `Group`: ask for its statistics, or not, then apply it, once.
 
-    ``captured``: what a graph reads is added there; ``tensors``: of what it has been given.
+    ``captured``: what a graph reads is added there; ``tensors``: of what the step has been given.
     """
 
     def __init__(
@@ -478,14 +423,14 @@ class Update:
         self._calls, self._found_inf = calls, found_inf
         self._captured, self._tensors = captured, tensors
 
-    def norms(self) -> list[Tensor]:
-        """The gradients' norms, those of slices where there are batch dimensions, as `ops.Update.norms` has them."""
-        return [call.update.norms() for call in self._calls]
+    def statistics(self) -> list[ops.Statistics]:
+        """The gradients' norms, those of slices where there are batch dimensions, and what `apply` goes on from."""
+        return [call.bucket.call.statistics(call.inputs) for call in self._calls]
 
     @property
     def unscales(self) -> bool:
         """Whether gradients are multiplied as they are read, and stay as they are."""
-        return any(call.update.unscales for call in self._calls)
+        return any(call.inputs.unscales for call in self._calls)
 
     def watched(self) -> Iterator[tuple[list[int] | None, Tensor]]:
         """Of a step that has been made and was watched: places in the group's lists (None: all of them, in order), and
@@ -499,7 +444,7 @@ class Update:
                     found = found.masked_fill(self._found_inf.reshape(1, 1) != 0, math.nan)
                 yield bucket.index, found
 
-    def check_capture(self) -> bool:
+    def check_capture(self, statistics: Sequence[ops.Statistics] | None = None) -> bool:
         """Whether a CUDA graph is being captured, of which the step will be part.
 
         Raises:
@@ -507,19 +452,19 @@ class Update:
         """
         capturing = any(call.bucket.call.capturing() for call in self._calls)
         if capturing:
-            for call in self._calls:
-                call.update.check_capture()
+            for call, found in zip(self._calls, statistics or repeat(None), strict=False):
+                call.bucket.call.check_capture(call.inputs, found)
         return capturing
 
-    def __call__(self, clip: Tensor | None = None) -> None:
+    def apply(self, clip: Tensor | None = None, statistics: Sequence[ops.Statistics] | None = None) -> None:
         """Makes the step, on gradients multiplied by ``clip``, and counts it."""
-        if self.check_capture():
+        if self.check_capture(statistics):
             for bucket, _, flags, watched in self._calls:
                 self._captured += [*bucket.call.tensors(), *bucket.steps, *(bucket.skipped or ()), bucket.owners]
                 self._captured += [flags, watched]
             self._captured += [clip, self._found_inf, *self._tensors]
-        for bucket, update, flags, _ in self._calls:
-            update(clip)
+        for (bucket, inputs, flags, _), found in zip(self._calls, statistics or repeat(None), strict=False):
+            bucket.call.apply(inputs, found, clip)
             ops.advance_steps_(bucket.steps, bucket.native)
             if flags is not None and bucket.skipped is not None:
                 some, every = (flags, flags) if bucket.owners is None else bucket.owners.left(flags)

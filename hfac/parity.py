@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import ops, rounding, schedules
+from . import ops, rounding, schedules, spec
 from .reference import unpack_signs
 
 Shape = tuple[int, ...]
@@ -161,9 +161,9 @@ def _difference(
     return what
 
 
-def _op(optimizer: type[torch.optim.Optimizer], state: Mapping[str, Tensor]) -> str:
+def _op(optimizer: Any, state: Mapping[str, Tensor]) -> str:
     """The op of `hfac.ops` that steps a parameter with this state."""
-    return f"{optimizer.__name__.lower()}{'_step_' if 'exp_avg_sq_row' in state else '_dense_step_'}"
+    return spec.ALGORITHMS[optimizer._algorithm].op_of(list(state)).name
 
 
 def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ class Number:
     default: Any = REQUIRED
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Op:
     """What one call needs. It is computed by the function of the same name in `hfac.reference`, whose arguments are, in
     this order: params (where the op ``updates`` them), grads, ``operands``, ``vectors``; by name ``counts`` and
@@ -112,7 +112,7 @@ class Op:
         return next((state for state in self.states if (state.moment, state.size) == (moment, size)), None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Algorithm:
     """An optimizer's ops, and its numbers of a step.
 

@@ -300,7 +300,8 @@ def stand_in(backend: str) -> Iterator[Device]:
                     device.launched(device.named(map(Tensor.data_ptr, hidden)))
                     launch(self, *given)
                     return
-                ours |= {name: getattr(self, name) for name in ("squares", "watched") if getattr(self, name) is not None}
+                more = {name: getattr(self, name) for name in ("squares", "watched")}
+                ours |= {name: tensor for name, tensor in more.items() if tensor is not None}
                 numbers = [
                     *self.items.flatten().tolist(),
                     *(self.grad_table if self.source is None else self.source).flatten().tolist(),
@@ -329,9 +330,11 @@ def stand_in(backend: str) -> Iterator[Device]:
         else:
             if backend not in backends.TABLE:
                 stack.enter_context(emulated.registered())
-            ops = cuda.Ops(Host(device))
-            row = backends.Backend(backend, "", lambda _: None, lambda: ops)
-            stack.enter_context(mock.patch.dict(backends.TABLE, {backend: row}))
+            ops = cuda.Kernels(Host(device))
+            stack.enter_context(mock.patch.dict(backends.TABLE))
+            backends.register(
+                backends.Backend(backend, "", lambda _: None, lambda: ops, automatic=backend != emulated.NAME)
+            )
         stack.enter_context(device)
         yield device
         assert not device.faults

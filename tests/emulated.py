@@ -17,7 +17,6 @@ from torch import Tensor
 
 from hfac import backends
 from hfac.backends import cpu, cuda
-from hfac.optim import options, state
 
 try:
     native: Any = import_module("hfac._emulated")
@@ -53,30 +52,21 @@ class Host:
         workspace.fill_(0xFF)  # as floats and as doubles: NaN
 
 
-ops = cuda.Ops(Host())
-
-
-def _why_not(device: torch.device) -> str | None:
-    return None if device.type == "cpu" else "it takes tensors on the CPU only."
+ops = cuda.Kernels(Host())
 
 
 @contextmanager
 def registered() -> Iterator[None]:
     """Makes the backend known to `hfac.backends` for a while, by name only: "auto" never takes it."""
-    names, rule = backends.NAMES, state.COMMON_RULES["backend"]
-    backends.TABLE[NAME] = backends.Backend(
-        NAME,
-        "CUDA kernels on the host",
-        lambda device: None if device.type == "cpu" else "it is for the CPU.",
-        lambda: ops,
-    )
-    backends.NAMES = (*names, NAME)
-    state.COMMON_RULES["backend"] = options.choice(*backends.NAMES)
+
+    def why_not(device: torch.device) -> str | None:
+        return None if device.type == "cpu" else "it is for the CPU."
+
+    backends.register(backends.Backend(NAME, "CUDA kernels on the host", why_not, lambda: ops, automatic=False))
     try:
         yield
     finally:
-        del backends.TABLE[NAME]
-        backends.NAMES, state.COMMON_RULES["backend"] = names, rule
+        backends.unregister(NAME)
 
 
 def provide(backend: str, request: pytest.FixtureRequest) -> None:

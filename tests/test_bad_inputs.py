@@ -8,13 +8,14 @@ of a command line that are understood, each beside the value it stands for.
 import copy
 from types import MappingProxyType
 
+import calls
 import pytest
 import torch
 from running import bits
 from torch.nn import Parameter
 from torch.optim import AdamW
 
-from hfac import SMMF, HFac, functional, ops
+from hfac import SMMF, HFac, functional
 
 NAN, INF = float("nan"), float("inf")
 CLASSES = {"hfac": HFac, "smmf": SMMF}
@@ -602,7 +603,7 @@ def test_call_refused_and_nothing_written(name, argument, value, error, pattern)
             for key, e in tensors.items()
         }
     )
-    function = getattr(ops if name in OPS else functional, name)
+    function = getattr(calls if name in OPS else functional, name)
     with pytest.raises(error, match=pattern):
         function(**call)
     after = bits(
@@ -619,7 +620,7 @@ def test_good_calls_are_taken(name):
     """What the rows above spoil is good before they do."""
     call = good_call(name)
     before = bits(call["params"])
-    getattr(ops if name in OPS else functional, name)(**call)
+    getattr(calls if name in OPS else functional, name)(**call)
     assert bits(call["params"]) != before
 
 

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 import hfac
 from hfac import backends, reference, rounding
+from hfac.backends import plain
 
 sys.path.append(str(Path(__file__).parent.parent))
 from bench import bytes as traffic  # noqa: E402
@@ -50,7 +51,7 @@ def break_op(monkeypatch, op):
 
     table = {name: getattr(reference, name) for name in contestants.OPS} | {op: broken}
     module = type("Broken", (), {name: staticmethod(function) for name, function in table.items()})
-    row = backends.Backend("cpu", "broken", lambda device: None, lambda: module)
+    row = backends.Backend("cpu", "broken", lambda device: None, lambda: plain.Formulas(module))
     monkeypatch.setitem(backends.TABLE, "cpu", row)
 
 
@@ -151,15 +152,15 @@ def test_the_gate_sees_a_wrong_state(op, state, complaint, monkeypatch):
             tensor.add_(1) if tensor.dtype == torch.uint8 else tensor.mul_(1.001)
 
     module = type("Broken", (), {op: staticmethod(broken)})
-    row = backends.Backend("cpu", "broken", lambda device: None, lambda: module)
+    row = backends.Backend("cpu", "broken", lambda device: None, lambda: plain.Formulas(module))
     monkeypatch.setitem(backends.TABLE, "cpu", row)
     assert complaint in why_red(op, "cpu", torch.float32, CPU)
 
 
 def test_the_gate_tells_what_an_op_raised(monkeypatch):
-    row = backends.Backend("cpu", "broken", lambda device: None, lambda: type("Empty", (), {}))
+    row = backends.Backend("cpu", "broken", lambda device: None, lambda: plain.Formulas(None))
     monkeypatch.setitem(backends.TABLE, "cpu", row)
-    assert "AttributeError" in why_red("smmf_step_", "cpu", torch.float32, CPU)
+    assert "cannot make this step (smmf_step_)" in why_red("smmf_step_", "cpu", torch.float32, CPU)
 
 
 def test_counted_bytes_of_a_matrix_by_hand():

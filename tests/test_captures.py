@@ -18,7 +18,8 @@ from test_parts import HFAC_OPTIONS, SMMF_OPTIONS, BlockParts, MatrixParts
 from torch.nn import Parameter
 
 import hfac
-from hfac import backends, functional, ops, reference
+from hfac import backends, functional, ops
+from hfac.backends import plain
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # tests/test_triton.py runs these in a process of their own
 BACKEND = "triton" if INTERPRETED else emulated.NAME
@@ -235,11 +236,11 @@ def test_a_group_without_an_optimizer_keeps_what_is_captured(device):
     steps, grads = [state["step"] for state in states], [param.grad for param in params]
     group = functional.Group("smmf", params, grads, lists, steps, None, True, True, BACKEND)
     options = optimizer._options(optimizer.param_groups[0])
-    group.prepare(grads, **options)()
+    group.prepare(grads, **options).apply()
     assert not group._captured
     with device.capture() as graph:
-        group.prepare(grads, **options)()
-    group.prepare([grad.clone() for grad in grads], **options)()
+        group.prepare(grads, **options).apply()
+    group.prepare([grad.clone() for grad in grads], **options).apply()
     expected = twin("SMMF", optimizer, params, grads)
     graph.replay()
     assert everything(optimizer, params) == expected
@@ -468,9 +469,11 @@ def test_ops_on_parts_ask_once_which_backend_serves_them(monkeypatch):
     for _ in range(3):
         parts.sums("auto")
         parts.sums("reference")
-    assert len(asked) == len(backends.PREFERENCE) + 1
+    assert len(asked) == len(backends.TABLE) + 1
     used = []
-    row = replace(backends.TABLE["reference"], why_not=lambda device: None, load=lambda: used.append(1) or reference)
+    row = replace(
+        backends.TABLE["reference"], why_not=lambda device: None, load=lambda: used.append(1) or plain.FORMULAS
+    )
     monkeypatch.setitem(backends.TABLE, "reference", row)
     parts.sums("reference")
     assert used

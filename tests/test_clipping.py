@@ -279,10 +279,11 @@ def updated(dtype, clip, backend, nonfinite=None, spoil=None, **scalars):
     params, grads, states = a_list(dtype)
     if spoil:
         spoil(grads)
-    update = ops.Bound("hfac_step_", params, states, backend=backend).prepare(grads, nonfinite, **SCALARS | scalars)
-    norms = None if clip is None else update.norms()
-    update(None if clip is None else torch.tensor(clip))
-    return norms, bits([params, states])
+    call = ops.OpCall("hfac_step_", params, states, backend=backend)
+    inputs = call.prepare(grads, nonfinite, **SCALARS | scalars)
+    found = None if clip is None else call.statistics(inputs)
+    call.apply(inputs, found, None if clip is None else torch.tensor(clip))
+    return found and found.norms, bits([params, states])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)

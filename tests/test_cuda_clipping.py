@@ -3,6 +3,7 @@ squares, and steps that go on from them, to the bit those of a plain step."""
 
 import itertools
 
+import calls
 import emulated
 import pytest
 import torch
@@ -59,7 +60,7 @@ class Run:
         if low is not None:
             pieces = [rounding.split(param.float() * 1.001, low) for param in self.params]
             self.params, self.states["master_lows"] = (list(each) for each in zip(*pieces, strict=True))
-        self.step = self.ops.bind("hfac_step_", self.params, self.states, places=places)
+        self.step = calls.bind(self.ops, "hfac_step_", self.params, self.states, places=places)
 
     def everything(self):
         return [*self.params, *(tensor for tensors in self.states.values() for tensor in tensors)]
@@ -239,7 +240,7 @@ def test_groups_share_the_memory_of_their_tiles(l2_bytes, shares, groups, monkey
         grads = grads_of(shapes, t)
         assert close(both(one, other, grads, t, clip), grads)
         assert agree(one, other)
-    planned = one.step._clipping
+    planned = one.step._split
     plan = planned.step.plan()
     assert len({launch["group"] for launch in plan if launch["phase"] == "squares"}) == shares
     assert len({launch["group"] for launch in plan if launch["phase"] == "step"}) == groups
@@ -259,9 +260,9 @@ def test_gradients_at_other_addresses_and_plain_steps_between():
         else:
             assert close(both(one, other, grads, t, clip), grads)
         assert agree(one, other)
-    table = one.step._clipping.table.clone()
+    table = one.step._split.table.clone()
     both(one, other, grads, 1, 1.0)
-    assert torch.equal(one.step._clipping.table, table)
+    assert torch.equal(one.step._split.table, table)
 
 
 def test_the_norm_decides():
@@ -281,7 +282,7 @@ def test_a_warm_step_keeps_its_memory():
     for t in range(3):
         squares = run.step.squares(grads, **scalars(t))
         run.step(grads, **scalars(t), clip=torch.tensor(1.0), grad_scale=torch.tensor(1.0))
-        planned = run.step._clipping
+        planned = run.step._split
         kept.append([x.data_ptr() for x in (squares, planned.table, planned.workspace, planned.counters)])
     assert kept[0] == kept[1] == kept[2]
     assert run.step.table is None  # the plain plan was not asked for
@@ -292,7 +293,7 @@ def test_the_launches_are_those_of_the_plan():
     run, grads = Run(SMALL), grads_of(SMALL, 0)
     emulated.native.take_launches()
     run.step.squares(grads, **scalars(1))
-    plan = run.step._clipping.step.plan()
+    plan = run.step._split.step.plan()
     counts = {phase: sum(launch["phase"] == phase for launch in plan) for phase in ("squares", "step")}
     assert emulated.native.take_launches() == counts["squares"]
     run.step(grads, **scalars(1), clip=torch.tensor(1.0), grad_scale=torch.tensor(1.0))
@@ -311,7 +312,7 @@ class Capturing(emulated.Host):
 
 def test_what_a_graph_reads_is_left_alone():
     host = Capturing()
-    run, plain = Run(SMALL, ops=cuda.Ops(host)), Run(SMALL)
+    run, plain = Run(SMALL, ops=cuda.Kernels(host)), Run(SMALL)
     first, second = grads_of(SMALL, 0), grads_of(SMALL, 1)
     clip = dict(clip=torch.tensor(1.0), grad_scale=torch.tensor(1.0))
     host.now = True
@@ -325,7 +326,7 @@ def test_what_a_graph_reads_is_left_alone():
     inside = run.step.squares(second, **scalars(1))
     run.step(second, **scalars(1), **clip)
     plain.step(second, **scalars(1))
-    host.now, planned = False, run.step._clipping
+    host.now, planned = False, run.step._split
     table = planned.table
     before = table.clone()
     captured = [one.data_ptr() for one in planned.captured if one is not None]
@@ -355,8 +356,8 @@ def test_clip_without_squares_is_refused():
 
 def test_other_ops_take_no_statistics():
     states = {name: [torch.zeros(5)] for name in ("exp_avgs", "exp_avg_sqs")}
-    run = emulated.ops.bind("hfac_dense_step_", [torch.zeros(5)], states)
+    run = calls.bind(emulated.ops, "hfac_dense_step_", [torch.zeros(5)], states)
     assert run.squares([torch.ones(5)], **scalars(1)) is None
-    empty = emulated.ops.bind("hfac_step_", [], {name: [] for name in Run([]).states})
+    empty = calls.bind(emulated.ops, "hfac_step_", [], {name: [] for name in Run([]).states})
     assert empty.squares([], **scalars(1)).shape == (0,)
     empty([], **scalars(1), clip=torch.tensor(1.0))

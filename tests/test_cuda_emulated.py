@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import calls
 import emulated
 import pytest
 import test_parity
@@ -186,7 +187,7 @@ def bound(op, shape=(40, 24), dtype=torch.float32):
         scalars["decoupled_weight_decay"] = True
         if op == "smmf_step":
             states["exp_avg_signs"] = [torch.zeros(rows, cols // 8, dtype=torch.uint8)]
-    return emulated.ops.bind(op, [param], states), param, states, scalars
+    return calls.bind(emulated.ops, op, [param], states), param, states, scalars
 
 
 OPS = ["hfac_step", "hfac_dense_step", "smmf_step", "smmf_dense_step"]
@@ -287,7 +288,7 @@ def test_signs_of_any_size_at_any_address(shape, offset):
     states = {f"exp_avg_{kind}rows": [torch.zeros(rows)] for kind in ("", "sq_")}
     states |= {f"exp_avg_{kind}cols": [torch.zeros(cols)] for kind in ("", "sq_")}
     states["exp_avg_signs"] = [signs]
-    step = emulated.ops.bind("smmf_step", [torch.zeros(shape)], states)
+    step = calls.bind(emulated.ops, "smmf_step", [torch.zeros(shape)], states)
     scalars = dict(lr=0.1, beta1=0.5, beta2=0.5, eps=1e-8, weight_decay=0.0, decoupled_weight_decay=True)
     for grad, expected in ((values, packed), (-9 * values, reference.pack_signs(values < 0))):
         step([grad], **scalars, maximize=False)

@@ -5,6 +5,7 @@ import copy
 import itertools
 from dataclasses import dataclass
 
+import calls
 import emulated
 import pytest
 import torch
@@ -151,10 +152,10 @@ class Pair:
         self.states, self.twins = states(op, shapes, device), states(op, shapes, device)
         self.places = places or [Place(3 * k) for k in range(len(shapes))]
         given = self.states | ({} if self.lows is None else {"master_lows": self.lows})
-        self.call = ops.Bound(op, self.params, given, places=self.places if kind.drawn else None, backend=backend)
+        self.call = ops.OpCall(op, self.params, given, places=self.places if kind.drawn else None, backend=backend)
         for W, param, low in zip(self.masters, *self.stored(), strict=True):
             W.copy_(joined(param, low))
-        self.twin = ops.Bound(op, self.masters, self.twins, backend=backend)
+        self.twin = ops.OpCall(op, self.masters, self.twins, backend=backend)
 
     def stored(self):
         return self.params, self.lows or [None] * len(self.params)
@@ -163,8 +164,8 @@ class Pair:
         """Both step; then the weights in float32 are what is stored. ``steps``: as a tensor, one per parameter."""
         grads = [grad.to(self.device) for grad in grads]
         given = scalars(self.op, t) | kwargs
-        self.call.prepare(grads, seed=SEED, step=float(t) if steps is None else steps, **given)()
-        self.twin.prepare([grad.float() for grad in grads], **given)()
+        calls.step(self.call, grads, seed=SEED, step=float(t) if steps is None else steps, **given)
+        calls.step(self.twin, [grad.float() for grad in grads], **given)
         each = [t] * len(grads) if steps is None else steps.tolist()
         for W, place, step, param, low in zip(self.masters, self.places, each, *self.stored(), strict=True):
             expected, rest = rounded(self.kind, W, place, step)
@@ -235,8 +236,8 @@ def test_split_equals_steps_in_float32(op, grad_dtype):
     pair = Pair(op, KINDS["split"], shapes)
     for t in (1, 2, 3, 4):
         grads = grads_of(shapes, t, grad_dtype)
-        pair.call.prepare(grads, **scalars(op, t))()
-        pair.twin.prepare([grad.float() for grad in grads], **scalars(op, t))()
+        calls.step(pair.call, grads, **scalars(op, t))
+        calls.step(pair.twin, [grad.float() for grad in grads], **scalars(op, t))
     for param, low, W in zip(pair.params, pair.lows, pair.masters, strict=True):
         assert same(rounding.join(param, low), W)
     assert all(map(same, itertools.chain(*pair.states.values()), itertools.chain(*pair.twins.values())))
@@ -256,11 +257,11 @@ def test_what_is_refused_keeps_every_bit(op, kind):
 
     run = dict(seed=SEED, step=1.0, **scalars(op))
     grads = grads_of(shapes, 1, BF16)
-    pair.call.prepare(grads, found_inf=torch.tensor(1.0), **run)()
+    calls.step(pair.call, grads, found_inf=torch.tensor(1.0), **run)
     assert kept(0) and kept(1)
     grads[0][399, 23] = float("inf")
     flags = torch.zeros(2, dtype=torch.int32)
-    pair.call.prepare(grads, flags, **run)()
+    calls.step(pair.call, grads, flags, **run)
     assert flags.tolist() == [1, 0] and kept(0) and not kept(1)
 
 
@@ -295,7 +296,7 @@ def test_smmf_parts(kind, contiguous, backend=emulated.NAME, device="cpu"):
     options = scalars("smmf_step_", 2) | dict(seed=SEED, backend=backend)
     sums = {f"new_{name[8:]}": [torch.zeros_like(t[0])] for name, t in before.items() if "signs" not in name}
     first = part[0].start * shape[1] + part[1].start
-    ops.smmf_sums_step_(
+    calls.smmf_sums_step_(
         [own],
         [grad[part].clone()],
         *([t.clone() for t in before[name]] for name in ("exp_avg_rows", "exp_avg_cols")),
@@ -310,7 +311,7 @@ def test_smmf_parts(kind, contiguous, backend=emulated.NAME, device="cpu"):
     )
     lows = None if low is None else [low]
     places = [Place(4)] if kind.drawn else None
-    ops.smmf_step_([param], [grad], **before, master_lows=lows, places=places, step=3.0, **options)
+    calls.smmf_step_([param], [grad], **before, master_lows=lows, places=places, step=3.0, **options)
     assert same(own, param[part])
     assert low is None or torch.equal(rest, low[part])
 
@@ -335,7 +336,7 @@ def test_hfac_parts(kind, place, backend=emulated.NAME, device="cpu"):
         }
         lists |= given | dict(rows=[40], cols=[24])
         options = dict(lr=0.02, beta1=0.8, clip_threshold=0.7, weight_decay=0.1, backend=backend)
-        ops.hfac_apply_([param], [grad], **lists, **options, **kwargs)
+        calls.hfac_apply_([param], [grad], **lists, **options, **kwargs)
 
     places = [place] if kind.drawn else None
     call(param, grad, master_lows=None if low is None else [low], places=places, seed=SEED, step=7.0)
@@ -430,9 +431,3 @@ def test_a_launch_without_seed_or_step_is_refused(given, message):
     step = emulated.native.CudaStep(**STEP, places=[(1, 0, None)])
     with pytest.raises(ValueError, match=message):
         step.launch(**LAUNCH, **given)
-
-
-def test_the_backend_says_that_it_can():
-    from hfac.backends import cuda
-
-    assert cuda.STORES and emulated.ops.STORES

@@ -1,6 +1,7 @@
 """What a watched step tells of its numbers, in the CUDA kernels compiled for the host: beside the same numbers, made
 with torch of what the same kernels write in float32."""
 
+import calls
 import emulated
 import pytest
 import torch
@@ -67,9 +68,9 @@ class Watched:
                     del states[name]
         places = [Place(3 * k) for k in range(len(shapes))] if kind.drawn else None
         given = self.states | ({} if self.lows is None else {"master_lows": self.lows})
-        self.step = ops.bind(op, self.params, given, places=places)
+        self.step = calls.bind(ops, op, self.params, given, places=places)
         self.weights = self.joined()
-        self.twin = ops.bind(op, self.weights, self.twins)
+        self.twin = calls.bind(ops, op, self.weights, self.twins)
 
     def joined(self):
         if self.lows is None:

@@ -3,6 +3,7 @@ What torch.optim.AdamW does with them is the yardstick: it leaves all of that to
 
 import copy
 
+import calls
 import emulated
 import pytest
 import torch
@@ -128,7 +129,7 @@ def test_gradients_of_parts_that_negate(backend, request):
     def sums(grad):
         out = {name: [torch.zeros(4)] for name in ("row_sums", "new_rows")}
         out |= {name: [torch.zeros(6)] for name in ("col_sums", "col_squares", "col_ratios")}
-        ops.hfac_sums([grad], [torch.ones(4)], **out, cols=[6], beta2=0.9, eps=1e-8, backend=backend)
+        calls.hfac_sums([grad], [torch.ones(4)], **out, cols=[6], beta2=0.9, eps=1e-8, backend=backend)
         return out
 
     grad = randn((4, 6), 0)
@@ -407,9 +408,9 @@ def test_neighbours_share_nothing():
 def test_inference_tensors_are_refused_before_anything_is_written():
     with torch.inference_mode():
         frozen = torch.ones(4, 6)
-    states = {name: [torch.zeros(n)] for name, n in zip(ops.STATES["hfac_step_"], (4, 6, 4, 6), strict=True)}
+    states = {name: [torch.zeros(n)] for name, n in zip(calls.STATES["hfac_step_"], (4, 6, 4, 6), strict=True)}
     with pytest.raises(RuntimeError, match=r"params\[0\] is an inference tensor"):
-        ops.Bound("hfac_step_", [frozen], states)
+        ops.OpCall("hfac_step_", [frozen], states)
 
 
 def test_a_module_of_wrappers_trains_as_adamw_does():

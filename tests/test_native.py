@@ -7,6 +7,7 @@ import multiprocessing
 import subprocess
 import sys
 
+import calls
 import pytest
 import torch
 from cases import DTYPES, gradient, shape_id
@@ -55,7 +56,7 @@ class Call:
         """All that a few steps leave behind."""
         params = [p.clone() for p in self.params] if params is None else params
         states = [[s.clone() for s in side] for side in self.states]
-        step = cpu.bind(self.op, params, dict(zip(ops.STATES[self.op], states, strict=True)))
+        step = calls.bind(cpu, self.op, params, dict(zip(calls.STATES[self.op], states, strict=True)))
         for _ in range(steps):
             step(self.grads if grads is None else grads, nonfinite, **self.options)
         return [p.clone() for p in params] + [s for side in states for s in side]
@@ -184,8 +185,8 @@ def test_a_fork_gets_threads_of_its_own():
     expected = [p.numpy().tobytes() for p in call.run(steps=1)[:3]]
 
     def step(queue):
-        states = dict(zip(ops.STATES[call.op], call.states, strict=True))
-        cpu.bind(call.op, call.params, states)(call.grads, **call.options)
+        states = dict(zip(calls.STATES[call.op], call.states, strict=True))
+        calls.bind(cpu, call.op, call.params, states)(call.grads, **call.options)
         queue.put([p.numpy().tobytes() for p in call.params] == expected)
 
     context = multiprocessing.get_context("fork")

@@ -93,7 +93,7 @@ def step_with(optimizer, params, grads):
     """A step on gradients that `.grad` does not take."""
     group = optimizer.param_groups[0]
     bound = optimizer._bind(group, [p.data for p in params], grads, [optimizer.state[p] for p in params])
-    bound.prepare(grads, **optimizer._options(group))()
+    bound.prepare(grads, **optimizer._options(group)).apply()
 
 
 @pytest.mark.skipif(not BACKENDS, reason="no backend but the reference is built here: hfac doctor says why")

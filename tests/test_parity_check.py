@@ -3,11 +3,13 @@
 import json
 from types import SimpleNamespace
 
+import calls
 import pytest
 import torch
 
 import hfac
-from hfac import backends, ops, parity, reference
+from hfac import backends, parity, reference
+from hfac.backends import plain
 from hfac.cli import check, main
 
 CPU = torch.device("cpu")
@@ -17,7 +19,7 @@ SHAPES = [(), (7,), (17, 19), (24, 18), (6, 4, 3, 3), (0, 5)]
 def replaced(monkeypatch, **functions):
     """Puts the reference in the place of the backend "cpu", but for these ops."""
     module = SimpleNamespace(**{**vars(reference), **functions})
-    row = backends.Backend("cpu", "for a test", lambda device: None, lambda: module)
+    row = backends.Backend("cpu", "for a test", lambda device: None, lambda: plain.Formulas(module))
     monkeypatch.setitem(backends.TABLE, "cpu", row)
 
 
@@ -26,7 +28,7 @@ def changed(op, change):
 
     def step(params, grads, *lists, **scalars):
         getattr(reference, op)(params, grads, *lists, **scalars)
-        states = {name: scalars[name] for name in ops.steps.STATES[op]}
+        states = {name: scalars[name] for name in calls.STATES[op]}
         change(params, states | {"master_lows": scalars.get("master_lows")})
 
     return step

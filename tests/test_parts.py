@@ -2,12 +2,15 @@
 SMMF's; parts put together are the step on the whole. tests/test_cuda_parts.py has the CUDA kernels take the same tests.
 """
 
+from dataclasses import replace
+
+import calls
 import pytest
 import torch
 from cases import DTYPES, gradient
 from test_parity import SUMS, ieee_square_roots, params_agree  # noqa: F401
 
-from hfac import ops, reference
+from hfac import ops, reference, spec
 from hfac.backends import cpu
 from hfac.matricize import Block, blocks, sign_shape, square
 
@@ -99,7 +102,7 @@ class MatrixParts:
         fresh = [[torch.zeros_like(s) for s in old] for _ in range(2)]
         if columns:
             fresh += [[torch.zeros_like(s) for s in self.by_col["exp_avg_sq_cols"]] for _ in range(3)]
-        ops.hfac_sums(self.grads, old, *fresh, cols=self.cols, beta2=beta2, eps=1e-6, backend=backend)
+        calls.hfac_sums(self.grads, old, *fresh, cols=self.cols, beta2=beta2, eps=1e-6, backend=backend)
         return fresh
 
     def known(self):
@@ -123,7 +126,7 @@ class MatrixParts:
         params = [copy_of(p) for p in self.params]
         states = {name: [s.clone() for s in entries] for name, entries in {**self.by_row, **self.by_col}.items()}
         whole = dict(rows=self.rows, cols=self.cols)
-        ops.hfac_apply_(
+        calls.hfac_apply_(
             params, self.grads, **states, **known, **whole, lr=0.02, beta1=beta1, backend=backend, **options
         )
         return params, states
@@ -194,7 +197,9 @@ def test_hfac_parts_make_the_whole(dtype, grid, options, backend="cpu"):
     count = [n] * len(at)
 
     row_sums, squares = [[torch.zeros_like(r[a]) for a, _ in at] for _ in range(2)]
-    ops.hfac_sums(grads, [r[a] * 0 for a, _ in at], row_sums, squares, cols=count, beta2=0.0, eps=0.0, backend=backend)
+    calls.hfac_sums(
+        grads, [r[a] * 0 for a, _ in at], row_sums, squares, cols=count, beta2=0.0, eps=0.0, backend=backend
+    )
     total_rows, new_r = torch.zeros_like(r), torch.zeros_like(r)
     for (a, _), sums, square_sums in zip(at, row_sums, squares, strict=True):
         total_rows[a] += sums
@@ -202,7 +207,9 @@ def test_hfac_parts_make_the_whole(dtype, grid, options, backend="cpu"):
     new_r = beta2 * r + (1 - beta2) * (new_r + n * eps)
     scratch = [[torch.zeros_like(r[a]) for a, _ in at] for _ in range(2)]
     by_col = [[torch.zeros_like(s[b]) for _, b in at] for _ in range(3)]
-    ops.hfac_sums(grads, [new_r[a] for a, _ in at], *scratch, *by_col, cols=count, beta2=1.0, eps=eps, backend=backend)
+    calls.hfac_sums(
+        grads, [new_r[a] for a, _ in at], *scratch, *by_col, cols=count, beta2=1.0, eps=eps, backend=backend
+    )
     whole = torch.zeros(3, n, dtype=wide)
     for k, sums in enumerate(by_col):
         for (_, b), part in zip(at, sums, strict=True):
@@ -212,7 +219,7 @@ def test_hfac_parts_make_the_whole(dtype, grid, options, backend="cpu"):
 
     params = [param[part].clone() for part in at]
     states = [[x[a].clone() for a, _ in at] for x in (u, r)], [[x[b].clone() for _, b in at] for x in (v, s)]
-    ops.hfac_apply_(
+    calls.hfac_apply_(
         params,
         grads,
         states[0][0],
@@ -233,7 +240,7 @@ def test_hfac_parts_make_the_whole(dtype, grid, options, backend="cpu"):
         **options,
     )
     before, theirs = param.clone(), [x.clone() for x in (u, v, r, s)]
-    ops.hfac_step_(
+    calls.hfac_step_(
         [param], [grad], *([x] for x in theirs), lr=0.02, beta1=0.8, beta2=beta2, eps=eps, backend=backend, **options
     )
     for part, mine in zip(at, params, strict=True):
@@ -323,7 +330,7 @@ class BlockParts:
         absent = self.FIRST if options["beta1"] is None else ()
         given = {name: None if name in absent else entries for name, entries in states.items()}
         scalars = dict(lr=0.02, eps=1e-6, weight_decay=0.1, beta2=0.95) | options
-        ops.smmf_sums_step_(params, self.grads, **given, blocks=self.blocks, backend=backend, **scalars)
+        calls.smmf_sums_step_(params, self.grads, **given, blocks=self.blocks, backend=backend, **scalars)
         return params, states
 
 
@@ -392,13 +399,13 @@ def test_smmf_parts_make_the_whole(pieces, dtype, options, backend="cpu"):
         new = [*([x] for x in sums[:2])] if with_first else [None] * 2
         lists = (*moments, *([x] for x in second), *new, *([x] for x in sums[2:]))
         where = [blocks([(a * 129, (b - a) * 129)], m)]
-        ops.smmf_sums_step_([mine], [grad[a:b]], *lists, blocks=where, **scalars)
+        calls.smmf_sums_step_([mine], [grad[a:b]], *lists, blocks=where, **scalars)
         found.append(mine)
         signs.append(mine_signs)
     whole_signs = reference.pack_signs(positive_signs)
     moments = [*([x.clone()] for x in first), [whole_signs]] if with_first else [None] * 3
     squares = [[x.clone()] for x in second]
-    ops.smmf_step_([param], [grad], *moments, *squares, **scalars)
+    calls.smmf_step_([param], [grad], *moments, *squares, **scalars)
     assert torch.equal(torch.cat(found), param)
     close(sums[2], squares[0][0])
     close(sums[3] / sums[3].sum(), squares[1][0])
@@ -440,9 +447,9 @@ def test_bits_of_parts_do_not_depend_on_the_instruction_set(dtype):
     assert all(same_bits(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize("op", [name for names in ops.PART_OPS.values() for name in names])
+@pytest.mark.parametrize("op", [op for op in spec.OPS.values() if op.shard])
 def test_the_backend_has_every_op_on_parts(op):
-    assert callable(getattr(cpu, op))
+    assert cpu.has(op) and not cpu.has(replace(op, name="hfac_unheard_of"))
 
 
 def test_autograd_notices_the_write_of_a_part(backend="cpu"):
@@ -489,7 +496,7 @@ def test_hfac_refuses_lists_that_do_not_fit(name):
     if name == "row_sums":
         rows = parts.by_row["exp_avg_sq_rows"]
         with pytest.raises(ValueError, match="row_sums"):
-            ops.hfac_sums(parts.grads, rows, known["row_sums"], rows, cols=[96], beta2=0.9, eps=0.0, backend="cpu")
+            calls.hfac_sums(parts.grads, rows, known["row_sums"], rows, cols=[96], beta2=0.9, eps=0.0, backend="cpu")
 
 
 @pytest.mark.parametrize(

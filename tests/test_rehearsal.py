@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import calls
 import emulated
 import pytest
 import torch
@@ -205,7 +206,7 @@ SCALARS = dict(lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0)
 def a_bound_op():
     states = {name: [torch.zeros(3, device="cuda")] for name in ("exp_avgs", "exp_avg_sqs")}
     params = [torch.zeros(3, device="cuda")]
-    return backends.resolve("cuda", DEVICE).bind("smmf_dense_step_", params, states), states
+    return calls.bind(backends.resolve("cuda", DEVICE), "smmf_dense_step_", params, states), states
 
 
 @BUILT

@@ -3,6 +3,7 @@ the reference, and what the optimizers make of them."""
 
 import copy
 
+import calls
 import emulated
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn import Parameter
 
 import hfac
-from hfac import backends, ops, rounding
+from hfac import backends, rounding
 from hfac.backends import cpu
 from hfac.rounding import Place
 
@@ -20,15 +21,8 @@ HOST = torch.device("cpu")
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-def _knowing():
-    """Backends here that know both, the reference aside."""
-    found = {name: backends.TABLE[name].load() for name in backends.available(HOST) if name != "reference"}
-    if emulated.native is not None:
-        found[emulated.NAME] = emulated.ops
-    return [name for name, module in found.items() if getattr(module, "STORES", False)]
-
-
-BACKENDS = _knowing()
+BACKENDS = [name for name in backends.available(HOST) if name != "reference"]
+BACKENDS += [] if emulated.native is None else [emulated.NAME]
 needs_backend = pytest.mark.skipif(not BACKENDS, reason="no backend but the reference rounds stochastically here")
 needs_native = pytest.mark.skipif(cpu._C is None, reason="hfac._C is not built")
 pytestmark = pytest.mark.usefixtures("emulated_backend")
@@ -354,7 +348,7 @@ def test_edges_in_every_instruction_set():
                         high, low = rounding.split(W, rounding.LOW_DTYPES[options["master"]])
                     low = None if low is None else [low]
                     grad, zero = torch.zeros_like(high), torch.zeros(high.shape)
-                    ops.smmf_dense_step_(
+                    calls.smmf_dense_step_(
                         [high], [grad], None, [zero], lr=0.5, beta1=None, beta2=0.5, eps=1.0, weight_decay=1e-3,
                         master_lows=low, places=[Place(1, 3)], seed=9, step=2.0, backend=backend,
                     )  # fmt: skip
@@ -383,7 +377,7 @@ def a_part(op, params, lows, grads, places, backend):
     common = dict(lr=0.02, beta1=0.9, weight_decay=0.1, backend=backend)
     if op == "hfac_apply_":
         ones = torch.ones(len(params))
-        ops.hfac_apply_(
+        calls.hfac_apply_(
             params, grads, like(rows, 0.1), like(cols, 0.2), like(rows, 1.0), like(cols, 2.0), like(rows, 0.3),
             like(rows, 1.5), like(cols, -0.4), like(cols, 2.5), ones, ones,
             rows=[50] * len(params), cols=[60] * len(params), clip_threshold=1.0, **common, **stored,
@@ -391,7 +385,7 @@ def a_part(op, params, lows, grads, places, backend):
     else:
         signs = [torch.full((p.shape[0], (p.shape[1] + 7) // 8), 0x55, dtype=torch.uint8) for p in params]
         blocks = [[hfac.matricize.Block(0, p.shape[1], 0, 1, 0, *p.shape)] for p in params]
-        ops.smmf_sums_step_(
+        calls.smmf_sums_step_(
             params, grads, rows, cols, signs, rows, cols, *(like(f, 0.0) for f in (rows, cols, rows, cols)),
             blocks=blocks, beta2=0.99, eps=1e-6, **common, **stored,
         )  # fmt: skip
@@ -404,8 +398,6 @@ def a_part(op, params, lows, grads, places, backend):
 @pytest.mark.parametrize("backend", BACKENDS or ["none"])
 def test_parts_agree_with_the_reference(backend, op, low):
     """Places with strides, one step for each parameter, and lower pieces of layouts of their own."""
-    if not hasattr(backends.TABLE[backend].load(), op):
-        pytest.skip(f"{backend} has no ops on parts")
     shapes = [(24, 18), (40, 33), (9, 64), (64, 1)]
     places = [Place(2, 21), Place(0, 5, (60, 1)), Place(2**32 - 1, 2**40, (1, 70)), Place(3, 7, (5, 1))]
     params = [in_layout(gradient(shape, i, BF16), i) for i, shape in enumerate(shapes)]
@@ -621,22 +613,15 @@ def test_bad_calls(backend):
         arguments = a_call(**more)
         before = [tensor.clone() for tensor in (*arguments["params"], *arguments["exp_avg_sqs"])]
         with pytest.raises(ValueError, match=message):
-            ops.smmf_dense_step_(**arguments, backend=backend)
+            calls.smmf_dense_step_(**arguments, backend=backend)
         assert all(map(torch.equal, before, (*arguments["params"], *arguments["exp_avg_sqs"])))
     lists = a_call()
     for name in ("params", "grads", "exp_avg_sqs", "places"):
         lists[name] = [copy.deepcopy(lists[name][0]) for _ in range(2)]
     lists["master_lows"] = [low.clone(), low.to(torch.int8)]
     with pytest.raises(ValueError, match="master_lows must be of one type, got int16, int8"):
-        ops.smmf_dense_step_(**lists, backend=backend)
-    ops.smmf_dense_step_(**a_call(), backend=backend)
-
-
-def test_a_backend_that_does_not_know_is_refused(monkeypatch):
-    monkeypatch.delattr(backends.TABLE["reference"].load(), "STORES")
-    for more in (dict(places=None), dict(master_lows=None)):
-        with pytest.raises(RuntimeError, match="backend='reference' on cpu rounds to the nearest only"):
-            ops.smmf_dense_step_(**a_call(**more), backend="reference")
+        calls.smmf_dense_step_(**lists, backend=backend)
+    calls.smmf_dense_step_(**a_call(), backend=backend)
 
 
 @needs_native

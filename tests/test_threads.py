@@ -8,13 +8,14 @@ import sys
 import threading
 from contextlib import contextmanager
 
+import calls
 import emulated
 import pytest
 import torch
 from running import bits
 from torch.nn import Parameter
 
-from hfac import SMMF, HFac, backends, functional, ops, release_gradients
+from hfac import SMMF, HFac, backends, ops, release_gradients, spec
 
 pytest.importorskip("hfac._C", reason="the extension is not built: hfac doctor says why")
 
@@ -87,7 +88,7 @@ def test_a_thread_that_is_refused_leaves_a_step_to_the_others(kind):
 
 
 NO_MEMORY = """
-from hfac import ops
+from hfac import spec
 from hfac.backends import cpu
 torch.set_num_threads(2)
 shape, kinds = (64, 1 << 16), (torch.float32, torch.float64)
@@ -95,14 +96,14 @@ params = [torch.ones(shape, dtype=kind) for kind in kinds for _ in range(2)]
 grads = [torch.ones(shape[::-1], dtype=p.dtype).t() for p in params]
 sides = {"row": 1 << 11, "col": 1 << 11} if OP == "smmf_step_" else {"row": 64, "col": 1 << 16}
 states = {}
-for name in ops.STATES[OP]:
+for name in (state.name for state in spec.OPS[OP].states):
     if name == "exp_avg_signs":
         states[name] = [torch.zeros(64, 1 << 13, dtype=torch.uint8) for p in params]
     else:
         states[name] = [torch.zeros(sides["row" if "rows" in name else "col"], dtype=p.dtype) for p in params]
 options = dict(lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0, maximize=False)
 options |= {"decoupled_weight_decay": True} if OP.startswith("smmf") else {"clip_threshold": 1.0}
-step = cpu.bind(OP, params, states)
+step = cpu.bind(spec.OPS[OP], params, states, {})
 before, refused = [t.clone() for t in params], 0
 for more in range(0, 64 * STEP, STEP):
     address_space(more)
@@ -203,22 +204,19 @@ def test_a_step_has_its_own_statistics(backend, watch, request):
         sides = [(p.shape[0], p.shape[1]) for p in params]
         states = {
             name: [torch.zeros(m if name.endswith("rows") else n) for m, n in sides]
-            for name in functional.ALGORITHMS["hfac"].factored
+            for name in calls.STATES["hfac_step_"]
         }
-        bound = ops.Bound("hfac_step_", params, states, backend=backend)
+        bound = ops.OpCall("hfac_step_", params, states, backend=backend)
         scalars = dict(lr=0.02, beta1=0.9, beta2=0.99, eps=1e-12, clip_threshold=1.0, weight_decay=0.1, maximize=False)
-        updates, told = [], []
+        steps, told = [], []
         for t in range(2):
             grads = [randn(p.shape, 10 * t + i) for i, p in enumerate(params)]
-            watched = torch.zeros(2, ops.WATCHED, dtype=torch.float64) if watch else None
-            updates.append(bound.prepare(grads, watched=watched, **scalars))
+            watched = torch.zeros(2, spec.WATCHED, dtype=torch.float64) if watch else None
+            inputs = bound.prepare(grads, watched=watched, **scalars)
             told.append(watched)
-            if side_by_side:
-                updates[t].norms()
-        for update in updates:
-            if not side_by_side:
-                update.norms()
-            update(torch.ones(()))
+            steps.append((inputs, bound.statistics(inputs) if side_by_side else None))
+        for inputs, found in steps:
+            bound.apply(inputs, found or bound.statistics(inputs), torch.ones(()))
         return params, states, told
 
     # The second step's statistics are those of moments that the first has moved since, unless they are taken again.

@@ -278,7 +278,7 @@ def test_without_triton(monkeypatch):
 def test_cuda_comes_before_triton(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(backend, "_found", [None])
-    assert backends.PREFERENCE.index("cuda") < backends.PREFERENCE.index("triton")
+    assert list(backends.TABLE).index("cuda") < list(backends.TABLE).index("triton")
     assert "triton" in backends.available(torch.device("cuda"))
 
 

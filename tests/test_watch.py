@@ -235,7 +235,7 @@ def test_large_and_small_numbers(cls, shape, backend):
 def test_a_bad_table_is_refused(backend):
     param = torch.ones(3)
     states = {"exp_avgs": [torch.zeros(3)], "exp_avg_sqs": [torch.zeros(3)]}
-    bound = ops.Bound("hfac_dense_step_", [param], states, backend=backend)
+    bound = ops.OpCall("hfac_dense_step_", [param], states, backend=backend)
     scalars = dict(lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8, clip_threshold=1.0, weight_decay=0.0, maximize=False)
     wide = torch.zeros(1, 10, dtype=torch.float64)
     for bad in (wide[:, :4], wide[:, ::2], torch.zeros(1, 5)):

@@ -1,6 +1,7 @@
 """What the Triton kernels do for clipping and for a GradScaler, in Triton's interpreter: gradients divided as they are
 read, steps that found_inf forbids, and H-Fac's norm from the statistics. tests/test_triton.py runs this file."""
 
+import calls
 import pytest
 import torch
 from cases import gradient
@@ -10,6 +11,7 @@ from triton_interpreted import agree, laid_out, patched_once
 
 import hfac
 from hfac import matricize, ops, reference, spec
+from hfac.backends import triton as backend
 
 __all__ = ["ieee_square_roots", "patched_once"]
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -47,7 +49,7 @@ class Run:
         self.op = op
         self.scalars = dict(lr=0.02, weight_decay=0.1, beta1=0.75, beta2=0.5) | SCALARS[op]
         self.params, self.grads = [], []
-        self.states = {name: [] for name in ops.STATES[op]}
+        self.states = {name: [] for name in calls.STATES[op]}
         for i, (shape, dtype, grad_dtype, how) in enumerate(cases):
             lie = (lambda t: t) if how == "plain" else (lambda t, how=how: laid_out(t, how))
             self.params.append(lie(gradient(shape, i, dtype)))
@@ -71,7 +73,7 @@ class Run:
         return {name: (m,) if "rows" in name else (n,) for name in self.states}
 
     def bind(self):
-        return kernels.Bound(spec.OPS[self.op], self.params, self.states)
+        return backend.bind(spec.OPS[self.op], self.params, self.states, {})
 
     def flags(self):
         return torch.full((len(self.params),), 7, dtype=torch.int32)

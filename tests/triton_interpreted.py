@@ -9,6 +9,7 @@ parameter may be one ulp off: the interpreter's stores truncate.
 import copy
 import os
 
+import calls
 import pytest
 import torch
 from cases import DTYPES, OPTIONS, SHAPES, gradient, shape_id
@@ -201,10 +202,10 @@ def test_scalars_as_tensors_reach_the_kernels():
     grad = gradient((16, 24), 1, torch.float32)
     options = dict(eps=1e-30, clip_threshold=1.0, maximize=False)
     numbers = dict(lr=0.1, weight_decay=0.3, beta1=0.5, beta2=0.25)
-    ops.hfac_step_([param], [grad], *([s] for s in state), **numbers, **options, backend="triton")
+    calls.hfac_step_([param], [grad], *([s] for s in state), **numbers, **options, backend="triton")
     tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
     tensors["beta2"] = tensors["beta2"].reshape(1)
-    ops.hfac_step_([twin], [grad], *([s] for s in twin_state), **tensors, **options, backend="triton")
+    calls.hfac_step_([twin], [grad], *([s] for s in twin_state), **tensors, **options, backend="triton")
     assert torch.equal(param, twin)
     assert all(torch.equal(a, b) for a, b in zip(state, twin_state, strict=True))
 
@@ -405,13 +406,13 @@ def test_steps_of_random_bits(op):
 
     def stepped(backend, t):
         params = [gradient(shape, 5 + i, torch.bfloat16) for i, shape in enumerate(shapes)]
-        states = {name: [torch.ones(shape) for shape in shapes] for name in ops.STATES[op]}
+        states = {name: [torch.ones(shape) for shape in shapes] for name in calls.STATES[op]}
         if op == "smmf_step_":
             sizes = [matricize.square(p.numel()) for p in params]
-            states = {n: [torch.ones(size["cols" in n]) for size in sizes] for n in ops.STATES[op]}
+            states = {n: [torch.ones(size["cols" in n]) for size in sizes] for n in calls.STATES[op]}
             states["exp_avg_signs"] = [torch.zeros(matricize.sign_shape(s), dtype=torch.uint8) for s in shapes]
         stored = dict(places=places, seed=3, step=t)
-        getattr(ops, op)(params, grads, **states, **scalars | stored | dict(backend=backend))
+        getattr(calls, op)(params, grads, **states, **scalars | stored | dict(backend=backend))
         return params
 
     shared = torch.tensor(3.0)
@@ -513,7 +514,7 @@ def test_gradients_move_and_change_their_layout():
     scalars = dict(lr=0.1, weight_decay=0.1, beta1=0.5, beta2=0.5, eps=1e-30, clip_threshold=1.0, maximize=False)
     param, states = gradient(shape, 0, torch.float32), [torch.zeros(s) for s in (16, 24, 16, 24)]
     twin, twin_states = param.clone(), [s.clone() for s in states]
-    bound = ops.Bound("hfac_step_", [param], {n: [s] for n, s in zip(names, states, strict=True)}, backend="triton")
+    bound = ops.OpCall("hfac_step_", [param], {n: [s] for n, s in zip(names, states, strict=True)}, backend="triton")
     plain = gradient(shape, 1, torch.float32)
     kinds = [plain, plain, plain.clone(), strided(shape, "transposed", 2), strided(shape, "unaligned", 3)]
     kinds += [strided(shape, "padded", 4), gradient(shape, 5, torch.bfloat16), torch._neg_view(plain), plain]
@@ -522,8 +523,8 @@ def test_gradients_move_and_change_their_layout():
         for old, new in zip(twin_states, states, strict=True):
             old.copy_(new)
         before = param.clone()
-        bound.prepare([grad], **scalars)()
-        ops.hfac_step_([twin], [grad], *([s] for s in twin_states), **scalars, backend="reference")
+        calls.step(bound, [grad], **scalars)
+        calls.hfac_step_([twin], [grad], *([s] for s in twin_states), **scalars, backend="reference")
         agree("HFac", param, twin, before, 0.1)
         ours, theirs = ({n.removesuffix("s"): s for n, s in zip(names, g, strict=True)} for g in (states, twin_states))
         states_agree("HFac", ours, theirs, grad.float())
@@ -594,7 +595,7 @@ def test_sums_of_parts(dtype, columns):
                 lists += [[torch.full((n,), -7.0, dtype=wide) for _, n in sizes] for _ in range(3)]
             filled, buffer = between(lists)
             whole_cols = [shape[1] for shape, *_ in RECTANGLES]
-            ops.hfac_sums(grads, old_rows, *filled, cols=whole_cols, beta2=beta2, eps=1e-6, backend=backend)
+            calls.hfac_sums(grads, old_rows, *filled, cols=whole_cols, beta2=beta2, eps=1e-6, backend=backend)
             found.append((filled, buffer))
         (ours, our_buffer), (theirs, their_buffer) = found
         assert torch.equal(our_buffer.isnan(), their_buffer.isnan())
@@ -608,7 +609,7 @@ def test_sums_of_parts_without_decay_and_eps():
     """Rows of a tile that the part does not have must not bring 0 / 0 into the columns' sums."""
     grad = torch.ones(5, 16)
     lists = [[torch.zeros(size)] for size in (5, 5, 5, 16, 16, 16)]
-    ops.hfac_sums([grad], *lists, cols=[16], beta2=0.0, eps=0.0, backend="triton")
+    calls.hfac_sums([grad], *lists, cols=[16], beta2=0.0, eps=0.0, backend="triton")
     assert [tensor[0].item() for (tensor,) in lists] == [0, 16, 16, 5, 5, 5 / 16]
 
 
@@ -654,7 +655,7 @@ def test_update_of_parts(dtype, options):
     for backend, mine in (("triton", params), ("reference", twins)):
         copies, buffer = between(lists)
         numbers = torch.stack(totals), torch.stack(mean_squares)
-        ops.hfac_apply_(mine, grads, *copies, *numbers, **whole, **scalars, backend=backend)
+        calls.hfac_apply_(mine, grads, *copies, *numbers, **whole, **scalars, backend=backend)
         found.append((copies, buffer))
     (ours, our_buffer), (theirs, their_buffer) = found
     assert torch.equal(our_buffer.isnan(), their_buffer.isnan())
@@ -679,7 +680,7 @@ def test_update_of_parts_of_several_types():
         totals, mean_squares = torch.linspace(1, 3, 6, dtype=torch.float64)[::2], torch.full((3,), 4.0)
         options = dict(lr=0.1, beta1=0.5, weight_decay=0.1, clip_threshold=1.0)
         whole = dict(rows=[8] * 3, cols=[16] * 3)
-        ops.hfac_apply_(params, grads, *lists, totals, mean_squares, **whole, **options, backend=backend)
+        calls.hfac_apply_(params, grads, *lists, totals, mean_squares, **whole, **options, backend=backend)
         found.append(params)
     for i, (mine, his) in enumerate(zip(*found, strict=True)):
         agree("HFac", mine, his, gradient((8, 16), i, mine.dtype), 0.1)
@@ -786,7 +787,7 @@ def test_smmf_on_parts(options, dtype):
     found = []
     for backend in ("triton", "reference"):
         own, buffer = copied(arguments)
-        ops.smmf_sums_step_(**own, **missing(first), **scalars, backend=backend)
+        calls.smmf_sums_step_(**own, **missing(first), **scalars, backend=backend)
         found.append((own, buffer))
     (ours, our_buffer), (theirs, their_buffer) = found
     assert torch.equal(our_buffer.isnan(), their_buffer.isnan())
@@ -805,11 +806,11 @@ def test_smmf_on_parts_of_several_tiles():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(plan, "WORKSPACE", bound)
             own, _ = copied(arguments)
-            ops.smmf_sums_step_(**own, **scalars, backend="triton")
+            calls.smmf_sums_step_(**own, **scalars, backend="triton")
             found.append(own)
     shards._planned.cache_clear()
     theirs, _ = copied(arguments)
-    ops.smmf_sums_step_(**theirs, **scalars, backend="reference")
+    calls.smmf_sums_step_(**theirs, **scalars, backend="reference")
     smmf_agree(found[0], theirs, arguments)
     for again in found[1:]:
         for name in theirs:
@@ -827,8 +828,8 @@ def test_parts_of_any_layout():
         theirs["grads"] = [g.to(grad_dtype) for g in theirs["grads"]]
         ours, _ = copied(arguments)
         ours["params"], ours["grads"] = ([laid_out(t, how) for t in theirs[name]] for name in ("params", "grads"))
-        ops.smmf_sums_step_(**ours, **scalars, backend="triton")
-        ops.smmf_sums_step_(**theirs, **scalars, backend="reference")
+        calls.smmf_sums_step_(**ours, **scalars, backend="triton")
+        calls.smmf_sums_step_(**theirs, **scalars, backend="reference")
         smmf_agree(ours, theirs, arguments)
 
 
@@ -848,9 +849,11 @@ def test_nothing_is_compiled_anew_for_parts(monkeypatch):
         keys.append([])
         arguments, _ = copied(smmf_parts(cases, torch.float32, True))
         options = dict(eps=1e-8, decoupled_weight_decay=True, maximize=False)
-        ops.smmf_sums_step_(**arguments, lr=lr, beta1=0.9 / lr, beta2=0.5, weight_decay=lr, **options, backend="triton")
+        calls.smmf_sums_step_(
+            **arguments, lr=lr, beta1=0.9 / lr, beta2=0.5, weight_decay=lr, **options, backend="triton"
+        )
         grads, (old, *lists) = [torch.ones(16, 24)], ([torch.ones(size)] for size in (16, 16, 16, 24, 24, 24))
-        ops.hfac_sums(grads, old, *lists, cols=[24], beta2=lr, eps=lr, backend="triton")
+        calls.hfac_sums(grads, old, *lists, cols=[24], beta2=lr, eps=lr, backend="triton")
     assert keys[0] == keys[1] == keys[2]
     assert calls[:4] == ["smmf_tiles", "smmf_shard_fold", "hfac_stats", "hfac_shard_cols"]
 
@@ -862,7 +865,7 @@ def test_autograd_notices_a_write_to_a_part():
     options = dict(lr=0.1, beta1=0.5, clip_threshold=1.0, weight_decay=0.0, backend="triton")
     one = torch.ones(1)
     with torch.no_grad():
-        ops.hfac_apply_([leaf], [torch.ones(16, 24)], *states, one, one, rows=[16], cols=[24], **options)
+        calls.hfac_apply_([leaf], [torch.ones(16, 24)], *states, one, one, rows=[16], cols=[24], **options)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -921,7 +924,7 @@ def test_how_parts_of_hfac_are_stored(kind):
     for backend in ("triton", "reference"):
         mine, own = [p.clone() for p in params], copies_of(told)
         copies = [[t.clone() for t in tensors] for tensors in lists]
-        ops.hfac_apply_(mine, grads, *copies, *numbers, **whole, **scalars, **own, backend=backend)
+        calls.hfac_apply_(mine, grads, *copies, *numbers, **whole, **scalars, **own, backend=backend)
         found.append([(p, {"master_low": low} if low is not None else {}) for p, low in _with_lows(mine, own)])
     olds = [master(p, {} if low is None else {"master_low": low}).float() for p, low in _with_lows(params, told)]
     for (p, s), (q, r), old in zip(*found, olds, strict=True):
@@ -947,7 +950,7 @@ def test_how_parts_of_smmf_are_stored(kind):
     found = []
     for backend in ("triton", "reference"):
         (own, _), stored = copied(arguments), copies_of(told)
-        ops.smmf_sums_step_(**own, **scalars, **stored, backend=backend)
+        calls.smmf_sums_step_(**own, **scalars, **stored, backend=backend)
         found.append((own, stored.get("master_lows", [])))
     (ours, our_lows), (theirs, their_lows) = found
     assert all(torch.equal(a, b) for a, b in zip(ours["params"], theirs["params"], strict=True))

@@ -13,6 +13,7 @@ from triton_clipped import BF16, CASES, EVERY_OP, F32, NAN, Run, same_bits
 from triton_interpreted import KINDS, hard_numbers, patched_once, pieces
 
 from hfac import ops, reference, rounding, spec
+from hfac.backends import triton as backend
 
 __all__ = ["ieee_square_roots", "patched_once"]
 #: of kinds that are stored otherwise: vectors of 8 and not, several tiles, turned
@@ -39,7 +40,7 @@ class Watched(Run):
             places = [rounding.Place(i) for i in range(len(cases))]
             self.told = pieces(kind, self.params, places, 0)
         if "master_lows" in self.told:
-            self.states[ops.steps.LOWS] = self.told["master_lows"]
+            self.states[spec.MASTER_LOW.name] = self.told["master_lows"]
         self.places = self.told.get("places")
         self.scalars |= {name: self.told[name] for name in ("seed", "step") if name in self.told}
         for i, grad in enumerate(self.grads):
@@ -56,22 +57,22 @@ class Watched(Run):
                     flat[0, ..., 1], flat[0, ..., 2] = 0.5, -0.5  # whose sum is nothing
 
     def bind(self):
-        return step.Bound(spec.OPS[self.op], self.params, self.states, self.places)
+        return backend.bind(spec.OPS[self.op], self.params, self.states, {}, self.places)
 
     def weights(self):
         """In the type of the arithmetic."""
-        lows = self.states.get(ops.steps.LOWS)
+        lows = self.states.get(spec.MASTER_LOW.name)
         if lows is not None:
             return [rounding.join(p, low) for p, low in zip(self.params, lows, strict=True)]
         return [p.to(ops.state_dtype(p.dtype)) for p in self.params]
 
     def expected(self, scale=1.0):
         """What a step would do to each parameter."""
-        lows = self.states.get(ops.steps.LOWS)
+        lows = self.states.get(spec.MASTER_LOW.name)
         old = [w.clone(memory_format=torch.contiguous_format) for w in self.weights()]
         new = [w.clone() for w in old]
         grads = [g.to(w.dtype) / scale for g, w in zip(self.grads, old, strict=True)]
-        states = {n: [t.clone() for t in tensors] for n, tensors in self.states.items() if n != ops.steps.LOWS}
+        states = {n: [t.clone() for t in tensors] for n, tensors in self.states.items() if n != spec.MASTER_LOW.name}
         scalars = {name: value for name, value in self.scalars.items() if name not in ("seed", "step")}
         getattr(reference, self.op)(new, grads, **states, **scalars)
         rows = []

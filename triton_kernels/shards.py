@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .. import spec
 from . import platform, table
@@ -34,7 +35,7 @@ class ShardCall:
     ) -> None:
         self._op, self._params, self._lists, self._counts, self._offsets = op, params, lists, counts, offsets
 
-    def __call__(self, grads: Tensors, **numbers: Any) -> None:
+    def __call__(self, grads: Tensors, nonfinite: None = None, **numbers: Any) -> None:
         """Calls the op with these gradients, numbers and vectors, by name; ``seed`` and ``step`` where there are
         offsets.
 
@@ -60,6 +61,8 @@ class ShardCall:
                 room = _Room(device, records, plan, made, numbers)
                 options = _OFF | options_of(numbers, has_first(self._op, self._lists))
                 room.run(plan.launches, tiles, options)
+        if self._op.updates:
+            increment_version(self._params)
 
 
 class _Room(Launcher):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version  # tells autograd of writes that it cannot see
 
 from .. import spec
 from . import platform, table
@@ -168,8 +169,8 @@ class Room(Launcher):
 
 
 class Statistics:
-    """Sums of a first read of the gradients, in a room of their own until a step is made with them, or nobody has them
-    any more.
+    """Sums of a first read of the gradients (`hfac.backends`), in a room of their own until a step is made with them or
+    nobody has them any more.
 
     Attributes:
         squares: float64 [parameters], each gradient's sum of squares, divided by grad_scale; 0 without elements.
@@ -202,7 +203,15 @@ class Bound:
         op: an op on whole parameters.
         lists: states by name, without those that the op goes without, and ``master_lows`` where there are any.
         offsets: of parameters that are rounded stochastically; every call then brings ``seed`` and ``step``.
+
+    Attributes:
+        captured: what a CUDA graph reads in every replay, and nobody may change or free. Only captures add to it;
+            whoever keeps this replaces the list by one of its own, which then outlives it.
+        statistics: of an op that takes some, see `_statistics`.
     """
+
+    #: The kernels divide by a GradScaler's scale and look at its found_inf themselves.
+    unscales = True
 
     def __init__(
         self,
@@ -217,9 +226,9 @@ class Bound:
         self._rooms: list[Room] = []  # those that nobody has
         self._lock = threading.Lock()
         self._stream = platform.stream_of(self.device)  # of the last step
-        #: What a CUDA graph reads in every replay, and nobody may change or free. Only captures add to it; whoever
-        #: keeps this replaces the list by one of its own, which then outlives it.
         self.captured: list[Any] = []
+        if op is spec.HFAC_STEP:
+            self.statistics = self._statistics
 
     def __call__(
         self,
@@ -268,13 +277,13 @@ class Bound:
             finally:
                 room.watched = room.squares = None
                 self._rooms.append(room)
+        increment_version(self._params)
 
-    def statistics(
+    def _statistics(
         self, grads: Tensors, nonfinite: Tensor | None = None, *, watched: Tensor | None = None, **numbers: Any
     ) -> Statistics:
-        """The statistics of the step that a call with these arguments would make, of an op that takes some
-        (``hfac_step_``). ``nonfinite`` is filled as by a step. ``watched`` is not written; with it, a step that is
-        watched need not take the statistics again."""
+        """The statistics of the step that a call with these arguments would make. ``nonfinite`` is filled as by a step.
+        ``watched`` is not written; with it, a step that is watched need not take the statistics again."""
         with self._lock, platform.current(self.device):
             room, copies = self._open(grads, nonfinite, numbers)
             room.squares = torch.zeros(len(self._params), dtype=torch.float64, device=self.device)
@@ -290,7 +299,7 @@ class Bound:
         """Whether a graph is being captured, in whose replays what is launched now will run."""
         return platform.capturing(self.device)
 
-    def check_capture(self, grads: Tensors) -> None:
+    def check_capture(self, grads: Tensors, nonfinite: Tensor | None = None, clip_threshold: Any = None) -> None:
         """As `Room.check_capture`, of the room that the next step will have."""
         if not self._rooms:
             raise refused("this is the first step on these tensors")

@@ -1,22 +1,42 @@
-"""The table of backends: which there are, for which devices, and why one is not to be had.
+"""The backends: which there are, for which devices, and why one is unavailable.
 
-A backend is a module with one function per op, all with the signatures of `hfac.reference`, or with a function
-``bind(op, params, states)`` that returns such an op for these tensors, (grads, nonfinite, **scalars) -> None: what
-kernels are told of them is then made once, not in every step. Where CUDA graphs can capture such an op, it has
-``capturing()``, ``check_capture(grads, nonfinite, **scalars)``, which refuses what could not be captured, and
-``captured``, a list of what replays need, which the op's owner may replace by one that lives longer. "auto" takes the
-first of `PREFERENCE` that can serve the device; an explicit request is met or refused, never replaced.
+A backend registers itself (`register`). What it loads, a module or an object, has one function, ``bind(op, params,
+lists, counts, places)``, which takes
+
+* op: a `hfac.spec.Op`; ``has(op)`` says whether the backend has it;
+* params: the parameters; of an op that updates none, the gradients that will be read, for their sizes and types;
+* lists: the op's lists by name, without those that it goes without, and ``master_lows`` where there are any;
+* counts: the op's ``counts`` by name;
+* places: where random bits come from (`hfac.rounding.Place`), or None where nothing is drawn,
+
+and returns a call, (grads, nonfinite=None, **numbers) -> None, that computes what the function of the op's name in
+`hfac.reference` does, for as long as the tensors lie where they lie. ``numbers`` are the op's numbers and vectors by
+name, where there are places ``seed`` and ``step``, and ``watched``. A call may have, besides,
+
+* ``statistics(grads, nonfinite, **numbers)``, which gives `Statistics`, and then takes them by that name together with
+  ``clip``, what gradients are multiplied by;
+* ``unscales`` True: it takes ``grad_scale`` and ``found_inf``, and multiplies gradients as it reads them;
+* ``workspace_bytes()``: what it keeps on the device from step to step;
+* where CUDA graphs can capture it, ``capturing()``, ``check_capture(grads, nonfinite, clip_threshold)``, which refuses
+  what could not be captured, and ``captured``, a list of what replays need, which the call's owner may replace by one
+  that lives longer.
+
+"auto" takes the first of `TABLE` that can serve the device; an explicit request is met or refused, never replaced.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
-from .. import reference
-from . import cpu, cuda, triton
+from ..spec import Op
+from . import cpu, cuda, plain, triton
+from .statistics import Statistics
+
+__all__ = ["Backend", "Statistics", "available", "found", "host_counters", "names", "register", "resolve", "unregister"]
 
 
 @dataclass(frozen=True)
@@ -27,69 +47,83 @@ class Backend:
         name: what a user passes as ``backend=``.
         summary: one line for people.
         why_not: (device) -> None where the backend serves it, else the reason and what to do, as one sentence or two.
-        load: the module that holds the ops; called only where why_not gave None.
+        load: what has ``bind``; called only where why_not gave None.
+        automatic: whether "auto" may take it.
     """
 
     name: str
     summary: str
     why_not: Callable[[torch.device], str | None]
-    load: Callable[[], ModuleType]
+    load: Callable[[], Any]
+    automatic: bool = True
 
 
-TABLE: dict[str, Backend] = {
-    backend.name: backend
-    for backend in (
-        Backend("cuda", "fused CUDA kernels", cuda.why_not, lambda: cuda),
-        Backend("triton", "fused Triton kernels", triton.why_not, lambda: triton),
-        Backend("cpu", "fused C++ kernels", cpu.why_not, lambda: cpu),
-        Backend("reference", "plain torch, any device", lambda device: None, lambda: reference),
-    )
-}
-PREFERENCE = tuple(TABLE)
-NAMES = ("auto", *TABLE)
+#: Backends by name, best first.
+TABLE: dict[str, Backend] = {}
+
+
+def register(backend: Backend) -> None:
+    """Makes a backend known, behind those that are; one of the same name is replaced."""
+    TABLE[backend.name] = backend
+
+
+def unregister(name: str) -> None:
+    del TABLE[name]
+
+
+def names() -> tuple[str, ...]:
+    """What may be asked for."""
+    return ("auto", *TABLE)
+
+
+register(Backend("cuda", "fused CUDA kernels", cuda.why_not, lambda: cuda.KERNELS))
+register(Backend("triton", "fused Triton kernels", triton.why_not, lambda: triton))
+register(Backend("cpu", "fused C++ kernels", cpu.why_not, lambda: cpu))
+register(Backend("reference", "plain torch, any device", lambda device: None, lambda: plain.FORMULAS))
 
 
 def available(device: torch.device) -> list[str]:
     """Names of the backends that serve ``device``, best first. On the CPU Triton's kernels are interpreted, which is
     slower than anything else."""
-    here = [name for name in PREFERENCE if TABLE[name].why_not(device) is None]
+    here = [name for name, backend in TABLE.items() if backend.automatic and backend.why_not(device) is None]
     return sorted(here, key="triton".__eq__) if device.type == "cpu" else here
 
 
-def resolve(name: str, device: torch.device, op: str | None = None) -> ModuleType:
-    """The module whose ops serve ``device``; with ``op``, one of the ops that not every backend has, one that has it.
+def resolve(name: str, device: torch.device, op: Op | None = None) -> Any:
+    """What has ``bind`` for tensors on ``device`` and, where it is given, this op.
 
     Raises:
         ValueError: no backend has this name.
-        RuntimeError: the one asked for cannot serve the device; the message says why, what is there and what to do.
+        RuntimeError: the one asked for cannot serve the device, or lacks the op; the message says why, what is there
+            and what to do.
     """
     if name == "auto":
-        modules = (TABLE[here].load() for here in available(device))
-        return next(module for module in modules if op is None or hasattr(module, op))
+        loaded = (TABLE[here].load() for here in available(device))
+        return next(backend for backend in loaded if op is None or backend.has(op))
     if name not in TABLE:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, NAMES))}, got {name!r}")
+        raise ValueError(f"backend must be one of {', '.join(map(repr, names()))}, got {name!r}")
     reason = TABLE[name].why_not(device)
     if reason is not None:
         here = ", ".join(map(repr, available(device)))
         raise RuntimeError(
             f"backend={name!r} was asked for tensors on {device}, but {reason} Present for {device}: {here}."
         )
-    module = TABLE[name].load()
-    if op is not None and not hasattr(module, op):
+    backend = TABLE[name].load()
+    if op is not None and not backend.has(op):
+        what = "update shards, the pieces of parameters that one rank has" if op.shard else "make this step"
         raise RuntimeError(
-            f"backend={name!r} was asked for, but it cannot update a part of a parameter ({op}), which sharded "
-            "parameters need. Use backend='auto' or 'reference'."
+            f"backend={name!r} was asked for, but it cannot {what} ({op.name}). Use backend='auto' or 'reference'."
         )
-    return module
+    return backend
 
 
-def found(name: str, device: torch.device, op: str | None = None) -> ModuleType:
+def found(name: str, device: torch.device, op: Op) -> Any:
     """As `resolve`, but asked once for as long as `TABLE` has the same rows: for what is called in every step."""
-    return _resolved(name, device, op, tuple(TABLE.items()))
+    return _resolved(name, device, op, tuple(TABLE.values()))
 
 
 @lru_cache(maxsize=64)
-def _resolved(name: str, device: torch.device, op: str | None, rows: tuple[tuple[str, Backend], ...]) -> ModuleType:
+def _resolved(name: str, device: torch.device, op: Op, rows: tuple[Backend, ...]) -> Any:
     return resolve(name, device, op)
 
 

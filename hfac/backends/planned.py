@@ -10,10 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..schedules import Scalar
-from .cpu import _addresses, _codes, _strides
+from . import addresses
+from .statistics import Statistics
 
 Tensors = Sequence[Tensor]
+#: What a launch is told by address.
+_MEMORY = ("grad_scale", "found_inf", "watched")
 
 
 class Platform(Protocol):
@@ -48,103 +50,97 @@ class Planned:
         self.source: Tensor | None = None  # on the host: what replays of a graph copy to the table, and no step has yet
         self.frozen: Tensor | None = None  # a table that is in a graph
         self.spare: Tensor | None = None  # on the host, for the table of the next graph
-        self.workspace: Tensor | None = None
         self.counters: Tensor | None = None
-        self.resolved: Tensors = []  # copies of gradients whose statistics have been taken
+        self.workspace: Tensor | None = None  # None while statistics have it
+        self.squares: Tensor | None = None  # likewise
         self.stream: Any = None  # of the last launch
-        #: What a CUDA graph reads in every replay, and nobody may change or free. Only captures add to it; whoever
-        #: keeps this replaces the list by one of its own, which then outlives it.
-        self.captured: list[Any] = []
+
+    def take(self, grads: Tensors, nonfinite: Tensor | None, captured: list[Any], **numbers: Any) -> Statistics:
+        """Launches what the plan has before the norm of all gradients is known."""
+        read = self.look(grads, nonfinite, numbers.get("clip_threshold"))
+        if self.squares is None:
+            if self.platform.capturing():
+                self.check_room()
+            self.squares = torch.zeros(len(grads), dtype=torch.float64, device=self.device)
+        squares = self.squares
+        self._launch(nonfinite, captured, None, {"squares": squares}, numbers, _copies(grads, read))
+        found = Statistics(squares, (self.workspace, read))
+        self.workspace = self.squares = None  # others that take statistics have memory of their own
+        return found
 
     def launch(
         self,
         grads: Tensors,
         nonfinite: Tensor | None,
+        captured: list[Any],
         *,
-        lr: Scalar,
-        beta1: Scalar | None,
-        beta2: Scalar,
-        eps: float,
-        weight_decay: Scalar,
-        clip_threshold: float | None = None,
-        decoupled_weight_decay: bool = True,
-        maximize: bool = False,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-        seed: int | None = None,
-        step: Scalar | None = None,
+        statistics: Statistics | None = None,
         clip: Tensor | None = None,
-        squares: Tensor | None = None,
-        watched: Tensor | None = None,
+        **numbers: Any,
     ) -> None:
-        """The step or, with ``squares``, what the plan has before it. ``clip``: that has been launched."""
-        taken = clip is not None and bool(self.resolved)
-        resolved = self._look(self.resolved if taken else grads, nonfinite, clip_threshold)
+        """The step; the rest of it where there are ``statistics``, whose memory the next ones have."""
+        # Gradients as they were read: copies of views that negate, say.
+        workspace, read = (None, grads) if statistics is None else statistics.memory
+        read = self.look(read, nonfinite, numbers.get("clip_threshold"))
+        self._launch(nonfinite, captured, workspace, {"clip": clip}, numbers, _copies(grads, read))
+        if statistics is not None:
+            self.workspace, self.squares = workspace, statistics.squares
+
+    def _launch(
+        self,
+        nonfinite: Tensor | None,
+        captured: list[Any],
+        workspace: Tensor | None,
+        more: dict[str, Tensor | None],
+        numbers: dict[str, Any],
+        copies: list[Tensor],
+    ) -> None:
+        """``workspace``: that of statistics, which is not to be overwritten; None: the plan's own. ``copies``: of
+        gradients, which are read in their place."""
         capturing = self.platform.capturing()
         stream = self.platform.stream(self.device)
         if capturing:
             self.check_room()
         elif stream != self.stream:
-            self._follow(stream, squares)
+            self._follow(stream, workspace, *more.values())
         self._bring(capturing)
-        assert self.table is not None and self.workspace is not None and self.counters is not None
+        if workspace is None:
+            workspace = self._room()
+            self.platform.before_launch(workspace)
+        assert self.table is not None and self.counters is not None
         flags = None if nonfinite is None else nonfinite.contiguous()
+        memory = {**more, "nonfinite": flags, **{name: numbers.pop(name, None) for name in _MEMORY}}
         kept: list[Tensor] = []
-        scalars = {
-            name: self._scalar(value, kept)
-            for name, value in (
-                ("lr", lr),
-                ("weight_decay", weight_decay),
-                ("beta1", beta1),
-                ("beta2", beta2),
-                ("step", step),
-            )
-        }
-        if clip is None:  # else it holds statistics
-            self.platform.before_launch(self.workspace)
-        given = {"nonfinite": flags, "grad_scale": grad_scale, "found_inf": found_inf, "clip": clip}
-        given |= {"squares": squares, "watched": watched}
+        coupled = not numbers.pop("decoupled_weight_decay", True)
         self.step.launch(
             table=self.table.data_ptr(),
-            workspace=self.workspace.data_ptr(),
+            workspace=workspace.data_ptr(),
             counters=self.counters.data_ptr(),
-            **scalars,
-            eps=eps,
-            clip_threshold=clip_threshold,
-            maximize=maximize,
-            coupled=not decoupled_weight_decay,
-            **{name: 0 if tensor is None else tensor.data_ptr() for name, tensor in given.items()},
-            seed=seed,
+            coupled=coupled,
+            **{"clip_threshold": None} | {name: self._scalar(value, kept) for name, value in numbers.items()},
+            **{name: 0 if tensor is None else tensor.data_ptr() for name, tensor in memory.items()},
             device=index_of(self.device),
             stream=getattr(stream, "cuda_stream", stream),
         )
         if nonfinite is not None and flags is not None and flags is not nonfinite:
             nonfinite.copy_(flags)
-        copies: list[Tensor] = []
-        if resolved is not grads:
-            copies = [mine for mine, grad in zip(resolved, grads, strict=True) if mine is not grad]
-        self.resolved = resolved if copies and squares is not None else []
         if capturing:
-            self.captured += [self.table, self.source, self.workspace, self.counters, *given.values(), *kept, *copies]
-
-    def capturing(self) -> bool:
-        """Whether a graph is being captured, in whose replays what is launched now will run."""
-        return self.platform.capturing()
+            captured += [self.table, self.source, workspace, self.counters, *memory.values(), *kept, *copies]
 
     def workspace_bytes(self) -> int:
         """Bytes on the device that are kept from step to step: partial sums, and the table."""
         kept = (self.table, self.workspace, self.counters)
         return sum(tensor.numel() for tensor in kept if tensor is not None)
 
-    def _look(self, grads: Tensors, nonfinite: Tensor | None, clip_threshold: float | None) -> Tensors:
+    def look(self, grads: Tensors, nonfinite: Tensor | None, clip_threshold: float | None) -> Tensors:
         """Tells the plan what this step brings, and returns the gradients as the kernels read them."""
         strides = None
         if not all(map(Tensor.is_contiguous, grads)):
             grads = [grad.resolve_neg() for grad in grads]
-            strides = _strides(grads)
+            strides = addresses.strides(grads)
         changed = self.step.prepare(
-            grads=_addresses(grads),
-            grad_dtypes=_codes(grads),
+            grads=addresses.addresses(grads),
+            grad_dtypes=addresses.codes(grads),
             shapes=None if strides is None else self.shapes,
             grad_strides=strides,
             clip=clip_threshold is not None,
@@ -176,7 +172,7 @@ class Planned:
         self.stream = stream
 
     def _bring(self, capturing: bool) -> None:
-        """The plan's table to the device, where it is not there, and the other memory."""
+        """The plan's table to the device, where it is not there, and counters."""
         nbytes = max(self.step.table_bytes, 1)
         if self.stale:
             if capturing:  # no memory on the host can be pinned during a capture
@@ -201,19 +197,31 @@ class Planned:
                 self.spare = self.platform.host_table(nbytes)
             if self.counters is None:
                 self.counters = torch.zeros(max(self.step.counter_bytes, 1), dtype=torch.uint8, device=self.device)
+
+    def _room(self) -> Tensor:
+        """The workspace of a launch, as large as the plan asks for."""
         wanted = max(self.step.workspace_bytes, 1)
         if self.workspace is None or self.workspace.numel() < wanted:
             self.workspace = torch.empty(wanted, dtype=torch.uint8, device=self.device)
+        return self.workspace
 
-    def _scalar(self, value: Scalar | None, kept: list[Tensor]) -> Any:
+    def _scalar(self, value: Any, kept: list[Tensor]) -> Any:
         """A number, or the address of a tensor on the device, which is not read here."""
         if not isinstance(value, Tensor):
             return value
         if value.dtype not in (torch.float32, torch.float64) or value.device != self.device:
             value = value.to(device=self.device, dtype=torch.float64)
-        value = value.contiguous()
-        kept.append(value)
-        return value.data_ptr(), value.dtype == torch.float64, value.ndim
+        kept.append(value.contiguous())
+        return address_of(kept[-1])
+
+
+def address_of(value: Tensor) -> tuple[int, bool, int]:
+    """A tensor as a scalar of a launch: its address, whether it is of doubles, and 1 for one entry per parameter."""
+    return value.data_ptr(), value.dtype == torch.float64, value.ndim
+
+
+def _copies(grads: Tensors, read: Tensors) -> list[Tensor]:
+    return [] if read is grads else [mine for mine, grad in zip(read, grads, strict=True) if mine is not grad]
 
 
 def _refused(why: str) -> str:

@@ -5,20 +5,22 @@ Nothing of Triton is imported before a step asks for it.
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version  # tells autograd of writes that it cannot see
 
 from ..rounding import Place
+from ..spec import HFAC_APPLY, HFAC_DENSE_STEP, HFAC_STEP, HFAC_SUMS, SMMF_DENSE_STEP, SMMF_STEP, SMMF_SUMS_STEP, Op
 
 DEVICES = ("cuda", "xpu")
-#: The kernels divide by a GradScaler's scale and look at its found_inf themselves.
-UNSCALES = True
-#: Knows `master_lows` and `places` (`hfac.reference`).
-STORES = True
+#: Ops of which there are kernels.
+OPS = {HFAC_STEP, HFAC_DENSE_STEP, HFAC_SUMS, HFAC_APPLY, SMMF_STEP, SMMF_DENSE_STEP, SMMF_SUMS_STEP}
+
+
+def has(op: Op) -> bool:
+    return op in OPS
 
 
 def why_not(device: torch.device) -> str | None:
@@ -61,56 +63,16 @@ def _driver() -> str | None:
 
 
 def bind(
-    op: str, params: Sequence[Tensor], states: dict[str, list[Tensor]], places: Sequence[Place] | None = None
+    op: Op,
+    params: Sequence[Tensor],
+    lists: Mapping[str, Sequence[Tensor]],
+    counts: Mapping[str, Sequence[Any]],
+    places: Sequence[Place] | None = None,
 ) -> Callable[..., None]:
-    from .. import spec
+    """The op on these parameters and lists, for as long as they lie where they lie; see `hfac.backends`."""
+    from ..triton_kernels.shards import ShardCall
     from ..triton_kernels.step import Bound
 
-    class Step(Bound):
-        _taken = None
-
-        def __call__(self, grads, nonfinite=None, squares=None, **scalars) -> None:
-            taken = self._taken if squares is not None and squares is getattr(self._taken, "squares", None) else None
-            self._taken = None
-            super().__call__(grads, nonfinite, statistics=taken, **scalars)
-            increment_version(params)
-
-        def check_capture(self, grads, nonfinite=None, *, taken=False, **scalars) -> None:
-            if not taken:
-                super().check_capture(grads)
-
-        def squares(self, grads, nonfinite=None, **scalars):
-            if op != "hfac_step_":
-                return None
-            self._taken = self.statistics(grads, nonfinite, **scalars)
-            return self._taken.squares
-
-    return Step(spec.OPS[op], params, states, places)
-
-
-def _shards(name, params, lists, **arguments):
-    from .. import spec
-    from ..triton_kernels.shards import ShardCall
-
-    op = spec.OPS[name]
-    grads, *rest = lists if op.updates else (params, *lists)
-    named = dict(zip([*(one.name for one in op.operands), *op.vectors], rest)) | arguments
-    lists = {one.name: named.pop(one.name, None) for one in (*op.operands, spec.MASTER_LOW)}
-    counts = {one: named.pop(one) for one in op.counts}
-    places = named.pop("places", None)
-    lists = {n: v for n, v in lists.items() if v is not None}
-    ShardCall(op, params if op.updates else [], lists, counts, places)(grads, **named)
-    if op.updates:
-        increment_version(params)
-
-
-def hfac_sums(grads: Sequence[Tensor], *lists: Any, **arguments: Any) -> None:
-    _shards("hfac_sums", grads, lists, **arguments)
-
-
-def hfac_apply_(params: Sequence[Tensor], *lists: Any, **arguments: Any) -> None:
-    _shards("hfac_apply_", params, lists, **arguments)
-
-
-def smmf_sums_step_(params: Sequence[Tensor], *lists: Any, **arguments: Any) -> None:
-    _shards("smmf_sums_step_", params, lists, **arguments)
+    if op.shard:
+        return ShardCall(op, params, lists, counts, places)
+    return Bound(op, params, lists, places)

@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import ops
-from ..functional import ALGORITHMS
+from .. import ops, spec
 from ..rounding import Place
 from . import layout
 from .schedule import Job, Planned
@@ -95,14 +94,14 @@ class Bucket:
     def decays(self, options: Options) -> tuple[Tensor | None, Tensor]:
         """beta1 and beta2, one entry per parameter, of the step to be made."""
         steps = _steps(self.entries)
-        found = ALGORITHMS[self.algorithm].decays(steps + 1, dict(options.scalars))
+        found = spec.ALGORITHMS[self.algorithm].decays(steps + 1, dict(options.scalars))
         return found["beta1"], found["beta2"]
 
     def stored(self, going: Sequence[int], options: Options) -> dict[str, Any]:
         """What an op is told of how the parameters in ``going`` are stored."""
         found: dict[str, Any] = {}
         if self.lows is not None:
-            found[ops.LOWS] = pick(self.lows, going)
+            found[spec.MASTER_LOW.name] = pick(self.lows, going)
         if self.places is not None:
             steps = _steps(pick(self.entries, going))
             found.update(places=pick(self.places, going), seed=options.scalars["seed"], step=steps + 1)

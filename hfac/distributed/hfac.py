@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import clipping, ops
+from .. import clipping, ops, spec
 from ..rounding import Place
 from ..schedules import Scalar
 from . import layout
@@ -123,9 +123,12 @@ class Matrices(Bucket):
 
         def look(rows: tuple[Numbers, ...], cols: tuple[Numbers, ...], beta2: Scalar, eps: float) -> None:
             """One look at the gradients; ``rows`` are what is read, and what is filled."""
-            ops.hfac_sums(
+            lists = [operand.name for operand in spec.HFAC_SUMS.operands]
+            ops.run(
+                "hfac_sums",
+                None,
                 pick(grads, here),
-                *(pick(numbers, here) for numbers in (*rows, *cols)),
+                **{name: pick(numbers, here) for name, numbers in zip(lists, (*rows, *cols), strict=False)},
                 cols=pick(self.cols, here),
                 beta2=beta2,
                 eps=eps,
@@ -186,7 +189,8 @@ class Matrices(Bucket):
             self.count_skipped(left)
             if not going:
                 return
-            ops.hfac_apply_(
+            ops.run(
+                "hfac_apply_",
                 pick(self.params, going),
                 pick(grads, going),
                 exp_avg_rows=pick(self.u, going),
@@ -254,17 +258,19 @@ class Vectors(Bucket):
             self.count_skipped(left)
             if not going:
                 return
-            ops.hfac_dense_apply_(
+            ops.run(  # in plain torch with every backend: vectors are few
+                "hfac_dense_step_",
                 pick(self.params, going),
                 pick(grads, going),
-                pick(self.averages, going),
-                pick(self.squares, going),
-                mean_squares[going],
+                exp_avgs=pick(self.averages, going),
+                exp_avg_sqs=pick(self.squares, going),
+                mean_squares=mean_squares[going],
                 beta1=beta1[going],
                 beta2=beta2[going],
                 eps=eps,
                 **_scalars(options),
                 **self.stored(going, options),
+                backend="reference",
             )
             self.advance(going)
 

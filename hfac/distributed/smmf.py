@@ -140,7 +140,8 @@ class Factored(Parts):
         second, first = old[:2], old[2:] or none
         new_second, new_first = new[:2], new[2:] or none
         if going:
-            ops.smmf_sums_step_(
+            ops.run(
+                "smmf_sums_step_",
                 pick(self.params, going),
                 pick(grads, going),
                 exp_avg_rows=first[0],
@@ -191,11 +192,12 @@ class Whole(Parts):
     def step(self, room: Tensor, going: Sequence[int], grads: Sequence[Tensor | None], options: Options) -> None:
         beta1, beta2 = self.decays(options)
         if going:
-            ops.smmf_dense_step_(
+            ops.run(
+                "smmf_dense_step_",
                 pick(self.params, going),
                 pick(grads, going),
-                None if self.averages is None else pick(self.averages, going),
-                pick(self.squares, going),
+                exp_avgs=None if self.averages is None else pick(self.averages, going),
+                exp_avg_sqs=pick(self.squares, going),
                 beta1=None if beta1 is None else beta1[list(going)],
                 beta2=beta2[list(going)],
                 **_scalars(options),

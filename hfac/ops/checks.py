@@ -1,21 +1,21 @@
-"""What is checked of an op's tensors before anything is written. `hfac.functional` checks its own lists besides."""
+"""What is checked of an op's tensors before anything is written, read off `hfac.spec`. `hfac.functional` checks that
+its own lists fit each other."""
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from operator import mul
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends, memory, rounding
-from ..matricize import sign_shape
+from ..matricize import Block, sign_shape
 from ..rounding import Place
+from ..spec import COLS, MASTER_LOW, ROWS, SIGNS, WHOLE, Op, Operand
 
 PARAM_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FLOATING = frozenset(PARAM_DTYPES)
-#: The list, of any op, of what bfloat16 parameters lack of master weights.
-LOWS = "master_lows"
 Tensors = Sequence[Tensor]
 
 
@@ -39,22 +39,15 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         )
 
 
-def checked_list(name: str, tensors: Tensors | None, op: str, count: int) -> list[Tensor]:
-    if tensors is None:
-        raise ValueError(f"{name} is required by {op} unless beta1 is None")
-    if len(tensors) != count:
-        raise ValueError(f"{name} must have one entry per parameter ({count}), got {len(tensors)}")
-    return list(tensors)
-
-
-def check_params(params: Tensors) -> None:
+def check_params(params: Tensors, name: str = "params", written: bool = True) -> None:
     for i, param in enumerate(params):
-        check_tensor(f"params[{i}]", param)
+        check_tensor(f"{name}[{i}]", param)
         if param.dtype not in PARAM_DTYPES:
-            raise ValueError(f"params[{i}] must be one of {names(PARAM_DTYPES)}, got {param.dtype}")
+            raise ValueError(f"{name}[{i}] must be one of {names(PARAM_DTYPES)}, got {param.dtype}")
         if param.device != params[0].device:
-            raise RuntimeError(f"params[{i}] is on {param.device}, but params[0] is on {params[0].device}")
-        check_writable(f"params[{i}]", param)
+            raise RuntimeError(f"{name}[{i}] is on {param.device}, but {name}[0] is on {params[0].device}")
+        if written:
+            check_writable(f"{name}[{i}]", param)
 
 
 def check_writable(name: str, param: Tensor) -> None:
@@ -74,84 +67,119 @@ def check_writable(name: str, param: Tensor) -> None:
         )
 
 
-def check_states(op: str, params: Tensors, states: Mapping[str, Tensors]) -> None:
-    states = dict(states)
-    if LOWS in states:
-        check_lows(params, states.pop(LOWS))
+def check_lists(op: Op, params: Tensors, lists: Mapping[str, Tensors], counts: Mapping[str, Sequence[Any]]) -> None:
+    """An op's lists, those given, read off its description. ``params`` are its gradients where it updates none."""
     for i, param in enumerate(params):
-        for name, tensors in states.items():
-            tensor = tensors[i]
-            if tensor is None:
-                raise ValueError(f"{name}[{i}] is None; {op} needs this state for every parameter")
-            wanted = torch.uint8 if name == "exp_avg_signs" else state_dtype(param.dtype)
-            if tensor.dtype != wanted:
-                raise ValueError(f"{name}[{i}] must be {wanted} for a {param.dtype} parameter, got {tensor.dtype}")
-            if tensor.device != param.device:
-                raise RuntimeError(f"{name}[{i}] must be on {param.device} like its parameter, got {tensor.device}")
-            if not tensor.is_contiguous():
-                raise ValueError(f"{name}[{i}] must be contiguous, got strides {tensor.stride()}")
-    if "dense" in op:
-        _check_whole(params, states)
-    else:
-        _check_factors(params, states)
-    if op == "smmf_step_":
-        _check_square(params, states)
-    if op == "hfac_step_":
-        _check_cut(params, states)
-    if "exp_avg_signs" in states:
-        check_signs(params, states["exp_avg_signs"])
+        wide = state_dtype(param.dtype) if op.updates else next(iter(lists.values()))[i].dtype
+        if wide not in (torch.float32, torch.float64):
+            raise ValueError(f"{next(iter(lists))}[{i}] must be float32 or float64, got {wide}")
+        for operand in op.operands:
+            if operand.name in lists:
+                _check_entry(op, operand, i, param, lists[operand.name][i], wide)
+    for operand in op.operands:
+        tensors = lists.get(operand.name)
+        if tensors is not None and operand.size == WHOLE:
+            _check_whole(operand.name, params, tensors)
+        elif tensors is not None and operand.size == SIGNS:
+            check_signs(operand.name, params, tensors, op.shard)
+    _check_factors(op, params, lists)
+    if op.matrix is not None:
+        {"cut": _check_cut, "square": _check_square}[op.matrix](params, *_factors_of(op, lists))
+    if "blocks" in counts:
+        _check_blocks(params, counts["blocks"], *_factors_of(op, lists))
 
 
-def _check_factors(params: Tensors, states: Mapping[str, Tensors]) -> None:
-    """Rows times columns are the parameter's elements, and both moments agree on them."""
-    rows = [name for name in states if name.endswith("rows")]
-    for row_name in rows:
-        col_name = row_name.replace("rows", "cols")
-        for i, param in enumerate(params):
-            m, n = states[row_name][i].numel(), states[col_name][i].numel()
-            if m * n != param.numel() or m != states[rows[0]][i].numel():
+def _check_entry(op: Op, operand: Operand, i: int, param: Tensor, tensor: Any, wide: torch.dtype) -> None:
+    where, wanted = f"{operand.name}[{i}]", operand.dtype or wide
+    if tensor is None:
+        raise ValueError(f"{where} is None; {op.name} needs this state for every parameter")
+    if tensor.dtype != wanted:
+        raise ValueError(f"{where} must be {wanted} for a {param.dtype} parameter, got {tensor.dtype}")
+    if tensor.device != param.device:
+        raise RuntimeError(f"{where} must be on {param.device} like its parameter, got {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{where} must be contiguous, got strides {tensor.stride()}")
+
+
+def _factors_of(op: Op, lists: Mapping[str, Tensors]) -> tuple[str, Tensors, Tensors]:
+    """Of the second moment: the rows' name, rows and columns."""
+    rows, cols = (next(s.name for s in op.states if (s.moment, s.size) == (2, size)) for size in (ROWS, COLS))
+    return rows, lists[rows], lists[cols]
+
+
+def _check_factors(op: Op, params: Tensors, lists: Mapping[str, Tensors]) -> None:
+    """Rows times columns are the parameter's elements, and all lists agree on them; where ``blocks`` place a shard,
+    they are the whole parameter's."""
+    rows, cols = ([o.name for o in op.operands if o.size == size and o.name in lists] for size in (ROWS, COLS))
+    if not rows:
+        return
+    for i, param in enumerate(params):
+        m = lists[rows[0]][i].numel()
+        n = lists[cols[0]][i].numel() if cols else param.numel() // max(m, 1)
+        if m * n != param.numel() and "blocks" not in op.counts:
+            other = f" and {cols[0]}[{i}] have {m} and {n} elements" if cols else f"[{i}] has {m} elements"
+            raise ValueError(
+                f"{rows[0]}[{i}]{other}, which do not make the {param.numel()} elements of "
+                f"{'params' if op.updates else 'grads'}[{i}] of shape {tuple(param.shape)}"
+            )
+        for name in (*rows, *cols):
+            wanted = m if name in rows else n
+            if lists[name][i].numel() != wanted:
                 raise ValueError(
-                    f"{row_name}[{i}] and {col_name}[{i}] have {m} and {n} elements, which do not make the "
-                    f"{param.numel()} elements of params[{i}] of shape {tuple(param.shape)} as in its other factors"
+                    f"{name}[{i}] must have {wanted} elements like {(rows if name in rows else cols)[0]}[{i}], got "
+                    f"{lists[name][i].numel()}: they would not make the elements of the parameter as its other factors"
                 )
 
 
-def _check_cut(params: Tensors, states: Mapping[str, Tensors]) -> None:
+def _check_cut(params: Tensors, name: str, rows: Tensors, cols: Tensors) -> None:
     """Rows are the leading dimensions of the parameter; only then do they mean what they meant when they were made."""
     for i, param in enumerate(params):
-        m = states["exp_avg_sq_rows"][i].numel()
+        m = rows[i].numel()
         if m not in accumulate(param.shape[:-1], mul):
             raise ValueError(
-                f"exp_avg_sq_rows[{i}] has {m} elements, which no leading dimensions of params[{i}] of shape "
+                f"{name}[{i}] has {m} elements, which no leading dimensions of params[{i}] of shape "
                 f"{tuple(param.shape)} make; hfac.matricize.cut gives their number"
             )
 
 
-def _check_square(params: Tensors, states: Mapping[str, Tensors]) -> None:
+def _check_square(params: Tensors, name: str, rows: Tensors, cols: Tensors) -> None:
     for i in range(len(params)):
-        n, m = states["exp_avg_sq_rows"][i].numel(), states["exp_avg_sq_cols"][i].numel()
+        n, m = rows[i].numel(), cols[i].numel()
         if n < m:
             raise ValueError(
-                f"exp_avg_sq_rows[{i}] must be the longer factor, got {n} rows and {m} columns; "
+                f"{name}[{i}] must be the longer factor, got {n} rows and {m} columns; "
                 "hfac.matricize.square gives (rows, columns)"
             )
 
 
-def _check_whole(params: Tensors, states: Mapping[str, Tensors]) -> None:
-    for name, tensors in states.items():
-        for i, (param, tensor) in enumerate(zip(params, tensors, strict=True)):
-            if tensor.shape != param.shape:
-                raise ValueError(
-                    f"{name}[{i}] must have its parameter's shape {tuple(param.shape)}, got {tuple(tensor.shape)}"
-                )
+def _check_blocks(params: Tensors, blocks: Sequence[Sequence[Block]], name: str, rows: Tensors, cols: Tensors) -> None:
+    for i, (param, mine) in enumerate(zip(params, blocks, strict=True)):
+        n, m = rows[i].numel(), cols[i].numel()
+        if sum(block.rows * block.cols for block in mine) != param.numel() or any(
+            block.row + (block.rows - 1) * block.row_step >= n or block.col + block.cols > m for block in mine
+        ):
+            raise ValueError(
+                f"blocks[{i}] must place the {param.numel()} elements of params[{i}] in a matrix of {n} rows and {m} "
+                "columns"
+            )
 
 
-def check_signs(params: Tensors, signs: Tensors) -> None:
+def _check_whole(name: str, params: Tensors, tensors: Tensors) -> None:
+    for i, (param, tensor) in enumerate(zip(params, tensors, strict=True)):
+        if tensor.shape != param.shape:
+            raise ValueError(
+                f"{name}[{i}] must have its parameter's shape {tuple(param.shape)}, got {tuple(tensor.shape)}"
+            )
+
+
+def check_signs(name: str, params: Tensors, signs: Tensors, shard: bool) -> None:
     for i, (param, sign) in enumerate(zip(params, signs, strict=True)):
+        if shard and not param.numel():  # a rank may have nothing of a parameter
+            continue
         if param.ndim == 0 or tuple(sign.shape) != sign_shape(param.shape):
             wanted = sign_shape(param.shape) if param.ndim else "none: a scalar's moments are kept whole"
             raise ValueError(
-                f"exp_avg_signs[{i}] for a parameter of shape {tuple(param.shape)} must have shape {wanted}, "
+                f"{name}[{i}] for a parameter of shape {tuple(param.shape)} must have shape {wanted}, "
                 f"got {tuple(sign.shape)}"
             )
 
@@ -161,16 +189,17 @@ def check_lows(params: Tensors, lows: Tensors) -> None:
     for i, (param, low) in enumerate(zip(params, lows, strict=True)):
         if param.dtype != torch.bfloat16 or low.dtype not in dtypes or low.shape != param.shape:
             raise ValueError(
-                f"{LOWS}[{i}] must be {names(dtypes)} of the shape of a bfloat16 parameter, got {low.dtype} "
+                f"{MASTER_LOW.name}[{i}] must be {names(dtypes)} of the shape of a bfloat16 parameter, got {low.dtype} "
                 f"{tuple(low.shape)} for {param.dtype} {tuple(param.shape)}"
             )
         if low.device != param.device:
-            raise RuntimeError(f"{LOWS}[{i}] must be on {param.device} like its parameter, got {low.device}")
+            raise RuntimeError(f"{MASTER_LOW.name}[{i}] must be on {param.device} like its parameter, got {low.device}")
     if len({low.dtype for low in lows}) > 1:
-        raise ValueError(f"{LOWS} must be of one type, got {names(sorted({low.dtype for low in lows}, key=str))}")
+        found = names(sorted({low.dtype for low in lows}, key=str))
+        raise ValueError(f"{MASTER_LOW.name} must be of one type, got {found}")
 
 
-def check_places(params: Tensors, places: Sequence[Place], lows: Tensors | None) -> None:
+def check_places(params: Tensors, places: Sequence[Place]) -> None:
     if len(places) != len(params):
         raise ValueError(f"places must have one entry per parameter ({len(params)}), got {len(places)}")
     for i, (param, place) in enumerate(zip(params, places, strict=True)):
@@ -182,9 +211,9 @@ def check_places(params: Tensors, places: Sequence[Place], lows: Tensors | None)
             raise ValueError(f"places[{i}] must have a stride >= 0 for each of {param.ndim} dimensions, got {place}")
 
 
-def choose(backend: str, device: torch.device, reason: str | None, op: str | None = None) -> ModuleType:
-    """The backend's module, `backends.resolve`; with a ``reason`` why memory cannot be read and written, the reference,
-    which leaves that to torch's operations."""
+def choose(backend: str, device: torch.device, reason: str | None, op: Op) -> Any:
+    """The backend, `backends.resolve`; with a ``reason`` why memory cannot be read and written, the reference, which
+    leaves that to torch's operations."""
     if reason is None or backend == "reference":
         return backends.found(backend, device, op)
     if backend == "auto":
@@ -194,15 +223,6 @@ def choose(backend: str, device: torch.device, reason: str | None, op: str | Non
         f"backend={backend!r} was asked for, whose kernels read and write memory, but {reason}. Use backend='auto' or "
         "'reference', which step such tensors through torch's operations."
     )
-
-
-def check_stores(backend: str, device: torch.device) -> None:
-    module = backends.found(backend, device)
-    if not getattr(module, "STORES", False):
-        raise RuntimeError(
-            f"backend={backend!r} on {device} rounds to the nearest only; stochastic rounding and master weights in "
-            "two pieces need another. Use backend='reference'."
-        )
 
 
 def names(dtypes: Sequence[torch.dtype]) -> str:

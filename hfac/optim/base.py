@@ -83,23 +83,24 @@ class FactoredOptimizer(ObservedOptimizer):
         shared = {}
         if self._sharded is not None:
             shared = {i: self._shared(group) for i, group in enumerate(self.param_groups)}
-        clip = None
+        clip, statistics = None, [None] * len(work)
         if limit is None:
             self._grad_norm = None
         else:
-            clip = self._clip(work, shared, limit)
+            statistics = [None if step is None else step.statistics() for step in work]
+            clip = self._clip(statistics, shared, limit)
         begin = None if self._sharded is None else self._sharded.prepare(shared, clip)
-        for update in work:
-            if update is not None:
-                update.check_capture()
+        for step, found in zip(work, statistics, strict=True):
+            if step is not None:
+                step.check_capture(found)
         self._read_times = None
         finish = None if begin is None else begin()
         try:
-            for index, update in enumerate(work):
-                if update is not None:
-                    update(clip)
-                    self._note(update, self.param_groups[index], seen.whole[index], grads[index])
-                    if update.unscales:
+            for index, step in enumerate(work):
+                if step is not None:
+                    step.apply(clip, statistics[index])
+                    self._note(step, self.param_groups[index], seen.whole[index], grads[index])
+                    if step.unscales:
                         self._read_times = clip
         finally:
             if finish is not None:  # whatever happened, other ranks count on what is under way
@@ -107,15 +108,14 @@ class FactoredOptimizer(ObservedOptimizer):
         return loss
 
     def _clip(
-        self, work: "list[functional.Update | None]", shared: dict[int, distributed.Options], limit: float
+        self, statistics: "list[list[ops.Statistics] | None]", shared: dict[int, distributed.Options], limit: float
     ) -> Tensor | None:
         """What the gradients are to be multiplied by, of all groups' steps; None where there are none."""
         # A parameter whose gradient is not finite stays as it is where "skip" says so, and has no part in the norm.
         norms: dict[bool, list[Tensor]] = {False: [], True: []}
         skip = [group["nonfinite"] == "skip" for group in self.param_groups]
-        for skips, update in zip(skip, work, strict=True):
-            if update is not None:
-                norms[skips] += update.norms()
+        for skips, mine in zip(skip, statistics, strict=True):
+            norms[skips] += [found.norms for found in mine or ()]
         if self._sharded is not None:
             for group_index, norm in self._sharded.norms(shared):
                 norms[skip[group_index]].append(norm)
@@ -170,16 +170,17 @@ class FactoredOptimizer(ObservedOptimizer):
             options["lr"] = schedules.as_scalar("lr", options["lr"]) * lr_scale
         options.update(grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None))
         try:
-            if alone.bound is None or not alone.bound.holds([grad]):
+            step = None if alone.bound is None else alone.bound.prepare([grad], **options)
+            if step is None:
                 alone.bind(self, grad)
-            assert alone.bound is not None
-            update = alone.bound.prepare([grad], **options)
+                assert alone.bound is not None
+                step = alone.bound.prepare([grad], **options)
         except RuntimeError:
             ops.check_tensor(f"the gradient of {alone.where}", param.grad)  # the same complaint, with the place
             raise
-        assert update is not None  # it takes two to come apart
-        update(clip)
-        self._note(update, alone.group, [param], [grad])
+        assert step is not None  # it takes two to come apart
+        step.apply(clip)
+        self._note(step, alone.group, [param], [grad])
 
     def _alone_of(self, param: Tensor) -> "Alone":
         """Where the parameter is among the groups, for `step_param`."""
@@ -204,7 +205,7 @@ class FactoredOptimizer(ObservedOptimizer):
 
     def _prepare(
         self, group_index: int, group: dict[str, Any], grads: list[Any], seen: Seen
-    ) -> "functional.Update | None":
+    ) -> "functional.Step | None":
         """Checks a step of one group, on the parameters that have a gradient, and returns it, yet to be made."""
         params = seen.whole[group_index]
         present = list(map(is_not, grads, repeat(None)))
@@ -218,22 +219,22 @@ class FactoredOptimizer(ObservedOptimizer):
         options.update(grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None))
         try:
             bound = self._bound.get(group_index)
-            if bound is not None and bound[0] == present and bound[1].holds(grads):
-                update = bound[1].prepare(grads, **options)
-                if update is not None:
-                    return update
+            if bound is not None and bound[0] == present:
+                step = bound[1].prepare(grads, **options)
+                if step is not None:
+                    return step
             for i, param in enumerate(group["params"]):
                 if param.grad is not None:  # what moved may have left its state behind, and what was frozen has none
                     self._check_stepped(f"{type(self).__name__}: parameter {i} of group {group_index}", param, group)
                     self._sync_param(param, group)
             states = [self._local_state(param, group) for param in params]
             places = [self._place(param, group, seen.positions[param]) for param in params]
-            update = None
-            while update is None:  # unless another thread has counted a step in between
+            step = None
+            while step is None:  # unless another thread has counted a step in between
                 functional_group = self._bind(group, list(map(layout.local, params)), grads, states, places)
                 self._bound[group_index] = present, functional_group
-                update = functional_group.prepare(grads, **options)
-            return update
+                step = functional_group.prepare(grads, **options)
+            return step
         except RuntimeError:
             for index, param in enumerate(group["params"]):
                 if param.grad is not None:  # the same complaint, with the place that the user knows

@@ -79,15 +79,13 @@ class ObservedOptimizer(StatefulOptimizer):
                     return found
         return None
 
-    def _note(
-        self, update: "functional.Update", group: Mapping[str, Any], params: list[Tensor], grads: list[Any]
-    ) -> None:
+    def _note(self, step: "functional.Step", group: Mapping[str, Any], params: list[Tensor], grads: list[Any]) -> None:
         """Keeps what a watched step has told; ``grads`` as the parameters', None where there was none."""
         if not group["watch"]:
             return
         batch = group["batch_dims"]
         there = [(param, grad) for param, grad in zip(params, grads, strict=True) if grad is not None]
-        for places, numbers in update.watched():
+        for places, numbers in step.watched():
             mine = there if places is None else [there[place] for place in places]
             rows = numbers.split([param.shape[:batch].numel() for param, _ in mine])
             for (param, grad), row in zip(mine, rows, strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import Parameter, is_lazy
 from torch.optim import Optimizer
 
-from .. import backends, ops, rounding
+from .. import backends, ops, rounding, spec
 from ..distributed import layout
 from . import options
 
@@ -36,7 +36,7 @@ COMMON_RULES: dict[str, options.Rule] = {
     "amp_scaling": options.flag,
     "watch": options.flag,
     "max_grad_norm": options.number(0.0, open_low=True, none="no clipping by the norm"),
-    "backend": options.choice(*backends.NAMES),
+    "backend": lambda name, value: options.choice(*backends.names())(name, value),
 }
 #: options that an optimizer pickled by an earlier version does not have, and what it did
 _ADDED = {
@@ -347,7 +347,7 @@ class StatefulOptimizer(Optimizer):
                     f"a step is decided on the host. Leave {name}=False."
                 )
         if needs_others(param, group):
-            for op in ops.PART_OPS[self._algorithm]:
+            for op in spec.ALGORITHMS[self._algorithm].shard_ops:
                 backends.resolve(group["backend"], param.device, op)
 
     def _sync_state(self) -> None:

@@ -1,0 +1,94 @@
+"""What the extension is told of tensors, by its arguments' names: addresses, sizes, strides and codes of types."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rounding import Place
+from ..spec import COLS, MASTER_LOW, ROWS, SIGNS, Op
+
+Tensors = Sequence[Tensor]
+
+#: The codes of csrc/math/storage.h.
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_DTYPE = attrgetter("dtype")
+
+
+def addresses(tensors: Iterable[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def numels(tensors: Iterable[Tensor]) -> list[int]:
+    return list(map(Tensor.numel, tensors))
+
+
+def codes(tensors: Tensors) -> int | list[int]:
+    """One code where all tensors have one type, else one code each."""
+    dtypes = list(map(_DTYPE, tensors))
+    if dtypes and dtypes.count(dtypes[0]) == len(dtypes):
+        return CODES[dtypes[0]]
+    return [CODES[dtype] for dtype in dtypes]
+
+
+def strides(tensors: Iterable[Tensor]) -> list[tuple[int, ...] | None]:
+    return [None if tensor.is_contiguous() else tensor.stride() for tensor in tensors]
+
+
+def resolved(grads: Tensors) -> tuple[Tensors, dict[str, Any]]:
+    """Gradients that are no views that negate, which the caller holds while the extension reads, and their strides,
+    where there are any."""
+    if all(map(Tensor.is_contiguous, grads)):
+        return grads, {}
+    grads = [grad.resolve_neg() for grad in grads]
+    return grads, {"grad_strides": strides(grads)}
+
+
+def of_grads(grads: Tensors, grad_strides: dict[str, Any], shapes: bool = False) -> dict[str, Any]:
+    """Strides need shapes, a parameter's (``shapes``) as well as a gradient's."""
+    found = {"grads": addresses(grads), "grad_dtypes": codes(grads)} | grad_strides
+    if grad_strides or shapes:
+        found["shapes"] = [tuple(grad.shape) for grad in grads]
+    return found
+
+
+def of_params(params: Tensors) -> dict[str, Any]:
+    found: dict[str, Any] = {"params": addresses(params), "numels": numels(params), "param_dtypes": codes(params)}
+    if not all(map(Tensor.is_contiguous, params)):
+        found["param_strides"] = strides(params)
+    return found
+
+
+def of_lists(op: Op, lists: Mapping[str, Tensors], counts: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """An op's lists, None for those that it goes without, the sizes of its matrices, and how sign bits lie."""
+    found: dict[str, Any] = {
+        operand.name: addresses(lists[operand.name]) if operand.name in lists else None for operand in op.operands
+    }
+    for size in (ROWS, COLS) if op.updates else (ROWS,):
+        one = next((operand.name for operand in op.operands if operand.size == size and operand.name in lists), None)
+        if one is not None:
+            found[size] = numels(lists[one])
+    for operand in op.operands:
+        if operand.size == SIGNS:
+            signs = lists.get(operand.name)
+            found["sign_bytes"] = None if signs is None else numels(signs)
+            found["sign_slices"] = None if signs is None else [sign.shape[0] for sign in signs]
+    for name, entries in counts.items():
+        found[f"whole_{name}" if name in (ROWS, COLS) else name] = entries
+    return found
+
+
+def low_pieces(lists: Mapping[str, Tensors]) -> Tensors | None:
+    """The lower pieces of master weights; None where there are none."""
+    return lists.get(MASTER_LOW.name)
+
+
+def of_places(places: Sequence[Place]) -> dict[str, Any]:
+    """Where random bits come from, as the C++ kernels take it."""
+    found: dict[str, Any] = {"positions": [place.position for place in places]}
+    found["place_firsts"] = [place.first for place in places]
+    if any(place.strides is not None for place in places):
+        found["place_strides"] = [place.strides for place in places]
+    return found

@@ -1,0 +1,407 @@
+"""An op bound to tensors: checked once, then called with the gradients and numbers of every step."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, clipping, memory, spec
+from ..rounding import Place
+from ..schedules import Scalar
+from ..spec import MASTER_LOW, REQUIRED, WATCHED
+from .checks import (
+    FLOATING,
+    PARAM_DTYPES,
+    Tensors,
+    check_lists,
+    check_lows,
+    check_params,
+    check_places,
+    check_tensor,
+    choose,
+    names,
+)
+
+_LAYOUT, _DTYPE, _DEVICE, _SHAPE = (attrgetter(name) for name in ("layout", "dtype", "device", "shape"))
+_IS_CPU = attrgetter("is_cpu")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one step brings, checked. Other threads may step the same parameters, so it is kept apart from them.
+
+    Attributes:
+        call: the backend's, which may be the reference's where these gradients have no memory that kernels can read;
+            None where there are no parameters.
+        grads: one for each parameter.
+        numbers: of the op by name; ``seed`` and ``step`` where bits are drawn, ``watched`` where that is given.
+        scaling: of ``grad_scale`` and ``found_inf`` what is given.
+        negated: whether gradients may be views that negate, which must be copied before memory is read.
+    """
+
+    call: Callable[..., None] | None
+    grads: list[Tensor]
+    nonfinite: Tensor | None
+    numbers: Mapping[str, Any]
+    scaling: Mapping[str, Tensor]
+    negated: bool = False
+
+    @property
+    def unscales(self) -> bool:
+        """Whether gradients are multiplied as they are read, and stay as they are."""
+        return getattr(self.call, "unscales", False)
+
+    def readable(self, grads: list[Tensor]) -> list[Tensor]:
+        return memory.materialized(grads) if self.negated else grads
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a first read of the gradients gives, for the step to go on from.
+
+    Attributes:
+        norms: of the gradients once they are unscaled: [parameters], float32 (float64 for float64 gradients).
+        grads: the gradients; with ``sums`` of a backend that does not unscale, divided by the scale.
+        sums: the backend's, where it takes them in this read.
+    """
+
+    norms: Tensor
+    grads: list[Tensor]
+    sums: backends.Statistics | None = None
+
+
+class OpCall:
+    """An op with the parameters and lists that it updates, found right once; `prepare` checks what a step brings,
+    `statistics` reads the gradients for their norms, and `apply` makes the step, with statistics or without.
+
+    To look at every state of many small tensors anew in every step would cost more than the step. What a step must
+    know is whether a tensor lies where it lay.
+
+    Args:
+        op: name of the op (`hfac.spec.OPS`).
+        params: the parameters; gradients, of an op that updates none.
+        lists: the op's lists by name, without those that it goes without, and ``master_lows`` where there are any.
+        counts: the op's ``counts`` by name.
+        places: where random bits come from. A step then brings ``seed`` and ``step``.
+        backend: "auto", or one by name (`hfac.backends`).
+        captured: a list to which the op adds its own memory that a CUDA graph reads in every replay, when a step is
+            captured; it must live as long as the graph. None: it lives as long as this op.
+
+    Raises:
+        ValueError, RuntimeError: as every op, see `hfac.ops`.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        params: Tensors,
+        lists: Mapping[str, Tensors],
+        *,
+        counts: Mapping[str, Sequence[Any]] | None = None,
+        places: Sequence[Place] | None = None,
+        backend: str = "auto",
+        captured: list[Any] | None = None,
+    ) -> None:
+        self.op = spec.OPS[op]
+        self._params, self._backend, self._stochastic = list(params), backend, places is not None
+        self._counts = {} if counts is None else counts
+        self._places = None if places is None else list(places)
+        self._may_lack_first = self.op.without_first
+        self._first = not self._may_lack_first or any(o.moment == 1 and o.name in lists for o in self.op.operands)
+        self._lists = {name: self._checked(name, lists.get(name)) for name in self._needed(lists)}
+        self._call: Callable[..., None] | None = None
+        if not self._params:
+            return
+        self.device = self._params[0].device
+        self._on_cpu = self.device.type == "cpu"
+        check_params(self._params, "params" if self.op.updates else "grads", self.op.updates)
+        check_lists(self.op, self._params, self._lists, self._counts)
+        lows = self._lists.get(MASTER_LOW.name)
+        if lows is not None:
+            check_lows(self._params, lows)
+        if self._places is not None:
+            check_places(self._params, self._places)
+        reason = self._why_no_kernel()
+        kernels = choose(backend, self.device, reason, self.op)
+        self._reads_memory = getattr(kernels, "READS_MEMORY", True)
+        self._call = self._bind(kernels)
+        if captured is not None and hasattr(self._call, "captured"):
+            self._call.captured = captured
+        self._shapes = list(map(_SHAPE, self._params))
+        if not self.op.shard:
+            self._address = Tensor.data_ptr if reason is None else memory.address
+            self._layout = whereabouts(self._params, self._lists.values(), self._address)
+
+    def _why_no_kernel(self) -> str | None:
+        """Why memory cannot be read and written as it lies, as a clause; None where it can."""
+        if not self.op.shard:
+            return memory.reason({"params": self._params, **self._lists})
+        # Bound anew in every step; what shards' sums are added to is the caller's own.
+        if memory.plain(self._params) and not memory.bypassed():
+            return None
+        return memory.reason({"params" if self.op.updates else "grads": self._params}, negated=not self.op.updates)
+
+    def _needed(self, lists: Mapping[str, Tensors]) -> list[str]:
+        """The lists that the op cannot go without, and of others those that are given."""
+        given = {name for name, tensors in lists.items() if tensors is not None}
+        optional = {operand.name for operand in self.op.operands if operand.optional}
+        if optional & given:
+            optional = set()
+        needed = [o.name for o in self.op.operands if o.name not in optional and (self._first or o.moment != 1)]
+        return [*needed, *(name for name in lists if name == MASTER_LOW.name and name in given)]
+
+    def _checked(self, name: str, entries: Sequence[Any] | None) -> list[Any]:
+        if entries is None:
+            raise ValueError(f"{name} is required by {self.op.name}{' unless beta1 is None' * self._may_lack_first}")
+        if len(entries) != len(self._params):
+            raise ValueError(f"{name} must have one entry per parameter ({len(self._params)}), got {len(entries)}")
+        return list(entries)
+
+    def _bind(self, kernels: Any) -> Callable[..., None]:
+        return kernels.bind(self.op, self._params, self._lists, self._counts, self._places)
+
+    def workspace_bytes(self) -> int:
+        """Bytes on the device that the backend keeps from step to step."""
+        return getattr(self._call, "workspace_bytes", lambda: 0)()
+
+    def capturing(self) -> bool:
+        """Whether a CUDA graph is being captured, in whose replays what is launched now will run."""
+        if hasattr(self._call, "capturing"):
+            return self._call.capturing()
+        return self._call is not None and self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def tensors(self) -> list[Tensor]:
+        """The states that a step reads and writes."""
+        return [tensor for tensors in self._lists.values() for tensor in tensors]
+
+    def holds(self) -> bool:
+        """Parameters and states have the places, shapes and types that they had."""
+        if self._call is None:
+            return True
+        try:
+            return whereabouts(self._params, self._lists.values(), self._address) == self._layout
+        except RuntimeError:  # something has no memory any more
+            return False
+
+    def prepare(
+        self,
+        grads: Tensors,
+        nonfinite: Tensor | None = None,
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        seed: int = 0,
+        step: Scalar = 0.0,
+        watched: Tensor | None = None,
+        **numbers: Any,
+    ) -> Inputs:
+        """Checks what a step brings.
+
+        ``seed`` and ``step`` are read where the op has places. ``grad_scale`` and ``found_inf`` are what
+        `torch.amp.GradScaler` hands to an optimizer that unscales gradients itself: float32 tensors of one element.
+        Gradients are divided by the one, and nothing is written where the other is not zero.
+        """
+        if len(grads) != len(self._params):
+            raise ValueError(f"grads must have one entry per parameter ({len(self._params)}), got {len(grads)}")
+        for number in self.op.numbers:
+            if number.name not in numbers:
+                if number.default is REQUIRED:
+                    raise TypeError(f"{self.op.name} requires {number.name}")
+                numbers[number.name] = number.default
+        if self._may_lack_first and (numbers["beta1"] is not None) != self._first:
+            raise ValueError("states of the first moment are required by SMMF exactly where beta1 is not None")
+        scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
+        scaling = {name: tensor for name, tensor in scaling.items() if tensor is not None}
+        grads, call, negated = list(grads), self._call, False
+        if call is None:
+            return Inputs(None, grads, nonfinite, numbers, scaling)
+        self._check_grads(grads)
+        self._check_given(len(grads), nonfinite, watched, scaling)
+        if self._stochastic:
+            numbers.update(seed=seed, step=step)
+        if watched is not None:
+            numbers["watched"] = watched
+        unscales = getattr(call, "unscales", False)
+        # The C++ kernels' backend sees by a null address which gradients are zeros without memory.
+        zeros = (unscales or self.op.shard) and any(map(Tensor._is_zerotensor, grads))
+        if self._reads_memory and (zeros or memory.bypassed() or not memory.plain(grads)):
+            grads = memory.without_zerotensors(grads)
+            reason = memory.reason({"grads": grads}, negated=True)
+            if reason is not None:
+                call = self._bind(choose(self._backend, self.device, reason, self.op))
+            elif unscales or self.op.shard:
+                grads = memory.materialized(grads)
+            else:
+                negated = True  # they may have to be multiplied in place first
+        return Inputs(call, grads, nonfinite, numbers, scaling, negated)
+
+    def statistics(self, inputs: Inputs) -> Statistics:
+        """The gradients' norms. H-Fac's kernels take them from the step's first read of the gradients, from which the
+        step then goes on; for everything else gradients are read for their norms."""
+        call = inputs.call
+        if call is None:
+            return Statistics(torch.zeros(0, dtype=torch.float32, device="cpu"), inputs.grads)
+        take = getattr(call, "statistics", None)
+        grads = None if take is None else _unscaled(inputs)
+        if take is None or grads is None:
+            norms, scale = torch.stack(clipping.norms(inputs.grads)), inputs.scaling.get("grad_scale")
+            return Statistics(norms if scale is None else norms / scale, inputs.grads)
+        scaling = inputs.scaling if inputs.unscales else {}
+        sums = take(inputs.readable(grads), inputs.nonfinite, **scaling, **inputs.numbers)
+        double = any(grad.dtype == torch.float64 for grad in grads)
+        return Statistics(sums.squares.sqrt().to(torch.float64 if double else torch.float32), grads, sums)
+
+    def check_capture(self, inputs: Inputs, statistics: Statistics | None = None) -> None:
+        """Of a step in a CUDA graph that is being captured: that it can be part of it.
+
+        Raises:
+            RuntimeError: it needs memory on the host, which cannot be allocated then; nothing has been written.
+        """
+        check = getattr(inputs.call, "check_capture", None)
+        if check is not None and (statistics is None or statistics.sums is None):  # else that has been checked
+            check(inputs.grads, inputs.nonfinite, inputs.numbers.get("clip_threshold"))
+
+    def apply(self, inputs: Inputs, statistics: Statistics | None = None, clip: Tensor | None = None) -> None:
+        """Makes the step, once. ``statistics`` are those of the same inputs; ``clip``, a 0-d float32 or float64 tensor,
+        is what the gradients are multiplied by.
+
+        Backends that unscale multiply and divide gradients as they read them, and write none. For others gradients are
+        multiplied in place, as `torch.nn.utils.clip_grad_norm_` and the scaler would do it, and what decides is read on
+        the host.
+        """
+        call = inputs.call
+        if call is None:
+            return
+        more: dict[str, Any] = {}
+        if clip is not None:
+            clip = clip.to(self.device)
+        sums = None if statistics is None or clip is None else statistics.sums
+        if inputs.unscales:
+            if sums is not None and clip is not None:
+                more = {"clip": clip.to(torch.float32), "statistics": sums}
+            more |= _divided(inputs.scaling, clip)
+            call(inputs.grads, inputs.nonfinite, **more, **inputs.numbers)
+            return
+        grads = _unscaled(inputs) if statistics is None or statistics.sums is None else statistics.grads
+        if grads is None:  # found_inf forbids the step
+            if inputs.nonfinite is not None:
+                inputs.nonfinite.zero_()
+            return
+        if clip is not None:
+            grads = clipping.scaled(grads, clip)
+            if sums is not None and clip.item() == 1:
+                more = {"statistics": sums}
+        call(inputs.readable(grads), inputs.nonfinite, **more, **inputs.numbers)
+
+    def _check_given(
+        self, count: int, nonfinite: Tensor | None, watched: Tensor | None, scaling: Mapping[str, Tensor]
+    ) -> None:
+        if watched is not None and (
+            watched.shape != (count, WATCHED)
+            or watched.dtype != torch.float64
+            or watched.device != self.device
+            or not watched.is_contiguous()
+        ):
+            raise ValueError(
+                f"watched must be a contiguous float64 tensor of shape ({count}, {WATCHED}) on {self.device}, got "
+                f"{watched.dtype} {tuple(watched.shape)} on {watched.device}"
+            )
+        if nonfinite is not None and (
+            nonfinite.shape != (count,) or nonfinite.dtype != torch.int32 or nonfinite.device != self.device
+        ):
+            raise ValueError(
+                f"nonfinite must be an int32 tensor of shape ({count},) on {self.device}, got {nonfinite.dtype} "
+                f"{tuple(nonfinite.shape)} on {nonfinite.device}"
+            )
+        for name, tensor in scaling.items():
+            if tensor.numel() != 1 or tensor.dtype != torch.float32 or tensor.device != self.device:
+                raise ValueError(
+                    f"{name} must be one float32 on {self.device}, as torch.amp.GradScaler passes it, got "
+                    f"{tensor.numel()} of {tensor.dtype} on {tensor.device}"
+                )
+
+    def _check_grads(self, grads: Tensors) -> None:
+        if (
+            list(map(_SHAPE, grads)) == self._shapes
+            and list(map(_LAYOUT, grads)).count(torch.strided) == len(grads)
+            and FLOATING.issuperset(map(_DTYPE, grads))
+            and (all(map(_IS_CPU, grads)) if self._on_cpu else {self.device}.issuperset(map(_DEVICE, grads)))
+        ):
+            return
+        for i, (param, grad) in enumerate(zip(self._params, grads, strict=True)):
+            check_tensor(f"grads[{i}]", grad)
+            if grad.dtype not in PARAM_DTYPES:
+                raise ValueError(f"grads[{i}] must be one of {names(PARAM_DTYPES)}, got {grad.dtype}")
+            if grad.shape != param.shape:
+                raise ValueError(
+                    f"grads[{i}] must have its parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}"
+                )
+            if grad.device != self.device:
+                raise RuntimeError(
+                    f"params[{i}] is on {param.device} and grads[{i}] on {grad.device}, expected both on {self.device}"
+                )
+
+
+def run(op: str, params: Tensors | None, grads: Tensors, nonfinite: Tensor | None = None, **arguments: Any) -> None:
+    """Makes one call of an op on tensors that are not the same in every step, as shards are not.
+
+    Args:
+        params: None for an op that updates none.
+        arguments: the op's lists, counts, vectors and numbers by name (`hfac.spec.OPS`), how parameters are stored
+            (``master_lows``, ``places``, ``seed``, ``step``), and ``backend``.
+    """
+    described = spec.OPS[op]
+    bound: dict[str, Any] = {name: arguments.pop(name) for name in ("places", "backend") if name in arguments}
+    lists = {o.name: arguments.pop(o.name) for o in (*described.operands, MASTER_LOW) if o.name in arguments}
+    lists = {name: tensors for name, tensors in lists.items() if tensors is not None}
+    if params is None:
+        if any(map(Tensor._is_zerotensor, grads)):
+            grads = memory.without_zerotensors(grads)
+        params = grads
+    counts = {name: arguments.pop(name) for name in described.counts}
+    for name, entries in (counts | {name: arguments.get(name) for name in described.vectors}).items():
+        if entries is None or len(entries) != len(params):
+            count = "none" if entries is None else len(entries)
+            raise ValueError(f"{name} must have one entry per parameter ({len(params)}), got {count}")
+    call = OpCall(op, params, lists, counts=counts, **bound)
+    call.apply(call.prepare(grads, nonfinite, **arguments))
+
+
+def _unscaled(inputs: Inputs) -> list[Tensor] | None:
+    """The gradients divided by the scale, in place, unless the backend does that as it reads them; None where found_inf
+    forbids the step."""
+    scale, found_inf = inputs.scaling.get("grad_scale"), inputs.scaling.get("found_inf")
+    if inputs.unscales:
+        return inputs.grads
+    if found_inf is not None and found_inf.item():
+        return None
+    if scale is None:
+        return inputs.grads
+    grads = memory.without_zerotensors(inputs.grads)
+    if inputs.negated:  # torch takes no lists of tensors that negate
+        for grad in grads:
+            grad.div_(scale)
+    else:
+        torch._foreach_div_(grads, scale)
+    return grads
+
+
+def _divided(scaling: Mapping[str, Tensor], clip: Tensor | None) -> dict[str, Tensor]:
+    """What kernels that unscale are told: they divide gradients by ``grad_scale``."""
+    found = dict(scaling)
+    if clip is not None:
+        scale = scaling.get("grad_scale")
+        divisor = clip.reciprocal() if scale is None else scale.reshape(()) / clip
+        found["grad_scale"] = divisor.to(torch.float32)
+    return found
+
+
+def whereabouts(
+    params: Tensors, states: Iterable[Tensors], address: Callable[[Tensor], int] = Tensor.data_ptr
+) -> list[list[Any]]:
+    """Of parameters all that ``p.data = ...`` can change; states are contiguous, and only move."""
+    found = [list(map(get, params)) for get in (address, _DTYPE, _SHAPE, Tensor.stride)]
+    return found + [list(map(address, tensors)) for tensors in states]
