@@ -304,7 +304,7 @@ def stand_in(backend: str) -> Iterator[Device]:
                 ours |= {name: tensor for name, tensor in more.items() if tensor is not None}
                 numbers = [
                     *self.items.flatten().tolist(),
-                    *(self.grad_table if self.source is None else self.source).flatten().tolist(),
+                    *(self.grad_table if self.staged.source is None else self.staged.source).flatten().tolist(),
                 ]
                 blocks = device.named([*numbers, self.layouts.data_ptr()])
                 places, tiles = device.placed(ours), device.placed(given[1])

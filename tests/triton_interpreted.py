@@ -278,7 +278,9 @@ def test_rounding_is_the_definition(how, dtype, low):
         assert item.stochastic == getattr(table, how).value
     numbers = torch.tensor(found.numbers)
     record = found.filled(torch.tensor([item.record()]), 0, numbers.data_ptr())
-    scalars = torch.tensor(records.scalar_values({"seed": seed, "step": float(t)}, 1), dtype=torch.float64)
+    scalars = torch.tensor(
+        records.scalar_values(records.scalars_of({"step": float(t)}, True), seed, 1), dtype=torch.float64
+    )
     back = values.clone()
     HOW = getattr(table, how).value
     rounded[(1,)](back, drawn, out, lows, scalars, record, 1024, plan.TYPES[dtype], HOW, low)

@@ -187,10 +187,8 @@ def hfac_add_squares(tiles, items, squares):
 
 
 @triton.jit
-def column_sums(record, k, in_cols, T: tl.constexpr):
+def column_sums(record, n, row_tiles, k, in_cols, T: tl.constexpr):
     """Sums of g, g^2 and g^2 / r over columns, from those of their tiles."""
-    n = tl.load(record + COLS)
-    row_tiles = tl.load(record + ROW_TILES).to(tl.int32)
     sums = pointer(record, SPACE_COLS, T)
     sum_g = partial_sums(sums, 3 * n, row_tiles, k, in_cols, T)
     square = partial_sums(sums + n, 3 * n, row_tiles, k, in_cols, T)
@@ -270,6 +268,7 @@ def hfac_fold(
             return
     m = tl.load(record + ROWS)
     n = tl.load(record + COLS)
+    row_tiles = tl.load(record + ROW_TILES).to(tl.int32)
     b1, rest1, b2, rest2 = decays(scalars, item, T)
     k = index * CHUNK + tl.arange(0, CHUNK)
 
@@ -279,12 +278,11 @@ def hfac_fold(
     fold_rows(record, k, in_rows, sum_g, n, r, b1, rest1, T, NEGATE)
 
     in_cols = k < n
-    sum_g, square, ratio = column_sums(record, k, in_cols, T)
+    sum_g, square, ratio = column_sums(record, n, row_tiles, k, in_cols, T)
     old = tl.load(pointer(record, SECOND_COL, T) + k, in_cols, 1.0)
     s = average(b2, old, rest2, square + (m.to(tl.float64) * tl.load(scalars + EPS)).to(T))
     fold_cols(record, k, in_cols, sum_g, m, s, b1, rest1, T, NEGATE)
     if WATCH:
-        row_tiles = tl.load(record + ROW_TILES).to(tl.int32)
         counts_at = pointer(record, SPACE_COLS, T) + row_tiles * 3 * n
         counts = tl.load(counts_at + k, k < row_tiles, 0.0)  # there are no more tiles than rows
         watch(watched, item, ZERO_ROWS, tl.sum(counts, 0))
@@ -339,8 +337,10 @@ def hfac_shard_cols(tiles, items, T: tl.constexpr):
     """The columns' sums of shards, from those of their tiles."""
     _, record, index = program(tiles, items)
     k = index * CHUNK + tl.arange(0, CHUNK)
-    in_cols = k < tl.load(record + COLS)
-    sum_g, square, ratio = column_sums(record, k, in_cols, T)
+    n = tl.load(record + COLS)
+    row_tiles = tl.load(record + ROW_TILES).to(tl.int32)
+    in_cols = k < n
+    sum_g, square, ratio = column_sums(record, n, row_tiles, k, in_cols, T)
     tl.store(pointer(record, SUM_COL, T) + k, sum_g, in_cols)
     tl.store(pointer(record, NEW_COL, T) + k, square, in_cols)
     tl.store(pointer(record, RATIO_COL, T) + k, ratio, in_cols)

@@ -191,44 +191,51 @@ def _items(
     return found
 
 
-def is_each(value: Any) -> bool:
+def scalars_of(numbers: Mapping[str, Any], on_host: bool) -> list[Any]:
+    """Numbers of a step in the order of `table.SCALARS`; 0 where the op has none. ``on_host``: those of tensors, where
+    they are to be had without waiting for a device."""
+    found = map(numbers.get, table.SCALARS)
+    return [0.0 if x is None else x if x.__class__ is float else _plain(x, on_host) for x in found]
+
+
+def _plain(value: Any, on_host: bool) -> Any:
+    return value.tolist() if on_host and isinstance(value, Tensor) and value.is_cpu else value
+
+
+def _is_each(value: Any) -> bool:
     """Whether a scalar is one for each parameter."""
     return isinstance(value, list) or (isinstance(value, Tensor) and value.ndim == 1)
 
 
-def on_host(value: Any) -> Any:
-    """A number, or numbers, where they are to be had without waiting for a device."""
-    return value.tolist() if isinstance(value, Tensor) and value.is_cpu else value
-
-
-def scalar_values(numbers: Mapping[str, Any], count: int) -> list[float]:
-    """Scalars of a step as they lie in device memory; 0 where a tensor on the device has them. ``count``: records."""
-    shared = [_number(numbers.get(name)) for name in table.SHARED_SCALARS]
-    own = [numbers.get(name) for name in table.OWN_SCALARS]
-    each = any(map(is_each, own))
-    seed = numbers.get("seed") or 0
-    values = [*shared, float(each), float(seed & 0xFFFFFFFF), float(seed >> 32), 1.0, 1.0, *map(_number, own), 0.0]
+def scalar_values(scalars: Sequence[Any], seed: int, count: int) -> list[float]:
+    """Scalars of a step (`scalars_of`) as they lie in device memory; 0 where a tensor on the device has them.
+    ``count``: records."""
+    shared = [0.0 if isinstance(value, (list, Tensor)) else value for value in scalars]
+    own = scalars[table.SHARED :]
+    each = any([_is_each(value) for value in own if value.__class__ is not float])
+    values = [*shared[: table.SHARED], float(each), float(seed & 0xFFFFFFFF), float(seed >> 32), 1.0, 1.0]
+    values += [*shared[table.SHARED :], 0.0]
     if each:
-        columns = [value if isinstance(value, list) else [_number(value)] * count for value in own]
+        columns = [
+            value if isinstance(value, list) else [at] * count for value, at in zip(own, values[_OWN:], strict=False)
+        ]
         values += [x for mine in zip(*columns, strict=True) for x in (*mine, 0.0)]
     return values
 
 
-def _number(value: Any) -> float:
-    return 0.0 if value is None or isinstance(value, (list, Tensor)) else value
-
-
-def copy_scalars(scalars: Tensor, numbers: Mapping[str, Any], fill: bool = False) -> None:
+def copy_scalars(to: Tensor, scalars: Sequence[Any], fill: bool = False) -> None:
     """Puts the values of tensors in their places, which are not read here. ``fill``: those of numbers, too, where each
     parameter has its own."""
-    for at, name in enumerate(table.SHARED_SCALARS):
-        if isinstance(numbers.get(name), Tensor):
-            scalars[at].copy_(numbers[name].reshape(()))
-    own = [numbers.get(name) for name in table.OWN_SCALARS]
-    each = any(map(is_each, own))
-    for at, value in enumerate(own):
+    if all([value.__class__ is float for value in scalars]):
+        return
+    shared, own = scalars[: table.SHARED], scalars[table.SHARED :]
+    for at, value in enumerate(shared):
         if isinstance(value, Tensor):
-            to = scalars[_OWN + table.OWNED.value + at :: table.OWNED.value] if each else scalars[_OWN + at]
-            to.copy_(value if each else value.reshape(()))
+            to[at].copy_(value.reshape(()))
+    each = any(map(_is_each, own))
+    for at, value in enumerate(own):
+        of_each = to[_OWN + table.OWNED.value + at :: table.OWNED.value]
+        if isinstance(value, Tensor):
+            (of_each if each else to[_OWN + at]).copy_(value if each else value.reshape(()))
         elif each and fill:
-            scalars[_OWN + table.OWNED.value + at :: table.OWNED.value].fill_(_number(value))
+            of_each.fill_(value)

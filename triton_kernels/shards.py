@@ -15,7 +15,7 @@ from torch.autograd.graph import increment_version
 from .. import spec
 from . import platform, table
 from .plan import KEY, Item, Plan, make_plan
-from .records import BitOffset, Records, Tensors, copy_scalars, on_host, scalar_values
+from .records import BitOffset, Records, Tensors, copy_scalars, scalar_values, scalars_of
 from .step import Launcher, has_first, options_of, tile_tables
 
 #: What steps on shards never ask of kernels.
@@ -75,15 +75,15 @@ class _Room(Launcher):
         self.workspace = torch.empty(max(plan.workspace, 16), dtype=torch.uint8, device=device)
         self.flags = torch.empty(1, dtype=torch.int32, device=device)  # of steps that skip nothing, unread
         of = [item.owner for item in records.items]
-        numbers = {name: on_host(value) for name, value in numbers.items()}
-        numbers |= {name: _of_records(numbers.get(name), of) for name in table.OWN_SCALARS}
-        values = scalar_values(numbers, len(of))
+        scalars = scalars_of(numbers, on_host=True)
+        scalars[table.SHARED :] = [_of_records(value, of) for value in scalars[table.SHARED :]]
+        values = scalar_values(scalars, numbers.get("seed") or 0, len(of))
 
         # Each table begins at a multiple of 16 bytes, for which Triton compiles.
         sizes = [size + size % 2 for size in (made.numel(), 2 * len(of), len(values), len(records.numbers))]
         tables = torch.empty(sum(sizes), dtype=torch.int64, device=device)
-        self.items, self.grad_table, scalars, layouts = tables.split(sizes)
-        self.scalars = scalars.view(torch.float64)[: len(values)]
+        self.items, self.grad_table, room, layouts = tables.split(sizes)
+        self.scalars = room.view(torch.float64)[: len(values)]
         base = layouts.data_ptr()
         grads = [x for address, start in records.grads for x in (address, base + 8 * start)]
         host = platform.host_memory(device, sum(sizes))
@@ -99,7 +99,7 @@ class _Room(Launcher):
         ):
             to[: len(values_)] = values_
         tables.copy_(host, non_blocking=True)
-        copy_scalars(self.scalars, numbers)
+        copy_scalars(self.scalars, scalars)
 
 
 @lru_cache(maxsize=32)

@@ -6,6 +6,7 @@ parameters' size. Numbers of a step (learning rate, decays, ...) are values in d
 
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version  # tells autograd of writes that it cannot see
 
 from .. import spec
+from ..staging import Staged, refused
 from . import platform, table
 from .plan import Launch, Plan, compile_options, make_plan
-from .records import BitOffset, Records, Tensors, copy_scalars, on_host, scalar_values
+from .records import BitOffset, Records, Tensors, copy_scalars, scalar_values, scalars_of
 
 _DTYPE = attrgetter("dtype")
 
@@ -83,9 +85,7 @@ class Room(Launcher):
         self.stream = platform.stream_of(self.device)  # of the last step
         self._known: tuple[Any, ...] | None = None
         self._addresses: list[int] = []
-        self.source: Tensor | None = None  # on the host: what replays copy to grad_table, and no step has yet
-        self._frozen: Tensor | None = None  # a grad_table that is in a graph
-        self._spare: Tensor | None = None  # on the host, for the grad_table of the next graph
+        self.staged = Staged(self.device, torch.int64, partial(platform.host_memory, self.device))  # grad_table
 
     def check_capture(self, grads: Tensors) -> None:
         """That a step with these gradients can be part of the graph that is being captured.
@@ -98,7 +98,7 @@ class Room(Launcher):
             raise refused("this is the first step on these tensors")
         if self._known != (dtypes, strides, _aligned(grads, addresses, strides)):
             raise refused("its gradients are not of the types and layouts that the last step found")
-        if addresses != self._addresses and self._spare is None:
+        if addresses != self._addresses and not self.staged.can_be_captured(2 * len(grads)):
             raise refused("its gradients are not where the last step found them")
 
     def memory(self) -> list[Tensor]:
@@ -120,25 +120,14 @@ class Room(Launcher):
                 self._known = None
                 self._make(grads)
                 self._known = known
-            rows = [x for pair in zip(addresses, self._grad_layouts, strict=True) for x in pair]
-            if capturing:  # no memory on the host can be pinned during a capture
-                host, self._spare = self._spare, None
-                assert host is not None
-            else:
-                host = platform.host_memory(self.device, len(rows))
-            host.copy_(torch.tensor(rows, dtype=torch.int64, device="cpu"))
-            # What is copied in replays of a graph is not there for other steps, and must stay as it is.
-            if capturing or self.grad_table is self._frozen:
-                self.grad_table = torch.empty_like(self.grad_table)
-            self._addresses, self.source = addresses, host
-        if self.source is not None:
-            self.grad_table.copy_(self.source, non_blocking=True)
-        if capturing:
-            self._frozen = self.grad_table
+            self.grad_table = self.staged.bring(2 * len(grads), partial(self._write, addresses), capturing)
+            self._addresses = addresses
         else:
-            self.source = None
-            if self._spare is None:
-                self._spare = platform.host_memory(self.device, 2 * len(grads))
+            self.grad_table = self.staged.bring(2 * len(grads), None, capturing)
+
+    def _write(self, addresses: list[int], host: Tensor) -> None:
+        rows = [x for pair in zip(addresses, self._grad_layouts, strict=True) for x in pair]
+        host.copy_(torch.tensor(rows, dtype=torch.int64, device="cpu"))
 
     def _make(self, grads: Tensors) -> None:
         records = Records(self._op, self._params, grads, self._lists, {}, self._offsets)
@@ -151,21 +140,27 @@ class Room(Launcher):
         self._grad_layouts = [base + 8 * start for _, start in records.grads]
         self.tiles = tile_tables(self.plan.launches, self.device)
         self.square_tiles = tile_tables(self.plan.squares, self.device)
-        self.grad_table = torch.empty(2 * len(grads), dtype=torch.int64, device=self.device)
-        self._spare = None
 
     def set_scalars(self, numbers: Mapping[str, Any], capturing: bool) -> None:
         """Values to device memory. A tensor's value is copied on its device and never read here."""
+        scalars = scalars_of(numbers, on_host=not capturing)
+        seed = numbers.get("seed") or 0
         if capturing:  # a graph would copy from memory that has been given away since
-            for at, value in enumerate(scalar_values(numbers, 0)):
+            for at, value in enumerate(scalar_values(scalars, seed, 0)):
                 self.scalars[at].fill_(value)
         else:
-            numbers = {name: on_host(value) for name, value in numbers.items()}
-            values = scalar_values(numbers, len(self._params))
+            values = scalar_values(scalars, seed, len(self._params))
             host = platform.host_memory(self.device, len(values), torch.float64)
             host.copy_(torch.tensor(values, dtype=torch.float64, device="cpu"))
             self.scalars[: len(values)].copy_(host, non_blocking=True)
-        copy_scalars(self.scalars, numbers, fill=capturing)
+        copy_scalars(self.scalars, scalars, fill=capturing)
+
+    def scale(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Brings what a GradScaler says."""
+        if grad_scale is not None:
+            self.scalars[table.GRAD_SCALE.value].copy_(grad_scale.reshape(()))
+        if found_inf is not None:
+            self.flags.add_(found_inf.reshape(()) != 0)
 
 
 class Statistics:
@@ -255,23 +250,26 @@ class Bound:
                 ``found_inf``, float32 tensors of one element on the device: gradients are divided by the one, and where
                 the other is not zero every parameter keeps its value.
         """
+        scale, found_inf = numbers.get("grad_scale"), numbers.get("found_inf")
+        skip = nonfinite is not None or found_inf is not None
         with self._lock, platform.current(self.device):
             room = None if statistics is None or clip is None else statistics.take_room()
             if room is None or statistics is None or clip is None:
-                room, copies = self._open(grads, nonfinite, numbers)
+                room, copies = self._open(grads, skip, numbers)
                 again = False
             else:
                 copies = statistics.grads
                 again = watched is None or statistics.counted
-                self._resume(room, nonfinite, clip, numbers)
+                self._resume(room, skip, clip)
             try:
                 if watched is not None:
                     as_it_is = watched.is_contiguous() and watched.data_ptr() % 16 == 0
                     contiguous = torch.contiguous_format
                     room.watched = watched if as_it_is else torch.zeros_like(watched, memory_format=contiguous)
-                options = self._options(room, nonfinite, watched, again, numbers)
+                room.scale(scale, found_inf)
+                options = self._options(numbers, skip, nonfinite is not None, again, watched is not None)
                 room.run(room.plan.launches, room.tiles, options)
-                self._close(room, nonfinite, numbers, copies)
+                self._close(room, nonfinite, found_inf, copies)
                 if watched is not None and room.watched is not watched:
                     watched.add_(room.watched)
             finally:
@@ -284,15 +282,18 @@ class Bound:
     ) -> Statistics:
         """The statistics of the step that a call with these arguments would make. ``nonfinite`` is filled as by a step.
         ``watched`` is not written; with it, a step that is watched need not take the statistics again."""
+        scale, found_inf = numbers.get("grad_scale"), numbers.get("found_inf")
+        skip = nonfinite is not None or found_inf is not None
         with self._lock, platform.current(self.device):
-            room, copies = self._open(grads, nonfinite, numbers)
+            room, copies = self._open(grads, skip, numbers)
             room.squares = torch.zeros(len(self._params), dtype=torch.float64, device=self.device)
             found = Statistics(self._rooms, room, room.squares, copies, watched is not None)
-            options = self._options(room, nonfinite, watched, False, numbers)
+            room.scale(scale, found_inf)
+            options = self._options(numbers, skip, nonfinite is not None, False, watched is not None)
             count = room.plan.statistics
             room.run(room.plan.launches[:count], room.tiles[:count], options)
             room.run(room.plan.squares, room.square_tiles, options)
-            self._close(room, nonfinite, numbers, copies)
+            self._close(room, nonfinite, found_inf, copies)
         return found
 
     def capturing(self) -> bool:
@@ -309,7 +310,7 @@ class Bound:
         """Bytes of partial sums that are kept from step to step; 0 before the first."""
         return sum(room.workspace.numel() for room in self._rooms if room.workspace is not None)
 
-    def _open(self, grads: Tensors, nonfinite: Tensor | None, numbers: Mapping[str, Any]) -> tuple[Room, Tensors]:
+    def _open(self, grads: Tensors, skip: bool, numbers: Mapping[str, Any]) -> tuple[Room, Tensors]:
         """A room with all that the launches of a step read, and copies of the gradients, where some negate."""
         capturing = self.capturing()
         copies = _resolved(grads)
@@ -321,51 +322,34 @@ class Bound:
                 self._follow(room)
             room.locate(copies or grads, capturing)
             room.set_scalars(numbers, capturing)
-            if nonfinite is not None or numbers.get("found_inf") is not None:
+            if skip:
                 room.flags.zero_()
         except BaseException:
             self._rooms.append(room)
             raise
         return room, copies
 
-    def _resume(self, room: Room, nonfinite: Tensor | None, clip: Tensor, numbers: Mapping[str, Any]) -> None:
+    def _resume(self, room: Room, skip: bool, clip: Tensor) -> None:
         """Everything is there but the coefficient."""
         if not self.capturing():
             self._follow(room)
         room.scalars[table.COEFFICIENT.value].copy_(clip)
-        if nonfinite is not None or numbers.get("found_inf") is not None:
+        if skip:
             room.flags.mul_(clip == 1)
 
-    def _options(
-        self,
-        room: Room,
-        nonfinite: Tensor | None,
-        watched: Tensor | None,
-        again: bool,
-        numbers: Mapping[str, Any],
-    ) -> dict[str, bool]:
-        """What kernels are compiled for; brings GradScaler's tensors to the room."""
-        scale, found_inf = numbers.get("grad_scale"), numbers.get("found_inf")
-        if scale is not None:
-            room.scalars[table.GRAD_SCALE.value].copy_(scale.reshape(()))
-        if found_inf is not None:
-            room.flags.add_(found_inf.reshape(()) != 0)
-        return options_of(numbers, self._first) | {
-            "SKIP": nonfinite is not None or found_inf is not None,
-            "LOOK": nonfinite is not None,
-            "SCALED": scale is not None,
-            "AGAIN": again,
-            "WATCH": watched is not None,
-        }
+    def _options(self, numbers: Mapping[str, Any], skip: bool, look: bool, again: bool, watch: bool) -> dict[str, bool]:
+        """What kernels are compiled for."""
+        scaled = numbers.get("grad_scale") is not None
+        more = {"SKIP": skip, "LOOK": look, "SCALED": scaled, "AGAIN": again, "WATCH": watch}
+        return options_of(numbers, self._first) | more
 
-    def _close(self, room: Room, nonfinite: Tensor | None, numbers: Mapping[str, Any], copies: Tensors) -> None:
+    def _close(self, room: Room, nonfinite: Tensor | None, found_inf: Tensor | None, copies: Tensors) -> None:
         """Says which gradients are not finite: none where found_inf has said it of all. What has been launched for a
         graph stays."""
         if nonfinite is not None:
-            found_inf = numbers.get("found_inf")
             nonfinite.copy_(room.flags if found_inf is None else room.flags * (found_inf.reshape(()) == 0))
         if self.capturing():
-            self.captured += [*room.memory(), room.source, room.squares, room.watched, copies]
+            self.captured += [*room.memory(), room.staged.source, room.squares, room.watched, copies]
 
     def _follow(self, room: Room) -> None:
         """Goes on on the current stream: after what the last one was given, and with memory that is not handed out
@@ -393,15 +377,6 @@ def options_of(numbers: Mapping[str, Any], first: bool) -> dict[str, bool]:
         "NEGATE": numbers.get("maximize", False),
         "CLIPPED": numbers.get("clip_threshold") is not None,
     }
-
-
-def refused(why: str) -> RuntimeError:
-    return RuntimeError(
-        f"a step cannot be part of the CUDA graph that is being captured: {why}, and what it needs on the host cannot "
-        "be allocated during a capture. Take one step outside of graphs first, with gradients of the same types for "
-        "the same parameters and with the same options. It serves one graph, or any number whose gradients lie where "
-        "it found them."
-    )
 
 
 def _resolved(grads: Tensors) -> list[Tensor]:

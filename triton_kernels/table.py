@@ -80,8 +80,9 @@ GRAD_SCALE = tl.constexpr(7)  # gradients are divided by it
 COEFFICIENT = tl.constexpr(8)  # gradients are multiplied by it, to clip the norm of all of them
 OWN = tl.constexpr(9)
 OWNED = tl.constexpr(4)  # a power of two; the last is unused
-SHARED_SCALARS = ("lr", "weight_decay", "eps", "clip_threshold")
-OWN_SCALARS = ("beta1", "beta2", "step")
+#: In this order; the first so many are the same for all parameters.
+SCALARS = ("lr", "weight_decay", "eps", "clip_threshold", "beta1", "beta2", "step")
+SHARED = 4
 
 #: Types of the kernels' pointer arguments, by name: int32 [programs, 2], the parameter and the index of the tile; int64
 #: [parameters, FIELDS]; int64 [parameters, 2], each gradient's address and that of its layout; scalars; int32

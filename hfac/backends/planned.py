@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..staging import Staged, refused
 from . import addresses
 from .statistics import Statistics
 
@@ -45,11 +46,8 @@ class Planned:
 
     def __init__(self, platform: Platform, device: torch.device, step: Any, shapes: list[tuple[int, ...]]) -> None:
         self.platform, self.device, self.step, self.shapes = platform, device, step, shapes
-        self.table: Tensor | None = None
+        self.staged = Staged(device, torch.uint8, platform.host_table)
         self.stale = True  # the table is not the plan's
-        self.source: Tensor | None = None  # on the host: what replays of a graph copy to the table, and no step has yet
-        self.frozen: Tensor | None = None  # a table that is in a graph
-        self.spare: Tensor | None = None  # on the host, for the table of the next graph
         self.counters: Tensor | None = None
         self.workspace: Tensor | None = None  # None while statistics have it
         self.squares: Tensor | None = None  # likewise
@@ -125,7 +123,12 @@ class Planned:
         if nonfinite is not None and flags is not None and flags is not nonfinite:
             nonfinite.copy_(flags)
         if capturing:
-            captured += [self.table, self.source, workspace, self.counters, *memory.values(), *kept, *copies]
+            captured += [self.table, self.staged.source, workspace, self.counters]
+            captured += [*memory.values(), *kept, *copies]
+
+    @property
+    def table(self) -> Tensor | None:
+        return self.staged.table
 
     def workspace_bytes(self) -> int:
         """Bytes on the device that are kept from step to step: partial sums, and the table."""
@@ -147,7 +150,7 @@ class Planned:
             nonfinite=nonfinite is not None,
         )
         if changed:  # until the table is written, whatever may fail before
-            self.stale, self.source = True, None
+            self.stale = True
         return grads
 
     def check_room(self) -> None:
@@ -157,10 +160,9 @@ class Planned:
             RuntimeError: memory on the host is needed.
         """
         if self.counters is None:
-            raise RuntimeError(_refused("this is the first step on these tensors"))
-        if self.stale and (self.spare is None or self.spare.numel() < self.step.table_bytes):
-            why = "its gradients are not where the last step found them, or not of the same kind"
-            raise RuntimeError(_refused(why))
+            raise refused("this is the first step on these tensors")
+        if self.stale and not self.staged.can_be_captured(self.step.table_bytes):
+            raise refused("its gradients are not where the last step found them, or not of the same kind")
 
     def _follow(self, stream: Any, *more: Tensor | None) -> None:
         """Goes on on another stream: after what the last one was given, and with memory that is not handed out again
@@ -173,30 +175,11 @@ class Planned:
 
     def _bring(self, capturing: bool) -> None:
         """The plan's table to the device, where it is not there, and counters."""
-        nbytes = max(self.step.table_bytes, 1)
-        if self.stale:
-            if capturing:  # no memory on the host can be pinned during a capture
-                host, self.spare = self.spare, None
-                assert host is not None
-            else:
-                host = self.platform.host_table(nbytes)
-            self.step.write_table(host.data_ptr())
-            # What is copied in replays of a graph is not there for other steps, and must stay as it is.
-            frozen = capturing or self.table is self.frozen
-            if self.table is None or frozen or self.table.numel() < nbytes:
-                self.table = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-            self.stale, self.source = False, host
-        assert self.table is not None
-        if self.source is not None:
-            self.table[:nbytes].copy_(self.source[:nbytes], non_blocking=True)
-        if capturing:
-            self.frozen = self.table
-        else:
-            self.source = None
-            if self.spare is None or self.spare.numel() < nbytes:
-                self.spare = self.platform.host_table(nbytes)
-            if self.counters is None:
-                self.counters = torch.zeros(max(self.step.counter_bytes, 1), dtype=torch.uint8, device=self.device)
+        write = (lambda host: self.step.write_table(host.data_ptr())) if self.stale else None
+        self.staged.bring(max(self.step.table_bytes, 1), write, capturing)
+        self.stale = False
+        if self.counters is None and not capturing:
+            self.counters = torch.zeros(max(self.step.counter_bytes, 1), dtype=torch.uint8, device=self.device)
 
     def _room(self) -> Tensor:
         """The workspace of a launch, as large as the plan asks for."""
@@ -222,15 +205,6 @@ def address_of(value: Tensor) -> tuple[int, bool, int]:
 
 def _copies(grads: Tensors, read: Tensors) -> list[Tensor]:
     return [] if read is grads else [mine for mine, grad in zip(read, grads, strict=True) if mine is not grad]
-
-
-def _refused(why: str) -> str:
-    return (
-        f"a step cannot be part of the CUDA graph that is being captured: {why}, and what it needs on the host cannot "
-        "be allocated during a capture. Take one step outside of graphs first, with gradients of the same types for "
-        "the same parameters and with the same options. It serves one graph, or any number whose gradients lie where "
-        "it found them."
-    )
 
 
 def index_of(device: torch.device) -> int:
