@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 EMULATED := $(VENV)/.emulated
 
 .DEFAULT_GOAL := help
-.PHONY: help install compare test test-emulated cuda-check triton-check sanitize fuzz bench gpu-report gpu-objects plan doctor lint clean
+.PHONY: help install compare test test-all planted test-emulated cuda-check triton-check sanitize fuzz bench gpu-report gpu-objects plan doctor lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,21 +24,27 @@ install: $(INSTALLED) ## create .venv and install hfac with everything its comma
 compare: $(INSTALLED) ## train a byte-level GPT on real text with AdamW, Adafactor, HFac and SMMF; ends with a table
 	$(BIN)/hfac compare $(ARGS)
 
-test: $(EMULATED) ## run the tests, the CUDA kernels' among them (no GPU needed)
-	$(BIN)/python -m pytest -n auto $(ARGS)
+test: lint $(EMULATED) ## check style and run the tests, the CUDA kernels' among them (no GPU needed; 8 minutes on 2 cores)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+test-all: lint $(EMULATED) ## the same, and the tests that take too long for `make test` (25 minutes on 2 cores)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "" $(ARGS)
+
+planted: $(EMULATED) ## plant faults in a copy of this checkout and see whether `make test` notices (ARGS="clip sharded" chooses)
+	$(BIN)/python tests/tools/planted.py $(ARGS)
 
 test-emulated: $(EMULATED) ## run the CUDA kernels' tests on the host (no GPU needed)
-	$(BIN)/python -m pytest tests/test_cuda_emulated.py tests/test_cuda_device.py tests/test_cuda_sanitizers.py tests/test_cuda_plan.py $(ARGS)
+	$(BIN)/python -m pytest tests/backends/test_cuda_*.py $(ARGS)
 
 cuda-check: $(INSTALLED) ## compile the CUDA kernels and check registers, spills and accesses (needs nvcc, no GPU)
 	$(BIN)/python -m bench.launch_plan --write
 	$(BIN)/python -m bench.cuda_check $(ARGS)
 
 sanitize: $(INSTALLED) ## run the parity table on a build with AddressSanitizer and UndefinedBehaviorSanitizer
-	$(BIN)/python tests/sanitize.py $(ARGS)
+	$(BIN)/python tests/tools/sanitize.py $(ARGS)
 
 fuzz: $(INSTALLED) ## try random lists of tensors on every backend (HFAC_FUZZ_LISTS of them for each, 1000 if not set)
-	HFAC_FUZZ_LISTS=$${HFAC_FUZZ_LISTS:-1000} $(BIN)/python -m pytest -q tests/test_fuzz.py $(ARGS)
+	HFAC_FUZZ_LISTS=$${HFAC_FUZZ_LISTS:-1000} $(BIN)/python -m pytest -q tests/backends/test_fuzz.py $(ARGS)
 
 bench: $(INSTALLED) ## measure every op and whole steps against their rivals (ARGS="--quick --plot")
 	$(BIN)/python -m bench $(ARGS)
@@ -59,9 +65,10 @@ plan: $(INSTALLED) ## what memory each optimizer takes of a model (ARGS="llama-3
 doctor: $(INSTALLED) ## which backends are here, and why others are not
 	$(BIN)/hfac doctor
 
-lint: $(INSTALLED) ## check style with ruff
+lint: $(INSTALLED) ## check style with ruff and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(shell git ls-files csrc)
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build dist *.egg-info hfac/*.so hfac/_build_info.json

@@ -100,7 +100,7 @@ class Step:
 
 def python(mode: Mode, module: str, *arguments: str) -> list[str]:
     """The command that runs a module; in a dry run the device "cuda" is pretended."""
-    rehearsed = [str(ROOT / "tests" / "rehearsal.py")] if mode is DRY else []
+    rehearsed = [str(ROOT / "tests/helpers/rehearsal.py")] if mode is DRY else []
     return [sys.executable, *rehearsed, "-m", module, *arguments]
 
 
@@ -120,11 +120,11 @@ def steps(mode: Mode, folder: Path, arch: str, objects: Path) -> tuple[list[Step
     ordered = [
         *_build(mode, arch, objects if fresh else None),
         Step("first", "first steps", python(mode, "bench.first_steps"), FIRST),
-        *_tests(mode, "parity", "tests/test_gpu.py", ("parity", "graphs", "large")),
+        *_tests(mode, "parity", "tests/backends/test_gpu.py", ("parity", "graphs", "large")),
         Step("steps", "whole steps", _measure(mode, "first", "cuda"), MEASURED),
         _profile(mode, folder),
         *_sanitize(mode, folder, arch, driver),
-        *_tests(mode, "triton", "tests/test_gpu_triton.py", ("triton parity",)),
+        *_tests(mode, "triton", "tests/backends/test_gpu_triton.py", ("triton parity",)),
         Step("triton", "triton steps", _measure(mode, "first", "triton"), MEASURED, extension=False),
         Step("more", "more steps", _measure(mode, "more", "cuda"), MEASURED),
         Step("more", "options", _options(mode, folder), OPTIONS),

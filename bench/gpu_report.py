@@ -3,7 +3,7 @@
     python -m bench.gpu_report                 all parts
     python -m bench.gpu_report --quick         parts 1 to 4, with fewer rounds
     python -m bench.gpu_report --only 5,more   some of them: numbers or names
-    python -m bench.gpu_report --dry-run       all parts, tiny, without a GPU (tests/rehearsal.py): does it work?
+    python -m bench.gpu_report --dry-run       all parts, tiny, in tests/helpers/rehearsal.py's GPU: does it work?
 
 Every part is one process or several, each in a group of its own that is killed as a whole when its time is over. What a
 process has found is in the files before the next one begins; numbers and first steps are there a second after they were
@@ -20,7 +20,7 @@ later ones may use, each at most twice its own:
     1 build     versions of everything (the first import of torch)                   15      40        40
                 the build, all but the bindings compiled beforehand                  20      55        45
     2 first     one step of each optimizer and backend, beside the reference         10      20        15
-    3 parity    tests/test_gpu.py: parity, eight processes                           40      60        40
+    3 parity    tests/backends/test_gpu.py: parity, eight processes                  40      60        40
                 graphs and streams                                                   12      25
                 more than 2^31 elements                                              10      20
     4 steps     Llama-3-8B and GPT-2 in bfloat16, fused AdamW, a copy                28      45        30

@@ -15,8 +15,8 @@ _PART = re.compile(r"(?:(\d+)x\s+)?(\d+(?:x\d+)*)")
 
 
 def _load_cases() -> ModuleType:
-    """tests/cases.py by its path: other packages, too, install something importable as ``tests``."""
-    path = Path(__file__).parent.parent / "tests" / "cases.py"
+    """tests/helpers/cases.py by its path: other packages, too, install something importable as ``tests``."""
+    path = Path(__file__).parent.parent / "tests/helpers/cases.py"
     spec = importlib.util.spec_from_file_location("hfac_test_cases", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -27,9 +27,11 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "sharding-plan.md"
 WORLD = 64
 HEAD = """# What a sharded step sends and keeps
 
+This page answers: how many all-reduces does a sharded step make, of which size, and how much state does a rank keep?
+
 Written by `python -m bench.sharding --write`: Llama-3-8B (bfloat16 parameters) on 64 ranks, counted on the meta device
 from what a step does. Payload is the bytes of the buffers that are all-reduced in one step; state is what rank 0 keeps
-for its parts. For comparison: bfloat16 gradients are 16.1 GB a step, and AdamW's state in float32 is 1,004 MB a rank.
+for its shards. For comparison: bfloat16 gradients are 16.1 GB a step, and AdamW's state in float32 is 1,004 MB a rank.
 Nothing here has been timed.
 """
 Placements = Callable[[int, Shape], list[Any]]

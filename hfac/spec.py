@@ -74,6 +74,8 @@ class Op:
         matrix: how the parameter is seen as rows and columns: "cut" (`hfac.matricize.cut`: H-Fac), "square"
             (`hfac.matricize.square`: SMMF), or None: in any way whose rows times columns are its elements.
         updates: whether parameters are written; else the op only sums up gradients.
+        reads_twice: whether a step begins with a read of the gradients from whose sums their norms are known, so that a
+            backend may take these first (`hfac.ops.OpCall.statistics`).
         shard: whether the op takes shards, the pieces of parameters that one rank has.
         shard_vectors: ``vectors`` that may be given by name, where the parameters are shards.
     """
@@ -85,6 +87,7 @@ class Op:
     vectors: tuple[str, ...] = ()
     counts: tuple[str, ...] = ()
     updates: bool = True
+    reads_twice: bool = False
     shard: bool = False
     shard_vectors: tuple[str, ...] = ()
 
@@ -176,7 +179,7 @@ _SMMF = (
     _MAXIMIZE,
 )
 
-HFAC_STEP = Op("hfac_step_", (*_FIRST, *_SECOND), _HFAC, matrix="cut")
+HFAC_STEP = Op("hfac_step_", (*_FIRST, *_SECOND), _HFAC, matrix="cut", reads_twice=True)
 HFAC_DENSE_STEP = Op("hfac_dense_step_", _DENSE, _HFAC, shard_vectors=("mean_squares",))
 HFAC_SUMS = Op(
     "hfac_sums",

@@ -27,11 +27,11 @@ STATES = {op.name: tuple(state.name for state in op.states) for op in spec.OPS.v
 class Bound:
     """A backend's call, whose last statistics the step goes on from where it is given ``clip``."""
 
-    def __init__(self, call: Callable[..., None]) -> None:
-        self.call, self.found = call, None
+    def __init__(self, op: spec.Op, call: Callable[..., None]) -> None:
+        self.op, self.call, self.found = op, call, None
 
     def squares(self, *given: Any, **named: Any) -> Any:
-        if not hasattr(self.call, "statistics"):
+        if not self.op.reads_twice:
             return None
         self.found = self.call.statistics(*given, **named)
         return self.found.squares
@@ -47,7 +47,8 @@ class Bound:
 
 def bind(backend: Any, op: str, params: Any, lists: Any, places: Any = None) -> Bound:
     """A backend's call on whole parameters."""
-    return Bound(backend.bind(spec.OPS[f"{op.removesuffix('_')}_"], params, lists, {}, places))
+    found = spec.OPS[f"{op.removesuffix('_')}_"]
+    return Bound(found, backend.bind(found, params, lists, {}, places))
 
 
 def step(call: ops.OpCall, grads: Any, nonfinite: Any = None, **arguments: Any) -> None:

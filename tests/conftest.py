@@ -1,11 +1,25 @@
-"""The checkout's root is on the path, so that the tests also run without an installed package."""
+"""Where tests find their helpers, which tests `make test` leaves out, which begin first, and fixtures that several
+modules share."""
 
+import heapq
+import os
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parent.parent))
+# The workers of pytest-xdist fill the cores: with threads of its own, each would wait for the others. Tests of threads
+# set a number.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TESTS = Path(__file__).parent
+FOLDERS = ("helpers", "optim", "backends", "distributed", "tools")
+# Modules of tests import helpers, and some import each other, by their bare names, which are unique.
+sys.path[:0] = [str(TESTS / folder) for folder in FOLDERS]
+# bench/, and hfac itself in a checkout that is not installed; last, because an installed hfac is the one to test.
+sys.path.append(str(TESTS.parent))
 
 pytest.register_assert_rewrite("gpu_steps", "gpu_graphs")
 
@@ -14,8 +28,34 @@ pytest.register_assert_rewrite("gpu_steps", "gpu_graphs")
 LONG = ("test_parity_in_the_interpreter", "test_cuda_sanitizers", "test_sharded", "test_fsdp2_example", "test_dry_run")
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
+    tables = {}
+    for item in items:
+        if item.get_closest_marker("pairwise"):
+            tables.setdefault((item.path, item.originalname), []).append(item)
+    for table in tables.values():
+        for item in left_out(table, [item.callspec.params for item in table]):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: not any(name in item.nodeid for name in LONG))
+
+
+def left_out(items, params):
+    """Those of the items that can be left out while every two values of two parameters still meet in one: greedily, the
+    item with most pairs that are new is the next to stay. ``params``: of each item, values by name."""
+    pairs = [{(a, id(mine[a]), b, id(mine[b])) for a, b in combinations(sorted(mine), 2)} for mine in params]
+    queue, seen, rest = [(-len(new), i) for i, new in enumerate(pairs)], set(), []
+    heapq.heapify(queue)
+    while queue:
+        known, i = heapq.heappop(queue)
+        new = len(pairs[i] - seen)
+        if new == -known:
+            seen |= pairs[i]
+        elif new:
+            heapq.heappush(queue, (-new, i))
+        else:
+            rest.append(items[i])
+    return rest
 
 
 @pytest.fixture(scope="module")

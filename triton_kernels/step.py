@@ -202,7 +202,6 @@ class Bound:
     Attributes:
         captured: what a CUDA graph reads in every replay, and nobody may change or free. Only captures add to it;
             whoever keeps this replaces the list by one of its own, which then outlives it.
-        statistics: of an op that takes some, see `_statistics`.
     """
 
     #: The kernels divide by a GradScaler's scale and look at its found_inf themselves.
@@ -222,8 +221,6 @@ class Bound:
         self._lock = threading.Lock()
         self._stream = platform.stream_of(self.device)  # of the last step
         self.captured: list[Any] = []
-        if op is spec.HFAC_STEP:
-            self.statistics = self._statistics
 
     def __call__(
         self,
@@ -277,11 +274,12 @@ class Bound:
                 self._rooms.append(room)
         increment_version(self._params)
 
-    def _statistics(
+    def statistics(
         self, grads: Tensors, nonfinite: Tensor | None = None, *, watched: Tensor | None = None, **numbers: Any
     ) -> Statistics:
-        """The statistics of the step that a call with these arguments would make. ``nonfinite`` is filled as by a step.
-        ``watched`` is not written; with it, a step that is watched need not take the statistics again."""
+        """The statistics of the step that a call with these arguments would make, of an op that ``reads_twice``.
+        ``nonfinite`` is filled as by a step. ``watched`` is not written; with it, a step that is watched need not take
+        the statistics again."""
         scale, found_inf = numbers.get("grad_scale"), numbers.get("found_inf")
         skip = nonfinite is not None or found_inf is not None
         with self._lock, platform.current(self.device):

@@ -210,7 +210,8 @@ class Storing {
     }
     if (drawn) {
       const List positions(positions_, "positions", size_);
-      if (dtype != DType::kBFloat16 && dtype != DType::kFloat16) positions.bad(i, "of a parameter of more than 16 bits");
+      if (dtype != DType::kBFloat16 && dtype != DType::kFloat16)
+        positions.bad(i, "of a parameter of more than 16 bits");
       s.stochastic = true;
       s.key = {word(PerParameter(step_, "step", size_).number(i), "step", i),
                word(static_cast<double>(positions.integer(i)), "positions", i), seed_};
@@ -225,9 +226,10 @@ class Storing {
  private:
   py::object* slot(const std::string& name) {
     const std::pair<const char*, py::object*> slots[] = {
-        {"master_lows", &lows_},      {"low_bytes", &low_bytes_given_}, {"low_strides", &low_strides_},
-        {"positions", &positions_},   {"place_firsts", &firsts_},       {"place_strides", &strides_},
-        {"seed", &seed_given_},       {"step", &step_},
+        {"master_lows", &lows_},        {"low_bytes", &low_bytes_given_},
+        {"low_strides", &low_strides_}, {"positions", &positions_},
+        {"place_firsts", &firsts_},     {"place_strides", &strides_},
+        {"seed", &seed_given_},         {"step", &step_},
     };
     for (const auto& [known, to] : slots) {
       if (name == known) return to;

@@ -600,9 +600,10 @@ void define_cuda(py::module_& m) {
                   py::arg("places") = py::none());
 #endif
 #ifndef HFAC_EMULATED
-  m.def("cuda_info", &cuda_info,
-        "Whether CUDA was compiled in, for which architectures, and the devices by index, each with whether it is usable "
-        "and if not, why; why_not: why there is no device.");
+  m.def(
+      "cuda_info", &cuda_info,
+      "Whether CUDA was compiled in, for which architectures, and the devices by index, each with whether it is usable "
+      "and if not, why; why_not: why there is no device.");
   m.def("cuda_no_code_for", &no_code_for, py::kw_only(), py::arg("architectures"), py::arg("major"), py::arg("minor"),
         py::arg("driver_version"), py::arg("runtime_version"),
         "Why kernels compiled for these architectures do not run on a GPU of this compute capability; '' if they do.");

@@ -32,9 +32,9 @@ class Scratch {
   size_t size_[kSlots] = {};
 };
 
-// Memory for partial sums of the items under way, which are at most as many as threads: a block for each of the largest,
-// reserved before any thread writes. Taken by an item's first chunk, given back when it is finished, and used again by
-// the next.
+// Memory for partial sums of the items under way, which are at most as many as threads: a block for each of the
+// largest, reserved before any thread writes. Taken by an item's first chunk, given back when it is finished, and used
+// again by the next.
 class Workspace {
  public:
   Workspace() = default;

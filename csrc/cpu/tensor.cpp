@@ -158,8 +158,7 @@ void scatter_rounded(const TensorRef& to, int64_t first, int64_t count, const fl
   Bits room;
   each_piece(first, count, [&](int64_t at, int64_t some, int64_t done) {
     const uint16_t* bits = draw(*to.stored, at, some, room);
-    spread(to.data, to.strided, at, some, static_cast<S*>(high),
-           [&](S* h) { round(values + done, bits, some, h); });
+    spread(to.data, to.strided, at, some, static_cast<S*>(high), [&](S* h) { round(values + done, bits, some, h); });
   });
 }
 

@@ -4,8 +4,8 @@
 
 #include <vector>
 
-#include "../math/rounding.h"
 #include "../math/roots.h"
+#include "../math/rounding.h"
 #include "driver.h"
 
 namespace hfac {
@@ -83,8 +83,7 @@ inline void watch_change(const TensorRef&, const double* old, const void* now, i
   watch_run(old, static_cast<const double*>(now), count, [](double x) { return x; }, watched);
 }
 
-inline void watch_change(const TensorRef& param, const float* old, const void* fresh, int64_t count,
-                         Watched& watched) {
+inline void watch_change(const TensorRef& param, const float* old, const void* fresh, int64_t count, Watched& watched) {
   const float* now = static_cast<const float*>(fresh);
   if (param.stored && param.stored->low_bytes == 1) {
     watch_run(old, now, count, common::nearest_of_24_bits, watched);

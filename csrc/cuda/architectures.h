@@ -24,7 +24,9 @@ inline std::vector<std::string> split_architectures(const std::string& list) {
 // has them, 12040 for 12.4. Returns "" or why not, as a clause, and what to do.
 inline std::string no_code_for(const std::vector<std::string>& architectures, int major, int minor, int driver,
                                int runtime) {
-  const auto version = [](int number) { return std::to_string(number / 1000) + '.' + std::to_string(number % 1000 / 10); };
+  const auto version = [](int number) {
+    return std::to_string(number / 1000) + '.' + std::to_string(number % 1000 / 10);
+  };
   const std::string capability = std::to_string(major) + std::to_string(minor);
   std::string all;
   bool old_driver = false;
@@ -35,7 +37,7 @@ inline std::string no_code_for(const std::vector<std::string>& architectures, in
     const int number = std::atoi(name.c_str() + digits), its_major = number / 10, its_minor = number % 10;
     const char kind = name.back();
     const bool same_major = its_major == major && its_minor <= minor;
-    const bool fits = kind == 'a' ? number == 10 * major + minor
+    const bool fits = kind == 'a'           ? number == 10 * major + minor
                       : kind == 'f' || !ptx ? same_major
                                             : number <= 10 * major + minor;
     if (fits && (!ptx || driver >= runtime)) return "";

@@ -97,9 +97,7 @@ HFAC_DEVICE bool skipped(const Arguments& a) { return a.found_inf && *a.found_in
 HFAC_DEVICE bool unclipped(const Arguments& a) { return a.clip && *a.clip == 1.0f; }
 HFAC_DEVICE bool refused(const Arguments& a, const Item& it) { return a.nonfinite && a.nonfinite[it.index]; }
 
-HFAC_DEVICE Tile tile_of(const Arguments& a) {
-  return a.tiles[a.backward ? gridDim.x - 1 - blockIdx.x : blockIdx.x];
-}
+HFAC_DEVICE Tile tile_of(const Arguments& a) { return a.tiles[a.backward ? gridDim.x - 1 - blockIdx.x : blockIdx.x]; }
 
 // The gradient as the step sees it: unscaled (torch's fused protocol) and of the right sign.
 template <class T>
@@ -107,9 +105,7 @@ struct Gradient {
   T scale;
   bool scaled, negate;
   HFAC_DEVICE explicit Gradient(const Arguments& a)
-      : scale(a.grad_scale ? static_cast<T>(*a.grad_scale) : T(1)),
-        scaled(a.grad_scale),
-        negate(a.scalars.maximize) {}
+      : scale(a.grad_scale ? static_cast<T>(*a.grad_scale) : T(1)), scaled(a.grad_scale), negate(a.scalars.maximize) {}
   HFAC_DEVICE void unscale(T (&g)[kVector]) const {
     if (scaled) {
 #pragma unroll

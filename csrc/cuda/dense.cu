@@ -167,8 +167,8 @@ __global__ void __launch_bounds__(kTileThreads) hfac_dense(Arguments a) {
   if (refuse_run(a, it, shared)) return;
   T clip = T(1);
   if (a.scalars.clip) {
-    clip = it.rows * it.cols > kRun ? *DenseSpace<T>(it, a.workspace).clip
-                                    : dense_clip(a, it, run_norm(a, it, 0, shared));
+    clip =
+        it.rows * it.cols > kRun ? *DenseSpace<T>(it, a.workspace).clip : dense_clip(a, it, run_norm(a, it, 0, shared));
   }
   const Gradient<T> gradient(a);
   const Decay<T> b1(a.scalars.beta1, it.index), b2(a.scalars.beta2, it.index);

@@ -1,8 +1,7 @@
-#include "device.h"
-
 #include <cuda_runtime.h>
 
 #include "architectures.h"
+#include "device.h"
 
 #ifndef HFAC_ARCHITECTURES
 #error "HFAC_ARCHITECTURES names what is compiled for, as in \"sm_90,compute_90\" (setup.py)"

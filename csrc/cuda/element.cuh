@@ -187,8 +187,7 @@ HFAC_DEVICE void load_any(const Operand& o, const int64_t* layouts, int64_t at, 
   }
 }
 
-HFAC_DEVICE void store_any(const Operand& o, const int64_t* layouts, int64_t at, int count,
-                           const float (&x)[kVector]) {
+HFAC_DEVICE void store_any(const Operand& o, const int64_t* layouts, int64_t at, int count, const float (&x)[kVector]) {
   const int64_t* layout = o.layout < 0 ? nullptr : layouts + o.layout;
   switch (static_cast<DType>(o.dtype)) {
     case DType::kBFloat16:
@@ -204,8 +203,8 @@ HFAC_DEVICE void store_any(const Operand& o, const int64_t* layouts, int64_t at,
   store_run<double, double>(o, o.layout < 0 ? nullptr : layouts + o.layout, at, count, x);
 }
 
-// SMMF's sign bits where threads of several blocks may own bits of one byte. A GPU has no atomic operation on a byte, so
-// bits are flipped in the aligned word of 4 bytes around them; where part of that word lies outside the tensor, the
+// SMMF's sign bits where threads of several blocks may own bits of one byte. A GPU has no atomic operation on a byte,
+// so bits are flipped in the aligned word of 4 bytes around them; where part of that word lies outside the tensor, the
 // flips are collected in a word of `edges`, which stands for it until `settle_signs` in the fold applies them.
 struct SharedSigns : Signs {
   const uint8_t* end;

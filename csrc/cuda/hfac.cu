@@ -132,8 +132,8 @@ struct Stats {
 // Keeps loads on their side: the columns' sums leave no registers for loads that the compiler would like to hoist.
 HFAC_DEVICE void keep_order() { asm volatile("" ::: "memory"); }
 
-// Rows of up to kVectors vectors per thread; the columns' sums stay in registers for the whole tile. Short rows are held
-// in registers between their own sums and their columns'; longer ones are read again while they are in L1.
+// Rows of up to kVectors vectors per thread; the columns' sums stay in registers for the whole tile. Short rows are
+// held in registers between their own sums and their columns'; longer ones are read again while they are in L1.
 template <class A, int kVectors>
 __global__ void __launch_bounds__(kVectors == 1 ? kStatsThreads : kLongThreads, 1) hfac_stats(Arguments a) {
   using T = typename A::T;
@@ -402,8 +402,7 @@ __global__ void __launch_bounds__(kTileThreads) hfac_fold(Arguments a) {
   if (watched) watched[kDirection] += total * norm;
   *space.scale = root(static_cast<T>(total));
   const double mean_square = total * norm / (static_cast<double>(m) * static_cast<double>(n));
-  *space.divisor =
-      a.scalars.clip ? clip_divisor(root(static_cast<T>(mean_square)), a.scalars.clip_threshold) : T(1);
+  *space.divisor = a.scalars.clip ? clip_divisor(root(static_cast<T>(mean_square)), a.scalars.clip_threshold) : T(1);
 }
 
 // The statistics of a part, for the other ranks: the end of `hfac_sums`.

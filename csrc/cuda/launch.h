@@ -42,8 +42,8 @@ using emulation::text_of;
 // cause it, and so does every call after them: the context is lost. Numbers are those of cudaError_t.
 inline bool of_what_ran(Status status) {
   const int code = static_cast<int>(status);
-  return code == 214 || code == 220 || code == 226 ||  // memory and NVLink: uncorrectable, contained
-         code == 700 || code == 702 || code == 710 ||  // illegal address, timeout, assert
+  return code == 214 || code == 220 || code == 226 ||    // memory and NVLink: uncorrectable, contained
+         code == 700 || code == 702 || code == 710 ||    // illegal address, timeout, assert
          (code >= 714 && code <= 719) || code == 721 ||  // stack, instruction, alignment, launch failure
          code == 999;
 }
@@ -99,8 +99,7 @@ void launch(const char* name, void (*kernel)(A...), int64_t blocks, int threads,
 }
 
 inline void clear(void* p, size_t bytes, void* stream) {
-  checked("clearing flags and counters",
-          [&] { cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(stream)); });
+  checked("clearing flags and counters", [&] { cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(stream)); });
 }
 #else
 class DeviceGuard {
@@ -111,7 +110,8 @@ class DeviceGuard {
 template <class... A>
 void launch(const char* name, void (*kernel)(A...), int64_t blocks, int threads, void*, A... arguments) {
   checked(name, [&] {
-    emulation::run_grid(name, static_cast<unsigned>(blocks), static_cast<unsigned>(threads), [&] { kernel(arguments...); });
+    emulation::run_grid(name, static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
+                        [&] { kernel(arguments...); });
   });
 }
 

@@ -1,6 +1,5 @@
-#include "launchers.h"
-
 #include "launch.h"
+#include "launchers.h"
 
 namespace hfac {
 

@@ -293,9 +293,7 @@ class Planner {
         [](const Item& it, Bytes& b) { b.grad += grad_bytes(it); });
   }
 
-  int64_t cache() const {
-    return static_cast<int64_t>(static_cast<double>(options_.l2_bytes) * options_.l2_share);
-  }
+  int64_t cache() const { return static_cast<int64_t>(static_cast<double>(options_.l2_bytes) * options_.l2_share); }
 
   // Gradients that fit the cache together are one group, in the list's order. Lists with few bytes get few groups, if
   // need be larger than the cache.
@@ -426,9 +424,7 @@ class Planner {
   }
 
   static int64_t chunks_of(const Item& it) { return fold_chunks(it); }
-  static int64_t partial(const Item& it) {
-    return state_bytes(it) * (3 * it.tiling.row_tiles * it.cols + 2 * it.rows);
-  }
+  static int64_t partial(const Item& it) { return state_bytes(it) * (3 * it.tiling.row_tiles * it.cols + 2 * it.rows); }
 
   void statistics(const Group& group) {
     emit(
@@ -516,9 +512,9 @@ std::vector<bool> assumed_bulk(const std::vector<Item>& items) {
 }
 
 const char* name_of(Kernel kernel) {
-  static const char* const names[] = {"look",       "smmf_tiles",   "smmf_fold", "smmf_sums_fold",
-                                      "hfac_stats", "hfac_collect", "hfac_fold", "hfac_sums_fold",
-                                      "hfac_apply_fold", "hfac_update", "dense_look", "hfac_dense", "smmf_dense"};
+  static const char* const names[] = {"look",         "smmf_tiles", "smmf_fold",      "smmf_sums_fold",  "hfac_stats",
+                                      "hfac_collect", "hfac_fold",  "hfac_sums_fold", "hfac_apply_fold", "hfac_update",
+                                      "dense_look",   "hfac_dense", "smmf_dense"};
   return names[static_cast<int>(kernel)];
 }
 

@@ -8,13 +8,9 @@
 namespace hfac {
 namespace {
 
-bool same(const Operand& a, const Operand& b) {
-  return a.data == b.data && a.dtype == b.dtype && a.layout == b.layout;
-}
+bool same(const Operand& a, const Operand& b) { return a.data == b.data && a.dtype == b.dtype && a.layout == b.layout; }
 
-bool on_parts(OpKind op) {
-  return op == OpKind::kHfacSums || op == OpKind::kHfacApply || op == OpKind::kSmmfSums;
-}
+bool on_parts(OpKind op) { return op == OpKind::kHfacSums || op == OpKind::kHfacApply || op == OpKind::kSmmfSums; }
 
 bool aligned(const void* p, uintptr_t bytes = 16) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
@@ -53,7 +49,8 @@ bool Step::bulk(const Item& it, const Part& part) const {
   const bool whole_bytes = !it.signs || it.slice % kVector == 0;
   const uintptr_t low_bytes = static_cast<Low>(it.store.low.dtype) == Low::kInt16 ? 16 : 8;
   return it.store.low.layout < 0 && aligned(it.store.low.data, low_bytes) && it.param.layout < 0 &&
-         it.grad.layout < 0 && aligned(it.param.data) && aligned(it.grad.data) && it.cols % kVector == 0 && part.first % kVector == 0 && part.stride % kVector == 0 && whole_bytes;
+         it.grad.layout < 0 && aligned(it.param.data) && aligned(it.grad.data) && it.cols % kVector == 0 &&
+         part.first % kVector == 0 && part.stride % kVector == 0 && whole_bytes;
 }
 
 bool Step::prepare(const std::vector<BoundGrad>& grads, bool clip, bool nonfinite) {

@@ -1,5 +1,5 @@
-// One op over one list of parameters, bound to their addresses: the plan, the table that the kernels read, the launches.
-// Holds no memory of the device: the caller gives it, and says when a table has been copied.
+// One op over one list of parameters, bound to their addresses: the plan, the table that the kernels read, the
+// launches. Holds no memory of the device: the caller gives it, and says when a table has been copied.
 #pragma once
 
 #include <cstddef>

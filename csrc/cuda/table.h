@@ -20,9 +20,9 @@ constexpr int kLongThreads = 256;
 constexpr int kStatsVectors = 7;
 constexpr int64_t kStatsNarrow = kStatsThreads * kVector;
 constexpr int64_t kStatsRegisters = kLongThreads * kVector * kStatsVectors;
-constexpr int kWideRows = 16;                      // rows that the path for longer rows reads twice at a time
-constexpr int kFoldChunk = kTileThreads;           // rows and columns of one block of a fold
-constexpr int64_t kRun = 4 * kTileCols;            // elements of a block of the dense ops
+constexpr int kWideRows = 16;             // rows that the path for longer rows reads twice at a time
+constexpr int kFoldChunk = kTileThreads;  // rows and columns of one block of a fold
+constexpr int64_t kRun = 4 * kTileCols;   // elements of a block of the dense ops
 // Of each item in `Arguments::counters`: blocks that are done, then two words for flips at the ends of its signs.
 constexpr int kCounters = 3;
 constexpr int kSignEdges = 1;
@@ -64,7 +64,7 @@ struct Item {
   int64_t partials;            // as `workspace`: tiles' sums, where they are collected; 0: they follow the rest
   int32_t index;               // in the caller's list
   int32_t counter;             // its first among the counters
-  Tiling tiling, update;  // of the first pass; of H-Fac's second
+  Tiling tiling, update;       // of the first pass; of H-Fac's second
   Store store;
 };
 
@@ -72,7 +72,8 @@ struct Item {
 // item is the part itself, SMMF's is one block of it (hfac.matricize.Block), and blocks of a part follow each other.
 struct Part {
   int64_t rows, cols;  // of the whole
-  // H-Fac: sums of G, then those of G^2, or the new r and s; for columns also those of G^2 / r. SMMF: sums of |M|, of V.
+  // H-Fac: sums of G, then those of G^2, or the new r and s; for columns also those of G^2 / r. SMMF: sums of |M|, of
+  // V.
   void *row[2], *col[3];
   int64_t first, stride, row_at, row_step, col_at;  // SMMF: the block's elements in the part; its place in the matrix
   int64_t blocks;                                   // SMMF: of the part, said by its first one; 0 in the others
@@ -122,7 +123,7 @@ struct Arguments {
   const float* clip;  // of a launch that has nothing to do where it is 1
   double* squares;    // [entries] sums of squares, where the launch is to write them
   double* watched;    // [entries, kWatchedNumbers] what kernels add to, where a step is watched
-  int32_t backward;  // tiles from the last to the first
+  int32_t backward;   // tiles from the last to the first
   Scalars scalars;
 };
 
@@ -162,12 +163,12 @@ struct SmmfSpace {
 
 template <class T>
 struct HfacSpace {
-  double* norms;           // [chunks, 2] sum of r; sum of w_j / s_j
-  T *scale, *divisor;      // sqrt(R); what U is divided by
-  T *row_sum, *row_square; // [rows] sum of the gradient, then phi / 2; the new r
-  T *half_psi, *col_scale; // [cols]
-  T* collected;            // [3, cols] `cols` added up, where that outlasts its group; else null
-  T* cols;                 // [row_tiles, 3, cols] sums of g, g^2, g^2 / r_i
+  double* norms;            // [chunks, 2] sum of r; sum of w_j / s_j
+  T *scale, *divisor;       // sqrt(R); what U is divided by
+  T *row_sum, *row_square;  // [rows] sum of the gradient, then phi / 2; the new r
+  T *half_psi, *col_scale;  // [cols]
+  T* collected;             // [3, cols] `cols` added up, where that outlasts its group; else null
+  T* cols;                  // [row_tiles, 3, cols] sums of g, g^2, g^2 / r_i
   T* end;
   HFAC_HD HfacSpace(const Item& it, char* workspace) {
     norms = reinterpret_cast<double*>(workspace + it.workspace);

@@ -2,8 +2,8 @@
 // workspace is filled with NaN. Compiled for the host the kernels are emulated, each CUDA thread a std::thread; by nvcc
 // for the device they are what an optimizer launches. `python -m bench.device_driver` builds both.
 //
-// Each op runs twice, on the host in the reverse order of blocks the second time, and must give the same bits. It prints
-// a checksum of all parameters and states, which is the same on the host and on a GPU.
+// Each op runs twice, on the host in the reverse order of blocks the second time, and must give the same bits. It
+// prints a checksum of all parameters and states, which is the same on the host and on a GPU.
 //
 // Exit status: 0; 1 an error of CUDA; 2 there is no GPU; 3 numbers that are not finite, or other bits the second time.
 #include <cmath>
@@ -34,8 +34,8 @@ struct Matrix {
 // How a parameter is stored. From kBrain on to the nearest, for gradients of 16 bits.
 enum Way { kPlain, kDrawn, kSplit, kSplit8, kSplit8Drawn, kFloat16, kBrain, kHalf };
 
-// What is done wrong on purpose by the driver itself: "workspace" gives 4 bytes too few; "signs" says of signs that they
-// go on to the end of their last word, as if it could be written.
+// What is done wrong on purpose by the driver itself: "workspace" gives 4 bytes too few; "signs" says of signs that
+// they go on to the end of their last word, as if it could be written.
 std::string fault;
 
 // The same on every machine, to the bit: no function of the C library has a part in it.
@@ -65,9 +65,9 @@ class Arena {
     return put(values);
   }
   void parameter(BoundItem& item, int64_t count, int way) {
-    const DType dtype = way == kPlain                       ? DType::kFloat32
+    const DType dtype = way == kPlain                     ? DType::kFloat32
                         : way == kFloat16 || way == kHalf ? DType::kFloat16
-                                                            : DType::kBFloat16;
+                                                          : DType::kBFloat16;
     item.param = {numbers(count, 1.0f, dtype), dtype, nullptr};
     const auto size = static_cast<size_t>(count);
     if (way == kSplit) item.store.low = bytes(2 * size, 0x11);
@@ -203,7 +203,8 @@ Result run(OpKind op, const std::vector<Matrix>& matrices, const Options& how = 
     step.prepare(grads, true, flagged);
     Passing passing(step, counters);
     hfac::Given given;
-    if (flagged) given.nonfinite = reinterpret_cast<int32_t*>(passing.arena.bytes(items.size() * sizeof(int32_t), 0xff));
+    if (flagged)
+      given.nonfinite = reinterpret_cast<int32_t*>(passing.arena.bytes(items.size() * sizeof(int32_t), 0xff));
     if (how.norm) {
       unsigned char* const squares = passing.arena.bytes(items.size() * sizeof(double), 0xff);
       given.squares = reinterpret_cast<double*>(squares);
@@ -274,8 +275,8 @@ Result run_parts(OpKind op, int way = kPlain) {
       item.slice = count;
       item.slice_bytes = item.sign_bytes = (count + 7) / 8;
       item.signs = arena.bytes(static_cast<size_t>(item.sign_bytes), 0, p == 0 ? 1 : 0);
-      void *const row[2] = {arena.floats(rows, 1.0f), arena.floats(rows, 1.0f)};
-      void *const col[2] = {arena.floats(cols, 1.0f), arena.floats(cols, 1.0f)};
+      void* const row[2] = {arena.floats(rows, 1.0f), arena.floats(rows, 1.0f)};
+      void* const col[2] = {arena.floats(cols, 1.0f), arena.floats(cols, 1.0f)};
       for (size_t b = 0; b < parts[p].size(); ++b) {
         item.part = parts[p][b];
         item.rows = sizes[p][b].rows;
@@ -335,8 +336,8 @@ struct Case {
 std::vector<Case> cases() {
   const std::vector<Matrix> small = {{24, 16, 1}, {19, 17, 19}, {12, 12, 4}, {40, 264, 1}, {9, 8, 72}};
   // Each way with whole aligned vectors, then with neither.
-  const std::vector<Matrix> both = {{24, 16, 1}, {16, 16, 1}, {32, 24, 1}, {24, 8, 1}, {40, 16, 1},
-                                    {19, 17, 19}, {9, 9, 9},  {17, 9, 1},  {12, 9, 1}, {13, 9, 1}};
+  const std::vector<Matrix> both = {{24, 16, 1},  {16, 16, 1}, {32, 24, 1}, {24, 8, 1}, {40, 16, 1},
+                                    {19, 17, 19}, {9, 9, 9},   {17, 9, 1},  {12, 9, 1}, {13, 9, 1}};
   const std::vector<Matrix> vectors = {{24, 1, 1}, {8200, 1, 1}, {7, 1, 1}, {30, 1, 1}, {9, 1, 1}};
   Options stored, norm, stored_norm;
   stored.ways = stored_norm.ways = {kDrawn, kSplit, kSplit8, kSplit8Drawn, kFloat16};

@@ -63,8 +63,8 @@ const char* text_of(Status status);
 // An error for `take_error`, once that many more launches have been made.
 void inject_error(int code, const std::string& text, int64_t launches);
 
-// What is done wrong on purpose in every launch of `smmf_tiles`, to see that it is found: "barrier" leaves out the first
-// barrier of each block, "block" the last block. "" is nothing.
+// What is done wrong on purpose in every launch of `smmf_tiles`, to see that it is found: "barrier" leaves out the
+// first barrier of each block, "block" the last block. "" is nothing.
 void inject_fault(const std::string& fault);
 
 // Memory that kernels may touch, where any is named: `touches` ends the program (exit status 4) at an access outside

@@ -69,7 +69,8 @@ class Buffer {
 #endif
     release(base_);
   }
-  Buffer(Buffer&& other) noexcept : bytes_(other.bytes_), base_(std::exchange(other.base_, nullptr)), data_(other.data_) {}
+  Buffer(Buffer&& other) noexcept
+      : bytes_(other.bytes_), base_(std::exchange(other.base_, nullptr)), data_(other.data_) {}
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
 

@@ -13,8 +13,8 @@ and returns a call, (grads, nonfinite=None, **numbers) -> None, that computes wh
 `hfac.reference` does, for as long as the tensors lie where they lie. ``numbers`` are the op's numbers and vectors by
 name, where there are places ``seed`` and ``step``, and ``watched``. A call may have, besides,
 
-* ``statistics(grads, nonfinite, **numbers)``, which gives `Statistics`, and then takes them by that name together with
-  ``clip``, what gradients are multiplied by;
+* of an op that ``reads_twice``, ``statistics(grads, nonfinite, **numbers)``, which gives `Statistics`; it then takes
+  them by that name together with ``clip``, what gradients are multiplied by;
 * ``unscales`` True: it takes ``grad_scale`` and ``found_inf``, and multiplies gradients as it reads them;
 * ``workspace_bytes()``: what it keeps on the device from step to step;
 * where CUDA graphs can capture it, ``capturing()``, ``check_capture(grads, nonfinite, clip_threshold)``, which refuses

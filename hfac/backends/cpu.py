@@ -99,8 +99,6 @@ class CpuCall:
         if places is not None:
             self._operands |= addresses.of_places(places)
         self._shapes = not self._operands.keys().isdisjoint(("param_strides", "low_strides", "place_strides"))
-        if op.name == "hfac_step_":
-            self.statistics = self._statistics
 
     def __call__(
         self,
@@ -121,7 +119,7 @@ class CpuCall:
             increment_version(self._written)
         self._run(grads, nonfinite, numbers)
 
-    def _statistics(
+    def statistics(
         self, grads: Tensors, nonfinite: Tensor | None = None, *, watched: Tensor | None = None, **numbers: Any
     ) -> Statistics:
         """Of H-Fac's matrices: 2 numbers a row and 3 a column lie behind the sums of squares, in their memory.

@@ -25,7 +25,6 @@ Tensors = Sequence[Tensor]
 
 #: Codes of the kernels' Low (csrc/cuda/table.h).
 _LOWS = {torch.int16: 1, torch.int8: 2}
-_L2_BYTES: dict[int, int] = {}
 
 
 def why_not(device: torch.device) -> str | None:
@@ -63,15 +62,18 @@ def _unserved(native: Any, index: int) -> str | None:
 class Cuda:
     """The GPU, through torch's allocators and streams."""
 
+    def __init__(self) -> None:
+        self._l2_bytes: dict[int, int] = {}
+
     @property
     def native(self) -> Any:
         return cpu._C
 
     def l2_bytes(self, device: torch.device) -> int:
         index = index_of(device)
-        if index not in _L2_BYTES:
-            _L2_BYTES[index] = getattr(torch.cuda.get_device_properties(index), "L2_cache_size", 0)
-        return _L2_BYTES[index]
+        if index not in self._l2_bytes:
+            self._l2_bytes[index] = getattr(torch.cuda.get_device_properties(index), "L2_cache_size", 0)
+        return self._l2_bytes[index]
 
     def stream(self, device: torch.device) -> torch.cuda.Stream:
         return torch.cuda.current_stream(device)
@@ -113,8 +115,7 @@ class CudaCall:
         lists: Mapping[str, Tensors],
         places: Sequence[Place] | None = None,
     ) -> None:
-        self.op, self.params = op, list(params)
-        self._kept = {name: list(tensors) for name, tensors in lists.items()}  # as long as their addresses
+        self.params = list(params)
         told, found = addresses.of_params(params), addresses.of_lists(op, lists, {})
         arguments = {
             "op": op.name.removesuffix("_"),
@@ -146,8 +147,6 @@ class CudaCall:
         #: of H-Fac's matrices: a plan whose statistics are taken before the norm of all gradients is known. Where all
         #: steps clip, the plain plan takes no memory.
         self._split: Planned | None = None
-        if op.name == "hfac_step_":
-            self.statistics = self._statistics
 
     def __call__(
         self,
@@ -169,7 +168,7 @@ class CudaCall:
                 assert self._split is not None
                 self._split.launch(grads, nonfinite, self.captured, statistics=statistics, clip=clip, **numbers)
 
-    def _statistics(self, grads: Tensors, nonfinite: Tensor | None = None, **numbers: Any) -> Statistics:
+    def statistics(self, grads: Tensors, nonfinite: Tensor | None = None, **numbers: Any) -> Statistics:
         """Of the step that the same arguments would make: for every gradient, divided by ``grad_scale``, the sum of its
         squares, 0 for what is empty, NaN where ``found_inf`` is not zero; squares are float32, so their sums may be
         inf. ``nonfinite`` is set as the step sets it."""

@@ -115,7 +115,8 @@ class Planned:
             workspace=workspace.data_ptr(),
             counters=self.counters.data_ptr(),
             coupled=coupled,
-            **{"clip_threshold": None} | {name: self._scalar(value, kept) for name, value in numbers.items()},
+            **{"clip_threshold": None, "maximize": False}
+            | {name: self._scalar(value, kept) for name, value in numbers.items()},
             **{name: 0 if tensor is None else tensor.data_ptr() for name, tensor in memory.items()},
             device=index_of(self.device),
             stream=getattr(stream, "cuda_stream", stream),

@@ -1,4 +1,4 @@
-"""The `hfac` command line: a table of sub-commands, each one a module with the same three names."""
+"""The `hfac` command line: a table of sub-commands, each a module that defines HELP, add_arguments and run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMMANDS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """One that does not take a help text for written when it was not."""
+    """A parser that reports when help could not be written to standard output, instead of ignoring the error."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if file is not None and file is sys.stdout:
@@ -46,10 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status. Nothing that goes wrong ends in a traceback: it is one line on
-    standard error. Bad input exits with status 2, as argparse does.
-
-    Set HFAC_TRACEBACK=1 to see where an error comes from.
+    """Run one command and return its exit status. Every error is one line on standard error, without a traceback;
+    HFAC_TRACEBACK=1 adds the traceback. Bad input exits with status 2, as argparse does.
     """
     _startup.release()
     command = "hfac"
@@ -60,15 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = f"hfac {args.command}"
             return args.run(args)
         finally:
-            sys.stdout.flush()  # here, where what cannot be written is still reported
+            sys.stdout.flush()  # here, so that a write error is still reported
     except Exception as error:
         if os.environ.get("HFAC_TRACEBACK"):
             traceback.print_exc()
         if isinstance(error, OSError):
             _discard_output()
-        if _was_interrupted(error):  # which some modules turn into an ImportError
+        if _was_interrupted(error):  # some modules turn a KeyboardInterrupt into an ImportError
             return INTERRUPTED
-        if isinstance(error, BrokenPipeError):  # whoever read the output has read enough, as `head` does
+        if isinstance(error, BrokenPipeError):  # the reader has closed the pipe, as `head` does
             return PIPE_CLOSED
         if isinstance(error, UsageError):
             _say(f"{command}: error: {_one_line(error)}")
@@ -80,9 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare_output() -> None:
-    """Characters that the terminal does not have are written as escapes, as on standard error."""
+    """Writes characters that the terminal cannot show as escapes, as Python does on standard error."""
     if sys.stdout is None:
-        raise OutputError("standard output is closed; nothing could be told")
+        raise OutputError("standard output is closed, so nothing can be printed")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -112,11 +110,11 @@ def _one_line(error: Exception) -> str:
 
 
 def _say(line: str) -> None:
-    with suppress(OSError, ValueError, AttributeError):  # standard error may be gone, too
+    with suppress(OSError, ValueError, AttributeError):  # standard error may be closed as well
         print(line, file=sys.stderr, flush=True)
 
 
 def _discard_output() -> None:
-    """What is left in the buffer goes nowhere, without complaint when the interpreter ends."""
+    """Drops what is still buffered, so that the interpreter does not complain about it when it exits."""
     with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""Types of command-line values: each says what it requires and what it was given."""
+"""Types of command-line values. Their error messages say what is required and what was given."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The check of `hfac doctor --check`: every backend steps a hostile list beside the reference, and one large matrix
-beside a copy of memory."""
+"""`hfac doctor --check`: compares steps of every backend with the reference on a list of awkward shapes, and measures a
+step of one large matrix against a memory copy."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.nn import Parameter
 
 from hfac import SMMF, HFac, parity
 
-#: Scalars, vectors, a row, primes, odd numbers of bytes of signs, more columns than a block has, five dimensions,
-#: nothing, and one large enough for several threads and tiles.
+#: Scalars, vectors, a single row, primes, odd numbers of sign bytes, more columns than a block has, five dimensions, an
+#: empty tensor, and a matrix large enough for several threads and tiles.
 SHAPES: tuple[parity.Shape, ...] = (
     (),
     (7,),
@@ -30,11 +30,11 @@ SHAPES: tuple[parity.Shape, ...] = (
     (0, 5),
     (260, 1030),
 )
-#: In Triton's interpreter a thousand elements take as long as a million elsewhere.
+#: For Triton's interpreter, which takes as long for a thousand elements as kernels do for a million.
 INTERPRETED: tuple[parity.Shape, ...] = ((), (7,), (1, 64), (17, 19), (24, 18), (6, 4, 3, 3), (0, 5))
 OPTIMIZERS = (HFac, SMMF)
 COMMON: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1}
-#: what is checked of each optimizer: its name, the parameters' type, options
+#: What is checked for each optimizer: the name of the case, the parameters' type, options.
 CASES: tuple[tuple[str, torch.dtype, dict[str, Any]], ...] = (
     ("float32", torch.float32, {}),
     ("float32, nonfinite='skip'", torch.float32, {"nonfinite": "skip"}),
@@ -47,9 +47,9 @@ CASES: tuple[tuple[str, torch.dtype, dict[str, Any]], ...] = (
     ("bfloat16, capturable=True, nonfinite='skip'", torch.bfloat16, {"nonfinite": "skip", "capturable": True}),
 )
 STEPS = 2
-#: of the measurement; the first are not counted, in which kernels are compiled and caches filled
+#: Rounds that are measured, and rounds before them that are not, in which kernels are compiled and caches filled.
 ROUNDS, SETTLING = 9, 2
-#: rows and columns of the large matrix, by type of device
+#: Rows and columns of the large matrix, by type of device.
 LARGE = {"cpu": (4096, 4096)}
 LARGE_ON_GPU = (16384, 8192)
 
@@ -57,8 +57,8 @@ LARGE_ON_GPU = (16384, 8192)
 def check(device: torch.device, names: list[str]) -> Iterator[dict[str, Any]]:
     """Checks backends on a device, and yields a row for each case as soon as it is known.
 
-    A row has "device", "backend", "optimizer", "case" and "differences", a list of sentences, empty where the steps
-    agree. An error that leaves a GPU unusable ends the check with a row that says so.
+    A row has "device", "backend", "optimizer", "case" and "differences", a list of sentences that is empty if the
+    steps agree. After an error that leaves a GPU unusable, a last row says so and the check ends.
     """
     for name in names:
         interpreted = name == "triton" and device.type == "cpu"
@@ -71,8 +71,8 @@ def check(device: torch.device, names: list[str]) -> Iterator[dict[str, Any]]:
                 )
                 yield {**row, "case": case, "differences": list(map(str, found))}
                 if found and not _alive(device):
-                    rest = f"not checked: the error before has left {device} unusable until Python starts anew"
-                    yield {**row, "case": "all that follows", "differences": [rest]}
+                    rest = f"not checked: the error before has left {device} unusable until Python is restarted"
+                    yield {**row, "case": "all further cases", "differences": [rest]}
                     return
 
 
@@ -80,8 +80,8 @@ def rates(device: torch.device, names: list[str]) -> Iterator[dict[str, Any]]:
     """Times steps of one bfloat16 matrix and copies of memory, in turns, and yields a row for each backend and
     optimizer: "device", "backend", "optimizer", "ms" (median of a step), "gb_per_s" and "copy_gb_per_s".
 
-    A step's bytes are those that it cannot do without: gradients read once (H-Fac: twice), parameter and state read
-    and written.
+    A step's bytes are the least it must move: the gradient read once (H-Fac: twice), parameter and state read and
+    written.
     """
     for name in names:
         for optimizer in OPTIMIZERS:

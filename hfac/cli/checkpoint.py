@@ -1,4 +1,4 @@
-"""The checkpoint of `hfac compare`: one file, whole at every moment, read without running code from it."""
+"""The checkpoint of `hfac compare`: one file that is complete at every moment, and is loaded without running code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hfac.cli.foreign import told
 
 FILE_NAME = "compare.pt"
 FORMAT = 1
-#: what a checkpoint holds, and of which type
+#: the entries of a checkpoint, and their types
 CONTENT = {
     "settings": dict,
     "text_sha256": str,
@@ -54,7 +54,7 @@ def save_checkpoint(directory: Path, content: dict) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what saves have left behind that were killed before they could rename it."""
+    """Remove temporary files of saves that were killed before they could rename them."""
     for leftover in directory.glob(f"{FILE_NAME}.*.tmp"):
         leftover.unlink(missing_ok=True)
 
@@ -64,7 +64,7 @@ def _unwritten(directory: Path, error: Exception) -> OutputError:
 
 
 def load_checkpoint(directory: Path) -> dict:
-    """Read the checkpoint in `directory` onto the CPU; raise `UsageError` if there is none to read."""
+    """Read the checkpoint in `directory` onto the CPU; raise `UsageError` if it cannot be read."""
     path = directory / FILE_NAME
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

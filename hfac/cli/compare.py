@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _setting(add, "seed", arguments.seed, "seed of the initial weights and the batches")
     _setting(add, "device", arguments.device_name, "cpu, cuda or cuda:N")
     _setting(add, "dtype", str, "type of the parameters", choices=tuple(DTYPES))
-    meaning = "how hfac and smmf round new parameters of fewer bits than the arithmetic's"
+    meaning = "how hfac and smmf round new bfloat16 parameters"
     _setting(add, "rounding", str, meaning, choices=ROUNDING)
     meaning = "master weights that hfac and smmf keep beside bfloat16 parameters"
     _setting(add, "master", str, meaning, shown="none", choices=MASTER)
@@ -87,10 +87,10 @@ def _setting(add: Callable, name: str, kind: Callable, meaning: str, shown: str 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out `hfac compare` and return its exit status: 0, 1 if a file could not be written, 130 after Ctrl-C.
+    """Run `hfac compare` and return its exit status: 0, 1 if a file could not be written, 130 after Ctrl-C.
 
-    What was trained is never lost for a file that cannot be written: training goes on without the checkpoint, and the
-    table is printed before anything else is written.
+    A file that cannot be written never costs results: training continues without the checkpoint, and the table is
+    printed before any file is written.
     """
     checkpoint = None if args.resume is None else load_checkpoint(args.resume)
     try:
@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Writing:
-    """Writes files beside a training that must not end for them: what cannot be written is told on standard error."""
+    """Writes files without ending the training if that fails: errors are reported on standard error."""
 
     def __init__(self) -> None:
         self._told: set[str] = set()
@@ -159,7 +159,7 @@ class _Writing:
         return bool(self._told)
 
     def attempt(self, write: Callable, *arguments: object) -> None:
-        """Call ``write`` with the arguments, and tell why it failed if it did, each reason once."""
+        """Call ``write`` with the arguments; if it fails, report why, each reason once."""
         try:
             write(*arguments)
         except BrokenPipeError:
@@ -182,7 +182,7 @@ def _given(args: argparse.Namespace) -> dict:
 
 
 def _make_directories(args: argparse.Namespace) -> Path | None:
-    """Make the directories to write to before hours are spent, and return the one for checkpoints, if any."""
+    """Create the output directories before training starts, and return the one for checkpoints, if any."""
     save_to = args.resume if args.save is None else args.save
     if save_to is not None and save_to != args.resume and (save_to / FILE_NAME).exists():
         raise UsageError(

@@ -1,5 +1,5 @@
-"""Models from Hugging Face configurations: transformers reads them, says of which class they are, and builds them on
-the meta device. What the file leaves open and the plan decides is told in `Model.assumed`."""
+"""Models from Hugging Face configurations: transformers reads them, chooses the class, and builds the model on the
+meta device. Decisions that the file leaves open are recorded in `Model.assumed`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from hfac.cli.errors import UsageError
 from hfac.cli.foreign import told
 from hfac.cli.parameters import Model, Parameter, of_module
 
-#: auto classes asked in turn for a configuration that names no architecture: each list has what builds all of such a
-#: model before what builds a part of it
+#: auto classes to try, in order, if a configuration names no architecture: those that build the whole model come before
+#: those that build a part of it
 ENCODER_DECODER = ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq", "AutoModelForTextToWaveform")
 COMPOSED = (
     "AutoModelForMultimodalLM",
@@ -48,7 +48,7 @@ def read(path: Path) -> Model:
     """The model of a config.json, or of the folder that it is in.
 
     Raises:
-        UsageError: it is none, or of another library, or transformers cannot build it.
+        UsageError: there is no such file, it is another library's, or transformers cannot build the model.
     """
     file = _file(path)
     try:
@@ -112,7 +112,7 @@ def _file(path: Path) -> Path:
 
 
 def _check_kind(file: Path, values: object) -> None:
-    """Raise `UsageError` for configurations that are not transformers', with what to do instead."""
+    """Raise `UsageError`, with advice, for configurations that are not for transformers."""
     found = values if isinstance(values, dict) else {}
     if "peft_type" in found:
         base = found.get("base_model_name_or_path") or "the base model"
@@ -139,8 +139,8 @@ def _check_kind(file: Path, values: object) -> None:
 
 @contextmanager
 def _readable(file: Path, data: bytes, values: Mapping[str, Any]) -> Iterator[str]:
-    """The file itself, or a copy where transformers could not read it: it takes UTF-8 without a byte order mark, of
-    regular files."""
+    """The file itself, or a copy that transformers can read: it requires a regular file in UTF-8 without a byte order
+    mark."""
     try:
         plain = not data.decode("utf-8").startswith("\ufeff") and file.is_file()
     except UnicodeDecodeError:
@@ -156,7 +156,7 @@ def _readable(file: Path, data: bytes, values: Mapping[str, Any]) -> Iterator[st
 
 
 def _built(transformers: Any, config: Any, values: Mapping[str, Any]) -> tuple[nn.Module | None, list[str]]:
-    """The model of the class that the config names, or else of the first auto class that takes it; and what was
+    """The model, of the class that the config names or else of the first auto class that accepts it, and what was
     assumed."""
     given = values.get("architectures") or ()
     names = [given] if isinstance(given, str) else [str(name) for name in given]
@@ -170,7 +170,7 @@ def _built(transformers: Any, config: Any, values: Mapping[str, Any]) -> tuple[n
             wanted = getattr(named, "config_class", None)
             return named(text if wanted is type(text) and wanted is not type(config) else config), assumed
     if hasattr(config, "auto_map"):
-        del config.auto_map  # else the auto classes would ask for the leave to run it
+        del config.auto_map  # otherwise the auto classes would ask for permission to run it
     for auto_name in _auto_classes(config):
         auto = getattr(transformers, auto_name, None)
         if auto is None:  # in another version
@@ -191,8 +191,8 @@ def _lacks(transformers: Any, names: list[str]) -> str:
 
 
 def _auto_classes(config: Any) -> tuple[str, ...]:
-    """Which to ask, in turn. Of a model with an encoder, or of several models in one, `AutoModelForCausalLM` would make
-    a part: it comes last."""
+    """Auto classes to try, in order. For encoder-decoder and multimodal models `AutoModelForCausalLM` would build only
+    a part of the model, so it comes last."""
     if getattr(config, "is_encoder_decoder", False):
         return (*dict.fromkeys((*ENCODER_DECODER, *COMPOSED, *WHOLE)), *DECODER)
     if getattr(config, "sub_configs", None) or getattr(config, "is_composition", False):
@@ -203,9 +203,9 @@ def _auto_classes(config: Any) -> tuple[str, ...]:
 
 
 def _with_prediction_layers(model: Model, module: nn.Module, config: Any, values: Mapping[str, Any]) -> Model:
-    """Adds the layers for multi-token prediction that checkpoints have and transformers does not build: of the size of
-    the last decoder layer, with a projection of two hidden states to one and three norms (DeepSeek-V3's report,
-    section 2.2). Embedding and head are the model's own."""
+    """Adds the layers for multi-token prediction, which checkpoints contain and transformers does not build. Each has
+    the parameters of the last decoder layer, a projection of two hidden states to one, and three norms (DeepSeek-V3's
+    report, section 2.2); it shares the model's embedding and head."""
     text = values.get("text_config")
     said = {**values, **(text if isinstance(text, dict) else {})}
     count = next((said[key] for key in _MTP if isinstance(said.get(key), int) and said[key] > 0), 0)

@@ -99,7 +99,7 @@ def _windows(data: torch.Tensor, starts: torch.Tensor, context: int) -> tuple[to
 
 def _standard_library(root: Path) -> Iterator[Path]:
     for directory, inside, files in os.walk(root):
-        inside[:] = sorted(set(inside) - SKIPPED_DIRECTORIES)  # os.walk goes on with these, in this order
+        inside[:] = sorted(set(inside) - SKIPPED_DIRECTORIES)  # os.walk visits these, in this order
         for name in sorted(files):
             if name.endswith(".py"):
                 yield Path(directory, name)
@@ -120,9 +120,9 @@ def _named_files(paths: Sequence[str]) -> Iterator[Path]:
 
 
 def _is_binary(file: Path) -> bool:
-    """Whether a file of a directory is no text, by git's rule: a NUL byte near its start."""
+    """Whether a file is binary, by git's rule: a NUL byte near its start."""
     try:
         with file.open("rb") as stream:
             return b"\0" in stream.read(8000)
     except OSError:
-        return False  # so that load_corpus meets the same error and reports it
+        return False  # load_corpus will raise the same error and report it

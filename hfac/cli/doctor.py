@@ -1,6 +1,6 @@
-"""Says which backends are here, each with its version, compiler and instruction sets or architectures, or why it is
-not here and which command would change that. With --check, steps small parameters of hostile shapes with every backend
-beside the reference, and one large matrix beside a copy of memory."""
+"""Lists the backends that work on this machine, with version, compiler and instruction sets or GPU architectures; for
+each of the others, why it does not work and which command would fix that. With --check, compares steps of every backend
+with the plain-torch reference on awkward shapes, and measures a step of one large matrix against a memory copy."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from hfac.backends import cpu
 from hfac.cli import check
 from hfac.cli.errors import UsageError
 
-HELP = "show which backends are here, and why the others are not"
+HELP = "list the backends that work here, and why the others do not"
 
-#: Exit status where --check finds a difference.
+#: Exit status if --check finds a difference.
 DIFFERS = 1
-#: Devices a backend is made for, where not all.
+#: The device type that a backend is made for; others run on any.
 _MADE_FOR = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 
@@ -37,16 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="compare steps of every backend with the reference, and measure them (some 10 seconds); exit status 1 "
-        "where they differ. Add its output to a bug report",
+        help="compare steps of every backend with the reference, and measure them (about 10 seconds); exit status 1 "
+        "if they differ. Add its output to a bug report",
     )
     parser.add_argument("--device", metavar="NAME", help="check this device only, such as cuda:1 (default: all here)")
     parser.add_argument("--backend", metavar="NAME", help="check this backend only (default: all here)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the findings. The exit status is 0 whatever they are, but 1 where --check finds a backend that differs
-    from the reference."""
+    """Print the findings. The exit status is 1 if --check finds a backend that differs from the reference, else 0."""
     plan = _plan(args)
     found = examine()
     if not args.json:
@@ -60,14 +59,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> list[tuple[torch.device, list[str]]]:
-    """What --check checks: of each device the backends.
+    """What --check covers: for each device, its backends.
 
     Raises:
         UsageError: --device or --backend is given without --check, or is not here.
     """
     for name in ("device", "backend"):
         if getattr(args, name) is not None and not args.check:
-            raise UsageError(f"--{name} says what --check checks: give --check too")
+            raise UsageError(f"--{name} selects what --check checks: give --check too")
     devices = [torch.device(kind["device"]) for kind in (_processor(), *_cuda_devices(), *_xpu_devices())]
     if args.device is not None:
         try:
@@ -102,7 +101,7 @@ def _check(device: torch.device, names: list[str], found: dict[str, Any], quiet:
     if not names:
         say(f"\nCheck on {device}: only the reference is here, and there is nothing to compare it with.")
         return
-    say(f"\nCheck on {device}, steps beside the reference's:")
+    say(f"\nCheck on {device}, steps compared with the reference's:")
     differing = set()
     for row in check.check(device, names):
         checks.append(row)
@@ -111,7 +110,7 @@ def _check(device: torch.device, names: list[str], found: dict[str, Any], quiet:
         for difference in row["differences"]:
             differing.add(row["backend"])
             say(f"    {difference}")
-    # What does not compute the right thing has no speed, and an interpreter's is nobody's business.
+    # Neither wrong results nor an interpreter are worth timing.
     able = [name for name in names if name not in differing and (name != "triton" or device.type != "cpu")]
     if able:
         say(f"Rate on {device}, one bfloat16 matrix of {check.large(device)}:")
@@ -147,7 +146,7 @@ def examine() -> dict[str, Any]:
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """What `examine` found, for people."""
+    """The findings of `examine` as lines of text."""
     cuda = f"for CUDA {found['torch_cuda']}" if found["torch_cuda"] else "without CUDA"
     text = [
         f"hfac {found['hfac']}, torch {found['torch']} ({cuda}), Python {found['python']}, {found['platform']}",
@@ -168,7 +167,7 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 
 def _backend(backend: backends.Backend, kinds: list[str]) -> dict[str, Any]:
-    """One row of the table. Where it serves no device that is here, it is asked about the one it is made for."""
+    """One backend. If it serves no device on this machine, the reason given is for the device type it is made for."""
     serves = [kind for kind in kinds if backend.why_not(torch.device(kind)) is None]
     asked = _MADE_FOR.get(backend.name, "cpu")
     why_not = None if serves else backend.why_not(torch.device(asked)) or f"There is no {asked} device here."
@@ -184,11 +183,11 @@ def _backend(backend: backends.Backend, kinds: list[str]) -> dict[str, Any]:
 
 
 def _fix(name: str) -> str:
-    """What to do, if possible a command, to have the backend here."""
+    """What to do to make the backend work here, as a command if possible."""
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return f"{sys.executable} -m pip install triton"
-        return "a GPU and its driver, which Triton looks for"
+        return "a GPU with a driver that Triton can find"
     if name == "cuda" and cpu._C is not None and cpu._C.cuda_info()["compiled"]:
         if not cpu._C.cuda_info()["devices"]:
             return "an NVIDIA GPU and a driver for it that is no older than the CUDA runtime above"
@@ -203,7 +202,7 @@ def _fix(name: str) -> str:
 
 
 def _build(environment: str) -> str:
-    """The command that builds the extension anew."""
+    """The command that rebuilds the extension."""
     root = Path(hfac.__file__).parent.parent
     source = f'-e "{root}"' if (root / "setup.py").exists() else "SOURCE   (SOURCE: what hfac was installed from)"
     return f"{environment}{sys.executable} -m pip install --force-reinstall --no-deps --no-cache-dir {source}"
@@ -227,7 +226,7 @@ def _cpu_details() -> dict[str, Any]:
 
 
 def _cuda_details() -> dict[str, Any]:
-    """What the extension says of its CUDA part, whether or not this version has kernels in it."""
+    """What the extension reports about its CUDA kernels, compiled in or not."""
     if cpu._C is None:
         return {}
     info = cpu._C.cuda_info()

@@ -1,8 +1,8 @@
-"""How a command ends when it does not end well."""
+"""Errors of the commands, and their exit statuses."""
 
-FAILED = 1  # the exit status where something went wrong that is no fault of the arguments
+FAILED = 1  # the exit status of failures that are not the arguments' fault
 INTERRUPTED = 130  # the exit status shells give a program stopped by Ctrl-C
-PIPE_CLOSED = 141  # and one whose reader has gone
+PIPE_CLOSED = 141  # and a program whose reader has closed the pipe
 
 
 class UsageError(Exception):
@@ -10,7 +10,7 @@ class UsageError(Exception):
 
 
 class DamagedCheckpoint(Exception):
-    """What was loaded is not what was saved, or another version saved it; the message says where it differs."""
+    """A checkpoint that differs from what was saved, or that another version saved; the message says where."""
 
 
 class OutputError(Exception):

@@ -10,9 +10,9 @@ from hfac.cli.footprints import ADAMW, OPTIMIZERS
 from hfac.cli.memory import Load, Optimizer, Options, Rank, Shape
 from hfac.cli.parameters import Model, Parameter
 
-#: of AdamW's float32 state: what takes more of it than this is named
+#: share of AdamW's float32 state above which a parameter is reported
 SHARE = 0.1
-#: of the trained elements: a group of parameters below it is too few to bother with
+#: share of the trained elements below which a group of parameters is minor
 FEW = 0.01
 OURS = ("hfac", "smmf")
 JUDGED = ("adafactor", *OURS)
@@ -20,17 +20,17 @@ JUDGED = ("adafactor", *OURS)
 
 @dataclass(frozen=True)
 class Finding:
-    """Parameters that one optimizer has the same trouble with.
+    """Parameters that have the same problem with one optimizer.
 
     Attributes:
         kind: "vectors", "prime", "thin", "nearly prime", "small", "signs", "last dimensions", "scalars" or
             "empty ranks".
-        optimizer: its name in `OPTIMIZERS`; None where it concerns all of them.
-        parameters: those concerned, the one with most state first.
-        state_bytes: theirs together, on one rank that has all.
-        adamw_bytes: what AdamW's float32 state of them is.
+        optimizer: its name in `OPTIMIZERS`; None if all are concerned.
+        parameters: the parameters concerned, the one with most state first.
+        state_bytes: their state together, on one rank that holds all of it.
+        adamw_bytes: AdamW's float32 state for them.
         why, advice: sentences.
-        minor: they are so few that nothing need be done.
+        minor: they are so few that nothing needs to be done.
     """
 
     kind: str
@@ -48,7 +48,7 @@ class Finding:
 
 
 def find(model: Model, load: Load, worlds: Iterable[int], share: float = SHARE) -> list[Finding]:
-    """What is to be said of a model, the largest state first."""
+    """All findings about a model, the largest state first."""
     trained = [parameter for parameter in model.parameters if parameter.trainable]
     found = []
     for name in JUDGED:
@@ -61,24 +61,24 @@ def find(model: Model, load: Load, worlds: Iterable[int], share: float = SHARE) 
         for kind, mine in kinds.items():
             minor = sum(parameter.numel for parameter in mine) < FEW * load.elements()
             groups: dict[str | None, list[Parameter]] = {}
-            for parameter in mine:  # one advice does for all of them where nothing need be done
+            for parameter in mine:  # where nothing needs to be done, one finding covers all of them
                 better = None if minor else _better(optimizer, parameter, load)
                 groups.setdefault(better, []).append(parameter)
             found += [_finding(optimizer, kind, better, minor, group, load) for better, group in groups.items()]
     found.sort(key=lambda finding: -finding.state_bytes)
     scalars = tuple(parameter for parameter in trained if not parameter.shape)
     if scalars and max(worlds) > 1:
-        why = "Scalars cannot be cut, and fully_shard refuses them; here every rank has them whole."
+        why = "Scalars cannot be sharded, and fully_shard refuses them; here every rank is counted with all of them."
         advice = "Give them the shape (1,), or leave them out with ignored_params."
         found.append(Finding("scalars", None, scalars, 0, 0, why, advice))
     return found + _empty_ranks(model.parameters, worlds)
 
 
 def _empty_ranks(parameters: Sequence[Parameter], worlds: Iterable[int]) -> list[Finding]:
-    """Stacks of fewer slices than ranks, or of a number that does not go round: some ranks have none of them."""
+    """Stacks whose slices do not go to all ranks: fewer than ranks, or not evenly divisible."""
 
     def used(parameter: Parameter, world: int) -> int:
-        """How many ranks have something of it."""
+        """How many ranks have a shard of it."""
         size = parameter.shape[0]
         return -(-size // Rank(0, world).share(size))
 
@@ -93,12 +93,12 @@ def _empty_ranks(parameters: Sequence[Parameter], worlds: Iterable[int]) -> list
         first = mine[0]
         busy, most = used(first, world), Rank(0, world).share(first.shape[0])
         why = (
-            f"FSDP2 cuts the first dimension: {world:,} ranks get up to {most:,} of {first.shape[0]:,} slices each, so "
-            f"that {world - busy:,} have none and the fullest has {most / first.shape[0]:.1%}, where {1 / world:.1%} "
-            "would be even."
+            f"FSDP2 shards the first dimension: {world:,} ranks get up to {most:,} of {first.shape[0]:,} slices each, "
+            f"so that {world - busy:,} have none and the fullest has {most / first.shape[0]:.1%}, where "
+            f"{1 / world:.1%} would be even."
         )
         advice = (
-            "Cut the second dimension (fully_shard's shard_placement_fn; SMMF takes parts of multiples of 8), shard "
+            "Shard the second dimension (fully_shard's shard_placement_fn; SMMF needs shards of multiples of 8), shard "
             "over fewer ranks and replicate, or give ranks whole experts (expert parallelism)."
         )
         found.append(Finding("empty ranks", None, tuple(mine), 0, 0, why, advice))
@@ -106,12 +106,12 @@ def _empty_ranks(parameters: Sequence[Parameter], worlds: Iterable[int]) -> list
 
 
 def _judged(parameter: Parameter, load: Load) -> Options:
-    """What is judged of a parameter: what `--master` adds to its state was asked for."""
+    """The state that is judged: without what `--master` adds, which the user asked for."""
     return load.options(parameter)._replace(master=None)
 
 
 def _kind(optimizer: Optimizer, parameter: Parameter, load: Load, share: float) -> str | None:
-    """What is wrong with a shape, or None."""
+    """The kind of problem with a shape, or None."""
     numel, options = parameter.numel, _judged(parameter, load)
     if numel < 2 or options.dense and optimizer.name in OURS:  # whole because it was asked for
         return None
@@ -154,7 +154,7 @@ def _finding(
     if kind in ("thin", "nearly prime"):
         sides = _sides(optimizer, largest, load)
         values |= {"matrix": written(sides), "factor": min(sides)}
-    values["better"] = "No other optimizer of hfac takes clearly less of them."
+    values["better"] = "No other optimizer of hfac needs clearly less state for them."
     if better is not None:
         other = OPTIMIZERS[better]
         share = sum(of(parameter, other) for parameter in mine) / sum(map(of, mine))
@@ -178,7 +178,7 @@ def _finding(
 
 
 def _better(optimizer: Optimizer, parameter: Parameter, load: Load) -> str | None:
-    """Which of hfac's other optimizers takes clearly less of a parameter: its name, or None."""
+    """The name of another of hfac's optimizers that needs clearly less state for a parameter, or None."""
 
     def of(name: str) -> int:
         return OPTIMIZERS[name].state_bytes(parameter.shape, load.dtype, options=_judged(parameter, load))
@@ -199,14 +199,14 @@ def written(shape: Iterable[int]) -> str:
     return " x ".join(map(str, shape)) or "a scalar"
 
 
-#: (kind, optimizer) -> why, and what to do where it is worth something; shapes in it are of the largest parameter
+#: (kind, optimizer) -> why, and what to do if it is worth doing; shapes are the largest parameter's
 _WORDS = {
     ("vectors", "adafactor"): (
         "torch's Adafactor keeps the second moment of vectors whole.",
         "{better}",
     ),
     ("last dimensions", "adafactor"): (
-        "torch's Adafactor factors the last two dimensions alone, which saves little where they are small, as in "
+        "torch's Adafactor factors the last two dimensions only, which saves little if they are small, as in "
         "convolutions.",
         "{better}",
     ),
@@ -215,28 +215,28 @@ _WORDS = {
         "{better}",
     ),
     ("thin", "hfac"): (
-        "Thin matrices have many rows or columns for their elements: {matrix} keeps about 1/{factor} of AdamW's state.",
+        "Thin matrices have many rows or columns for few elements: {matrix} keeps about 1/{factor} of AdamW's state.",
         "{better}",
     ),
     ("small", "hfac"): (
-        "In matrices this small (the largest is {shape}), rows and columns are many for the elements.",
-        "Keep such tensors as one larger one, if most of the model is like this.",
+        "Matrices this small (the largest is {shape}) have many rows and columns for few elements.",
+        "Combine such tensors into larger ones, if most of the model is like this.",
     ),
     ("prime", "smmf"): (
-        "A prime number of elements makes no rows and columns: both moments are whole, 8 bytes per element.",
+        "A prime number of elements has no rows and columns: both moments are whole, 8 bytes per element.",
         "Pad to a multiple of 8 or 64: {padded} instead of {shape} takes {share} of AdamW's state.",
     ),
     ("nearly prime", "smmf"): (
-        "The number of elements has no two factors of like size: {shape} becomes {matrix}.",
+        "The number of elements has no two factors of similar size: {shape} becomes {matrix}.",
         "Pad to a multiple of 8 or 64: {padded} instead of {shape} takes {share} of AdamW's state.",
     ),
     ("signs", "smmf"): (
-        "SMMF packs signs within each slice of the first dimension, so that they are cut as the parameter is: where a "
-        "slice is one element, as in vectors, its sign takes a byte.",
-        "Stack them into matrices, if most of the model is like this; it is less than AdamW's as it is.",
+        "SMMF packs sign bits within each slice of the first dimension, so that they are sharded with the parameter: "
+        "if a slice is one element, as in vectors, its sign takes a byte.",
+        "Stack them into matrices, if most of the model is like this; the state is smaller than AdamW's in any case.",
     ),
     ("small", "smmf"): (
-        "In tensors this small (the largest is {shape}), rows and columns are many for the elements.",
-        "Keep such tensors as one larger one, if most of the model is like this.",
+        "Tensors this small (the largest is {shape}) have many rows and columns for few elements.",
+        "Combine such tensors into larger ones, if most of the model is like this.",
     ),
 }

@@ -1,7 +1,8 @@
-"""What each optimizer keeps: its state by parameter, and what a step holds for a while.
+"""What each optimizer keeps: its state per parameter, and the transient memory of a step.
 
-H-Fac and SMMF say themselves what their state is (`_layout` of the classes, asked for parameters without memory), and
-which of its dimensions follow the parameter's. What the others keep stands here; tests hold it against the real ones.
+The state of H-Fac and SMMF, and which of its dimensions are sharded with the parameter, comes from the classes
+themselves (`_layout`, called with parameters on the meta device). The rules for the others are here; tests compare them
+with the real optimizers.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from typing import Any
 import torch
 
 import hfac
-from hfac.backends import cpu
+from hfac.backends import addresses, cpu
 from hfac.cli.memory import ALONE, PLAIN, STEP, Load, Optimizer, Options, Piece, Rank, Shape, Transient
 
 
 class AdamW(Optimizer):
-    """torch.optim.AdamW, which keeps both moments in the type of the weights, or one that keeps them in another; with
-    ``masters`` on float32 copies of the weights, as mixed-precision trainers make them."""
+    """torch.optim.AdamW, with both moments in the type ``state``; with ``masters`` on float32 copies of the weights, as
+    mixed-precision trainers keep them."""
 
     def __init__(self, name: str, title: str, state: torch.dtype, masters: bool = False) -> None:
         self.name, self.title, self.state, self.masters = name, title, state, masters
@@ -50,12 +51,12 @@ class AdamW(Optimizer):
 
 
 class Adam8bit(Optimizer):
-    """bitsandbytes' AdamW8bit (0.50): a byte per element and moment, and a float32 scale for each block of 256; of what
-    a rank has fewer than 4096 elements of, both moments in float32. Steps are Python numbers."""
+    """bitsandbytes' AdamW8bit (0.50): a byte per element and moment, and a float32 scale for each block of 256; both
+    moments in float32 if a rank has fewer than 4096 elements of a parameter. Steps are Python numbers."""
 
     name, title = "adam-8bit", "8-bit Adam"
     BLOCK, LEAST = 256, 4096
-    TABLES = 2 * 256 * 4  # what the bytes stand for, once for all
+    TABLES = 2 * 256 * 4  # the values that the bytes stand for, one table for the model
 
     def state_bytes(self, shape: Shape, dtype: torch.dtype, rank: Rank = ALONE, options: Options = PLAIN) -> int:
         numel = math.prod(rank.part(shape))
@@ -70,7 +71,7 @@ class Adam8bit(Optimizer):
         return alike + (self.state_bytes(shape, dtype, Rank(full, world)) if full < world else 0)
 
     def fullest(self, load: Load, world: int) -> Rank:
-        """Not always rank 0: a part that is a little smaller may be too small for bytes. Something changes only where
+        """Not always rank 0: a slightly smaller shard may be too small for 8-bit state. Sizes change only where
         whole pieces of a dimension end."""
         ends = {0}
         for shape in load.trained:
@@ -104,16 +105,16 @@ class Adafactor(Optimizer):
     def transient(self, load: Load, rank: Rank) -> Transient:
         held = self._most_held(load, rank) * load.dtype.itemsize
         loop = (
-            "torch's for-loop form, its default, holds a tensor's update, and until it is made that of the one before"
+            "torch's for-loop form, its default, holds a tensor's update, and the previous tensor's until it is formed"
         )
         if rank.world > 1:
-            refused = "of the parts, since torch 2.13's step refuses matrices that are DTensors"
+            refused = "for the shards, since torch 2.13's step refuses matrices that are DTensors"
             return Transient(held, "estimated", f"{loop}; {refused}")
         return Transient(held, "measured" if load.dtype == torch.float32 else "counted", loop)
 
     @staticmethod
     def _most_held(load: Load, rank: Rank) -> int:
-        """Elements held at once, at most: the loop's variables live on until the next tensor's replace them."""
+        """The most elements held at once: a loop's variables stay alive until the next tensor's replace them."""
         update = squares = means = most = 0
         for shape in map(rank.part, load.order):
             numel = math.prod(shape)
@@ -128,9 +129,9 @@ class Adafactor(Optimizer):
 
 
 class Factored(Optimizer):
-    """`hfac.HFac` or `hfac.SMMF`: whatever the class says."""
+    """`hfac.HFac` or `hfac.SMMF`: as the class itself reports."""
 
-    MOST = 1 << 42  # the plan of the launches has an entry for each tile
+    MOST = 1 << 42  # the launch plan has an entry for each tile
 
     def __init__(self, name: str, title: str, cls: type[torch.optim.Optimizer]) -> None:
         self.name, self.title, self.cls = name, title, cls
@@ -139,8 +140,8 @@ class Factored(Optimizer):
         return _asked(self.cls, shape, dtype, options)
 
     def sent_bytes(self, load: Load, rank: Rank) -> int:
-        """The buffer that ranks add up: 3 numbers for every column under H-Fac, all factors under SMMF, and a few for
-        every tensor."""
+        """The all-reduced buffer: 3 numbers for every column under H-Fac, all factors under SMMF, and a few for every
+        tensor."""
         if rank.world == 1:
             return 0
         total = 0
@@ -163,15 +164,15 @@ class Factored(Optimizer):
             return Transient(None, "unknown", f"launches are not planned for more than {self.MOST:,} elements")
         sums = self._partial_sums(load, rank)
         if rank.world == 1:
-            return Transient(sums, "counted", "the CUDA kernels' partial sums, as their launch plan has them")
+            return Transient(sums, "counted", "the CUDA kernels' partial sums, from their launch plan")
         return Transient(
             sums + self.sent_bytes(load, rank),
             "estimated",
-            "the buffer that ranks add up, counted, and partial sums as of whole matrices of the parts' size",
+            "the all-reduced buffer, counted, and partial sums planned as for whole matrices of the shards' size",
         )
 
     def _partial_sums(self, load: Load, rank: Rank) -> int:
-        """Workspace of the CUDA kernels on a list of a rank's parts: a call for each group of options."""
+        """Workspace of the CUDA kernels on a rank's shards: a call for each group of options."""
         groups: dict[Options, list[tuple[Shape, int]]] = {}
         for (shape, options), n in load.kinds.items():
             groups.setdefault(options, []).append((shape, n))
@@ -194,7 +195,7 @@ class Factored(Optimizer):
                 factored += n * [(-(-numel // cols), cols, math.prod(one[1:]))]
             else:
                 whole += n * [numel]
-        code = cpu._CODES[load.dtype]
+        code = addresses.CODES[load.dtype]
         plan = cpu._C.cuda_plan
         types = dict(param_dtypes=code, grad_dtypes=code)
         algorithm = self.cls._algorithm  # type: ignore[attr-defined]
@@ -211,7 +212,7 @@ class Factored(Optimizer):
 
 @lru_cache(maxsize=4096)
 def _asked(cls: Any, shape: Shape, dtype: torch.dtype, options: Options) -> dict[str, Piece]:
-    """The state that an optimizer of hfac makes for a parameter on the meta device."""
+    """The state that an optimizer of hfac creates for a parameter on the meta device."""
     param = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
     optimizer = cls([{"params": [param], **options._asdict()}])
     layout = optimizer._full_layout(param, optimizer.param_groups[0])

@@ -34,7 +34,7 @@ def output_to_stderr() -> Iterator[None]:
 
 
 def _end_in_stderr() -> None:
-    """What is still printed when the process ends is not the command's, whose output is out by then."""
+    """Sends what is printed at exit to standard error; the command's own output has been written by then."""
     _flush()
     sys.stdout = sys.stderr
 
@@ -47,7 +47,7 @@ def _flush() -> None:
 
 
 def told(error: BaseException) -> str:
-    """An exception on one line: its type and what it says, if it can say it."""
+    """An exception on one line: its type, and its message if it can be formatted."""
     try:
         text = str(error).partition("Exception raised from ")[0]  # what follows are addresses in torch
         text = " ".join(text.split()).rstrip('" (')

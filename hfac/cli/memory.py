@@ -1,7 +1,7 @@
 """Bytes of a model and of an optimizer's state, on every rank of FSDP2.
 
-FSDP2 cuts the first dimension of every parameter as `torch.chunk` does: ranks get ceil(size / ranks) each until nothing
-is left. No rank has more of a tensor than rank 0.
+FSDP2 splits the first dimension of every parameter as `torch.chunk` does: ranks get ceil(size / ranks) each until
+nothing is left. No rank has more of a tensor than rank 0.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ Shape = tuple[int, ...]
 
 
 class Rank(NamedTuple):
-    """One of the ranks that the first dimension of every parameter is cut for."""
+    """One of the ranks among which the first dimension of every parameter is split."""
 
     index: int
     world: int
 
     def share(self, size: int) -> int:
-        """How much of a dimension this rank has."""
+        """How many indices of a dimension this rank has."""
         piece = -(-size // self.world)
         return max(0, min(piece, size - self.index * piece))
 
     def part(self, shape: Shape) -> Shape:
-        """Shape of this rank's part of a parameter. A scalar cannot be cut."""
+        """Shape of this rank's shard of a parameter. A scalar cannot be sharded."""
         return (self.share(shape[0]), *shape[1:]) if shape else ()
 
 
@@ -39,10 +39,10 @@ ALONE = Rank(0, 1)
 
 
 class Piece(NamedTuple):
-    """A tensor of a parameter's state, of its global shape.
+    """A tensor of a parameter's state, with its global shape.
 
     Attributes:
-        cut: the dimension that is cut as the parameter's first one is; None where the tensor is whole on every rank.
+        cut: the dimension that is sharded as the parameter's first one is; None if every rank has the whole tensor.
     """
 
     shape: Shape
@@ -73,13 +73,13 @@ PLAIN = Options()
 
 @dataclass(frozen=True)
 class Transient:
-    """What a step holds for a while beside weights, gradients and state.
+    """What a step allocates temporarily, in addition to weights, gradients and state.
 
     Attributes:
-        bytes: None where it is not known.
-        basis: "measured" (tests hold it against a real step), "counted" (of what the code will do), "estimated",
+        bytes: None if unknown.
+        basis: "measured" (tests compare it with a real step), "counted" (from what the code does), "estimated",
             "stated" (by others, not checked here) or "unknown".
-        origin: what it is, and how it is known.
+        origin: what the memory is for, and how its size is known.
     """
 
     bytes: int | None
@@ -88,9 +88,9 @@ class Transient:
 
 
 class Load:
-    """The parameters of a model as bytes: those of one shape, alike in everything, are counted together.
+    """The parameters of a model as bytes: parameters alike in shape and everything else are counted together.
 
-    ``rounding`` and ``master`` are what H-Fac and SMMF are given; the others train the weights as they are.
+    ``rounding`` and ``master`` are options of H-Fac and SMMF; the other optimizers train the weights as they are.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Load:
         self.weights = Counter((p.shape, p.itemsize or dtype.itemsize) for p in model.parameters)
 
     def options(self, parameter: Parameter) -> Options:
-        """What H-Fac and SMMF are told of a parameter."""
+        """The options of H-Fac and SMMF for a parameter."""
         return Options(parameter.dense, parameter.batch_dims, self.rounding, self.master)
 
     def weight_bytes(self, rank: Rank = ALONE) -> int:
@@ -118,37 +118,36 @@ class Load:
 
 
 class Optimizer:
-    """What an optimizer keeps of a parameter. Subclasses say it in `pieces`, or in `state_bytes`."""
+    """What an optimizer keeps for a parameter. Subclasses define `pieces`, or `state_bytes`."""
 
     name: str
     title: str
 
     def serves(self, dtype: torch.dtype) -> bool:
-        """Whether it is something to choose for weights of this type."""
+        """Whether it makes sense for weights of this type."""
         return True
 
     def pieces(self, shape: Shape, dtype: torch.dtype, options: Options = PLAIN) -> dict[str, Piece]:
-        """State of a parameter, by key."""
+        """State of a parameter, by state key."""
         raise NotImplementedError
 
     def state_bytes(self, shape: Shape, dtype: torch.dtype, rank: Rank = ALONE, options: Options = PLAIN) -> int:
-        """Of a parameter, on a rank."""
+        """Bytes of a parameter's state, on a rank."""
         return sum(piece.bytes(rank) for piece in self.pieces(shape, dtype, options).values())
 
     def saved_bytes(self, shape: Shape, dtype: torch.dtype, world: int, options: Options = PLAIN) -> int:
-        """Of a parameter in a checkpoint of all ranks: a cut tensor is in it once, piece by piece, and so is a whole
-        one."""
+        """Bytes of a parameter's state in a checkpoint of all ranks, which has every tensor once, sharded or not."""
         return sum(piece.bytes() for piece in self.pieces(shape, dtype, options).values())
 
     def shared_bytes(self, load: Load, rank: Rank) -> int:
-        """What all parameters share."""
+        """Bytes that all parameters share."""
         return 0
 
     def transient(self, load: Load, rank: Rank) -> Transient:
         raise NotImplementedError
 
     def fullest(self, load: Load, world: int) -> Rank:
-        """The rank with most in its memory."""
+        """The rank with most memory in use."""
         return Rank(0, world)
 
     def load_bytes(self, load: Load, rank: Rank) -> int:
@@ -157,13 +156,13 @@ class Optimizer:
         return each + self.shared_bytes(load, rank)
 
     def checkpoint_bytes(self, load: Load, world: int) -> int:
-        """Tensors of weights and state, once for all ranks together; what a file has beside them is not counted."""
+        """Bytes of weights and state, once for all ranks; a file's own overhead is not counted."""
         each = sum(n * self.saved_bytes(shape, load.dtype, world, how) for (shape, how), n in load.kinds.items())
         return load.weight_bytes() + each + self.shared_bytes(load, Rank(0, world))
 
 
 def human(count: int | None) -> str:
-    """Bytes with three digits and a unit of powers of 1000; "?" where they are not known."""
+    """Bytes with three digits and a unit of powers of 1000; "?" if they are unknown."""
     if count is None:
         return "?"
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -12,7 +12,7 @@ import hfac
 
 @dataclass(frozen=True)
 class Choice:
-    """One optimizer by its class's own defaults, but for the learning rate and what `build` sets."""
+    """One optimizer, with its class's defaults except for the learning rate and what `build` sets."""
 
     title: str
     build: Callable[..., torch.optim.Optimizer]
@@ -33,7 +33,7 @@ CHOICES = {
 }
 
 
-#: Those that can store low-precision weights otherwise than rounded to nearest.
+#: Those that can round bfloat16 weights stochastically or keep master weights.
 STORING = ("hfac", "smmf")
 
 

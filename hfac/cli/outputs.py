@@ -1,4 +1,4 @@
-"""Where a command's output goes: types of options that name files and folders, and checks before the work is done."""
+"""Output files and folders: the types of the options that name them, and checks before the work begins."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def folder(text: str) -> Path:
 
 
 def picture(text: str) -> Path:
-    """A file to draw to, whose name says what kind of picture."""
+    """A picture file, whose name says its format."""
     if not text or text.endswith(tuple(filter(None, (os.sep, os.altsep)))):
         raise argparse.ArgumentTypeError(f"required is the name of a file such as plan.png, got {text!r}")
     if not Path(text).suffix.strip("."):
@@ -34,7 +34,7 @@ def picture(text: str) -> Path:
 
 
 def check_picture(option: str, path: Path) -> None:
-    """Raise `UsageError` if matplotlib is not here or cannot write such a file, or no file can be written there."""
+    """Raise `UsageError` if matplotlib is missing or cannot write this format, or no file can be written there."""
     try:
         from matplotlib.figure import Figure
 
@@ -72,7 +72,7 @@ def check_folder(option: str, path: Path, files: Iterable[str] = ()) -> None:
 
 
 def _why_not_file(path: Path) -> str | None:
-    """Why a file cannot be written, or None; nothing is left behind that was not there."""
+    """Why a file cannot be written, or None; leaves no file behind."""
     if path.is_dir():
         return "it is a directory"
     there = path.exists()
@@ -87,7 +87,7 @@ def _why_not_file(path: Path) -> str | None:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a picture, or no part of one."""
+    """Write a picture, completely or not at all."""
     try:
         figure.savefig(path, dpi=150)
     except BaseException:

@@ -1,4 +1,4 @@
-"""A model as far as memory goes: what its parameters are called, their shapes, and what is trained of them."""
+"""A model as far as memory is concerned: names and shapes of its parameters, and which of them are trained."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from hfac.cli.errors import UsageError
 from hfac.groups import _nearest, _Parameters
 
-#: types of weights that `hfac plan --dtype` stands for; of any other type a weight keeps its size
+#: types of weights that `hfac plan --dtype` replaces; weights of any other type keep their size
 _PLANNED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -23,10 +23,10 @@ class Parameter:
 
     Attributes:
         trainable: it has a gradient and optimizer state.
-        itemsize: bytes of an element where its type is not the one that is planned for: quantized, say. A fraction
-            where several elements share a byte, or a scale.
-        dense, batch_dims: options of the group that it will be in, as `hfac.param_groups` has them.
-        labels: what patterns may call it besides its name: further names of tied weights, and classes of the modules
+        itemsize: bytes of an element if its type is not the planned one, such as a quantized one. A fraction if
+            several elements share a byte or a scale.
+        dense, batch_dims: options of its group, as in `hfac.param_groups`.
+        labels: what patterns may match besides its name: further names of tied weights, and classes of the modules
             that hold it.
     """
 
@@ -48,7 +48,7 @@ class Model:
     """A model's name, where its parameters come from, and these parameters, shared ones once.
 
     Attributes:
-        assumed: sentences about what the source does not say and the plan takes for granted.
+        assumed: sentences about what the source leaves open and the plan assumes.
     """
 
     title: str
@@ -57,17 +57,17 @@ class Model:
     assumed: tuple[str, ...] = ()
 
     def check_trainable(self) -> None:
-        """Raise `UsageError` where there is nothing to train."""
+        """Raise `UsageError` if there is nothing to train."""
         if not any(parameter.trainable for parameter in self.parameters):
             raise UsageError(
                 f"required is a model with something to train; {self.source} has no parameter that requires_grad"
             )
 
     def grouped(self, dense: Iterable[str], batch_dims: Mapping[str, int]) -> Model:
-        """The model with the options ``dense`` and ``batch_dims`` of what patterns match, as in `hfac.param_groups`.
+        """The model with ``dense`` and ``batch_dims`` set where patterns match, as in `hfac.param_groups`.
 
         Raises:
-            UsageError: a pattern matches nothing that is trained, or a stack has not so many dimensions.
+            UsageError: a pattern matches nothing that is trained, or a stack does not have that many dimensions.
         """
         parameters = list(self.parameters)
         for pattern in dense:

@@ -1,4 +1,4 @@
-"""Tells what memory each optimizer takes of a model before anyone trains it: bytes of weights, gradients, optimizer
+"""Computes, without training, how much memory a model takes with each optimizer: bytes of weights, gradients, optimizer
 state, a step's transient memory and the checkpoint, on one GPU or on each of many under FSDP2."""
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from hfac.cli.plan_plot import write_plot
 from hfac.cli.report import print_rows
 from hfac.optim.state import MASTER, ROUNDING
 
-HELP = "tell what memory each optimizer takes of a model, before training"
+HELP = "compute how much memory a model takes with each optimizer"
 
 HEADERS = ("optimizer", "weights", "gradients", "state", "transient", "total", "checkpoint")
 _NOTES = (
     "H-Fac is hfac.HFac, SMMF hfac.SMMF. Where no fused backend serves the GPU (hfac doctor), their steps hold several "
     "copies of the largest parameter instead.",
     "GB is 10^9 bytes. Total is weights, gradients, state and transient memory; activations come on top, and under "
-    "FSDP2 the weights and gradients that it gathers for a while. A checkpoint is weights and state of all ranks "
+    "FSDP2 the weights and gradients that it gathers temporarily. A checkpoint is weights and state of all ranks "
     "together. Buffers, such as the averages of batch norms, are not counted.",
 )
 
@@ -37,17 +37,17 @@ _NOTES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``hfac plan``."""
     parser.add_argument("model", metavar="MODEL", help=sources.FORMS)
-    meaning = "GPUs that FSDP2 cuts the model over, several numbers with commas between (default: 1)"
+    meaning = "number of GPUs that FSDP2 shards the model over, or several numbers separated by commas (default: 1)"
     parser.add_argument("--world-size", type=_world_sizes, default=[1], metavar="N[,N...]", help=meaning)
     meaning = "type of weights and gradients (default: %(default)s)"
     parser.add_argument("--dtype", choices=tuple(memory.DTYPES), default="bf16", help=meaning)
-    meaning = "parameters that are stacks, and how many of their leading dimensions count slices; may be repeated"
+    meaning = "parameters that are stacks, and how many of their leading dimensions index slices; may be repeated"
     parser.add_argument("--batch-dims", type=_stack, action="append", metavar="PATTERN=N", help=meaning)
     meaning = "parameters whose moments H-Fac and SMMF keep whole; may be repeated"
     parser.add_argument("--dense", action="append", metavar="PATTERN", help=meaning)
     meaning = "master weights that H-Fac and SMMF keep beside bfloat16 weights (default: none)"
     parser.add_argument("--master", choices=MASTER, help=meaning)
-    meaning = "how H-Fac and SMMF round bfloat16 weights, which takes no memory (default: %(default)s)"
+    meaning = "how H-Fac and SMMF round bfloat16 weights; needs no memory (default: %(default)s)"
     parser.add_argument("--rounding", choices=ROUNDING, default=ROUNDING[0], help=meaning)
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object, in bytes")
     meaning = "draw the memory as bars to a PNG, PDF or SVG file"
@@ -66,10 +66,10 @@ def _stack(text: str) -> tuple[str, int]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan and return the exit status: 0, or 1 where the plot could not be written in the end.
+    """Print the plan and return the exit status: 0, or 1 if the plot could not be written after all.
 
     Raises:
-        UsageError: the model cannot be had, options do not fit it, or the plot cannot be drawn.
+        UsageError: the model cannot be read, options do not fit it, or the plot cannot be drawn.
     """
     dtype = memory.DTYPES[args.dtype]
     if dtype == torch.float32 and (args.master or args.rounding != ROUNDING[0]):
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(model, load, worlds, found)
     if args.plot is not None:
-        sys.stdout.flush()  # whatever becomes of the picture
+        sys.stdout.flush()  # so that the plan is out even if drawing fails
         _plot(args.plot, model, worlds)
     return 0
 
@@ -127,7 +127,7 @@ def _print_findings(found: Sequence[findings.Finding]) -> None:
             print(*_finding_head(finding), *_finding_reasons(finding), sep="\n")
     if minor:
         intro = f"{'Others' if serious else 'Shapes'} whose state is more than {findings.SHARE:.0%} of AdamW's"
-        few = f"of less than {findings.FEW:.0%} of the parameters each, so that nothing need be done:"
+        few = f"of less than {findings.FEW:.0%} of the parameters each, so that nothing needs to be done:"
         print(*_wrapped(f"{intro}, {few}"), sep="\n")
         for finding in minor:
             print(*_finding_head(finding), sep="\n")
@@ -151,7 +151,7 @@ def _described(model: sources.Model, load: memory.Load) -> str:
 
 
 def _options_told(model: sources.Model, load: memory.Load) -> str:
-    """What H-Fac and SMMF are given besides their defaults."""
+    """Options of H-Fac and SMMF that differ from their defaults, as text."""
     said = [f"master={load.master}"] if load.master else []
     said += [f"rounding={load.rounding}"] if load.rounding != ROUNDING[0] else []
     for name, count in (
@@ -169,13 +169,13 @@ def _cells(row: footprints.Row) -> list[str]:
 
 
 def _transient_lines(worlds: dict[int, list[footprints.Row]]) -> list[str]:
-    """How the transient bytes are known, once for all numbers of ranks where it is the same."""
+    """How the transient bytes are known, once for all numbers of ranks if it is the same."""
     said: dict[tuple[str, str, str], list[str]] = {}
     for world, rows in worlds.items():
         for row in rows:
             key = (row.optimizer.title, row.transient.basis, row.transient.origin)
             said.setdefault(key, []).append(f"{world:,}")
-    lines = _wrapped("Transient memory is what a step holds for a while. How its bytes are known (measured: on CPUs):")
+    lines = _wrapped("Transient memory is what a step holds temporarily. How its bytes are known (measured: on CPUs):")
     for (title, basis, origin), on in sorted(said.items(), key=lambda item: _order(item[0][0])):
         where = "" if len(on) == len(worlds) else f" (on {', '.join(on)} GPU{'s'[: on != ['1']]})"
         lines += _wrapped(f"{title}{where}: {basis}; {origin}.", "  ", "    ")
@@ -187,7 +187,7 @@ def _order(title: str) -> int:
 
 
 def _finding_head(finding: findings.Finding) -> list[str]:
-    """What is concerned, and how much it takes."""
+    """Which parameters are concerned, and how much state they have."""
     who = footprints.OPTIMIZERS[finding.optimizer].title if finding.optimizer else "All"
     count = len(finding.parameters)
     first = finding.parameters[0]
@@ -219,7 +219,7 @@ def _wrapped(text: str, first: str = "", later: str = "") -> list[str]:
 def _as_json(
     model: sources.Model, load: memory.Load, worlds: dict, found: Sequence[findings.Finding]
 ) -> dict[str, Any]:
-    """Everything in bytes."""
+    """The plan as plain values, in bytes."""
     return {
         "hfac": hfac.__version__,
         "torch": str(torch.__version__),
@@ -275,6 +275,6 @@ def _row_as_json(row: footprints.Row, load: memory.Load) -> dict[str, Any]:
 def _plot(path: Path, model: sources.Model, worlds: dict[int, list[footprints.Row]]) -> None:
     try:
         write_plot(path, model.title, worlds)
-    except Exception as error:  # matplotlib's, of any kind; whether the file can be written was looked at before
+    except Exception as error:  # matplotlib may raise anything; that the file can be written was checked before
         raise OutputError(f"the plan is printed, but {path} could not be drawn ({told(error)})") from error
     print(f"plot written to {path}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The plot of `hfac plan`: what a GPU's memory is filled with under each optimizer, one panel per number of GPUs."""
+"""The plot of `hfac plan`: a GPU's memory under each optimizer, one panel per number of GPUs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hfac.cli import outputs
 from hfac.cli.footprints import Row
 from hfac.cli.memory import human
 
-# Okabe and Ito's colours, told apart with any colour vision; the hatching says the same again.
+# Okabe and Ito's colours, distinguishable with any colour vision; hatching repeats the distinction.
 PARTS = {
     "weights": ("#999999", ""),
     "gradients": ("#E69F00", ""),

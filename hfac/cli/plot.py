@@ -9,7 +9,7 @@ from hfac.cli import outputs
 from hfac.cli.optimizers import CHOICES
 from hfac.cli.report import best_runs
 
-# Okabe and Ito's colours, told apart with any colour vision; line style and marker say the same again.
+# Okabe and Ito's colours, distinguishable with any colour vision; line style and marker repeat the distinction.
 STYLES = {
     "adamw": ("#000000", "-", "o"),
     "adafactor": ("#E69F00", "--", "s"),

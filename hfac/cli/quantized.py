@@ -1,4 +1,4 @@
-"""Weights that a configuration says are quantized: how many bytes they take, and that they are not trained."""
+"""Quantized weights, according to a model's configuration: their bytes, and that they are not trained."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hfac.cli.parameters import Model
 
 
 class Scheme(NamedTuple):
-    """How a method keeps a matrix.
+    """How a quantization method stores a matrix.
 
     Attributes:
         title: its name, for people.
-        bits: of an element.
+        bits: of an element, without scales.
         extra: bits of scales and zero points for each group.
-        group: elements that share them; None where a row does.
+        group: elements that share these; None if a whole row does.
         linear, experts: whether it quantizes linear layers, and experts that are stacked in one parameter.
     """
 
@@ -37,7 +37,7 @@ class Scheme(NamedTuple):
 
 
 def settings(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What a configuration says about quantization, of the whole or of its language model."""
+    """The quantization settings of a configuration, of the whole or of its language model."""
     for holder in (values, values.get("text_config"), values.get("llm_config")):
         if isinstance(holder, dict):
             for key in ("quantization_config", "compression_config"):
@@ -47,7 +47,7 @@ def settings(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def applied(model: Model, module: nn.Module, said: Mapping[str, Any] | None) -> Model:
-    """The model with the weights that ``said`` concerns in their bytes, and frozen."""
+    """The model with the weights that the settings ``said`` quantize at their size, and frozen."""
     if said is None:
         return model
     method = _method(said)
@@ -106,8 +106,8 @@ def _weights(module: nn.Module, scheme: Scheme, said: Mapping[str, Any], method:
 
 
 def _skipped(module: nn.Module, said: Mapping[str, Any], method: str) -> list[str]:
-    """Patterns of modules that stay as they are: those that are named, and the head, which no method quantizes unless
-    it is told to."""
+    """Patterns of modules that are not quantized: those that are listed, and the head, which no method quantizes by
+    default."""
     keys = ("modules_to_not_convert", "llm_int8_skip_modules", "skip_modules", "ignore", "ignored_layers")
     given = [said.get(key) for key in (*keys, "exclude_modules")]
     named = [str(pattern) for patterns in given if isinstance(patterns, list) for pattern in patterns]
@@ -118,7 +118,7 @@ def _skipped(module: nn.Module, said: Mapping[str, Any], method: str) -> list[st
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """Whether a pattern names a module or what it is in: a name, a part of one, a file name's pattern, or "re:..."."""
+    """Whether a pattern matches a module or one that contains it: a name, a part of one, a glob, or "re:..."."""
     if pattern.startswith("re:"):
         try:
             return re.match(pattern[3:], name) is not None
@@ -197,7 +197,7 @@ def _aqlm(said: Mapping[str, Any]) -> Scheme:
     return Scheme(f"{bits:.3g}-bit AQLM", bits, 16, None)
 
 
-#: quant_method -> how it keeps a matrix; None of what it does not say enough about
+#: quant_method -> how it stores a matrix, or None if the configuration does not say enough
 _SCHEMES: dict[str, Any] = {
     "bitsandbytes_4bit": _bitsandbytes_4bit,
     "bitsandbytes_8bit": lambda said: Scheme("8-bit bitsandbytes", 8, 32, None, experts=False),

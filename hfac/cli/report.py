@@ -29,9 +29,9 @@ HEADERS = (
 
 
 def best_runs(runs: list[dict]) -> list[dict]:
-    """Of each optimizer the run with the lowest validation loss, in the order they were trained.
+    """For each optimizer the run with the lowest validation loss, in the order they were trained.
 
-    A run cut short competes only if its optimizer has no whole one: fewer steps are no fair measure of a rate.
+    An interrupted run counts only if its optimizer has no complete one: with fewer steps it is no fair comparison.
     """
     best: dict[str, dict] = {}
     for run in runs:
@@ -54,8 +54,8 @@ def print_table(runs: list[dict], total_steps: int) -> None:
 
 
 def print_rows(title: str | None, headers: Sequence[str], rows: list[list[str]]) -> None:
-    """Print a table, the first column to the left: through rich, with its title, where there is a terminal and rich; as
-    lines of one number each where it is wider than the terminal. Numbers are never cut."""
+    """Print a table, the first column left-aligned: with rich and a title if there is a terminal and rich is installed;
+    as lines of one number each if it is wider than the terminal. Numbers are never cut."""
     if sys.stdout.isatty():
         heads = [max(_folded(header).split("\n"), key=len) for header in headers]
         needed = sum(max(map(len, column)) + 2 for column in zip(heads, *rows, strict=True)) - 2
@@ -97,7 +97,7 @@ def _row(run: dict, total_steps: int) -> list[str]:
 
 
 def _loss(run: dict) -> str:
-    """The last validation loss, and where it was taken if training went on after it."""
+    """The last validation loss, and its step if training continued after it."""
     measured = run["history"][-1]["step"] if run["history"] else 0
     return f"{run['val_loss']:.4f}" + ("" if measured == run["steps"] else f" at step {measured}")
 
@@ -116,7 +116,7 @@ def _print_rich(title: str | None, headers: Sequence[str], rows: list[list[str]]
 
 
 def _folded(header: str) -> str:
-    """A header on two lines, which leaves room for whole numbers on 80 columns."""
+    """A header on two lines, so that all numbers fit on 80 columns."""
     return header.replace(" ", "\n") if " " in header else header.replace("/", "/\n")
 
 
@@ -141,7 +141,7 @@ def _print_plain(headers: Sequence[str], rows: list[list[str]]) -> None:
 
 
 def environment(device: str) -> dict:
-    """What the times, and the last digits of the losses, depend on beside the settings."""
+    """What the times, and the last digits of the losses, depend on besides the settings."""
     cuda = device.startswith("cuda")
     return {
         "hfac": __version__,
@@ -154,7 +154,7 @@ def environment(device: str) -> dict:
 
 
 def write_json(path: Path, report: dict) -> None:
-    """Write `report` under a temporary name, then rename it; what is not a finite number becomes null."""
+    """Write `report` under a temporary name, then rename it; numbers that are not finite become null."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_text(json.dumps(_finite(report), indent=2, allow_nan=False) + "\n", encoding="utf-8")

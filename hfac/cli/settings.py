@@ -1,4 +1,4 @@
-"""What decides the result of `hfac compare`: every setting that a resumed run must share with the first."""
+"""The settings that determine the result of `hfac compare`, and that a resumed run must share with the first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVERY_OPTIMIZER = "all"  # the key in `Settings.lr` of a learning rate given wit
 class Settings:
     """Settings of a comparison. The defaults finish in under 4 minutes on 2 CPU cores.
 
-    `None` leaves a number to the steps: a tenth of them for warmup, a tenth of them between evaluations.
+    `None` means a tenth of the steps, for warmup and between evaluations.
     """
 
     optimizers: tuple[str, ...] = tuple(CHOICES)
@@ -56,7 +56,7 @@ class Settings:
         return max(1, self.steps // 10) if self.eval_every is None else self.eval_every
 
     def check(self) -> None:
-        """Raise `UsageError` for settings that are each well formed but cannot be had together or here."""
+        """Raise `UsageError` for settings that are valid by themselves but not in combination or on this machine."""
         if self.d_model % self.heads:
             raise UsageError(
                 f"--d-model is required to be a multiple of --heads, got --d-model {self.d_model} and --heads"
@@ -112,7 +112,7 @@ def resolve(given: dict, saved: dict | None) -> Settings:
     """Settings from those `given` on the command line over the `saved` ones of a checkpoint, or the defaults.
 
     A setting given that differs from the saved one raises `UsageError`: continuing with another model,
-    text, seed or schedule would be neither the old run nor a new one. `DamagedCheckpoint`: `saved` has not
+    text, seed or schedule would be neither the old run nor a new one. `DamagedCheckpoint`: `saved` does not have
     exactly these settings, each of its type.
     """
     if "text" in given:
@@ -136,7 +136,7 @@ def resolve(given: dict, saved: dict | None) -> Settings:
 
 
 def _restored(saved: dict) -> Settings:
-    """The settings of a checkpoint. A missing one would be replaced by today's default: another run."""
+    """The settings of a checkpoint. A missing one is an error: today's default might make it a different run."""
     for what, names in (("no", set(NAMES) - saved.keys()), ("an unknown", saved.keys() - set(NAMES))):
         if names:
             raise DamagedCheckpoint(f"it has {what} setting {', '.join(sorted(map(str, names)))}")
@@ -152,7 +152,7 @@ def _restored(saved: dict) -> Settings:
 
 
 def shown(name: str, value: object) -> str:
-    """A setting as the command line has it."""
+    """A setting as it is written on the command line."""
     if name in _WITHOUT and value in (None, ()):
         return _WITHOUT[name]
     if name == "lr":
@@ -167,13 +167,13 @@ def flag(name: str) -> str:
 
 
 NAMES = tuple(field.name for field in fields(Settings))
-#: settings that may be None, and of which type they are else
+#: settings that may be None, and their type otherwise
 _OPTIONAL = {
     "warmup_steps": (int, type(None)),
     "eval_every": (int, type(None)),
     "master": (str, type(None)),
 }
-#: what is said of a setting that has been left to a default of more than one value
+#: how a default that is not a single value is described
 _WITHOUT = {
     "lr": "one for each optimizer",
     "text": "the Python standard library's source",

@@ -1,5 +1,5 @@
-"""Parameter lists of models that everyone knows, by name, from the rules of their architectures: name -> shape, in the
-order in which the models' own code registers them."""
+"""Parameter lists of well-known models, by name, derived from their architectures: name -> shape, in the order in which
+the models' own code registers them."""
 
 from __future__ import annotations
 
@@ -131,12 +131,12 @@ def _norm(name: str, width: int) -> Shapes:
     return _affine(name, (width,), width)
 
 
-#: name on the command line -> (what it is, the list)
+#: name on the command line -> (title, the list)
 NAMED: dict[str, tuple[str, Callable[[], Shapes]]] = {
     "llama-3-8b": ("Llama-3-8B", llama3_8b),
     "gpt2": ("GPT-2 124M", gpt2),
     "resnet50": ("ResNet-50", resnet50),
     "sdxl-unet": ("Stable Diffusion XL's U-Net", sdxl_unet),
 }
-#: names that other tools, and bench, have had for the same lists
+#: other names for the same lists, used by other tools and earlier by bench
 ALIASES = {"llama3-8b": "llama-3-8b"}

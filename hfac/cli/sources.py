@@ -1,5 +1,5 @@
 """Where `hfac plan` takes a model's shapes from: a list by name, a Hugging Face config, or a callable in Python.
-Nothing is downloaded, and no weight gets memory."""
+Nothing is downloaded, and no memory is allocated for weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _HUB_ID = re.compile(r"(https?://)?((www\.)?(huggingface\.co|hf\.co)/)?[\w.-]+/[
 
 
 def read(target: str) -> Model:
-    """The model that ``target`` stands for.
+    """The model that ``target`` names.
 
     Raises:
         UsageError: it is none of `FORMS`, or cannot be built.
@@ -56,7 +56,7 @@ def read(target: str) -> Model:
 
 @contextmanager
 def _importing_from_here() -> Iterator[None]:
-    """As under `python -m`: what lies in the current folder is found."""
+    """Makes modules in the current folder importable, as `python -m` does."""
     before = list(sys.path)
     sys.path.insert(0, os.getcwd())
     try:
@@ -66,8 +66,8 @@ def _importing_from_here() -> Iterator[None]:
 
 
 def _of_callable(module_name: str, name: str) -> Model:
-    """What the callable builds on the meta device. The code of others may raise anything, SystemExit included; Ctrl-C
-    alone goes through."""
+    """The module that the callable builds on the meta device. The user's code may raise anything, even SystemExit; all
+    of it becomes a `UsageError`, except Ctrl-C."""
     source = f"{module_name}:{name}"
     try:
         found: Any = importlib.import_module(module_name)

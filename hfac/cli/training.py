@@ -20,7 +20,7 @@ FINAL_LR_FRACTION = 0.1  # where the cosine and linear schedules end, as a fract
 def scheduled_lr(settings: Settings, peak: float, step: int) -> float:
     """Learning rate of step `step` (from 0): linear warmup to `peak`, then the schedule of the settings.
 
-    A function of the step alone, so that a resumed run needs no scheduler state.
+    It depends on the step alone, so a resumed run needs no scheduler state.
     """
     if step < settings.warmup:
         return peak * (step + 1) / settings.warmup
@@ -72,7 +72,7 @@ class TrainingRun:
         return self.diverged or self.step == self.settings.steps
 
     def train_step(self) -> None:
-        """One batch: forward, backward, clip, optimizer step. Times the last apart and all of it together."""
+        """One batch: forward, backward, clip, optimizer step. Times the optimizer step, and all of it together."""
         settings = self.settings
         begin = self._now()
         for group in self.optimizer.param_groups:
@@ -147,7 +147,7 @@ class TrainingRun:
         """Continue from what `state_dict` returned, for the same settings, optimizer and learning rate.
 
         Raises:
-            DamagedCheckpoint: it holds something else.
+            DamagedCheckpoint: it does not hold that.
         """
         mine = self.state_dict().keys()
         for what, names in (("lacks", mine - state.keys()), ("has an unknown", state.keys() - mine)):
@@ -172,7 +172,7 @@ class TrainingRun:
             setattr(self, name, state[name])
 
     def _now(self) -> float:
-        """The time once the device has done all it was asked to."""
+        """The time once the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()

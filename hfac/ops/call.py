@@ -244,7 +244,7 @@ class OpCall:
         call = inputs.call
         if call is None:
             return Statistics(torch.zeros(0, dtype=torch.float32, device="cpu"), inputs.grads)
-        take = getattr(call, "statistics", None)
+        take = getattr(call, "statistics", None) if self.op.reads_twice else None
         grads = None if take is None else _unscaled(inputs)
         if take is None or grads is None:
             norms, scale = torch.stack(clipping.norms(inputs.grads)), inputs.scaling.get("grad_scale")

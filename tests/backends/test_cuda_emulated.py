@@ -1,0 +1,301 @@
+"""The CUDA kernels, compiled for the host: the whole parity table, block orders, and what only these kernels have."""
+
+import copy
+import itertools
+
+import calls
+import emulated
+import pytest
+import test_parity
+import torch
+from cases import DTYPES, OPTIONS, SHAPES, gradient, shape_id
+from test_parity import ieee_square_roots  # noqa: F401  (a fixture for every test here)
+
+import hfac
+from hfac import backends, matricize, reference
+
+pytestmark = [
+    pytest.mark.skipif(emulated.native is None, reason=emulated.WHY_NOT),
+    pytest.mark.usefixtures("emulated_backend"),
+]
+
+ROWS = [(name, key) for name, rows in OPTIONS.items() for key in rows]
+ORDERS = ["forward", "reverse", "shuffled"]
+#: Beyond the common table: borders of tiles, rows that no register holds, and both paths of each.
+LARGE = [(300, 2100), (2100, 300), (300, 2104), (2104, 304), (5, 9000), (20, 14344), (3, 17001)]
+
+
+@pytest.fixture(autouse=True)
+def forward():
+    yield
+    if emulated.native is not None:
+        emulated.native.set_block_order("forward")
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+@pytest.mark.parametrize(("name", "options"), ROWS)
+def test_the_parity_table(name, options, shape, dtype, monkeypatch):
+    """Every case in all three orders of blocks: the order changes from op to op."""
+    orders, fill = itertools.cycle(ORDERS), emulated.Host.before_launch
+
+    def before_launch(host, workspace):
+        emulated.native.set_block_order(next(orders))
+        fill(host, workspace)
+
+    monkeypatch.setattr(emulated.Host, "before_launch", before_launch)
+    monkeypatch.setattr(test_parity, "STEPS", 5)  # each from the same state: the later ones show nothing new
+    test_parity.test_twenty_steps(emulated.NAME, name, options, shape, dtype)
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", LARGE, ids=shape_id)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_several_tiles(name, shape, dtype, monkeypatch):
+    monkeypatch.setattr(test_parity, "STEPS", 2)
+    test_parity.test_twenty_steps(emulated.NAME, name, "all", shape, dtype)
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_list_with_gradients_of_another_type(name, dtype, grad_dtype):
+    test_parity.test_a_list_with_gradients_of_another_type(emulated.NAME, name, dtype, grad_dtype)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_autograd_notices_the_write(name):
+    test_parity.test_autograd_notices_the_write(name, emulated.NAME)
+
+
+def steps(name, shapes, *, backend=emulated.NAME, count=3, dtype=torch.float32, **kwargs):
+    """Parameters and states after a few steps on fixed gradients."""
+    params = [torch.nn.Parameter(gradient(shape, k, dtype)) for k, shape in enumerate(shapes)]
+    optimizer = getattr(hfac, name)(params, **kwargs, backend=backend)
+    for step in range(1, count + 1):
+        for k, p in enumerate(params):
+            p.grad = gradient(p.shape, 100 * k + step, dtype)
+        optimizer.step()
+    return params, [optimizer.state[p] for p in params]
+
+
+def assert_same_bits(ours, theirs):
+    for mine, other in zip(ours[0], theirs[0], strict=True):
+        assert torch.equal(mine, other)
+    for mine, other in zip(ours[1], theirs[1], strict=True):
+        assert mine.keys() == other.keys()
+        for key in mine:
+            assert torch.equal(mine[key], other[key]), key
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("order", ORDERS[1:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "options"), ROWS)
+def test_the_order_of_blocks_changes_no_bit(name, options, dtype, order):
+    shapes = [(300, 2104), (127, 129), (70, 24), (9000,), (6, 4, 3, 3), (1024,), ()]
+    expected = steps(name, shapes, dtype=dtype, **OPTIONS[name][options])
+    emulated.native.set_block_order(order)
+    assert_same_bits(steps(name, shapes, dtype=dtype, **OPTIONS[name][options]), expected)
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("order", ORDERS[1:])
+@pytest.mark.parametrize("shape", [(24, 18), (127, 129), (256, 320), (4097,)], ids=shape_id)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_parity_in_other_orders(name, shape, order, monkeypatch):
+    monkeypatch.setattr(test_parity, "STEPS", 5)
+    emulated.native.set_block_order(order)
+    test_parity.test_twenty_steps(emulated.NAME, name, "skip", shape, torch.float32)
+
+
+def whole_keys(state):
+    """Of a state those entries that no sum enters."""
+    return [key for key in ("exp_avg_sign", "exp_avg", "exp_avg_sq") if key in state]
+
+
+@pytest.mark.skipif("cpu" not in backends.available(torch.device("cpu")), reason="hfac._C is not built")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*(("SMMF", key) for key in OPTIONS["SMMF"]), ("HFac", "unclipped")],
+)
+def test_what_depends_on_no_sum_equals_the_cpu_kernels_to_the_bit(name, options):
+    """One step from the same state: SMMF's parameters and signs, and moments that are whole, with H-Fac's parameters
+    where those are not clipped by their norm. Sums are added in another order: the CPU's kernels take the columns of
+    128 rows and more one row after the other, a GPU's block takes a tile, thread by thread."""
+    kwargs = OPTIONS[name][options]
+    shapes = [shape for shape in SHAPES if shape != (0,)] + [(300, 2104)]
+    params = [torch.nn.Parameter(gradient(shape, k, torch.float32)) for k, shape in enumerate(shapes)]
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    ours = getattr(hfac, name)(params, **kwargs, backend=emulated.NAME)
+    theirs = getattr(hfac, name)(twins, **kwargs, backend="cpu")
+    for step in range(1, 5):
+        for k, (p, q) in enumerate(zip(params, twins, strict=True)):
+            p.grad = q.grad = gradient(p.shape, 100 * k + step, torch.float32)
+            theirs.state[q] = copy.deepcopy(ours.state[p])
+        ours.step()
+        theirs.step()
+        for p, q in zip(params, twins, strict=True):
+            if name == "SMMF" or "exp_avg" in ours.state[p]:
+                assert torch.equal(p, q)
+            for key in whole_keys(ours.state[p]):
+                assert torch.equal(ours.state[p][key], theirs.state[q][key]), key
+
+
+def layouts(values):
+    """The same elements: transposed in memory, a slice of something wider, and off any vector's boundary."""
+    wide = torch.zeros(values.shape[0], 2 * values.shape[1], dtype=values.dtype)
+    wide[:, ::2] = values
+    shifted = torch.zeros(values.numel() + 1, dtype=values.dtype)
+    shifted[1:] = values.flatten()
+    return {
+        "transposed": values.t().contiguous().t(),
+        "every second": wide[:, ::2],
+        "shifted": shifted[1:].view_as(values),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["transposed", "every second", "shifted"])
+@pytest.mark.parametrize("which", ["param", "grad"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_any_layout_gives_the_bits_of_a_contiguous_copy(name, which, layout, dtype):
+    values, grads = gradient((24, 40), 1, dtype), [gradient((24, 40), 2 + k, dtype) for k in range(2)]
+    results = []
+    for given in (False, True):
+        start = layouts(values)[layout] if given and which == "param" else values.clone()
+        param = torch.nn.Parameter(start)
+        optimizer = getattr(hfac, name)([param], **OPTIONS[name]["all"], backend=emulated.NAME)
+        for grad in grads:
+            grad = layouts(grad)[layout] if given and which == "grad" else grad
+            test_parity.step_with(optimizer, [param], [grad])
+        results.append(([param.detach().clone()], [optimizer.state[param]]))
+    assert_same_bits(*results)
+
+
+def bound(op, shape=(40, 24), dtype=torch.float32):
+    """A bound op on one parameter, its parameter and states, and its scalars."""
+    param = gradient(shape, 0, dtype)
+    rows, cols = shape
+    if "dense" in op:
+        states = {name: [torch.zeros(shape)] for name in ("exp_avgs", "exp_avg_sqs")}
+    else:
+        states = {f"exp_avg_{kind}rows": [torch.zeros(rows)] for kind in ("", "sq_")}
+        states |= {f"exp_avg_{kind}cols": [torch.zeros(cols)] for kind in ("", "sq_")}
+    scalars = dict(lr=0.02, beta1=0.8, beta2=0.9, eps=1e-8, weight_decay=0.1, maximize=False)
+    if op.startswith("hfac"):
+        scalars["clip_threshold"] = 0.7
+    else:
+        scalars["decoupled_weight_decay"] = True
+        if op == "smmf_step":
+            states["exp_avg_signs"] = [torch.zeros(rows, cols // 8, dtype=torch.uint8)]
+    return calls.bind(emulated.ops, op, [param], states), param, states, scalars
+
+
+OPS = ["hfac_step", "hfac_dense_step", "smmf_step", "smmf_dense_step"]
+
+
+def everything(param, states):
+    return [param.clone(), *(tensor.clone() for tensors in states.values() for tensor in tensors)]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_scalars_in_device_memory_give_the_same_bits(op):
+    results = []
+    for on_device in (False, True):
+        step, param, states, scalars = bound(op)
+        for k in range(3):
+            now = scalars | dict(lr=0.02 / (k + 1), beta1=0.8 * 0.9**k, beta2=1 - (k + 1) ** -0.8)
+            if on_device:
+                now = {
+                    name: torch.tensor([value] if name.startswith("beta") else value, dtype=torch.float64)
+                    if name in ("lr", "beta1", "beta2", "weight_decay")
+                    else value
+                    for name, value in now.items()
+                }
+            step([gradient((40, 24), k + 1, torch.float32)], **now)
+        results.append(everything(param, states))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_grad_scale_divides_and_leaves_the_gradient(op):
+    results = []
+    for scale in (None, 1024.0):
+        step, param, states, scalars = bound(op)
+        grad = gradient((40, 24), 1, torch.float32) * (scale or 1)
+        kept = grad.clone()
+        step([grad], **scalars, grad_scale=None if scale is None else torch.tensor(scale))
+        assert torch.equal(grad, kept)
+        results.append(everything(param, states))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_found_inf_keeps_every_bit(op):
+    step, param, states, scalars = bound(op)
+    step([gradient((40, 24), 1, torch.float32)], **scalars, found_inf=torch.tensor(0.0))
+    before = everything(param, states)
+    flags = torch.full((1,), 7, dtype=torch.int32)
+    step([gradient((40, 24), 2, torch.float32)], flags, **scalars, found_inf=torch.tensor(1.0))
+    assert all(map(torch.equal, everything(param, states), before))
+    assert flags.item() == 0
+    step([gradient((40, 24), 2, torch.float32)], flags, **scalars, found_inf=torch.tensor(0.0))
+    assert not torch.equal(param, before[0])
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e19])
+def test_a_refused_parameter_keeps_every_bit(op, bad):
+    step, param, states, scalars = bound(op, shape=(400, 24))  # a dense op of this size has more than one block
+    step([gradient((400, 24), 1, torch.float32)], **scalars)
+    before = everything(param, states)
+    grad = gradient((400, 24), 2, torch.float32)
+    grad[399, 23] = bad
+    flags = torch.zeros(1, dtype=torch.int32)
+    step([grad], flags, **scalars)
+    assert flags.item() == 1
+    assert all(map(torch.equal, everything(param, states), before))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_table_follows_the_gradient(op):
+    """Another address, another type, other strides, from one step to the next; nothing is copied where all is equal."""
+    step, param, states, scalars = bound(op)
+    grad = gradient((40, 24), 1, torch.float32)
+    step([grad], **scalars)
+    table = step._plain.table.clone()
+    step([grad], **scalars)
+    assert torch.equal(step._plain.table, table)
+    other, twin, twin_states, _ = bound(op)
+    for _ in range(2):
+        other([grad], **scalars)
+    for fresh in (grad.clone(), grad.t().contiguous().t(), grad.double()):
+        step([fresh], **scalars)
+        other([grad], **scalars)
+        assert all(map(torch.equal, everything(param, states), everything(twin, twin_states)))
+
+
+@pytest.mark.parametrize("offset", range(4))
+@pytest.mark.parametrize("shape", [(3, 7), (5, 3), (1, 50), (4, 13), (9, 5), (6, 4, 3), (7, 9)], ids=shape_id)
+def test_signs_of_any_size_at_any_address(shape, offset):
+    """Threads share bytes, and a GPU flips bits by words of 4 bytes: at neither end may those reach what is not the
+    tensor's, wherever it begins and however long it is."""
+    values = gradient(shape, 1, torch.float32).sign()  # of one size, so that two factors say all of the moment
+    rows, cols = matricize.square(values.numel())
+    packed = reference.pack_signs(values > 0)
+    around = torch.full((offset + packed.numel() + 3,), 0xA5, dtype=torch.uint8)
+    signs = around[offset : offset + packed.numel()].view_as(packed)
+    signs.zero_()
+    states = {f"exp_avg_{kind}rows": [torch.zeros(rows)] for kind in ("", "sq_")}
+    states |= {f"exp_avg_{kind}cols": [torch.zeros(cols)] for kind in ("", "sq_")}
+    states["exp_avg_signs"] = [signs]
+    step = calls.bind(emulated.ops, "smmf_step", [torch.zeros(shape)], states)
+    scalars = dict(lr=0.1, beta1=0.5, beta2=0.5, eps=1e-8, weight_decay=0.0, decoupled_weight_decay=True)
+    for grad, expected in ((values, packed), (-9 * values, reference.pack_signs(values < 0))):
+        step([grad], **scalars, maximize=False)
+        assert torch.equal(signs, expected)
+        assert (torch.cat((around[:offset], around[offset + packed.numel() :])) == 0xA5).all()

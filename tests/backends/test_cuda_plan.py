@@ -1,0 +1,92 @@
+"""The plan of launches: few enough of them, and no more bytes than the algorithms need. Needs no GPU."""
+
+import math
+
+import pytest
+
+from bench import launch_plan
+from bench.shapes import gpt2, llama3_8b
+
+try:
+    native = launch_plan._native()
+except SystemExit as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("algorithm", ["hfac", "smmf"])
+def test_gpt2_takes_at_most_twenty_launches(algorithm, dtype):
+    launches = launch_plan.plan(algorithm, gpt2(), dtype)
+    assert len(launches) <= 20, [launch["kernel"] for launch in launches]
+
+
+@pytest.mark.parametrize(("algorithm", "most"), [("hfac", 8.0), ("smmf", 6.5)])
+def test_llama_moves_few_bytes(algorithm, most):
+    shapes = llama3_8b()
+    assert len(shapes) == 291 and sum(map(math.prod, shapes)) == 8_030_261_248
+    assert launch_plan.summary(launch_plan.plan(algorithm, shapes, "bfloat16"), shapes)["bytes"] <= most
+
+
+@pytest.mark.parametrize("algorithm", ["hfac", "smmf"])
+def test_every_element_is_counted_once(algorithm):
+    shapes = [(300, 2104), (127, 129), (9000,), (64, 3, 7, 7), (5, 0), ()]
+    launches = launch_plan.plan(algorithm, shapes, "float32")
+    bytes_ = 4 * sum(map(math.prod, shapes))
+    assert sum(launch["param_written"] for launch in launches) == bytes_
+    assert sum(launch["param_read"] for launch in launches) == bytes_
+
+
+def test_two_thousand_small_matrices_take_few_launches():
+    shapes = [(64, 64)] * 2000
+    assert len(launch_plan.plan("hfac", shapes, "bfloat16")) == 3
+    assert len(launch_plan.plan("smmf", shapes, "bfloat16")) == 2
+
+
+def test_partial_sums_of_a_group_have_a_bound():
+    tiles = [launch for launch in launch_plan.plan("smmf", llama3_8b(), "bfloat16") if launch["kernel"] == "smmf_tiles"]
+    for group in {launch["group"] for launch in tiles}:
+        assert sum(launch["partial"] for launch in tiles if launch["group"] == group) <= 64 << 20
+
+
+def test_a_gradient_larger_than_the_cache_is_updated_from_its_end():
+    small = launch_plan.plan("hfac", [(1024, 1024)], "bfloat16")
+    large = launch_plan.plan("hfac", [(16384, 8192)], "bfloat16")
+    update = {name: [la for la in p if la["kernel"] == "hfac_update"][0] for name, p in (("s", small), ("l", large))}
+    assert not update["s"]["backward"] and update["s"]["grad"] == 0
+    assert update["l"]["backward"] and 0 < update["l"]["grad_from_cache"] < update["l"]["grad"]
+
+
+def test_statistics_for_the_norm_come_first_and_again_where_it_clips():
+    for shapes in (gpt2(), llama3_8b(), [(16384, 8192)], [(64, 64)] * 2000):
+        matrices = [shape for shape in shapes if len(shape) > 1]
+        size = 2 * sum(map(math.prod, matrices))
+        plain = [la for la in launch_plan.plan("hfac", matrices, "bfloat16") if la["phase"] == "step"]
+        found = launch_plan.plan("hfac", matrices, "bfloat16", norm=True)
+        first, again, rest = (
+            [la for la in found if la["phase"] == "squares"],
+            [la for la in found if la["conditional"]],
+            [la for la in found if la["phase"] == "step" and not la["conditional"]],
+        )
+        assert found == [*first, *(la for la in found if la["phase"] == "step")] and len(plain) > 0
+        assert {la["kernel"] for la in first} == {la["kernel"] for la in again} == {"hfac_stats", "hfac_collect"}
+        assert {la["kernel"] for la in rest} == {"hfac_fold", "hfac_update"}
+        for launches in (first, again, rest):
+            assert sum(la["grad"] + la["grad_from_cache"] for la in launches) == size
+        for part in ("partial", "blocks"):
+            assert sum(la[part] for la in first) == sum(la[part] for la in again)
+        assert len(first) <= len(again)
+        below = sum(la["bytes"] for la in first + rest)
+        assert below < sum(la["bytes"] for la in plain) + size  # that of a plain step and of reading the norm apart
+
+
+def test_what_lasts_for_the_norm_is_a_few_numbers_per_row_and_column():
+    rows, cols = zip(*[shape for shape in llama3_8b() if len(shape) > 1], strict=True)
+    given = dict(op="hfac_step", rows=rows, cols=cols, param_dtypes=1, grad_dtypes=1)
+    found = native.cuda_plan(**given, norm=True)["workspace_bytes"]
+    lasting = 4 * (2 * sum(rows) + 5 * sum(cols))
+    assert lasting < found <= lasting * 1.01 + 0.6 * (50 << 20)
+
+
+def test_an_unknown_op_is_refused():
+    with pytest.raises(ValueError, match="hfac_step, hfac_dense_step, smmf_step or smmf_dense_step is needed"):
+        native.cuda_plan(op="adam", rows=[2], cols=[2], param_dtypes=0, grad_dtypes=0)

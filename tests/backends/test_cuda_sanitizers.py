@@ -1,0 +1,113 @@
+"""The program of `bench.device_driver`: clean under sanitizers with the kernels emulated, and compiled for a GPU.
+
+csrc/emulation/driver.cpp makes a few steps of every op: for ThreadSanitizer with one std::thread per CUDA thread, else
+with fibers. What it must find is injected on purpose by the emulation or the driver, never by the kernels.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import emulated
+import pytest
+
+from bench import device_driver
+
+#: sanitizer -> (flags, options, exit status that says it found something, what it then prints)
+SANITIZERS = {
+    "thread": (["-fsanitize=thread"], ["--once"], 66, "data race"),
+    "address": (
+        ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+        ["--fibers"],
+        1,
+        "heap-buffer-overflow",
+    ),
+    "none": ([], ["--fibers"], 3, "not finite"),
+}
+#: Seconds after which a driver hangs: a loaded machine takes minutes for a program with hundreds of threads.
+HANGS = 3600
+
+NVCC = device_driver.find_nvcc()
+on_the_host = pytest.mark.skipif(
+    emulated.native is None or shutil.which("g++") is None,
+    reason=emulated.WHY_NOT if emulated.native is None else "no g++ here",
+)
+
+
+class Drivers:
+    """One driver per sanitizer, built when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run(self, sanitizer: str, *options: str) -> subprocess.CompletedProcess:
+        program = self.folder / f"driver-{sanitizer}"
+        if not program.exists():
+            # Gradients are float here, and half as many kernels compile sooner.
+            flags = [device_driver.FLOAT, *SANITIZERS[sanitizer][0]]
+            device_driver.build(program, device_driver.host_command(flags), device_driver.HOST_SOURCES, "c++")
+        environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
+        command = [str(program), *SANITIZERS[sanitizer][1], *options]
+        return subprocess.run(command, capture_output=True, text=True, timeout=HANGS, env=environment)
+
+
+@pytest.fixture(scope="module")
+def drivers(tmp_path_factory):
+    return Drivers(tmp_path_factory.mktemp("drivers"))
+
+
+@on_the_host
+@pytest.mark.parametrize(
+    ("sanitizer", "options", "least"),
+    [
+        ("none", [], 15),
+        ("address", ["--quick"], 5),
+        pytest.param("address", [], 15, marks=pytest.mark.slow),
+        pytest.param("thread", [], 15, marks=pytest.mark.slow),  # a thread for each of CUDA's: minutes
+    ],
+    ids=lambda value: value if isinstance(value, str) else "quick" if value == ["--quick"] else "",
+)
+def test_the_kernels_are_clean(drivers, sanitizer, options, least):
+    done = drivers.run(sanitizer, *options)
+    assert done.returncode == 0, done.stderr[:4000] + done.stdout
+    assert all(line.endswith(" ok") for line in done.stdout.splitlines()), done.stdout
+    assert len(done.stdout.splitlines()) >= least
+
+
+@on_the_host
+def test_a_quick_run_makes_a_part_of_the_same_steps(drivers):
+    whole, quick = (drivers.run("none", *options).stdout.splitlines() for options in ([], ["--quick", "--once"]))
+    assert 0 < len(quick) < len(whole) and set(quick) < set(whole)
+
+
+@on_the_host
+@pytest.mark.parametrize(
+    ("fault", "sanitizer"),
+    [
+        pytest.param("barrier", "thread", marks=pytest.mark.slow),
+        ("workspace", "address"),
+        ("signs", "address"),
+        ("block", "none"),
+    ],
+)
+def test_a_fault_is_found(drivers, fault, sanitizer):
+    """A block's first barrier left out; a workspace 4 bytes too small; the 4-byte word around the last byte of signs,
+    where it is not all theirs; a block that never runs, so that nobody writes its partial sums."""
+    done = drivers.run(sanitizer, "--fault", fault)
+    _, _, status, said = SANITIZERS[sanitizer]
+    assert done.returncode == status, (done.returncode, done.stderr[:4000])
+    assert said in done.stderr + done.stdout
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc here")
+@pytest.mark.parametrize("source", ["emulation/driver.cpp", "cuda/launchers.cu"])
+def test_it_compiles_for_a_gpu(source, tmp_path):
+    """What differs from the host's build: the driver with its memory, and the launches. The kernels are left to `make
+    cuda-check`; together they take minutes."""
+    target = tmp_path / "out.o"
+    command = device_driver.device_command(NVCC, "90", [device_driver.FLOAT, "-Werror=all-warnings"])
+    source = str(device_driver.CSRC / source)
+    done = subprocess.run([*command, "-x", "cu", "-c", source, "-o", str(target)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:4000]
+    assert b"cuda" in target.read_bytes()

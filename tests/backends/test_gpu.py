@@ -1,0 +1,267 @@
+"""The CUDA kernels on a GPU: gpu_steps.py and gpu_graphs.py, and the ops themselves on parts of parameters, on stored
+parameters, of clipped and watched steps. Without a GPU all of it is rehearsed (tests/helpers/rehearsal.py).
+
+    pytest tests/backends/test_gpu.py -m parity     against the reference
+    pytest tests/backends/test_gpu.py -m graphs     CUDA graphs and streams
+    pytest tests/backends/test_gpu.py -m large      more than 2^31 elements
+"""
+
+import pytest
+import test_cuda_clipping
+import test_cuda_rounding
+import test_cuda_watch
+import test_parts
+import torch
+from gpu_graphs import *  # noqa: F403
+from gpu_steps import *  # noqa: F403
+from gpu_steps import BOTH, DEVICE, DTYPES, LARGE, MIXED, gradients_on_device, on_device, run, sized
+from rehearsal import gpu  # noqa: F401 (a fixture)
+from running import bits, parameters
+from test_parity import ieee_square_roots, params_agree  # noqa: F401 (one is a fixture)
+from test_parts import BLOCK_PARTS, HFAC_OPTIONS, MATRIX_PARTS, SMMF_OPTIONS, BlockParts, MatrixParts
+from torch.nn import Parameter
+
+import hfac
+from hfac import backends
+from hfac.rounding import Place, join
+
+
+@pytest.fixture(autouse=True)
+def backend(gpu):  # noqa: F811
+    why_not = backends.TABLE["cuda"].why_not(DEVICE)
+    if why_not is not None:
+        pytest.skip(why_not)
+    return "cuda"
+
+
+OF_PARTS = pytest.mark.parametrize("dtype", sized([*DTYPES, torch.float64], [torch.bfloat16, torch.float64]), ids=str)
+STORED = [dict(rounding="stochastic"), dict(master="split"), dict(rounding="stochastic", master="split8")]
+KIND = pytest.mark.parametrize("kind", test_cuda_rounding.KINDS.values(), ids=test_cuda_rounding.KINDS)
+
+
+def moved(value, device=DEVICE):
+    """A tensor, or lists and dicts of them, on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: moved(entry, device) for key, entry in value.items()}
+    return [moved(entry, device) for entry in value]
+
+
+def move(parts):
+    for name in ("params", "grads", "by_row", "by_col", "states"):
+        if hasattr(parts, name):
+            setattr(parts, name, moved(getattr(parts, name)))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@OF_PARTS
+def test_parts_of_hfac(dtype, layout):
+    parts, options = (
+        MatrixParts(list(MATRIX_PARTS), [dtype] * len(MATRIX_PARTS), layout=layout),
+        HFAC_OPTIONS["clipped"],
+    )
+    known, sums, before = parts.known(), parts.sums("reference"), parts.params
+    grads = [grad.to(sums[0][0].dtype) for grad in parts.grads]
+    params, states = parts.apply("reference", known, **options)
+    move(parts)
+    for k, (ours, theirs) in enumerate(zip(moved(parts.sums("cuda"), "cpu"), sums, strict=True)):
+        for mine, other, grad in zip(ours, theirs, grads, strict=True):
+            cancels = k in (0, 2) and grad.numel()  # sums of the gradient itself
+            test_parts.close(mine, other, grad.abs().sum(1 if k == 0 else 0).max() if cancels else None)
+    ours, our_states = moved(parts.apply("cuda", moved(known), **options), "cpu")
+    for mine, other, old in zip(ours, params, before, strict=True):
+        params_agree("HFac", mine, other, old, 0.02)
+    for name, entries in our_states.items():
+        for k, (mine, other) in enumerate(zip(entries, states[name], strict=True)):
+            scale = torch.cat([known["row_sums"][k].abs(), known["col_sums"][k].abs(), mine.new_ones(1)]).max()
+            test_parts.close(mine, other, scale)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("options", SMMF_OPTIONS)
+@pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "transposed"])
+@OF_PARTS
+def test_parts_of_smmf(dtype, transposed, options):
+    parts = BlockParts(list(BLOCK_PARTS), [dtype] * len(BLOCK_PARTS), transposed=transposed)
+    theirs = parts.step("reference", **SMMF_OPTIONS[options])
+    move(parts)
+    ours = moved(parts.step("cuda", **SMMF_OPTIONS[options]), "cpu")
+    parts.states = moved(parts.states, "cpu")
+    test_parts.smmf_agrees(parts, ours, theirs)
+
+
+def test_ops_on_parts_do_not_wait_for_the_device():
+    names = ["rows", "columns"]
+    parts, square_parts = (kind(names, [torch.float32] * 2) for kind in (MatrixParts, BlockParts))
+    known, decays = moved(parts.known()), torch.tensor([0.8, 0.9], dtype=torch.float64)
+    move(parts)
+    move(square_parts)
+
+    def steps():
+        parts.sums("cuda", beta2=decays)
+        parts.apply("cuda", known, beta1=decays, **HFAC_OPTIONS["clipped"])
+        square_parts.step("cuda", **(SMMF_OPTIONS["decoupled"] | dict(beta1=decays, beta2=decays)))
+
+    steps()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        steps()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parity
+def test_two_runs_on_parts_have_the_same_bits():
+    results = []
+    for _ in range(2):
+        parts = BlockParts(list(BLOCK_PARTS), [torch.bfloat16] * len(BLOCK_PARTS))
+        move(parts)
+        results.append(bits(moved(parts.step("cuda", **SMMF_OPTIONS["decoupled"]), "cpu")))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("grad_dtype", sized(DTYPES[:2], DTYPES[1:2]), ids=str)
+@KIND
+@pytest.mark.parametrize("op", test_cuda_rounding.OPS)
+def test_stored_parameters(op, kind, grad_dtype):
+    """To the bit what hfac.rounding makes of the weights that the same kernels write in float32."""
+    shapes = [*test_cuda_rounding.SHAPES[op[:4]], sized((1024, 1024), (256, 72))]
+    places = [Place(k, first) for k, first in enumerate((0, 2**35 + 8, 7, 5, 11, 16))]
+    pair = test_cuda_rounding.Pair(op, kind, shapes, places=places, backend="cuda", device=DEVICE)
+    for t in (1, 2):
+        steps = torch.arange(t, t + len(shapes), dtype=torch.float64, device=DEVICE) if t == 2 else None
+        pair.step(test_cuda_rounding.grads_of(shapes, t, grad_dtype), t, steps)
+    bulk = set() if "dense" in op else {kind.bulk[grad_dtype == torch.float32]}
+    assert pair.accesses() == bulk | {"any stored"}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("layout", ["shifted", "transposed"])
+@KIND
+@pytest.mark.parametrize("op", test_cuda_rounding.OPS)
+def test_stored_parameters_of_any_layout(op, kind, layout):
+    shapes, places = [(24, 16), (16, 8)], [Place(1, 16, (64, 1)), Place(2, 3, (1, 40))]
+    layouts = [(layout, "contiguous"), ("contiguous", layout)]
+    pair = test_cuda_rounding.Pair(op, kind, shapes, layouts, places, backend="cuda", device=DEVICE)
+    pair.step(test_cuda_rounding.grads_of(shapes, 1, torch.bfloat16))
+
+
+@pytest.mark.parity
+@KIND
+def test_stored_parts(kind):
+    here = dict(backend="cuda", device=DEVICE)
+    for contiguous in (False, True):
+        test_cuda_rounding.test_smmf_parts(kind, contiguous, **here)
+    for place in test_cuda_rounding.PART_PLACES:
+        test_cuda_rounding.test_hfac_parts(kind, place, **here)
+
+
+@pytest.mark.parity
+@BOTH
+def test_split_equals_steps_in_float32(name):
+    shapes = [*MIXED, *LARGE]
+    halves = [on_device(param, torch.bfloat16) for param in parameters(shapes)]
+    floats = [Parameter(param.detach().float()) for param in halves]
+    options = dict(backend="cuda", lr=0.01, weight_decay=0.1)
+    split, plain = getattr(hfac, name)(halves, master="split", **options), getattr(hfac, name)(floats, **options)
+    for step in range(4):
+        gradients_on_device(halves, step)
+        for half, whole in zip(halves, floats, strict=True):
+            whole.grad = half.grad.float()
+        split.step()
+        plain.step()
+    for half, whole in zip(halves, floats, strict=True):
+        assert torch.equal(join(half.detach(), split.state[half]["master_low"]), whole)
+
+
+@pytest.mark.graphs
+@BOTH
+@pytest.mark.parametrize("stored", STORED, ids=str)
+def test_a_replayed_graph_of_stored_parameters_equals_eager_steps(name, stored):
+    """The step that random bits depend on is read on the device."""
+    graph, eager = (run(name, "cuda", 8, use_graph, torch.bfloat16, **stored) for use_graph in (True, False))
+    assert graph == eager
+
+
+@pytest.mark.graphs
+def test_a_replayed_graph_of_the_norm_and_the_step_equals_plain_steps():
+    """Some replays clip and some do not."""
+    shapes, ops = [(24, 16), (0, 5), (127, 129), *LARGE], backends.resolve("cuda", DEVICE)
+    ours, theirs = (test_cuda_clipping.Run(shapes, device=DEVICE, ops=ops) for _ in range(2))
+    static = [torch.zeros(shape, device=DEVICE) for shape in shapes]
+    limit, graph, clips = 2 * sum(map(torch.numel, static)) ** 0.5, None, []
+    for step in range(8):
+        for k, grad in enumerate(static):
+            generator = torch.Generator().manual_seed(100 * step + k)
+            grad.copy_(torch.randn(grad.shape, generator=generator) * (10.0 if step % 3 == 1 else 1.0))
+        if step == 3:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                clip = test_cuda_clipping.norm_and_step(ours, static, limit)
+        if graph is None or step == 6:  # between replays too
+            clips.append(test_cuda_clipping.norm_and_step(ours, static, limit).clone())
+        else:
+            graph.replay()
+            clips.append(clip.clone())
+        theirs.step(static, **test_cuda_clipping.scalars(1), grad_scale=clips[-1].reciprocal())
+        assert test_cuda_clipping.agree(ours, theirs)
+    assert [bool(clip < 1) for clip in clips] == [step % 3 == 1 for step in range(8)]
+
+
+@pytest.mark.graphs
+def test_a_norm_that_no_step_has_planned_is_refused_in_a_capture():
+    """Or it works, as in tests/backends/gpu_graphs.py."""
+    run = test_cuda_clipping.Run(MIXED[:2], device=DEVICE, ops=backends.resolve("cuda", DEVICE))
+    grads = [torch.ones_like(param) for param in run.params]
+    run.step(grads, **test_cuda_clipping.scalars(1))
+    torch.cuda.synchronize()
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            test_cuda_clipping.norm_and_step(run, grads, 1.0)
+    except RuntimeError as error:
+        assert "one step" in str(error), error
+    test_cuda_clipping.norm_and_step(run, grads, 1.0)
+    assert all(param.isfinite().all() for param in run.params)
+
+
+def test_the_norm_and_the_step_do_not_wait_for_the_device():
+    run = test_cuda_clipping.Run(MIXED[:2], device=DEVICE, ops=backends.resolve("cuda", DEVICE))
+    grads = [torch.ones_like(param) for param in run.params]
+    for _ in range(2):
+        test_cuda_clipping.norm_and_step(run, grads, 1.0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        test_cuda_clipping.norm_and_step(run, grads, 1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind", test_cuda_watch.EVERY.values(), ids=test_cuda_watch.EVERY)
+@pytest.mark.parametrize("op", test_cuda_watch.OPS)
+def test_watched_steps(op, kind):
+    shapes = test_cuda_watch.shapes_of(op)
+    run = test_cuda_watch.Watched(op, kind, shapes, device=DEVICE, ops=backends.resolve("cuda", DEVICE))
+    for t in (1, 2):
+        grads = [grad.to(DEVICE) for grad in test_cuda_watch.grads_of(shapes, t)]
+        watched = torch.zeros(len(shapes), 5, dtype=torch.float64, device=DEVICE)
+        expected = run.watch(grads, watched, t=t)
+        test_cuda_watch.agree(watched.cpu(), expected)
+
+
+@BOTH
+@pytest.mark.parametrize("stored", STORED, ids=str)
+def test_a_step_of_stored_parameters_does_not_wait_for_the_device(name, stored):
+    params = [on_device(param, torch.bfloat16) for param in parameters(MIXED)]
+    optimizer = getattr(hfac, name)(params, backend="cuda", capturable=True, **stored)
+    gradients_on_device(params, 0)
+    for _ in range(2):
+        optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,297 @@
+"""The Triton backend without a GPU: parity in Triton's interpreter (triton_interpreted.py and its like, in a
+process of their own), launches of real lists, and what is said where it cannot be had."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hfac import backends, matricize
+from hfac.backends import triton as backend
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+def run_python(arguments, tmp_path, **environment):
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    kept["TRITON_CACHE_DIR"] = str(tmp_path)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=kept | environment, capture_output=True, text=True
+    )
+
+
+#: Tests of other backends that run once more with Triton's kernels; the CUDA kernels take all tests of these files.
+STEPS = {
+    "optim/test_clipping": "triton and (matrices or slices)",
+    "backends/test_captures": (
+        "HFac and (no_gradient-moved or transposed-found or negated-moved or clipped) or goes_with or on_parts_cannot "
+        "or (defaults and device and plain) or (several_streams and plain) or (first_step and HFac and plain) or "
+        "(without_a_step and SMMF)"
+    ),
+    "optim/test_watch": "triton and (not_made or gone or slice or clipped)",
+    "optim/test_whole_moments": "triton and (published or bits or plain or maximize or skip or split)",
+}
+KERNELS, MORE = ["backends/triton_interpreted"], ["backends/triton_clipped", "backends/triton_watched", *STEPS]
+OF_MORE = " or ".join(
+    ["triton_clipped", "triton_watched", *(f"({file.split('/')[1]} and ({part}))" for file, part in STEPS.items())]
+)
+
+
+@pytest.mark.parametrize(
+    ("files", "part", "mark"),
+    [
+        pytest.param(KERNELS, "", "not slow", id="kernels"),
+        pytest.param(MORE, OF_MORE, "not slow", id="steps"),
+        *(
+            pytest.param(files, part, "slow", id=name, marks=pytest.mark.slow)
+            for name, files, part in (
+                ("more-of-HFac", KERNELS, "HFac"),
+                ("more-of-SMMF", KERNELS, "not HFac"),
+                ("more-steps", MORE, OF_MORE),
+            )
+        ),
+    ],
+)
+def test_parity_in_the_interpreter(files, part, mark, tmp_path):
+    """In a process for many tests, because its start takes as long as some of them."""
+    options = ["-q", "-p", "no:cacheprovider", "-k", part, "-m", mark]
+    command = ["-m", "pytest", *options, *(f"tests/{file}.py" for file in files)]
+    done = run_python(command, tmp_path, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def shapes_of(name):
+    from bench import shapes
+
+    return shapes.parse(name)
+
+
+def plans(optimizer, shapes, dtype):
+    """The plans of one step: of the factored parameters and of those with whole moments."""
+    from hfac.triton_kernels import plan
+
+    factored, whole = [], []
+    for shape in shapes:
+        numel = math.prod(shape)
+        if optimizer == "HFac":
+            k = matricize.cut(shape)
+            sides = None if k is None else (math.prod(shape[:k]), math.prod(shape[k:]))
+            slice = 0
+        else:
+            sides = matricize.square(numel)
+            sides, slice = (None, 0) if sides[1] == 1 else (sides, math.prod(shape[1:]))
+        rows, cols = sides or (numel, 1)
+        item = plan.Item(rows, cols, dtype, dtype, slice=slice)
+        item.whole = (numel if sides is None else cols) % 8 == 0 and item.signs != 3
+        (whole if sides is None else factored).append(item)
+    stem = optimizer.lower()
+    return [
+        plan.make_plan(op, items)
+        for op, items in ((f"{stem}_step_", factored), (f"{stem}_dense_step_", whole))
+        if items
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("optimizer", "name", "most"),
+    [
+        ("HFac", "gpt2", 12),
+        ("SMMF", "gpt2", 12),
+        ("HFac", "resnet50", 20),
+        ("SMMF", "resnet50", 20),
+        ("HFac", "400x 768 + 100x 64x64", 12),
+        ("SMMF", "400x 768 + 100x 64x64", 12),
+    ],
+)
+def test_launches_of_a_step(optimizer, name, most, dtype):
+    """A list is a handful of launches, with every option that adds some; their number depends on what the kernels are
+    compiled for, not on how many parameters there are."""
+    shapes = shapes_of(name)
+    launches = [launch for plan in plans(optimizer, shapes, dtype) for launch in plan.launches]
+    assert len(launches) <= most, [launch.name for launch in launches]
+    twice = [launch for plan in plans(optimizer, 2 * shapes, dtype) for launch in plan.launches]
+    assert len(twice) == len(launches)
+    for launch, double in zip(launches, twice, strict=True):
+        assert len(double.tiles) == 2 * len(launch.tiles)
+
+
+def plans_of_parts(shapes, dtype, ranks):
+    """The plans of one step of H-Fac (sums, update; matrices only) and of SMMF on a rank's rows, the second rank's of
+    so many."""
+    from hfac.triton_kernels import plan
+
+    sums, update, blocks = [], [], []
+    for i, shape in enumerate(shapes):
+        (rows, *_), numel = shape, math.prod(shape)
+        slice, cut = numel // rows, -(-rows // ranks)
+        mine = min(cut, rows - cut)
+        k = matricize.cut(shape)
+        if k is not None:
+            m, n = mine * math.prod(shape[1:k]), math.prod(shape[k:])
+            for items, param in ((sums, torch.float32), (update, dtype)):
+                items.append(plan.Item(m, n, param, dtype, n % 8 == 0, all_rows=math.prod(shape[:k]), all_cols=n))
+        n, m = matricize.square(numel)
+        for block in matricize.blocks([(cut * slice, mine * slice)], m):
+            item = plan.Item(block.rows, block.cols, dtype, dtype, slice=slice, owner=i, all_rows=n, all_cols=m)
+            item.start, item.stride, item.row, item.row_step, item.col = block[:5]
+            item.whole = item.signs != 3 and all(length % 8 == 0 for length in (block.cols, block.first, block.stride))
+            blocks.append(item)
+    ops = ("hfac_sums", sums), ("hfac_apply_", update), ("smmf_sums_step_", blocks)
+    return [plan.make_plan(op, items) for op, items in ops]
+
+
+def test_launches_of_a_sharded_step():
+    """As few as of a whole one, however long the list and into how many blocks its parts fall."""
+    for times in (1, 2):
+        sums, update, smmf = plans_of_parts(times * shapes_of("gpt2"), torch.bfloat16, 8)
+        assert [len(made.launches) for made in (sums, update, smmf)] == [3, 2, 3]
+    blocks = [tiles for launch in smmf.launches if launch.name == "smmf_shard_fold" for tiles in launch.tiles]
+    assert len(blocks) == len(set(blocks))  # no two programs add to the same sums
+
+
+def test_variants_are_bounded():
+    """However many shapes a list has, the kernels that are compiled for it are few: what one type of parameters and
+    gradients and one set of options can ask for."""
+    shapes = [
+        (rows, cols) for rows in (2, 3, 8, 24, 60, 100, 2048) for cols in (2, 9, 16, 63, 64, 200, 1000, 3000, 6000)
+    ]
+    shapes += [(n,) for n in (1, 7, 8, 9, 24, 1000, 4097, 65536)] + [(6, 4, 3, 3), (16, 3, 7, 7), (2, 3, 5, 7, 2)]
+    for optimizer in ("HFac", "SMMF"):
+        launches = [launch for plan in plans(optimizer, shapes, torch.bfloat16) for launch in plan.launches]
+        assert len({(launch.name, *map(str, launch.constants.items())) for launch in launches}) <= 20
+
+
+def test_partial_sums_are_bounded():
+    """SMMF's take the same memory however long the list is; both optimizers' are a small share of the parameters."""
+    from hfac.triton_kernels import plan
+
+    shapes = 8 * [(8192, 8192)]
+    elements = sum(map(math.prod, shapes))
+    for optimizer in ("HFac", "SMMF"):
+        (made,) = plans(optimizer, shapes, torch.bfloat16)
+        assert made.workspace <= 0.1 * elements
+    assert made.workspace <= plan.WORKSPACE
+
+
+def test_every_tile_is_taken_once():
+    """Each kernel's tiles cover each matrix without overlap."""
+    from hfac.triton_kernels import plan
+
+    items = [plan.Item(rows, cols, torch.float32, torch.float32, slice=8) for rows, cols in ((6216, 6208), (72, 24))]
+    for launch in plan.make_plan("smmf_step_", items).launches:
+        if launch.name == "smmf_tiles":
+            for i, item in enumerate(items):
+                parts = [part for index, part in launch.tiles if index == i]
+                assert sorted(parts) in ([], list(range(item.row_tiles * item.col_tiles)))
+                if parts:
+                    assert item.row_tiles * item.tile_rows >= item.rows > (item.row_tiles - 1) * item.tile_rows
+                    assert item.col_tiles * launch.constants["C"] >= item.cols
+
+
+def test_two_pieces_are_cut_as_float32():
+    """Tilings and kernels' shapes of a float32 in two pieces are a float32's; random bits made one by one may take
+    other rows in flight."""
+    from hfac.triton_kernels import plan, table
+
+    shapes = [(6216, 6208), (72, 24), (17, 19), (3, 4097), (300, 60)]
+    for op in ("smmf_step_", "hfac_step_", "smmf_dense_step_", "hfac_dense_step_"):
+        found = []
+        for dtype, low in ((torch.float32, 0), (torch.bfloat16, 16)):
+            items = [
+                plan.Item(rows, cols, dtype, dtype, whole=cols % 8 == 0, slice=8 if "smmf" in op else 0, low=low)
+                for rows, cols in shapes
+            ]
+            launches = plan.make_plan(op, items).launches
+            kept = ("R", "C", "T", "WHOLE", "LAYOUT")
+            found.append([(x.name, x.tiles, {k: x.constants.get(k) for k in kept}) for x in launches])
+            assert {x.constants["LOW"] for x in launches if "LOW" in x.constants} == {low}
+        assert found[0] == found[1]
+    item = plan.Item(64, 60, torch.bfloat16, torch.bfloat16, whole=False, stochastic=table.EACH.value)
+    assert plan.make_plan("smmf_step_", [item]).launches[1].constants["R"] == plan.SMMF_TILES[0][0] // 4
+
+
+def test_how_random_bits_are_made():
+    from hfac.triton_kernels import table
+    from hfac.triton_kernels.plan import bits_of, merged_layout
+
+    for shape, strides, first, whole, wanted in (
+        ((4, 16), None, 8, True, table.EIGHT),
+        ((4, 16), None, 4, True, table.EACH),
+        ((4, 16), None, 8, False, table.EACH),
+        ((4, 16), (16, 1), 8, True, table.EIGHT),
+        ((4, 16), (24, 1), 8, True, table.EIGHT_APART),
+        ((2, 4, 16), (240, 24, 1), 0, True, table.EIGHT_APART),
+        ((4, 16), (20, 1), 8, True, table.EACH),
+        ((16, 16), (1, 16), 0, True, table.EACH),
+        ((4, 4, 2), (8, 2, 1), 0, True, table.EIGHT),
+        ((4, 4, 2), (16, 4, 1), 0, True, table.EACH),
+    ):
+        layout = [0] if strides is None else merged_layout(shape, strides)
+        assert bits_of(layout, first, whole) == wanted.value, (shape, strides, first, whole)
+
+
+def test_strides_are_merged():
+    from hfac.triton_kernels.plan import merged_layout
+
+    assert merged_layout((4, 6), (6, 1)) == [1, 24, 1]
+    assert merged_layout((4, 6), (1, 4)) == [2, 6, 4, 4, 1]
+    assert merged_layout((2, 3, 4, 5), (60, 1, 15, 3)) == [3, 20, 3, 3, 1, 2, 60]
+    assert merged_layout((4, 1, 6), (0, 7, 0)) == [1, 24, 0]
+    assert merged_layout((1,), (5,)) == [0]
+
+
+def test_cpu_tensors_need_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="backend='triton' was asked for.*interpreter.*backend='auto'"):
+        backends.resolve("triton", CPU)
+    assert "triton" not in backends.available(CPU)
+
+
+def test_auto_never_takes_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backends.available(CPU)[-1] == "triton"
+    assert backends.resolve("auto", CPU) is not backend
+
+
+def test_gpu_tensors_refuse_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "Unset it" in backend.why_not(torch.device("cuda"))
+
+
+def test_gpu_tensors_need_a_driver(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backend, "_found", ["RuntimeError: 0 active drivers"])
+    assert "no driver for a GPU here (RuntimeError: 0 active drivers)" in backend.why_not(torch.device("cuda"))
+    monkeypatch.setattr(backend, "_found", [None])
+    assert backend.why_not(torch.device("cuda")) is None
+    assert backend.why_not(torch.device("xpu")) is None
+    assert "not on mps" in backend.why_not(torch.device("mps"))
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    assert "pip install triton" in backend.why_not(torch.device("cuda"))
+
+
+def test_cuda_comes_before_triton(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backend, "_found", [None])
+    assert list(backends.TABLE).index("cuda") < list(backends.TABLE).index("triton")
+    assert "triton" in backends.available(torch.device("cuda"))
+
+
+def test_choosing_a_backend_loads_no_kernels(tmp_path):
+    """torch itself imports triton sooner or later; the kernels are loaded by the first step that takes them."""
+    code = "import sys, hfac, torch; optimizer = hfac.HFac([torch.ones(4, 3, requires_grad=True)]); "
+    code += "from hfac import backends; backends.available(torch.device('cpu')); "
+    code += "sys.exit('hfac.triton_kernels' in sys.modules)"
+    assert run_python(["-c", code], tmp_path).returncode == 0

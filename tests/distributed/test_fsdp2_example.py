@@ -1,0 +1,83 @@
+"""The FSDP2 example, as its users start it: what four processes save, two go on with as if nothing had happened."""
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STEPS, SAVED_AT = 8, 4
+#: Losses are printed with six digits; other numbers of ranks add up in other orders.
+TOLERANCE = 2e-5
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs gloo, as Linux and macOS have it")
+
+
+def start(processes: int, *arguments: object) -> subprocess.Popen[str]:
+    """Starts the example by torchrun; one process by itself, told what torchrun would tell it, to save time; and 0 as a
+    user does who has not heard of torchrun."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # Without a GPU even where there is one: four processes need four.
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        environment.pop(name, None)
+    command = [sys.executable]
+    if processes == 1:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        environment.update(alone)
+    elif processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += [str(ROOT / "examples" / "fsdp2_train.py"), *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def losses(run: subprocess.Popen[str]) -> dict[str, float]:
+    """By step, and the last line's by "validation"."""
+    output, errors = run.communicate(timeout=900)
+    assert run.returncode == 0, errors
+    found = {step: float(loss) for step, loss in re.findall(r"^step (\d+) loss ([\d.]+)$", output, re.MULTILINE)}
+    (validation,) = re.findall(r"^validation loss ([\d.]+), optimizer state \d+ bytes per rank", output, re.MULTILINE)
+    return {**found, "validation": float(validation)}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of some 25,000 bytes that a model can learn something about."""
+    words = ["def", "return", "for", "in", "self", "(x)", "=", "import\n"]
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(random.Random(0).choices(words, k=5000)))
+    return path
+
+
+@pytest.mark.parametrize("optimizer", ["hfac", pytest.param("smmf", marks=pytest.mark.slow)])
+def test_another_number_of_processes_goes_on(optimizer: str, text: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    common = ("--optimizer", optimizer, "--steps", STEPS, "--batch", 8, "--text", text)
+    uninterrupted = start(1, *common)
+    on_four = losses(start(4, *common, "--checkpoint", checkpoint, "--save-every", SAVED_AT))
+    shutil.rmtree(checkpoint / f"step-{STEPS:07}")  # as if the run had ended after the save before
+    resumed = losses(start(2, *common, "--checkpoint", checkpoint, "--resume"))
+    expected = losses(uninterrupted)
+    assert list(expected) == [*map(str, range(STEPS)), "validation"]
+    assert on_four == pytest.approx(expected, abs=TOLERANCE)
+    assert resumed == pytest.approx({key: expected[key] for key in list(expected)[SAVED_AT:]}, abs=TOLERANCE)
+
+
+def test_a_user_error_is_one_sentence(text: Path, tmp_path: Path) -> None:
+    runs = {
+        f"error: --resume requires a checkpoint in {tmp_path}, which holds none; start without --resume.": start(
+            1, "--text", text, "--checkpoint", tmp_path, "--resume"
+        ),
+        "error: --batch must be a multiple of the number of processes (2), got 3.": start(2, "--batch", 3),
+        "error: start it with torchrun, for example: torchrun --nproc-per-node 4": start(0),
+    }
+    for message, run in runs.items():
+        _, errors = run.communicate(timeout=900)
+        assert run.returncode != 0
+        assert errors.count(message) == 1, errors
+        assert "UsageError" not in errors

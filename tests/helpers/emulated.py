@@ -1,0 +1,240 @@
+"""The CUDA kernels compiled for the host, for tests only: as the backend "cuda-emulated" of tensors on the CPU, and in
+a rehearsal (tests/helpers/rehearsal.py) in the place of the GPU's."""
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from hfac import backends
+from hfac.backends import cpu, cuda
+
+try:
+    native: Any = import_module("hfac._emulated")
+except ImportError:
+    native = None
+
+NAME = "cuda-emulated"
+WHY_NOT = "hfac._emulated is not built: make test-emulated"
+
+
+class Host:
+    """The host as a device: no streams, and a workspace in which every partial sum that nobody wrote is NaN."""
+
+    def __init__(self) -> None:
+        self.native = native
+
+    def l2_bytes(self, device: torch.device) -> int:
+        return 0
+
+    def stream(self, device: torch.device) -> int:
+        return 0
+
+    def used_on_another_stream(self, tensors: Sequence[Tensor], device: torch.device) -> None:
+        pass
+
+    def capturing(self) -> bool:
+        return False
+
+    def host_table(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+
+    def before_launch(self, workspace: Tensor) -> None:
+        workspace.fill_(0xFF)  # as floats and as doubles: NaN
+
+
+ops = cuda.Kernels(Host())
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    """Makes the backend known to `hfac.backends` for a while, by name only: "auto" never takes it."""
+
+    def why_not(device: torch.device) -> str | None:
+        return None if device.type == "cpu" else "it is for the CPU."
+
+    backends.register(backends.Backend(NAME, "CUDA kernels on the host", why_not, lambda: ops, automatic=False))
+    try:
+        yield
+    finally:
+        backends.unregister(NAME)
+
+
+def provide(backend: str, request: pytest.FixtureRequest) -> None:
+    """Makes a backend that a test is parametrized with known, if it is this one; skips where it is not built."""
+    if backend == NAME:
+        if native is None:
+            pytest.skip(WHY_NOT)
+        request.getfixturevalue("emulated_backend")
+
+
+#: Lists of addresses among the arguments of `CudaStep` and `CudaParts`, and single ones among those of a launch.
+LISTS = {
+    *("params", "grads", "first_rows", "first_cols", "second_rows", "second_cols", "master_lows"),
+    *(f"exp_avg_{what}" for what in ("rows", "cols", "signs", "sq_rows", "sq_cols")),
+    *("old_rows", "row_sums", "new_rows", "col_sums", "col_squares", "col_ratios", "new_cols"),
+    *("new_sq_rows", "new_sq_cols"),
+}
+MEMORY = ("table", "workspace", "counters", "nonfinite", "grad_scale", "found_inf", "clip", "squares", "watched")
+SCALARS = ("lr", "weight_decay", "beta1", "beta2", "step", "totals", "mean_squares")
+
+
+class Plan:
+    """A plan of the native module, whose launches read and write memory of a rehearsal's device and no other; in a
+    capture they are noted for the replays."""
+
+    def __init__(self, gpu: Any, make: Callable[..., Any], **arguments: Any) -> None:
+        self.gpu, self.make, self.arguments = gpu, make, arguments
+        self.what = arguments.get("op", make.__name__)
+        self.memories = self._found(arguments)
+        self._plan = make(**arguments)
+        self.prepared: dict[str, Any] | None = None
+        self.of_grads: dict[str, list[Any]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plan, name)
+
+    def prepare(self, **arguments: Any) -> bool:
+        self.prepared, self.of_grads = arguments, self._found(arguments)
+        return self._plan.prepare(**arguments)
+
+    def write_table(self, host: int) -> None:
+        found = self.gpu.at(host)
+        if found is not None and found.kind == "cuda":
+            raise AssertionError(f"{self.what}: the table is written by the host, but lies on the device")
+        self._plan.write_table(host)
+
+    def launch(self, **arguments: Any) -> None:
+        given = {name: arguments[name] for name in MEMORY if arguments.get(name)}
+        given |= {name: value[0] for name in SCALARS if isinstance(value := arguments.get(name), tuple)}
+        memories = {**self.memories, **self.of_grads, **{name: [self._at(name, at)] for name, at in given.items()}}
+        arguments.update(device=0, stream=0)
+        if self.gpu.capture is None:
+            self._use(memories)
+            self._plan.launch(**arguments)
+            return
+        frozen = self._plan
+        if self.prepared is not None:  # a graph keeps the launches of now, whatever this plan will be told
+            frozen = self.make(**self.arguments)
+            frozen.prepare(**self.prepared)
+        expected = _table_of(frozen)
+
+        def node() -> None:
+            self._use(memories)
+            if not _agrees(arguments["table"], *expected):
+                raise AssertionError(f"{self.what}: a replay reads a table that is not the one it was captured with")
+            frozen.launch(**arguments)
+
+        self.gpu.capture.nodes.append(node)
+
+    def _at(self, name: str, address: int, index: int | None = None) -> Any:
+        memory = self.gpu.at(address)
+        if memory is None or memory.kind != "cuda":
+            where = "the host's" if memory is None else memory.kind
+            name = name if index is None else f"{name}[{index}]"
+            raise AssertionError(f"{self.what}: {name} must lie in memory of the device, but is {where} memory")
+        return memory
+
+    def _found(self, arguments: dict[str, Any]) -> dict[str, list[Any]]:
+        return {
+            name: [self._at(name, at, k) if at else None for k, at in enumerate(arguments[name])]
+            for name in LISTS & arguments.keys()
+            if arguments[name] is not None
+        }
+
+    def _use(self, memories: dict[str, list[Any]]) -> None:
+        for name, found in memories.items():
+            for k, one in enumerate(found):
+                if one is None:
+                    continue
+                one.used.add(self.gpu.current)
+                if not one.alive:
+                    raise AssertionError(f"{self.what}: {name}[{k}] has been freed, and a launch would read it")
+
+
+def _table_of(plan: Any) -> tuple[bytes, bytes]:
+    """A plan's table, written over zeros and over ones: where they differ nothing is written."""
+    found = []
+    for fill in (0, 255):
+        room = ctypes.create_string_buffer(bytes([fill]) * plan.table_bytes, plan.table_bytes + 1)
+        plan.write_table(ctypes.addressof(room))
+        found.append(room.raw[: plan.table_bytes])
+    return found[0], found[1]
+
+
+def _agrees(address: int, zeros: bytes, ones: bytes) -> bool:
+    here = ctypes.string_at(address, len(zeros))
+    return all(a == b or c != b for a, b, c in zip(here, zeros, ones, strict=True))
+
+
+class Kernels:
+    """`hfac._emulated` as the platform of a GPU sees it."""
+
+    def __init__(self, gpu: Any) -> None:
+        self._gpu = gpu
+        self.CudaStep = partial(Plan, gpu, native.CudaStep)
+        parts = ("hfac_sums", "hfac_apply", "smmf_sums_step")
+        self.CudaParts = SimpleNamespace(**{op: partial(Plan, gpu, getattr(native.CudaParts, op)) for op in parts})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(native, name)
+
+
+class HostKernels:
+    """`hfac._C`, which must not be given memory of a rehearsal's device."""
+
+    def __init__(self, gpu: Any, extension: Any) -> None:
+        self._gpu, self._extension = gpu, extension
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._extension, name)
+        if not callable(found) or isinstance(found, type):
+            return found
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for key, value in (*enumerate(args), *kwargs.items()):
+                for k, one in enumerate(value if isinstance(value, list) else [value]):
+                    memory = self._gpu.at(one) if isinstance(one, int) and one > 1 << 32 else None
+                    if memory is not None and memory.kind == "cuda":
+                        raise AssertionError(f"{name} of the CPU's kernels: {key}[{k}] is memory of the device")
+            return found(*args, **kwargs)
+
+        return call
+
+
+@contextmanager
+def instead_of_a_gpu(gpu: Any) -> Iterator[None]:
+    """The backend "cuda" serves what a rehearsal says is on a GPU, with these kernels; Triton's take no part."""
+
+    class Platform(cuda.Cuda):
+        native = Kernels(gpu)
+
+        def before_launch(self, workspace: Tensor) -> None:
+            workspace.fill_(0xFF)
+
+    def serves(device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"the CUDA kernels serve tensors on a GPU, not on {device}. Use backend='auto'."
+        return None if native is not None else WHY_NOT
+
+    def triton(device: torch.device) -> str | None:
+        return (
+            "Triton's kernels take no part in a rehearsal." if device.type == "cuda" else rows["triton"].why_not(device)
+        )
+
+    rows, kernels = dict(backends.TABLE), cuda.Kernels(Platform())
+    with mock.patch.dict(backends.TABLE), ExitStack() as stack:
+        if cpu._C is not None:
+            stack.enter_context(mock.patch.object(cpu, "_C", HostKernels(gpu, cpu._C)))
+        backends.register(replace(rows["cuda"], why_not=serves, load=lambda: kernels))
+        backends.register(replace(rows["triton"], why_not=triton))
+        yield

@@ -1,0 +1,136 @@
+"""Plants faults in a copy of this checkout, one after the other, and shows which tests notice.
+
+    python tests/tools/planted.py                 # every fault of faults.py, with the tests named beside it
+    python tests/tools/planted.py clip sharded    # those whose area, kind or tests contain one of these words
+    python tests/tools/planted.py --all           # with all that `make test` runs
+
+Tests that are left out of `make test` take no part. Before the first fault the same tests must pass without any. The
+copy lies in build/planted and is kept, so that the next run compiles less. Exit status 1 where a fault goes unnoticed.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from faults import FAULTS, Fault
+
+ROOT = Path(__file__).parents[2]
+COPY = ROOT / "build" / "planted"
+#: seconds after which tests hang
+LIMIT = 1800
+SOURCES = (".py", ".h", ".cpp", ".cu", ".cuh")
+
+
+def places(fault: Fault, root: Path = ROOT) -> list[Path]:
+    """The files of the fault's area that have its text, each as often as it stands there."""
+    found = []
+    for path in sorted((root / fault.area).rglob("*")):
+        if path.suffix in SOURCES:
+            found += [path] * path.read_text(encoding="utf-8").count(fault.old)
+    return found
+
+
+def copy() -> None:
+    """Makes the copy what the checkout is, without writing what is the same: compilers go by dates."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split("\0")
+    wanted = {name for name in listed if name and (ROOT / name).is_file()}
+    for folder in ("hfac", "tests", "csrc", "triton_kernels", "bench"):
+        for path in (COPY / folder).rglob("*"):
+            if path.is_file() and path.relative_to(COPY).as_posix() not in wanted:
+                path.unlink()
+    for name in wanted:
+        target, contents = COPY / name, (ROOT / name).read_bytes()
+        if not target.exists() or target.read_bytes() != contents:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(contents)
+    for built in (*(ROOT / "hfac").glob("*.so"), ROOT / "hfac" / "_build_info.json"):
+        shutil.copy2(built, COPY / "hfac" / built.name)
+
+
+def build() -> None:
+    """Both extensions, for the host."""
+    for built in (COPY / "hfac").glob("*.so"):
+        built.unlink()
+    for more in ({"HFAC_CUDA": "0"}, {"HFAC_EMULATION": "1"}):
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        subprocess.run(command, cwd=COPY, env=os.environ | more, check=True)
+    if len(list((COPY / "hfac").glob("*.so"))) != 2:
+        raise SystemExit("planted: the fault does not compile")
+
+
+def run(tests: Sequence[str]) -> tuple[int, str]:
+    """pytest's exit status, and the first test that failed or the last line."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "-rfE", "-p", "no:cacheprovider", *tests]
+    environment = os.environ | {"PYTHONPATH": str(COPY)}
+    try:
+        done = subprocess.run(command, cwd=COPY, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return -1, f"nothing in {LIMIT} s"
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+::\S+)", done.stdout, re.MULTILINE)
+    lines = (done.stdout + done.stderr).strip().splitlines() or [""]
+    return done.returncode, (failed or lines[-1:])[0]
+
+
+def named(faults: Sequence[Fault]) -> list[list[str]]:
+    """The tests of these faults, those without -k in one call."""
+    calls = [shlex.split(fault.tests) for fault in faults]
+    files = sorted({file for call in calls if "-k" not in call for file in call})
+    return [call for call in ([files] if files else [])] + [
+        list(call) for call in dict.fromkeys(tuple(call) for call in calls if "-k" in call)
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="only faults whose area, kind or tests contain one of these")
+    parser.add_argument("--all", action="store_true", help="run what `make test` runs, not only the tests named")
+    parser.add_argument("--trust", action="store_true", help="do not run the tests without any fault first")
+    args = parser.parse_args(arguments)
+    chosen = [f for f in FAULTS if not args.words or any(word in f"{f.area} {f.kind} {f.tests}" for word in args.words)]
+    chosen.sort(key=lambda fault: fault.area == "csrc")  # what need not be compiled first
+    for fault in chosen:
+        if len(places(fault)) != 1:
+            raise SystemExit(f"planted: {fault.kind}: {fault.old!r} occurs {len(places(fault))} times in {fault.area}/")
+    copy()
+    if not args.trust:
+        for tests in [["-n", "auto"]] if args.all else named(chosen):
+            status, said = run(tests)
+            if status:
+                raise SystemExit(f"planted: without any fault {shlex.join(tests)} fails: {said}")
+    unnoticed = 0
+    print("| fault | caught by | seconds |\n| --- | --- | ---: |", flush=True)
+    for fault in chosen:
+        (place,) = places(fault, COPY)
+        good = place.read_text(encoding="utf-8")
+        place.write_text(good.replace(fault.old, fault.new), encoding="utf-8")
+        try:
+            if fault.area == "csrc":
+                build()
+            begin = time.monotonic()
+            status, said = run(["-n", "auto"] if args.all else shlex.split(fault.tests))
+        finally:
+            place.write_text(good, encoding="utf-8")
+        noticed = status == 1
+        unnoticed += not noticed
+        print(
+            f"| {fault.kind} | {said if noticed else f'NOTHING: {said}'} | {time.monotonic() - begin:.0f} |", flush=True
+        )
+    print(f"\n{len(chosen) - unnoticed} of {len(chosen)} faults were noticed.")
+    return 1 if unnoticed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

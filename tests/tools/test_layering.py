@@ -1,0 +1,126 @@
+"""An import may only go down: optim -> functional -> ops -> backends -> reference, kernels; and importing costs
+nothing optional."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+#: module (first part below hfac) -> modules of the package it may import
+ALLOWED = {
+    "__init__": {"_startup", "_version", "convert", "functional", "groups", "optim", "release"},
+    "__main__": {"cli"},
+    "_startup": set(),
+    "_version": set(),
+    "groups": set(),
+    "matricize": set(),
+    "schedules": set(),
+    "spec": {"schedules"},
+    "rounding": {"schedules"},
+    "clipping": {"backends", "memory"},
+    "memory": set(),
+    "reference": {"matricize", "rounding", "schedules"},
+    "staging": set(),
+    "backends": {
+        "_C",
+        "matricize",
+        "memory",
+        "reference",
+        "rounding",
+        "schedules",
+        "spec",
+        "staging",
+        "triton_kernels",
+    },
+    "ops": {"spec", "backends", "clipping", "memory", "matricize", "rounding", "schedules"},
+    "functional": {"spec", "ops", "rounding", "schedules"},
+    "distributed": {"spec", "functional", "ops", "clipping", "matricize", "rounding", "schedules"},
+    "optim": {"spec", "distributed", "functional", "ops", "backends", "clipping", "matricize", "rounding", "schedules"},
+    "convert": {"optim", "matricize", "reference"},
+    "release": {"optim", "distributed", "clipping"},
+    "parity": {"spec", "ops", "reference", "rounding", "schedules"},
+    "triton_kernels": {"spec", "staging"},
+    "cli": {"", "_startup", "_version", "backends", "groups", "matricize", "optim", "parity"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Parts of hfac that a file imports: "ops" for hfac.ops and ..ops, "" for hfac itself."""
+    package = ("hfac", *path.relative_to(ROOT).with_suffix("").parts[1:-1])
+    if path.parts[-2] == "triton_kernels":
+        package = ("hfac", "triton_kernels")
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {tuple(alias.name.split(".")) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            base += tuple(node.module.split(".")) if node.module else ()
+            found |= {base} if base not in {("hfac",)} else {(*base, alias.name) for alias in node.names}
+    mine = package[1] if len(package) > 1 else None
+    parts = {(name[1] if len(name) > 1 else "") for name in found if name[0] == "hfac"}
+    exported = {"HFac": "optim", "SMMF": "optim", "__version__": "_version"}
+    return {exported.get(part, part) for part in parts} - {mine}
+
+
+FILES = sorted([*(ROOT / "hfac").rglob("*.py"), *(ROOT / "triton_kernels").rglob("*.py")])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    module = parts[0] if parts[0] != "hfac" else parts[1]
+    assert module in ALLOWED, f"{module} has no row in the layering"
+    assert imports(path) <= ALLOWED[module]
+
+
+def test_optim_names_no_backend_module():
+    for path in (ROOT / "hfac" / "optim").glob("*.py"):
+        assert "reference" not in imports(path)
+        assert not [line for line in path.read_text().splitlines() if "backends." in line and "import" in line]
+
+
+def run_python(code: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
+
+
+def test_import_needs_nothing_optional(tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "for name in ('triton', 'matplotlib', 'rich', 'numpy', 'hfac._C'): sys.modules[name] = None\n"
+        "import hfac, torch\n"
+        "p = torch.nn.Parameter(torch.ones(4, 3)); p.grad = torch.ones(4, 3)\n"
+        "for c in (hfac.HFac, hfac.SMMF): c([p]).step()\n"
+        "print(p.sum().item())"
+    )
+    done = run_python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_triton_kernels_is_not_a_top_level_package():
+    assert run_python("import hfac.triton_kernels", ROOT).returncode == 0
+    refused = run_python("import triton_kernels", ROOT)
+    assert refused.returncode != 0
+    assert "hfac.triton_kernels" in refused.stderr
+
+
+def test_an_uninstalled_checkout_works(tmp_path):
+    done = run_python(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import hfac.triton_kernels, hfac; hfac.HFac", tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_package_is_installed():
+    """setup.py names packages one by one; a checkout works without the names, a wheel does not."""
+    (named,) = (
+        {element.value for element in node.value.elts}
+        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
+        if isinstance(node, ast.keyword) and node.arg == "packages"
+    )
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "hfac").rglob("__init__.py")}
+    assert named == {".".join(folder.parts) for folder in folders} | {"hfac.triton_kernels"}
