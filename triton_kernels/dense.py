@@ -6,6 +6,7 @@ import triton.language as tl
 from .element import (
     decays,
     divide,
+    excess,
     finite,
     gradient,
     gradients,
@@ -192,10 +193,7 @@ def hfac_dense(
     if CLIPPED:
         runs = tl.cdiv(count, RUN).to(tl.int32)
         total = total_of(pointer(record, SPACE_TOTALS, T), runs, 1, T)
-        rms = root(divide(total, count.to(T)))
-        ratio = divide(rms, tl.load(scalars + CLIP).to(T))
-        # 1 / max(1, rms / d), which keeps a NaN
-        direction = direction * divide(tl.full([], 1.0, T), tl.where(ratio <= 1, 1.0, ratio).to(T))
+        direction = direction * divide(tl.full([], 1.0, T), excess(divide(total, count.to(T)), scalars, T))
     lr = tl.load(scalars + LR).to(T)
     weight_decay = tl.load(scalars + WEIGHT_DECAY).to(T)
     w = w - lr * (direction + weight_decay * w)

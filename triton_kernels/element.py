@@ -154,6 +154,13 @@ def decays(scalars, item, T: tl.constexpr):
 
 
 @triton.jit
+def excess(mean_square, scalars, T: tl.constexpr):
+    """max(1, rms(U) / d), what H-Fac's clip of its own update divides by; a NaN stays."""
+    ratio = divide(root(mean_square), tl.load(scalars + CLIP).to(T))
+    return tl.where(ratio <= 1, 1.0, ratio).to(T)
+
+
+@triton.jit
 def finite(g, count):
     """Could a sum of `count` squares like this one be finite? The test of `hfac.reference`, element by element."""
     return tl.abs(g * g * count.to(g.dtype)) < float("inf")

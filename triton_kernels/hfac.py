@@ -26,6 +26,7 @@ import triton.language as tl
 from .element import (
     decays,
     divide,
+    excess,
     finite,
     gradient,
     gradients,
@@ -79,6 +80,7 @@ def hfac_stats(
     r_old = pointer(record, SECOND_ROW, T)
     row_sum = pointer(record, SPACE_ROWS, T)
     row_square = pointer(record, SPACE_SQUARES, T)
+    col_sums = pointer(record, SPACE_COLS, T) + row_tile * 3 * cols
     b1, rest1, b2, rest2 = decays(scalars, item, T)
     eps_sum = (tl.load(record + ALL_COLS).to(tl.float64) * tl.load(scalars + EPS)).to(T)
     count = rows * cols
@@ -106,7 +108,6 @@ def hfac_stats(
             if WATCH:
                 zero_rows += zeros(tl.sum(sum_g, 1), tl.sum(sum_q, 1), in_rows)
         if COLUMNS:
-            col_sums = pointer(record, SPACE_COLS, T) + row_tile * 3 * cols
             tl.debug_barrier()  # the r_i that some lanes wrote are read by others
             for first_col in range(0, cols, C):
                 j = first_col + tl.arange(0, C).to(tl.int64)
@@ -124,9 +125,7 @@ def hfac_stats(
                     sum_g += g
                     sum_q += g * g
                     sum_u += g * g * divide(tl.full([R], 1.0, T), r)[:, None]
-                tl.store(col_sums + j, tl.sum(sum_g, 0), in_cols)
-                tl.store(col_sums + cols + j, tl.sum(sum_q, 0), in_cols)
-                tl.store(col_sums + 2 * cols + j, tl.sum(sum_u, 0), in_cols)
+                store_columns(col_sums + j, cols, in_cols, sum_g, sum_q, sum_u)
     else:
         j = tl.arange(0, C).to(tl.int64)
         in_cols = j < cols
@@ -153,16 +152,20 @@ def hfac_stats(
                 # Where there are no more rows r may be 0.
                 sum_u += q * divide(tl.full([R], 1.0, T), tl.where(in_rows, r, 1.0))[:, None]
         if COLUMNS:
-            col_sums = pointer(record, SPACE_COLS, T) + row_tile * 3 * cols
-            tl.store(col_sums + j, tl.sum(sum_g, 0), in_cols)
-            tl.store(col_sums + cols + j, tl.sum(sum_q, 0), in_cols)
-            tl.store(col_sums + 2 * cols + j, tl.sum(sum_u, 0), in_cols)
+            store_columns(col_sums + j, cols, in_cols, sum_g, sum_q, sum_u)
     if LOOK:
         any_bad = tl.max(tl.max(bad, 1), 0)
         tl.store(flags + item, any_bad, any_bad != 0)
     if WATCH:
         counts = pointer(record, SPACE_COLS, T) + tl.load(record + ROW_TILES) * 3 * cols
         tl.store(counts + row_tile, tl.sum(zero_rows, 0).to(T))
+
+
+@triton.jit
+def store_columns(to, cols, in_cols, sum_g, sum_q, sum_u):
+    tl.store(to, tl.sum(sum_g, 0), in_cols)
+    tl.store(to + cols, tl.sum(sum_q, 0), in_cols)
+    tl.store(to + 2 * cols, tl.sum(sum_u, 0), in_cols)
 
 
 @triton.jit
@@ -197,34 +200,24 @@ def column_sums(record, n, row_tiles, k, in_cols, T: tl.constexpr):
 
 
 @triton.jit
-def average(beta, old, rest, new):
-    return beta * old + rest * new
-
-
-@triton.jit
-def half_drift(beta1, mean_old, mean, square, length):
-    """Half of phi_i (or psi_j): b1 (u - mean) / sqrt(r / length) / 2. Halving is exact, so the sum of two halves is the
-    reference's (phi + psi) / 2."""
-    return divide(beta1 * (mean_old - mean), root(divide(square, length))) * 0.5
-
-
-@triton.jit
-def half_new_drift(old_at, mask, sum_g, length, square, beta, rest, T: tl.constexpr, NEGATE: tl.constexpr):
-    """Advances a first moment of rows or columns by a step, in place, and returns half of the new drift."""
+def half_drift(old_at, mask, sum_g, length, square, beta, rest, T: tl.constexpr, NEGATE: tl.constexpr):
+    """Advances a first moment of rows or columns by a step, in place, and returns half of phi_i (or psi_j):
+    b1 (u - mean) / sqrt(r / length) / 2. Halving is exact, so the sum of two halves is the reference's (phi + psi) / 2.
+    """
     if NEGATE:
         sum_g = -sum_g
     lengths = tl.full([CHUNK], 1.0, T) * length.to(T)
     mean = divide(sum_g, lengths)
-    new = average(beta, tl.load(old_at, mask, 0.0), rest, mean)
+    new = beta * tl.load(old_at, mask, 0.0) + rest * mean
     tl.store(old_at, new, mask)
-    return half_drift(beta, new, mean, square, lengths)
+    return divide(beta * (new - mean), root(divide(square, lengths))) * 0.5
 
 
 @triton.jit
 def fold_rows(record, k, in_rows, sum_g, length, r, beta, rest, T: tl.constexpr, NEGATE: tl.constexpr):
     """Stores new moments of rows, and phi / 2 for the update; length: of a whole row."""
     u_at = pointer(record, FIRST_ROW, T) + k
-    half_phi = half_new_drift(u_at, in_rows, sum_g, length, r, beta, rest, T, NEGATE)
+    half_phi = half_drift(u_at, in_rows, sum_g, length, r, beta, rest, T, NEGATE)
     tl.store(pointer(record, SECOND_ROW, T) + k, r, in_rows)
     tl.store(pointer(record, SPACE_ROWS, T) + k, half_phi, in_rows)
 
@@ -233,7 +226,7 @@ def fold_rows(record, k, in_rows, sum_g, length, r, beta, rest, T: tl.constexpr,
 def fold_cols(record, k, in_cols, sum_g, length, s, beta, rest, T: tl.constexpr, NEGATE: tl.constexpr):
     """Stores new moments of columns, and psi / 2 and 1 / sqrt(s) for the update; length: of a whole column."""
     v_at = pointer(record, FIRST_COL, T) + k
-    half_psi = half_new_drift(v_at, in_cols, sum_g, length, s, beta, rest, T, NEGATE)
+    half_psi = half_drift(v_at, in_cols, sum_g, length, s, beta, rest, T, NEGATE)
     tl.store(pointer(record, SECOND_COL, T) + k, s, in_cols)
     tl.store(pointer(record, SPACE_PSI, T) + k, half_psi, in_cols)
     tl.store(pointer(record, SPACE_SCALE, T) + k, divide(tl.full([CHUNK], 1.0, T), root(s)), in_cols)
@@ -245,8 +238,7 @@ def row_scale(r, total, mean_square, scalars, CLIPPED: tl.constexpr, T: tl.const
     formed."""
     scale = root(total) * divide(tl.full([CHUNK], 1.0, T), root(r))
     if CLIPPED:
-        ratio = divide(root(mean_square), tl.load(scalars + CLIP).to(T))
-        scale = divide(scale, tl.where(ratio <= 1, 1.0, ratio).to(T))  # max(1, rms / d), which keeps a NaN
+        scale = divide(scale, excess(mean_square, scalars, T))
     return scale
 
 
@@ -280,7 +272,7 @@ def hfac_fold(
     in_cols = k < n
     sum_g, square, ratio = column_sums(record, n, row_tiles, k, in_cols, T)
     old = tl.load(pointer(record, SECOND_COL, T) + k, in_cols, 1.0)
-    s = average(b2, old, rest2, square + (m.to(tl.float64) * tl.load(scalars + EPS)).to(T))
+    s = b2 * old + rest2 * (square + (m.to(tl.float64) * tl.load(scalars + EPS)).to(T))
     fold_cols(record, k, in_cols, sum_g, m, s, b1, rest1, T, NEGATE)
     if WATCH:
         counts_at = pointer(record, SPACE_COLS, T) + row_tiles * 3 * n

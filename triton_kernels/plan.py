@@ -6,6 +6,7 @@ The tiling is a function of the shape alone, and nothing is tuned at run time: t
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -175,6 +176,18 @@ class Plan:
 def make_plan(op: str, items: Sequence[Item]) -> Plan:
     """Launches of one op; sets each item's tiling and spaces."""
     return MAKERS[op](items)
+
+
+def prepare(op: str, items: Sequence[Item], device: torch.device) -> tuple[Plan, torch.Tensor, list[torch.Tensor]]:
+    """The plan; records without addresses, on the host; and a table of tiles for each launch on the device, alike
+    aligned, so that no launch compiles its kernel anew."""
+    plan = make_plan(op, items)
+    records = torch.tensor([item.record() for item in items], dtype=torch.int64, device="cpu")
+    return plan, records, [tile_table(launch, device) for launch in plan.launches]
+
+
+def tile_table(launch: Launch, device: torch.device) -> torch.Tensor:
+    return torch.tensor(launch.tiles, dtype=torch.int32, device="cpu").to(device)
 
 
 def _cut(item: Item) -> None:
@@ -353,16 +366,11 @@ def _hfac(items: Sequence[Item]) -> Plan:
     return Plan([*statistics, *folds, *_hfac_updates(items)], workspace, len(statistics), squares)
 
 
-def _hfac_sums(items: Sequence[Item]) -> Plan:
+def _hfac_sums(items: Sequence[Item], columns: bool = True) -> Plan:
     """The rows' sums go where the caller has them, so the workspace is the columns'."""
-    workspace = _hfac_spaces(items, "space_cols")
-    sums = _launches(hfac.hfac_shard_cols, items, lambda item: _chunks(item.cols))
-    return Plan([*_hfac_stats(items, True), *sums], workspace)
-
-
-def _hfac_row_sums(items: Sequence[Item]) -> Plan:
-    workspace = _hfac_spaces(items)
-    return Plan(_hfac_stats(items, False), workspace)
+    workspace = _hfac_spaces(items, *["space_cols"] * columns)
+    sums = _launches(hfac.hfac_shard_cols, items, lambda item: _chunks(item.cols)) if columns else []
+    return Plan([*_hfac_stats(items, columns), *sums], workspace)
 
 
 def _hfac_apply(items: Sequence[Item]) -> Plan:
@@ -415,7 +423,7 @@ MAKERS: dict[str, Callable[[Sequence[Item]], Plan]] = {
     "hfac_step_": _hfac,
     "hfac_dense_step_": _hfac_dense,
     "hfac_sums": _hfac_sums,
-    "hfac_row_sums": _hfac_row_sums,
+    "hfac_row_sums": partial(_hfac_sums, columns=False),
     "hfac_apply_": _hfac_apply,
     "smmf_sums_step_": _smmf_sums,
 }

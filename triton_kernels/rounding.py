@@ -15,11 +15,7 @@ from .table import *
 def counter(record, scalars, item, STOCHASTIC: tl.constexpr):
     """What the random bits of a parameter's elements have in common in a step: key, step, position, the first index and
     the address of the layout that gives the others."""
-    seed = 0
-    step = 0
-    position = 0
-    first = 0
-    layout = 0
+    seed, step, position, first, layout = 0, 0, 0, 0, 0
     if STOCHASTIC != NEAREST:
         low = tl.load(scalars + SEED).to(tl.uint32).to(tl.uint64)
         seed = (tl.load(scalars + SEED + 1).to(tl.uint32).to(tl.uint64) << 32) | low
@@ -138,8 +134,7 @@ def kept(w, old, mask, W: tl.constexpr, T: tl.constexpr, LOW: tl.constexpr):
 @triton.jit
 def weights(record, W: tl.constexpr, WHOLE: tl.constexpr, LOW: tl.constexpr):
     """Pointers to a parameter and to its low bits, each followed by the address of its layout."""
-    low = 0
-    low_layout = 0
+    low, low_layout = 0, 0
     if LOW != 0:
         if LOW == 8:
             low = operand(tl.load(record + LOW_BITS), tl.int8, WHOLE)

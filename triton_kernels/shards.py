@@ -14,12 +14,9 @@ from torch.autograd.graph import increment_version
 
 from .. import spec
 from . import platform, table
-from .plan import KEY, Item, Plan, make_plan
+from .plan import KEY, Item, Plan, prepare
 from .records import BitOffset, Records, Tensors, copy_scalars, scalar_values, scalars_of
-from .step import Launcher, has_first, options_of, tile_tables
-
-#: What steps on shards never ask of kernels.
-_OFF = dict.fromkeys(("SKIP", "LOOK", "SCALED", "AGAIN", "WATCH"), False)
+from .step import Launcher, has_first, options_of
 
 
 class ShardCall:
@@ -56,10 +53,10 @@ class ShardCall:
         rows_only = any(one.optional and one.name not in self._lists for one in self._op.operands)
         name = "hfac_row_sums" if rows_only else self._op.name
         with platform.current(device):
-            plan, made, tiles = _planned(name, device, platform.stream_of(device), tuple(map(KEY, records.items)))
+            plan, blank, tiles = _planned(name, device, platform.stream_of(device), tuple(map(KEY, records.items)))
             if plan.launches:
-                room = _Room(device, records, plan, made, numbers)
-                options = _OFF | options_of(numbers, has_first(self._op, self._lists))
+                room = _Room(device, records, plan, blank, numbers)
+                options = options_of(numbers, has_first(self._op, self._lists))
                 room.run(plan.launches, tiles, options)
         if self._op.updates:
             increment_version(self._params)
@@ -69,7 +66,7 @@ class _Room(Launcher):
     """Device memory of one call."""
 
     def __init__(
-        self, device: torch.device, records: Records, plan: Plan, made: Tensor, numbers: Mapping[str, Any]
+        self, device: torch.device, records: Records, plan: Plan, blank: Tensor, numbers: Mapping[str, Any]
     ) -> None:
         self.device = device
         self.workspace = torch.empty(max(plan.workspace, 16), dtype=torch.uint8, device=device)
@@ -80,7 +77,7 @@ class _Room(Launcher):
         values = scalar_values(scalars, numbers.get("seed") or 0, len(of))
 
         # Each table begins at a multiple of 16 bytes, for which Triton compiles.
-        sizes = [size + size % 2 for size in (made.numel(), 2 * len(of), len(values), len(records.numbers))]
+        sizes = [size + size % 2 for size in (blank.numel(), 2 * len(of), len(values), len(records.numbers))]
         tables = torch.empty(sum(sizes), dtype=torch.int64, device=device)
         self.items, self.grad_table, room, layouts = tables.split(sizes)
         self.scalars = room.view(torch.float64)[: len(values)]
@@ -90,7 +87,7 @@ class _Room(Launcher):
         for to, values_ in zip(
             host.split(sizes),
             (
-                records.filled(made, self.workspace.data_ptr(), base).view(-1),
+                records.filled(blank, self.workspace.data_ptr(), base).view(-1),
                 torch.tensor(grads, dtype=torch.int64, device="cpu"),
                 torch.tensor(values, dtype=torch.float64, device="cpu").view(torch.int64),
                 torch.tensor(records.numbers, dtype=torch.int64, device="cpu"),
@@ -106,12 +103,8 @@ class _Room(Launcher):
 def _planned(
     op: str, device: torch.device, stream: Any, keys: tuple[tuple[Any, ...], ...]
 ) -> tuple[Plan, Tensor, list[Tensor]]:
-    """The plan, records without addresses, whose workspace is at 0, on the host, and the tables of tiles, which only
-    this stream reads: they may be freed while it does."""
-    items = [Item(*key) for key in keys]
-    plan = make_plan(op, items)
-    made = torch.tensor([item.record() for item in items], dtype=torch.int64, device="cpu")
-    return plan, made, tile_tables(plan.launches, device)
+    """As `plan.prepare`. Only this stream reads the tables of tiles, so they may be freed while it does."""
+    return prepare(op, [Item(*key) for key in keys], device)
 
 
 def _of_records(value: Any, of: Sequence[int]) -> Any:

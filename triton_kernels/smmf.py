@@ -196,27 +196,24 @@ def smmf_fold(tiles, items, flags, T: tl.constexpr, FIRST: tl.constexpr, SKIP: t
     if SKIP:
         if tl.load(flags + item) != 0:
             return
+    if FIRST:
+        fold_moment(record, index, 0, FIRST_ROW, FIRST_COL, T)
+    fold_moment(record, index, 1, SECOND_ROW, SECOND_COL, T)
+
+
+@triton.jit
+def fold_moment(record, index, WHICH: tl.constexpr, ROW_FIELD: tl.constexpr, COL_FIELD: tl.constexpr, T: tl.constexpr):
+    """Factors of the first moment (0) or of the second (1)."""
     rows = tl.load(record + ROWS)
     cols = tl.load(record + COLS)
     row_tiles = tl.load(record + ROW_TILES).to(tl.int32)
     col_tiles = tl.load(record + COL_TILES).to(tl.int32)
-    row_sums = pointer(record, SPACE_ROWS, T)
-    col_sums = pointer(record, SPACE_COLS, T)
-    totals = pointer(record, SPACE_TOTALS, T) + index * 2
     k = index * CHUNK + tl.arange(0, CHUNK)
-    in_rows = k < rows
-    in_cols = k < cols
-    if FIRST:
-        row = partial_sums(row_sums, 2 * rows, col_tiles, k, in_rows, T)
-        tl.store(pointer(record, FIRST_ROW, T) + k, row, in_rows)
-        col = partial_sums(col_sums, 2 * cols, row_tiles, k, in_cols, T)
-        tl.store(pointer(record, FIRST_COL, T) + k, col, in_cols)
-        tl.store(totals, tl.sum(col, 0))
-    row = partial_sums(row_sums + rows, 2 * rows, col_tiles, k, in_rows, T)
-    tl.store(pointer(record, SECOND_ROW, T) + k, row, in_rows)
-    col = partial_sums(col_sums + cols, 2 * cols, row_tiles, k, in_cols, T)
-    tl.store(pointer(record, SECOND_COL, T) + k, col, in_cols)
-    tl.store(totals + 1, tl.sum(col, 0))
+    row = partial_sums(pointer(record, SPACE_ROWS, T) + WHICH * rows, 2 * rows, col_tiles, k, k < rows, T)
+    tl.store(pointer(record, ROW_FIELD, T) + k, row, k < rows)
+    col = partial_sums(pointer(record, SPACE_COLS, T) + WHICH * cols, 2 * cols, row_tiles, k, k < cols, T)
+    tl.store(pointer(record, COL_FIELD, T) + k, col, k < cols)
+    tl.store(pointer(record, SPACE_TOTALS, T) + 2 * index + WHICH, tl.sum(col, 0))
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version  # tells autograd of writes t
 from .. import spec
 from ..staging import Staged, refused
 from . import platform, table
-from .plan import Launch, Plan, compile_options, make_plan
+from .plan import Launch, Plan, compile_options, prepare, tile_table
 from .records import BitOffset, Records, Tensors, copy_scalars, scalar_values, scalars_of
 
 _DTYPE = attrgetter("dtype")
@@ -63,11 +63,6 @@ class Launcher:
         )
 
 
-def tile_tables(launches: Sequence[Launch], device: torch.device) -> list[Tensor]:
-    """A tensor of its own for each launch: alike aligned, so that no launch compiles its kernel anew."""
-    return [torch.tensor(launch.tiles, dtype=torch.int32, device="cpu").to(device) for launch in launches]
-
-
 class Room(Launcher):
     """Device memory of one step at a time, and the tables in it, for parameters and lists that stay where they are."""
 
@@ -93,10 +88,10 @@ class Room(Launcher):
         Raises:
             RuntimeError: it needs memory on the host.
         """
-        addresses, dtypes, strides = _read(grads)
+        addresses, layout = _read(grads)
         if self._known is None:
             raise refused("this is the first step on these tensors")
-        if self._known != (dtypes, strides, _aligned(grads, addresses, strides)):
+        if self._known != (layout, _aligned(addresses)):
             raise refused("its gradients are not of the types and layouts that the last step found")
         if addresses != self._addresses and not self.staged.can_be_captured(2 * len(grads)):
             raise refused("its gradients are not where the last step found them")
@@ -111,10 +106,9 @@ class Room(Launcher):
     def locate(self, grads: Tensors, capturing: bool) -> None:
         """Makes what depends on the gradients' types and layouts, where those changed; else only notes where they
         lie, and where they lie as they lay, nothing."""
-        addresses, dtypes, strides = _read(grads)
-        same = addresses == self._addresses and self._known is not None
-        if not (same and (dtypes, strides) == self._known[:2]):
-            known = dtypes, strides, _aligned(grads, addresses, strides)
+        addresses, layout = _read(grads)
+        if self._known is None or addresses != self._addresses or layout != self._known[0]:
+            known = layout, _aligned(addresses)
             self._addresses = []  # until all is there, whatever may fail before
             if known != self._known:
                 self._known = None
@@ -131,15 +125,13 @@ class Room(Launcher):
 
     def _make(self, grads: Tensors) -> None:
         records = Records(self._op, self._params, grads, self._lists, {}, self._offsets)
-        self.plan = make_plan(self._op.name, records.items)
+        self.plan, blank, self.tiles = prepare(self._op.name, records.items, self.device)
         workspace = torch.empty(max(self.plan.workspace, 16), dtype=torch.uint8, device=self.device)
         self.layouts = torch.tensor(records.numbers, dtype=torch.int64, device="cpu").to(self.device)
         base = self.layouts.data_ptr()
-        made = torch.tensor([item.record() for item in records.items], dtype=torch.int64, device="cpu")
-        self.items, self.workspace = records.filled(made, workspace.data_ptr(), base).to(self.device), workspace
+        self.items, self.workspace = records.filled(blank, workspace.data_ptr(), base).to(self.device), workspace
         self._grad_layouts = [base + 8 * start for _, start in records.grads]
-        self.tiles = tile_tables(self.plan.launches, self.device)
-        self.square_tiles = tile_tables(self.plan.squares, self.device)
+        self.square_tiles = [tile_table(launch, self.device) for launch in self.plan.squares]
 
     def set_scalars(self, numbers: Mapping[str, Any], capturing: bool) -> None:
         """Values to device memory. A tensor's value is copied on its device and never read here."""
@@ -264,7 +256,8 @@ class Bound:
                     contiguous = torch.contiguous_format
                     room.watched = watched if as_it_is else torch.zeros_like(watched, memory_format=contiguous)
                 room.scale(scale, found_inf)
-                options = self._options(numbers, skip, nonfinite is not None, again, watched is not None)
+                asked = dict(look=nonfinite is not None, again=again, watch=watched is not None)
+                options = options_of(numbers, self._first, skip=skip, **asked)
                 room.run(room.plan.launches, room.tiles, options)
                 self._close(room, nonfinite, found_inf, copies)
                 if watched is not None and room.watched is not watched:
@@ -287,7 +280,8 @@ class Bound:
             room.squares = torch.zeros(len(self._params), dtype=torch.float64, device=self.device)
             found = Statistics(self._rooms, room, room.squares, copies, watched is not None)
             room.scale(scale, found_inf)
-            options = self._options(numbers, skip, nonfinite is not None, False, watched is not None)
+            asked = dict(look=nonfinite is not None, watch=watched is not None)
+            options = options_of(numbers, self._first, skip=skip, **asked)
             count = room.plan.statistics
             room.run(room.plan.launches[:count], room.tiles[:count], options)
             room.run(room.plan.squares, room.square_tiles, options)
@@ -335,12 +329,6 @@ class Bound:
         if skip:
             room.flags.mul_(clip == 1)
 
-    def _options(self, numbers: Mapping[str, Any], skip: bool, look: bool, again: bool, watch: bool) -> dict[str, bool]:
-        """What kernels are compiled for."""
-        scaled = numbers.get("grad_scale") is not None
-        more = {"SKIP": skip, "LOOK": look, "SCALED": scaled, "AGAIN": again, "WATCH": watch}
-        return options_of(numbers, self._first) | more
-
     def _close(self, room: Room, nonfinite: Tensor | None, found_inf: Tensor | None, copies: Tensors) -> None:
         """Says which gradients are not finite: none where found_inf has said it of all. What has been launched for a
         graph stays."""
@@ -367,13 +355,26 @@ def has_first(op: spec.Op, lists: Mapping[str, Tensors]) -> bool:
     return any(one.moment == 1 and one.name in lists for one in op.operands)
 
 
-def options_of(numbers: Mapping[str, Any], first: bool) -> dict[str, bool]:
-    """What kernels are compiled for: whether there is a first moment, and the op's numbers that are options."""
+def options_of(
+    numbers: Mapping[str, Any],
+    first: bool,
+    *,
+    skip: bool = False,
+    look: bool = False,
+    again: bool = False,
+    watch: bool = False,
+) -> dict[str, bool]:
+    """What kernels are compiled for (`element`). ``first``: there is a first moment."""
     return {
         "FIRST": first,
         "COUPLED": not numbers.get("decoupled_weight_decay", True),
         "NEGATE": numbers.get("maximize", False),
         "CLIPPED": numbers.get("clip_threshold") is not None,
+        "SCALED": numbers.get("grad_scale") is not None,
+        "SKIP": skip,
+        "LOOK": look,
+        "AGAIN": again,
+        "WATCH": watch,
     }
 
 
@@ -382,14 +383,11 @@ def _resolved(grads: Tensors) -> list[Tensor]:
     return [grad.resolve_neg() for grad in grads] if any(map(Tensor.is_neg, grads)) else []
 
 
-def _read(grads: Tensors) -> tuple[list[int], list[torch.dtype], list[tuple[int, ...]] | None]:
-    """Where gradients lie and how: addresses, types, and strides where one of them is not contiguous."""
+def _read(grads: Tensors) -> tuple[list[int], tuple[list[torch.dtype], list[tuple[int, ...]] | None]]:
+    """Where gradients lie, and how: types, and strides where one of them is not contiguous."""
     strides = None if all(map(Tensor.is_contiguous, grads)) else list(map(Tensor.stride, grads))
-    return list(map(Tensor.data_ptr, grads)), list(map(_DTYPE, grads)), strides
+    return list(map(Tensor.data_ptr, grads)), (list(map(_DTYPE, grads)), strides)
 
 
-def _aligned(grads: Tensors, addresses: Sequence[int], strides: Any) -> list[bool]:
-    return [
-        address % 16 == 0 and (strides is None or grad.is_contiguous())
-        for address, grad in zip(addresses, grads, strict=True)
-    ]
+def _aligned(addresses: Sequence[int]) -> list[bool]:
+    return [address % 16 == 0 for address in addresses]
