@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ops, schedules, spec
-from .rounding import Place
+from .rounding import BitOffset
 from .schedules import Scalar
 from .spec import MASTER_LOW
 
@@ -42,7 +42,7 @@ def hfac(
     clip_threshold: float | None,
     weight_decay: Scalar,
     maximize: bool = False,
-    places: Sequence[Place | None] | None = None,
+    places: Sequence[BitOffset | None] | None = None,
     seed: int = 0,
     capturable: bool = False,
     backend: str = "auto",
@@ -61,8 +61,8 @@ def hfac(
             its step included, and its entry here is advanced instead.
         master_lows: int16 or int8 of p.shape: what a bfloat16 parameter lacks of its master weight, or None
             (`hfac.rounding`).
-        places: of parameters that are rounded stochastically their place among the optimizer's (`hfac.rounding.Place`),
-            which with ``seed`` makes their random bits; None for those that are rounded to nearest.
+        places: of parameters that are rounded stochastically, where their random bits come from
+            (`hfac.rounding.BitOffset`) together with ``seed``; None for those that are rounded to nearest.
         capturable: read the steps on their device (needed in a CUDA graph). The kernels of "cuda" and "triton" cannot
             be captured in this form, whose tables are made anew in every call: capture a step of `hfac.HFac`, or of a
             `Group` that has made one before and lives as long as the graph.
@@ -99,7 +99,7 @@ def smmf(
     growth_rate: float,
     weight_decay_mode: str = "adamw",
     maximize: bool = False,
-    places: Sequence[Place | None] | None = None,
+    places: Sequence[BitOffset | None] | None = None,
     seed: int = 0,
     capturable: bool = False,
     backend: str = "auto",
@@ -132,7 +132,7 @@ def _step(
     state_steps: Sequence[Tensor],
     skipped: Sequence[Tensor] | None,
     master_lows: States | None,
-    places: Sequence[Place | None] | None,
+    places: Sequence[BitOffset | None] | None,
     capturable: bool,
     backend: str,
     batch_dims: int,
@@ -146,6 +146,7 @@ def _step(
     group = Group(algorithm, params, grads, states, state_steps, skipped, first, capturable, backend, **keywords)
     step = group.prepare(grads, **arguments)
     assert step is not None  # just bound
+    step.check_capture()
     step.apply()
 
 
@@ -159,7 +160,7 @@ class _Bucket:
     steps: list[Tensor]
     skipped: list[Tensor] | None
     on_host: bool  # the steps are read, and agree; else each parameter has its own decays, on the device
-    native: bool  # the extension counts the steps
+    counters: Any  # what reads and advances the steps
     batch_dims: int
     owners: "_Owners | None"  # with batch dimensions, where the device must know whose slice is whose
 
@@ -203,7 +204,7 @@ class _Owners:
         return torch.zeros(count, dtype=torch.int32, device=flags.device).index_add_(0, self._of, flags)
 
 
-def _sliced_places(places: Sequence[Place], params: Sequence[Tensor], batch_dims: int) -> list[Place]:
+def _sliced_places(places: Sequence[BitOffset], params: Sequence[Tensor], batch_dims: int) -> list[BitOffset]:
     return [piece for place, p in zip(places, params, strict=True) for piece in place.slices(p.shape, batch_dims)]
 
 
@@ -235,7 +236,7 @@ class Group:
         first_moment: bool,
         capturable: bool,
         backend: str,
-        places: Sequence[Place | None] | None = None,
+        places: Sequence[BitOffset | None] | None = None,
         batch_dims: int = 0,
         watch: bool = False,
         captured: list[Any] | None = None,
@@ -323,7 +324,7 @@ class Group:
                     steps,
                     None if skipped is None else of(skipped),
                     on_host,
-                    ops.counted_natively(steps),
+                    ops.counters_of(steps),
                     batch_dims,
                     _Owners(of(params), batch_dims, steps[0].device) if told else None,
                 )
@@ -370,7 +371,7 @@ class Group:
                 return None
             t: Any
             if bucket.on_host:
-                steps = ops.read_steps(bucket.steps, bucket.native)
+                steps = bucket.counters.read_steps(bucket.steps)
                 if steps.count(steps[0]) != len(steps):
                     return None
                 t = steps[0] + 1
@@ -444,28 +445,26 @@ class Step:
                     found = found.masked_fill(self._found_inf.reshape(1, 1) != 0, math.nan)
                 yield bucket.index, found
 
-    def check_capture(self, statistics: Sequence[ops.Statistics] | None = None) -> bool:
-        """Whether a CUDA graph is being captured, of which the step will be part.
+    def check_capture(self, clip: Tensor | None = None, statistics: Sequence[ops.Statistics] | None = None) -> None:
+        """Checks, before `apply` and with its arguments, that the step can be part of a CUDA graph that is being
+        captured, if one is, and keeps what the graph reads in every replay.
 
         Raises:
             RuntimeError: it cannot be: it needs memory on the host; nothing has been written.
         """
-        capturing = any(call.bucket.call.capturing() for call in self._calls)
-        if capturing:
-            for call, found in zip(self._calls, statistics or repeat(None), strict=False):
-                call.bucket.call.check_capture(call.inputs, found)
-        return capturing
+        if not any(call.bucket.call.capturing() for call in self._calls):
+            return
+        for (bucket, inputs, flags, watched), found in zip(self._calls, statistics or repeat(None), strict=False):
+            bucket.call.check_capture(inputs, found)
+            self._captured += [*bucket.call.tensors(), *bucket.steps, *(bucket.skipped or ()), bucket.owners]
+            self._captured += [flags, watched]
+        self._captured += [clip, self._found_inf, *self._tensors]
 
     def apply(self, clip: Tensor | None = None, statistics: Sequence[ops.Statistics] | None = None) -> None:
         """Makes the step, on gradients multiplied by ``clip``, and counts it."""
-        if self.check_capture(statistics):
-            for bucket, _, flags, watched in self._calls:
-                self._captured += [*bucket.call.tensors(), *bucket.steps, *(bucket.skipped or ()), bucket.owners]
-                self._captured += [flags, watched]
-            self._captured += [clip, self._found_inf, *self._tensors]
         for (bucket, inputs, flags, _), found in zip(self._calls, statistics or repeat(None), strict=False):
             bucket.call.apply(inputs, found, clip)
-            ops.advance_steps_(bucket.steps, bucket.native)
+            bucket.counters.advance_steps_(bucket.steps)
             if flags is not None and bucket.skipped is not None:
                 some, every = (flags, flags) if bucket.owners is None else bucket.owners.left(flags)
                 torch._foreach_add_(bucket.skipped, some.unbind())

@@ -1,4 +1,4 @@
-"""Which parameters decay, which keep their moments whole, and which are stacks: a model's groups for an optimizer."""
+"""Parameter groups of a model: which parameters decay, which keep dense moments, which are stacks."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-#: classes, and bases of classes: nn.LayerNorm, nn.BatchNorm1d, LlamaRMSNorm; nn.EmbeddingBag, ViTEmbeddings
+#: names of classes and their bases: nn.LayerNorm, nn.BatchNorm1d, LlamaRMSNorm; nn.EmbeddingBag, ViTEmbeddings
 _CLASS = re.compile(r".*(Norm([123]d)?|Embedding(s|Bag)?)")
 #: a parameter's own name: bias, in_proj_bias, bias_k; pos_embed, position_embeddings; q_norm
 _NAME = re.compile(r"(.*_)?bias(_.*)?|(.*_)?(embed|embeddings?)|.*norm")
@@ -25,47 +25,47 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """The usual groups of a model's parameters, for `hfac.HFac` and `hfac.SMMF`.
 
-    Without weight decay are
+    Weight decay does not apply to
 
     * norms and embeddings, by the class of the module that holds the parameter: its name or that of one of its bases
-      ends in Norm (BatchNorm2d as well), Embedding, Embeddings or EmbeddingBag; modules that are not torch's own also
-      by the name under which the model has them, where it ends in "norm";
-    * everything with at most one dimension (behind ``batch_dims``);
-    * what is called a bias, a norm or an embedding: "bias" is a word of the parameter's own name, as in
-      ``in_proj_bias``, or it ends in "norm", or its last word is "embed", "embedding" or "embeddings".
+      ends in Norm (or BatchNorm2d and the like), Embedding, Embeddings or EmbeddingBag. For modules that are not
+      torch's own, the name that the model gives them also counts, where it ends in "norm";
+    * parameters with at most one dimension, after ``batch_dims``;
+    * parameters named as a bias, a norm or an embedding: "bias" is a word of the parameter's own name, as in
+      ``in_proj_bias``, or the name ends in "norm", or its last word is "embed", "embedding" or "embeddings".
 
-    All else decays.
+    All others decay.
 
-    A pattern is matched as a file name is (`fnmatch`, case counts, ``*`` takes dots as well) against the parameter's
-    name (``"layers.*.experts.*"``) and against the name of the class of the module that holds it and of that class's
-    bases (``"Embedding"``). A tied parameter is one parameter that has all of its names and modules.
+    Patterns match like file names (`fnmatch`, case-sensitive, ``*`` matches dots as well), against the parameter's name
+    (``"layers.*.experts.*"``) and against the class name of the module that holds it and of that class's bases
+    (``"Embedding"``). A tied parameter is one parameter with all its names and modules.
 
     Args:
         model: frozen parameters (requires_grad False) are left out.
-        weight_decay: of those that decay (default 0.1).
-        dense: patterns of parameters whose moments are to stay whole (group option ``dense``; default none).
-        no_decay: patterns of parameters without weight decay, besides the above (default none).
-        batch_dims: patterns of stacks, and how many of their leading dimensions count slices (group option
-            ``batch_dims``); the last pattern that matches counts (default none).
-        more: options of every group, as the optimizer takes them (``lr=3e-4``).
+        weight_decay: of the parameters that decay (default 0.1).
+        dense: patterns of parameters with dense moments (group option ``dense``; default none).
+        no_decay: patterns of further parameters without weight decay (default none).
+        batch_dims: patterns of stacks, each with the number of leading dimensions that index slices (group option
+            ``batch_dims``); the last pattern that matches wins (default none).
+        more: options for every group, as the optimizer takes them (``lr=3e-4``).
 
     Returns:
         Dicts with "params", (name, parameter) pairs in the model's order, "weight_decay", "dense", "batch_dims" and
-        ``more``. Each parameter is in one of them and none is empty. Which groups there are, and their order, do not
-        depend on ``weight_decay``: plain ones before dense ones before stacks, in each those that decay first.
+        ``more``. Each parameter is in exactly one group, and none is empty. The groups and their order do not depend on
+        ``weight_decay``: plain before dense before stacks, and among each those that decay first.
 
     Raises:
-        ValueError: a pattern matches no parameter of the model, a stack has not so many dimensions, nothing is to be
-            trained, or a lazy module has not been initialized.
-        TypeError: ``model`` is no module, ``batch_dims`` no mapping, or ``more`` has "params".
+        ValueError: a pattern matches no parameter of the model, a stack has too few dimensions, no parameter requires a
+            gradient, or a lazy module has not been initialized.
+        TypeError: ``model`` is not a module, ``batch_dims`` not a mapping, or ``more`` has "params".
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups needs the model, whose modules say what decays, got {type(model).__name__}")
     if "params" in more:
-        raise TypeError("param_groups finds 'params' in the model; options of every group can be given, not these")
+        raise TypeError("param_groups takes 'params' from the model; pass only options that apply to every group")
     if batch_dims is not None and not isinstance(batch_dims, Mapping):
         raise TypeError(
-            "batch_dims must be a mapping from patterns of parameters to numbers of dimensions, such as "
+            "batch_dims must be a mapping from patterns of parameters to numbers of dimensions, as in "
             f"{{'*.experts.*': 1}}, got {batch_dims!r}"
         )
     found = _Parameters(model)
@@ -80,14 +80,14 @@ def param_groups(
             continue
         if is_lazy(param):
             raise ValueError(
-                f"{name!r} has no shape yet, which decides what decays. Run a forward pass first: it initializes the "
-                "parameters of lazy modules."
+                f"{name!r} has no shape yet, and shapes decide what decays. Run a forward pass first: it initializes "
+                "the parameters of lazy modules."
             )
         key, batch = id(param), stacks.get(id(param), 0)
         if not 0 <= batch < max(param.ndim, 1):
             raise ValueError(
-                f"batch_dims says {batch} of {name}, which has shape {tuple(param.shape)}: a number from 0 to "
-                f"{max(param.ndim, 1) - 1} is required. Name the stacks alone in its patterns."
+                f"batch_dims is {batch} for {name}, whose shape is {tuple(param.shape)}: a number from 0 to "
+                f"{max(param.ndim, 1) - 1} is required. Use patterns that match only the stacks."
             )
         undecayed = key in named or param.ndim - batch <= 1 or found.is_usually_undecayed(key)
         groups.setdefault((batch, key in kept_whole, undecayed), []).append((name, param))
@@ -101,7 +101,7 @@ def param_groups(
 
 
 class _Parameters:
-    """Every parameter of a model, by identity, with all names that it has and all modules that hold it."""
+    """Every parameter of a model by identity, with all its names and all modules that hold it."""
 
     def __init__(self, model: nn.Module) -> None:
         self._names: dict[int, list[str]] = {}
@@ -112,7 +112,7 @@ class _Parameters:
                 self._holders.setdefault(id(param), []).append((_last(prefix), type(module)))
 
     def matching(self, argument: str, patterns: Iterable[str]) -> set[int]:
-        """The parameters that match one of the patterns; there is no pattern without one."""
+        """The parameters that match any of the patterns. Every pattern must match one."""
         found: set[int] = set()
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             matched = {key for key in self._names if any(fnmatchcase(text, pattern) for text in self._texts(key))}
@@ -120,8 +120,8 @@ class _Parameters:
                 names = (name for names in self._names.values() for name in names)
                 classes = (cls.__name__ for holders in self._holders.values() for _, cls in holders)
                 raise ValueError(
-                    f"{argument}: {pattern!r} matches no parameter, nor the class of a module that holds one. There "
-                    f"are {_nearest(pattern, names)}, held by {_nearest(pattern, classes)}."
+                    f"{argument}: {pattern!r} matches no parameter and no class of a module that holds one. The nearest"
+                    f" names are {_nearest(pattern, names)}; the nearest classes, {_nearest(pattern, classes)}."
                 )
             found |= matched
         return found
@@ -140,7 +140,7 @@ class _Parameters:
         return self._names[key] + self._classes(key)
 
     def _classes(self, key: int) -> list[str]:
-        """Names of the classes that hold a parameter and of their bases, without what all modules have."""
+        """Names of the classes that hold a parameter and of their bases, up to nn.Module."""
         bases = (cls for _, holder in self._holders[key] for cls in holder.__mro__)
         return [cls.__name__ for cls in bases if issubclass(cls, nn.Module) and cls is not nn.Module]
 
@@ -150,7 +150,7 @@ def _last(name: str) -> str:
 
 
 def _nearest(pattern: str, names: Iterable[str], most: int = 6) -> str:
-    """Some of the names, the most alike first."""
+    """Some of the names, the most similar first."""
     distinct = list(dict.fromkeys(names))
     more = f" and {len(distinct) - most} more" if len(distinct) > most else ""
     return ", ".join(get_close_matches(pattern, distinct, most, 0.0)) + more

@@ -1,7 +1,7 @@
-"""How a parameter of any shape becomes a matrix.
+"""How a parameter of any shape is viewed as a matrix.
 
-Both choices depend on the global shape alone, never on values or on how a tensor is sharded: state keeps its shape
-for the whole of a training run, and a checkpoint fits any layout.
+Both views depend on the global shape alone, never on values or on how a tensor is sharded: state keeps its shape for
+the whole training run, and a checkpoint fits any layout.
 """
 
 import math
@@ -23,8 +23,8 @@ def cut(shape: Sequence[int], matricize: str = "balanced") -> int | None:
             weight keeps its shape, a 64 x 3 x 7 x 7 convolution becomes 64 x 147. "flatten" takes k = 1.
 
     Returns:
-        k, or None for fewer than two dimensions, or where the cut leaves one row or one column: a direction of size
-        1 has nothing to average, so the moments are then kept whole.
+        k, or None for fewer than two dimensions, or where there would be one row or one column, over which there is
+        nothing to average: the moments are then kept whole.
     """
     return _cut(tuple(shape), matricize)
 
@@ -43,9 +43,9 @@ def _cut(shape: tuple[int, ...], matricize: str) -> int | None:
 
 @lru_cache(maxsize=4096)
 def square(numel: int) -> tuple[int, int]:
-    """(n, m) with n * m = numel, n >= m and n - m least: SMMF's square-matricization (SMMF, Algorithm 2).
+    """(n, m) with n * m = numel, n >= m and n - m minimal: SMMF's square-matricization (SMMF, Algorithm 2).
 
-    A prime gives (numel, 1), an empty tensor (0, 1): in both nothing is factored.
+    A prime gives (numel, 1) and an empty tensor (0, 1), neither of which is factored.
     """
     m = math.isqrt(numel)
     while m > 1 and numel % m:
@@ -57,16 +57,16 @@ def square(numel: int) -> tuple[int, int]:
 def sign_shape(shape: Sequence[int]) -> tuple[int, int]:
     """Shape of SMMF's packed sign bits for a parameter of ``shape``: (shape[0], ceil(prod(shape[1:]) / 8)) bytes.
 
-    Each slice of the first dimension is padded to whole bytes, so that the signs shard as the parameter does.
+    Each slice of the first dimension is padded to whole bytes, so that signs can be sharded as the parameter is.
     """
     return shape[0], -(-math.prod(shape[1:]) // 8)
 
 
 class Block(NamedTuple):
-    """A rectangle of a square matrix [n, m] whose elements lie in a flat part of the parameter.
+    """A rectangle of the square matrix [n, m] whose elements are in a shard of the parameter.
 
-    Element (a, b) of the block, a < rows and b < cols, is element ``first + a * stride + b`` of the part and stands in
-    row ``row + a * row_step`` and column ``col + b`` of the matrix.
+    Element (a, b) of the block, a < rows and b < cols, is element ``first + a * stride + b`` of the flat shard, and is
+    in row ``row + a * row_step`` and column ``col + b`` of the matrix.
     """
 
     first: int
@@ -85,16 +85,16 @@ class Block(NamedTuple):
     def col_slice(self) -> slice:
         return slice(self.col, self.col + self.cols)
 
-    def of(self, part: Tensor) -> Tensor:
-        """[rows, cols] view of a contiguous 1-d tensor of the part."""
-        return part.as_strided((self.rows, self.cols), (self.stride, 1), part.storage_offset() + self.first)
+    def of(self, shard: Tensor) -> Tensor:
+        """[rows, cols] view of a contiguous 1-d tensor of the shard."""
+        return shard.as_strided((self.rows, self.cols), (self.stride, 1), shard.storage_offset() + self.first)
 
 
 def blocks(runs: Iterable[tuple[int, int]], m: int) -> list[Block]:
-    """Where the elements of a part lie in a row-major matrix of ``m`` columns, in as few blocks as come of it.
+    """Where the elements of a shard are in a row-major matrix of ``m`` columns, in as few blocks as can be merged.
 
     Args:
-        runs: (first element, number of elements) of the whole that the part consists of, in the part's order.
+        runs: (first element, number of elements) of the runs of the whole parameter that make up the shard, in order.
     """
     pieces: list[Block] = []
     first = 0
@@ -110,7 +110,7 @@ def blocks(runs: Iterable[tuple[int, int]], m: int) -> list[Block]:
 
 
 def _joined(pieces: Iterable[Block]) -> list[Block]:
-    """Single rows of the same columns, at regular distances, become one block."""
+    """Merges single rows of the same columns, at regular distances, into blocks."""
     done: list[Block] = []
     growing: dict[tuple[int, int], Block] = {}
     for piece in pieces:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from . import rounding
 from .matricize import Block
-from .rounding import Place
+from .rounding import BitOffset
 from .schedules import Scalar
 
 #: Knows `master_lows` and `places`.
@@ -57,7 +57,7 @@ def hfac_step_(
     weight_decay: Scalar,
     maximize: bool,
     master_lows: Sequence[Tensor] | None = None,
-    places: Sequence[Place] | None = None,
+    places: Sequence[BitOffset] | None = None,
     seed: int = 0,
     step: Scalar = 0.0,
     watched: Tensor | None = None,
@@ -147,7 +147,7 @@ def hfac_apply_(
     weight_decay: Scalar,
     maximize: bool,
     master_lows: Sequence[Tensor] | None = None,
-    places: Sequence[Place] | None = None,
+    places: Sequence[BitOffset] | None = None,
     seed: int = 0,
     step: Scalar = 0.0,
 ) -> None:
@@ -224,7 +224,7 @@ def hfac_dense_step_(
     weight_decay: Scalar,
     maximize: bool,
     master_lows: Sequence[Tensor] | None = None,
-    places: Sequence[Place] | None = None,
+    places: Sequence[BitOffset] | None = None,
     seed: int = 0,
     step: Scalar = 0.0,
     watched: Tensor | None = None,
@@ -294,7 +294,7 @@ def smmf_step_(
     decoupled_weight_decay: bool,
     maximize: bool,
     master_lows: Sequence[Tensor] | None = None,
-    places: Sequence[Place] | None = None,
+    places: Sequence[BitOffset] | None = None,
     seed: int = 0,
     step: Scalar = 0.0,
     watched: Tensor | None = None,
@@ -358,7 +358,7 @@ def smmf_sums_step_(
     decoupled_weight_decay: bool,
     maximize: bool,
     master_lows: Sequence[Tensor] | None = None,
-    places: Sequence[Place] | None = None,
+    places: Sequence[BitOffset] | None = None,
     seed: int = 0,
     step: Scalar = 0.0,
 ) -> None:
@@ -427,7 +427,7 @@ def smmf_dense_step_(
     decoupled_weight_decay: bool,
     maximize: bool,
     master_lows: Sequence[Tensor] | None = None,
-    places: Sequence[Place] | None = None,
+    places: Sequence[BitOffset] | None = None,
     seed: int = 0,
     step: Scalar = 0.0,
     watched: Tensor | None = None,
@@ -489,8 +489,8 @@ def _bit_values(device: torch.device) -> Tensor:
 class _Stored:
     """A parameter as it is stored: what is read as W, and what becomes of the new one."""
 
-    def __init__(self, param: Tensor, low: Tensor | None, place: Place | None, seed: int, step: Scalar) -> None:
-        self.param, self._low, self._place, self._seed, self._step = param, low, place, seed, step
+    def __init__(self, param: Tensor, low: Tensor | None, offset: BitOffset | None, seed: int, step: Scalar) -> None:
+        self.param, self._low, self._offset, self._seed, self._step = param, low, offset, seed, step
 
     def read(self, dtype: torch.dtype) -> Tensor:
         return self.param.to(dtype) if self._low is None else rounding.join(self.param, self._low)
@@ -504,8 +504,8 @@ class _Stored:
     def write(self, new: Tensor, keep: Tensor | None) -> None:
         new, param = new.view(self.param.shape), self.param
         bits = None
-        if self._place is not None:
-            bits = rounding.random_bits(self._place, param.shape, self._seed, self._step, param.device)
+        if self._offset is not None:
+            bits = rounding.random_bits(self._offset, param.shape, self._seed, self._step, param.device)
         if self._low is not None:
             new, low = rounding.split(new, self._low.dtype, bits)
             _write(self._low, low, keep)
@@ -518,7 +518,7 @@ def _stored(
     param: Tensor,
     i: int,
     master_lows: Sequence[Tensor] | None,
-    places: Sequence[Place] | None,
+    places: Sequence[BitOffset] | None,
     seed: int,
     step: Scalar,
 ) -> _Stored:

@@ -1,4 +1,4 @@
-"""Gradients that are stepped and freed while the backward pass goes on, so that they are never all there at once."""
+"""Steps parameters and frees their gradients during the backward pass, so that all gradients never exist at once."""
 
 import threading
 import weakref
@@ -19,68 +19,68 @@ _released: "weakref.WeakSet[FactoredOptimizer]" = weakref.WeakSet()
 def release_gradients(
     model: nn.Module, optimizer: FactoredOptimizer, accumulate: int = 1, *, exact: bool = True
 ) -> "ReleasedGradients":
-    """Steps every parameter of ``model`` in the backward pass, as soon as its gradient is complete, and frees the
-    gradient: with ``accumulate=1`` about one layer's gradients are there at a time instead of the model's.
+    """Steps every parameter of ``model`` during the backward pass, as soon as its gradient is complete, and frees the
+    gradient: with ``accumulate=1`` about one layer's gradients exist at a time instead of the whole model's.
 
         handle = hfac.release_gradients(model, optimizer)
         loss.backward()    # steps
-        optimizer.step()   # finds nothing left to do; schedulers and hooks see it as ever
+        optimizer.step()   # finds nothing left to do; schedulers and hooks run as usual
 
-    With ``accumulate=1`` the numbers are those of an ordinary step, to the bit. With ``accumulate=k`` the backward
-    passes of k micro-batches make a step, and `optimizer.step()` is called after the last of them, as ever; then
+    With ``accumulate=1`` the numbers are those of an ordinary step, bit for bit. With ``accumulate=k`` the backward
+    passes of k micro-batches make one step, and `optimizer.step()` is called after the last of them, as usual:
 
-    * ``exact=True``: gradients are kept until the k-th backward pass, in which each is stepped and freed as it is
-      complete. The numbers are those of an ordinary loop, to the bit. The memory is not: before the last pass all
-      gradients are there, and during it they go one by one.
-    * ``exact=False``: every backward pass steps with lr / k, and frees. The memory stays low and nothing is
-      accumulated; the numbers are others: k small steps along k gradients, each with the noise of its micro-batch, and
-      the decays of the moments move k times as fast.
+    * ``exact=True`` keeps gradients until the k-th backward pass, in which each is stepped and freed once complete. The
+      numbers are those of an ordinary loop, bit for bit. So is the peak memory: all gradients exist before the last
+      pass, which then frees them one by one.
+    * ``exact=False`` steps and frees in every backward pass, with lr / k. Memory stays low, but nothing is accumulated
+      and the numbers differ: k small steps along k gradients, each with its micro-batch's noise, and moments that decay
+      k times as fast.
 
-    `optimizer.step()` marks the end of a step. What still has a gradient then is stepped and freed by it: parameters
-    without one in the last pass, and those that were frozen, or of lazy modules without a shape, until now, which are
-    hooked from then on. A loop that never calls it works where every parameter has a gradient in every backward pass.
+    `optimizer.step()` marks the end of a step. It steps and frees what still has a gradient: parameters that got none
+    in the last pass, and those that were frozen, or lazy and without a shape, until now; hooks are added to these. A
+    loop that never calls it works if every parameter has a gradient in every backward pass.
 
-    With the optimizer's ``max_grad_norm`` the norm of all gradients is known when the first of them are gone, so each
-    step is clipped by the norm of the step before it, and the first not at all: not the numbers of an ordinary loop,
-    which clips by its own. Norms are gathered as gradients pass and are complete at `optimizer.step()`, or where a
-    parameter passes again; `optimizer.grad_norm` is the last complete one. The handle's `state_dict()` has it: without
-    it a run that is resumed makes its first step unclipped.
+    With the optimizer's ``max_grad_norm``, the norm of all gradients is known only when the first are gone. So each
+    step is clipped by the norm of the step before, the first not at all, and the numbers differ from an ordinary
+    loop's. Norms are collected as gradients pass, and are complete at `optimizer.step()`, or when a parameter passes
+    again; `optimizer.grad_norm` is the last complete one. It is in the handle's `state_dict()`: a run resumed without
+    that makes its first step unclipped.
 
-    A tied parameter is stepped once, with all of its gradient. With *reentrant* checkpointing (``use_reentrant=True``)
-    autograd hands it over in several parts and each would be a step: use ``use_reentrant=False``. Where a backward
-    pass raises, some parameters have been stepped and some not; call `handle.reset()` before going on. The parts of a
-    model under ``torch.compile`` have all their gradients at once: compile layer by layer to release them so.
+    A tied parameter is stepped once, with its whole gradient. *Reentrant* checkpointing (``use_reentrant=True``) has
+    autograd deliver it in pieces, each of which would be a step: use ``use_reentrant=False``. After a backward pass
+    that raised, some parameters have been stepped and some not: call `handle.reset()` before going on. A function under
+    ``torch.compile`` delivers all its gradients at once: to release them one by one, compile layer by layer.
 
     Args:
-        model: holds the parameters; those that are not the optimizer's are left alone.
+        model: holds the parameters; those that are not the optimizer's are ignored.
         optimizer: `hfac.HFac` or `hfac.SMMF`. Its parameters that are not the model's are left to `optimizer.step()`;
             with ``max_grad_norm`` there may be none.
-        accumulate: micro-batches in a step, >= 1.
+        accumulate: micro-batches per step, >= 1.
         exact: see above.
 
     Raises:
-        TypeError: not a module, or not an optimizer of this package (the one inside it, where a trainer wraps it).
-        ValueError: ``accumulate`` is no number >= 1; the model has none of the optimizer's parameters, or, with
-            ``max_grad_norm``, not all.
-        RuntimeError: the optimizer releases gradients already; DistributedDataParallel, whose gradients are averaged
-            over ranks after such hooks have run; sharded parameters; amp_scaling=True: a `torch.amp.GradScaler`
-            unscales gradients when the backward pass is over.
+        TypeError: not a module, or not an optimizer of this package (a trainer may wrap it: pass the one inside).
+        ValueError: ``accumulate`` is not a whole number >= 1; the model has none of the optimizer's parameters, or,
+            with ``max_grad_norm``, not all.
+        RuntimeError: the optimizer releases gradients already; DistributedDataParallel, which averages gradients over
+            ranks after these hooks have run; sharded parameters; amp_scaling=True, because a `torch.amp.GradScaler`
+            unscales gradients after the backward pass.
     """
     return ReleasedGradients(model, optimizer, accumulate, exact)
 
 
 class ReleasedGradients:
-    """What `release_gradients` returns; ``with`` it, gradients are released inside the block."""
+    """Handle returned by `release_gradients`. As a context manager, it calls `remove` at the end of the block."""
 
     def __init__(self, model: nn.Module, optimizer: FactoredOptimizer, accumulate: int, exact: bool) -> None:
         _check(model, optimizer, accumulate)
         self._optimizer, self._model = optimizer, model
         self._accumulate, self._exact = accumulate, exact
-        self._lock = threading.RLock()  # autograd has a thread for every device
-        self._hook = torch.compiler.disable(self._arrived)  # where a compiled function makes the backward pass
+        self._lock = threading.RLock()  # autograd has a thread per device
+        self._hook = torch.compiler.disable(self._arrived)  # the backward pass may be a compiled function's
         self._hooks: dict[Tensor, Any] = {}
         self._counts: dict[Tensor, int] = {}
-        #: norms of the gradients that have been stepped since the last complete norm, by parameter
+        #: by parameter, the norm of each gradient stepped since the last complete norm
         self._passed: dict[Tensor, Tensor] = {}
         self._norm: Tensor | None = None
         self._clip: tuple[float, Tensor] | None = None
@@ -91,8 +91,8 @@ class ReleasedGradients:
         _released.add(optimizer)
 
     def remove(self) -> None:
-        """Makes everything as it was: gradients stay where backward passes leave them, and `optimizer.step()` steps.
-        Those that are held for micro-batches to come are left in ``.grad``."""
+        """Removes the hooks: gradients accumulate again and `optimizer.step()` steps. Gradients that were kept for
+        further micro-batches stay in ``.grad``."""
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
@@ -102,28 +102,27 @@ class ReleasedGradients:
         _released.discard(self._optimizer)
 
     def reset(self) -> None:
-        """Drops the gradients that are held, and counts micro-batches from none: for going on after a backward pass
-        that raised."""
+        """Drops all gradients and restarts the count of micro-batches, to go on after a backward pass that raised."""
         self._counts.clear()
         self._passed.clear()
         for param in self._hooks:
             param.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What goes into a checkpoint beside the optimizer's: {"grad_norm": the norm that the next step is clipped by,
-        0-d, or None}. Call it after `optimizer.step()`, or after a backward pass in a loop that never calls it:
-        gradients that are held for micro-batches to come are in no checkpoint."""
+        """To be saved beside the optimizer's: {"grad_norm": the norm that clips the next step, a 0-d tensor, or None}.
+        Call it after `optimizer.step()`, or, in a loop that never calls that, after a backward pass: gradients kept for
+        further micro-batches are not saved."""
         return {"grad_norm": self._norm_of_passed() if self._passed else self._norm}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there, bit for bit.
+        """Resumes bit for bit from what `state_dict` returned.
 
         Raises:
-            TypeError, ValueError: not what `state_dict` returns; nothing has been changed then.
+            TypeError, ValueError: it is something else; nothing has changed.
         """
         if not isinstance(state_dict, dict) or state_dict.keys() != {"grad_norm"}:
             given = sorted(map(str, state_dict)) if isinstance(state_dict, dict) else type(state_dict).__name__
-            raise TypeError(f"release_gradients: a state dict of its handle has the key 'grad_norm', got {given}")
+            raise TypeError(f"release_gradients: the handle's state dict must have the key 'grad_norm', got {given}")
         norm = state_dict["grad_norm"]
         if norm is not None and (not isinstance(norm, Tensor) or norm.ndim or not norm.is_floating_point()):
             raise ValueError(
@@ -145,9 +144,9 @@ class ReleasedGradients:
         return [param for group in self._optimizer.param_groups for param in group["params"] if id(param) in mine]
 
     def _arrived(self, param: Tensor) -> None:
-        """The hook: the gradient of one backward pass is in ``param.grad``."""
+        """The hook, called when ``param.grad`` holds the gradient of a backward pass."""
         with self._lock:
-            if param in self._passed:  # another backward pass, and no step() between
+            if param in self._passed:  # another backward pass without step() in between
                 self._complete()
             if self._exact and self._accumulate > 1:
                 count = self._counts.get(param, 0) + 1
@@ -158,9 +157,9 @@ class ReleasedGradients:
             self._step(param, 1.0 if self._exact else 1.0 / self._accumulate)
 
     def _step(self, param: Tensor, lr_scale: float = 1.0) -> None:
-        found = self._optimizer._find(param)  # and no look at all groups for each parameter
+        found = self._optimizer._find(param)  # checking all groups for each parameter would cost too much
         group = None if found is None else self._optimizer.param_groups[found[0]]
-        clip, limit = None, None if group is None else self._optimizer._limit_of(group)
+        clip, limit = None, None if group is None else self._optimizer._common_limit([group])
         if limit is not None:
             grad = layout.gradient(param, "a parameter")
             assert grad is not None
@@ -172,16 +171,16 @@ class ReleasedGradients:
         param.grad = None
 
     def _coefficient(self, limit: float, device: torch.device) -> Tensor:
-        """That of the last complete norm, formed once."""
+        """What gradients are multiplied by, from the last complete norm."""
         if self._clip is None or self._clip[0] != limit:
-            whole = torch.ones((), dtype=torch.float32, device=device)
-            self._clip = limit, whole if self._norm is None else clipping.coefficient(self._norm, limit)
+            one = torch.ones((), dtype=torch.float32, device=device)
+            self._clip = limit, one if self._norm is None else clipping.coefficient(self._norm, limit)
         return self._clip[1]
 
     def _complete(self) -> None:
-        """What has passed is a whole step's gradients."""
+        """Called when all gradients of a step have passed."""
         if self._passed:
-            assert self._optimizer.max_grad_norm is not None  # which all groups agree in
+            assert self._optimizer.max_grad_norm is not None  # which checks that all groups agree
             norm = self._norm_of_passed()
             self._passed.clear()
             self._keep(norm)
@@ -198,7 +197,7 @@ class ReleasedGradients:
         self._clip = None
 
     def _end(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Before `optimizer.step()`: steps what no hook has stepped."""
+        """Called before `optimizer.step()`: steps what no hook has stepped."""
         with self._lock:
             self._counts.clear()
             for param in self._shared():
@@ -221,25 +220,25 @@ def _check(model: Any, optimizer: Any, accumulate: Any) -> None:
         raise ValueError(f"release_gradients: accumulate must be a whole number >= 1, got {accumulate!r}")
     if optimizer in _released:
         raise RuntimeError(
-            "release_gradients: this optimizer releases gradients already. Call remove() of the earlier handle first."
+            "release_gradients: this optimizer releases gradients already. Call remove() on the earlier handle first."
         )
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise RuntimeError(
-            "release_gradients: DistributedDataParallel averages gradients over ranks after they have arrived, and a "
-            "step here would take this rank's alone. Shard with torch.distributed.fsdp.fully_shard instead, and call "
-            "optimizer.step()."
+            "release_gradients: DistributedDataParallel averages gradients over ranks after these hooks have run, so a "
+            "step here would use this rank's gradient alone. Shard with torch.distributed.fsdp.fully_shard instead, "
+            "and call optimizer.step()."
         )
     if optimizer._step_supports_amp_scaling:
         raise RuntimeError(
-            "release_gradients: amp_scaling=True is for a torch.amp.GradScaler, which unscales gradients when the "
-            "backward pass is over. Train in bfloat16, which needs none, and leave amp_scaling=False."
+            "release_gradients: amp_scaling=True is for a torch.amp.GradScaler, which unscales gradients after the "
+            "backward pass. Train in bfloat16, which needs no scaling, and leave amp_scaling=False."
         )
     mine = {id(param) for param in model.parameters()}
     shared = [p for group in optimizer.param_groups for p in group["params"] if id(p) in mine]
     if not shared:
         raise ValueError(
             "release_gradients: the model has none of the optimizer's parameters. Pass the model that the optimizer "
-            "was made for (after wrapping or moving it, if that makes new parameters)."
+            "was made for (after wrapping or moving it, if that creates new parameters)."
         )
     everything = sum(len(group["params"]) for group in optimizer.param_groups)
     if optimizer.max_grad_norm is not None and len(shared) < everything:
@@ -251,7 +250,7 @@ def _check(model: Any, optimizer: Any, accumulate: Any) -> None:
     for param in shared:
         if layout.is_sharded(param):
             raise RuntimeError(
-                f"release_gradients: a parameter of shape {tuple(param.shape)} is sharded, and a step of it a "
-                "collective: one for every parameter by itself. Call optimizer.step(), which makes one for all; its "
-                "gradients are sharded, too."
+                f"release_gradients: a parameter of shape {tuple(param.shape)} is sharded, and stepping it alone would "
+                "take a collective of its own. Call optimizer.step(), which takes one for all parameters; their "
+                "gradients are sharded as well."
             )

@@ -31,8 +31,8 @@ _PHILOX = ((0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85))
 _ROUNDS = 10
 
 
-class Place(NamedTuple):
-    """Where the elements of a tensor stand among all the optimizer's, which their random bits depend on.
+class BitOffset(NamedTuple):
+    """Which random bits the elements of a tensor take: each has an index in the sequence of its parameter.
 
     Element (i, j, ...) of the tensor is element ``first + i * strides[0] + j * strides[1] + ...`` of the parameter at
     ``position``, an unsigned 32-bit number; without strides they follow each other from ``first`` on, in row-major
@@ -54,8 +54,8 @@ class Place(NamedTuple):
             index += along.view(-1, *[1] * (len(shape) - d - 1))
         return index
 
-    def slices(self, shape: Sequence[int], dims: int) -> "list[Place]":
-        """The places of the slices that the first ``dims`` dimensions of a tensor of ``shape`` count, row-major."""
+    def slices(self, shape: Sequence[int], dims: int) -> "list[BitOffset]":
+        """Those of the slices that the first ``dims`` dimensions of a tensor of ``shape`` index, row-major."""
         if not dims:
             return [self]
         strides = self.strides or [torch.Size(shape[d + 1 :]).numel() for d in range(dims)]
@@ -63,7 +63,11 @@ class Place(NamedTuple):
         firsts = [self.first]
         for size, stride in zip(shape[:dims], strides, strict=False):
             firsts = [first + i * stride for first in firsts for i in range(size)]
-        return [Place(self.position, first, rest) for first in firsts]
+        return [BitOffset(self.position, first, rest) for first in firsts]
+
+
+#: Its former name, until everything uses the new one.
+Place = BitOffset
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[int]) -> list[Tensor]:
@@ -79,17 +83,17 @@ def philox(counter: Sequence[Tensor], key: Sequence[int]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
-def random_bits(place: Place, shape: Sequence[int], seed: int, step: Scalar, device: torch.device) -> Tensor:
+def random_bits(offset: BitOffset, shape: Sequence[int], seed: int, step: Scalar, device: torch.device) -> Tensor:
     """int64 of ``shape`` in [0, 2^16): each element's random bits.
 
     Eight elements share one call: index g takes the half g % 2 (1: upper) of word g % 8 // 2 of the counter
     (g // 8, low and high word; step; position) under the key (seed, low and high word).
     """
-    index = place.indices(shape, device)
+    index = offset.indices(shape, device)
     block = index >> 3
     t = step.to(device=device, dtype=torch.int64) if isinstance(step, Tensor) else int(step)
     zero = torch.zeros_like(block)
-    words = philox([block & _MASK, block >> 32 & _MASK, zero + t, zero + place.position], [seed & _MASK, seed >> 32])
+    words = philox([block & _MASK, block >> 32 & _MASK, zero + t, zero + offset.position], [seed & _MASK, seed >> 32])
     word = torch.stack(words).gather(0, (index >> 1 & 3)[None])[0]
     return word >> 16 * (index & 1) & 0xFFFF
 

@@ -1,8 +1,7 @@
 """Step scalars of both algorithms, in double precision.
 
 Each function takes the step t (counted from 1) as a float, evaluated on the host, or as a tensor of any shape,
-evaluated on its device in float64: with ``capturable=True`` the step lives on the device, and both ways give the
-same bits.
+evaluated on its device in float64 (with ``capturable=True`` the step is on the device). Both give the same bits.
 """
 
 from typing import TypeVar
@@ -31,12 +30,12 @@ def smmf_decay_second(step: T, decay_rate: float) -> T:
 
 
 def as_scalar(name: str, value: Scalar) -> Scalar:
-    """A float wherever reading it costs no device synchronisation, else a 0-d float64 tensor on its device.
+    """A float where reading it takes no device synchronisation, else a 0-d float64 tensor on its device.
 
-    float64 keeps products such as 1 - lr * weight_decay equal to the ones the host forms.
+    In float64, products such as 1 - lr * weight_decay equal those computed on the host.
 
     Raises:
-        TypeError: ``value`` is neither a number nor a tensor; the message has its ``name``.
+        TypeError: ``value`` is neither a number nor a tensor; the message contains ``name``.
     """
     if isinstance(value, Tensor):
         return value.item() if value.device.type == "cpu" else value.to(step_dtype(value.device)).reshape(())
@@ -46,5 +45,5 @@ def as_scalar(name: str, value: Scalar) -> Scalar:
 
 
 def step_dtype(device: torch.device) -> torch.dtype:
-    """float64 where the device has it."""
+    """float64, or float32 on devices without it."""
     return torch.float32 if device.type == "mps" else torch.float64

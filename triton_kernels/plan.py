@@ -179,15 +179,12 @@ def make_plan(op: str, items: Sequence[Item]) -> Plan:
 
 
 def prepare(op: str, items: Sequence[Item], device: torch.device) -> tuple[Plan, torch.Tensor, list[torch.Tensor]]:
-    """The plan; records without addresses, on the host; and a table of tiles for each launch on the device, alike
-    aligned, so that no launch compiles its kernel anew."""
+    """The plan; records without addresses, on the host; and a table of tiles for each launch (and each of ``squares``)
+    on the device, alike aligned, so that no launch compiles its kernel anew."""
     plan = make_plan(op, items)
     records = torch.tensor([item.record() for item in items], dtype=torch.int64, device="cpu")
-    return plan, records, [tile_table(launch, device) for launch in plan.launches]
-
-
-def tile_table(launch: Launch, device: torch.device) -> torch.Tensor:
-    return torch.tensor(launch.tiles, dtype=torch.int32, device="cpu").to(device)
+    tiles = [torch.tensor(one.tiles, dtype=torch.int32, device="cpu") for one in (*plan.launches, *plan.squares)]
+    return plan, records, [table.to(device) for table in tiles]
 
 
 def _cut(item: Item) -> None:

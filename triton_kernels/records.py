@@ -13,8 +13,8 @@ from .plan import Item, bits_of, merged_layout
 
 Tensors = Sequence[Tensor]
 Scalar = float | Tensor
-#: Position, first index, strides: `hfac.rounding.BitOffset`.
-BitOffset = tuple[int, int, tuple[int, ...] | None]
+#: An op and its tensors, `hfac.backends.contract.Operands`, which lies above this package.
+Operands = Any
 
 #: Where a record has the addresses of a state, by its moment and size.
 _STATES = {
@@ -53,11 +53,6 @@ class Records:
     has elements.
 
     Args:
-        op: what is called.
-        params: the parameters; nothing where none is updated.
-        lists: the op's lists by name, without those that it goes without, and ``master_lows`` where there are any.
-        counts: the op's counts by name (`hfac.spec.Op`).
-        offsets: where random bits come from, None where nothing is drawn.
         vectors: the op's vectors by name.
 
     Attributes:
@@ -66,24 +61,17 @@ class Records:
         grads: per record, the gradient's address and where its layout begins in ``numbers``.
     """
 
-    def __init__(
-        self,
-        op: spec.Op,
-        params: Tensors,
-        grads: Tensors,
-        lists: Mapping[str, Tensors],
-        counts: Mapping[str, Sequence[Any]],
-        offsets: Sequence[BitOffset] | None = None,
-        vectors: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        self.items = _items(op, params, grads, lists, counts)
+    def __init__(self, operands: Operands, grads: Tensors, vectors: Mapping[str, Tensor] | None = None) -> None:
+        lists, offsets = operands.lists, operands.places
+        self.items = _items(operands, grads)
         self.numbers = [0]
         of = [item.owner for item in self.items]
-        fields = fields_of(op)
+        fields = fields_of(operands.op)
         addresses = {fields[name]: list(map(Tensor.data_ptr, tensors)) for name, tensors in lists.items()}
         layouts: dict[str, list[int]] = {}
-        if op.updates:
-            addresses["param"], layouts["param_layout"] = list(map(Tensor.data_ptr, params)), self._layouts(params)
+        if operands.written:
+            addresses["param"] = list(map(Tensor.data_ptr, operands.written))
+            layouts["param_layout"] = self._layouts(operands.written)
         if spec.MASTER_LOW.name in lists:
             layouts["low_layout"] = self._layouts(lists[spec.MASTER_LOW.name])
         if offsets is not None:
@@ -94,7 +82,7 @@ class Records:
         starts = self._layouts(grads)
         self.grads = [(grads[i].data_ptr(), starts[i]) for i in of]
         self._vectors = self._add_vectors(vectors or {})
-        if "blocks" in counts:
+        if "blocks" in operands.counts:
             self._move_to_blocks()
 
     def _layouts(self, tensors: Tensors) -> list[int]:
@@ -104,7 +92,7 @@ class Records:
             for tensor in tensors
         ]
 
-    def _index_layouts(self, grads: Tensors, offsets: Sequence[BitOffset]) -> list[int]:
+    def _index_layouts(self, grads: Tensors, offsets: Sequence[Any]) -> list[int]:
         """Where the layouts of the elements' indices begin; also says how the items' random bits are drawn."""
         layouts = [
             [0] if strides is None else merged_layout(grad.shape, strides)
@@ -152,23 +140,22 @@ class Records:
         return records
 
 
-def _items(
-    op: spec.Op, params: Tensors, grads: Tensors, lists: Mapping[str, Tensors], counts: Mapping[str, Sequence[Any]]
-) -> list[Item]:
+def _items(operands: Operands, grads: Tensors) -> list[Item]:
+    op, lists, counts = operands.op, operands.lists, operands.counts
     sizes = {one.name: one.size for one in (*op.operands, spec.MASTER_LOW)}
     rows, cols = (
         next((tensors for name, tensors in lists.items() if sizes[name] == size), None)
         for size in (spec.ROWS, spec.COLS)
     )
     in_vectors = [tensors for name, tensors in lists.items() if sizes[name] in (spec.WHOLE, spec.SIGNS)]
-    in_vectors += [params, grads] if op.updates else [grads]
+    in_vectors += [operands.params, grads]
     signed = spec.SIGNS in map(sizes.get, lists)
     lows = lists.get(spec.MASTER_LOW.name)
     found = []
     for i, grad in enumerate(grads):
         m = grad.numel() if rows is None else rows[i].numel()
         n = 1 if rows is None else grad.numel() // max(m, 1) if cols is None else cols[i].numel()
-        dtype = params[i].dtype if op.updates or rows is None else rows[i].dtype
+        dtype = operands.params[i].dtype if op.updates or rows is None else rows[i].dtype
         more = {"slice": math.prod(grad.shape[1:]) if signed else 0, "owner": i}
         more["low"] = 8 * lows[i].itemsize if lows else 0
         if "blocks" in counts:

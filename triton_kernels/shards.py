@@ -12,36 +12,27 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .. import spec
 from . import platform, table
 from .plan import KEY, Item, Plan, prepare
-from .records import BitOffset, Records, Tensors, copy_scalars, scalar_values, scalars_of
+from .records import Operands, Records, Tensors, copy_scalars, scalar_values, scalars_of
 from .step import Launcher, has_first, options_of
 
 
 class ShardCall:
-    """An op on shards, bound to these parameters and lists; arguments as of `Records`."""
+    """An op on shards."""
 
-    def __init__(
-        self,
-        op: spec.Op,
-        params: Tensors,
-        lists: Mapping[str, Tensors],
-        counts: Mapping[str, Sequence[Any]],
-        offsets: Sequence[BitOffset] | None = None,
-    ) -> None:
-        self._op, self._params, self._lists, self._counts, self._offsets = op, params, lists, counts, offsets
+    def __init__(self, operands: Operands) -> None:
+        self._operands, self._op = operands, operands.op
 
     def __call__(self, grads: Tensors, nonfinite: None = None, **numbers: Any) -> None:
         """Calls the op with these gradients, numbers and vectors, by name; ``seed`` and ``step`` where there are
-        offsets.
+        places.
 
         Raises:
             RuntimeError: a CUDA graph is being captured.
         """
         grads = [grad.resolve_neg() for grad in grads]
-        vectors = {name: numbers.pop(name) for name in self._op.vectors}
-        records = Records(self._op, self._params, grads, self._lists, self._counts, self._offsets, vectors)
+        records = Records(self._operands, grads, {name: numbers.pop(name) for name in self._op.vectors})
         if not records.items:
             return
         device = grads[0].device
@@ -50,16 +41,16 @@ class ShardCall:
                 "an op on shards brings its tables from the host in every call, and cannot be part of the CUDA graph "
                 "that is being captured. Step sharded parameters outside of graphs."
             )
-        rows_only = any(one.optional and one.name not in self._lists for one in self._op.operands)
+        rows_only = any(one.optional and one.name not in self._operands.lists for one in self._op.operands)
         name = "hfac_row_sums" if rows_only else self._op.name
         with platform.current(device):
             plan, blank, tiles = _planned(name, device, platform.stream_of(device), tuple(map(KEY, records.items)))
             if plan.launches:
                 room = _Room(device, records, plan, blank, numbers)
-                options = options_of(numbers, has_first(self._op, self._lists))
+                options = options_of(numbers, has_first(self._operands))
                 room.run(plan.launches, tiles, options)
-        if self._op.updates:
-            increment_version(self._params)
+        if self._operands.written:
+            increment_version(self._operands.written)
 
 
 class _Room(Launcher):

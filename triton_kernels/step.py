@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version  # tells autograd of writes that it cannot see
 
-from .. import spec
 from ..staging import Staged, refused
 from . import platform, table
-from .plan import Launch, Plan, compile_options, prepare, tile_table
-from .records import BitOffset, Records, Tensors, copy_scalars, scalar_values, scalars_of
+from .plan import Launch, Plan, compile_options, prepare
+from .records import Operands, Records, Tensors, copy_scalars, scalar_values, scalars_of
 
 _DTYPE = attrgetter("dtype")
 
@@ -69,10 +68,8 @@ class Room(Launcher):
     plan: Plan
     workspace: Tensor | None = None
 
-    def __init__(
-        self, op: spec.Op, params: Tensors, lists: Mapping[str, Tensors], offsets: Sequence[BitOffset] | None
-    ) -> None:
-        self._op, self._params, self._lists, self._offsets = op, params, lists, offsets
+    def __init__(self, operands: Operands) -> None:
+        self._operands, params = operands, operands.params
         self.device = params[0].device
         count = table.OWN.value + table.OWNED.value * (1 + len(params))
         self.scalars = torch.zeros(count, dtype=torch.float64, device=self.device)
@@ -124,14 +121,15 @@ class Room(Launcher):
         host.copy_(torch.tensor(rows, dtype=torch.int64, device="cpu"))
 
     def _make(self, grads: Tensors) -> None:
-        records = Records(self._op, self._params, grads, self._lists, {}, self._offsets)
-        self.plan, blank, self.tiles = prepare(self._op.name, records.items, self.device)
+        records = Records(self._operands, grads)
+        self.plan, blank, tiles = prepare(self._operands.op.name, records.items, self.device)
         workspace = torch.empty(max(self.plan.workspace, 16), dtype=torch.uint8, device=self.device)
         self.layouts = torch.tensor(records.numbers, dtype=torch.int64, device="cpu").to(self.device)
         base = self.layouts.data_ptr()
         self.items, self.workspace = records.filled(blank, workspace.data_ptr(), base).to(self.device), workspace
         self._grad_layouts = [base + 8 * start for _, start in records.grads]
-        self.square_tiles = [tile_table(launch, self.device) for launch in self.plan.squares]
+        count = len(self.plan.launches)
+        self.tiles, self.square_tiles = tiles[:count], tiles[count:]
 
     def set_scalars(self, numbers: Mapping[str, Any], capturing: bool) -> None:
         """Values to device memory. A tensor's value is copied on its device and never read here."""
@@ -141,7 +139,7 @@ class Room(Launcher):
             for at, value in enumerate(scalar_values(scalars, seed, 0)):
                 self.scalars[at].fill_(value)
         else:
-            values = scalar_values(scalars, seed, len(self._params))
+            values = scalar_values(scalars, seed, len(self._operands.params))
             host = platform.host_memory(self.device, len(values), torch.float64)
             host.copy_(torch.tensor(values, dtype=torch.float64, device="cpu"))
             self.scalars[: len(values)].copy_(host, non_blocking=True)
@@ -187,9 +185,7 @@ class Bound:
     threads may step one list: each step, and each set of statistics, has a room of its own.
 
     Args:
-        op: an op on whole parameters.
-        lists: states by name, without those that the op goes without, and ``master_lows`` where there are any.
-        offsets: of parameters that are rounded stochastically; every call then brings ``seed`` and ``step``.
+        operands: of an op on whole parameters. Where they have places, every call brings ``seed`` and ``step``.
 
     Attributes:
         captured: what a CUDA graph reads in every replay, and nobody may change or free. Only captures add to it;
@@ -199,16 +195,10 @@ class Bound:
     #: The kernels divide by a GradScaler's scale and look at its found_inf themselves.
     unscales = True
 
-    def __init__(
-        self,
-        op: spec.Op,
-        params: Tensors,
-        lists: Mapping[str, Tensors],
-        offsets: Sequence[BitOffset] | None = None,
-    ) -> None:
-        self._op, self._params, self._lists, self._offsets = op, list(params), lists, offsets
-        self.device = params[0].device
-        self._first = has_first(op, lists)
+    def __init__(self, operands: Operands) -> None:
+        self._operands, self._params = operands, operands.params
+        self.device = self._params[0].device
+        self._first = has_first(operands)
         self._rooms: list[Room] = []  # those that nobody has
         self._lock = threading.Lock()
         self._stream = platform.stream_of(self.device)  # of the last step
@@ -235,7 +225,7 @@ class Bound:
                 ``statistics`` only.
             watched: float64 [parameters, 5] on the device (`table.CHANGE` and so on), to which the step adds what it
                 does to each parameter that it writes. Rows and columns are those of H-Fac's matrices.
-            numbers: the op's by name; ``seed`` and ``step`` where there are offsets; and ``grad_scale`` and
+            numbers: the op's by name; ``seed`` and ``step`` where there are places; and ``grad_scale`` and
                 ``found_inf``, float32 tensors of one element on the device: gradients are divided by the one, and where
                 the other is not zero every parameter keeps its value.
         """
@@ -256,8 +246,8 @@ class Bound:
                     contiguous = torch.contiguous_format
                     room.watched = watched if as_it_is else torch.zeros_like(watched, memory_format=contiguous)
                 room.scale(scale, found_inf)
-                asked = dict(look=nonfinite is not None, again=again, watch=watched is not None)
-                options = options_of(numbers, self._first, skip=skip, **asked)
+                asked = dict(SKIP=skip, LOOK=nonfinite is not None, AGAIN=again, WATCH=watched is not None)
+                options = options_of(numbers, self._first, **asked)
                 room.run(room.plan.launches, room.tiles, options)
                 self._close(room, nonfinite, found_inf, copies)
                 if watched is not None and room.watched is not watched:
@@ -280,8 +270,8 @@ class Bound:
             room.squares = torch.zeros(len(self._params), dtype=torch.float64, device=self.device)
             found = Statistics(self._rooms, room, room.squares, copies, watched is not None)
             room.scale(scale, found_inf)
-            asked = dict(look=nonfinite is not None, watch=watched is not None)
-            options = options_of(numbers, self._first, skip=skip, **asked)
+            asked = dict(SKIP=skip, LOOK=nonfinite is not None, WATCH=watched is not None)
+            options = options_of(numbers, self._first, **asked)
             count = room.plan.statistics
             room.run(room.plan.launches[:count], room.tiles[:count], options)
             room.run(room.plan.squares, room.square_tiles, options)
@@ -306,7 +296,7 @@ class Bound:
         """A room with all that the launches of a step read, and copies of the gradients, where some negate."""
         capturing = self.capturing()
         copies = _resolved(grads)
-        room = self._rooms.pop() if self._rooms else Room(self._op, self._params, self._lists, self._offsets)
+        room = self._rooms.pop() if self._rooms else Room(self._operands)
         try:
             if capturing:
                 room.check_capture(copies or grads)
@@ -350,31 +340,21 @@ class Bound:
             room.stream = stream
 
 
-def has_first(op: spec.Op, lists: Mapping[str, Tensors]) -> bool:
+def has_first(operands: Operands) -> bool:
     """Whether there is a first moment."""
-    return any(one.moment == 1 and one.name in lists for one in op.operands)
+    return any(one.moment == 1 and one.name in operands.lists for one in operands.op.operands)
 
 
-def options_of(
-    numbers: Mapping[str, Any],
-    first: bool,
-    *,
-    skip: bool = False,
-    look: bool = False,
-    again: bool = False,
-    watch: bool = False,
-) -> dict[str, bool]:
-    """What kernels are compiled for (`element`). ``first``: there is a first moment."""
+def options_of(numbers: Mapping[str, Any], first: bool, **asked: bool) -> dict[str, bool]:
+    """What kernels are compiled for (`element`). ``first``: there is a first moment; ``asked``: what else is on."""
     return {
         "FIRST": first,
         "COUPLED": not numbers.get("decoupled_weight_decay", True),
         "NEGATE": numbers.get("maximize", False),
         "CLIPPED": numbers.get("clip_threshold") is not None,
         "SCALED": numbers.get("grad_scale") is not None,
-        "SKIP": skip,
-        "LOOK": look,
-        "AGAIN": again,
-        "WATCH": watch,
+        **dict.fromkeys(("SKIP", "LOOK", "AGAIN", "WATCH"), False),
+        **asked,
     }
 
 

@@ -1,17 +1,9 @@
 """The backends: which there are, for which devices, and why one is unavailable.
 
-A backend registers itself (`register`). What it loads, a module or an object, has one function, ``bind(op, params,
-lists, counts, places)``, which takes
-
-* op: a `hfac.spec.Op`; ``has(op)`` says whether the backend has it;
-* params: the parameters; of an op that updates none, the gradients that will be read, for their sizes and types;
-* lists: the op's lists by name, without those that it goes without, and ``master_lows`` where there are any;
-* counts: the op's ``counts`` by name;
-* places: where random bits come from (`hfac.rounding.Place`), or None where nothing is drawn,
-
-and returns a call, (grads, nonfinite=None, **numbers) -> None, that computes what the function of the op's name in
-`hfac.reference` does, for as long as the tensors lie where they lie. ``numbers`` are the op's numbers and vectors by
-name, where there are places ``seed`` and ``step``, and ``watched``. A call may have, besides,
+A backend registers itself (`register`). What it loads, a module or an object, has ``has(op)``, whether it has the op,
+and one function for all of them: ``bind(operands)`` takes `Operands` and returns a call, (grads, nonfinite=None,
+**numbers) -> None, that computes what the function of the op's name in `hfac.reference` does. ``numbers`` are the op's
+numbers and vectors by name, where bits are drawn ``seed`` and ``step``, and ``watched``. A call may have, besides,
 
 * of an op that ``reads_twice``, ``statistics(grads, nonfinite, **numbers)``, which gives `Statistics`; it then takes
   them by that name together with ``clip``, what gradients are multiplied by;
@@ -34,9 +26,20 @@ import torch
 
 from ..spec import Op
 from . import cpu, cuda, plain, triton
-from .statistics import Statistics
+from .contract import Operands, Statistics
 
-__all__ = ["Backend", "Statistics", "available", "found", "host_counters", "names", "register", "resolve", "unregister"]
+__all__ = [
+    "Backend",
+    "Operands",
+    "Statistics",
+    "available",
+    "found",
+    "host_counters",
+    "names",
+    "register",
+    "resolve",
+    "unregister",
+]
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """What the extension is told of tensors, by its arguments' names: addresses, sizes, strides and codes of types."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..rounding import Place
-from ..spec import COLS, MASTER_LOW, ROWS, SIGNS, Op
+from ..rounding import BitOffset
+from ..spec import COLS, ROWS, SIGNS
+from .contract import Operands
 
 Tensors = Sequence[Tensor]
 
@@ -61,11 +62,17 @@ def of_params(params: Tensors) -> dict[str, Any]:
     return found
 
 
-def of_lists(op: Op, lists: Mapping[str, Tensors], counts: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """An op's lists, None for those that it goes without, the sizes of its matrices, and how sign bits lie."""
+def of_operands(operands: Operands) -> dict[str, Any]:
+    """Parameters, an op's lists, None for those that it goes without, the sizes of its matrices, and how sign bits
+    lie."""
+    op, lists = operands.op, operands.lists
     found: dict[str, Any] = {
         operand.name: addresses(lists[operand.name]) if operand.name in lists else None for operand in op.operands
     }
+    if op.updates:
+        found |= of_params(operands.params)
+    else:
+        found.update(numels=numels(operands.params), state_dtypes=codes(next(iter(lists.values()))))
     for size in (ROWS, COLS) if op.updates else (ROWS,):
         one = next((operand.name for operand in op.operands if operand.size == size and operand.name in lists), None)
         if one is not None:
@@ -75,17 +82,12 @@ def of_lists(op: Op, lists: Mapping[str, Tensors], counts: Mapping[str, Sequence
             signs = lists.get(operand.name)
             found["sign_bytes"] = None if signs is None else numels(signs)
             found["sign_slices"] = None if signs is None else [sign.shape[0] for sign in signs]
-    for name, entries in counts.items():
+    for name, entries in operands.counts.items():
         found[f"whole_{name}" if name in (ROWS, COLS) else name] = entries
     return found
 
 
-def low_pieces(lists: Mapping[str, Tensors]) -> Tensors | None:
-    """The lower pieces of master weights; None where there are none."""
-    return lists.get(MASTER_LOW.name)
-
-
-def of_places(places: Sequence[Place]) -> dict[str, Any]:
+def of_places(places: Sequence[BitOffset]) -> dict[str, Any]:
     """Where random bits come from, as the C++ kernels take it."""
     found: dict[str, Any] = {"positions": [place.position for place in places]}
     found["place_firsts"] = [place.first for place in places]

@@ -5,7 +5,7 @@ except the list comprehensions that read what the extension is told.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import memory
-from ..rounding import Place
 from ..spec import Op
 from . import addresses
-from .statistics import Statistics
+from .contract import Operands, Statistics
 
 Tensors = Sequence[Tensor]
 
@@ -56,48 +55,24 @@ def has(op: Op) -> bool:
     return hasattr(_C, op.name.removesuffix("_"))
 
 
-def bind(
-    op: Op,
-    params: Tensors,
-    lists: Mapping[str, Tensors],
-    counts: Mapping[str, Sequence[Any]],
-    places: Sequence[Place] | None = None,
-) -> "CpuCall":
-    """The op on these parameters and lists, for as long as they lie where they lie; see `hfac.backends`."""
-    return CpuCall(op, params, lists, counts, places)
-
-
 class CpuCall:
-    """What `bind` returns."""
+    """An op bound to its operands; see `hfac.backends`."""
 
-    def __init__(
-        self,
-        op: Op,
-        params: Tensors,
-        lists: Mapping[str, Tensors],
-        counts: Mapping[str, Sequence[Any]],
-        places: Sequence[Place] | None,
-    ) -> None:
-        self._name, self._params = op.name.removesuffix("_"), params
-        self._operands = addresses.of_lists(op, lists, counts)
-        if op.updates:
-            self._operands |= addresses.of_params(params)
-        else:
-            (one, *_) = lists.values()
-            self._operands |= {"numels": addresses.numels(params), "state_dtypes": addresses.codes(one)}
-        self._written = params if op.updates else ()
+    def __init__(self, operands: Operands) -> None:
+        self._name, self._written = operands.op.name.removesuffix("_"), operands.written
+        self._operands = addresses.of_operands(operands)
         if self._operands.get("sign_bytes") is not None:
             # A plain bit stream, and one element per byte, show in the number of bytes alone.
             sizes = zip(self._operands["sign_bytes"], self._operands["numels"], strict=True)
             if not any(8 * nbytes != numel != nbytes for nbytes, numel in sizes):
                 self._operands["sign_slices"] = None
-        lows = addresses.low_pieces(lists)
+        lows = operands.lows
         if lows:
             self._operands.update(master_lows=addresses.addresses(lows), low_bytes=lows[0].element_size())
             if not all(map(Tensor.is_contiguous, lows)):
                 self._operands["low_strides"] = addresses.strides(lows)
-        if places is not None:
-            self._operands |= addresses.of_places(places)
+        if operands.places is not None:
+            self._operands |= addresses.of_places(operands.places)
         self._shapes = not self._operands.keys().isdisjoint(("param_strides", "low_strides", "place_strides"))
 
     def __call__(
@@ -150,6 +125,9 @@ class CpuCall:
         )
         if flags is not nonfinite and nonfinite is not None and flags is not None:
             nonfinite.copy_(flags)
+
+
+bind = CpuCall
 
 
 def squares(grads: Tensors) -> Tensor:

@@ -8,18 +8,17 @@ the tests have one for kernels that run on the host.
 
 import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version  # tells autograd of writes that it cannot see
 
-from ..rounding import Place
 from ..spec import COLS, ROWS, WHOLE, Op
 from . import addresses, cpu
+from .contract import Operands, Statistics
 from .planned import Planned, Platform, address_of, index_of
-from .statistics import Statistics
 
 Tensors = Sequence[Tensor]
 
@@ -107,42 +106,26 @@ class CudaCall:
     #: The kernels divide by a GradScaler's scale and look at its found_inf themselves.
     unscales = True
 
-    def __init__(
-        self,
-        platform: Platform,
-        op: Op,
-        params: Tensors,
-        lists: Mapping[str, Tensors],
-        places: Sequence[Place] | None = None,
-    ) -> None:
-        self.params = list(params)
-        told, found = addresses.of_params(params), addresses.of_lists(op, lists, {})
-        arguments = {
-            "op": op.name.removesuffix("_"),
-            "l2_bytes": platform.l2_bytes(params[0].device),
-            **{name: told[name] for name in ("params", "numels", "param_dtypes")},
-            **{"rows": told["numels"], "cols": [1] * len(params)},
-            **{name: found.pop(name) for name in (ROWS, COLS, "sign_bytes", "sign_slices") if name in found},
-        }
-        for state in op.states:  # by the names that the kernels have for both moments, of factors and whole
+    def __init__(self, platform: Platform, operands: Operands) -> None:
+        self.params = params = list(operands.params)
+        found, device = addresses.of_operands(operands), params[0].device
+        arguments = {name: found[name] for name in ("params", "numels", "param_dtypes")}
+        arguments.update(op=operands.op.name.removesuffix("_"), l2_bytes=platform.l2_bytes(device))
+        arguments.update(rows=found["numels"], cols=[1] * len(params), first_cols=None, second_cols=None)
+        arguments |= {name: found[name] for name in (ROWS, COLS, "sign_bytes", "sign_slices") if found.get(name)}
+        for state in operands.op.states:  # by the names that the kernels have for both moments, of factors and whole
             side = {ROWS: "rows", WHOLE: "rows", COLS: "cols"}.get(state.size)
             name = state.name if side is None else f"{('first', 'second')[state.moment - 1]}_{side}"
             arguments[name] = found[state.name]
-        for name in ("first_cols", "second_cols"):
-            arguments.setdefault(name, None)
-        if arguments.get("exp_avg_signs", ()) is None:  # SMMF without a first moment
-            arguments = {name: value for name, value in arguments.items() if "sign" not in name}
         shapes = [tuple(p.shape) for p in params]
-        stored = _storage(lists, places)
-        if stored or "param_strides" in told:
+        stored = _storage(operands)
+        if stored or "param_strides" in found:
             arguments.update(shapes=shapes, param_strides=addresses.strides(params), **stored)
         #: What a CUDA graph reads in every replay, and nobody may change or free. Only captures add to it; whoever
         #: keeps this replaces the list by one of its own, which then outlives it.
         self.captured: list[Any] = []
         self._lock = threading.Lock()
-        self._new = lambda **more: Planned(
-            platform, params[0].device, platform.native.CudaStep(**arguments, **more), shapes
-        )
+        self._new = lambda **more: Planned(platform, device, platform.native.CudaStep(**arguments, **more), shapes)
         self._plain = self._new()
         #: of H-Fac's matrices: a plan whose statistics are taken before the norm of all gradients is known. Where all
         #: steps clip, the plain plan takes no memory.
@@ -162,11 +145,14 @@ class CudaCall:
         they are taken again, and ``nonfinite`` with them; either way the bits are those of a step without."""
         increment_version(self.params)
         with self._lock:
-            if statistics is None:
-                self._plain.launch(grads, nonfinite, self.captured, **numbers)
-            else:
+            plan, workspace, read = self._plain, None, grads
+            if statistics is not None:
                 assert self._split is not None
-                self._split.launch(grads, nonfinite, self.captured, statistics=statistics, clip=clip, **numbers)
+                plan, (workspace, read) = self._split, statistics.memory
+            read = plan.look(read, nonfinite, numbers.get("clip_threshold"))
+            plan.launch(nonfinite, self._captured_with(grads, read), workspace, {"clip": clip}, numbers)
+            if statistics is not None:  # whose memory the next ones have
+                plan.workspace, plan.squares = workspace, statistics.squares
 
     def statistics(self, grads: Tensors, nonfinite: Tensor | None = None, **numbers: Any) -> Statistics:
         """Of the step that the same arguments would make: for every gradient, divided by ``grad_scale``, the sum of its
@@ -175,7 +161,19 @@ class CudaCall:
         with self._lock:
             if self._split is None:
                 self._split = self._new(norm=True)
-            return self._split.take(grads, nonfinite, self.captured, **numbers)
+            plan = self._split
+            read = plan.look(grads, nonfinite, numbers.get("clip_threshold"))
+            squares = plan.squares_room(len(grads))
+            plan.launch(nonfinite, self._captured_with(grads, read), None, {"squares": squares}, numbers)
+            found = Statistics(squares, (plan.workspace, read))
+            plan.workspace = plan.squares = None  # others that take statistics have memory of their own
+            return found
+
+    def _captured_with(self, grads: Tensors, read: Tensors) -> list[Any]:
+        """What a capture adds to, with copies of gradients, which are read in their place."""
+        if read is not grads and self.capturing():
+            self.captured += [mine for mine, grad in zip(read, grads, strict=True) if mine is not grad]
+        return self.captured
 
     def capturing(self) -> bool:
         """Whether a graph is being captured, in whose replays what is launched now will run."""
@@ -198,26 +196,11 @@ class CudaCall:
 class CudaShardCall:
     """One call of an op on shards, whose table is for this once."""
 
-    def __init__(
-        self,
-        platform: Platform,
-        op: Op,
-        params: Tensors,
-        lists: Mapping[str, Tensors],
-        counts: Mapping[str, Sequence[Any]],
-        places: Sequence[Place] | None,
-    ) -> None:
-        self._platform, self._params, self._vectors = platform, params, op.vectors
-        self._written = params if op.updates else ()
-        self._make = getattr(platform.native.CudaParts, op.name.removesuffix("_"))
-        self._told = addresses.of_lists(op, lists, counts)
-        if op.updates:
-            self._told |= addresses.of_params(params)
-        else:
-            (one, *_) = lists.values()
-            self._told |= {"numels": addresses.numels(params), "state_dtypes": addresses.codes(one)}
-        stored = _storage(lists, places)
-        self._told |= stored
+    def __init__(self, platform: Platform, operands: Operands) -> None:
+        self._platform, self._operands = platform, operands
+        self._make = getattr(platform.native.CudaParts, operands.op.name.removesuffix("_"))
+        stored = _storage(operands)
+        self._told = addresses.of_operands(operands) | stored
         self._shapes = bool(stored) or "param_strides" in self._told
 
     def __call__(self, grads: Tensors, nonfinite: None = None, **numbers: Any) -> None:
@@ -225,8 +208,8 @@ class CudaShardCall:
         plan = self._make(**self._told, **addresses.of_grads(grads, strides, self._shapes))
         if plan.table_bytes:
             self._launch(plan, numbers)
-        if self._written:
-            increment_version(self._written)
+        if self._operands.written:
+            increment_version(self._operands.written)
 
     def _launch(self, plan: Any, numbers: dict[str, Any]) -> None:
         """Scalars on the host that have one entry per parameter go to the device with the table, in the same copy, so
@@ -236,14 +219,14 @@ class CudaShardCall:
                 "an op on shards of parameters brings its table from the host in every call, and cannot be part of the "
                 "CUDA graph that is being captured. Step sharded parameters outside of graphs."
             )
-        device = self._params[0].device
+        device = self._operands.params[0].device
         end = -(-plan.table_bytes // 8) * 8
         found: dict[str, Any] = {"lr": 0.0, "weight_decay": 0.0, "beta1": 0.0, "beta2": 0.0, "eps": 0.0}
         found |= {"clip_threshold": None, "maximize": False}
         found["coupled"] = not numbers.pop("decoupled_weight_decay", True)
         held, ranges = [], {}
         for name, value in numbers.items():
-            if isinstance(value, Tensor) and value.is_cpu and value.ndim and name not in self._vectors:
+            if isinstance(value, Tensor) and value.is_cpu and value.ndim and name not in self._operands.op.vectors:
                 ranges[name] = value, end, end + 8 * value.numel()
                 end = ranges[name][2]
             elif isinstance(value, Tensor) and value.is_cpu and not value.ndim:
@@ -273,15 +256,15 @@ class CudaShardCall:
         )
 
 
-def _storage(lists: Mapping[str, Tensors], places: Sequence[Place] | None) -> dict[str, Any]:
+def _storage(operands: Operands) -> dict[str, Any]:
     """What the kernels are told of how parameters are stored; they need shapes with it."""
     found: dict[str, Any] = {}
-    lows = addresses.low_pieces(lists)
+    lows = operands.lows
     if lows is not None:
         found.update(master_lows=addresses.addresses(lows), master_low_dtypes=[_LOWS[low.dtype] for low in lows])
         found.update(master_low_strides=addresses.strides(lows))
-    if places is not None:
-        found.update(places=list(places))
+    if operands.places is not None:
+        found.update(places=list(operands.places))
     return found
 
 
@@ -296,18 +279,8 @@ class Kernels:
         known = native.CudaParts if op.shard else cpu._C
         return hasattr(known, op.name.removesuffix("_"))
 
-    def bind(
-        self,
-        op: Op,
-        params: Tensors,
-        lists: Mapping[str, Tensors],
-        counts: Mapping[str, Sequence[Any]],
-        places: Sequence[Place] | None = None,
-    ) -> Callable[..., None]:
-        """The op on these parameters and lists, for as long as they lie where they lie; see `hfac.backends`."""
-        if op.shard:
-            return CudaShardCall(self.platform, op, params, lists, counts, places)
-        return CudaCall(self.platform, op, params, lists, places)
+    def bind(self, operands: Operands) -> CudaCall | CudaShardCall:
+        return (CudaShardCall if operands.op.shard else CudaCall)(self.platform, operands)
 
 
 KERNELS = Kernels(Cuda())

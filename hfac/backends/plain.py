@@ -1,14 +1,12 @@
 """The backend "reference": the functions of `hfac.reference`, in plain torch, on any device."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from .. import reference
-from ..rounding import Place
 from ..spec import Op
+from .contract import Operands
 
 
 class Formulas:
@@ -37,25 +35,14 @@ class Formulas:
                 return getattr(functions, name)
         raise AttributeError(f"there is no function {name} for this op")
 
-    def bind(
-        self,
-        op: Op,
-        params: Sequence[Tensor],
-        lists: Mapping[str, Sequence[Tensor]],
-        counts: Mapping[str, Sequence[Any]],
-        places: Sequence[Place] | None = None,
-    ) -> Callable[..., None]:
-        named: dict[str, Any] = {operand.name: lists.get(operand.name) for operand in op.operands} | {**lists, **counts}
-        if op.updates:
-            named["params"] = params
-        if places is not None:
-            named["places"] = places
-        step = partial(self.function(op.name), **named)
-        return lambda grads, nonfinite=None, **numbers: step(grads=grads, **_given(nonfinite), **numbers)
+    def bind(self, operands: Operands) -> Callable[..., None]:
+        step = partial(self.function(operands.op.name), **_told(operands.by_name()))
+        return lambda grads, nonfinite=None, **numbers: step(grads=grads, **_told({"nonfinite": nonfinite}), **numbers)
 
 
-def _given(nonfinite: Tensor | None) -> dict[str, Tensor]:
-    return {} if nonfinite is None else {"nonfinite": nonfinite}
+def _told(named: dict[str, Any]) -> dict[str, Any]:
+    """Without what functions need not know of where it is not used."""
+    return {name: value for name, value in named.items() if value is not None or name not in ("nonfinite", "places")}
 
 
 FORMULAS = Formulas(reference)

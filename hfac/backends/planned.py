@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..staging import Staged, refused
 from . import addresses
-from .statistics import Statistics
 
 Tensors = Sequence[Tensor]
 #: What a launch is told by address.
@@ -53,61 +52,39 @@ class Planned:
         self.squares: Tensor | None = None  # likewise
         self.stream: Any = None  # of the last launch
 
-    def take(self, grads: Tensors, nonfinite: Tensor | None, captured: list[Any], **numbers: Any) -> Statistics:
-        """Launches what the plan has before the norm of all gradients is known."""
-        read = self.look(grads, nonfinite, numbers.get("clip_threshold"))
+    def squares_room(self, count: int) -> Tensor:
+        """Where sums of squares of so many gradients go; what nothing writes there is 0."""
         if self.squares is None:
             if self.platform.capturing():
                 self.check_room()
-            self.squares = torch.zeros(len(grads), dtype=torch.float64, device=self.device)
-        squares = self.squares
-        self._launch(nonfinite, captured, None, {"squares": squares}, numbers, _copies(grads, read))
-        found = Statistics(squares, (self.workspace, read))
-        self.workspace = self.squares = None  # others that take statistics have memory of their own
-        return found
+            self.squares = torch.zeros(count, dtype=torch.float64, device=self.device)
+        return self.squares
 
     def launch(
-        self,
-        grads: Tensors,
-        nonfinite: Tensor | None,
-        captured: list[Any],
-        *,
-        statistics: Statistics | None = None,
-        clip: Tensor | None = None,
-        **numbers: Any,
-    ) -> None:
-        """The step; the rest of it where there are ``statistics``, whose memory the next ones have."""
-        # Gradients as they were read: copies of views that negate, say.
-        workspace, read = (None, grads) if statistics is None else statistics.memory
-        read = self.look(read, nonfinite, numbers.get("clip_threshold"))
-        self._launch(nonfinite, captured, workspace, {"clip": clip}, numbers, _copies(grads, read))
-        if statistics is not None:
-            self.workspace, self.squares = workspace, statistics.squares
-
-    def _launch(
         self,
         nonfinite: Tensor | None,
         captured: list[Any],
         workspace: Tensor | None,
-        more: dict[str, Tensor | None],
+        memory: dict[str, Tensor | None],
         numbers: dict[str, Any],
-        copies: list[Tensor],
     ) -> None:
-        """``workspace``: that of statistics, which is not to be overwritten; None: the plan's own. ``copies``: of
-        gradients, which are read in their place."""
+        """The plan's launches on gradients that `look` has seen.
+
+        ``workspace``: that of statistics, which is not to be overwritten; None: the plan's own. ``memory``: what a
+        launch is told by address, and ``numbers`` the rest."""
         capturing = self.platform.capturing()
         stream = self.platform.stream(self.device)
         if capturing:
             self.check_room()
         elif stream != self.stream:
-            self._follow(stream, workspace, *more.values())
+            self._follow(stream, workspace, *memory.values())
         self._bring(capturing)
         if workspace is None:
             workspace = self._room()
             self.platform.before_launch(workspace)
         assert self.table is not None and self.counters is not None
         flags = None if nonfinite is None else nonfinite.contiguous()
-        memory = {**more, "nonfinite": flags, **{name: numbers.pop(name, None) for name in _MEMORY}}
+        memory |= {"nonfinite": flags, **{name: numbers.pop(name, None) for name in _MEMORY}}
         kept: list[Tensor] = []
         coupled = not numbers.pop("decoupled_weight_decay", True)
         self.step.launch(
@@ -124,8 +101,7 @@ class Planned:
         if nonfinite is not None and flags is not None and flags is not nonfinite:
             nonfinite.copy_(flags)
         if capturing:
-            captured += [self.table, self.staged.source, workspace, self.counters]
-            captured += [*memory.values(), *kept, *copies]
+            captured += [self.table, self.staged.source, workspace, self.counters, *memory.values(), *kept]
 
     @property
     def table(self) -> Tensor | None:
@@ -202,10 +178,6 @@ class Planned:
 def address_of(value: Tensor) -> tuple[int, bool, int]:
     """A tensor as a scalar of a launch: its address, whether it is of doubles, and 1 for one entry per parameter."""
     return value.data_ptr(), value.dtype == torch.float64, value.ndim
-
-
-def _copies(grads: Tensors, read: Tensors) -> list[Tensor]:
-    return [] if read is grads else [mine for mine, grad in zip(read, grads, strict=True) if mine is not grad]
 
 
 def index_of(device: torch.device) -> int:

@@ -5,14 +5,12 @@ Nothing of Triton is imported before a step asks for it.
 
 import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from ..rounding import Place
 from ..spec import HFAC_APPLY, HFAC_DENSE_STEP, HFAC_STEP, HFAC_SUMS, SMMF_DENSE_STEP, SMMF_STEP, SMMF_SUMS_STEP, Op
+from .contract import Operands
 
 DEVICES = ("cuda", "xpu")
 #: Ops of which there are kernels.
@@ -62,17 +60,9 @@ def _driver() -> str | None:
     return _found[0]
 
 
-def bind(
-    op: Op,
-    params: Sequence[Tensor],
-    lists: Mapping[str, Sequence[Tensor]],
-    counts: Mapping[str, Sequence[Any]],
-    places: Sequence[Place] | None = None,
-) -> Callable[..., None]:
-    """The op on these parameters and lists, for as long as they lie where they lie; see `hfac.backends`."""
+def bind(operands: Operands) -> Callable[..., None]:
+    """The op bound to its operands; see `hfac.backends`."""
     from ..triton_kernels.shards import ShardCall
     from ..triton_kernels.step import Bound
 
-    if op.shard:
-        return ShardCall(op, params, lists, counts, places)
-    return Bound(op, params, lists, places)
+    return ShardCall(operands) if operands.op.shard else Bound(operands)

@@ -1,7 +1,7 @@
 """The sharded parameters of an optimizer: the same numbers on any number of ranks.
 
-Each rank computes sums over its part of every parameter; a few numbers per row and column are added up over the ranks;
-each rank updates its part. See docs/distributed.md.
+Each rank computes sums over its shard of every parameter; a few numbers per row and column are added up over the ranks;
+each rank updates its shard. See docs/distributed.md.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,29 +26,29 @@ class Sharded:
     """
 
     def __init__(self, algorithm: str, entries: Sequence[Entry]) -> None:
-        self._parts: list[smmf.Parts] = smmf.buckets(entries) if algorithm == "smmf" else []
-        self._buckets: Sequence[Bucket] = self._parts or hfac.buckets(entries)
+        self._shards: list[smmf.Shards] = smmf.buckets(entries) if algorithm == "smmf" else []
+        self._buckets: Sequence[Bucket] = self._shards or hfac.buckets(entries)
         self._entries = list(entries)
         states = [value for entry in entries for value in entry.state.values() if layout.is_dtensor(value)]
         self._dtensors = [*(entry.param for entry in entries), *states]
-        self._parts_then = self._parts_now()
+        self._addresses = self._addresses_now()
         self._norms: list[norm.Norms] | None = None
         self._ready: list[Callable[[], None]] | None = None
 
-    def holds(self) -> bool:
-        """The parts of parameters and states on this rank lie where they lay."""
-        return self._parts_now() == self._parts_then
+    def is_valid(self) -> bool:
+        """Whether the shards of parameters and states are still in the same memory."""
+        return self._addresses_now() == self._addresses
 
-    def _parts_now(self) -> list[int]:
+    def _addresses_now(self) -> list[int]:
         return list(map(Tensor.data_ptr, map(_LOCAL, self._dtensors)))
 
     def norms(self, options: Mapping[int, Options]) -> list[tuple[int, Tensor]]:
-        """(group, norm of the gradient) of every parameter, over all ranks, which every rank must ask for.
+        """(group, norm of the whole gradient) of every parameter. Every rank must ask for them.
 
-        H-Fac has them from the numbers that the step adds up anyway, and the step is then ready but for its clipping.
-        SMMF makes one all-reduce for each mesh.
+        H-Fac has them from the numbers that a step adds up anyway; that step is then ready but for clipping. SMMF takes
+        one all-reduce for each mesh.
         """
-        if self._parts:
+        if self._shards:
             return [
                 (entry.group, value)
                 for mesh in self._by_mesh()
@@ -70,48 +70,54 @@ class Sharded:
         return schedule.run([bucket.plan(options[bucket.group]) for bucket in self._buckets])
 
     def _scale_(self, factor: Tensor) -> None:
-        """Multiplies the gradients, in place, wherever and however they are placed."""
+        """Multiplies the gradients in place, however they are placed."""
         grads = [entry.param.grad for entry in self._entries]
         clipping.scaled([layout.local(grad) for grad in grads if grad is not None], factor)
 
-    def prepare(self, options: Mapping[int, Options], clip: Tensor | None = None) -> Callable[[], Callable[[], None]]:
-        """Adds up over the ranks what the step needs, checks it, and returns the step, yet to be made. To call it
-        begins the step, and to call what it returns completes it, which must happen in any case.
+    def prepare(
+        self, options: Mapping[int, Options], norm_coefficient: Tensor | None = None
+    ) -> Callable[[], Callable[[], None]]:
+        """Adds up over the ranks what the step needs, checks it, and returns a function that begins the step. That one
+        returns another, which completes the step and must be called in any case.
 
         Args:
             options: by group.
-            clip: what the gradients are multiplied by, the same number on every rank. Where it is 1, what `norms` has
-                added up stands; it is read on the host, which H-Fac's numbers are waited for anyway.
+            norm_coefficient: what the gradients are multiplied by, the same number on every rank. Where it is 1, the
+                sums that `norms` added up are used; it is read on the host, which waits for H-Fac's sums anyway.
 
         Raises:
-            RuntimeError: ranks do not agree on which parameters have a gradient; nothing has been written then. SMMF
-                learns it here only where it adds up something before the step (``clip``, nonfinite="skip"), and else
-                when the step is completed: `smmf.Parts.take`.
+            RuntimeError: ranks do not agree on which parameters have a gradient; nothing has been written. SMMF finds
+                out here only where it adds up something before the step (``norm_coefficient``, nonfinite="skip"), and
+                otherwise when the step is completed: `smmf.Shards.take`.
         """
-        rest, self._ready = self._ready, None
-        if rest is None or clip is None or clip.item() != 1:
-            if clip is not None:
-                self._scale_(clip)
-            rest = self._run(options)
+        ready, self._ready = self._ready, None
+        if ready is None or norm_coefficient is None or norm_coefficient.item() != 1:
+            if norm_coefficient is not None:
+                self._scale_(norm_coefficient)
+            ready = self._run(options)
 
         def begin() -> Callable[[], None]:
-            sent = smmf.send(self._parts)
-            for finish in rest:
+            pending = smmf.send(self._shards)
+            for finish in ready:
                 finish()
-            return lambda: smmf.take(sent)
+            return lambda: smmf.take(pending)
 
         return begin
 
-    def collectives(self, skip: Mapping[int, bool], clip: bool) -> list[tuple[int, int]]:
-        """(ranks, bytes) of every all-reduce of a step; ``skip`` says by group whether nonfinite="skip", ``clip``
-        whether the norm of the gradients is asked for. Where H-Fac's gradients are then clipped, those of a step
-        that does not ask for it follow."""
-        first = [(mesh.joint.size(), mesh.bytes) for mesh in self._by_mesh()] if clip and self._parts else []
+    def collectives(self, skip: Mapping[int, bool], clips: bool) -> list[tuple[int, int]]:
+        """(ranks, bytes) of every all-reduce of a step. Where H-Fac's gradients turn out to need clipping, those of a
+        step without ``clips`` follow.
+
+        Args:
+            skip: by group, whether nonfinite="skip".
+            clips: whether the norm of the gradients is needed.
+        """
+        first = [(mesh.joint.group.size(), mesh.bytes) for mesh in self._by_mesh()] if clips and self._shards else []
         planned = []
         for bucket in self._buckets:
-            requests = bucket.requests(skip[bucket.group], clip)
+            requests = bucket.requests(skip[bucket.group], clips)
             planned.append(schedule.Planned(requests, bucket.dtype, bucket.device, _nothing()))
-        found = [*schedule.collectives(planned), *smmf.sends(self._parts)]
+        found = [*schedule.collectives(planned), *smmf.sends(self._shards)]
         return first + [(collective.group.size(), collective.bytes) for collective in found]
 
 

@@ -11,9 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops, spec
-from ..rounding import Place
+from ..rounding import BitOffset
 from . import layout
 from .schedule import Job, Planned
+
+#: state key of the lower bits of a master weight
+LOW = str(spec.MASTER_LOW.key)
 
 
 @dataclass(frozen=True)
@@ -21,24 +24,24 @@ class Entry:
     """A sharded parameter of an optimizer.
 
     Attributes:
-        label: how messages call it.
-        group: the position of its group.
+        label: its name in messages.
+        group: the index of its group.
         param: the DTensor.
-        state: its state by key, DTensors and the plain ``step`` (and ``skipped``).
-        place: where this rank's part stands, if it is rounded stochastically.
+        state: its state by key: DTensors, and plain ``step`` and ``skipped``.
+        bit_offset: the random bits of this rank's shard, if it is rounded stochastically.
     """
 
     label: str
     group: int
     param: Tensor
     state: Mapping[str, Tensor]
-    place: Place | None = None
+    bit_offset: BitOffset | None = None
 
     @property
     def storage(self) -> tuple[torch.dtype | None, bool]:
         """How the parameter is stored; those that share a call agree in it."""
-        low = self.state.get("master_low")
-        return None if low is None else low.dtype, self.place is not None
+        low = self.state.get(LOW)
+        return None if low is None else low.dtype, self.bit_offset is not None
 
     def local_state(self, key: str) -> Tensor:
         return layout.local(self.state[key])
@@ -46,8 +49,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Options:
-    """What a step is told of one group anew every time; ``norm``: of H-Fac, whether the gradients' norms are asked
-    for."""
+    """What one group passes at every step; ``norm``: of H-Fac, whether the step also finds the gradients' norms."""
 
     scalars: Mapping[str, Any]
     skip: bool
@@ -55,11 +57,25 @@ class Options:
     norm: bool = False
 
 
+class Joint:
+    """The ranks that share any of some parameters of one mesh: a single sum over them serves all those parameters.
+    Where a parameter is replicated in one of the joint mesh dimensions, one rank contributes for its copies."""
+
+    def __init__(self, entries: Sequence[Entry], mesh_dims: Sequence[int] | None = None) -> None:
+        mesh = entries[0].param.device_mesh  # type: ignore[attr-defined]
+        own = [set(sum(layout.sharded_by(entry.param), [])) for entry in entries]
+        dims = sorted(set().union(*own)) if mesh_dims is None else mesh_dims
+        coordinate = mesh.get_coordinate()
+        self.group = layout.joint_group(mesh, dims)
+        #: by entry, whether this rank contributes
+        self.contributes = [all(coordinate[d] == 0 for d in dims if d not in mine) for mine in own]
+
+
 class Bucket:
-    """Entries of one group that agree in type and in who shares them. Subclasses give the numbers."""
+    """Entries of one group with the same types and process groups. Subclasses say what is summed."""
 
     algorithm: str
-    #: by entry, sums of squares of the gradients over all ranks, where a job was to find them (`Options.norm`)
+    #: by entry, sums of squares of the gradients over all ranks, after a job with `Options.norm`
     squares_found: Tensor
 
     def __init__(self, entries: Sequence[Entry]) -> None:
@@ -71,45 +87,47 @@ class Bucket:
         self.dtype = ops.state_dtype(entries[0].param.dtype)
         self.device = self.params[0].device
         low, stochastic = entries[0].storage
-        self.lows = None if low is None else [entry.local_state("master_low") for entry in entries]
-        self.places = [entry.place for entry in entries] if stochastic else None
+        self.lows = None if low is None else [entry.local_state(LOW) for entry in entries]
+        self.bit_offsets = [entry.bit_offset for entry in entries] if stochastic else None
 
     def requests(self, skip: bool, norm: bool) -> list[tuple[dist.ProcessGroup, int]]:
-        """The groups that the numbers of a step go over, in order, and how many they are."""
+        """The sums of a step, in order: the process group and how many numbers."""
         raise NotImplementedError
 
     def job(self, grads: list[Tensor | None], options: Options) -> Job:
-        """A step with these gradients, yet to be made."""
+        """A step with these gradients, to be run by `schedule.run`."""
         raise NotImplementedError
 
     def plan(self, options: Options) -> Planned:
-        """A step with the gradients that the parameters have now."""
+        """A step with the parameters' present gradients."""
         requests = self.requests(options.skip, options.norm)
         return Planned(requests, self.dtype, self.device, self.job(self.gradients(), options))
 
     def gradients(self) -> list[Tensor | None]:
-        """This rank's parts of the gradients, placed as their parameters are."""
+        """This rank's shards of the gradients, redistributed as their parameters are."""
         return [layout.gradient(entry.param, entry.label) for entry in self.entries]
 
     def decays(self, options: Options) -> tuple[Tensor | None, Tensor]:
-        """beta1 and beta2, one entry per parameter, of the step to be made."""
-        steps = _steps(self.entries)
-        found = spec.ALGORITHMS[self.algorithm].decays(steps + 1, dict(options.scalars))
+        """beta1 and beta2 of the next step, one entry per parameter."""
+        found = spec.ALGORITHMS[self.algorithm].decays(_steps(self.entries) + 1, options.scalars)
         return found["beta1"], found["beta2"]
 
-    def stored(self, going: Sequence[int], options: Options) -> dict[str, Any]:
-        """What an op is told of how the parameters in ``going`` are stored."""
-        found: dict[str, Any] = {}
+    def numbers(
+        self, op: spec.Op, going: Sequence[int], options: Options, decays: tuple[Tensor | None, Tensor]
+    ) -> dict[str, Any]:
+        """An op's scalars for the parameters in ``going``, and its arguments for how they are stored."""
+        given = {**options.scalars, **spec.ALGORITHMS[self.algorithm].scalars(options.scalars)}
+        given["beta1"], given["beta2"] = (None if beta is None else beta[list(going)] for beta in decays)
+        found = {number.name: given[number.name] for number in op.numbers}
         if self.lows is not None:
             found[spec.MASTER_LOW.name] = pick(self.lows, going)
-        if self.places is not None:
+        if self.bit_offsets is not None:
             steps = _steps(pick(self.entries, going))
-            found.update(places=pick(self.places, going), seed=options.scalars["seed"], step=steps + 1)
+            found.update(places=pick(self.bit_offsets, going), seed=options.scalars["seed"], step=steps + 1)
         return found
 
     def flags(self, here: Sequence[int], grads: Sequence[Tensor | None], options: Options) -> Tensor:
-        """1 at the parameters in ``here`` whose gradient, in this part, must be refused; zeros unless it is asked
-        for."""
+        """With nonfinite="skip", 1 at the parameters in ``here`` whose shard of the gradient is not finite; else 0."""
         flags = torch.zeros(len(self.entries), dtype=self.dtype, device=self.device)
         if options.skip and here:
             found = ops.nonfinite([g for g in grads if g is not None], [self.elements[i] for i in here])
@@ -117,7 +135,7 @@ class Bucket:
         return flags
 
     def at(self, here: Sequence[int]) -> Tensor:
-        """1 at the places in ``here``, 0 elsewhere."""
+        """1 at the entries in ``here``, 0 elsewhere."""
         ones = torch.zeros(len(self.entries), dtype=self.dtype, device=self.device)
         ones[list(here)] = 1
         return ones
@@ -128,10 +146,11 @@ class Bucket:
 
     def advance(self, going: Sequence[int]) -> None:
         if going:
-            ops.advance_steps_([self.entries[i].state["step"] for i in going])
+            steps = [self.entries[i].state["step"] for i in going]
+            ops.counters_of(steps).advance_steps_(steps)
 
     def who_goes(self, present: Tensor, refused: Tensor) -> tuple[list[int], list[int]]:
-        """The parameters that make the step, and those whose gradient is refused, of the sums over all ranks."""
+        """From sums over all ranks: the parameters that step, and those whose gradient is not finite."""
         with_gradient = who(self.entries, present.tolist(), self.ranks)
         flags = refused.tolist()
         return [i for i in with_gradient if not flags[i]], [i for i in with_gradient if flags[i]]
@@ -140,15 +159,15 @@ class Bucket:
 def who(
     entries: Sequence[Entry], counts: Sequence[float], expected: Sequence[int], outcome: str = "Nothing was updated."
 ) -> list[int]:
-    """The parameters that have a gradient, as far as every rank that shares them says so.
+    """The parameters that have a gradient, on all ranks that share them.
 
     Args:
         counts: by entry, on how many ranks there is a gradient.
-        expected: on how many it must be if it is on any.
-        outcome: what the message says of the step.
+        expected: by entry, on how many there must be if there is one on any.
+        outcome: how the message ends.
 
     Raises:
-        RuntimeError: some ranks have a gradient of a parameter and some do not.
+        RuntimeError: a parameter has a gradient on some of its ranks only.
     """
     for entry, count, all_of_them in zip(entries, counts, expected, strict=True):
         if count not in (0, all_of_them):
@@ -163,13 +182,15 @@ def who(
 
 def _steps(entries: Sequence[Entry]) -> Tensor:
     """The steps made so far, on the host in double."""
-    return torch.tensor(ops.read_steps([entry.state["step"] for entry in entries]), dtype=torch.float64, device="cpu")
+    steps = [entry.state["step"] for entry in entries]
+    return torch.tensor(ops.counters_of(steps).read_steps(steps), dtype=torch.float64, device="cpu")
 
 
 def ranks_that_share(param: Tensor) -> int:
-    """How many parts the parameter has."""
-    return torch.Size(param.device_mesh.size(d) for cut in layout.cuts(param) for d in cut).numel()  # type: ignore[attr-defined]
+    """How many shards the parameter has."""
+    mesh = param.device_mesh  # type: ignore[attr-defined]
+    return torch.Size(mesh.size(d) for dims in layout.sharded_by(param) for d in dims).numel()
 
 
-def pick(values: Sequence[Any], places: Sequence[int]) -> list[Any]:
-    return [values[i] for i in places]
+def pick(values: Sequence[Any], indices: Sequence[int]) -> list[Any]:
+    return [values[i] for i in indices]

@@ -1,9 +1,9 @@
-"""H-Fac on sharded parameters: one all-reduce for all of them, three where both rows and columns are cut.
+"""H-Fac on sharded parameters: one all-reduce for all of them, three where both rows and columns are sharded.
 
-With whole rows on a rank, u and r are known there, and one look at the gradient gives the sums over columns, the clip
-norm's included (`hfac.reference.hfac_sums`): they are added up over the ranks, and the update is the second and last
-look. With whole columns the same is done on the transposed matrix. With neither, sums over rows go first, and the
-clip norm, of which each rank then knows its columns' part, last.
+A rank with whole rows knows u and r of them, and one read of the gradient gives the sums over columns, with those for
+the clip (`hfac.reference.hfac_sums`). They are added up over the ranks; the update is the second and last read. With
+whole columns the transposed matrix is treated alike. With neither, sums over rows are added up first, and last the
+clip's, of which each rank then knows its columns' share.
 """
 
 from __future__ import annotations  # not every torch has the types that are named here
@@ -17,13 +17,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import clipping, ops, spec
-from ..rounding import Place
+from ..rounding import BitOffset
 from ..schedules import Scalar
 from . import layout
 from .bucket import Bucket, Entry, Options, pick
 from .schedule import Job, reduced
 
 Numbers = list[Tensor]
+#: state keys of the two moments: rows and columns of the first, then of the second; and both whole
+_KEYS = [str(state.key) for state in spec.HFAC_STEP.states]
+_DENSE_KEYS = [str(state.key) for state in spec.HFAC_DENSE_STEP.states]
 
 
 def buckets(entries: Sequence[Entry]) -> list[Bucket]:
@@ -38,36 +41,37 @@ def buckets(entries: Sequence[Entry]) -> list[Bucket]:
 
 
 def _cut(entry: Entry) -> int | None:
-    row = entry.state.get("exp_avg_row")
+    """How many of the parameter's dimensions make the rows; None where moments are whole."""
+    row = entry.state.get(_KEYS[0])
     return None if row is None else row.ndim
 
 
 def _mesh_dims(entry: Entry) -> tuple[list[int], list[int]]:
-    """Mesh dimensions that cut the rows' dimensions, and those that cut the columns'; a vector's are all of the
+    """Mesh dimensions that shard the rows' dimensions, and those that shard the columns'; a vector's are all of the
     former."""
-    by_dim = layout.cuts(entry.param)
+    by_dim = layout.sharded_by(entry.param)
     k = _cut(entry)
     k = len(by_dim) if k is None else k
     return sum(by_dim[:k], []), sum(by_dim[k:], [])
 
 
 def _transposed(entry: Entry) -> bool:
-    """Whether columns are summed first: where they are whole and rows are not, and where both are cut and the ranks
-    that share columns are the nearer ones, so that matrices of both kinds meet in their first collective."""
+    """Whether columns are summed first: where a rank has whole columns but not whole rows, and where it has neither and
+    the ranks that share columns are the nearer ones, so that matrices of both kinds meet in their first collective."""
     by_rows, by_cols = _mesh_dims(entry)
     return bool(by_cols) and (not by_rows or max(by_cols) < max(by_rows))
 
 
 def _groups(entry: Entry) -> tuple[list[Any], list[Any]]:
-    """Groups over which the sums of first rows, then columns are completed, after transposing."""
+    """Process groups that complete the sums of first rows, then columns, after transposing."""
     mesh = entry.param.device_mesh  # type: ignore[attr-defined]
     by_rows, by_cols = (layout.groups(mesh, dims) for dims in _mesh_dims(entry))
     return (by_rows, by_cols) if _transposed(entry) else (by_cols, by_rows)
 
 
 class Matrices(Bucket):
-    """Matrices [m, n] of which a rank has some rows and some columns. Transposed ones are turned around here; below
-    there are rows, whose sums come first, and columns."""
+    """Matrices [m, n] of which a rank has some rows and some columns. "Rows" are those whose sums come first: where
+    columns come first, everything is transposed here."""
 
     algorithm = "hfac"
 
@@ -75,32 +79,28 @@ class Matrices(Bucket):
         super().__init__(entries)
         self.transposed = _transposed(entries[0])
         self.row_groups, self.col_groups = _groups(entries[0])
-        names = ("exp_avg_row", "exp_avg_col", "exp_avg_sq_row", "exp_avg_sq_col")
-        if self.transposed:
-            names = ("exp_avg_col", "exp_avg_row", "exp_avg_sq_col", "exp_avg_sq_row")
-        self.u, self.v, self.r, self.s = (
-            [entry.local_state(name).view(-1) for entry in entries] for name in names
-        )  # fmt: skip
-        self.rows, self.cols = ([entry.state[name].numel() for entry in entries] for name in names[:2])
+        keys = [_KEYS[i] for i in ((1, 0, 3, 2) if self.transposed else (0, 1, 2, 3))]
+        self.u, self.v, self.r, self.s = ([entry.local_state(key).view(-1) for entry in entries] for key in keys)
+        self.rows, self.cols = ([entry.state[key].numel() for entry in entries] for key in keys[:2])
         self.params = [self._turned(i, param) for i, param in enumerate(self.params)]
         if self.lows is not None:
             self.lows = [self._turned(i, low) for i, low in enumerate(self.lows)]
-        if self.transposed and self.places is not None:
-            self.places = [self._turned_place(i, place) for i, place in enumerate(self.places)]
+        if self.transposed and self.bit_offsets is not None:
+            self.bit_offsets = [self._turned_offset(i, offset) for i, offset in enumerate(self.bit_offsets)]
 
     def _order(self, i: int) -> list[int]:
         """The parameter's dimensions, those of its columns first."""
-        k = self.entries[i].state["exp_avg_row"].ndim
+        k = self.entries[i].state[_KEYS[0]].ndim
         return [*range(k, self.params[i].ndim), *range(k)]
 
-    def _turned(self, i: int, part: Tensor) -> Tensor:
-        return part.permute(self._order(i)) if self.transposed else part
+    def _turned(self, i: int, shard: Tensor) -> Tensor:
+        return shard.permute(self._order(i)) if self.transposed else shard
 
-    def _turned_place(self, i: int, place: Place | None) -> Place:
-        assert place is not None
+    def _turned_offset(self, i: int, offset: BitOffset | None) -> BitOffset:
+        assert offset is not None
         shape = self.entries[i].param.shape
-        strides = place.strides or tuple(shape[d + 1 :].numel() for d in range(len(shape)))
-        return place._replace(strides=tuple(strides[d] for d in self._order(i)))
+        strides = offset.strides or tuple(shape[d + 1 :].numel() for d in range(len(shape)))
+        return offset._replace(strides=tuple(strides[d] for d in self._order(i)))
 
     def requests(self, skip: bool, norm: bool) -> list[tuple[dist.ProcessGroup, int]]:
         count = len(self.entries)
@@ -115,49 +115,42 @@ class Matrices(Bucket):
     def job(self, grads: list[Tensor | None], options: Options) -> Job:
         count, eps = len(self.entries), options.scalars["eps"]
         here = [i for i, grad in enumerate(grads) if grad is not None]
-        beta1, beta2 = self.decays(options)
-        assert beta1 is not None
+        decays = self.decays(options)
+        beta2 = decays[1]
         b2: list[float] = beta2.tolist()
         present, refused = self.at(here), self.flags(here, grads, options)
         m, n = ([t.numel() for t in state] for state in (self.u, self.v))
 
-        def look(rows: tuple[Numbers, ...], cols: tuple[Numbers, ...], beta2: Scalar, eps: float) -> None:
-            """One look at the gradients; ``rows`` are what is read, and what is filled."""
-            lists = [operand.name for operand in spec.HFAC_SUMS.operands]
-            ops.run(
-                "hfac_sums",
-                None,
-                pick(grads, here),
-                **{name: pick(numbers, here) for name, numbers in zip(lists, (*rows, *cols), strict=False)},
-                cols=pick(self.cols, here),
-                beta2=beta2,
-                eps=eps,
-                backend=options.backend,
-            )
+        def read(rows: tuple[Numbers, ...], cols: tuple[Numbers, ...], beta2: Scalar, eps: float) -> None:
+            """One read of the gradients, with lists of row and column numbers as `hfac.reference.hfac_sums`."""
+            names = (operand.name for operand in spec.HFAC_SUMS.operands)
+            lists = {name: pick(numbers, here) for name, numbers in zip(names, (*rows, *cols), strict=False)}
+            lists["cols"] = pick(self.cols, here)
+            ops.run("hfac_sums", None, pick(grads, here), **lists, beta2=beta2, eps=eps, backend=options.backend)
 
         row_sums, new_rows = _split(torch.zeros(2 * sum(m), dtype=self.dtype, device=self.device), m, 2)
-        read: tuple[Numbers, ...] = (self.r, row_sums, new_rows)
+        row_lists: tuple[Numbers, ...] = (self.r, row_sums, new_rows)
         if self.row_groups:
 
             def fill_rows(room: Tensor) -> None:
                 sums, marks = room.split([2 * sum(m), 2 * count])
                 marks.copy_(torch.cat([present, refused]))
-                look((self.r, *_split(sums, m, 2)), (), 0.0, 0.0)
+                read((self.r, *_split(sums, m, 2)), (), 0.0, 0.0)
 
             room = yield from reduced(len(self.row_groups), fill_rows)
             sums, marks = room.split([2 * sum(m), 2 * count])
             present, refused = marks.split(count)
-            # What is known goes through the second look unchanged: its decay is 1. What that look finds of rows is of
-            # this part only, and goes where nobody reads.
-            _, *nowhere = read
+            # The second read must leave the rows' complete moments unchanged, so its decay is 1. The row sums that it
+            # finds are of this shard only, and unused.
+            _, *unused = row_lists
             row_sums, squares = _split(sums, m, 2)
             new_rows = _averaged(self.r, squares, b2, [cols * eps for cols in self.cols])
-            read = (new_rows, *nowhere)
+            row_lists = (new_rows, *unused)
 
         def fill_cols(room: Tensor) -> None:
             sums, marks = room.split([3 * sum(n), 3 * count])
             decay = torch.ones(len(here), dtype=torch.float64, device="cpu") if self.row_groups else beta2[here]
-            look(read, tuple(_split(sums, n, 3)), decay, eps)
+            read(row_lists, tuple(_split(sums, n, 3)), decay, eps)
             totals, *rest = marks.split(count)
             for total, rows in zip(pick(totals, here), pick(new_rows, here), strict=True):
                 torch.sum(rows, 0, out=total)
@@ -180,7 +173,7 @@ class Matrices(Bucket):
             self.squares_found = numbers[1]
 
         going, left = self.who_goes(present, refused)
-        # In double, where no partial result can overflow.
+        # In double, where no intermediate result overflows.
         elements = [a * b for a, b in zip(self.rows, self.cols, strict=True)]
         whole = torch.tensor(elements, dtype=torch.float64, device=self.device)
         mean_squares = (totals.double() * norms.double() / whole).to(self.dtype)
@@ -189,25 +182,18 @@ class Matrices(Bucket):
             self.count_skipped(left)
             if not going:
                 return
+            states, sums = (self.u, self.v, self.r, self.s), (row_sums, new_rows, col_sums, new_cols)
+            names = (operand.name for operand in spec.HFAC_APPLY.operands)
             ops.run(
                 "hfac_apply_",
                 pick(self.params, going),
                 pick(grads, going),
-                exp_avg_rows=pick(self.u, going),
-                exp_avg_cols=pick(self.v, going),
-                exp_avg_sq_rows=pick(self.r, going),
-                exp_avg_sq_cols=pick(self.s, going),
-                row_sums=pick(row_sums, going),
-                new_rows=pick(new_rows, going),
-                col_sums=pick(col_sums, going),
-                new_cols=pick(new_cols, going),
+                **{name: pick(numbers, going) for name, numbers in zip(names, (*states, *sums), strict=True)},
                 totals=totals[going],
                 mean_squares=mean_squares[going],
                 rows=pick(self.rows, going),
                 cols=pick(self.cols, going),
-                beta1=beta1[going],
-                **_scalars(options),
-                **self.stored(going, options),
+                **self.numbers(spec.HFAC_APPLY, going, options, decays),
                 backend=options.backend,
             )
             self.advance(going)
@@ -216,26 +202,23 @@ class Matrices(Bucket):
 
 
 class Vectors(Bucket):
-    """Parameters whose moments are whole and cut as they are: one number each, the clip norm, is shared, and where it
-    is asked for the gradient's."""
+    """Parameters whose moments are whole and sharded as they are: ranks share one number for the clip of each, and one
+    for the gradient's norm where that is needed."""
 
     algorithm = "hfac"
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         super().__init__(entries)
         self.groups = _groups(entries[0])[1]
-        self.averages, self.squares = (
-            [entry.local_state(name) for entry in entries] for name in ("exp_avg", "exp_avg_sq")
-        )
+        self.averages, self.squares = ([entry.local_state(key) for entry in entries] for key in _DENSE_KEYS)
 
     def requests(self, skip: bool, norm: bool) -> list[tuple[dist.ProcessGroup, int]]:
         return [(group, (3 + norm) * len(self.entries)) for group in self.groups]
 
     def job(self, grads: list[Tensor | None], options: Options) -> Job:
-        count, eps = len(self.entries), options.scalars["eps"]
+        count = len(self.entries)
         here = [i for i, grad in enumerate(grads) if grad is not None]
-        beta1, beta2 = self.decays(options)
-        assert beta1 is not None
+        decays = self.decays(options)
 
         def fill(room: Tensor) -> None:
             norms, present, refused, *squares = room.split(count)
@@ -244,7 +227,8 @@ class Vectors(Bucket):
             if squares and here:
                 squares[0][here] = torch.stack(clipping.norms(pick(grads, here))).to(self.dtype).square()
             if here and options.scalars["clip_threshold"] is not None:
-                sums = ops.hfac_dense_squares(pick(grads, here), pick(self.squares, here), beta2=beta2[here], eps=eps)
+                beta2, eps = decays[1][here], options.scalars["eps"]
+                sums = ops.hfac_dense_squares(pick(grads, here), pick(self.squares, here), beta2=beta2, eps=eps)
                 norms[here] = torch.stack(sums)
 
         room = yield from reduced(len(self.groups), fill)
@@ -265,11 +249,7 @@ class Vectors(Bucket):
                 exp_avgs=pick(self.averages, going),
                 exp_avg_sqs=pick(self.squares, going),
                 mean_squares=mean_squares[going],
-                beta1=beta1[going],
-                beta2=beta2[going],
-                eps=eps,
-                **_scalars(options),
-                **self.stored(going, options),
+                **self.numbers(spec.HFAC_DENSE_STEP, going, options, decays),
                 backend="reference",
             )
             self.advance(going)
@@ -277,12 +257,8 @@ class Vectors(Bucket):
         return apply
 
 
-def _scalars(options: Options) -> dict[str, Any]:
-    return {name: options.scalars[name] for name in ("lr", "weight_decay", "maximize", "clip_threshold")}
-
-
 def _split(numbers: Tensor, sizes: Sequence[int], times: int) -> list[Numbers]:
-    """So many lists of tensors of these sizes."""
+    """``times`` lists of tensors of these sizes."""
     pieces = numbers.split([*sizes] * times)
     return [list(pieces[k * len(sizes) : (k + 1) * len(sizes)]) for k in range(times)]
 

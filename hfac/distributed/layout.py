@@ -1,9 +1,9 @@
-"""How a DTensor lies on its mesh: what of its state lies where, and who shares its rows and columns.
+"""How a DTensor is laid out on its mesh: where its state is, and which ranks share its rows and columns.
 
-A rank's part of a parameter is a product of index sets, one for each dimension, whatever the placements. Rows and
-columns of its matrix are groups of dimensions, so a part is some whole rows of some columns: sums over a row are
-complete after they have been added up over those mesh dimensions that cut the columns' dimensions, and the other way
-round. Everything here is decided by global shapes and placements, alike on every rank.
+Whatever the placements, a rank's shard of a parameter is a product of index sets, one per dimension. Rows and columns
+of its matrix are groups of dimensions, so a shard is the intersection of some rows and some columns: sums over a row
+are complete once added up over the mesh dimensions that shard the columns' dimensions, and vice versa. Everything here
+follows from global shapes and placements, so all ranks agree on it.
 """
 
 from __future__ import annotations  # not every torch has the types that are named here
@@ -16,38 +16,38 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import matricize
-from ..rounding import Place
+from ..rounding import BitOffset
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
-#: for every dimension of a state the parameter's dimension that it follows, or None where it is whole on every rank
+#: for each dimension of a state, the parameter's dimension that it is sharded with; None: whole on every rank
 Follows = tuple[int | None, ...]
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Asked without importing what only sharded training needs."""
+    """Tells without importing what only sharded training needs."""
     return hasattr(tensor, "placements") and hasattr(tensor, "_local_tensor")
 
 
 def is_flat(param: Tensor) -> bool:
-    """Whether FSDP1 made a vector of it: its own flat parameter, or, with use_orig_params, the piece of a parameter
-    that this rank's slice of that one holds. What it does not cut (NO_SHARD, one rank) keeps its shape and is whole."""
+    """Whether FSDP1 has flattened it: into its own flat parameter or, with use_orig_params, this rank's piece of the
+    original. Parameters that FSDP1 does not shard (NO_SHARD, one rank) keep their shape."""
     piece = getattr(param, "_fsdp_flattened", False) and param.ndim == 1
     return getattr(param, "_is_flat_param", False) or (piece and dist.is_initialized() and dist.get_world_size() > 1)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that lies on this rank, or the tensor itself. Call it without gradients."""
+    """This rank's shard of a DTensor, or the tensor itself. Call it under no_grad."""
     if not is_dtensor(tensor):
         return tensor
-    part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
-    return part.wait() if hasattr(part, "wait") else part  # what a collective has yet to bring
+    shard: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return shard.wait() if hasattr(shard, "wait") else shard  # a pending collective
 
 
 def gradient(param: Tensor, label: str) -> Tensor | None:
-    """This rank's part of a parameter's gradient, placed as the parameter is; None where there is no gradient."""
+    """This rank's shard of a parameter's gradient, redistributed as the parameter is; None without a gradient."""
     grad = param.grad
     if grad is None or not is_dtensor(param):
         return grad
@@ -62,9 +62,9 @@ def gradient(param: Tensor, label: str) -> Tensor | None:
     return local(grad)
 
 
-def cuts(tensor: Tensor) -> list[list[int]]:
-    """For each dimension of the tensor the mesh dimensions that cut it, in the mesh's order. Empty for a plain tensor;
-    a mesh dimension of one rank cuts nothing."""
+def sharded_by(tensor: Tensor) -> list[list[int]]:
+    """For each dimension of the tensor the mesh dimensions that shard it, in the mesh's order. Empty for a plain
+    tensor; a mesh dimension of one rank does not count."""
     found: list[list[int]] = [[] for _ in range(tensor.ndim)]
     if is_dtensor(tensor):
         for mesh_dim, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
@@ -74,27 +74,27 @@ def cuts(tensor: Tensor) -> list[list[int]]:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Is there a rank that does not have all of it? An empty tensor is whole everywhere."""
-    return any(cuts(tensor)) and tensor.numel() > 0
+    """Whether some rank lacks some of it. An empty tensor is whole everywhere."""
+    return any(sharded_by(tensor)) and tensor.numel() > 0
 
 
 def refusal(param: Tensor) -> str | None:
     """Why a DTensor cannot be optimized, or None."""
     if any(placement.is_partial() for placement in param.placements):  # type: ignore[attr-defined]
         return (
-            "is a DTensor with a Partial placement, whose values no rank has. Give the optimizer parameters that are "
-            "Shard or Replicate (param.redistribute(...))."
+            "is a DTensor with a Partial placement, whose values exist on no rank. Give the optimizer parameters that "
+            "are Shard or Replicate (param.redistribute(...))."
         )
     return None
 
 
 def sign_refusal(param: Tensor) -> str | None:
-    """Why the sign bits of this parameter cannot be sharded as it is, or None.
+    """Why the packed sign bits cannot be sharded as this parameter is, or None.
 
-    Signs are [d0, bytes of one slice], so that a cut of the first dimension is always one of bytes; a cut of the second
-    must fall between bytes on every rank, and further dimensions cannot be cut.
+    Signs are [d0, bytes of one slice]: sharding the first dimension never splits a byte, sharding the second must not
+    on any rank, and further dimensions cannot be sharded.
     """
-    by_dim = cuts(param)
+    by_dim = sharded_by(param)
     if not any(by_dim[1:]):
         return None
     what = f"has shape {tuple(param.shape)} and placements {tuple(param.placements)}"  # type: ignore[attr-defined]
@@ -114,8 +114,8 @@ def sign_refusal(param: Tensor) -> str | None:
 
 
 def zeros(param: Tensor, shape: Sequence[int], follows: Follows, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A state of a global ``shape`` that lies where the dimensions it follows lie: a DTensor on the parameter's mesh,
-    or a plain tensor for a plain parameter."""
+    """A state of global ``shape``, sharded as its parameter is: a DTensor on the parameter's mesh, or a plain tensor
+    for a plain parameter."""
     if not is_dtensor(param):
         return torch.zeros(shape, dtype=dtype, device=device)
     sizes = [len(mine) for mine in _own_indices(param, shape, follows)]
@@ -123,18 +123,18 @@ def zeros(param: Tensor, shape: Sequence[int], follows: Follows, dtype: torch.dt
 
 
 def placed(param: Tensor, value: Tensor, follows: Follows) -> Tensor:
-    """A state that was saved under any layout, of the right global shape, as it must lie here.
+    """A state of the right global shape, saved under any layout, laid out as it must be here.
 
     Raises:
-        ValueError: that would need a collective, which loading must not start; the message says what to do.
+        ValueError: that takes a collective, which loading must not start; the message says what to do.
     """
     if not is_dtensor(value):
         if not is_dtensor(param):
             return value
-        part = value
+        shard = value
         for d, mine in enumerate(_own_indices(param, value.shape, follows)):
-            part = part.index_select(d, mine.to(part.device))
-        return _as_dtensor(param, value.shape, follows, part)
+            shard = shard.index_select(d, mine.to(shard.device))
+        return _as_dtensor(param, value.shape, follows, shard)
     if not is_sharded(value) and not is_dtensor(param):
         return local(value)
     if is_dtensor(param) and value.device_mesh == param.device_mesh:  # type: ignore[attr-defined]
@@ -144,7 +144,7 @@ def placed(param: Tensor, value: Tensor, follows: Follows) -> Tensor:
         if not is_sharded(value):
             return placed(param, local(value), follows)
     raise ValueError(
-        "is sharded otherwise than its parameter. Load it with torch.distributed.checkpoint and "
+        "is not sharded as its parameter is. Load it with torch.distributed.checkpoint and "
         "set_optimizer_state_dict, which move it, or gather it with .full_tensor() on every rank first."
     )
 
@@ -159,13 +159,13 @@ def _own_indices(param: Tensor, shape: Sequence[int], follows: Follows) -> list[
     ]
 
 
-def _as_dtensor(param: Tensor, shape: Sequence[int], follows: Follows, part: Tensor) -> Tensor:
+def _as_dtensor(param: Tensor, shape: Sequence[int], follows: Follows, shard: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     stride = torch.empty(shape, device="meta").stride()
     placements = state_placements(param, follows)
     mesh: DeviceMesh = param.device_mesh  # type: ignore[attr-defined]
-    return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 def state_placements(param: Tensor, follows: Follows) -> list[Any]:
@@ -182,8 +182,8 @@ def state_placements(param: Tensor, follows: Follows) -> list[Any]:
 
 
 def indices(size: int, mesh: DeviceMesh, placements: Sequence[tuple[int, Any]]) -> Tensor:
-    """Which of the ``size`` indices of a dimension lie on this rank, in the order of its part, where the given mesh
-    dimensions cut it, first to last."""
+    """Which of a dimension's ``size`` indices are on this rank, in its shard's order, where the given mesh dimensions
+    shard it one after the other."""
     mine = torch.arange(size, device="cpu")
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "this rank is not in the parameter's mesh"
@@ -193,19 +193,19 @@ def indices(size: int, mesh: DeviceMesh, placements: Sequence[tuple[int, Any]]) 
     return mine
 
 
-def like(param: Tensor, part: Tensor) -> Tensor:
-    """A DTensor of the shape and placements of ``param`` with this local part; for a plain parameter the part."""
-    return _as_dtensor(param, param.shape, tuple(range(param.ndim)), part) if is_dtensor(param) else part
+def like(param: Tensor, shard: Tensor) -> Tensor:
+    """A DTensor with the shape and placements of ``param`` and this shard; the tensor itself for a plain parameter."""
+    return _as_dtensor(param, param.shape, tuple(range(param.ndim)), shard) if is_dtensor(param) else shard
 
 
-def place(param: Tensor, position: int) -> Place:
-    """Where this rank's part of a parameter stands in the parameter at ``position``.
+def bit_offset(param: Tensor, position: int) -> BitOffset:
+    """Which random bits this rank's shard takes of those of the parameter at ``position``.
 
     Raises:
-        ValueError: the part is no box of neighbouring indices, so that no strides say where its elements stand.
+        ValueError: the shard's indices are not contiguous in some dimension, so strides cannot describe them.
     """
     if not is_sharded(param):
-        return Place(position)
+        return BitOffset(position)
     first, strides = 0, []
     own = _own_indices(param, param.shape, tuple(range(param.ndim)))
     for d, mine in enumerate(own):
@@ -213,24 +213,24 @@ def place(param: Tensor, position: int) -> Place:
         runs = _intervals(mine)
         if len(runs) > 1:
             raise ValueError(
-                f"rounding='stochastic' needs parts of parameters whose indices are neighbours in each dimension, but "
+                "rounding='stochastic' needs shards whose indices are contiguous in each dimension, but those of "
                 f"dimension {d} of a parameter of shape {tuple(param.shape)} with placements "
-                f"{tuple(param.placements)} is cut into pieces of several runs. Use master='split'."  # type: ignore
+                f"{tuple(param.placements)} are not. Use master='split'."  # type: ignore[attr-defined]
             )
         first += stride * (runs[0][0] if runs else 0)
         strides.append(stride)
     if all(len(mine) == size for mine, size in zip(own[1:], param.shape[1:], strict=True)):
-        return Place(position, first)  # whole slices follow each other
-    return Place(position, first, tuple(strides))
+        return BitOffset(position, first)  # whole slices, one after the other
+    return BitOffset(position, first, tuple(strides))
 
 
 def blocks(param: DTensor) -> list[matricize.Block]:
-    """Where the elements of this rank's part lie in SMMF's square matrix of the whole."""
+    """Where the elements of this rank's shard are in SMMF's square matrix of the whole parameter."""
     shape = param.shape
     own = _own_indices(param, shape, tuple(range(len(shape))))[:2]
     slice_, rest = shape[1:].numel(), shape[2:].numel()
     inner = _intervals(own[1]) if len(own) > 1 else [(0, 1)]
-    if inner == [(0, slice_ // max(rest, 1))]:  # slices are whole, and those that are neighbours are one run
+    if inner == [(0, slice_ // max(rest, 1))]:  # whole slices: adjacent ones are one run
         runs = [(start * slice_, count * slice_) for start, count in _intervals(own[0])]
     else:
         runs = [(i * slice_ + start * rest, count * rest) for i in own[0].tolist() for start, count in inner]
@@ -238,19 +238,19 @@ def blocks(param: DTensor) -> list[matricize.Block]:
 
 
 def groups(mesh: DeviceMesh, mesh_dims: Sequence[int]) -> list[dist.ProcessGroup]:
-    """The process groups of this rank along mesh dimensions, the innermost first."""
+    """This rank's process groups along mesh dimensions, innermost first."""
     return [mesh.get_group(d) for d in sorted(mesh_dims, reverse=True)]
 
 
 def joint_group(mesh: DeviceMesh, mesh_dims: Sequence[int]) -> dist.ProcessGroup:
-    """The group of the ranks that differ from this one in these mesh dimensions only. Making one is a collective of its
-    members, done once."""
+    """The group of the ranks that differ from this one only in these mesh dimensions. Creating it is a collective of
+    its members, and done once."""
     if len(mesh_dims) == 1:
         return mesh.get_group(mesh_dims[0])
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "this rank is not in the parameter's mesh"
-    place = tuple(slice(None) if d in mesh_dims else c for d, c in enumerate(coordinate))
-    ranks = tuple(mesh.mesh[place].flatten().tolist())
+    members = tuple(slice(None) if d in mesh_dims else c for d, c in enumerate(coordinate))
+    ranks = tuple(mesh.mesh[members].flatten().tolist())
     if len(ranks) == dist.get_world_size():
         world = dist.group.WORLD
         assert world is not None
@@ -260,7 +260,7 @@ def joint_group(mesh: DeviceMesh, mesh_dims: Sequence[int]) -> dist.ProcessGroup
         if group is not None and dist.get_process_group_ranks(group) == list(ranks):
             return group
     except (KeyError, ValueError):
-        pass  # it went down with an earlier initialization
+        pass  # it was destroyed with an earlier initialization
     backend = dist.get_backend(mesh.get_group(mesh_dims[0]))
     group = _made[ranks] = dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
     return group
@@ -270,11 +270,11 @@ _made: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
 
 def _is_shard(placement: Any) -> bool:
-    return hasattr(placement, "dim")  # Shard, and _StridedShard, which is no subclass of it in every torch
+    return hasattr(placement, "dim")  # Shard, and _StridedShard, which is not its subclass in every torch
 
 
 def _moved(placement: Any, dim: int) -> Any:
-    """The same cut of another dimension."""
+    """The same placement on another dimension."""
     if placement.dim == dim:
         return placement
     if hasattr(placement, "split_factor"):

@@ -1,5 +1,5 @@
-"""Few collectives for many parameters: jobs that need sums over process groups run in lockstep, and what they reduce
-over one group at one time travels in one buffer."""
+"""Few collectives for many parameters: jobs that need sums over process groups run in lockstep, and what they sum over
+one group at one time shares a buffer."""
 
 from __future__ import annotations  # not every torch has the types that are named here
 
@@ -10,15 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-#: A job yields where it needs room, is sent a zeroed 1-d tensor of the size that it has planned, fills it, yields, and
-#: goes on when the tensor holds the sums over the group. At its end it returns what is left to do when all jobs have
-#: come so far.
+#: A job yields where it needs sums over ranks, is sent a zeroed 1-d tensor ("room") of the size that it planned, fills
+#: it, yields, and resumes when the tensor holds the sums over the group. It returns what is left to do once all jobs
+#: have come this far.
 Job = Generator[None, Tensor | None, Callable[[], None]]
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A job, and all that it will ask for, in order: groups and how many numbers."""
+    """A job and the sums that it will ask for, in order: process group, and how many numbers."""
 
     requests: Sequence[tuple[dist.ProcessGroup, int]]
     dtype: torch.dtype
@@ -28,7 +28,7 @@ class Planned:
 
 @dataclass
 class Collective:
-    """One all-reduce: who takes part, and which jobs have how much room in it."""
+    """One all-reduce: its group, and which jobs have how much room in it."""
 
     group: dist.ProcessGroup
     dtype: torch.dtype
@@ -42,7 +42,7 @@ class Collective:
 
 
 def collectives(planned: Sequence[Planned]) -> list[Collective]:
-    """The all-reduces that the jobs need, in order: one for all of them wherever they meet."""
+    """The all-reduces that the jobs need, in order; jobs that are at the same group share one."""
     left = [list(p.requests) for p in planned]
     found: list[Collective] = []
     for group in merged([[group for group, _ in requests] for requests in left]):
@@ -60,7 +60,7 @@ def collectives(planned: Sequence[Planned]) -> list[Collective]:
 def run(planned: Sequence[Planned]) -> list[Callable[[], None]]:
     """Runs the jobs and returns what they return.
 
-    Every rank of a group must call it with jobs that ask for the same of that group.
+    Every rank of a group must call it with jobs that ask the group for the same sums.
     """
     rest: list[Callable[[], None]] = []
 
@@ -79,12 +79,12 @@ def run(planned: Sequence[Planned]) -> list[Callable[[], None]]:
         dist.all_reduce(buffer, group=collective.group)
         for i in collective.jobs:
             advance(i)
-    assert len(rest) == len(planned), "a job asks for more than it had planned"
+    assert len(rest) == len(planned), "a job asks for more sums than it planned"
     return rest
 
 
 def reduced(times: int, fill: Callable[[Tensor], None]) -> Generator[None, Tensor | None, Tensor]:
-    """The part of a job that sums over several groups, one after the other."""
+    """The steps of a job that sum over several groups, one after the other."""
     sums: Tensor | None = None
     for _ in range(times):
         room = yield
@@ -100,10 +100,10 @@ def reduced(times: int, fill: Callable[[Tensor], None]) -> Generator[None, Tenso
 
 
 def merged(sequences: Sequence[Sequence[dist.ProcessGroup]]) -> list[dist.ProcessGroup]:
-    """A short sequence of groups that holds each of the given ones, in its order.
+    """A short sequence of groups that contains each of the given sequences in its order.
 
-    The next group is the one that has most left to come behind it. Groups are the same where their names are; what the
-    names are differs from rank to rank and decides nothing.
+    The next group is the one that most groups must still follow. Groups with the same name are the same; the names
+    themselves differ between ranks and decide nothing.
     """
     left = [list(sequence) for sequence in sequences if sequence]
     order = []

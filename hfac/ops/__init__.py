@@ -14,7 +14,7 @@ Errors of every op:
 from ..memory import address, is_fake, sharing
 from .call import Inputs, OpCall, Statistics, run, whereabouts
 from .checks import PARAM_DTYPES, check_tensor, check_writable, state_dtype
-from .counters import advance_steps_, counted_natively, hfac_dense_squares, nonfinite, read_steps
+from .counters import counters_of, hfac_dense_squares, nonfinite
 
 __all__ = [
     "Inputs",
@@ -22,14 +22,12 @@ __all__ = [
     "PARAM_DTYPES",
     "Statistics",
     "address",
-    "advance_steps_",
     "check_tensor",
     "check_writable",
-    "counted_natively",
+    "counters_of",
     "hfac_dense_squares",
     "is_fake",
     "nonfinite",
-    "read_steps",
     "run",
     "sharing",
     "state_dtype",

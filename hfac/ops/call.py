@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, clipping, memory, spec
-from ..rounding import Place
+from ..rounding import BitOffset
 from ..schedules import Scalar
 from ..spec import MASTER_LOW, REQUIRED, WATCHED
 from .checks import (
@@ -101,7 +101,7 @@ class OpCall:
         lists: Mapping[str, Tensors],
         *,
         counts: Mapping[str, Sequence[Any]] | None = None,
-        places: Sequence[Place] | None = None,
+        places: Sequence[BitOffset] | None = None,
         backend: str = "auto",
         captured: list[Any] | None = None,
     ) -> None:
@@ -127,7 +127,8 @@ class OpCall:
         reason = self._why_no_kernel()
         kernels = choose(backend, self.device, reason, self.op)
         self._reads_memory = getattr(kernels, "READS_MEMORY", True)
-        self._call = self._bind(kernels)
+        self._operands = backends.Operands(self.op, self._params, self._lists, self._counts, self._places)
+        self._call = kernels.bind(self._operands)
         if captured is not None and hasattr(self._call, "captured"):
             self._call.captured = captured
         self._shapes = list(map(_SHAPE, self._params))
@@ -159,9 +160,6 @@ class OpCall:
         if len(entries) != len(self._params):
             raise ValueError(f"{name} must have one entry per parameter ({len(self._params)}), got {len(entries)}")
         return list(entries)
-
-    def _bind(self, kernels: Any) -> Callable[..., None]:
-        return kernels.bind(self.op, self._params, self._lists, self._counts, self._places)
 
     def workspace_bytes(self) -> int:
         """Bytes on the device that the backend keeps from step to step."""
@@ -231,7 +229,7 @@ class OpCall:
             grads = memory.without_zerotensors(grads)
             reason = memory.reason({"grads": grads}, negated=True)
             if reason is not None:
-                call = self._bind(choose(self._backend, self.device, reason, self.op))
+                call = choose(self._backend, self.device, reason, self.op).bind(self._operands)
             elif unscales or self.op.shard:
                 grads = memory.materialized(grads)
             else:

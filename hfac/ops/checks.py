@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import backends, memory, rounding
 from ..matricize import Block, sign_shape
-from ..rounding import Place
+from ..rounding import BitOffset
 from ..spec import COLS, MASTER_LOW, ROWS, SIGNS, WHOLE, Op, Operand
 
 PARAM_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -199,7 +199,7 @@ def check_lows(params: Tensors, lows: Tensors) -> None:
         raise ValueError(f"{MASTER_LOW.name} must be of one type, got {found}")
 
 
-def check_places(params: Tensors, places: Sequence[Place]) -> None:
+def check_places(params: Tensors, places: Sequence[BitOffset]) -> None:
     if len(places) != len(params):
         raise ValueError(f"places must have one entry per parameter ({len(params)}), got {len(places)}")
     for i, (param, place) in enumerate(zip(params, places, strict=True)):

@@ -1,6 +1,8 @@
 """Step counters, and what sharded parameters need in plain torch beside the ops."""
 
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,30 +14,28 @@ from .checks import Tensors, state_dtype
 _HOST = torch.device("cpu")
 
 
-def read_steps(steps: Tensors, native: bool = True) -> list[float]:
-    """The values of 0-d tensors on the host; ``native``: `counted_natively`."""
-    counters = backends.host_counters() if native else None
-    return [step.item() for step in steps] if counters is None else counters.read_steps(steps)
+def counters_of(steps: Tensors) -> Any:
+    """What has `read_steps` and `advance_steps_` for these: the extension, which takes many at once, where they are
+    float32 on the host that lie in memory; else plain torch."""
+    native = backends.host_counters()
+    lie = native is not None and all(step.is_cpu and memory.why_not(step) is None for step in steps)
+    return native if lie else sys.modules[__name__]
 
 
-def counted_natively(steps: Tensors) -> bool:
-    """Whether these are float32 on the host that lie in memory, so that the extension may read and advance them."""
-    return all(step.is_cpu and memory.why_not(step) is None for step in steps)
+def read_steps(steps: Tensors) -> list[float]:
+    """The values of 0-d tensors on the host."""
+    return [step.item() for step in steps]
 
 
-def advance_steps_(steps: Tensors, native: bool = True) -> None:
-    """Adds one to 0-d tensors, which all lie on the host or all on one device; ``native`` as for `read_steps`."""
-    counters = backends.host_counters() if native and steps[0].is_cpu else None
-    if counters is not None:
-        counters.advance_steps_(steps)
+def advance_steps_(steps: Tensors) -> None:
+    """Adds one to 0-d tensors, which all lie on the host or all on one device."""
+    # A tensor of one, made once: a number would be wrapped anew for every step that lives on the host.
+    one = torch.ones((), dtype=torch.float32, device=steps[0].device)
+    if steps[0].is_cpu:
+        for step in steps:
+            step.add_(one)
     else:
-        # A tensor of one, made once: a number would be wrapped anew for every step that lives on the host.
-        one = torch.ones((), dtype=torch.float32, device=steps[0].device)
-        if steps[0].is_cpu:
-            for step in steps:
-                step.add_(one)
-        else:
-            torch._foreach_add_(list(steps), one, alpha=1)
+        torch._foreach_add_(list(steps), one, alpha=1)
 
 
 def hfac_dense_squares(grads: Tensors, exp_avg_sqs: Tensors, *, beta2: Scalar, eps: float) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""What both optimizers do alike: the walk over groups in a step, and what they tell of it."""
+"""The step of both optimizers: statistics of gradients, sums over ranks, the norm of all gradients, the update."""
 
 from collections.abc import Callable, Mapping
 from itertools import repeat
@@ -10,34 +10,33 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from .. import clipping, distributed, functional, ops, rounding, schedules
+from .. import clipping, distributed, functional, ops, rounding, schedules, spec
 from ..distributed import layout
-from ..rounding import Place
-from .bound import Alone, Seen
-from .observed import ObservedOptimizer
-from .state import LOW, State, is_trained, needs_others
+from ..rounding import BitOffset
+from .cache import SingleParamCache, StepCache
+from .report import ReportingOptimizer
+from .state import State, has_state, is_trained, needs_reduction
 
 
-class FactoredOptimizer(ObservedOptimizer):
+class FactoredOptimizer(ReportingOptimizer):
     """Base of `hfac.HFac` and `hfac.SMMF`; not for use by itself.
 
-    State is made when parameters are added (of frozen ones, and those of lazy modules: when they are first trained), as
-    plain tensors: factors or moments in float32 (float64 for float64 parameters), ``step`` as a 0-d float32 tensor on
-    the host, and with nonfinite="skip" the count ``skipped``. What others keep there beside it is left alone. With
-    ``capturable``, "skip" or ``amp_scaling`` the step lives beside the parameter, because only the device knows it
-    then. State of a DTensor is DTensors, whose global shapes do not depend on how it is sharded; its steps are on the
-    host, because what ranks add up says there who made one.
+    State is created when parameters are added; of frozen parameters, and those of lazy modules, when they are first
+    trained. It is plain tensors: factors or moments in float32 (float64 for float64 parameters), ``step`` as a 0-d
+    float32 tensor on the host, and with nonfinite="skip" the count ``skipped``. Entries that wrappers add are left
+    alone. With ``capturable``, "skip" or ``amp_scaling`` only the device knows whether a step is made, so ``step`` is
+    on the parameter's device. State of a DTensor is DTensors, whose global shapes do not depend on how it is sharded;
+    their ``step`` stays on the host, where the sums over ranks say which steps are made.
     """
 
-    #: what the last step found in order
-    _seen: "Seen | None"
-    #: by group: which of its parameters had a gradient, and those, bound
+    _cache: StepCache | None
+    #: by group: which of its parameters had a gradient, and those parameters, bound
     _bound: dict[int, tuple[list[bool], functional.Group]]
-    #: parameters that `step_param` has stepped, each bound by itself
-    _alone: "dict[Tensor, Alone]"
-    #: the sharded parameters, bound; None where there are none, or they are to be looked at again
+    #: parameters that `step_param` has stepped
+    _single: dict[Tensor, SingleParamCache]
+    #: the sharded parameters, bound; None where there are none, or they must be bound again
     _sharded: distributed.Sharded | None = None
-    #: what CUDA graphs read and write that captured a step: replays need it, whatever later steps find or load
+    #: what captured CUDA graphs read and write: replays need it, whatever later steps bind or load
     _captured: list[Any]
 
     def _scalars(self, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,7 +50,7 @@ class FactoredOptimizer(ObservedOptimizer):
         _keep_uncompiled(type(self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.setdefault("_captured", [])  # not there in a copy, and kept by an optimizer that loads
+        self.__dict__.setdefault("_captured", [])  # a copy has none; an optimizer that loads state keeps its own
         super().__setstate__(state)
         _keep_uncompiled(type(self))
 
@@ -62,63 +61,63 @@ class FactoredOptimizer(ObservedOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One optimization step on every parameter that has a gradient.
+        """Performs one optimization step on every parameter that has a gradient.
 
         Args:
             closure: reevaluates the model and returns the loss.
 
         Raises:
             TypeError, ValueError, RuntimeError: a gradient is sparse or complex, or options, states and parameters do
-                not fit; nothing has been updated then.
+                not fit together; nothing has been updated.
         """
         self._check_graph_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        seen = self._found()  # a name of its own: other threads may step, too, and look again
+        cache = self._validated()  # kept in a local: another thread's step may replace it
         limit = self.max_grad_norm
-        grads = [seen.gradients(index) for index in range(len(self.param_groups))]
-        work = [self._prepare(index, group, grads[index], seen) for index, group in enumerate(self.param_groups)]
-        shared = {}
-        if self._sharded is not None:
-            shared = {i: self._shared(group) for i, group in enumerate(self.param_groups)}
-        clip, statistics = None, [None] * len(work)
+        grads = [cache.gradients(index) for index in range(len(self.param_groups))]
+        steps = [self._prepare(index, group, grads[index], cache) for index, group in enumerate(self.param_groups)]
+        sharded = self._sharded
+        shared = {} if sharded is None else {i: self._shared(group) for i, group in enumerate(self.param_groups)}
+        norm_coefficient, statistics = None, [None] * len(steps)
         if limit is None:
             self._grad_norm = None
         else:
-            statistics = [None if step is None else step.statistics() for step in work]
-            clip = self._clip(statistics, shared, limit)
-        begin = None if self._sharded is None else self._sharded.prepare(shared, clip)
-        for step, found in zip(work, statistics, strict=True):
+            statistics = [None if step is None else step.statistics() for step in steps]
+            norm_coefficient = self._clip(statistics, shared, limit)
+        begin = None if sharded is None else sharded.prepare(shared, norm_coefficient)
+        for step, found in zip(steps, statistics, strict=True):
             if step is not None:
-                step.check_capture(found)
-        self._read_times = None
-        finish = None if begin is None else begin()
+                step.check_capture(norm_coefficient, found)
+        self._norm_coefficient = None
+        complete = None if begin is None else begin()
         try:
-            for index, step in enumerate(work):
+            for index, step in enumerate(steps):
                 if step is not None:
-                    step.apply(clip, statistics[index])
-                    self._note(step, self.param_groups[index], seen.whole[index], grads[index])
+                    step.apply(norm_coefficient, statistics[index])
+                    if self.param_groups[index]["watch"]:
+                        self._keep_sums(step, self.param_groups[index], cache.local[index], grads[index])
                     if step.unscales:
-                        self._read_times = clip
+                        self._norm_coefficient = norm_coefficient
         finally:
-            if finish is not None:  # whatever happened, other ranks count on what is under way
-                finish()
+            if complete is not None:  # other ranks rely on the collectives under way, even if this one has failed
+                complete()
         return loss
 
     def _clip(
-        self, statistics: "list[list[ops.Statistics] | None]", shared: dict[int, distributed.Options], limit: float
+        self, statistics: list[list[ops.Statistics] | None], shared: dict[int, distributed.Options], limit: float
     ) -> Tensor | None:
-        """What the gradients are to be multiplied by, of all groups' steps; None where there are none."""
-        # A parameter whose gradient is not finite stays as it is where "skip" says so, and has no part in the norm.
+        """What all gradients are multiplied by so that their norm is at most ``limit``; None where there are none."""
+        # With "skip", a parameter whose gradient is not finite keeps its value, and its gradient is left out.
         norms: dict[bool, list[Tensor]] = {False: [], True: []}
-        skip = [group["nonfinite"] == "skip" for group in self.param_groups]
-        for skips, mine in zip(skip, statistics, strict=True):
-            norms[skips] += [found.norms for found in mine or ()]
+        skips = [group["nonfinite"] == "skip" for group in self.param_groups]
+        for skip, mine in zip(skips, statistics, strict=True):
+            norms[skip] += [found.norms for found in mine or ()]
         if self._sharded is not None:
             for group_index, norm in self._sharded.norms(shared):
-                norms[skip[group_index]].append(norm)
+                norms[skips[group_index]].append(norm)
         if not norms[False] and not norms[True]:
             return None
         self._grad_norm = clipping.total(norms[False], norms[True])
@@ -128,62 +127,64 @@ class FactoredOptimizer(ObservedOptimizer):
     def step_param(
         self, param: Tensor, group: dict[str, Any] | None = None, *, clip: Tensor | None = None, lr_scale: float = 1.0
     ) -> None:
-        """One step of one parameter, the same numbers to the bit as `step` makes of it; nothing where it has no
-        gradient. For hooks that step in the backward pass (`hfac.release_gradients` makes them). The gradient stays.
+        """Steps one parameter, with the same bits as `step`; does nothing where it has no gradient. For hooks that step
+        during the backward pass, as `hfac.release_gradients` makes them. The gradient stays.
 
-        Hooks around a step (``register_step_pre_hook``, ``register_step_post_hook``) are not run, nor does a learning
-        rate scheduler take notice: that is for the `step` that ends the backward pass, which then finds no gradients.
+        Hooks around steps (``register_step_pre_hook``, ``register_step_post_hook``) do not run, and learning rate
+        schedulers do not count it: both belong to the `step` that ends the backward pass and then finds no gradients.
 
         Args:
             param: a parameter of this optimizer.
-            group: its entry of ``param_groups``, where the caller knows it; None: it is looked up.
-            clip: a 0-d tensor that the gradient is multiplied by. Required with ``max_grad_norm``, which says nothing
-                here: the norm of all gradients is known to nobody yet.
-            lr_scale: the step's learning rate is that of the group times this number.
+            group: its entry of ``param_groups``; None looks it up.
+            clip: a 0-d tensor that the gradient is multiplied by. Required with ``max_grad_norm``, which has no effect
+                here: the norm of all gradients is not known yet.
+            lr_scale: multiplies the group's learning rate in this step.
 
         Raises:
-            ValueError: the parameter is not the optimizer's, or in another group.
-            RuntimeError: the parameter is sharded: ranks would have to meet once for every parameter; ``max_grad_norm``
-                without ``clip``.
-            TypeError, ValueError, RuntimeError: as `step`; nothing has been updated then.
+            ValueError: the parameter is not this optimizer's, or not of this group.
+            RuntimeError: the parameter is sharded, which would take a collective for every parameter; or
+                ``max_grad_norm`` without ``clip``.
+            TypeError, ValueError, RuntimeError: as `step`; nothing has been updated.
         """
         self._check_graph_capture()
-        alone = self._alone.get(param) if isinstance(param, Tensor) else None
-        if alone is None or not alone.holds(self):
-            alone = self._alone_of(param)
-        if group is not None and group is not alone.group:
+        single = self._single.get(param) if isinstance(param, Tensor) else None
+        if single is None or not single.is_valid(self.param_groups, self.state):
+            single = self._single_of(param)
+        if group is not None and group is not single.group:
             raise ValueError(
-                f"{type(self).__name__}.step_param: {alone.where} was given with another group. Pass its own entry of "
+                f"{type(self).__name__}.step_param: {single.label} was given with another group. Pass its own entry of "
                 "param_groups, or None to have it looked up."
             )
-        if clip is None and self._limit_of(alone.group) is not None:
+        if clip is None and self._common_limit([single.group]) is not None:  # checking all groups would cost too much
             raise RuntimeError(
                 f"{type(self).__name__}.step_param: max_grad_norm clips by the norm of all gradients, and a step of "
                 "one parameter knows one. Use hfac.release_gradients, which clips by the norm of the backward pass "
                 "before, pass clip=, or leave max_grad_norm=None."
             )
-        grad = layout.gradient(param, alone.where)
+        grad = layout.gradient(param, single.label)
         if grad is None:
             return
-        options = self._options(alone.group)
+        options = self._options(single.group)
         if lr_scale != 1.0:
             options["lr"] = schedules.as_scalar("lr", options["lr"]) * lr_scale
-        options.update(grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None))
         try:
-            step = None if alone.bound is None else alone.bound.prepare([grad], **options)
+            options.update(self._amp_scaling())
+            step = None if single.bound is None else single.bound.prepare([grad], **options)
             if step is None:
-                alone.bind(self, grad)
-                assert alone.bound is not None
-                step = alone.bound.prepare([grad], **options)
+                self._bind_single(single, grad)
+                assert single.bound is not None
+                step = single.bound.prepare([grad], **options)
         except RuntimeError:
-            ops.check_tensor(f"the gradient of {alone.where}", param.grad)  # the same complaint, with the place
+            ops.check_tensor(f"the gradient of {single.label}", param.grad)  # the same error, naming the parameter
             raise
-        assert step is not None  # it takes two to come apart
+        assert step is not None  # just bound
+        step.check_capture(clip)
         step.apply(clip)
-        self._note(step, alone.group, [param], [grad])
+        if single.group["watch"]:
+            self._keep_sums(step, single.group, [param], [grad])
 
-    def _alone_of(self, param: Tensor) -> "Alone":
-        """Where the parameter is among the groups, for `step_param`."""
+    def _single_of(self, param: Tensor) -> SingleParamCache:
+        """Looks up a parameter for `step_param`."""
         name = f"{type(self).__name__}.step_param"
         if not isinstance(param, Tensor):
             raise TypeError(f"{name} takes a parameter of this optimizer, got {type(param).__name__}")
@@ -193,30 +194,36 @@ class FactoredOptimizer(ObservedOptimizer):
                 f"{name}: the parameter of shape {tuple(param.shape)} is in none of the optimizer's groups. Pass one of"
                 " param_groups' parameters itself, not a copy or a view, or add it with add_param_group."
             )
-        group_index, i = found
-        where = f"parameter {i} of group {group_index}"
+        single = SingleParamCache(self.param_groups, *found, self._spec)
         if layout.is_sharded(param):
             raise RuntimeError(
-                f"{name}: {where} (shape {tuple(param.shape)}) is sharded, and a step of it a collective: one for every"
-                " parameter by itself. Call step(), which makes one for all."
+                f"{name}: {single.label} (shape {tuple(param.shape)}) is sharded, and stepping it alone would take a "
+                "collective of its own. Call step(), which takes one for all parameters."
             )
-        alone = self._alone[param] = Alone(self.param_groups[group_index], group_index, i, param, where)
-        return alone
+        self._single[param] = single
+        return single
+
+    def _bind_single(self, single: SingleParamCache, grad: Tensor) -> None:
+        single.bound = None
+        self._check_stepped(f"{type(self).__name__}.step_param: {single.label}", single.param, single.group)
+        self._sync_param(single.param, single.group)
+        state = self._local_state(single.param, single.group)
+        offset = self._bit_offset(single.param, single.group, single.position(self.param_groups))
+        bound = self._bind(single.group, [layout.local(single.param)], [grad], [state], [offset])
+        single.keep(bound, self.param_groups, self.state)
 
     def _prepare(
-        self, group_index: int, group: dict[str, Any], grads: list[Any], seen: Seen
-    ) -> "functional.Step | None":
-        """Checks a step of one group, on the parameters that have a gradient, and returns it, yet to be made."""
-        params = seen.whole[group_index]
+        self, group_index: int, group: dict[str, Any], grads: list[Any], cache: StepCache
+    ) -> functional.Step | None:
+        """Validates a step of one group's unsharded parameters and returns it; None where none has a gradient."""
+        params = cache.local[group_index]
         present = list(map(is_not, grads, repeat(None)))
         if not all(present):
             params = [param for param, here in zip(params, present, strict=True) if here]
             grads = [grad for grad in grads if grad is not None]
         if not grads:
             return None
-        options = self._options(group)
-        # Set for the time of one call by a GradScaler that leaves unscaling to the step.
-        options.update(grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None))
+        options = {**self._options(group), **self._amp_scaling()}
         try:
             bound = self._bound.get(group_index)
             if bound is not None and bound[0] == present:
@@ -224,38 +231,42 @@ class FactoredOptimizer(ObservedOptimizer):
                 if step is not None:
                     return step
             for i, param in enumerate(group["params"]):
-                if param.grad is not None:  # what moved may have left its state behind, and what was frozen has none
+                if param.grad is not None:  # it may have moved away from its state, or have been frozen until now
                     self._check_stepped(f"{type(self).__name__}: parameter {i} of group {group_index}", param, group)
                     self._sync_param(param, group)
             states = [self._local_state(param, group) for param in params]
-            places = [self._place(param, group, seen.positions[param]) for param in params]
+            offsets = [self._bit_offset(param, group, cache.positions[param]) for param in params]
             step = None
-            while step is None:  # unless another thread has counted a step in between
-                functional_group = self._bind(group, list(map(layout.local, params)), grads, states, places)
+            while step is None:  # until no other thread advances a step between binding and reading it
+                functional_group = self._bind(group, list(map(layout.local, params)), grads, states, offsets)
                 self._bound[group_index] = present, functional_group
                 step = functional_group.prepare(grads, **options)
             return step
         except RuntimeError:
             for index, param in enumerate(group["params"]):
-                if param.grad is not None:  # the same complaint, with the place that the user knows
+                if param.grad is not None:  # the same error, naming the parameter
                     ops.check_tensor(f"the gradient of parameter {index} of group {group_index}", param.grad)
             raise
 
-    def _local_state(self, param: Tensor, group: Mapping[str, Any]) -> State:
-        """This rank's part of a parameter's state."""
-        return {key: layout.local(value) for key, value in self._needed_state(param, group).items()}
-
     def _options(self, group: dict[str, Any]) -> dict[str, Any]:
-        """What a step is told anew every time."""
+        """The options of a group that are passed at every step."""
         return {**{name: group[name] for name in ("lr", "weight_decay", "maximize", "seed")}, **self._scalars(group)}
 
-    def _place(self, param: Tensor, group: Mapping[str, Any], position: int) -> Place | None:
-        """Where a parameter's random bits come from, if it is rounded stochastically; ``position`` is its place among
-        all of the optimizer's."""
+    def _amp_scaling(self) -> dict[str, Any]:
+        """What a GradScaler that leaves unscaling to the step sets for the duration of the call."""
+        return {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
+
+    def _bit_offset(self, param: Tensor, group: Mapping[str, Any], position: int) -> BitOffset | None:
+        """Where a parameter's random bits come from, if it is rounded stochastically; ``position`` is that among all of
+        the optimizer's."""
         exact = self._low_dtype(param, group) == torch.int16
         if group["rounding"] == "nearest" or param.dtype not in rounding.DTYPES or exact:
             return None
-        return layout.place(param, position)
+        return layout.bit_offset(param, position)
+
+    def _local_state(self, param: Tensor, group: Mapping[str, Any]) -> State:
+        """This rank's shard of a parameter's state."""
+        return {key: layout.local(value) for key, value in self._needed_state(param, group).items()}
 
     def _bind(
         self,
@@ -263,59 +274,58 @@ class FactoredOptimizer(ObservedOptimizer):
         params: list[Tensor],
         grads: list[Tensor],
         states: list[State],
-        places: list[Place | None] | None = None,
+        bit_offsets: list[BitOffset | None] | None = None,
     ) -> functional.Group:
+        operands = (*self._spec.states, spec.MASTER_LOW)
         return functional.Group(
             self._algorithm,
             params,
             grads,
-            {f"{key}s": [state.get(key) for state in states] for key in (*self._state_keys, LOW)},
+            {operand.name: [state.get(operand.key) for state in states] for operand in operands},  # type: ignore[arg-type]
             [state["step"] for state in states],
             [state["skipped"] for state in states] if group["nonfinite"] == "skip" else None,
-            group.get("beta", 0.0) is not None,
+            self._spec.has_first(group),
             group["capturable"] or group["amp_scaling"],
             group["backend"],
-            places,
+            bit_offsets,
             group["batch_dims"],
             group["watch"],
             self._captured,
         )
 
     def _shared(self, group: dict[str, Any]) -> distributed.Options:
-        """What a step is told anew of sharded parameters."""
+        """`_options` for sharded parameters."""
         options = self._options(group)
         options.update({name: schedules.as_scalar(name, options[name]) for name in ("lr", "weight_decay")})
         return distributed.Options(options, group["nonfinite"] == "skip", group["backend"])
 
-    def _bind_sharded(self, seen: Seen) -> distributed.Sharded | None:
-        """Sharded parameters of all groups; nobody else's gradients decide which, so that all ranks agree on them."""
-        positions = seen.positions
+    def _bind_sharded(self, cache: StepCache) -> distributed.Sharded | None:
+        """Binds the sharded parameters of all groups, whether or not they have gradients, so that all ranks agree."""
         entries = [
             distributed.Entry(
                 f"parameter {i} of group {index}",
                 index,
                 param,
                 self._needed_state(param, group),
-                self._place(param, group, positions[param]),
+                self._bit_offset(param, group, cache.positions[param]),
             )
             for index, group in enumerate(self.param_groups)
             for i, param in enumerate(group["params"])
-            if needs_others(param, group) and "step" in self.state.get(param, ())
+            if needs_reduction(param, group) and has_state(self.state, param)
         ]
         if entries and self._step_supports_amp_scaling:
             raise ValueError(
-                f"{type(self).__name__}: a group has amp_scaling=True, for which a GradScaler leaves the gradients of "
-                f"all groups scaled, and {entries[0].label} is sharded, whose gradients a step does not unscale. Leave "
+                f"{type(self).__name__}: a group has amp_scaling=True, so a GradScaler leaves the gradients of all "
+                f"groups scaled, but {entries[0].label} is sharded, and steps do not unscale sharded gradients. Leave "
                 "amp_scaling=False in all groups, or put sharded parameters into an optimizer of their own."
             )
         return distributed.Sharded(self._algorithm, entries) if entries else None
 
     def _forget(self) -> None:
-        """What earlier steps found in order is to be looked at again."""
         self._sharded = None
-        self._seen = None
+        self._cache = None
         self._bound = {}
-        self._alone = {}
+        self._single = {}
         self._index = {}
 
     def _check_graph_capture(self) -> None:
@@ -323,27 +333,27 @@ class FactoredOptimizer(ObservedOptimizer):
             return
         if not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError(
-                f"{type(self).__name__}: a CUDA graph captures the step's scalars, so step and learning rate would "
-                "stand still in every replay. Construct the optimizer with capturable=True (and lr as a tensor, to "
+                f"{type(self).__name__}: a CUDA graph records the step's scalars, so every replay would repeat one "
+                "step count and learning rate. Construct the optimizer with capturable=True (and lr as a tensor, to "
                 "change it)."
             )
 
     def workspace_bytes(self) -> int:
-        """Bytes on the device that fused kernels keep from step to step beside the state; 0 before the first step."""
+        """Bytes on the device that fused kernels keep between steps, beside the state; 0 before the first step."""
         groups = [group for _, group in self._bound.values()]
-        groups += [alone.bound for alone in self._alone.values() if alone.bound is not None]
+        groups += [single.bound for single in self._single.values() if single.bound is not None]
         return sum(group.workspace_bytes() for group in groups)
 
     def collectives(self) -> list[tuple[int, int]]:
-        """What a step adds up over ranks for sharded parameters: (ranks, bytes) of every all-reduce, in order."""
-        self._found()
+        """The all-reduces of a step of sharded parameters, in order: (ranks, bytes) of each."""
+        self._validated()
         if self._sharded is None:
             return []
         skip = {i: group["nonfinite"] == "skip" for i, group in enumerate(self.param_groups)}
         return self._sharded.collectives(skip, self.max_grad_norm is not None)
 
     def _check_stepped(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
-        """What a step requires of a parameter, which may have been unfrozen, sharded or swapped since construction."""
+        """Checks a parameter before a step: it may have been unfrozen, sharded or replaced since construction."""
         if is_lazy(param) or not is_trained(param):
             return
         if param.grad is not None and param.is_inference():
@@ -351,35 +361,41 @@ class FactoredOptimizer(ObservedOptimizer):
                 f"{where} (shape {tuple(param.shape)}) is an inference tensor, which autograd cannot follow: it was "
                 "made inside torch.inference_mode(). Make the model outside, or clone the parameter there."
             )
-        if "step" in self.state.get(param, ()):
+        if has_state(self.state, param):
             self._check_layout(where, param, group)
         else:
             self._check_param(where, param, group)
 
-    def _found(self) -> Seen:
-        """What earlier steps found in order, if it still is; else all is looked at again."""
-        seen, sharded = self._seen, self._sharded
-        if seen is not None and seen.holds(self) and (sharded is None or sharded.holds()):
-            return seen
-        return self._look_again()
+    def _validated(self) -> StepCache:
+        """The cache of earlier steps if it is valid, else a new one, once all parameters are checked."""
+        cache, sharded = self._cache, self._sharded
+        if (
+            cache is not None
+            and cache.is_valid(self.param_groups, self.state)
+            and (sharded is None or sharded.is_valid())
+        ):
+            return cache
+        return self._validate()
 
-    def _look_again(self) -> Seen:
+    def _validate(self) -> StepCache:
         self._forget()
         for index, group in enumerate(self.param_groups):
-            for i, param in enumerate(group["params"]):  # trainers swap parameters for sharded ones
+            for i, param in enumerate(group["params"]):
                 self._check_stepped(f"{type(self).__name__}: parameter {i} of group {index}", param, group)
         self._sync_state()
-        self._seen = seen = Seen(self)
-        self._watched = {param: told for param, told in self._watched.items() if param in seen.positions}
-        self._sharded = self._bind_sharded(seen)
-        return seen
+        self._cache = cache = StepCache(self.param_groups, self.state, self._spec)
+        self._watched = {param: sums for param, sums in self._watched.items() if param in cache.positions}
+        self._sharded = self._bind_sharded(cache)
+        return cache
 
 
 def _keep_uncompiled(cls: type[Optimizer]) -> None:
-    """Makes `torch.compile` of a training step break its graph at the optimizer's, hooks and all: the kernels are
-    compiled, and what is looked at around them (addresses, steps, learning rates) would be compiled anew whenever it
-    changed. Done when there is an optimizer, because asking torch for it imports its compiler, as constructing any
-    optimizer does."""
+    """Excludes the optimizer from `torch.compile` of a training step: its kernels are compiled already, and what it
+    looks at around them (addresses, step counts, learning rates) would trigger recompilation whenever it changed.
+
+    Done at construction, not at import, because asking torch for it imports torch's compiler, as constructing any
+    optimizer does.
+    """
     for name in ("step", "step_param"):
         method = getattr(cls, name)
         if not getattr(method, "uncompiled", False):

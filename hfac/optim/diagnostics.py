@@ -1,87 +1,97 @@
-"""What a step does to a parameter: `told` by a step that was watched, or else measured when it is asked for and at no
-other time, so that the step pays nothing.
+"""Metrics of a parameter's step: read off the sums of a watched step, or computed on request.
 
-After a step, before gradients are cleared, the update just made is a function of the gradient, the new state and the
-new parameter. Not quite for SMMF's factored first moment, whose compression keeps no trace of the elements' old signs:
-there it is estimated. Ahead of a step, after the backward pass, the update is a function of what is there for both.
+A step that was not watched costs nothing until somebody asks. After it, before gradients are cleared, its update is a
+function of the gradient, the new state and the new parameter; before it, after the backward pass, of the old ones. The
+exception is SMMF's factored first moment, whose old signs a step overwrites: after the step it is estimated.
 
-Everything is plain torch on pieces of whole rows, of at most `CHUNK` elements (or one row): a dozen temporaries of that
-size, and some of the size of the factors; a tensor that is not contiguous is copied as a whole (of a stack: each slice
-in its turn). Nothing is read on the host.
+What is computed here is plain torch on pieces of whole rows, of at most `CHUNK` elements (or one row): some ten
+temporaries of that size, and some of the size of the factors. A tensor that is not contiguous is copied whole (of a
+stack, slice by slice). Nothing is read on the host.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import matricize, rounding, schedules
+from .. import matricize, rounding, schedules, spec
 from ..distributed import layout
+from .state import COUNTERS, LOW
 
 Metrics = dict[str, Tensor]
-#: of some rows: what they are, as a slice -> [rows, columns]
-Piece = Callable[[slice], Tensor]
+#: a matrix that is computed some rows at a time: slice of rows -> [rows, columns]
+Rows = Callable[[slice], Tensor]
 
 CHUNK = 1 << 20
-#: one number for the parameter, also where it is a stack
-_COUNTERS = ("step", "skipped")
 
 
-def told(
-    algorithm: str, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor], numbers: Tensor
-) -> Metrics:
-    """The metrics of one parameter, of shape param.shape[:batch_dims], from what a watched step told of it: [..., 5]
-    (`hfac.reference`)."""
-    batch = numbers.shape[:-1]
-    change, unmoved, direction, zero_rows, zero_cols = numbers.unbind(-1)
+def watched(param: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor], sums: Tensor) -> Metrics:
+    """The metrics of one parameter, of shape param.shape[:batch_dims], from the sums [..., 5] that its watched step
+    added up (``watched`` of `hfac.reference`)."""
+    batch = sums.shape[:-1]
+    change, unmoved, direction, zero_rows, zero_cols = sums.unbind(-1)
     count = param.shape[len(batch) :].numel()
     rms = (direction / count).sqrt()
-    found = {"update_rms": (change / count).sqrt(), "unmoved": unmoved / count, "direction_rms": rms}
-    if algorithm == "hfac":
-        threshold = group["clip_threshold"]
-        factor = torch.ones_like(rms) if threshold is None else (rms / threshold).clamp(min=1)
-        found["clip_factor"] = torch.where(rms.isnan(), rms, factor)
-    found.update(zero_rows=zero_rows, zero_cols=zero_cols)
-    return {**{key: value.float() for key, value in found.items()}, "skipped": _skipped(param, state, batch)}
+    metrics = {"update_rms": (change / count).sqrt(), "unmoved": unmoved / count, "direction_rms": rms}
+    if "clip_threshold" in group:
+        metrics["clip_factor"] = torch.where(rms.isnan(), rms, _clip_factor(rms, group["clip_threshold"]))
+    metrics.update(zero_rows=zero_rows, zero_cols=zero_cols)
+    return {**{key: value.float() for key, value in metrics.items()}, "skipped": _skipped(param, state, batch)}
 
 
-def _skipped(param: Tensor, state: Mapping[str, Tensor], batch: torch.Size) -> Tensor:
-    skipped = state.get("skipped", torch.zeros((), dtype=torch.int32, device=param.device))
-    return skipped.expand(batch).clone()
-
-
-def measure(
+def computed(
     algorithm: str,
     param: Tensor,
     group: Mapping[str, Any],
     state: Mapping[str, Tensor],
     ahead: bool,
-    times: Tensor | None = None,
+    norm_coefficient: Tensor | None = None,
 ) -> Metrics:
     """The metrics of one parameter that has a gradient, of shape param.shape[:batch_dims];
-    `FactoredOptimizer.diagnostics` describes them. ``times``: what the gradient has yet to be multiplied by."""
+    `FactoredOptimizer.diagnostics` describes them.
+
+    Args:
+        ahead: of the step that would be made now, not of the last one.
+        norm_coefficient: what the step multiplies the gradient by, where the gradient has not been.
+    """
     if layout.is_sharded(param):
         raise RuntimeError(
             f"diagnostics of a sharded parameter (shape {tuple(param.shape)}) are not supported: no rank has all of it."
             " Ask in a run on one process; under Composer set OptimizerMonitor(log_optimizer_metrics=False)."
         )
+    if algorithm not in _UPDATES:
+        raise RuntimeError(f"diagnostics of {algorithm} are those of watched steps alone: set watch=True.")
     grad = layout.gradient(param, f"the parameter of shape {tuple(param.shape)}")
     assert grad is not None
     param, state = layout.local(param), {key: layout.local(value) for key, value in state.items()}
-    batch = param.shape[: group["batch_dims"]]
-    parts = [slices(tensor, len(batch)) for tensor in (param, grad)]
-    states = {key: slices(value, len(batch)) for key, value in state.items() if key not in _COUNTERS}
-    measured = [
-        _of_slice(
-            algorithm, W, G, group, {key: values[i] for key, values in states.items()}, state["step"], ahead, times
-        )
-        for i, (W, G) in enumerate(zip(*parts, strict=True))
-    ]
-    metrics = {key: torch.stack([one[key] for one in measured]).view(batch) for key in measured[0]}
-    return {**metrics, "skipped": _skipped(param, state, batch)}
+    dims, step = group["batch_dims"], state["step"].to(schedules.step_dtype(state["step"].device))
+    made = torch.ones_like(step, dtype=torch.bool) if ahead else step > 0
+    op = spec.ALGORITHMS[algorithm].op_of(list(state))
+    pieces = {key: slices(value, dims) for key, value in state.items() if key not in COUNTERS}
+    found = []
+    for i, (W, G) in enumerate(zip(slices(param, dims), slices(grad, dims), strict=True)):
+        states = {key: values[i] for key, values in pieces.items()}
+        view = _View(op, W, G, group, states, step + 1 if ahead else step, ahead, norm_coefficient)
+        metrics = _UPDATES[algorithm](view)
+        known = view.finite() & made.to(param.device) if group["nonfinite"] == "skip" else made
+        unknown = torch.where(known, 0.0, math.nan).to(torch.float32)  # 0-d, so it may be on another device
+        metrics = {key: value.float() + unknown for key, value in metrics.items()}
+        metrics["zero_rows"], metrics["zero_cols"] = _zeros(G, group)
+        found.append(metrics)
+    batch = param.shape[:dims]
+    stacked = {key: torch.stack([metrics[key] for metrics in found]).view(batch) for key in found[0]}
+    return {**stacked, "skipped": _skipped(param, state, batch)}
+
+
+def is_estimated(algorithm: str, group: Mapping[str, Any], state: Mapping[str, Tensor]) -> bool:
+    """Whether `computed` estimates the update of a step that has been made: SMMF's factors do not determine the moments
+    they were made of, where these had signs, or were of gradients with the old W added."""
+    signed = group.get("beta") is not None or group.get("weight_decay_mode") == "adam"
+    return spec.ALGORITHMS[algorithm].op_of(list(state)) is spec.SMMF_STEP and signed
 
 
 def by_name(name: str, metrics: Metrics) -> Metrics:
@@ -94,121 +104,133 @@ def by_name(name: str, metrics: Metrics) -> Metrics:
 
 
 def slices(tensor: Tensor, batch_dims: int) -> list[Tensor]:
-    """Views of the slices that the first dimensions count, row-major."""
+    """Views of the slices that the batch dimensions index, in row-major order."""
     found = [tensor]
     for _ in range(batch_dims):
         found = [part for each in found for part in each.unbind()]
     return found
 
 
-def _of_slice(
-    algorithm: str,
-    param: Tensor,
-    grad: Tensor,
-    group: Mapping[str, Any],
-    state: Mapping[str, Tensor],
-    step: Tensor,
-    ahead: bool,
-    times: Tensor | None,
-) -> Metrics:
-    """All but what is counted, 0-d; without batch dimensions the parameter is the only slice."""
-    step = step.to(schedules.step_dtype(step.device))
-    made = torch.ones_like(step, dtype=torch.bool) if ahead else step > 0
-    view = _View(param, grad, group, state, step + 1 if ahead else step, ahead, times)
-    update = (_hfac if algorithm == "hfac" else _smmf)(view)
-    if group["nonfinite"] == "skip":
-        made = view.finite() & made.to(param.device)
-    unknown = torch.where(made, 0.0, math.nan)  # 0-d, so it may be on another device than what it is added to
-    metrics = {key: value.float() + unknown.to(torch.float32) for key, value in update.items()}
-    metrics["zero_rows"], metrics["zero_cols"] = _zeros(grad, group)
-    return metrics
+def zeros(grad: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """[slices, 2]: of each slice, how many rows and columns of the gradient are all zero."""
+    return torch.stack([torch.stack(_zeros(part, group)) for part in slices(grad, group["batch_dims"])])
 
 
+def _zeros(grad: Tensor, group: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    shape = tuple(grad.shape)
+    k = matricize.cut(shape, group.get("matricize", "balanced")) or 1
+    m, n = math.prod(shape[:k]), math.prod(shape[k:])
+    G = grad.reshape(m, n)
+    row = torch.zeros((), dtype=torch.int64, device=grad.device)
+    col = torch.zeros(n, dtype=torch.uint8, device=grad.device)
+    for rows in _pieces(m, n):
+        nonzero = G[rows].bool().view(torch.uint8)  # amax is much faster on bytes than on bools
+        row += (nonzero.amax(1) == 0).sum()
+        col |= nonzero.amax(0)
+    return row, (col == 0).sum()
+
+
+def _skipped(param: Tensor, state: Mapping[str, Tensor], batch: torch.Size) -> Tensor:
+    skipped = state.get("skipped", torch.zeros((), dtype=torch.int32, device=param.device))
+    return skipped.expand(batch).clone()
+
+
+def _clip_factor(rms: Tensor, threshold: float | None) -> Tensor:
+    return torch.ones_like(rms) if threshold is None else (rms / threshold).clamp(min=1)
+
+
+def _pieces(m: int, n: int) -> Iterator[slice]:
+    rows = max(1, CHUNK // n)
+    return (slice(i, min(i + rows, m)) for i in range(0, m, rows))
+
+
+@dataclass
 class _View:
-    """A parameter and its gradient as matrices, to be read some rows at a time in the arithmetic's type."""
+    """A parameter and its gradient as matrices [m, n] in the arithmetic's type, read some rows at a time.
 
-    def __init__(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        group: Mapping[str, Any],
-        state: Mapping[str, Tensor],
-        t: Tensor,
-        ahead: bool,
-        times: Tensor | None,
-    ) -> None:
-        self.param, self.group, self.state, self.t, self.ahead, self._times = param, group, state, t, ahead, times
-        self.factored = "exp_avg_sq_row" in state
-        second = state["exp_avg_sq_row" if self.factored else "exp_avg_sq"]
-        self.dtype = second.dtype
-        self.m = second.numel()
-        self.n = state["exp_avg_sq_col"].numel() if self.factored else 1
-        self._W, self._G = param.reshape(self.m, self.n), grad.reshape(self.m, self.n)
-        self._low = state["master_low"].reshape(self.m, self.n) if "master_low" in state else None
-        self.lr, self.weight_decay = (_scalar(group[name]) for name in ("lr", "weight_decay"))
+    ``t`` is the number of the step that is described; the rest is as for `computed`.
+    """
 
-    def pieces(self) -> Iterator[slice]:
-        rows = max(1, CHUNK // self.n)
-        return (slice(i, min(i + rows, self.m)) for i in range(0, self.m, rows))
+    op: spec.Op
+    param: Tensor
+    grad: Tensor
+    group: Mapping[str, Any]
+    states: Mapping[str, Tensor]
+    t: Tensor
+    ahead: bool
+    norm_coefficient: Tensor | None
+
+    def __post_init__(self) -> None:
+        self.factored = self.op.matrix is not None
+        second = self.state(2, spec.ROWS if self.factored else spec.WHOLE)
+        self.dtype, self.m = second.dtype, second.numel()
+        self.n = self.state(2, spec.COLS).numel() if self.factored else 1
+        self._W, self._G = (tensor.reshape(self.m, self.n) for tensor in (self.param, self.grad))
+        self._low = self.states[LOW].reshape(self.m, self.n) if LOW in self.states else None
+        self.lr, self.weight_decay = (_scalar(self.group[name]) for name in ("lr", "weight_decay"))
 
     def W(self, rows: slice) -> Tensor:
         return self._W[rows].to(self.dtype) if self._low is None else rounding.join(self._W[rows], self._low[rows])
 
     def G(self, rows: slice) -> Tensor:
         G = self._G[rows].to(self.dtype)
-        if self._times is not None:
-            G = G * self._times.to(G.dtype)
+        if self.norm_coefficient is not None:
+            G = G * self.norm_coefficient.to(G.dtype)
         return -G if self.group["maximize"] else G
 
     def stored(self, W: Tensor) -> Tensor:
-        """What is left of new weights once they are stored, rounded to nearest."""
+        """New weights as they read once stored, rounded to nearest."""
         if self._low is None:
             return W.to(self.param.dtype).to(self.dtype)
         return rounding.join(*rounding.split(W, self._low.dtype))
 
-    def states(self, *names: str) -> list[Tensor]:
-        """The states as vectors."""
-        return [self.state[name].reshape(-1) for name in names]
+    def state(self, moment: int, size: str) -> Tensor:
+        """What is kept of a moment, flat."""
+        operand = self.op.operand(moment, size)
+        assert operand is not None and operand.key is not None
+        return self.states[operand.key].reshape(-1)
 
-    def sums(self, piece: Piece) -> tuple[Tensor, Tensor]:
+    def sums(self, values: Rows) -> tuple[Tensor, Tensor]:
         """Row sums [m] and column sums [n]."""
-        row = self.state_like(self.m)
-        col = self.state_like(self.n)
-        for rows in self.pieces():
-            values = piece(rows)
-            row[rows] = values.sum(1)
-            col += values.sum(0)
+        row, col = (torch.zeros(size, dtype=self.dtype, device=self.param.device) for size in (self.m, self.n))
+        for rows in _pieces(self.m, self.n):
+            piece = values(rows)
+            row[rows] = piece.sum(1)
+            col += piece.sum(0)
         return row, col
 
-    def state_like(self, size: int) -> Tensor:
-        return torch.zeros(size, dtype=self.dtype, device=self.param.device)
-
-    def rms(self, piece: Piece) -> Tensor:
+    def rms(self, values: Rows) -> Tensor:
         total = torch.zeros((), dtype=self.dtype, device=self.param.device)
-        for rows in self.pieces():
-            total += piece(rows).square().sum()
+        for rows in _pieces(self.m, self.n):
+            total += values(rows).square().sum()
         return (total / self.param.numel()).sqrt()
 
     def finite(self) -> Tensor:
-        """Whether a step with nonfinite="skip" is made: its test, of elements."""
+        """Whether nonfinite="skip" lets the step through: its test, element by element."""
         good = torch.ones((), dtype=torch.bool, device=self.param.device)
-        for rows in self.pieces():
+        for rows in _pieces(self.m, self.n):
             G = self.G(rows)
             good &= (G * G * self.param.numel()).isfinite().all()
         return good
 
-    def applied(self, direction: Piece, new: Callable[[Tensor, Tensor], Tensor], decay: Any) -> Metrics:
-        """Of the step W <- W - lr (direction + decay W): the RMS of W's change, and how much of W stays where it is.
+    def dense(self, moment_index: int, decay: Tensor, new: Rows) -> Rows:
+        """A dense moment after the step: decay * old + (1 - decay) * new."""
+        moment = self.state(moment_index, spec.WHOLE).view(self.m, 1)
+        return lambda rows: decay * moment[rows] + (1 - decay) * new(rows) if self.ahead else moment[rows]
+
+    def applied(self, direction: Rows, new: Callable[[Tensor, Tensor], Tensor], decay: Any) -> Metrics:
+        """Of the step W <- W - lr (direction + decay W): the RMS of W's change, and the fraction of W that it leaves as
+        it is.
 
         Args:
-            new: W and direction -> the new W, as the algorithm's definition forms it.
+            new: (W, direction) -> the new W, as the algorithm's definition computes it.
         """
         unmoved = torch.zeros((), dtype=torch.int64, device=self.param.device)
 
         def change(rows: slice) -> Tensor:
             D, W = direction(rows), self.W(rows)
             unmoved.add_((self.stored(new(W, D)) == W).sum())
-            if not self.ahead:  # W is what the step made of the old one
+            if not self.ahead:  # W is the new one: take the step back
                 W = (W + self.lr * D) / (1 - self.lr * decay)
             return self.lr * (D + decay * W)
 
@@ -216,45 +238,42 @@ class _View:
 
 
 def _hfac(view: _View) -> Metrics:
-    group, m, n = view.group, view.m, view.n
+    group, m, n, G = view.group, view.m, view.n, view.G
     b1, b2 = (schedules.hfac_decay(view.t, beta) for beta in group["betas"])
 
+    def square(rows: slice) -> Tensor:
+        return G(rows).square() + group["eps"]
+
     if view.factored:
-        u, v, r, s = view.states("exp_avg_row", "exp_avg_col", "exp_avg_sq_row", "exp_avg_sq_col")
-        row_mean, col_mean = view.sums(view.G)
+        u, v, r, s = (view.state(moment, size) for moment in (1, 2) for size in (spec.ROWS, spec.COLS))
+        row_mean, col_mean = view.sums(G)
         row_mean, col_mean = row_mean / n, col_mean / m
         if view.ahead:
-            row_sq, col_sq = view.sums(lambda rows: view.G(rows).square() + group["eps"])
+            row_sq, col_sq = view.sums(square)
             u, v = b1 * u + (1 - b1) * row_mean, b1 * v + (1 - b1) * col_mean
             r, s = b2 * r + (1 - b2) * row_sq, b2 * s + (1 - b2) * col_sq
         phi, psi = b1 * (u - row_mean) / (r / n).sqrt(), b1 * (v - col_mean) / (s / m).sqrt()
         row, col = r.sum().sqrt() * (1 / r.sqrt()), 1 / s.sqrt()
 
         def U(rows: slice) -> Tensor:
-            return view.G(rows) * col * row[rows, None]
+            return G(rows) * col * row[rows, None]
 
-        def D(rows: slice, clip: Tensor) -> Tensor:
-            return (phi[rows, None] + psi) / 2 + U(rows) / clip
+        def D(rows: slice) -> Tensor:
+            return (phi[rows, None] + psi) / 2 + U(rows) / factor
 
     else:
-        avg, avg_sq = (state.reshape(m, 1) for state in view.states("exp_avg", "exp_avg_sq"))
-
-        def root(rows: slice) -> Tensor:
-            q = avg_sq[rows]
-            return (b2 * q + (1 - b2) * (view.G(rows).square() + group["eps"]) if view.ahead else q).sqrt()
+        M, V = view.dense(1, b1, G), view.dense(2, b2, square)
 
         def U(rows: slice) -> Tensor:
-            return view.G(rows) / root(rows)
+            return G(rows) / V(rows).sqrt()
 
-        def D(rows: slice, clip: Tensor) -> Tensor:
-            G, M = view.G(rows), avg[rows]
-            M = b1 * M + (1 - b1) * G if view.ahead else M
-            return (b1 * M + (1 - b1) * G) / root(rows) * (1 / clip)
+        def D(rows: slice) -> Tensor:
+            return (b1 * M(rows) + (1 - b1) * G(rows)) / V(rows).sqrt() * (1 / factor)
 
-    rms, threshold = view.rms(U), group["clip_threshold"]
-    factor = torch.ones_like(rms) if threshold is None else (rms / threshold).clamp(min=1)
+    rms = view.rms(U)
+    factor = _clip_factor(rms, group["clip_threshold"])
     lr, decay = view.lr, view.weight_decay
-    update = view.applied(lambda rows: D(rows, factor), lambda W, D: W - lr * (D + decay * W), decay)
+    update = view.applied(D, lambda W, D: W - lr * (D + decay * W), decay)
     return {**update, "direction_rms": rms, "clip_factor": factor}
 
 
@@ -265,25 +284,24 @@ def _smmf(view: _View) -> Metrics:
     b1 = None if group["beta"] is None else schedules.smmf_decay_first(t, group["beta"], group["growth_rate"])
 
     def G(rows: slice) -> Tensor:
-        G = view.G(rows)  # after a coupled step the new W stands for the old one
-        return G + view.weight_decay * view.W(rows) if coupled else G
+        return view.G(rows) + view.weight_decay * view.W(rows) if coupled else view.G(rows)  # after a step, its new W
 
     def square(rows: slice) -> Tensor:
         return G(rows).square()
 
-    signs = _Signs(view) if view.factored and b1 is not None else None
+    M: Rows = G
     if not view.factored:
-        V = _whole(view, "exp_avg_sq", b2, square)
-        M = G if b1 is None else _whole(view, "exp_avg", b1, G)
+        V = view.dense(2, b2, square)
+        M = G if b1 is None else view.dense(1, b1, G)
     else:
-        row, col = _old_part(view, "exp_avg_sq", b2, square, None)
-        V = _rank_one(row, col, b2, square, None)
-        M = G
+        row, col = _old_factors(view, 2, b2, square)
+        V = _rank_one(row, col, b2, square)
         if b1 is not None:
-            old_row, old_col = _old_part(view, "exp_avg", b1, G, signs)
-            if not view.ahead:  # where the second moment's is nothing, an estimate would be divided by it
+            signed = _signs(view)
+            old_row, old_col = _old_factors(view, 1, b1, lambda rows: signed(rows, G(rows)))
+            if not view.ahead:  # where the second moment has no old part, an estimate would be divided by almost zero
                 old_row, old_col = torch.where(row > 0, old_row, 0), torch.where(col > 0, old_col, 0)
-            M = _rank_one(old_row, old_col, b1, G, signs)
+            M = _rank_one(old_row, old_col, b1, G, signed)
 
     def D(rows: slice) -> Tensor:
         return M(rows) / (V(rows).sqrt() + group["eps"])
@@ -293,29 +311,28 @@ def _smmf(view: _View) -> Metrics:
     return {**update, "direction_rms": view.rms(D)}
 
 
-def _whole(view: _View, key: str, decay: Tensor, new: Piece) -> Piece:
-    """A moment that is kept whole, as the step forms it: decay * old + (1 - decay) * new."""
-    (moment,) = (state.reshape(view.m, 1) for state in view.states(key))
-    return lambda rows: decay * moment[rows] + (1 - decay) * new(rows) if view.ahead else moment[rows]
+_UPDATES: dict[str, Callable[[_View], Metrics]] = {"hfac": _hfac, "smmf": _smmf}
+#: slice of rows and their values -> the values, each negated where the moment's sign is
+_Signed = Callable[[slice, Tensor], Tensor]
 
 
-def _rank_one(row: Tensor, col: Tensor, decay: Tensor, new: Piece, signs: "_Signs | None") -> Piece:
-    """A moment as the step forms it before it is compressed; ``row`` and ``col`` are factors of its old part."""
-    return lambda rows: _signed(row[rows, None] * col, signs, rows) + (1 - decay) * new(rows)
+def _rank_one(row: Tensor, col: Tensor, decay: Tensor, new: Rows, signed: _Signed = lambda rows, value: value) -> Rows:
+    """A moment before it is compressed: the old part, of these factors, and (1 - decay) * new."""
+    return lambda rows: signed(rows, row[rows, None] * col) + (1 - decay) * new(rows)
 
 
-def _old_part(view: _View, key: str, decay: Tensor, new: Piece, signs: "_Signs | None") -> tuple[Tensor, Tensor]:
+def _old_factors(view: _View, moment: int, decay: Tensor, new: Rows) -> tuple[Tensor, Tensor]:
     """Factors [m] and [n] of decay * old in a moment decay * old + (1 - decay) * new.
 
-    After the step only the factors of the result are there, which keep its row and column sums. Taking the new part's
-    off leaves those of the old part, which was of rank 1: exact for the second moment. Of the first, sums are known
-    after each element has been multiplied by its sign, and the old part then is of rank 1 as far as the old sign was
-    the new one. What is left within rounding of nothing is taken for nothing.
+    After the step only the result's factors remain, which keep its row and column sums. Subtracting the new part's sums
+    leaves those of the old part, which had rank 1: exact for the second moment. The first moment's sums are of absolute
+    values, so ``new`` must come multiplied by the moment's signs; the old part then has rank 1 as far as no sign has
+    changed. What is left within rounding error of zero counts as zero.
     """
-    row, col = view.states(f"{key}_row", f"{key}_col")
+    row, col = view.state(moment, spec.ROWS), view.state(moment, spec.COLS)
     if view.ahead:
         return decay * row, col
-    row_sum, col_sum = view.sums(lambda rows: _signed(new(rows), signs, rows))
+    row_sum, col_sum = view.sums(new)
     col = col * row.sum()
     least = 64 * torch.finfo(view.dtype).eps
     left_row, left_col = row - (1 - decay) * row_sum, col - (1 - decay) * col_sum
@@ -325,43 +342,18 @@ def _old_part(view: _View, key: str, decay: Tensor, new: Piece, signs: "_Signs |
     return left_row / torch.where(total == 0, 1, total), left_col
 
 
-def _signed(value: Tensor, signs: "_Signs | None", rows: slice) -> Tensor:
-    return value if signs is None else torch.where(signs(rows), value, -value)
+def _signs(view: _View) -> _Signed:
+    """Reads SMMF's sign bits, which are packed by slices of the parameter's first dimension, by rows of its matrix."""
+    inner, n = view.param[0].numel(), view.n
+    packed = view.state(1, spec.SIGNS).view(len(view.param), -1)
 
+    def signed(rows: slice, value: Tensor) -> Tensor:
+        index = torch.arange(rows.start * n, rows.stop * n, device=packed.device)
+        index, inside = index // inner, index % inner
+        bits = packed[index, inside // 8] >> (inside % 8).to(torch.uint8)
+        return torch.where((bits & 1).bool().view(-1, n), value, -value)
 
-class _Signs:
-    """Rows of SMMF's square matrix of sign bits, which are packed by slices of the parameter's first dimension."""
-
-    def __init__(self, view: _View) -> None:
-        self._bytes = view.state["exp_avg_sign"]
-        self._inner, self._n = view.param[0].numel(), view.n
-
-    def __call__(self, rows: slice) -> Tensor:
-        index = torch.arange(rows.start * self._n, rows.stop * self._n, device=self._bytes.device)
-        index, inside = index // self._inner, index % self._inner
-        found = self._bytes[index, inside // 8] >> (inside % 8).to(torch.uint8)
-        return (found & 1).bool().view(-1, self._n)
-
-
-def zeros(grad: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """[slices, 2]: of each slice how many rows and columns of the gradient hold nothing but zeros."""
-    return torch.stack([torch.stack(_zeros(part, group)) for part in slices(grad, group["batch_dims"])])
-
-
-def _zeros(grad: Tensor, group: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """How many rows and columns of the gradient hold nothing but zeros."""
-    shape = tuple(grad.shape)
-    k = matricize.cut(shape, group.get("matricize", "balanced")) or 1
-    m, n = math.prod(shape[:k]), math.prod(shape[k:])
-    G = grad.reshape(m, n)
-    row = torch.zeros((), dtype=torch.int64, device=grad.device)
-    col = torch.zeros(n, dtype=torch.uint8, device=grad.device)
-    rows = max(1, CHUNK // n)
-    for i in range(0, m, rows):
-        found = G[i : i + rows].bool().view(torch.uint8)  # whose largest is found much faster than any of bools
-        row += (found.amax(1) == 0).sum()
-        col |= found.amax(0)
-    return row, (col == 0).sum()
+    return signed
 
 
 def _scalar(value: Any) -> Any:

@@ -10,7 +10,7 @@ from .. import matricize, ops
 from ..schedules import Scalar
 from . import options
 from .base import FactoredOptimizer
-from .state import Layout
+from .state import Side
 
 
 class HFac(FactoredOptimizer):
@@ -85,7 +85,6 @@ class HFac(FactoredOptimizer):
     """
 
     _algorithm = "hfac"
-    _state_keys = ("exp_avg_row", "exp_avg_col", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg", "exp_avg_sq")
     _own_option = "matricize"
     _rules = {
         "betas": options.pair(options.number(0.0, 1.0, open_high=True)),
@@ -148,13 +147,9 @@ class HFac(FactoredOptimizer):
                 "in the arithmetic's type it would be zero, and a zero gradient would give 0/0"
             )
 
-    def _slice_layout(self, shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any]) -> Layout:
-        k = None if group["dense"] else matricize.cut(shape, group["matricize"])
-        dims = tuple(range(len(shape)))
-        if k is None:
-            return {"exp_avg": (shape, dtype, dims), "exp_avg_sq": (shape, dtype, dims)}
-        rows, cols = (shape[:k], dtype, dims[:k]), (shape[k:], dtype, dims[k:])
-        return {"exp_avg_row": rows, "exp_avg_col": cols, "exp_avg_sq_row": rows, "exp_avg_sq_col": cols}
+    def _sides(self, shape: tuple[int, ...], group: Mapping[str, Any]) -> tuple[Side, Side] | None:
+        k, dims = matricize.cut(shape, group["matricize"]), tuple(range(len(shape)))
+        return None if k is None else ((shape[:k], dims[:k]), (shape[k:], dims[k:]))
 
     def _scalars(self, group: Mapping[str, Any]) -> dict[str, Any]:
         return {

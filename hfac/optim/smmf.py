@@ -4,15 +4,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .. import matricize
-from ..distributed.layout import sign_refusal
 from ..schedules import Scalar
 from . import options
 from .base import FactoredOptimizer
-from .state import Layout
+from .state import Side
 
 WEIGHT_DECAY_MODES = ("adamw", "adam")
 
@@ -56,15 +52,6 @@ class SMMF(FactoredOptimizer):
     """
 
     _algorithm = "smmf"
-    _state_keys = (
-        "exp_avg_row",
-        "exp_avg_col",
-        "exp_avg_sign",
-        "exp_avg_sq_row",
-        "exp_avg_sq_col",
-        "exp_avg",
-        "exp_avg_sq",
-    )
     _own_option = "vector_reshape"
     _rules = {
         "beta": options.number(0.0, 1.0, open_high=True, none="no first moment"),
@@ -124,26 +111,10 @@ class SMMF(FactoredOptimizer):
         )
         super().__init__(params, defaults)
 
-    def _slice_layout(self, shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any]) -> Layout:
-        first = group["beta"] is not None
+    def _sides(self, shape: tuple[int, ...], group: Mapping[str, Any]) -> tuple[Side, Side] | None:
         n, m = matricize.square(math.prod(shape))
         vector = sum(side > 1 for side in shape) == 1
-        if group["dense"] or m == 1 or (vector and not group["vector_reshape"]):
-            whole = (shape, dtype, tuple(range(len(shape))))
-            return {"exp_avg": whole, "exp_avg_sq": whole} if first else {"exp_avg_sq": whole}
-        rows, cols = ((n,), dtype, (None,)), ((m,), dtype, (None,))
-        layout: Layout = {"exp_avg_sq_row": rows, "exp_avg_sq_col": cols}
-        if first:
-            signs = (matricize.sign_shape(shape), torch.uint8, (0, 1))
-            layout = {"exp_avg_row": rows, "exp_avg_col": cols, "exp_avg_sign": signs, **layout}
-        return layout
-
-    def _check_dtensor(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
-        super()._check_dtensor(where, param, group)
-        if "exp_avg_sign" in self._layout(param, group) and not group["batch_dims"]:  # whose slices are not cut
-            reason = sign_refusal(param)
-            if reason is not None:
-                raise ValueError(f"{where} {reason}")
+        return None if m == 1 or (vector and not group["vector_reshape"]) else (((n,), (None,)), ((m,), (None,)))
 
     def _scalars(self, group: Mapping[str, Any]) -> dict[str, Any]:
         return {name: group[name] for name in ("beta", "eps", "decay_rate", "growth_rate", "weight_decay_mode")}

@@ -233,15 +233,21 @@ def test_what_is_kept_goes_with_the_optimizer(device):
 def test_a_group_without_an_optimizer_keeps_what_is_captured(device):
     optimizer, params = run("SMMF")
     states = [optimizer.state[param] for param in params]
-    lists = {f"{key}s": [state.get(key) for state in states] for key in optimizer._state_keys}
+    lists = {f"{key}s": [state.get(key) for state in states] for key in optimizer._spec.keys}
     steps, grads = [state["step"] for state in states], [param.grad for param in params]
     group = functional.Group("smmf", params, grads, lists, steps, None, True, True, BACKEND)
     options = optimizer._options(optimizer.param_groups[0])
-    group.prepare(grads, **options).apply()
+    step = group.prepare(grads, **options)
+    step.check_capture()
+    step.apply()
     assert not group._captured
     with device.capture() as graph:
-        group.prepare(grads, **options).apply()
-    group.prepare([grad.clone() for grad in grads], **options).apply()
+        step = group.prepare(grads, **options)
+        step.check_capture()
+        step.apply()
+    step = group.prepare([grad.clone() for grad in grads], **options)
+    step.check_capture()
+    step.apply()
     expected = twin("SMMF", optimizer, params, grads)
     graph.replay()
     assert everything(optimizer, params) == expected
@@ -279,7 +285,7 @@ def test_a_first_step_in_a_capture_is_refused_and_goes_well_afterwards(device, n
 
 def test_the_functional_forms_which_bind_anew_in_every_call_are_refused(device):
     optimizer, params = run("SMMF")
-    lists = {f"{key}s": [optimizer.state[param].get(key) for param in params] for key in optimizer._state_keys}
+    lists = {f"{key}s": [optimizer.state[param].get(key) for param in params] for key in optimizer._spec.keys}
     steps, options = [optimizer.state[param]["step"] for param in params], optimizer._options(optimizer.param_groups[0])
     options.update(capturable=True, backend=BACKEND)
     grads, before = [param.grad for param in params], everything(optimizer, params)

@@ -12,6 +12,7 @@ from triton_interpreted import agree, laid_out, patched_once
 import hfac
 from hfac import matricize, ops, reference, spec
 from hfac.backends import triton as backend
+from hfac.backends.contract import Operands
 
 __all__ = ["ieee_square_roots", "patched_once"]
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -73,7 +74,7 @@ class Run:
         return {name: (m,) if "rows" in name else (n,) for name in self.states}
 
     def bind(self):
-        return backend.bind(spec.OPS[self.op], self.params, self.states, {})
+        return backend.bind(Operands(spec.OPS[self.op], self.params, self.states, {}))
 
     def flags(self):
         return torch.full((len(self.params),), 7, dtype=torch.int32)

@@ -25,6 +25,7 @@ from test_parity import (
 
 import hfac
 from hfac import matricize, ops, reference, rounding, spec
+from hfac.backends.contract import Operands
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/backends/test_triton.py"
 triton = pytest.importorskip("triton")
@@ -284,8 +285,8 @@ def test_rounding_is_the_definition(how, dtype, low):
     drawn, out = torch.zeros(1024, dtype=torch.int32), torch.zeros(1024, dtype=dtype)
     lows = torch.zeros(1024, dtype=torch.int8 if low == 8 else torch.int16)
     lists = {"master_lows": [lows.view(shape)]} if low else {}
-    offsets = None if place is None else [place]
-    found = records.Records(spec.HFAC_DENSE_STEP, [out.view(shape)], [out.view(shape)], lists, {}, offsets)
+    weights, places = [out.view(shape)], None if place is None else [place]
+    found = records.Records(Operands(spec.HFAC_DENSE_STEP, weights, lists, {}, places), weights)
     (item,) = found.items
     if place is not None and low != 16:
         assert item.stochastic == getattr(table, how).value

@@ -14,6 +14,7 @@ from triton_interpreted import KINDS, hard_numbers, patched_once, pieces
 
 from hfac import ops, reference, rounding, spec
 from hfac.backends import triton as backend
+from hfac.backends.contract import Operands
 
 __all__ = ["ieee_square_roots", "patched_once"]
 #: of kinds that are stored otherwise: vectors of 8 and not, several tiles, turned
@@ -57,7 +58,7 @@ class Watched(Run):
                     flat[0, ..., 1], flat[0, ..., 2] = 0.5, -0.5  # whose sum is nothing
 
     def bind(self):
-        return backend.bind(spec.OPS[self.op], self.params, self.states, {}, self.places)
+        return backend.bind(Operands(spec.OPS[self.op], self.params, self.states, {}, self.places))
 
     def weights(self):
         """In the type of the arithmetic."""

@@ -89,7 +89,7 @@ def test_a_thread_that_is_refused_leaves_a_step_to_the_others(kind):
 
 NO_MEMORY = """
 from hfac import spec
-from hfac.backends import cpu
+from hfac.backends import Operands, cpu
 torch.set_num_threads(2)
 shape, kinds = (64, 1 << 16), (torch.float32, torch.float64)
 params = [torch.ones(shape, dtype=kind) for kind in kinds for _ in range(2)]
@@ -103,7 +103,7 @@ for name in (state.name for state in spec.OPS[OP].states):
         states[name] = [torch.zeros(sides["row" if "rows" in name else "col"], dtype=p.dtype) for p in params]
 options = dict(lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0, maximize=False)
 options |= {"decoupled_weight_decay": True} if OP.startswith("smmf") else {"clip_threshold": 1.0}
-step = cpu.bind(spec.OPS[OP], params, states, {})
+step = cpu.bind(Operands(spec.OPS[OP], params, states, {}))
 before, refused = [t.clone() for t in params], 0
 for more in range(0, 64 * STEP, STEP):
     address_space(more)

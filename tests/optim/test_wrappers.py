@@ -145,7 +145,7 @@ def test_entries_of_others_do_not_cost_a_look_at_everything(cls, monkeypatch):
     optimizer = cls(params)
     train(optimizer, params, 2)
     looks = []
-    monkeypatch.setattr(optimizer, "_look_again", lambda look=optimizer._look_again: looks.append(1) or look())
+    monkeypatch.setattr(optimizer, "_validate", lambda look=optimizer._validate: looks.append(1) or look())
     for step in range(3):
         for state in optimizer.state.values():
             state["count"] = step

@@ -168,8 +168,8 @@ FAULTS = [
     Fault(
         "statistics of unclipped gradients serve the clipped step",
         "hfac",
-        "if self._squares is not None and clip.item() == 1:",
-        "if self._squares is not None:",
+        "if sums is not None and clip.item() == 1:",
+        "if sums is not None:",
         "tests/optim/test_clipping.py",
     ),
     Fault(
@@ -289,8 +289,8 @@ FAULTS = [
     Fault(
         "memory that a graph reads is freed",
         "hfac",
-        "self.captured += [self.table, self.source, self.workspace, self.counters, *given.values(), *kept, *copies]",
-        "self.captured += [self.table, self.source, self.counters, *given.values(), *kept, *copies]",
+        "captured += [self.table, self.source, workspace, self.counters, *memory.values(), *kept, *copies]",
+        "captured += [self.table, self.source, self.counters, *memory.values(), *kept, *copies]",
         "tests/backends/test_captures.py",
     ),
     Fault(

@@ -1,5 +1,5 @@
-"""An import may only go down: optim -> functional -> ops -> backends -> reference, kernels; and importing costs
-nothing optional."""
+"""An import may only go down: optim -> functional -> ops -> backends -> reference, kernels; no modules import each
+other in a circle; and importing needs nothing optional."""
 
 import ast
 import subprocess
@@ -48,11 +48,18 @@ ALLOWED = {
 }
 
 
-def imports(path: Path) -> set[str]:
-    """Parts of hfac that a file imports: "ops" for hfac.ops and ..ops, "" for hfac itself."""
-    package = ("hfac", *path.relative_to(ROOT).with_suffix("").parts[1:-1])
-    if path.parts[-2] == "triton_kernels":
-        package = ("hfac", "triton_kernels")
+def name_of(path: Path) -> tuple[str, ...]:
+    """The module that a file is, as a dotted name in parts."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("hfac", *parts) if parts[0] == "triton_kernels" else parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def imported(path: Path) -> set[tuple[str, ...]]:
+    """Dotted names, in parts, of everything that a file imports: at its top, in functions and under TYPE_CHECKING. What
+    it takes from a package or module has the package's or module's name in front."""
+    name = name_of(path)
+    package = name if path.stem == "__init__" else name[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -60,11 +67,15 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             base += tuple(node.module.split(".")) if node.module else ()
-            found |= {base} if base not in {("hfac",)} else {(*base, alias.name) for alias in node.names}
-    mine = package[1] if len(package) > 1 else None
-    parts = {(name[1] if len(name) > 1 else "") for name in found if name[0] == "hfac"}
+            found |= {(*base, alias.name) for alias in node.names}
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Parts of hfac that a file imports: "ops" for hfac.ops and ..ops, "" for hfac itself."""
+    parts = {(name[1] if len(name) > 1 else "") for name in imported(path) if name[0] == "hfac"}
     exported = {"HFac": "optim", "SMMF": "optim", "__version__": "_version"}
-    return {exported.get(part, part) for part in parts} - {mine}
+    return {exported.get(part, part) for part in parts} - set(name_of(path)[1:2])
 
 
 FILES = sorted([*(ROOT / "hfac").rglob("*.py"), *(ROOT / "triton_kernels").rglob("*.py")])
@@ -76,6 +87,41 @@ def test_imports_go_down(path):
     module = parts[0] if parts[0] != "hfac" else parts[1]
     assert module in ALLOWED, f"{module} has no row in the layering"
     assert imports(path) <= ALLOWED[module]
+
+
+def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
+    """The sets of modules each of which imports, by way of others or not, all of its set."""
+
+    def reached(start: str) -> set[str]:
+        found, left = set(), [start]
+        while left:
+            new = graph[left.pop()] - found
+            found |= new
+            left += new
+        return found
+
+    below = {module: reached(module) for module in graph}
+    return {
+        frozenset(other for other in below[module] if module in below[other])
+        for module in graph
+        if module in below[module]
+    }
+
+
+def test_no_modules_import_each_other():
+    """Of all modules, within packages as well; an import under TYPE_CHECKING or inside a function counts, too."""
+    modules = {name_of(path): path for path in FILES}
+
+    def module_of(name: tuple[str, ...]) -> tuple[str, ...]:
+        return name if name in modules else name[:-1]
+
+    graph = {
+        ".".join(name): {".".join(module) for found in imported(path) if (module := module_of(found)) in modules}
+        for name, path in modules.items()
+    }
+    assert "hfac.functional" in graph["hfac.optim.base"] and "hfac.optim.options" in graph["hfac.optim.smmf"]
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == {frozenset("bc")}
+    assert circles(graph) <= {frozenset({"hfac.ops.steps", "hfac.ops.update"})}  # until these are one
 
 
 def test_optim_names_no_backend_module():

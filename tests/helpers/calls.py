@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from hfac import ops, spec
+from hfac.backends import Operands
 
 
 def _call(op: spec.Op, *given: Any, **named: Any) -> None:
@@ -48,7 +49,7 @@ class Bound:
 def bind(backend: Any, op: str, params: Any, lists: Any, places: Any = None) -> Bound:
     """A backend's call on whole parameters."""
     found = spec.OPS[f"{op.removesuffix('_')}_"]
-    return Bound(found, backend.bind(found, params, lists, {}, places))
+    return Bound(found, backend.bind(Operands(found, params, lists, {}, places)))
 
 
 def step(call: ops.OpCall, grads: Any, nonfinite: Any = None, **arguments: Any) -> None:

@@ -1,0 +1,155 @@
+"""Caches validated state between steps and detects when it is stale."""
+
+from collections.abc import Collection, Mapping
+from itertools import chain
+from operator import is_, itemgetter
+from typing import Any
+
+from torch import Tensor
+
+from .. import functional, spec
+from ..distributed import layout
+from .state import EXECUTION, has_state, needs_reduction, own_keys
+
+Groups = list[dict[str, Any]]
+#: an optimizer's ``state``: of each parameter by key, and whatever wrappers of the optimizer add
+States = Mapping[Any, Any]
+
+
+class StepCache:
+    """The parameters and states of the last step that validated them all. As long as they are the same objects, a
+    step need not create, move or drop state, and what it bound before can be used again.
+
+    Args:
+        groups: the optimizer's ``param_groups``.
+        state: the optimizer's ``state``.
+        algorithm: the optimizer's. Wrappers may replace entries of the state under other keys than its own.
+    """
+
+    def __init__(self, groups: Groups, state: States, algorithm: spec.Algorithm) -> None:
+        self._algorithm, self._own_keys = algorithm, own_keys(algorithm)
+        everything = [(param, group) for group in groups for param in group["params"]]
+        #: by group, the parameters whose step needs no sums over ranks
+        self.local = [[p for p in group["params"] if not needs_reduction(p, group)] for group in groups]
+        #: of every parameter, its position among all of the optimizer's
+        self.positions = {param: i for i, (param, _) in enumerate(everything)}
+        self._dtensors = [param for param, _ in everything if layout.is_dtensor(param)]
+        #: sharded parameters without state, which all ranks create when the first gradient arrives
+        self._without_state = [p for p, group in everything if needs_reduction(p, group) and not has_state(state, p)]
+        self._objects = list(map(list, self._collect(groups, state)))
+        self._own = self._own_objects(state)
+        self._options = self._cached_options(groups)
+
+    def is_valid(self, groups: Groups, state: States) -> bool:
+        """Whether groups, parameters and the optimizer's own state are still the same objects under the same options,
+        and no sharded parameter needs its first state."""
+        if self._cached_options(groups) != self._options or any(p.grad is not None for p in self._without_state):
+            return False
+        now = self._collect(groups, state)
+        if all(map(_identical, now, self._objects)):
+            return True
+        states, values, *rest = now
+        if not _identical(self._own_objects(state), self._own) or not all(map(_identical, rest, self._objects[2:])):
+            return False
+        self._objects[:2] = [list(states), values]  # a wrapper has replaced entries of its own
+        return True
+
+    def gradients(self, group_index: int) -> list[Any]:
+        """This rank's gradients of the parameters in ``local``; None where there is none."""
+        params = self.local[group_index]
+        if not self._dtensors:
+            return [param.grad for param in params]
+        label = f"a parameter of group {group_index}"
+        return [layout.gradient(param, label) for param in params]
+
+    def _collect(self, groups: Groups, state: States) -> list[Collection[Any]]:
+        """All objects that must stay the same: states, their values, local tensors, and each group's parameters."""
+        states = state.values()
+        try:
+            values = list(chain.from_iterable(map(dict.values, states)))
+        except TypeError:  # a wrapper's entry that belongs to no parameter
+            values = [value for entry in states if isinstance(entry, dict) for value in entry.values()]
+        shards = [param._local_tensor for param in self._dtensors]
+        return [states, values, shards, *(group["params"] for group in groups)]
+
+    def _cached_options(self, groups: Groups) -> list[tuple[Any, ...]]:
+        return [_cached_options(group, self._algorithm) for group in groups]
+
+    def _own_objects(self, state: States) -> list[Any]:
+        return [
+            thing
+            for param, entry in state.items()
+            if isinstance(param, Tensor)
+            for thing in (param, *_own_values(entry, self._own_keys))
+        ]
+
+
+class SingleParamCache:
+    """One parameter of the optimizer, bound by itself: what `StepCache` is for all of them, so that the cost of
+    `step_param` does not grow with their number.
+
+    Args:
+        groups, algorithm: as for `StepCache`.
+        group_index, index: the parameter's group, and its index in the group.
+    """
+
+    def __init__(self, groups: Groups, group_index: int, index: int, algorithm: spec.Algorithm) -> None:
+        self.group, self.label = groups[group_index], f"parameter {index} of group {group_index}"
+        self.param: Tensor = self.group["params"][index]
+        self.bound: functional.Group | None = None
+        self._group_index, self._index = group_index, index
+        self._algorithm, self._own_keys = algorithm, own_keys(algorithm)
+
+    def is_valid(self, groups: Groups, state: States) -> bool:
+        """Whether the parameter still has its index in its group. Drops ``bound`` where that is stale."""
+        params = self.group["params"]
+        if (
+            self._group_index >= len(groups)
+            or groups[self._group_index] is not self.group
+            or self._index >= len(params)
+            or params[self._index] is not self.param
+        ):
+            return False
+        if self.bound is not None and not self._bound_is_valid(groups, state):
+            self.bound = None
+        return True
+
+    def position(self, groups: Groups) -> int:
+        """The parameter's position among all of the optimizer's, which its random bits depend on; 0 without."""
+        if self.group["rounding"] == "nearest":
+            return 0
+        return sum(map(len, map(itemgetter("params"), groups[: self._group_index]))) + self._index
+
+    def keep(self, bound: functional.Group, groups: Groups, state: States) -> None:
+        """Keeps the bound parameter until any of what it was made of changes."""
+        self._state, self._values = state[self.param], dict(state[self.param])
+        self._shard = getattr(self.param, "_local_tensor", None)
+        self._options, self._position = _cached_options(self.group, self._algorithm), self.position(groups)
+        self.bound = bound
+
+    def _bound_is_valid(self, groups: Groups, state: States) -> bool:
+        entry = state.get(self.param)
+        if entry is not self._state:
+            return False
+        if not _identical(entry.values(), self._values.values()):
+            if not _identical(*(_own_values(values, self._own_keys) for values in (entry, self._values))):
+                return False
+            self._values = dict(entry)  # a wrapper has replaced entries of its own
+        return (
+            self.position(groups) == self._position
+            and getattr(self.param, "_local_tensor", None) is self._shard
+            and _cached_options(self.group, self._algorithm) == self._options
+        )
+
+
+def _cached_options(group: Mapping[str, Any], algorithm: spec.Algorithm) -> tuple[Any, ...]:
+    """The options that binding depends on."""
+    return (*(group[n] for n in (*EXECUTION, "nonfinite", "rounding", "master")), algorithm.has_first(group))
+
+
+def _own_values(entry: Mapping[str, Any], keys: Collection[str]) -> list[Any]:
+    return [value for key, value in entry.items() if key in keys]
+
+
+def _identical(now: Collection[Any], then: Collection[Any]) -> bool:
+    return len(now) == len(then) and all(map(is_, now, then))

@@ -1,0 +1,243 @@
+"""Saving and loading optimizer state, checked before anything is changed."""
+
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from .. import rounding
+from ..distributed import layout
+from .state import EXECUTION, HOST, LOW, StatefulOptimizer, counter, is_trained
+
+
+class CheckpointedOptimizer(StatefulOptimizer):
+    """State dicts of the optimizer, and float32 state dicts of its model."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim: {"state": {index: {key: tensor}}, "param_groups": [...]}. Tensors share memory with the
+        state. Entries that wrappers of the optimizer keep in its state are included."""
+        self._sync_state()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a copy of ``state_dict``, as `state_dict` returns it; training resumes bit for bit.
+
+        Everything is validated first. Tensors keep their own types, where torch's own loading would cast factors and
+        sign bits to the parameter's. ``capturable``, ``backend``, ``amp_scaling`` and ``watch`` keep this optimizer's
+        values: they say how a step runs on this machine, not what it computes. Entries that wrappers keep in the state
+        under keys of their own are loaded unchanged; their tensors are copied to the parameter's device, as in torch.
+
+        Raises:
+            TypeError, ValueError: the state does not fit. The message names the parameter's index, what was expected
+                and what was found; the optimizer is unchanged.
+        """
+        if not isinstance(state_dict, Mapping):
+            self._checked_state(state_dict)
+        loaded: dict[Any, Any] = {}
+        execution = [{name: group[name] for name in EXECUTION} for group in self.param_groups]
+
+        # The user's hooks may rewrite the state dict, so their result is what must be checked and copied: the first of
+        # these two hooks runs after all other pre-hooks, the second before all other post-hooks.
+        def check(optimizer: Optimizer, final: dict[str, Any]) -> None:
+            loaded.update(self._checked_state(final))
+
+        def restore(optimizer: Optimizer) -> None:
+            for group, kept in zip(self.param_groups, execution, strict=True):
+                group.update(self._checked(group))
+                group.update(kept)
+            params = [param for group in self.param_groups for param in group["params"]]
+            self.state.clear()
+            with torch.inference_mode(False), torch.no_grad():
+                for key, state in loaded.items():
+                    if not isinstance(key, int):  # a wrapper's entry, not a parameter's
+                        self.state[key] = _copied(state, None)
+                        continue
+                    param = params[key]
+                    self.state[param] = {
+                        name: value.clone(memory_format=torch.contiguous_format)
+                        if name in self._own_keys
+                        else _copied(value, None if param.is_meta else param.device)
+                        for name, value in state.items()
+                    }
+            self._sync_state()
+
+        handles = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def fp32_state_dict(self, model: torch.nn.Module) -> dict[str, Tensor]:
+        """``model.state_dict()`` with parameters in float32: the master weights where the optimizer has them.
+
+        Other 16-bit parameters are widened; float64 parameters and buffers are unchanged. Sharded parameters give
+        DTensors. Converted tensors are new; all others share memory with the model.
+        """
+        return {
+            name: self._fp32(value) if isinstance(value, torch.nn.Parameter) else value
+            for name, value in model.state_dict(keep_vars=True).items()
+        }
+
+    def _fp32(self, param: Tensor) -> Tensor:
+        low, value = self.state.get(param, {}).get(LOW), param.detach()
+        if low is None:
+            return value.float() if value.dtype in rounding.DTYPES else value
+        joined = rounding.join(layout.local(value), layout.local(low))
+        return layout.like(param, joined)
+
+    @torch.no_grad()
+    def load_fp32_state_dict(self, model: torch.nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+        """Loads what `fp32_state_dict` returned, or any other state dict of the model. Precision that a parameter's
+        type lacks goes into its master weight; without one, weights are rounded to nearest.
+
+        Raises:
+            ValueError: names or shapes differ from the model's; nothing has been loaded.
+        """
+        mine = model.state_dict(keep_vars=True)
+        if mine.keys() != state_dict.keys():
+            odd = sorted(mine.keys() ^ state_dict.keys())
+            raise ValueError(
+                f"{type(self).__name__}: the state dict must have the model's {len(mine)} names, but {odd[:5]} "
+                f"{'are' if len(odd) > 1 else 'is'} in one of them only"
+            )
+        values = {}
+        for name, target in mine.items():
+            where = f"{type(self).__name__}: {name!r} of the state dict"
+            value = state_dict[name]
+            if not isinstance(value, Tensor) or value.shape != target.shape:
+                found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{where} must be a tensor of shape {tuple(target.shape)}, got {found}")
+            try:
+                values[name] = layout.local(layout.placed(target, value.detach(), tuple(range(value.ndim))))
+            except ValueError as error:
+                raise ValueError(f"{where} {error}") from None
+        self._sync_state()
+        for name, target in mine.items():
+            value, to = values[name], layout.local(target.detach())
+            low = self.state.get(target, {}).get(LOW) if isinstance(target, torch.nn.Parameter) else None
+            if low is not None:
+                high, rest = rounding.split(value.to(to.device, torch.float32), low.dtype)
+                layout.local(low).copy_(rest)
+                value = high
+            to.copy_(value)
+
+    def _checked_state(self, state_dict: dict[str, Any]) -> dict[Any, Any]:
+        """The validated state in ``state_dict``: by a parameter's position in this optimizer, and wrappers' entries by
+        their own keys."""
+        name = type(self).__name__
+        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+            given = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+            raise TypeError(
+                f"{name}: a state dict has the keys 'state' and 'param_groups', as state_dict() returns; got {given}"
+            )
+        groups, saved_groups = self.param_groups, state_dict["param_groups"]
+        if not isinstance(state_dict["state"], Mapping) or not all(
+            isinstance(saved, Mapping) and "params" in saved for saved in saved_groups
+        ):
+            raise TypeError(
+                f"{name}: in a state dict 'state' is a dict and 'param_groups' a list of dicts with 'params', as "
+                "state_dict() returns"
+            )
+        sizes, saved_sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved_groups]
+        if sizes != saved_sizes:
+            raise ValueError(
+                f"{name}: the optimizer has {len(sizes)} groups of {sizes} parameters, the state dict "
+                f"{len(saved_sizes)} of {saved_sizes}. Build the optimizer with the parameter groups it was saved with."
+            )
+        for index, saved in enumerate(saved_groups):
+            if self._own_option not in saved:
+                raise ValueError(
+                    f"{name}: group {index} of the state dict has no {self._own_option!r}: it was saved by another "
+                    "optimizer"
+                )
+        merged = [{**self.defaults, **self._checked(saved)} for saved in saved_groups]
+        self._common_limit(merged)
+        owners = [(param, group) for group, target in zip(merged, groups, strict=True) for param in target["params"]]
+        positions = {key: i for i, key in enumerate(key for g in saved_groups for key in g["params"])}
+        for index, (param, group) in enumerate(owners):
+            if is_trained(param) and not is_lazy(param):
+                self._check_layout(f"{name}: with the options of the state dict, parameter {index}", param, group)
+        named = any(isinstance(key, str) for key in positions)
+        checked: dict[Any, Any] = {}
+        for key, state in state_dict["state"].items():
+            if key not in positions:
+                if not isinstance(key, int) and not named:
+                    checked[key] = state
+                    continue
+                raise ValueError(
+                    f"{name}: the state dict has state for parameter {key!r}, which is in none of its groups"
+                )
+            if state:
+                checked[positions[key]] = self._checked_entry(positions[key], *owners[positions[key]], state)
+        return checked
+
+    def _checked_entry(
+        self, index: int, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        if is_lazy(param):
+            raise ValueError(
+                f"{type(self).__name__}: the state dict has state for parameter {index}, which has no shape yet. Run a "
+                "forward pass first: it initializes the parameters of lazy modules."
+            )
+        where = f"{type(self).__name__}: state of parameter {index} (shape {tuple(param.shape)})"
+        if not isinstance(state, Mapping):
+            raise TypeError(f"{where} must be a dict of tensors, got {type(state).__name__}")
+        needed_layout = self._full_layout(param, group)
+        needed = {*needed_layout, "step"}
+        own = state.keys() & self._own_keys
+        entry: dict[str, Any] = {key: value for key, value in state.items() if key not in own}
+        if not own and not is_trained(param):
+            return entry
+        if not needed <= own or not own <= {*needed, "skipped"}:
+            raise ValueError(
+                f"{where} must have the keys {sorted(needed)}, got {sorted(map(str, state))}. It was saved by another "
+                "optimizer, or with options that give another state."
+            )
+        for key, (shape, dtype, follows) in needed_layout.items():
+            value = state[key]
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{where}: '{key}' must be a tensor of shape {shape}, got {type(value).__name__}")
+            if tuple(value.shape) != shape or value.layout is not torch.strided:
+                raise ValueError(f"{where}: '{key}' must have shape {shape}, got {_described(value)}")
+            if value.is_floating_point() != dtype.is_floating_point or (
+                value.dtype != dtype and not dtype.is_floating_point
+            ):
+                raise ValueError(f"{where}: '{key}' must be {dtype}, got {value.dtype}")
+            try:
+                entry[key] = layout.placed(param, value.to(dtype), follows)
+            except ValueError as error:
+                raise ValueError(f"{where}: '{key}' {error}") from None
+        for key, dtype in (("step", torch.float32), ("skipped", torch.int32)):
+            if key in state:
+                count = state[key]
+                if not isinstance(count, Tensor | Real) or (isinstance(count, Tensor) and count.numel() != 1):
+                    found = f"shape {tuple(count.shape)}" if isinstance(count, Tensor) else type(count).__name__
+                    raise ValueError(f"{where}: '{key}' must be one number, got {found}")
+                entry[key] = counter(count, dtype, count.device if isinstance(count, Tensor) else HOST)
+                if entry[key].device.type == "cpu" and not 0 <= entry[key].item() < math.inf:
+                    raise ValueError(f"{where}: '{key}' must be a number >= 0, got {entry[key].item()}")
+        return entry
+
+
+def _copied(value: Any, device: torch.device | None) -> Any:
+    """A wrapper's entry with its tensors copied, inside containers as well; to ``device`` unless that is None."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device=device or value.device, copy=True).requires_grad_(value.requires_grad)
+    if isinstance(value, dict):
+        return {key: _copied(entry, device) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied(entry, device) for entry in value)
+    return value
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}" + ("" if tensor.layout is torch.strided else f" of layout {tensor.layout}")

@@ -1,0 +1,57 @@
+"""The road of a warm step, from `optimizer.step()` to the CUDA kernels' launch: how many calls, how many files."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import emulated
+import pytest
+import torch
+from torch.nn import Parameter
+
+import hfac
+
+pytestmark = pytest.mark.skipif(emulated.native is None, reason=emulated.WHY_NOT)
+PACKAGE = str(Path(hfac.__file__).parent)
+
+
+class Road:
+    """What of the package one step calls: by function, and the calls that are open where the kernels are launched."""
+
+    def __init__(self, step, platform, monkeypatch):
+        self.calls, self.files, self.open, self.launches = Counter(), set(), [], []
+        before = platform.before_launch
+        monkeypatch.setattr(platform, "before_launch", lambda room: before(room) or self.launches.append([*self.open]))
+        sys.setprofile(self._note)
+        try:
+            step()
+        finally:
+            sys.setprofile(None)
+
+    def _note(self, frame, event, _):
+        code = frame.f_code
+        if not code.co_filename.startswith(PACKAGE):
+            return
+        if event == "call":
+            self.calls[code.co_qualname] += 1
+            self.files.add(code.co_filename)
+            self.open.append(code.co_qualname)
+        elif event == "return":
+            self.open.pop()
+
+
+@pytest.mark.parametrize("name", ["HFac", "SMMF"])
+def test_a_warm_step_is_six_calls_in_fourteen_files(name, emulated_backend, monkeypatch):
+    """One descent to check, one to launch: no layer is asked twice."""
+    param = Parameter(torch.randn(24, 16))
+    optimizer = getattr(hfac, name)([param], backend=emulated.NAME)
+    for _ in range(2):
+        param.grad = torch.randn(24, 16)
+        optimizer.step()
+    road = Road(optimizer.step, emulated.ops.platform, monkeypatch)
+    (launch,) = road.launches
+    expected = ["FactoredOptimizer.step", "Step.apply", "OpCall.apply", "CudaCall.__call__", "Planned.launch"]
+    assert launch == expected  # and the extension's launch is the sixth
+    assert len(road.files) <= 14, sorted(road.files)
+    once = (*expected, "Group.prepare", "OpCall.prepare", "Step.check_capture", "OpCall.holds")
+    assert {call: road.calls[call] for call in once} == dict.fromkeys(once, 1)
