@@ -33,12 +33,11 @@ TARGETS = {
 }
 #: Where instructions are counted.
 COUNTED = "sm_90"
-#: Bytes that a lane may park in memory where SMMF's tile has a lower piece: it takes all registers without one, and
-#: with it has an address more; where H-Fac's statistics, which take all registers too, divide; and where a step is
-#: watched.
+#: Bytes that a lane may spill in kernels that take all registers as it is: SMMF's tiles, where low bits add an address;
+#: H-Fac's statistics, where gradients are divided; and watched steps.
 SPARE = 32
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-#: How most weights are stored, and what that is called where they are not.
+#: How most weights are stored, and names of the ways to draw random bits.
 _PLAIN = {"STOCHASTIC": NEAREST.value, "LOW": 0}
 _BITS = {EIGHT.value: "stochastic", EIGHT_APART.value: "stochastic apart", EACH.value: "stochastic each"}
 _STEPS = "smmf_step_", "hfac_step_", "smmf_dense_step_", "hfac_dense_step_"
@@ -285,12 +284,12 @@ def _write(rows: list[str], count: int, failed: int, costs: list[str]) -> None:
         f"Written by `make triton-check` with Triton {triton.__version__}; no GPU was used and nothing here was timed. "
         f"{count} variants, {failed} complaints. Per target: registers / bytes of shared memory / 128-bit accesses.",
         "",
-        "Asserted: on the bulk (contiguous, 16-byte aligned, rows of whole vectors of 8) 128-bit global accesses and, "
-        "but for SMMF's sign bytes, none of 8 or 16 bits; at most 128 registers on NVIDIA GPUs; nothing spilled; "
-        "shared memory within the target's; no fused multiply-adds and no approximate roots or quotients in PTX, "
-        "and none in hfac_update on AMD's bulk, whose other kernels refine roots and quotients with them. Of "
-        f"smmf_tiles with a lower piece, of hfac_stats that divide, and of what watches a lane may park {SPARE} bytes; "
-        "with a lower piece of 16 bits what is summed lies as a float32's, for which accesses are of 64 bits.",
+        "Asserted: on the bulk (contiguous, 16-byte aligned, rows of whole vectors of 8) global accesses of 128 bits "
+        "and, except for SMMF's sign bytes, none of 8 or 16 bits; at most 128 registers on NVIDIA GPUs; no spills; "
+        "shared memory within the target's; no fused multiply-adds and no approximate roots or quotients in PTX, and "
+        "none in hfac_update on AMD's bulk (AMD's other kernels refine roots and quotients with them). smmf_tiles with "
+        f"low bits, hfac_stats that divide, and watched kernels may spill {SPARE} bytes per lane. With 16 low bits, "
+        "elements are laid out as a float32's, which takes accesses of 64 bits.",
         "",
         "| kernel | variant | " + " | ".join(TARGETS) + " |",
         "| --- | --- |" + " --- |" * len(TARGETS),

@@ -144,10 +144,10 @@ class Launch:
 
 
 def compile_options(constants: dict[str, Any], warps: int, maker: str) -> dict[str, Any]:
-    """What Triton is told besides: for GPUs of ``maker``, "cuda", "hip" or another.
+    """Triton's own options of a launch, for GPUs of ``maker``: "cuda", "hip" or another.
 
     A bound on registers lets two programs of 256 lanes run on a multiprocessor; without one ptxas aims at three of some
-    kernels and parks registers in memory. A wave of AMD's has 64 lanes.
+    kernels and spills registers. AMD's waves have 64 lanes.
     """
     options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
     if maker == "cuda":
@@ -403,7 +403,7 @@ def _smmf_dense(items: Sequence[Item]) -> Plan:
 def _dense(kernel: Any, items: Sequence[Item], look: list[Launch]) -> Plan:
     def shape(item: Item) -> Shape:
         """A lane has 8 elements of a run, or 4 where each of them has two addresses or random bits of its own. H-Fac's
-        norm of a float32 that is stored in two pieces is summed as a float32's."""
+        norm of a float32 whose low bits are stored apart is summed as a float32's."""
         plain = not (item.stochastic or item.low) or (item.low == 16 and kernel is dense.hfac_dense)
         return 0, 0, 8 if item.whole or plain else 16
 

@@ -179,8 +179,7 @@ def _items(operands: Operands, grads: Tensors) -> list[Item]:
 
 
 def scalars_of(numbers: Mapping[str, Any], on_host: bool) -> list[Any]:
-    """Numbers of a step in the order of `table.SCALARS`; 0 where the op has none. ``on_host``: those of tensors, where
-    they are to be had without waiting for a device."""
+    """Numbers of a step in the order of `table.SCALARS`; 0 where the op has none. ``on_host``: CPU tensors are read."""
     found = map(numbers.get, table.SCALARS)
     return [0.0 if x is None else x if x.__class__ is float else _plain(x, on_host) for x in found]
 
@@ -211,7 +210,7 @@ def scalar_values(scalars: Sequence[Any], seed: int, count: int) -> list[float]:
 
 
 def copy_scalars(to: Tensor, scalars: Sequence[Any], fill: bool = False) -> None:
-    """Puts the values of tensors in their places, which are not read here. ``fill``: those of numbers, too, where each
+    """Copies the values of tensors on the device, without reading them here. ``fill``: of numbers, too, where each
     parameter has its own."""
     if all([value.__class__ is float for value in scalars]):
         return

@@ -63,7 +63,7 @@ class Launcher:
 
 
 class Room(Launcher):
-    """Device memory of one step at a time, and the tables in it, for parameters and lists that stay where they are."""
+    """Device memory of one step at a time, with its tables, for tensors that stay where they are."""
 
     plan: Plan
     workspace: Tensor | None = None
@@ -101,8 +101,7 @@ class Room(Launcher):
         return [*tables, self.workspace, self.scalars, self.flags]
 
     def locate(self, grads: Tensors, capturing: bool) -> None:
-        """Makes what depends on the gradients' types and layouts, where those changed; else only notes where they
-        lie, and where they lie as they lay, nothing."""
+        """Finds out where the gradients are, and plans anew where their types or layouts have changed."""
         addresses, layout = _read(grads)
         if self._known is None or addresses != self._addresses or layout != self._known[0]:
             known = layout, _aligned(addresses)
@@ -146,7 +145,7 @@ class Room(Launcher):
         copy_scalars(self.scalars, scalars, fill=capturing)
 
     def scale(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Brings what a GradScaler says."""
+        """Copies a GradScaler's tensors."""
         if grad_scale is not None:
             self.scalars[table.GRAD_SCALE.value].copy_(grad_scale.reshape(()))
         if found_inf is not None:
@@ -154,13 +153,13 @@ class Room(Launcher):
 
 
 class Statistics:
-    """Sums of a first read of the gradients (`hfac.backends`), in a room of their own until a step is made with them or
-    nobody has them any more.
+    """Sums of a first read of the gradients (`hfac.backends`). They own a room until a step uses them or they are
+    dropped.
 
     Attributes:
         squares: float64 [parameters], each gradient's sum of squares, divided by grad_scale; 0 without elements.
         grads: copies of the gradients, where one of them is a view that negates.
-        counted: the rows that are zero have been counted with them.
+        counted: whether zero rows have been counted.
     """
 
     def __init__(self, rooms: list[Room], room: Room, squares: Tensor, grads: Tensors, counted: bool) -> None:
@@ -188,8 +187,8 @@ class Bound:
         operands: of an op on whole parameters. Where they have places, every call brings ``seed`` and ``step``.
 
     Attributes:
-        captured: what a CUDA graph reads in every replay, and nobody may change or free. Only captures add to it;
-            whoever keeps this replaces the list by one of its own, which then outlives it.
+        captured: what a CUDA graph reads in every replay, which must not be changed or freed. Only captures add to
+            it; the owner may replace the list by one that lives longer.
     """
 
     #: The kernels divide by a GradScaler's scale and look at its found_inf themselves.
@@ -199,7 +198,7 @@ class Bound:
         self._operands, self._params = operands, operands.params
         self.device = self._params[0].device
         self._first = has_first(operands)
-        self._rooms: list[Room] = []  # those that nobody has
+        self._rooms: list[Room] = []  # those that are free
         self._lock = threading.Lock()
         self._stream = platform.stream_of(self.device)  # of the last step
         self.captured: list[Any] = []
@@ -312,7 +311,7 @@ class Bound:
         return room, copies
 
     def _resume(self, room: Room, skip: bool, clip: Tensor) -> None:
-        """Everything is there but the coefficient."""
+        """Only the coefficient is missing."""
         if not self.capturing():
             self._follow(room)
         room.scalars[table.COEFFICIENT.value].copy_(clip)
@@ -320,16 +319,16 @@ class Bound:
             room.flags.mul_(clip == 1)
 
     def _close(self, room: Room, nonfinite: Tensor | None, found_inf: Tensor | None, copies: Tensors) -> None:
-        """Says which gradients are not finite: none where found_inf has said it of all. What has been launched for a
-        graph stays."""
+        """Reports which gradients are not finite (none, where found_inf has reported it of all), and keeps what has
+        been launched for a graph."""
         if nonfinite is not None:
             nonfinite.copy_(room.flags if found_inf is None else room.flags * (found_inf.reshape(()) == 0))
         if self.capturing():
             self.captured += [*room.memory(), room.staged.source, room.squares, room.watched, copies]
 
     def _follow(self, room: Room) -> None:
-        """Goes on on the current stream: after what the last one was given, and with memory that is not handed out
-        again before both are done with it."""
+        """Continues on the current stream: after the last step's stream, and with memory that the allocator does not
+        reuse before both are done with it."""
         stream = platform.stream_of(self.device)
         if stream != self._stream:
             stream.wait_stream(self._stream)
