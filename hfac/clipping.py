@@ -53,13 +53,15 @@ def _in_pieces(grad: Tensor) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p, dtype=torch.float32) for p in pieces]))
 
 
-def total(norms: Sequence[Tensor], finite: Sequence[Tensor] = ()) -> Tensor:
-    """The norm of all tensors together, of the norms of each, 0-d or many in one tensor; of those in ``finite`` what is
-    not finite is left out."""
-    every = [*norms, *finite]
-    device = next((norm.device for norm in every if not norm.is_cpu), every[0].device)
-    stacks = [torch.cat([norm.to(device).reshape(-1) for norm in part]) for part in (norms, finite) if part]
-    if finite:
+def total(norms: Sequence[tuple[Tensor, bool]]) -> Tensor | None:
+    """The norm of all tensors together, from the norms of each, 0-d or many in one tensor; None without any. Each comes
+    with whether it is left out where it is not finite (nonfinite="skip")."""
+    if not norms:
+        return None
+    device = next((norm.device for norm, _ in norms if not norm.is_cpu), norms[0][0].device)
+    flat = {skip: [norm.to(device).reshape(-1) for norm, mine in norms if mine == skip] for skip in (False, True)}
+    stacks = [torch.cat(mine) for mine in flat.values() if mine]
+    if flat[True]:
         stacks[-1] = torch.nan_to_num(stacks[-1], nan=0.0, posinf=0.0)
     return torch.linalg.vector_norm(torch.cat(stacks))
 

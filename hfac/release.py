@@ -185,12 +185,9 @@ class ReleasedGradients:
             self._passed.clear()
             self._keep(norm)
 
-    def _norm_of_passed(self) -> Tensor:
-        skip = {id(p): g["nonfinite"] == "skip" for g in self._optimizer.param_groups for p in g["params"]}
-        norms: dict[bool, list[Tensor]] = {False: [], True: []}
-        for param, norm in self._passed.items():
-            norms[skip.get(id(param), False)].append(norm)
-        return clipping.total(norms[False], norms[True])
+    def _norm_of_passed(self) -> Tensor | None:
+        skips = {p: group["nonfinite"] == "skip" for group in self._optimizer.param_groups for p in group["params"]}
+        return clipping.total([(norm, skips.get(param, False)) for param, norm in self._passed.items()])
 
     def _keep(self, norm: Tensor | None) -> None:
         self._norm = self._optimizer._grad_norm = norm

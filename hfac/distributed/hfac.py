@@ -123,10 +123,9 @@ class Matrices(Bucket):
 
         def read(rows: tuple[Numbers, ...], cols: tuple[Numbers, ...], beta2: Scalar, eps: float) -> None:
             """One read of the gradients, with lists of row and column numbers as `hfac.reference.hfac_sums`."""
-            names = (operand.name for operand in spec.HFAC_SUMS.operands)
-            lists = {name: pick(numbers, here) for name, numbers in zip(names, (*rows, *cols), strict=False)}
-            lists["cols"] = pick(self.cols, here)
-            ops.run("hfac_sums", None, pick(grads, here), **lists, beta2=beta2, eps=eps, backend=options.backend)
+            lists = _lists(spec.HFAC_SUMS, here, (*rows, *cols))
+            more = dict(cols=pick(self.cols, here), beta2=beta2, eps=eps, backend=options.backend)
+            ops.run("hfac_sums", None, pick(grads, here), **lists, **more)
 
         row_sums, new_rows = _split(torch.zeros(2 * sum(m), dtype=self.dtype, device=self.device), m, 2)
         row_lists: tuple[Numbers, ...] = (self.r, row_sums, new_rows)
@@ -183,12 +182,11 @@ class Matrices(Bucket):
             if not going:
                 return
             states, sums = (self.u, self.v, self.r, self.s), (row_sums, new_rows, col_sums, new_cols)
-            names = (operand.name for operand in spec.HFAC_APPLY.operands)
             ops.run(
                 "hfac_apply_",
                 pick(self.params, going),
                 pick(grads, going),
-                **{name: pick(numbers, going) for name, numbers in zip(names, (*states, *sums), strict=True)},
+                **_lists(spec.HFAC_APPLY, going, (*states, *sums)),
                 totals=totals[going],
                 mean_squares=mean_squares[going],
                 rows=pick(self.rows, going),
@@ -242,19 +240,23 @@ class Vectors(Bucket):
             self.count_skipped(left)
             if not going:
                 return
-            ops.run(  # in plain torch with every backend: vectors are few
+            ops.run(
                 "hfac_dense_step_",
                 pick(self.params, going),
                 pick(grads, going),
-                exp_avgs=pick(self.averages, going),
-                exp_avg_sqs=pick(self.squares, going),
+                **_lists(spec.HFAC_DENSE_STEP, going, (self.averages, self.squares)),
                 mean_squares=mean_squares[going],
                 **self.numbers(spec.HFAC_DENSE_STEP, going, options, decays),
-                backend="reference",
+                backend="reference",  # with every backend: vectors are few
             )
             self.advance(going)
 
         return apply
+
+
+def _lists(op: spec.Op, going: Sequence[int], values: Sequence[Sequence[Tensor]]) -> dict[str, Numbers]:
+    """An op's lists by name, from as many of them as are given, in its order."""
+    return {operand.name: pick(each, going) for operand, each in zip(op.operands, values, strict=False)}
 
 
 def _split(numbers: Tensor, sizes: Sequence[int], times: int) -> list[Numbers]:

@@ -81,7 +81,8 @@ class FactoredOptimizer(ReportingOptimizer):
         steps = [self._prepare(index, group, grads[index], cache) for index, group in enumerate(self.param_groups)]
         sharded = self._sharded
         shared = {} if sharded is None else {i: self._shared(group) for i, group in enumerate(self.param_groups)}
-        norm_coefficient, statistics = None, [None] * len(steps)
+        statistics: list[list[ops.Statistics] | None] = [None] * len(steps)
+        norm_coefficient = None
         if limit is None:
             self._grad_norm = None
         else:
@@ -110,18 +111,15 @@ class FactoredOptimizer(ReportingOptimizer):
         self, statistics: list[list[ops.Statistics] | None], shared: dict[int, distributed.Options], limit: float
     ) -> Tensor | None:
         """What all gradients are multiplied by so that their norm is at most ``limit``; None where there are none."""
-        # With "skip", a parameter whose gradient is not finite keeps its value, and its gradient is left out.
-        norms: dict[bool, list[Tensor]] = {False: [], True: []}
         skips = [group["nonfinite"] == "skip" for group in self.param_groups]
-        for skip, mine in zip(skips, statistics, strict=True):
-            norms[skip] += [found.norms for found in mine or ()]
+        norms = [(found.norms, skip) for skip, mine in zip(skips, statistics, strict=True) for found in mine or ()]
         if self._sharded is not None:
-            for group_index, norm in self._sharded.norms(shared):
-                norms[skips[group_index]].append(norm)
-        if not norms[False] and not norms[True]:
+            norms += [(norm, skips[index]) for index, norm in self._sharded.norms(shared)]
+        total = clipping.total(norms)
+        if total is None:
             return None
-        self._grad_norm = clipping.total(norms[False], norms[True])
-        return clipping.coefficient(self._grad_norm, limit)
+        self._grad_norm = total
+        return clipping.coefficient(total, limit)
 
     @torch.no_grad()
     def step_param(
@@ -164,16 +162,13 @@ class FactoredOptimizer(ReportingOptimizer):
         grad = layout.gradient(param, single.label)
         if grad is None:
             return
-        options = self._options(single.group)
+        options = {**self._options(single.group), **self._amp_scaling()}
         if lr_scale != 1.0:
             options["lr"] = schedules.as_scalar("lr", options["lr"]) * lr_scale
         try:
-            options.update(self._amp_scaling())
             step = None if single.bound is None else single.bound.prepare([grad], **options)
             if step is None:
-                self._bind_single(single, grad)
-                assert single.bound is not None
-                step = single.bound.prepare([grad], **options)
+                step = self._bind_single(single, grad).prepare([grad], **options)
         except RuntimeError:
             ops.check_tensor(f"the gradient of {single.label}", param.grad)  # the same error, naming the parameter
             raise
@@ -203,7 +198,7 @@ class FactoredOptimizer(ReportingOptimizer):
         self._single[param] = single
         return single
 
-    def _bind_single(self, single: SingleParamCache, grad: Tensor) -> None:
+    def _bind_single(self, single: SingleParamCache, grad: Tensor) -> functional.Group:
         single.bound = None
         self._check_stepped(f"{type(self).__name__}.step_param: {single.label}", single.param, single.group)
         self._sync_param(single.param, single.group)
@@ -211,6 +206,7 @@ class FactoredOptimizer(ReportingOptimizer):
         offset = self._bit_offset(single.param, single.group, single.position(self.param_groups))
         bound = self._bind(single.group, [layout.local(single.param)], [grad], [state], [offset])
         single.keep(bound, self.param_groups, self.state)
+        return bound
 
     def _prepare(
         self, group_index: int, group: dict[str, Any], grads: list[Any], cache: StepCache
@@ -226,17 +222,15 @@ class FactoredOptimizer(ReportingOptimizer):
         options = {**self._options(group), **self._amp_scaling()}
         try:
             bound = self._bound.get(group_index)
-            if bound is not None and bound[0] == present:
-                step = bound[1].prepare(grads, **options)
-                if step is not None:
-                    return step
+            step = bound[1].prepare(grads, **options) if bound is not None and bound[0] == present else None
+            if step is not None:
+                return step
             for i, param in enumerate(group["params"]):
                 if param.grad is not None:  # it may have moved away from its state, or have been frozen until now
                     self._check_stepped(f"{type(self).__name__}: parameter {i} of group {group_index}", param, group)
                     self._sync_param(param, group)
             states = [self._local_state(param, group) for param in params]
             offsets = [self._bit_offset(param, group, cache.positions[param]) for param in params]
-            step = None
             while step is None:  # until no other thread advances a step between binding and reading it
                 functional_group = self._bind(group, list(map(layout.local, params)), grads, states, offsets)
                 self._bound[group_index] = present, functional_group

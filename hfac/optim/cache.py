@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import functional, spec
 from ..distributed import layout
-from .state import EXECUTION, has_state, needs_reduction, own_keys
+from .state import EXECUTION, has_state, is_at, needs_reduction, own_keys
 
 Groups = list[dict[str, Any]]
 #: an optimizer's ``state``: of each parameter by key, and whatever wrappers of the optimizer add
@@ -102,13 +102,7 @@ class SingleParamCache:
 
     def is_valid(self, groups: Groups, state: States) -> bool:
         """Whether the parameter still has its index in its group. Drops ``bound`` where that is stale."""
-        params = self.group["params"]
-        if (
-            self._group_index >= len(groups)
-            or groups[self._group_index] is not self.group
-            or self._index >= len(params)
-            or params[self._index] is not self.param
-        ):
+        if not is_at(groups, self.param, self._group_index, self._index) or groups[self._group_index] is not self.group:
             return False
         if self.bound is not None and not self._bound_is_valid(groups, state):
             self.bound = None

@@ -1,8 +1,9 @@
-"""Checking of optimizer options: one rule per option, used at construction, for every group and for loaded state dicts.
+"""Validation of optimizer options: one rule per option, applied at construction, to every group and to loaded state
+dicts.
 
-A rule takes the option's name and a value and returns the value to keep. Text is read as trainers pass it from a
-command line ("0.9", "(0.9,0.95)", "true", "none"); whatever cannot be meant is refused with what was required and
-what was given.
+A rule takes the option's name and a value and returns the value to keep. Strings are parsed as trainers pass them from
+a command line ("0.9", "(0.9,0.95)", "true", "none"). Anything else raises, saying what was required and what was given:
+a TypeError for a value of the wrong type, a ValueError for one out of range and for a string that cannot be parsed.
 """
 
 import math
@@ -25,8 +26,8 @@ def number(
     tensor: bool = False,
     none: str | None = None,
 ) -> Rule:
-    """A finite real number between the bounds; ``tensor`` allows a 0-d (or one-element) tensor, whose value is
-    checked where that costs no device synchronisation; ``none`` says what None means, where None is allowed."""
+    """A finite real number between the bounds. ``tensor`` allows a one-element tensor, whose value is checked if that
+    takes no device synchronisation. ``none`` allows None, and says what it means."""
     interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high or high == math.inf else ']'}"
     wanted = f"a number in {interval}" + (" or a 0-d tensor" if tensor else "") + (f" or None ({none})" if none else "")
 
@@ -48,25 +49,22 @@ def number(
             if value.device.type == "cpu" and not inside(value.item()):
                 raise ValueError(f"{name} must be {wanted}, got {value.item()}")
             return value
-        if isinstance(value, bool) or not hasattr(value, "__float__"):
-            error = ValueError if isinstance(value, str) else TypeError
-            raise error(f"{name} must be {wanted}, got {value!r}")
-        if not inside(float(value)):
-            raise ValueError(f"{name} must be {wanted}, got {value!r}")
+        fits = not isinstance(value, bool) and hasattr(value, "__float__")
+        if not fits or not inside(float(value)):
+            raise _error(name, wanted, value, fits)
         return float(value)
 
     return rule
 
 
 def pair(each: Rule) -> Rule:
-    """Two values that each follow a rule; kept as a tuple."""
+    """Two values that follow the same rule; kept as a tuple."""
 
     def rule(name: str, value: Any) -> tuple[Any, Any]:
         if isinstance(value, str):
             value = [part for part in value.strip().strip("()[]").split(",") if part.strip()]
         if not isinstance(value, Sequence) or len(value) != 2:
-            error = ValueError if isinstance(value, Sequence) else TypeError
-            raise error(f"{name} must be a pair of numbers such as (0.9, 0.999), got {value!r}")
+            raise _error(name, "a pair of numbers such as (0.9, 0.999)", value, isinstance(value, Sequence))
         return each(f"{name}[0]", value[0]), each(f"{name}[1]", value[1])
 
     return rule
@@ -75,27 +73,22 @@ def pair(each: Rule) -> Rule:
 def flag(name: str, value: Any) -> bool:
     """True or False."""
     if isinstance(value, str):
-        value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(
-            value.strip().lower(), value
-        )
-        if isinstance(value, str):
-            raise ValueError(f"{name} must be true or false, got {value!r}")
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        value = words.get(value.strip().lower(), value)
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise _error(name, "true or false" if isinstance(value, str) else "True or False", value)
     return value
 
 
 def choice(*names: str, none: str | None = None) -> Rule:
-    """One of some names; ``none`` says what None means, where None is allowed."""
+    """One of these names. ``none`` allows None, and says what it means."""
     wanted = f"one of {', '.join(map(repr, names))}" + (f" or None ({none})" if none else "")
 
     def rule(name: str, value: Any) -> str | None:
         if none and (value is None or (isinstance(value, str) and value.strip().lower() in _NONE)):
             return None
-        if not isinstance(value, str):
-            raise TypeError(f"{name} must be {wanted}, got {value!r}")
-        if value not in names:
-            raise ValueError(f"{name} must be {wanted}, got {value!r}")
+        if not isinstance(value, str) or value not in names:
+            raise _error(name, wanted, value)
         return value
 
     return rule
@@ -108,18 +101,22 @@ def whole(high: float = math.inf) -> Rule:
     def rule(name: str, value: Any) -> int:
         if isinstance(value, str):
             value = _read(value, int)
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            error = ValueError if isinstance(value, str) else TypeError
-            raise error(f"{name} must be {wanted}, got {value!r}")
-        if not 0 <= operator.index(value) <= high:
-            raise ValueError(f"{name} must be {wanted}, got {value!r}")
+        fits = not isinstance(value, bool) and hasattr(value, "__index__")
+        if not fits or not 0 <= operator.index(value) <= high:
+            raise _error(name, wanted, value, fits)
         return operator.index(value)
 
     return rule
 
 
+def _error(name: str, wanted: str, value: Any, fits: bool = False) -> Exception:
+    """``fits``: whether the value is of the right type, a string apart."""
+    kind = ValueError if fits or isinstance(value, str) else TypeError
+    return kind(f"{name} must be {wanted}, got {value!r}")
+
+
 def _read(text: str, kind: Callable[[str], Any]) -> Any:
-    """The value a command line means by ``text``; the text itself where it means none."""
+    """The value that a command line means by ``text``; the text itself if it means none."""
     if text.strip().lower() in _NONE:
         return None
     try:

@@ -39,7 +39,7 @@ class ReportingOptimizer(CheckpointedOptimizer):
         return self._grad_norm
 
     def _keep_sums(
-        self, step: "functional.Step", group: Mapping[str, Any], params: list[Tensor], grads: list[Any]
+        self, step: functional.Step, group: Mapping[str, Any], params: list[Tensor], grads: list[Any]
     ) -> None:
         """Keeps the sums of a watched step; ``grads`` are the parameters', None where there was none."""
         batch = group["batch_dims"]
@@ -65,10 +65,9 @@ class ReportingOptimizer(CheckpointedOptimizer):
         (`hfac.optim.diagnostics`): call it after `step` and before `zero_grad`. The gradient must be the one that the
         step saw (with ``amp_scaling``, call `GradScaler.unscale_` before the step).
 
-        .. deprecated:: 0.3
-            After a step without ``watch=True``, SMMF's direction and what follows from it are estimates where its first
-            moment is factored, off by a tenth or so, and give a FutureWarning. Set ``watch=True``, or ask before the
-            step with ``ahead=True``; both are exact.
+        Deprecated: after a step without ``watch=True``, SMMF's direction and what follows from it are estimates where
+        its first moment is factored, off by a tenth or so, and give a FutureWarning. Set ``watch=True``, or ask before
+        the step with ``ahead=True``; both are exact.
 
         Args:
             ahead: describe the step that `step` would make now: call it after the backward pass, before `step`. Exact
@@ -130,14 +129,13 @@ class ReportingOptimizer(CheckpointedOptimizer):
         limit = self.max_grad_norm
         if limit is None:
             return None
-        norms: dict[bool, list[Tensor]] = {False: [], True: []}
+        norms: list[tuple[Tensor, bool]] = []
         for group in self.param_groups:
             grads = [p.grad for p in group["params"] if p.grad is not None and not layout.is_sharded(p)]
             slices = [part for grad in grads for part in diagnostics.slices(layout.local(grad), group["batch_dims"])]
-            norms[group["nonfinite"] == "skip"] += clipping.norms(slices)
-        if not norms[False] and not norms[True]:
-            return None
-        return clipping.coefficient(clipping.total(norms[False], norms[True]), limit)
+            norms += [(norm, group["nonfinite"] == "skip") for norm in clipping.norms(slices)]
+        total = clipping.total(norms)
+        return None if total is None else clipping.coefficient(total, limit)
 
     @torch.no_grad()
     def report_per_parameter_metrics(

@@ -14,8 +14,8 @@ WEIGHT_DECAY_MODES = ("adamw", "adam")
 
 
 class SMMF(FactoredOptimizer):
-    r"""SMMF: both moments of a parameter of any shape as rank-1 factors of its most nearly square matrix, and one
-    sign bit.
+    r"""SMMF: both moments of a parameter of any shape as rank-1 factors of its most nearly square matrix, and one sign
+    bit per element.
 
     Park, Lee, *SMMF: Square-Matricized Momentum Factorization for Memory-Efficient Optimization*, AAAI 2025,
     arXiv 2412.08894, Algorithm 1. Argument names and defaults are the authors'.
@@ -28,27 +28,27 @@ class SMMF(FactoredOptimizer):
         beta: decay of the first moment in [0, 1), or None for no first moment (default 0.9).
         eps: added to the root of the second moment, >= 0 (default 1e-8).
         weight_decay: >= 0, a number or a 0-d tensor (default 0).
-        decay_rate: the second moment decays by 1 - t^decay_rate; in [-1, 0]. The authors advise -0.5 for CNNs and -0.8
-            for Transformers (default -0.5).
+        decay_rate: the second moment decays by 1 - t^decay_rate, in [-1, 0]. The authors recommend -0.5 for CNNs and
+            -0.8 for Transformers (default -0.5).
         growth_rate: beta is multiplied by growth_rate^(t-1); in [0, 1] (default 0.999).
         vector_reshape: False keeps both moments whole where exactly one dimension is larger than 1 (default True).
-            Fixed once state exists, as is whether beta is None.
+            Cannot change once state exists, nor can whether beta is None.
         weight_decay_mode: "adamw" multiplies W by 1 - lr * weight_decay, "adam" adds weight_decay * W to the gradient
-            (default "adamw"). The authors' code forms the latter and then does not use it; here it is used.
+            (default "adamw"). The authors' code computes the latter and then ignores it; here it is used.
         dense, batch_dims, maximize, capturable, backend, nonfinite, amp_scaling, rounding, seed, master, max_grad_norm,
         watch:
-            as for `hfac.HFac`; each slice of ``batch_dims`` has a square matrix of its own. The norm that
-            ``max_grad_norm`` clips by takes a read of the gradients, and over ranks an all-reduce for each mesh, of two
-            numbers per parameter.
+            as for `hfac.HFac`; each slice of ``batch_dims`` has a square matrix of its own. The norm for
+            ``max_grad_norm`` takes one more read of the gradients, and across ranks an all-reduce of two numbers per
+            parameter for each mesh.
 
     State of a parameter (n, m = `hfac.matricize.square` of its number of elements): ``exp_avg_row``,
     ``exp_avg_sq_row`` of shape (n,), ``exp_avg_col``, ``exp_avg_sq_col`` of shape (m,), ``exp_avg_sign`` uint8 of
     `hfac.matricize.sign_shape`; where m = 1 (a prime number of elements) ``exp_avg`` and ``exp_avg_sq`` of p.shape;
-    and ``step``. With ``batch_dims`` it is that of one slice with p.shape[:batch_dims] in front, and one ``step``.
+    and ``step``. With ``batch_dims``, factors and moments are those of one slice with p.shape[:batch_dims] in front.
 
     Raises:
-        TypeError, ValueError: an option or a parameter that cannot be; the message says what is required.
-        RuntimeError: a sparse or complex tensor; a backend that cannot be had.
+        TypeError, ValueError: an invalid option or parameter; the message says what is required.
+        RuntimeError: a sparse or complex tensor; an unavailable backend.
     """
 
     _algorithm = "smmf"

@@ -36,7 +36,7 @@ COMMON_RULES: dict[str, options.Rule] = {
     "amp_scaling": options.flag,
     "watch": options.flag,
     "max_grad_norm": options.number(0.0, open_low=True, none="no clipping by the norm"),
-    "backend": lambda name, value: options.choice(*backends.names())(name, value),
+    "backend": lambda name, value: options.choice(*backends.names())(name, value),  # names may be registered
 }
 #: options that optimizers pickled by earlier versions lack, with the values that keep their behaviour
 _ADDED = {
@@ -96,19 +96,11 @@ class StatefulOptimizer(Optimizer):
     def _find(self, param: Tensor) -> tuple[int, int] | None:
         """The index of a parameter's group and the parameter's index there; None where no group has it. Looking up
         many parameters walks the groups once."""
-        for again in (False, True):
-            if again:
-                self._index = {}
-                for index, group in enumerate(self.param_groups):
-                    for i, mine in enumerate(group["params"]):
-                        self._index.setdefault(mine, (index, i))
+        groups, found = self.param_groups, self._index.get(param)
+        if found is None or not is_at(groups, param, *found):
+            self._index = {p: (index, i) for index, group in enumerate(groups) for i, p in enumerate(group["params"])}
             found = self._index.get(param)
-            if found is not None:
-                index, i = found
-                params = self.param_groups[index]["params"] if index < len(self.param_groups) else []
-                if i < len(params) and params[i] is param:
-                    return found
-        return None
+        return found
 
     @property
     def _spec(self) -> spec.Algorithm:
@@ -378,6 +370,12 @@ def _step_on_device(group: Mapping[str, Any], param: Tensor) -> bool:
     its number."""
     beside = group["nonfinite"] == "skip" or group["capturable"] or group["amp_scaling"]
     return beside and not needs_reduction(param, group)
+
+
+def is_at(groups: list[dict[str, Any]], param: Tensor, group_index: int, index: int) -> bool:
+    """Whether the parameter has this index in the group of that index."""
+    params = groups[group_index]["params"] if group_index < len(groups) else []
+    return index < len(params) and params[index] is param
 
 
 def own_keys(algorithm: spec.Algorithm) -> frozenset[str]:

@@ -13,6 +13,8 @@ from hfac import SMMF, HFac, matricize, rounding
 from hfac.distributed import layout
 from hfac.optim import diagnostics
 
+#: see test_estimates.py
+pytestmark = pytest.mark.filterwarnings("ignore:hfac.SMMF.diagnostics:FutureWarning")
 BOTH = pytest.mark.parametrize("cls", [HFac, SMMF], ids=["hfac", "smmf"])
 SHAPES = [(24, 18), (7,), (24,), (6, 4, 3, 3), (31, 8), (1, 64), ()]
 TIMES = pytest.mark.parametrize("ahead", [False, True], ids=["after", "ahead"])

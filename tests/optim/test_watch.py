@@ -13,6 +13,8 @@ from torch.nn import Parameter
 import hfac
 from hfac import SMMF, HFac, backends, ops
 
+#: see test_estimates.py
+pytestmark = pytest.mark.filterwarnings("ignore:hfac.SMMF.diagnostics:FutureWarning")
 BOTH = pytest.mark.parametrize("cls", [HFac, SMMF], ids=["hfac", "smmf"])
 BACKENDS = [*backends.available(torch.device("cpu")), emulated.NAME]
 SHAPES = [(24, 18), (7,), (24,), (6, 4, 3, 3), (31, 8), (300, 40), (1, 64), (), (0, 3), (5, 0)]
