@@ -155,7 +155,7 @@ def test_launches_of_a_sharded_step():
     for times in (1, 2):
         sums, update, smmf = plans_of_parts(times * shapes_of("gpt2"), torch.bfloat16, 8)
         assert [len(made.launches) for made in (sums, update, smmf)] == [3, 2, 3]
-    blocks = [tiles for launch in smmf.launches if launch.name == "smmf_part_fold" for tiles in launch.tiles]
+    blocks = [tiles for launch in smmf.launches if launch.name == "smmf_shard_fold" for tiles in launch.tiles]
     assert len(blocks) == len(set(blocks))  # no two programs add to the same sums
 
 

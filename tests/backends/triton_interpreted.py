@@ -23,13 +23,14 @@ from test_parity import (
 )
 
 import hfac
-from hfac import matricize, ops, reference, rounding
+from hfac import matricize, ops, reference, rounding, spec
+from hfac.backends.contract import Operands
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/backends/test_triton.py"
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from hfac.triton_kernels import parts, plan, step, table  # noqa: E402
+from hfac.triton_kernels import plan, records, shards, step, table  # noqa: E402
 from hfac.triton_kernels import rounding as kernels  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
@@ -243,8 +244,8 @@ def rounded(
     if HOW != table.NEAREST:
         seed, t, position, first, layout = kernels.counter(record, scalars, 0, HOW)
         at = kernels.calls(N, HOW)
-        bits = tl.reshape(kernels.random_bits(seed, t, position, first, layout, at, HOW), [N])
-        tl.store(drawn + i, bits.to(tl.int32))
+        bits = kernels.random_bits(seed, t, position, first, layout, at, HOW)
+        tl.store(drawn + i, tl.reshape(bits, [N]).to(tl.int32))
     kernels.store(w, bits, out + i, lows, 0, i, i < N, W, True, HOW, LOW)
     tl.store(values + i, kernels.load(out + i, lows, 0, i, i < N, tl.float32, True, LOW))
 
@@ -280,21 +281,19 @@ def test_rounding_is_the_definition(how, dtype, low):
         return  # a plain store, which rounds to nearest
     values = hard_numbers(1024)
     seed, t = 0xFEDCBA9876543210, 2**24
-    item = plan.Item(16, 64, dtype, dtype, low=low)
-    layouts = step.Layouts()
-    start = 0 if place is None else layouts.of_place(item, shape, place)
-    if place is not None and low != 16:
-        assert item.stochastic == getattr(table, how).value
-    record = torch.zeros(table.FIELDS.value, dtype=torch.int64)
-    numbers = torch.tensor(layouts.numbers)
-    record[table.PLACE_LAYOUT.value] = numbers.data_ptr() + 8 * start
-    if place is not None:
-        record[table.POSITION.value], record[table.FIRST_INDEX.value] = place[:2]
-    scalars = torch.zeros(16, dtype=torch.float64)
-    scalars[table.SEED.value : table.SEED.value + 2] = torch.tensor(step.seed_words(seed), dtype=torch.float64)
-    scalars[table.OWN.value + 2] = t
     drawn, out = torch.zeros(1024, dtype=torch.int32), torch.zeros(1024, dtype=dtype)
     lows = torch.zeros(1024, dtype=torch.int8 if low == 8 else torch.int16)
+    lists = {"master_lows": [lows.view(shape)]} if low else {}
+    weights, places = [out.view(shape)], None if place is None else [place]
+    found = records.Records(Operands(spec.HFAC_DENSE_STEP, weights, lists, {}, places), weights)
+    (item,) = found.items
+    if place is not None and low != 16:
+        assert item.stochastic == getattr(table, how).value
+    numbers = torch.tensor(found.numbers)
+    record = found.filled(torch.tensor([item.record()]), 0, numbers.data_ptr())
+    scalars = torch.tensor(
+        records.scalar_values(records.scalars_of({"step": float(t)}, True), seed, 1), dtype=torch.float64
+    )
     back = values.clone()
     HOW = getattr(table, how).value
     rounded[(1,)](back, drawn, out, lows, scalars, record, 1024, plan.TYPES[dtype], HOW, low)
@@ -460,7 +459,7 @@ def test_nothing_is_compiled_anew(name, kind, monkeypatch):
         keys.add(tuple(key))
         calls.append(launch.name)
 
-    monkeypatch.setattr(step.Bound, "_launch", observe)
+    monkeypatch.setattr(step.Room, "_launch", observe)
     dtype, options = (torch.float32, {}) if kind == "plain" else KINDS[kind]
     params = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((16, 24), (24,))]
     first = None
@@ -818,13 +817,13 @@ def test_smmf_on_parts_of_several_tiles():
     scalars = SMMF_PARTS["adamw"] | dict(beta1=0.9, beta2=0.5)
     found = []
     for bound in (plan.WORKSPACE, plan.WORKSPACE, 4096):
-        parts._planned.cache_clear()
+        shards._planned.cache_clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(plan, "WORKSPACE", bound)
             own, _ = copied(arguments)
             calls.smmf_sums_step_(**own, **scalars, backend="triton")
             found.append(own)
-    parts._planned.cache_clear()
+    shards._planned.cache_clear()
     theirs, _ = copied(arguments)
     calls.smmf_sums_step_(**theirs, **scalars, backend="reference")
     smmf_agree(found[0], theirs, arguments)
@@ -851,13 +850,13 @@ def test_parts_of_any_layout():
 
 def test_nothing_is_compiled_anew_for_parts(monkeypatch):
     """As of whole parameters: other numbers, and tensors that lie elsewhere, ask for the same kernels."""
-    keys, calls = [], []
+    keys, launched = [], []
 
     def observe(self, launch, tiles, options):
         arguments = self._arguments(launch, tiles, options)
         assert all(v.data_ptr() % 16 == 0 for v in arguments.values() if isinstance(v, torch.Tensor))
         keys[-1].append((launch.name, *(str(v) for v in arguments.values() if not isinstance(v, torch.Tensor))))
-        calls.append(launch.name)
+        launched.append(launch.name)
 
     monkeypatch.setattr(step.Launcher, "_launch", observe)
     cases = [BLOCKS["whole-rows"], BLOCKS["head-and-tail"]]
@@ -871,7 +870,7 @@ def test_nothing_is_compiled_anew_for_parts(monkeypatch):
         grads, (old, *lists) = [torch.ones(16, 24)], ([torch.ones(size)] for size in (16, 16, 16, 24, 24, 24))
         calls.hfac_sums(grads, old, *lists, cols=[24], beta2=lr, eps=lr, backend="triton")
     assert keys[0] == keys[1] == keys[2]
-    assert calls[:4] == ["smmf_tiles", "smmf_part_fold", "hfac_stats", "hfac_part_cols"]
+    assert launched[:4] == ["smmf_tiles", "smmf_shard_fold", "hfac_stats", "hfac_shard_cols"]
 
 
 def test_autograd_notices_a_write_to_a_part():
