@@ -75,7 +75,7 @@ FAULTS = [
     Fault(
         "the gradient is not negated when maximizing",
         "csrc",
-        "negate(a.scalars.maximize) {}",
+        "negate(a.options.maximize) {}",
         "negate(false) {}",
         EMULATED,
     ),
