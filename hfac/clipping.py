@@ -22,7 +22,7 @@ def norms(grads: Sequence[Tensor]) -> list[Tensor]:
     for (device, dtype), index in kinds.items():
         mine = [grads[i].detach() for i in index]
         if dtype in (torch.float32, torch.float64):
-            values = torch._foreach_norm(mine)
+            values: Sequence[Tensor] = torch._foreach_norm(mine)
         elif device.type == "cpu":
             values = _widened(mine)
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations  # not every torch has the types that are nam
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -84,7 +85,7 @@ class Shards(Bucket):
     ) -> None:
         """Calls the op with its states and ``lists``."""
         if going:
-            given = {name: pick(values, going) for name, values in {**self.states, **lists}.items()}
+            given: dict[str, Any] = {name: pick(values, going) for name, values in {**self.states, **lists}.items()}
             ops.run(
                 self.op.name,
                 pick(self.params, going),

@@ -70,7 +70,8 @@ class StepCache:
         except TypeError:  # a wrapper's entry that belongs to no parameter
             values = [value for entry in states if isinstance(entry, dict) for value in entry.values()]
         shards = [param._local_tensor for param in self._dtensors]
-        return [states, values, shards, *(group["params"] for group in groups)]
+        params: list[Collection[Any]] = [group["params"] for group in groups]
+        return [states, values, shards, *params]
 
     def _cached_options(self, groups: Groups) -> list[tuple[Any, ...]]:
         return [_cached_options(group, self._algorithm) for group in groups]
