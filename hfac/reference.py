@@ -36,9 +36,6 @@ from .matricize import Block
 from .rounding import BitOffset
 from .schedules import Scalar
 
-#: Knows `master_lows` and `places`.
-STORES = True
-
 
 def hfac_step_(
     params: Sequence[Tensor],

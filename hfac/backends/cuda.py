@@ -2,8 +2,8 @@
 addresses and sizes. Of whole parameters both stay from step to step, and the table is copied anew only where an address
 changed: a step waits for nothing and allocates nothing, but for the memory that grows with the list.
 
-Everything here is written over a `Platform`, which knows the module with the launch functions and the device's memory;
-the tests have one for kernels that run on the host.
+Everything here is written over a platform, which knows the module with the launch functions and the device's memory:
+`Cuda`, or that of tests, for kernels that run on the host.
 """
 
 import functools
@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version  # tells autograd of writes t
 from ..spec import COLS, ROWS, WHOLE, Op
 from . import addresses, cpu
 from .contract import Operands, Statistics
-from .planned import Planned, Platform, address_of, index_of
+from .planned import Cuda, Planned, address_of, index_of
 
 Tensors = Sequence[Tensor]
 
@@ -58,43 +58,6 @@ def _unserved(native: Any, index: int) -> str | None:
     return None
 
 
-class Cuda:
-    """The GPU, through torch's allocators and streams."""
-
-    def __init__(self) -> None:
-        self._l2_bytes: dict[int, int] = {}
-
-    @property
-    def native(self) -> Any:
-        return cpu._C
-
-    def l2_bytes(self, device: torch.device) -> int:
-        index = index_of(device)
-        if index not in self._l2_bytes:
-            self._l2_bytes[index] = getattr(torch.cuda.get_device_properties(index), "L2_cache_size", 0)
-        return self._l2_bytes[index]
-
-    def stream(self, device: torch.device) -> torch.cuda.Stream:
-        return torch.cuda.current_stream(device)
-
-    def after(self, stream: torch.cuda.Stream, device: torch.device) -> None:
-        torch.cuda.current_stream(device).wait_stream(stream)
-
-    def used_on_another_stream(self, tensors: Sequence[Tensor], device: torch.device) -> None:
-        for tensor in tensors:  # so that torch's allocator waits for that stream before it hands the memory out again
-            tensor.record_stream(torch.cuda.current_stream(device))
-
-    def capturing(self) -> bool:
-        return torch.cuda.is_current_stream_capturing()
-
-    def host_table(self, nbytes: int) -> Tensor:
-        # torch's allocator of pinned memory does not hand a buffer out again before the copies from it are done.
-        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-
-    def before_launch(self, workspace: Tensor) -> None:
-        pass
-
-
 class CudaCall:
     """Steps of one op on whole parameters; see `hfac.backends` for what it takes.
 
@@ -106,7 +69,7 @@ class CudaCall:
     #: The kernels divide by a GradScaler's scale and look at its found_inf themselves.
     unscales = True
 
-    def __init__(self, platform: Platform, operands: Operands) -> None:
+    def __init__(self, platform: Cuda, operands: Operands) -> None:
         self.params = params = list(operands.params)
         found, device = addresses.of_operands(operands), params[0].device
         arguments = {name: found[name] for name in ("params", "numels", "param_dtypes")}
@@ -196,7 +159,7 @@ class CudaCall:
 class CudaShardCall:
     """One call of an op on shards, whose table is for this once."""
 
-    def __init__(self, platform: Platform, operands: Operands) -> None:
+    def __init__(self, platform: Cuda, operands: Operands) -> None:
         self._platform, self._operands = platform, operands
         self._make = getattr(platform.native.CudaParts, operands.op.name.removesuffix("_"))
         stored = _storage(operands)
@@ -271,7 +234,7 @@ def _storage(operands: Operands) -> dict[str, Any]:
 class Kernels:
     """The backend on one platform."""
 
-    def __init__(self, platform: Platform) -> None:
+    def __init__(self, platform: Cuda) -> None:
         self.platform = platform
 
     def has(self, op: Op) -> bool:

@@ -5,34 +5,55 @@ before anything is launched.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import addresses
+from . import addresses, cpu
 
 Tensors = Sequence[Tensor]
 #: What a launch is told by address.
 _MEMORY = ("grad_scale", "found_inf", "watched")
 
 
-class Platform(Protocol):
-    """Where kernels run: a module with `CudaStep` and `CudaParts`, and memory."""
+class Cuda:
+    """The platform that kernels run on: the extension's module, and the GPU through torch's allocators and streams."""
+
+    def __init__(self) -> None:
+        self._l2_bytes: dict[int, int] = {}
 
     @property
-    def native(self) -> Any: ...
-    def l2_bytes(self, device: torch.device) -> int: ...
+    def native(self) -> Any:
+        return cpu._C
 
-    #: the current one: its address, or an object that has it as ``cuda_stream``
-    def stream(self, device: torch.device) -> Any: ...
-    #: what is launched from now on waits for what has been launched on ``stream``
-    def after(self, stream: Any, device: torch.device) -> None: ...
-    #: the current one is another than the one that the tensors were made on
-    def used_on_another_stream(self, tensors: Sequence[Tensor], device: torch.device) -> None: ...
-    def capturing(self) -> bool: ...
-    def host_table(self, nbytes: int) -> Tensor: ...
-    def before_launch(self, workspace: Tensor) -> None: ...
+    def l2_bytes(self, device: torch.device) -> int:
+        index = index_of(device)
+        if index not in self._l2_bytes:
+            self._l2_bytes[index] = getattr(torch.cuda.get_device_properties(index), "L2_cache_size", 0)
+        return self._l2_bytes[index]
+
+    def stream(self, device: torch.device) -> Any:
+        """The current one: its address, or an object that has it as ``cuda_stream``."""
+        return torch.cuda.current_stream(device)
+
+    def after(self, stream: Any, device: torch.device) -> None:
+        """What is launched from now on waits for what has been launched on ``stream``."""
+        torch.cuda.current_stream(device).wait_stream(stream)
+
+    def used_on_another_stream(self, tensors: Sequence[Tensor], device: torch.device) -> None:
+        for tensor in tensors:  # so that torch's allocator waits for that stream before it hands the memory out again
+            tensor.record_stream(torch.cuda.current_stream(device))
+
+    def capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def host_table(self, nbytes: int) -> Tensor:
+        # torch's allocator of pinned memory does not hand a buffer out again before the copies from it are done.
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+    def before_launch(self, workspace: Tensor) -> None:
+        """For tests, which fill the workspace."""
 
 
 class Planned:
@@ -42,7 +63,7 @@ class Planned:
     of a graph are ordered by whoever makes them, as they are for parameters and states.
     """
 
-    def __init__(self, platform: Platform, device: torch.device, step: Any, shapes: list[tuple[int, ...]]) -> None:
+    def __init__(self, platform: Cuda, device: torch.device, step: Any, shapes: list[tuple[int, ...]]) -> None:
         self.platform, self.device, self.step, self.shapes = platform, device, step, shapes
         self.table: Tensor | None = None
         self.stale = True  # the table is not the plan's

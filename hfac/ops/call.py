@@ -354,7 +354,8 @@ def run(op: str, params: Tensors | None, grads: Tensors, nonfinite: Tensor | Non
     described = spec.OPS[op]
     bound: dict[str, Any] = {name: arguments.pop(name) for name in ("places", "backend") if name in arguments}
     lists = {o.name: arguments.pop(o.name) for o in (*described.operands, MASTER_LOW) if o.name in arguments}
-    lists = {name: tensors for name, tensors in lists.items() if tensors is not None}
+    first = {o.name for o in described.operands if o.moment == 1} if arguments.get("beta1") is not None else ()
+    lists = {name: tensors for name, tensors in lists.items() if tensors is not None or name in first}
     if params is None:
         if any(map(Tensor._is_zerotensor, grads)):
             grads = memory.without_zerotensors(grads)

@@ -2,7 +2,7 @@
 its own lists fit each other."""
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from operator import mul
 from typing import Any
 
@@ -76,13 +76,13 @@ def check_lists(op: Op, params: Tensors, lists: Mapping[str, Tensors], counts: M
         for operand in op.operands:
             if operand.name in lists:
                 _check_entry(op, operand, i, param, lists[operand.name][i], wide)
+    _check_factors(op, params, lists)
     for operand in op.operands:
         tensors = lists.get(operand.name)
         if tensors is not None and operand.size == WHOLE:
             _check_whole(operand.name, params, tensors)
         elif tensors is not None and operand.size == SIGNS:
             check_signs(operand.name, params, tensors, op.shard)
-    _check_factors(op, params, lists)
     if op.matrix is not None:
         {"cut": _check_cut, "square": _check_square}[op.matrix](params, *_factors_of(op, lists))
     if "blocks" in counts:
@@ -111,23 +111,23 @@ def _check_factors(op: Op, params: Tensors, lists: Mapping[str, Tensors]) -> Non
     """Rows times columns are the parameter's elements, and all lists agree on them; where ``blocks`` place a shard,
     they are the whole parameter's."""
     rows, cols = ([o.name for o in op.operands if o.size == size and o.name in lists] for size in (ROWS, COLS))
-    if not rows:
-        return
+    what = "params" if op.updates else "grads"
     for i, param in enumerate(params):
-        m = lists[rows[0]][i].numel()
-        n = lists[cols[0]][i].numel() if cols else param.numel() // max(m, 1)
-        if m * n != param.numel() and "blocks" not in op.counts:
-            other = f" and {cols[0]}[{i}] have {m} and {n} elements" if cols else f"[{i}] has {m} elements"
-            raise ValueError(
-                f"{rows[0]}[{i}]{other}, which do not make the {param.numel()} elements of "
-                f"{'params' if op.updates else 'grads'}[{i}] of shape {tuple(param.shape)}"
-            )
-        for name in (*rows, *cols):
-            wanted = m if name in rows else n
-            if lists[name][i].numel() != wanted:
+        first: tuple[int, int] | None = None
+        for row, col in zip_longest(rows, cols):
+            m = lists[row][i].numel()
+            n = lists[col][i].numel() if col else param.numel() // max(m, 1)
+            first = first or (m, n)
+            if (m, n) != first and "blocks" in op.counts:
                 raise ValueError(
-                    f"{name}[{i}] must have {wanted} elements like {(rows if name in rows else cols)[0]}[{i}], got "
-                    f"{lists[name][i].numel()}: they would not make the elements of the parameter as its other factors"
+                    f"moments of params[{i}] must have {first[0]} rows and {first[1]} columns throughout, got {m} and "
+                    f"{n} in {row}[{i}] and {col}[{i}]"
+                )
+            if "blocks" not in op.counts and ((m, n) != first or m * n != param.numel()):
+                raise ValueError(
+                    f"{row}[{i}] and {f'{col}[{i}]' if col else 'its columns'} have {m} and {n} elements, which do not "
+                    f"make the {param.numel()} elements of {what}[{i}] of shape {tuple(param.shape)} as in its other "
+                    "factors"
                 )
 
 
