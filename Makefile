@@ -33,8 +33,8 @@ test-all: lint $(EMULATED) ## the same, and the tests that take too long for `ma
 planted: $(EMULATED) ## plant faults in a copy of this checkout and see whether `make test` notices (ARGS="clip sharded" chooses)
 	$(BIN)/python tests/tools/planted.py $(ARGS)
 
-test-emulated: $(EMULATED) ## run the CUDA kernels' tests on the host (no GPU needed)
-	$(BIN)/python -m pytest tests/backends/test_cuda_*.py $(ARGS)
+test-emulated: $(EMULATED) ## run all tests of the CUDA kernels on the host (no GPU needed)
+	$(BIN)/python -m pytest -m "" tests/backends/test_cuda_*.py $(ARGS)
 
 cuda-check: $(INSTALLED) ## compile the CUDA kernels and check registers, spills and accesses (needs nvcc, no GPU)
 	$(BIN)/python -m bench.launch_plan --write
@@ -74,12 +74,12 @@ lint: $(INSTALLED) ## check style with ruff and clang-format, types with mypy
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build dist *.egg-info hfac/*.so hfac/_build_info.json
 
-$(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
+$(INSTALLED): pyproject.toml setup.py $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -m pip install -e ".[cli,test]"
 	touch $@
 
-$(EMULATED): $(INSTALLED) $(wildcard csrc/cuda/* csrc/emulation/*)
+$(EMULATED): $(INSTALLED) $(shell find csrc -type f)
 	HFAC_EMULATION=1 $(BIN)/python setup.py -q build_ext
 	touch $@

@@ -236,7 +236,7 @@ def digest(job: tuple[str, Path, list[str]], nvcc: str | None, more: Iterable[Pa
     _, source, command = job
     if source in BINDINGS:
         return None
-    files = sorted(f for folder in ("cpu", "cuda", "math") for f in (CSRC / folder).rglob("*") if f.is_file())
+    files = sorted(f for part in ("ops.h", "common/**/*", "cpu/*", "cuda/*") for f in CSRC.glob(part) if f.is_file())
     parts = [source.relative_to(CSRC).as_posix(), *(flag for flag in command if flag.startswith("-"))]
     if source.suffix == ".cu":
         said = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout

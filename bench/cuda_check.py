@@ -20,7 +20,7 @@ from json import dumps, loads
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("smmf", "hfac", "dense")
+SOURCES = ("smmf", "hfac", "hfac_stats", "dense")
 ARCHS = ("80", "90", "100")
 #: kernel -> the registers that its number of threads leaves; kernels with no entry are bound by the architecture's 255
 BOUNDS = {"smmf_tiles": 128, "hfac_update_tiles": 128, "hfac_stats, 1 vectors": 128}
@@ -88,9 +88,9 @@ def describe(symbol: str) -> tuple[str, str]:
         raise ValueError(f"a kernel of csrc/cuda is needed, got {symbol}; add it to bench/cuda_check.py")
     rest = symbol[name.end() :]
     vectors = re.search(r"Li(\d+)E", rest)
-    flags = re.findall(r"Lb([01])E", rest)  # is it one on blocks of parts (SMMF's tiles only), is it watched
+    flags = re.findall(r"Lb([01])E", rest)  # is it one on blocks of shards (SMMF's tiles only), is it watched
     suffix = f", {vectors[1]} vectors" if vectors else ", watched" if flags[-1:] == ["1"] else ""
-    suffix = ", blocks of parts" if flags == ["1", "0"] else suffix
+    suffix = ", blocks of shards" if flags == ["1", "0"] else suffix
     if rest.startswith("NS_12StoredAccess"):
         return name[1], f"any, float32, stochastically or with a lower piece{suffix}"
     stored = re.match(r"NS_\d+(Drawn|Split8?)AccessI(f|NS_8BFloat16E)E", rest)

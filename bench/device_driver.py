@@ -33,7 +33,10 @@ from pathlib import Path
 CSRC = Path(__file__).parent.parent / "csrc"
 #: of both builds, then of the host's
 SOURCES = (
-    *(f"cuda/{name}" for name in ("smmf.cu", "hfac.cu", "dense.cu", "launchers.cu", "step.cpp", "plan.cpp")),
+    *(
+        f"cuda/{name}"
+        for name in ("smmf.cu", "hfac.cu", "hfac_stats.cu", "dense.cu", "launchers.cu", "step.cpp", "plan.cpp")
+    ),
     "emulation/driver.cpp",
 )
 HOST_SOURCES = (*SOURCES, "emulation/emulation.cpp")

@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "bindings/modules.h"
+#include "bindings/items.h"
 #ifdef HFAC_EMULATED
 #include "emulation/emulation.h"
 #else

@@ -76,21 +76,10 @@ def scaled(grads: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
     device synchronisation."""
     if type(factor) is Tensor and factor.is_cpu and factor.item() == 1.0:
         return list(grads)
-    # Expanded tensors, whose elements share memory, cannot be written, nor can zeros that have none, nor what was made
-    # in inference mode.
-    out = [grad * factor if _expanded(grad) or _unwritable(grad) else grad for grad in grads]
-    whole = [grad for grad, mine in zip(out, grads, strict=True) if grad is mine]
-    if any(map(Tensor.is_neg, whole)):  # torch takes no lists of tensors that negate
-        for grad in whole:
+    out = memory.writable(grads)
+    if any(map(Tensor.is_neg, out)):  # torch takes no lists of tensors that negate
+        for grad in out:
             grad.mul_(factor.to(grad.device))
-    elif whole:
-        torch._foreach_mul_(whole, factor.to(whole[0].device))
+    elif out:
+        torch._foreach_mul_(out, factor.to(out[0].device))
     return out
-
-
-def _expanded(tensor: Tensor) -> bool:
-    return 0 in tensor.stride() and tensor.numel() > 1
-
-
-def _unwritable(grad: Tensor) -> bool:
-    return grad._is_zerotensor() or grad.is_inference()

@@ -66,6 +66,15 @@ def without_zerotensors(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [_zeros(tensor) if tensor._is_zerotensor() else tensor for tensor in tensors]
 
 
+def writable(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors, with copies of those that cannot be written element by element: zeros that have no memory, elements
+    that share some, and what was made in inference mode."""
+    return [
+        tensor.clone() if tensor.is_inference() or overlaps_itself(tensor) else tensor
+        for tensor in without_zerotensors(tensors)
+    ]
+
+
 def _zeros(tensor: Tensor) -> Tensor:
     return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 

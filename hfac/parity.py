@@ -4,7 +4,7 @@
 `param_difference` and `state_difference` before they time them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch

@@ -1,28 +1,28 @@
-"""`make triton-check`: compiles the kernels for GPUs that are not there, and looks at what came out.
+"""`make triton-check`: compiles the kernels for GPUs that are not there, and checks their machine code.
 
 For every kernel and target: 128-bit accesses and none of 8 or 16 bits of parameters and gradients on the aligned bulk,
 nothing spilled, shared memory within the target's, no fused multiply-adds in the arithmetic, correctly rounded roots
 and quotients. Needs no GPU; the result goes to docs/triton-check.md.
 """
 
-import itertools
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import dense, hfac, smmf
-from .plan import BROAD, HFAC_TILES, REGISTERS, SMMF_TILES, STATS, compile_options, dense_warps
-from .table import BYTE_PER_ELEMENT, EACH, EIGHT, EIGHT_APART, NEAREST, NO_SIGNS, RUN, SHARED_BYTES, WHOLE_BYTES
+from . import hfac, smmf
+from .plan import MAKERS, REGISTERS, STATS, Item, compile_options, make_plan
+from .table import EACH, EIGHT, EIGHT_APART, MEMORY, NEAREST, NO_SIGNS, RUN
 
 #: name -> (target, bytes of shared memory that a program may have)
 TARGETS = {
@@ -33,25 +33,24 @@ TARGETS = {
 }
 #: Where instructions are counted.
 COUNTED = "sm_90"
-#: Bytes that a lane may park in memory where SMMF's tile has a lower piece: it takes all registers without one, and
-#: with it has an address more; where H-Fac's statistics, which take all registers too, divide; and where a step is
-#: watched.
+#: Bytes that a lane may spill in kernels that take all registers as it is: SMMF's tiles, where low bits add an address;
+#: H-Fac's statistics, where gradients are divided; and watched steps.
 SPARE = 32
-F32, BF16, F16 = tl.float32, tl.bfloat16, tl.float16
-#: How most weights are stored, and what that is called where they are not.
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+#: How most weights are stored, and names of the ways to draw random bits.
 _PLAIN = {"STOCHASTIC": NEAREST.value, "LOW": 0}
 _BITS = {EIGHT.value: "stochastic", EIGHT_APART.value: "stochastic apart", EACH.value: "stochastic each"}
-#: What a step has to be asked for.
-_OFF = {"SCALED": False, "AGAIN": False, "WATCH": False}
-_POINTERS = {
-    "tiles": "*i32",
-    "items": "*i64",
-    "grads": "*i64",
-    "scalars": "*fp64",
-    "flags": "*i32",
-    "squares": "*fp64",
-    "watched": "*fp64",
-}
+_STEPS = "smmf_step_", "hfac_step_", "smmf_dense_step_", "hfac_dense_step_"
+_SHARDS = "smmf_sums_step_", "hfac_apply_"
+#: Ways to store weights on the bulk: type, random bits, low bits.
+_STORED = (
+    (BF16, EIGHT, 0),
+    (F16, EIGHT, 0),
+    (BF16, EIGHT_APART, 0),
+    (BF16, NEAREST, 16),
+    (BF16, NEAREST, 8),
+    (BF16, EIGHT, 8),
+)
 
 
 @dataclass
@@ -77,149 +76,73 @@ class Variant:
             parts.append(_BITS[c["STOCHASTIC"]])
         if not c.get("COLUMNS", True):
             parts.append("rows only")
-        on = ("PART", "WIDE", "FIRST", "COUPLED", "CLIPPED", "NEGATE", "SKIP", "LOOK", "SCALED", "AGAIN", "WATCH")
+        on = ("SHARD", "WIDE", "FIRST", "COUPLED", "CLIPPED", "NEGATE", "SKIP", "LOOK", "SCALED", "AGAIN", "WATCH")
         return " ".join([*parts, *(name.lower() for name in on if c.get(name))])
 
 
-def variants() -> Iterator[Variant]:
-    """Every kernel in every shape on the bulk, by type; and the path for any layout, with every option on."""
-    on, off = dict(NEGATE=True, SKIP=True), dict(NEGATE=False, SKIP=False)
+def variants() -> list[Variant]:
+    """What `plan` launches for every op: on the bulk for all types, shapes of tiles and ways to store weights; and for
+    any layout with every option on."""
+    on = dict.fromkeys(("NEGATE", "SKIP", "LOOK", "SCALED", "AGAIN", "COUPLED"), True)
+    watch = dict(WATCH=True)
+    found: list[Variant] = []
     for t in (F32, BF16, F16):
-        types = dict(W=t, G=t, T=F32)
-        for (r, c, warps), signs in zip(SMMF_TILES, (BYTE_PER_ELEMENT, WHOLE_BYTES), strict=True):
-            shape = dict(R=r, C=c, WHOLE=True, LAYOUT=signs.value, COUPLED=False)
-            for part in (False, True):
-                yield Variant(smmf.smmf_tiles, types | shape | off | dict(PART=part), warps)
-        for r, c, warps in HFAC_TILES:
-            yield Variant(hfac.hfac_update, types | dict(R=r, C=c, WHOLE=True) | off, warps)
-        yield Variant(dense.smmf_dense, types | dict(WHOLE=True, FIRST=True, COUPLED=False) | off, 8)
-        yield Variant(dense.hfac_dense, types | dict(WHOLE=True, CLIPPED=True) | off, 8)
+        found += _launched(MAKERS, t)
     for t in (F32, BF16):
-        types = dict(G=t, T=F32)
-        for (r, c, warps), wide in (*zip(STATS, itertools.repeat(False)), (BROAD, True)):
-            bulk = dict(R=r, C=c, WHOLE=True, WIDE=wide, LOOK=False)
-            for columns in (True, False):
-                yield Variant(hfac.hfac_stats, types | bulk | dict(COLUMNS=columns), warps)
-        yield Variant(dense.look, types | dict(WHOLE=True), 8)
-        yield Variant(dense.hfac_dense_look, types | dict(WHOLE=True, LOOK=False), 8)
-    for kernel, options in (
-        (smmf.smmf_fold, dict(FIRST=True) | on),
-        (smmf.smmf_normalize, dict(FIRST=True) | on),
-        (hfac.hfac_fold, on),
-        (hfac.hfac_fold, on | dict(WATCH=True)),
-        (hfac.hfac_scale, dict(CLIPPED=True) | on),
-        (hfac.hfac_scale, dict(CLIPPED=True, WATCH=True) | on),
-        (smmf.smmf_part_fold, dict(FIRST=True)),
-        (hfac.hfac_part_cols, {}),
-        (hfac.hfac_part_fold, dict(CLIPPED=True, NEGATE=True)),
-        (hfac.hfac_squares, {}),
-    ):
-        yield Variant(kernel, dict(T=F32) | options, 4)
-    yield Variant(hfac.hfac_add_squares, {}, 4)
-    mixed = dict(W=BF16, G=F32, T=F32, WHOLE=False, SCALED=True) | on
-    (r, c, warps), (_, big, _) = SMMF_TILES[1], HFAC_TILES[1]
-    assert c == big
-    r //= 2
-    for signs in (NO_SIGNS, SHARED_BYTES):
-        for part in (False, True):
-            layout = dict(R=r, C=c, LAYOUT=signs.value, COUPLED=True, PART=part)
-            yield Variant(smmf.smmf_tiles, mixed | layout, warps)
-    yield Variant(hfac.hfac_update, mixed | dict(R=BROAD[0] // 2, C=BROAD[1]), BROAD[2])
-    yield Variant(dense.smmf_dense, mixed | dict(FIRST=True, COUPLED=True), 8)
-    yield Variant(dense.hfac_dense, mixed | dict(CLIPPED=True), 8)
-    stats = dict(G=F32, T=F32, WHOLE=False, LOOK=True, COLUMNS=True, R=BROAD[0] // 4, C=BROAD[1])
-    stats |= dict(SCALED=True, AGAIN=True)
-    yield Variant(hfac.hfac_stats, stats | dict(WIDE=True), BROAD[2])
-    yield Variant(hfac.hfac_stats, stats | dict(WIDE=False), BROAD[2])
-    wide = dict(W=tl.float64, G=tl.float64, T=tl.float64, R=r, C=c, WHOLE=False, LAYOUT=WHOLE_BYTES.value)
-    for part in (False, True):
-        yield Variant(smmf.smmf_tiles, wide | dict(COUPLED=False, PART=part) | off, warps)
-
-
-def asked_variants() -> Iterator[Variant]:
-    """What reads gradients, on the bulk, where a step divides them; the same and all ways to store where it is watched;
-    and watched steps for any layout."""
-    off, watch = dict(NEGATE=False, SKIP=False), dict(WATCH=True)
-    for t, what in itertools.product((F32, BF16), (dict(SCALED=True), watch)):
-        asked = dict(W=t, G=t, T=F32, WHOLE=True) | off | what
-        for (r, c, warps), signs in zip(SMMF_TILES, (BYTE_PER_ELEMENT, WHOLE_BYTES), strict=True):
-            shape = dict(R=r, C=c, LAYOUT=signs.value, COUPLED=False, PART=False)
-            yield Variant(smmf.smmf_tiles, asked | shape, warps)
-        for r, c, warps in HFAC_TILES:
-            yield Variant(hfac.hfac_update, asked | dict(R=r, C=c), warps)
-        yield Variant(dense.smmf_dense, asked | dict(FIRST=True, COUPLED=False), 8)
-        yield Variant(dense.hfac_dense, asked | dict(CLIPPED=True), 8)
-        asked = dict(G=t, T=F32, WHOLE=True) | what
-        for (r, c, warps), wide in (*zip(STATS, itertools.repeat(False)), (BROAD, True)):
-            shape = dict(R=r, C=c, WIDE=wide, LOOK=False, COLUMNS=True, AGAIN=what is not watch)
-            yield Variant(hfac.hfac_stats, asked | shape, warps)
-        if what is not watch:
-            yield Variant(dense.look, asked, 8)
-            yield Variant(dense.hfac_dense_look, asked | dict(LOOK=False), 8)
-    (r, c, warps), signs = SMMF_TILES[1], WHOLE_BYTES.value
-    for stochastic, low in ((EIGHT, 0), (NEAREST, 16), (EIGHT, 8)):
-        asked = dict(W=BF16, G=BF16, T=F32, WHOLE=True, STOCHASTIC=stochastic.value, LOW=low) | off | watch
-        yield Variant(smmf.smmf_tiles, asked | dict(R=r, C=c, LAYOUT=signs, COUPLED=False, PART=False), warps)
-        for rows, cols, of_hfac in HFAC_TILES:
-            yield Variant(hfac.hfac_update, asked | dict(R=rows, C=cols), of_hfac)
-        yield Variant(dense.smmf_dense, asked | dict(FIRST=True, COUPLED=False), 8)
-        yield Variant(dense.hfac_dense, asked | dict(CLIPPED=True), 8)
-    everything = dict(W=BF16, G=F32, T=F32, WHOLE=False, NEGATE=True, SKIP=True, SCALED=True) | watch
-    shape = dict(R=r // 2, C=c, LAYOUT=SHARED_BYTES.value, COUPLED=True, PART=False)
-    yield Variant(smmf.smmf_tiles, everything | shape, warps)
-    yield Variant(hfac.hfac_update, everything | dict(R=BROAD[0] // 2, C=BROAD[1]), BROAD[2])
-    yield Variant(dense.smmf_dense, everything | dict(FIRST=True, COUPLED=True), 8)
-    yield Variant(dense.hfac_dense, everything | dict(CLIPPED=True), 8)
-    for wide in (False, True):
-        shape = dict(R=BROAD[0] // 4, C=BROAD[1], WIDE=wide, LOOK=True, COLUMNS=True, AGAIN=True)
-        yield Variant(hfac.hfac_stats, dict(G=F32, T=F32, WHOLE=False, SCALED=True) | watch | shape, BROAD[2])
-
-
-def stored_variants() -> Iterator[Variant]:
-    """What writes weights, in every way to store them but plainly: on the bulk, then for any layout."""
-    off = dict(NEGATE=False, SKIP=False)
-    for t, stochastic, low in (
-        (BF16, EIGHT, 0),
-        (F16, EIGHT, 0),
-        (BF16, EIGHT_APART, 0),
-        (BF16, NEAREST, 16),
-        (BF16, NEAREST, 8),
-        (BF16, EIGHT, 8),
-    ):
-        how = dict(W=t, G=t, T=F32, WHOLE=True, STOCHASTIC=stochastic.value, LOW=low) | off
-        parts = (True,) if stochastic is EIGHT_APART else (False, True)
-        for (r, c, warps), signs in zip(SMMF_TILES, (BYTE_PER_ELEMENT, WHOLE_BYTES), strict=True):
-            for part in parts:
-                shape = dict(R=r, C=c, LAYOUT=signs.value, COUPLED=False, PART=part)
-                yield Variant(smmf.smmf_tiles, how | shape, warps)
-        for r, c, warps in HFAC_TILES:
-            yield Variant(hfac.hfac_update, how | dict(R=r, C=c), warps)
-        if stochastic is not EIGHT_APART:
-            yield Variant(dense.smmf_dense, how | dict(FIRST=True, COUPLED=False), 8)
-            yield Variant(dense.hfac_dense, how | dict(CLIPPED=True), 8)
-    on = dict(NEGATE=True, SKIP=True)
-    (r, c, warps), (rows, cols, _) = SMMF_TILES[1], BROAD
+        found += _launched(_STEPS, t, SCALED=True, AGAIN=True)
+        found += _launched(_STEPS, t, **watch)
+    for t, stochastic, low in _STORED:
+        ops = _SHARDS if stochastic is EIGHT_APART else (*_SHARDS, *_STEPS)
+        found += _launched(ops, t, stochastic=stochastic.value, low=low)
+    for t, stochastic, low in ((BF16, EIGHT, 0), (BF16, NEAREST, 16), (BF16, EIGHT, 8)):
+        found += _launched(_STEPS, t, stochastic=stochastic.value, low=low, **watch)
+    found += _launched(MAKERS, BF16, F32, **on)
+    found += _launched(_STEPS, BF16, F32, **on, **watch)
+    found += _launched(("smmf_step_", "smmf_sums_step_"), F64, F64)
     for t, stochastic, low in ((BF16, EACH, 0), (F16, EACH, 0), (BF16, NEAREST, 16), (BF16, EACH, 8)):
-        how = dict(W=t, G=F32, T=F32, WHOLE=False, STOCHASTIC=stochastic.value, LOW=low) | on
-        fewer = 4 if stochastic is EACH else 2
-        for signs in (NO_SIGNS, SHARED_BYTES):
-            layout = dict(R=r // fewer, C=c, LAYOUT=signs.value, COUPLED=True, PART=True)
-            yield Variant(smmf.smmf_tiles, how | layout, warps)
-        yield Variant(hfac.hfac_update, how | dict(R=rows // fewer, C=cols), warps)
-        for kernel, options in (
-            (dense.smmf_dense, dict(FIRST=True, COUPLED=True)),
-            (dense.hfac_dense, dict(CLIPPED=True)),
-        ):
-            yield Variant(kernel, how | options, dense_warps(kernel, False, stochastic.value, low))
+        ops = *_SHARDS, "smmf_dense_step_", "hfac_dense_step_"
+        found += _launched(ops, t, F32, stochastic=stochastic.value, low=low, NEGATE=True, SKIP=True, COUPLED=True)
+    return list({(one.kernel, one.label): one for one in found}.values())
+
+
+def _launched(
+    ops: Iterable[str], dtype: torch.dtype, any_layout: torch.dtype | None = None, low: int = 0, **options: Any
+) -> Iterator[Variant]:
+    """Launches of ops on parameters of a type; ``any_layout``: the type of gradients that are not on the bulk."""
+    stochastic = options.pop("stochastic", NEAREST.value)
+    whole = any_layout is None
+    on = dict(FIRST=True, CLIPPED=True) | options
+    for op in ops:
+        items = [
+            Item(rows, cols, dtype, any_layout or dtype, whole, slice, stochastic=stochastic, low=low)
+            for rows, cols, slice in _matrices(op, whole, dtype)
+        ]
+        plan = make_plan(op, items)
+        for launch in (*plan.launches, *plan.squares):
+            yield Variant(
+                launch.kernel, launch.constants | {name: on.get(name, False) for name in launch.options}, launch.warps
+            )
+
+
+def _matrices(op: str, whole: bool, dtype: torch.dtype) -> list[tuple[int, int, int]]:
+    """Rows, columns and slices of parameters for which all shapes of tiles and ways to pack signs are launched."""
+    if "dense" in op:
+        return [(RUN.value, 1, 0)]
+    if "smmf" in op:
+        if dtype == F64:
+            return [(256, 256, 8)]
+        return [(64, 64, 1), (256, 256, 8)] if whole else [(256, 256, 0), (256, 256, 9)]
+    widest = STATS[-1][1]
+    return [(256, cols, 0) for cols in ((*(cols for _, cols, _ in STATS), 2 * widest) if whole else (256, 2 * widest))]
 
 
 def compile_variant(variant: Variant, target: GPUTarget) -> Any:
     names = variant.kernel.arg_names
     source = ASTSource(
         fn=variant.kernel,
-        signature={name: _POINTERS.get(name, "constexpr") for name in names},
-        constexprs={name: (_PLAIN | _OFF | variant.constants)[name] for name in names if name not in _POINTERS},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in _POINTERS},
+        signature={name: MEMORY.get(name, "constexpr") for name in names},
+        constexprs={name: variant.constants[name] for name in names if name not in MEMORY},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in MEMORY},
     )
     options = compile_options(variant.constants, variant.warps, target.backend)
     return triton.compile(source, target=target, options=options)
@@ -312,7 +235,7 @@ def complaints(variant: Variant, report: Report, target: GPUTarget, shared: int)
     if (target.backend == "cuda" or (bulk and none)) and (report.fused or report.rough):
         found.append(f"{report.fused} fused multiply-adds, {report.rough} rough roots or quotients")
     if exact:
-        twin = Variant(variant.kernel, variant.constants | dict(W=F32, G=F32, LOW=0), variant.warps)
+        twin = Variant(variant.kernel, variant.constants | dict(W=tl.float32, G=tl.float32, LOW=0), variant.warps)
         if report.sums != examine(compile_variant(twin, target), target).sums:
             found.append("sums in another order than a float32's")
     if bulk and not report.wide and not exact:
@@ -321,14 +244,14 @@ def complaints(variant: Variant, report: Report, target: GPUTarget, shared: int)
     signs = variant.constants.get("LAYOUT", NO_SIGNS.value) != NO_SIGNS.value
     if bulk and report.narrow and not signs:
         found.append(f"{report.narrow} narrow accesses")
-    if bulk and target.backend == "cuda" and variant.constants["T"] == F32 and report.registers > REGISTERS:
+    if bulk and target.backend == "cuda" and variant.constants["T"] == tl.float32 and report.registers > REGISTERS:
         found.append(f"{report.registers} registers, more than {REGISTERS}")
     return found
 
 
 def main(names: list[str]) -> int:
     names = names or list(TARGETS)
-    todo = [*variants(), *asked_variants(), *stored_variants()]
+    todo = variants()
     rows, failed = [], 0
     for variant in todo:
         cells = []
@@ -344,9 +267,11 @@ def main(names: list[str]) -> int:
         print(rows[-1], flush=True)
     print(f"{len(todo)} variants for {', '.join(names)}: {failed} complaints")
     if names == list(TARGETS):
-        bulk = [variant for variant in stored_variants() if variant.constants["WHOLE"]]
+        stored = [x for x in todo if any(x.constants.get(name) for name in _PLAIN) and x.constants["WHOLE"]]
         costs = [
-            f"| {x.kernel.fn.__name__} | {x.label} | {added(x):.1f} |" for x in bulk if not x.constants.get("PART")
+            f"| {x.kernel.fn.__name__} | {x.label} | {added(x):.1f} |"
+            for x in stored
+            if not (x.constants.get("SHARD") or x.constants["WATCH"])
         ]
         _write(rows, len(todo), failed, costs)
     return 1 if failed else 0
@@ -359,12 +284,12 @@ def _write(rows: list[str], count: int, failed: int, costs: list[str]) -> None:
         f"Written by `make triton-check` with Triton {triton.__version__}; no GPU was used and nothing here was timed. "
         f"{count} variants, {failed} complaints. Per target: registers / bytes of shared memory / 128-bit accesses.",
         "",
-        "Asserted: on the bulk (contiguous, 16-byte aligned, rows of whole vectors of 8) 128-bit global accesses and, "
-        "but for SMMF's sign bytes, none of 8 or 16 bits; at most 128 registers on NVIDIA GPUs; nothing spilled; "
-        "shared memory within the target's; no fused multiply-adds and no approximate roots or quotients in PTX, "
-        "and none in hfac_update on AMD's bulk, whose other kernels refine roots and quotients with them. Of "
-        f"smmf_tiles with a lower piece, of hfac_stats that divide, and of what watches a lane may park {SPARE} bytes; "
-        "with a lower piece of 16 bits what is summed lies as a float32's, for which accesses are of 64 bits.",
+        "Asserted: on the bulk (contiguous, 16-byte aligned, rows of whole vectors of 8) global accesses of 128 bits "
+        "and, except for SMMF's sign bytes, none of 8 or 16 bits; at most 128 registers on NVIDIA GPUs; no spills; "
+        "shared memory within the target's; no fused multiply-adds and no approximate roots or quotients in PTX, and "
+        "none in hfac_update on AMD's bulk (AMD's other kernels refine roots and quotients with them). smmf_tiles with "
+        f"low bits, hfac_stats that divide, and watched kernels may spill {SPARE} bytes per lane. With 16 low bits, "
+        "elements are laid out as a float32's, which takes accesses of 64 bits.",
         "",
         "| kernel | variant | " + " | ".join(TARGETS) + " |",
         "| --- | --- |" + " --- |" * len(TARGETS),

@@ -1,4 +1,4 @@
-"""Both moments whole, and the search for what is not finite: programs over runs of elements."""
+"""Steps with whole moments, and the test for finite gradients: programs over runs of elements."""
 
 import triton
 import triton.language as tl
@@ -6,39 +6,22 @@ import triton.language as tl
 from .element import (
     decays,
     divide,
+    excess,
     finite,
-    grad_scale,
     gradient,
+    gradients,
     length,
+    offsets,
     operand,
-    place,
     pointer,
+    program,
     root,
     squares,
+    total_of,
     watch,
 )
-from .rounding import calls, counter, kept, load, low_piece, random_bits, store
-from .table import (
-    CHANGE,
-    CHUNK,
-    CLIP,
-    COLS,
-    DIRECTION,
-    EPS,
-    FIELDS,
-    FIRST_ROW,
-    KEPT,
-    LOOKED,
-    LR,
-    NEAREST,
-    PARAM,
-    PARAM_LAYOUT,
-    ROWS,
-    RUN,
-    SECOND_ROW,
-    SPACE_TOTALS,
-    WEIGHT_DECAY,
-)
+from .rounding import calls, counter, kept, load, random_bits, store, weights
+from .table import *
 
 
 @triton.jit
@@ -47,17 +30,12 @@ def look(
 ):
     """flags[parameter] = 1 where an element of its gradient is not finite. Every program that says so writes the same
     word."""
-    tile = tl.program_id(0).to(tl.int64)
-    item = tl.load(tiles + 2 * tile).to(tl.int64)
-    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
-    record = items + item * FIELDS
+    item, record, index = program(tiles, items)
     count = tl.load(record + ROWS) * tl.load(record + COLS)
     if WHOLE:
         count = tl.multiple_of(count, 8)
-    grad = operand(tl.load(grads + 2 * item), G, WHOLE)
-    layout = tl.load(grads + 2 * item + 1)
-    scale = grad_scale(scalars, T, SCALED)
-    first = part * LOOKED
+    grad, layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED)
+    first = index * LOOKED
     bad = tl.zeros([RUN], tl.int32)
     for start in range(first, tl.minimum(first + LOOKED, count), RUN):
         at = start + tl.arange(0, RUN).to(tl.int64)
@@ -68,19 +46,16 @@ def look(
 
 
 @triton.jit
-def run_bits(record, scalars, item, part, STOCHASTIC: tl.constexpr):
-    """Random bits of the elements of a run, where there are any."""
-    bits = 0
-    if STOCHASTIC != NEAREST:
-        seed, t, position, first, layout = counter(record, scalars, item, STOCHASTIC)
-        at = part * RUN + calls(RUN, STOCHASTIC)
-        bits = tl.reshape(random_bits(seed, t, position, first, layout, at, STOCHASTIC), [RUN])
-    return bits
+def run_bits(record, scalars, item, index, STOCHASTIC: tl.constexpr):
+    """Random bits of a run's elements, where there are any."""
+    seed, t, position, first, layout = counter(record, scalars, item, STOCHASTIC)
+    at = index * RUN + calls(RUN, STOCHASTIC)
+    return random_bits(seed, t, position, first, layout, at, STOCHASTIC)
 
 
 @triton.jit
 def watch_run(watched, item, w, before, direction, mask, W: tl.constexpr, T: tl.constexpr, LOW: tl.constexpr):
-    """Reports what a step does to the elements of a run."""
+    """Reports what a step does to a run's elements."""
     watch(watched, item, CHANGE, squares(w - before, mask, 0))
     watch(watched, item, KEPT, tl.sum(kept(w, before, mask, W, T, LOW), 0))
     watch(watched, item, DIRECTION, squares(direction, mask, 0))
@@ -98,39 +73,31 @@ def smmf_dense(
     G: tl.constexpr,
     T: tl.constexpr,
     WHOLE: tl.constexpr,
-    STOCHASTIC: tl.constexpr,  # how random bits are made
-    LOW: tl.constexpr,  # bits of a lower piece of the weight
+    STOCHASTIC: tl.constexpr,
+    LOW: tl.constexpr,
     FIRST: tl.constexpr,
     COUPLED: tl.constexpr,
-    NEGATE: tl.constexpr,  # the objective is maximized
+    NEGATE: tl.constexpr,
     SKIP: tl.constexpr,
-    SCALED: tl.constexpr,  # gradients are divided by a number
-    WATCH: tl.constexpr,  # what the step does is reported
+    SCALED: tl.constexpr,
+    WATCH: tl.constexpr,
 ):
-    tile = tl.program_id(0).to(tl.int64)
-    item = tl.load(tiles + 2 * tile).to(tl.int64)
-    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
+    item, record, index = program(tiles, items)
     if SKIP:
         if tl.load(flags + item) != 0:
             return
-    record = items + item * FIELDS
-    at = part * RUN + tl.arange(0, RUN)
+    at = index * RUN + tl.arange(0, RUN)
     mask = at < length(record, ROWS, WHOLE)
     b1, rest1, b2, rest2 = decays(scalars, item, T)
     lr = tl.load(scalars + LR)
     weight_decay = tl.load(scalars + WEIGHT_DECAY)
     eps = tl.load(scalars + EPS).to(T)
-    grad = operand(tl.load(grads + 2 * item), G, WHOLE)
-    layout = tl.load(grads + 2 * item + 1)
-    g = gradient(grad, at, layout, mask, grad_scale(scalars, T, SCALED), T, WHOLE, SCALED)
-    if NEGATE:
-        g = -g
-    param = operand(tl.load(record + PARAM), W, WHOLE)
-    to = param + place(at, tl.load(record + PARAM_LAYOUT), WHOLE)
-    low, low_layout = low_piece(record, WHOLE, LOW)
+    grad, layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED)
+    g = gradient(grad, at, layout, mask, scale, T, WHOLE, SCALED, NEGATE)
+    param, layout, low, low_layout = weights(record, W, WHOLE, LOW)
+    to = param + offsets(at, layout, WHOLE)
     w = load(to, low, low_layout, at, mask, T, WHOLE, LOW)
-    if WATCH:
-        before = w
+    before = w
     if COUPLED:
         g = g + weight_decay.to(T) * w
     else:
@@ -147,7 +114,7 @@ def smmf_dense(
     w = w - lr.to(T) * direction
     if WATCH:
         watch_run(watched, item, w, before, direction, mask, W, T, LOW)
-    bits = run_bits(record, scalars, item, part, STOCHASTIC)
+    bits = run_bits(record, scalars, item, index, STOCHASTIC)
     store(w, bits, to, low, low_layout, at, mask, W, WHOLE, STOCHASTIC, LOW)
 
 
@@ -165,24 +132,20 @@ def hfac_dense_look(
     SCALED: tl.constexpr,
 ):
     """Each run's sum of U^2, U = G / sqrt(q) with the new q, which the step forms again; and whether G is finite."""
-    tile = tl.program_id(0).to(tl.int64)
-    item = tl.load(tiles + 2 * tile).to(tl.int64)
-    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
-    record = items + item * FIELDS
+    item, record, index = program(tiles, items)
     count = length(record, ROWS, WHOLE)
-    at = part * RUN + tl.arange(0, RUN)
+    at = index * RUN + tl.arange(0, RUN)
     mask = at < count
     b1, rest1, b2, rest2 = decays(scalars, item, T)
-    grad = operand(tl.load(grads + 2 * item), G, WHOLE)
-    layout = tl.load(grads + 2 * item + 1)
-    g = gradient(grad, at, layout, mask, grad_scale(scalars, T, SCALED), T, WHOLE, SCALED)
+    grad, layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED)
+    g = gradient(grad, at, layout, mask, scale, T, WHOLE, SCALED)
     if LOOK:
         bad = tl.max((finite(g, count) == 0).to(tl.int32), 0)
         tl.store(flags + item, bad, bad != 0)
     old = tl.load(operand(tl.load(record + SECOND_ROW), T, WHOLE) + at, mask, 0.0)
     q = b2 * old + rest2 * (g * g + tl.load(scalars + EPS).to(T))
     U = tl.where(mask, divide(g, root(q)), 0.0)
-    tl.store(pointer(record, SPACE_TOTALS, T) + part, tl.sum(U * U, 0))
+    tl.store(pointer(record, SPACE_TOTALS, T) + index, tl.sum(U * U, 0))
 
 
 @triton.jit
@@ -197,36 +160,28 @@ def hfac_dense(
     G: tl.constexpr,
     T: tl.constexpr,
     WHOLE: tl.constexpr,
-    STOCHASTIC: tl.constexpr,  # how random bits are made
-    LOW: tl.constexpr,  # bits of a lower piece of the weight
+    STOCHASTIC: tl.constexpr,
+    LOW: tl.constexpr,
     CLIPPED: tl.constexpr,
-    NEGATE: tl.constexpr,  # the objective is maximized
+    NEGATE: tl.constexpr,
     SKIP: tl.constexpr,
-    SCALED: tl.constexpr,  # gradients are divided by a number
-    WATCH: tl.constexpr,  # what the step does is reported
+    SCALED: tl.constexpr,
+    WATCH: tl.constexpr,
 ):
-    tile = tl.program_id(0).to(tl.int64)
-    item = tl.load(tiles + 2 * tile).to(tl.int64)
-    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
+    item, record, index = program(tiles, items)
     if SKIP:
         if tl.load(flags + item) != 0:
             return
-    record = items + item * FIELDS
     count = length(record, ROWS, WHOLE)
-    at = part * RUN + tl.arange(0, RUN)
+    at = index * RUN + tl.arange(0, RUN)
     mask = at < count
     b1, rest1, b2, rest2 = decays(scalars, item, T)
-    grad = operand(tl.load(grads + 2 * item), G, WHOLE)
-    layout = tl.load(grads + 2 * item + 1)
-    g = gradient(grad, at, layout, mask, grad_scale(scalars, T, SCALED), T, WHOLE, SCALED)
-    if NEGATE:
-        g = -g
-    param = operand(tl.load(record + PARAM), W, WHOLE)
-    to = param + place(at, tl.load(record + PARAM_LAYOUT), WHOLE)
-    low, low_layout = low_piece(record, WHOLE, LOW)
+    grad, layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED)
+    g = gradient(grad, at, layout, mask, scale, T, WHOLE, SCALED, NEGATE)
+    param, layout, low, low_layout = weights(record, W, WHOLE, LOW)
+    to = param + offsets(at, layout, WHOLE)
     w = load(to, low, low_layout, at, mask, T, WHOLE, LOW)
-    if WATCH:
-        before = w
+    before = w
     first = operand(tl.load(record + FIRST_ROW), T, WHOLE) + at
     second = operand(tl.load(record + SECOND_ROW), T, WHOLE) + at
     m = b1 * tl.load(first, mask, 0.0) + rest1 * g
@@ -237,19 +192,12 @@ def hfac_dense(
     direction = divide(b1 * m + rest1 * g, q)
     if CLIPPED:
         runs = tl.cdiv(count, RUN).to(tl.int32)
-        totals = pointer(record, SPACE_TOTALS, T)
-        lanes = tl.zeros([CHUNK], T)
-        for start in range(0, runs, CHUNK):
-            c = start + tl.arange(0, CHUNK)
-            lanes += tl.load(totals + c, c < runs, 0.0)
-        rms = root(divide(tl.sum(lanes, 0), count.to(T)))
-        ratio = divide(rms, tl.load(scalars + CLIP).to(T))
-        # 1 / max(1, rms / d), which keeps a NaN
-        direction = direction * divide(tl.full([], 1.0, T), tl.where(ratio <= 1, 1.0, ratio).to(T))
+        total = total_of(pointer(record, SPACE_TOTALS, T), runs, 1, T)
+        direction = direction * divide(tl.full([], 1.0, T), excess(divide(total, count.to(T)), scalars, T))
     lr = tl.load(scalars + LR).to(T)
     weight_decay = tl.load(scalars + WEIGHT_DECAY).to(T)
     w = w - lr * (direction + weight_decay * w)
     if WATCH:
         watch_run(watched, item, w, before, divide(g, q), mask, W, T, LOW)
-    bits = run_bits(record, scalars, item, part, STOCHASTIC)
+    bits = run_bits(record, scalars, item, index, STOCHASTIC)
     store(w, bits, to, low, low_layout, at, mask, W, WHOLE, STOCHASTIC, LOW)

@@ -1,13 +1,53 @@
-"""What every kernel does with one element or one record: loads, stores, rounding, step scalars.
+"""What kernels share: which tile a program has, loads of records, gradients and scalars, exact roots and quotients.
 
 Arithmetic has one type, T: float32, or float64 for float64 parameters. Kernels are launched without contraction to
 fused multiply-adds, so that a product and a sum round as they do in `hfac.reference`.
+
+Pointer arguments of kernels are described by `table.MEMORY`. Compile-time arguments, of all kernels:
+
+    W, G, T       types of the parameter, of the gradient, of the arithmetic
+    R, C          rows in flight and columns of a tile
+    WHOLE         contiguous, aligned, rows of whole vectors of 8
+    LAYOUT        how SMMF's signs are packed (`table.NO_SIGNS` and so on)
+    SHARD         the matrix is a block of a larger one
+    STOCHASTIC    how random bits are drawn (`table.NEAREST` and so on)
+    LOW           low bits of the weight that are stored apart: 0, 8 or 16
+    WIDE          rows are longer than C
+    COLUMNS       columns are summed, too
+    FIRST         there is a first moment
+    COUPLED       weight decay is added to the gradient
+    NEGATE        the objective is maximized
+    CLIPPED       H-Fac clips its own update
+    SCALED        gradients are divided by a number
+    LOOK          flags are set where a gradient is not finite
+    SKIP          parameters whose flag is set keep their values
+    AGAIN         statistics are there, and are taken again only where gradients are clipped
+    WATCH         what the step does is reported
 """
 
 import triton
 import triton.language as tl
 
-from .table import GRAD_SCALE, OWN, OWNED, PER_PARAM, WATCHED
+from .table import *
+
+
+@triton.jit
+def program(tiles, items):
+    """What this program works on: the parameter, its record, and the index of the tile."""
+    at = tiles + 2 * tl.program_id(0).to(tl.int64)
+    item = tl.load(at).to(tl.int64)
+    return item, items + item * FIELDS, tl.load(at + 1).to(tl.int64)
+
+
+@triton.jit
+def tile_of(record, index):
+    """Of a tile: its position among the tiles of rows and of columns, its first row and the one after its last."""
+    tile_rows = tl.load(record + TILE_ROWS)
+    col_tiles = tl.load(record + COL_TILES).to(tl.int32)
+    row_tile = (index.to(tl.int32) // col_tiles).to(tl.int64)
+    col_tile = (index.to(tl.int32) % col_tiles).to(tl.int64)
+    first_row = row_tile * tile_rows
+    return row_tile, col_tile, first_row, tl.minimum(first_row + tile_rows, tl.load(record + ROWS))
 
 
 @triton.jit
@@ -57,7 +97,7 @@ def length(record, FIELD: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def place(at, layout, WHOLE: tl.constexpr):
+def offsets(at, layout, WHOLE: tl.constexpr):
     """Where the row-major elements `at` (int64) lie, in elements from the start; any strides."""
     if WHOLE:
         offset = at
@@ -75,20 +115,32 @@ def place(at, layout, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def grad_scale(scalars, T: tl.constexpr, SCALED: tl.constexpr):
-    """What gradients are divided by, where they are."""
+def gradients(grads, scalars, item, G: tl.constexpr, T: tl.constexpr, WHOLE: tl.constexpr, SCALED: tl.constexpr):
+    """A parameter's gradient: pointer, address of its layout, and what it is divided by."""
     scale = 0
     if SCALED:
         scale = tl.load(scalars + GRAD_SCALE).to(T)
-    return scale
+    return operand(tl.load(grads + 2 * item), G, WHOLE), tl.load(grads + 2 * item + 1), scale
 
 
 @triton.jit
-def gradient(grad, at, layout, mask, scale, T: tl.constexpr, WHOLE: tl.constexpr, SCALED: tl.constexpr):
-    """Elements of the gradient as the step sees them, but for the sign of a maximized one."""
-    g = tl.load(grad + place(at, layout, WHOLE), mask, 0.0).to(T)
+def gradient(
+    grad,
+    at,
+    layout,
+    mask,
+    scale,
+    T: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SCALED: tl.constexpr,
+    NEGATE: tl.constexpr = False,
+):
+    """Elements of the gradient as the step sees them."""
+    g = tl.load(grad + offsets(at, layout, WHOLE), mask, 0.0).to(T)
     if SCALED:
         g = divide(g, scale)
+    if NEGATE:
+        g = -g
     return g
 
 
@@ -99,6 +151,13 @@ def decays(scalars, item, T: tl.constexpr):
     b1 = tl.load(scalars + at)
     b2 = tl.load(scalars + at + 1)
     return b1.to(T), (1.0 - b1).to(T), b2.to(T), (1.0 - b2).to(T)
+
+
+@triton.jit
+def excess(mean_square, scalars, T: tl.constexpr):
+    """max(1, rms(U) / d), what H-Fac's clip of its own update divides by; a NaN stays."""
+    ratio = divide(root(mean_square), tl.load(scalars + CLIP).to(T))
+    return tl.where(ratio <= 1, 1.0, ratio).to(T)
 
 
 @triton.jit
@@ -127,12 +186,22 @@ def zeros(sum_g, square, mask):
 
 
 @triton.jit
-def partial_sums(start, stride, tiles, k, mask, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, T: tl.constexpr):
+def partial_sums(start, stride, tiles, k, mask, T: tl.constexpr):
     """Sums of the elements `k` of `tiles` vectors, `stride` elements apart, in an order that depends on their number
     alone."""
-    total = tl.zeros([AT_ONCE, BLOCK], T)
+    total = tl.zeros([AT_ONCE, CHUNK], T)
     for first in range(0, tiles, AT_ONCE):
         t = (first + tl.arange(0, AT_ONCE)).to(tl.int64)
         keep = (t < tiles)[:, None] & mask[None, :]
         total += tl.load(start + t[:, None] * stride + k[None, :], keep, 0.0)
     return tl.sum(total, 0)
+
+
+@triton.jit
+def total_of(start, count, STRIDE: tl.constexpr, T: tl.constexpr):
+    """The sum of `count` numbers, `STRIDE` elements apart, in an order that depends on their number alone."""
+    lanes = tl.zeros([CHUNK], T)
+    for first in range(0, count, CHUNK):
+        c = first + tl.arange(0, CHUNK)
+        lanes += tl.load(start + STRIDE * c, c < count, 0.0)
+    return tl.sum(lanes, 0)

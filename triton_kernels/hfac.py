@@ -13,12 +13,11 @@ Partial sums of a parameter of m rows and n columns, in float32 (norms in float6
     psi, scale  [n]           psi / 2 and 1 / sqrt(s_j)
     totals   [chunks, 2]      shares of R and of sum_j w_j / s_j; before the fold, of the gradient's sum of squares
 
-The columns' sums of g^2 are the gradient's own norm, too: whoever clips by the norm of all gradients need not read them
-for it. Where they are then clipped, r_i is another and the statistics are taken again.
+The columns' sums of g^2 give the gradient's norm, too, so clipping by the norm of all gradients reads none of them
+again. Gradients that are then clipped have other r_i, and their statistics are taken again.
 
-Of a matrix that lies on several ranks each has a part. The statistics then leave rows and squares in the caller's
-lists and `hfac_part_cols` the columns' sums; what comes back, added up over the ranks, `hfac_part_fold` makes into what
-the update reads.
+Of a shard, the statistics leave rows and squares in the caller's lists and `hfac_shard_cols` the columns' sums;
+`hfac_shard_fold` turns them, added up over the ranks, into what the update reads.
 """
 
 import triton
@@ -27,62 +26,24 @@ import triton.language as tl
 from .element import (
     decays,
     divide,
+    excess,
     finite,
-    grad_scale,
     gradient,
+    gradients,
     length,
-    operand,
+    offsets,
     partial_sums,
-    place,
     pointer,
+    program,
     root,
     squares,
+    tile_of,
+    total_of,
     watch,
     zeros,
 )
-from .rounding import calls, counter, kept, load, low_piece, random_bits, store
-from .table import (
-    ALL_COLS,
-    ALL_ROWS,
-    AT_ONCE,
-    CHANGE,
-    CHUNK,
-    CLIP,
-    COEFFICIENT,
-    COL_TILES,
-    COLS,
-    DIRECTION,
-    EPS,
-    FIELDS,
-    FIRST_COL,
-    FIRST_ROW,
-    KEPT,
-    LR,
-    MEAN_SQUARE,
-    NEAREST,
-    NEW_COL,
-    NEW_ROW,
-    PARAM,
-    PARAM_LAYOUT,
-    RATIO_COL,
-    ROW_TILES,
-    ROWS,
-    SECOND_COL,
-    SECOND_ROW,
-    SPACE_COLS,
-    SPACE_PSI,
-    SPACE_ROWS,
-    SPACE_SCALE,
-    SPACE_SQUARES,
-    SPACE_TOTALS,
-    SUM_COL,
-    SUM_ROW,
-    TILE_ROWS,
-    TOTAL,
-    WEIGHT_DECAY,
-    ZERO_COLS,
-    ZERO_ROWS,
-)
+from .rounding import calls, counter, kept, load, random_bits, store, weights
+from .table import *
 
 
 @triton.jit
@@ -97,33 +58,29 @@ def hfac_stats(
     R: tl.constexpr,
     C: tl.constexpr,
     WHOLE: tl.constexpr,
-    WIDE: tl.constexpr,  # rows longer than C
-    COLUMNS: tl.constexpr,  # whether columns are summed too
+    WIDE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     LOOK: tl.constexpr,
-    SCALED: tl.constexpr,  # gradients are divided by a number
-    AGAIN: tl.constexpr,  # only where gradients are clipped: of others the statistics are there
-    WATCH: tl.constexpr,  # rows that are zero are counted
+    SCALED: tl.constexpr,
+    AGAIN: tl.constexpr,
+    WATCH: tl.constexpr,
 ):
     """A tile is a number of whole rows. Where a row fits the registers, a row's sum, its r_i and its share of the
     columns' sums come from one read; longer rows are read again, from the cache, once their r_i are known."""
     if AGAIN:
         if tl.load(scalars + COEFFICIENT) == 1:  # a NaN is not
             return
-    tile = tl.program_id(0).to(tl.int64)
-    item = tl.load(tiles + 2 * tile).to(tl.int64)
-    row_tile = tl.load(tiles + 2 * tile + 1).to(tl.int64)
-    record = items + item * FIELDS
+    item, record, row_tile = program(tiles, items)
     rows = tl.load(record + ROWS)
     cols = length(record, COLS, WHOLE)
     tile_rows = tl.load(record + TILE_ROWS)
     first_row = row_tile * tile_rows
     last_row = tl.minimum(first_row + tile_rows, rows)
-    grad = operand(tl.load(grads + 2 * item), G, WHOLE)
-    layout = tl.load(grads + 2 * item + 1)
-    scale = grad_scale(scalars, T, SCALED)
+    grad, layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED)
     r_old = pointer(record, SECOND_ROW, T)
     row_sum = pointer(record, SPACE_ROWS, T)
     row_square = pointer(record, SPACE_SQUARES, T)
+    col_sums = pointer(record, SPACE_COLS, T) + row_tile * 3 * cols
     b1, rest1, b2, rest2 = decays(scalars, item, T)
     eps_sum = (tl.load(record + ALL_COLS).to(tl.float64) * tl.load(scalars + EPS)).to(T)
     count = rows * cols
@@ -151,7 +108,6 @@ def hfac_stats(
             if WATCH:
                 zero_rows += zeros(tl.sum(sum_g, 1), tl.sum(sum_q, 1), in_rows)
         if COLUMNS:
-            col_sums = pointer(record, SPACE_COLS, T) + row_tile * 3 * cols
             tl.debug_barrier()  # the r_i that some lanes wrote are read by others
             for first_col in range(0, cols, C):
                 j = first_col + tl.arange(0, C).to(tl.int64)
@@ -169,9 +125,7 @@ def hfac_stats(
                     sum_g += g
                     sum_q += g * g
                     sum_u += g * g * divide(tl.full([R], 1.0, T), r)[:, None]
-                tl.store(col_sums + j, tl.sum(sum_g, 0), in_cols)
-                tl.store(col_sums + cols + j, tl.sum(sum_q, 0), in_cols)
-                tl.store(col_sums + 2 * cols + j, tl.sum(sum_u, 0), in_cols)
+                store_columns(col_sums + j, cols, in_cols, sum_g, sum_q, sum_u)
     else:
         j = tl.arange(0, C).to(tl.int64)
         in_cols = j < cols
@@ -198,10 +152,7 @@ def hfac_stats(
                 # Where there are no more rows r may be 0.
                 sum_u += q * divide(tl.full([R], 1.0, T), tl.where(in_rows, r, 1.0))[:, None]
         if COLUMNS:
-            col_sums = pointer(record, SPACE_COLS, T) + row_tile * 3 * cols
-            tl.store(col_sums + j, tl.sum(sum_g, 0), in_cols)
-            tl.store(col_sums + cols + j, tl.sum(sum_q, 0), in_cols)
-            tl.store(col_sums + 2 * cols + j, tl.sum(sum_u, 0), in_cols)
+            store_columns(col_sums + j, cols, in_cols, sum_g, sum_q, sum_u)
     if LOOK:
         any_bad = tl.max(tl.max(bad, 1), 0)
         tl.store(flags + item, any_bad, any_bad != 0)
@@ -211,56 +162,74 @@ def hfac_stats(
 
 
 @triton.jit
+def store_columns(to, cols, in_cols, sum_g, sum_q, sum_u):
+    tl.store(to, tl.sum(sum_g, 0), in_cols)
+    tl.store(to + cols, tl.sum(sum_q, 0), in_cols)
+    tl.store(to + 2 * cols, tl.sum(sum_u, 0), in_cols)
+
+
+@triton.jit
 def hfac_squares(tiles, items, T: tl.constexpr):
     """Shares of the gradient's sum of squares, each of a chunk of columns, from what the statistics left of their
     tiles; in double, as the totals."""
-    tile = tl.program_id(0).to(tl.int64)
-    item = tl.load(tiles + 2 * tile).to(tl.int64)
-    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
-    record = items + item * FIELDS
+    _, record, index = program(tiles, items)
     n = tl.load(record + COLS)
     row_tiles = tl.load(record + ROW_TILES).to(tl.int32)
-    k = part * CHUNK + tl.arange(0, CHUNK)
+    k = index * CHUNK + tl.arange(0, CHUNK)
     sums = pointer(record, SPACE_COLS, T)
-    square = partial_sums(sums + n, 3 * n, row_tiles, k, k < n, CHUNK, AT_ONCE, tl.float64)
-    tl.store(pointer(record, SPACE_TOTALS, tl.float64) + part * 2, tl.sum(square, 0))
+    square = partial_sums(sums + n, 3 * n, row_tiles, k, k < n, tl.float64)
+    tl.store(pointer(record, SPACE_TOTALS, tl.float64) + index * 2, tl.sum(square, 0))
 
 
 @triton.jit
 def hfac_add_squares(tiles, items, squares):
     """A parameter's shares added up."""
-    item = tl.load(tiles + 2 * tl.program_id(0).to(tl.int64)).to(tl.int64)
-    record = items + item * FIELDS
+    item, record, _ = program(tiles, items)
     chunks = tl.cdiv(tl.load(record + COLS), CHUNK).to(tl.int32)
-    totals = pointer(record, SPACE_TOTALS, tl.float64)
-    total = tl.zeros([CHUNK], tl.float64)
-    for first in range(0, chunks, CHUNK):
-        c = first + tl.arange(0, CHUNK)
-        total += tl.load(totals + 2 * c, c < chunks, 0.0)
-    tl.store(squares + item, tl.sum(total, 0))
+    tl.store(squares + item, total_of(pointer(record, SPACE_TOTALS, tl.float64), chunks, 2, tl.float64))
 
 
 @triton.jit
-def average(beta, old, rest, new):
-    return beta * old + rest * new
+def column_sums(record, n, row_tiles, k, in_cols, T: tl.constexpr):
+    """Sums of g, g^2 and g^2 / r over columns, from those of their tiles."""
+    sums = pointer(record, SPACE_COLS, T)
+    sum_g = partial_sums(sums, 3 * n, row_tiles, k, in_cols, T)
+    square = partial_sums(sums + n, 3 * n, row_tiles, k, in_cols, T)
+    ratio = partial_sums(sums + 2 * n, 3 * n, row_tiles, k, in_cols, T)
+    return sum_g, square, ratio
 
 
 @triton.jit
-def half_drift(beta1, mean_old, mean, square, length):
-    """Half of phi_i (or psi_j): b1 (u - mean) / sqrt(r / length) / 2. Halving is exact, so the sum of two halves is the
-    reference's (phi + psi) / 2."""
-    return divide(beta1 * (mean_old - mean), root(divide(square, length))) * 0.5
-
-
-@triton.jit
-def half_new_drift(old_at, mask, sum_g, length, square, beta, rest, NEGATE: tl.constexpr):
-    """Takes a first moment of rows or columns a step on, in place, and gives half of the drift that comes of it."""
+def half_drift(old_at, mask, sum_g, length, square, beta, rest, T: tl.constexpr, NEGATE: tl.constexpr):
+    """Advances a first moment of rows or columns by a step, in place, and returns half of phi_i (or psi_j):
+    b1 (u - mean) / sqrt(r / length) / 2. Halving is exact, so the sum of two halves is the reference's (phi + psi) / 2.
+    """
     if NEGATE:
         sum_g = -sum_g
-    mean = divide(sum_g, length)
-    new = average(beta, tl.load(old_at, mask, 0.0), rest, mean)
+    lengths = tl.full([CHUNK], 1.0, T) * length.to(T)
+    mean = divide(sum_g, lengths)
+    new = beta * tl.load(old_at, mask, 0.0) + rest * mean
     tl.store(old_at, new, mask)
-    return half_drift(beta, new, mean, square, length)
+    return divide(beta * (new - mean), root(divide(square, lengths))) * 0.5
+
+
+@triton.jit
+def fold_rows(record, k, in_rows, sum_g, length, r, beta, rest, T: tl.constexpr, NEGATE: tl.constexpr):
+    """Stores new moments of rows, and phi / 2 for the update; length: of a whole row."""
+    u_at = pointer(record, FIRST_ROW, T) + k
+    half_phi = half_drift(u_at, in_rows, sum_g, length, r, beta, rest, T, NEGATE)
+    tl.store(pointer(record, SECOND_ROW, T) + k, r, in_rows)
+    tl.store(pointer(record, SPACE_ROWS, T) + k, half_phi, in_rows)
+
+
+@triton.jit
+def fold_cols(record, k, in_cols, sum_g, length, s, beta, rest, T: tl.constexpr, NEGATE: tl.constexpr):
+    """Stores new moments of columns, and psi / 2 and 1 / sqrt(s) for the update; length: of a whole column."""
+    v_at = pointer(record, FIRST_COL, T) + k
+    half_psi = half_drift(v_at, in_cols, sum_g, length, s, beta, rest, T, NEGATE)
+    tl.store(pointer(record, SECOND_COL, T) + k, s, in_cols)
+    tl.store(pointer(record, SPACE_PSI, T) + k, half_psi, in_cols)
+    tl.store(pointer(record, SPACE_SCALE, T) + k, divide(tl.full([CHUNK], 1.0, T), root(s)), in_cols)
 
 
 @triton.jit
@@ -269,8 +238,7 @@ def row_scale(r, total, mean_square, scalars, CLIPPED: tl.constexpr, T: tl.const
     formed."""
     scale = root(total) * divide(tl.full([CHUNK], 1.0, T), root(r))
     if CLIPPED:
-        ratio = divide(root(mean_square), tl.load(scalars + CLIP).to(T))
-        scale = divide(scale, tl.where(ratio <= 1, 1.0, ratio).to(T))  # max(1, rms / d), which keeps a NaN
+        scale = divide(scale, excess(mean_square, scalars, T))
     return scale
 
 
@@ -286,48 +254,34 @@ def hfac_fold(
     SKIP: tl.constexpr,
     WATCH: tl.constexpr,
 ):
-    tile = tl.program_id(0).to(tl.int64)
-    item = tl.load(tiles + 2 * tile).to(tl.int64)
-    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
+    item, record, index = program(tiles, items)
     if SKIP:
         if tl.load(flags + item) != 0:
             return
-    record = items + item * FIELDS
     m = tl.load(record + ROWS)
     n = tl.load(record + COLS)
     row_tiles = tl.load(record + ROW_TILES).to(tl.int32)
     b1, rest1, b2, rest2 = decays(scalars, item, T)
-    k = part * CHUNK + tl.arange(0, CHUNK)
-    ones = tl.full([CHUNK], 1.0, T)
+    k = index * CHUNK + tl.arange(0, CHUNK)
 
     in_rows = k < m
-    sum_at = pointer(record, SPACE_ROWS, T) + k
     r = tl.load(pointer(record, SPACE_SQUARES, T) + k, in_rows, 1.0)
-    sum_g = tl.load(sum_at, in_rows, 0.0)
-    u_at = pointer(record, FIRST_ROW, T) + k
-    half_phi = half_new_drift(u_at, in_rows, sum_g, ones * n.to(T), r, b1, rest1, NEGATE)
-    tl.store(pointer(record, SECOND_ROW, T) + k, r, in_rows)
-    tl.store(sum_at, half_phi, in_rows)
+    sum_g = tl.load(pointer(record, SPACE_ROWS, T) + k, in_rows, 0.0)
+    fold_rows(record, k, in_rows, sum_g, n, r, b1, rest1, T, NEGATE)
 
     in_cols = k < n
-    s_at = pointer(record, SECOND_COL, T) + k
-    sums = pointer(record, SPACE_COLS, T)
-    sum_g = partial_sums(sums, 3 * n, row_tiles, k, in_cols, CHUNK, AT_ONCE, T)
-    square = partial_sums(sums + n, 3 * n, row_tiles, k, in_cols, CHUNK, AT_ONCE, T)
-    ratio = partial_sums(sums + 2 * n, 3 * n, row_tiles, k, in_cols, CHUNK, AT_ONCE, T)
-    s = average(b2, tl.load(s_at, in_cols, 1.0), rest2, square + (m.to(tl.float64) * tl.load(scalars + EPS)).to(T))
-    v_at = pointer(record, FIRST_COL, T) + k
-    half_psi = half_new_drift(v_at, in_cols, sum_g, ones * m.to(T), s, b1, rest1, NEGATE)
-    tl.store(s_at, s, in_cols)
-    tl.store(pointer(record, SPACE_PSI, T) + k, half_psi, in_cols)
-    tl.store(pointer(record, SPACE_SCALE, T) + k, divide(ones, root(s)), in_cols)
+    sum_g, square, ratio = column_sums(record, n, row_tiles, k, in_cols, T)
+    old = tl.load(pointer(record, SECOND_COL, T) + k, in_cols, 1.0)
+    s = b2 * old + rest2 * (square + (m.to(tl.float64) * tl.load(scalars + EPS)).to(T))
+    fold_cols(record, k, in_cols, sum_g, m, s, b1, rest1, T, NEGATE)
     if WATCH:
-        counts = tl.load(sums + row_tiles * 3 * n + k, k < row_tiles, 0.0)  # there are no more tiles than rows
+        counts_at = pointer(record, SPACE_COLS, T) + row_tiles * 3 * n
+        counts = tl.load(counts_at + k, k < row_tiles, 0.0)  # there are no more tiles than rows
         watch(watched, item, ZERO_ROWS, tl.sum(counts, 0))
         watch(watched, item, ZERO_COLS, tl.sum(zeros(sum_g, square, in_cols), 0))
 
     # In double, where no partial result can overflow.
-    totals = pointer(record, SPACE_TOTALS, tl.float64) + part * 2
+    totals = pointer(record, SPACE_TOTALS, tl.float64) + index * 2
     tl.store(totals, tl.sum(tl.where(in_rows, r.to(tl.float64), 0.0), 0))
     tl.store(totals + 1, tl.sum(tl.where(in_cols, ratio.to(tl.float64) / s.to(tl.float64), 0.0), 0))
 
@@ -344,13 +298,10 @@ def hfac_scale(
     SKIP: tl.constexpr,
     WATCH: tl.constexpr,
 ):
-    tile = tl.program_id(0).to(tl.int64)
-    item = tl.load(tiles + 2 * tile).to(tl.int64)
-    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
+    item, record, index = program(tiles, items)
     if SKIP:
         if tl.load(flags + item) != 0:
             return
-    record = items + item * FIELDS
     m = tl.load(record + ROWS)
     n = tl.load(record + COLS)
     chunks = tl.cdiv(tl.maximum(m, n), CHUNK).to(tl.int32)
@@ -362,73 +313,52 @@ def hfac_scale(
         total += tl.load(totals + 2 * c, c < chunks, 0.0)
         norm += tl.load(totals + 2 * c + 1, c < chunks, 0.0)
     R = tl.sum(total, 0)
-    k = part * CHUNK + tl.arange(0, CHUNK)
+    k = index * CHUNK + tl.arange(0, CHUNK)
     in_rows = k < m
     at = pointer(record, SPACE_SQUARES, T) + k
     mean_square = R * tl.sum(norm, 0) / (m.to(tl.float64) * n.to(tl.float64))
     if WATCH:
-        if part == 0:
+        if index == 0:
             watch(watched, item, DIRECTION, R * tl.sum(norm, 0))
     scale = row_scale(tl.load(at, in_rows, 1.0), R.to(T), mean_square.to(T), scalars, CLIPPED, T)
     tl.store(at, scale, in_rows)
 
 
 @triton.jit
-def hfac_part_cols(tiles, items, T: tl.constexpr):
-    """The columns' sums of parts, from those of their tiles."""
-    tile = tl.program_id(0).to(tl.int64)
-    item = tl.load(tiles + 2 * tile).to(tl.int64)
-    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
-    record = items + item * FIELDS
+def hfac_shard_cols(tiles, items, T: tl.constexpr):
+    """The columns' sums of shards, from those of their tiles."""
+    _, record, index = program(tiles, items)
+    k = index * CHUNK + tl.arange(0, CHUNK)
     n = tl.load(record + COLS)
     row_tiles = tl.load(record + ROW_TILES).to(tl.int32)
-    k = part * CHUNK + tl.arange(0, CHUNK)
     in_cols = k < n
-    sums = pointer(record, SPACE_COLS, T)
-    sum_g = partial_sums(sums, 3 * n, row_tiles, k, in_cols, CHUNK, AT_ONCE, T)
-    square = partial_sums(sums + n, 3 * n, row_tiles, k, in_cols, CHUNK, AT_ONCE, T)
-    ratio = partial_sums(sums + 2 * n, 3 * n, row_tiles, k, in_cols, CHUNK, AT_ONCE, T)
+    sum_g, square, ratio = column_sums(record, n, row_tiles, k, in_cols, T)
     tl.store(pointer(record, SUM_COL, T) + k, sum_g, in_cols)
     tl.store(pointer(record, NEW_COL, T) + k, square, in_cols)
     tl.store(pointer(record, RATIO_COL, T) + k, ratio, in_cols)
 
 
 @triton.jit
-def hfac_part_fold(tiles, items, scalars, T: tl.constexpr, NEGATE: tl.constexpr, CLIPPED: tl.constexpr):
-    """`hfac_fold` and `hfac_scale` of parts, whose sums over the whole are known. A part without rows still has
-    columns, and the other way round."""
-    tile = tl.program_id(0).to(tl.int64)
-    item = tl.load(tiles + 2 * tile).to(tl.int64)
-    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
-    record = items + item * FIELDS
-    m = tl.load(record + ROWS)
-    n = tl.load(record + COLS)
+def hfac_shard_fold(tiles, items, scalars, T: tl.constexpr, NEGATE: tl.constexpr, CLIPPED: tl.constexpr):
+    """`hfac_fold` and `hfac_scale` of shards, whose sums over the whole are known. A shard without rows still has
+    columns, and one without columns rows."""
+    item, record, index = program(tiles, items)
     b1, rest1, b2, rest2 = decays(scalars, item, T)
-    k = part * CHUNK + tl.arange(0, CHUNK)
-    ones = tl.full([CHUNK], 1.0, T)
+    k = index * CHUNK + tl.arange(0, CHUNK)
 
-    in_rows = k < m
+    in_rows = k < tl.load(record + ROWS)
     r = tl.load(pointer(record, NEW_ROW, T) + k, in_rows, 1.0)
     sum_g = tl.load(pointer(record, SUM_ROW, T) + k, in_rows, 0.0)
-    length_of_row = ones * tl.load(record + ALL_COLS).to(T)
-    u_at = pointer(record, FIRST_ROW, T) + k
-    half_phi = half_new_drift(u_at, in_rows, sum_g, length_of_row, r, b1, rest1, NEGATE)
+    fold_rows(record, k, in_rows, sum_g, tl.load(record + ALL_COLS), r, b1, rest1, T, NEGATE)
     total = tl.load(pointer(record, TOTAL, T))
     mean_square = tl.load(pointer(record, MEAN_SQUARE, T))
-    tl.store(pointer(record, SECOND_ROW, T) + k, r, in_rows)
-    tl.store(pointer(record, SPACE_ROWS, T) + k, half_phi, in_rows)
     scale = row_scale(r, total, mean_square, scalars, CLIPPED, T)
     tl.store(pointer(record, SPACE_SQUARES, T) + k, scale, in_rows)
 
-    in_cols = k < n
+    in_cols = k < tl.load(record + COLS)
     s = tl.load(pointer(record, NEW_COL, T) + k, in_cols, 1.0)
     sum_g = tl.load(pointer(record, SUM_COL, T) + k, in_cols, 0.0)
-    length_of_col = ones * tl.load(record + ALL_ROWS).to(T)
-    v_at = pointer(record, FIRST_COL, T) + k
-    half_psi = half_new_drift(v_at, in_cols, sum_g, length_of_col, s, b1, rest1, NEGATE)
-    tl.store(pointer(record, SECOND_COL, T) + k, s, in_cols)
-    tl.store(pointer(record, SPACE_PSI, T) + k, half_psi, in_cols)
-    tl.store(pointer(record, SPACE_SCALE, T) + k, divide(ones, root(s)), in_cols)
+    fold_cols(record, k, in_cols, sum_g, tl.load(record + ALL_ROWS), s, b1, rest1, T, NEGATE)
 
 
 @triton.jit
@@ -445,41 +375,30 @@ def hfac_update(
     R: tl.constexpr,
     C: tl.constexpr,
     WHOLE: tl.constexpr,
-    STOCHASTIC: tl.constexpr,  # how random bits are made
-    LOW: tl.constexpr,  # bits of a lower piece of the weight
-    NEGATE: tl.constexpr,  # the objective is maximized
+    STOCHASTIC: tl.constexpr,
+    LOW: tl.constexpr,
+    NEGATE: tl.constexpr,
     SKIP: tl.constexpr,
     SCALED: tl.constexpr,
-    WATCH: tl.constexpr,  # what the step does is reported
+    WATCH: tl.constexpr,
 ):
     """W <- W - lr ((phi + psi) / 2 + clip(U) + wd W): no root and no division, all of them were the fold's."""
-    tile = tl.program_id(0).to(tl.int64)
-    item = tl.load(tiles + 2 * tile).to(tl.int64)
-    part = tl.load(tiles + 2 * tile + 1)
+    item, record, index = program(tiles, items)
     if SKIP:
         if tl.load(flags + item) != 0:
             return
-    record = items + item * FIELDS
-    rows = tl.load(record + ROWS)
     cols = length(record, COLS, WHOLE)
-    tile_rows = tl.load(record + TILE_ROWS)
-    col_tiles = tl.load(record + COL_TILES).to(tl.int32)
-    first_row = (part // col_tiles).to(tl.int64) * tile_rows
-    last_row = tl.minimum(first_row + tile_rows, rows)
-    param = operand(tl.load(record + PARAM), W, WHOLE)
-    grad = operand(tl.load(grads + 2 * item), G, WHOLE)
-    param_layout = tl.load(record + PARAM_LAYOUT)
-    grad_layout = tl.load(grads + 2 * item + 1)
-    scale = grad_scale(scalars, T, SCALED)
-    low, low_layout = low_piece(record, WHOLE, LOW)
-    seed, t, position, first, place_layout = counter(record, scalars, item, STOCHASTIC)
+    _, col_tile, first_row, last_row = tile_of(record, index)
+    param, param_layout, low, low_layout = weights(record, W, WHOLE, LOW)
+    grad, grad_layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED)
+    seed, t, position, first, index_layout = counter(record, scalars, item, STOCHASTIC)
     half_phi = pointer(record, SPACE_ROWS, T)
     row_scale = pointer(record, SPACE_SQUARES, T)
     lr = tl.load(scalars + LR).to(T)
     weight_decay = tl.load(scalars + WEIGHT_DECAY).to(T)
-    j = (part % col_tiles).to(tl.int64) * C + tl.arange(0, C).to(tl.int64)
+    j = col_tile * C + tl.arange(0, C).to(tl.int64)
     in_cols = j < cols
-    calls_at = (part % col_tiles).to(tl.int64) * C + calls(C, STOCHASTIC)
+    calls_at = col_tile * C + calls(C, STOCHASTIC)
     half_psi = tl.load(pointer(record, SPACE_PSI, T) + j, in_cols, 0.0)[None, :]
     col_scale = tl.load(pointer(record, SPACE_SCALE, T) + j, in_cols, 0.0)[None, :]
     change = tl.zeros([R], tl.float64)
@@ -489,23 +408,18 @@ def hfac_update(
         in_rows = i < last_row
         mask = in_rows[:, None] & in_cols[None, :]
         at = i[:, None] * cols + j[None, :]
-        g = gradient(grad, at, grad_layout, mask, scale, T, WHOLE, SCALED)
-        if NEGATE:
-            g = -g
-        to = param + place(at, param_layout, WHOLE)
+        g = gradient(grad, at, grad_layout, mask, scale, T, WHOLE, SCALED, NEGATE)
+        to = param + offsets(at, param_layout, WHOLE)
         w = load(to, low, low_layout, at, mask, T, WHOLE, LOW)
         drift = tl.load(half_phi + i, in_rows, 0.0)[:, None] + half_psi
         U = g * col_scale * tl.load(row_scale + i, in_rows, 0.0)[:, None]
-        if WATCH:
-            old = w
+        old = w
         w = w - lr * ((drift + U) + weight_decay * w)
         if WATCH:
             change += squares(w - old, mask, 1)
             same += tl.sum(kept(w, old, mask, W, T, LOW), 1)
-        bits = 0
-        if STOCHASTIC != NEAREST:
-            drawn_at = i[:, None] * cols + calls_at[None, :]
-            bits = tl.reshape(random_bits(seed, t, position, first, place_layout, drawn_at, STOCHASTIC), [R, C])
+        drawn_at = i[:, None] * cols + calls_at[None, :]
+        bits = random_bits(seed, t, position, first, index_layout, drawn_at, STOCHASTIC)
         store(w, bits, to, low, low_layout, at, mask, W, WHOLE, STOCHASTIC, LOW)
     if WATCH:
         watch(watched, item, CHANGE, tl.sum(change, 0))

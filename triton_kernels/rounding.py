@@ -1,38 +1,21 @@
-"""How a new weight becomes what is stored: `hfac.rounding` by the same names, equal to it to the bit.
+"""Stochastic rounding and split master weights: the functions of `hfac.rounding` by the same names, equal to the bit.
 
-What is rounded here is stored as an integer's bits: a conversion to a type of 16 bits would round again, and the
-interpreter's cuts.
+Rounded weights are stored as the bits of integers: a conversion to a 16-bit type would round again, and the
+interpreter's truncates.
 """
 
 import triton
 import triton.language as tl
 
-from .element import operand, place
-from .table import (
-    EACH,
-    EIGHT,
-    FIRST_INDEX,
-    LOW_LAYOUT,
-    LOW_PIECE,
-    NEAREST,
-    OWN,
-    OWNED,
-    PER_PARAM,
-    PLACE_LAYOUT,
-    POSITION,
-    SEED,
-)
+from .element import offsets, operand
+from .table import *
 
 
 @triton.jit
 def counter(record, scalars, item, STOCHASTIC: tl.constexpr):
     """What the random bits of a parameter's elements have in common in a step: key, step, position, the first index and
     the address of the layout that gives the others."""
-    seed = 0
-    step = 0
-    position = 0
-    first = 0
-    layout = 0
+    seed, step, position, first, layout = 0, 0, 0, 0, 0
     if STOCHASTIC != NEAREST:
         low = tl.load(scalars + SEED).to(tl.uint32).to(tl.uint64)
         seed = (tl.load(scalars + SEED + 1).to(tl.uint32).to(tl.uint64) << 32) | low
@@ -40,13 +23,13 @@ def counter(record, scalars, item, STOCHASTIC: tl.constexpr):
         step = tl.load(scalars + at + 2).to(tl.uint32)
         position = tl.load(record + POSITION).to(tl.uint32)
         first = tl.load(record + FIRST_INDEX)
-        layout = tl.load(record + PLACE_LAYOUT)
+        layout = tl.load(record + INDEX_LAYOUT)
     return seed, step, position, first, layout
 
 
 @triton.jit
 def calls(COUNT: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """int64: of so many neighbours those that a call is made for: all, or the first of every eight."""
+    """int64: the neighbours, of COUNT, that Philox is called for: all, or the first of every eight."""
     if STOCHASTIC == EACH:
         at = tl.arange(0, COUNT).to(tl.int64)
     else:
@@ -56,18 +39,20 @@ def calls(COUNT: tl.constexpr, STOCHASTIC: tl.constexpr):
 
 @triton.jit
 def random_bits(seed, step, position, first, layout, at, STOCHASTIC: tl.constexpr):
-    """uint32, each element's 16 random bits. Where eight share a call, `at` is the first of every eight, and the
-    result has three dimensions more, of 2, which are those of the eight."""
-    index = first + place(at, layout, STOCHASTIC == EIGHT)
-    block = index >> 3
-    w0, w1, w2, w3 = tl.philox(seed, block.to(tl.uint32), (block >> 32).to(tl.uint32), step, position)
-    if STOCHASTIC == EACH:
-        k = (index & 7).to(tl.uint32)
-        word = tl.where(k < 4, tl.where(k < 2, w0, w1), tl.where(k < 6, w2, w3))
-        bits = (word >> ((k & 1) * 16)) & 0xFFFF
-    else:
-        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-        bits = tl.join(words & 0xFFFF, words >> 16)
+    """uint32, each element's 16 random bits, where there are any. Where eight share a call, `at` is the first of every
+    eight, and the result has three dimensions more, of 2, which are those of the eight."""
+    bits = 0
+    if STOCHASTIC != NEAREST:
+        index = first + offsets(at, layout, STOCHASTIC == EIGHT)
+        block = index >> 3
+        w0, w1, w2, w3 = tl.philox(seed, block.to(tl.uint32), (block >> 32).to(tl.uint32), step, position)
+        if STOCHASTIC == EACH:
+            k = (index & 7).to(tl.uint32)
+            word = tl.where(k < 4, tl.where(k < 2, w0, w1), tl.where(k < 6, w2, w3))
+            bits = (word >> ((k & 1) * 16)) & 0xFFFF
+        else:
+            words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+            bits = tl.join(words & 0xFFFF, words >> 16)
     return bits
 
 
@@ -100,14 +85,14 @@ def stochastic(w, W: tl.constexpr, bits):
 
 @triton.jit
 def join(high, low, LOW: tl.constexpr):
-    """The float32 of a bfloat16 and a lower piece of LOW bits."""
+    """The float32 of a bfloat16 and LOW low bits."""
     u = (high.to(tl.int16, bitcast=True).to(tl.int32) << 16) + (low.to(tl.int32) << (16 - LOW))
     return u.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def split(w, bits, STOCHASTIC: tl.constexpr, LOW: tl.constexpr):
-    """The bits of a bfloat16, and the lower piece of LOW bits."""
+    """The bits of a bfloat16, and the LOW low bits."""
     u = w.to(tl.uint32, bitcast=True)
     nan = not_a_number(u)
     high_nan = (u >> 16) | 0x40
@@ -147,17 +132,16 @@ def kept(w, old, mask, W: tl.constexpr, T: tl.constexpr, LOW: tl.constexpr):
 
 
 @triton.jit
-def low_piece(record, WHOLE: tl.constexpr, LOW: tl.constexpr):
-    """Pointer to the lower pieces and the address of their layout."""
-    low = 0
-    layout = 0
+def weights(record, W: tl.constexpr, WHOLE: tl.constexpr, LOW: tl.constexpr):
+    """Pointers to a parameter and to its low bits, each followed by the address of its layout."""
+    low, low_layout = 0, 0
     if LOW != 0:
         if LOW == 8:
-            low = operand(tl.load(record + LOW_PIECE), tl.int8, WHOLE)
+            low = operand(tl.load(record + LOW_BITS), tl.int8, WHOLE)
         else:
-            low = operand(tl.load(record + LOW_PIECE), tl.int16, WHOLE)
-        layout = tl.load(record + LOW_LAYOUT)
-    return low, layout
+            low = operand(tl.load(record + LOW_BITS), tl.int16, WHOLE)
+        low_layout = tl.load(record + LOW_LAYOUT)
+    return operand(tl.load(record + PARAM), W, WHOLE), tl.load(record + PARAM_LAYOUT), low, low_layout
 
 
 @triton.jit
@@ -167,7 +151,7 @@ def load(to, low, layout, at, mask, T: tl.constexpr, WHOLE: tl.constexpr, LOW: t
     if LOW == 0:
         w = w.to(T)
     else:
-        w = join(w, tl.load(low + place(at, layout, WHOLE), mask, 0), LOW)
+        w = join(w, tl.load(low + offsets(at, layout, WHOLE), mask, 0), LOW)
     return w
 
 
@@ -186,10 +170,12 @@ def store(
     LOW: tl.constexpr,
 ):
     """New weights, in the type W or in two pieces."""
+    if STOCHASTIC != NEAREST:
+        bits = tl.reshape(bits, w.shape)
     if LOW != 0:
         high, rest = split(w, bits, STOCHASTIC, LOW)
         tl.store(to, high.to(W, bitcast=True), mask)
-        tl.store(low + place(at, layout, WHOLE), rest, mask)
+        tl.store(low + offsets(at, layout, WHOLE), rest, mask)
     elif STOCHASTIC != NEAREST:
         tl.store(to, stochastic(w, W, bits).to(W, bitcast=True), mask)
     else:

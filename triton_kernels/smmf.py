@@ -1,12 +1,12 @@
-"""SMMF on matrices: one read of the gradient and one read and write of the parameter and its signs are the whole step.
+"""SMMF on matrices: a whole step is one read of the gradient and one read and write of the parameter and its signs.
 
 A program takes a tile of the matrix and walks down its rows, R at a time. Its columns' factors stay in registers, and
 so do the columns' sums, one per lane, until the tile is done; each row's sums leave as soon as it is. Both are partial
 sums: `smmf_fold` adds them in fixed order, `smmf_normalize` divides.
 
-Of a matrix that lies on several ranks each has a part, which is some blocks of it, each with a record of its own. The
-same tiles make the step; `smmf_part_fold` adds up what blocks have in common, and columns are divided when the sums of
-all parts are known.
+A rank's shard of a matrix is some blocks of it, each with a record of its own. The same kernel steps their tiles;
+`smmf_shard_fold` adds up the rows and columns that blocks share, and columns are divided when the sums of all shards
+are known.
 
 Which lane holds which element is Triton's choice, so sums are equal to the CUDA kernels' only within rounding; the
 parameter depends on no sum of its own step and is equal to the bit.
@@ -18,114 +18,59 @@ import triton.language as tl
 from .element import (
     decays,
     divide,
-    grad_scale,
     gradient,
+    gradients,
     length,
+    offsets,
     operand,
     partial_sums,
-    place,
     pointer,
+    program,
     root,
     squares,
+    tile_of,
+    total_of,
     watch,
 )
-from .rounding import calls, counter, kept, load, low_piece, random_bits, store
-from .table import (
-    ALL_COLS,
-    ALL_ROWS,
-    AT_ONCE,
-    BLOCKS,
-    BYTE_PER_ELEMENT,
-    CHANGE,
-    CHUNK,
-    COL,
-    COL_TILES,
-    COLS,
-    DIRECTION,
-    EPS,
-    FIELDS,
-    FIRST_COL,
-    FIRST_ROW,
-    KEPT,
-    LR,
-    NEAREST,
-    NEW_COL,
-    NEW_ROW,
-    NO_SIGNS,
-    PARAM,
-    PARAM_LAYOUT,
-    ROW,
-    ROW_STEP,
-    ROW_TILES,
-    ROWS,
-    SECOND_COL,
-    SECOND_ROW,
-    SHARED_BYTES,
-    SIGNS,
-    SLICE,
-    SLICE_BYTES,
-    SPACE_COLS,
-    SPACE_ROWS,
-    SPACE_TOTALS,
-    START,
-    STRIDE,
-    SUM_COL,
-    SUM_ROW,
-    TILE_ROWS,
-    WEIGHT_DECAY,
-    WHOLE_BYTES,
-)
+from .rounding import calls, counter, kept, load, random_bits, store, weights
+from .table import *
 
 
 @triton.jit
 def smmf_tiles(
-    tiles,  # int32 [programs, 2]: which parameter, which of its tiles
+    tiles,
     items,
-    grads,  # int64 [parameters, 2]: address, address of the layout
+    grads,
     scalars,
-    flags,  # int32 [parameters]: not 0 where the parameter is to keep its value
-    watched,  # float64 [parameters, WATCHED], added to
+    flags,
+    watched,
     W: tl.constexpr,
     G: tl.constexpr,
     T: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
-    WHOLE: tl.constexpr,  # contiguous, aligned, rows of whole vectors of 8
-    LAYOUT: tl.constexpr,  # of the signs
-    PART: tl.constexpr,  # the matrix is a block of a larger one
-    STOCHASTIC: tl.constexpr,  # how random bits are made
-    LOW: tl.constexpr,  # bits of a lower piece of the weight
+    WHOLE: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    SHARD: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    LOW: tl.constexpr,
     COUPLED: tl.constexpr,
-    NEGATE: tl.constexpr,  # the objective is maximized
+    NEGATE: tl.constexpr,
     SKIP: tl.constexpr,
-    SCALED: tl.constexpr,  # gradients are divided by a number
-    WATCH: tl.constexpr,  # what the step does is reported
+    SCALED: tl.constexpr,
+    WATCH: tl.constexpr,
 ):
-    tile = tl.program_id(0).to(tl.int64)
-    item = tl.load(tiles + 2 * tile).to(tl.int64)
-    part = tl.load(tiles + 2 * tile + 1)
+    item, record, index = program(tiles, items)
     if SKIP:
         if tl.load(flags + item) != 0:
             return
-    record = items + item * FIELDS
     rows = tl.load(record + ROWS)
     cols = length(record, COLS, WHOLE)
-    tile_rows = tl.load(record + TILE_ROWS)
-    col_tiles = tl.load(record + COL_TILES).to(tl.int32)
-    row_tile = (part // col_tiles).to(tl.int64)
-    col_tile = (part % col_tiles).to(tl.int64)
-    first_row = row_tile * tile_rows
-    last_row = tl.minimum(first_row + tile_rows, rows)
-
-    param = operand(tl.load(record + PARAM), W, WHOLE)
-    grad = operand(tl.load(grads + 2 * item), G, WHOLE)
-    param_layout = tl.load(record + PARAM_LAYOUT)
-    grad_layout = tl.load(grads + 2 * item + 1)
-    scale = grad_scale(scalars, T, SCALED)
-    low, low_layout = low_piece(record, WHOLE, LOW)
-    seed, t, position, first, place_layout = counter(record, scalars, item, STOCHASTIC)
-    if PART:
-        # Of whole vectors like `length`, where WHOLE.
+    row_tile, col_tile, first_row, last_row = tile_of(record, index)
+    param, param_layout, low, low_layout = weights(record, W, WHOLE, LOW)
+    grad, grad_layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED)
+    seed, t, position, first, index_layout = counter(record, scalars, item, STOCHASTIC)
+    if SHARD:
         start_at = length(record, START, WHOLE)
         stride = length(record, STRIDE, WHOLE)
         row_step = tl.load(record + ROW_STEP)
@@ -173,13 +118,10 @@ def smmf_tiles(
         in_rows = i < last_row
         mask = in_rows[:, None] & in_cols[None, :]
         at = start_at + i[:, None] * stride + j[None, :]
-        g = gradient(grad, at, grad_layout, mask, scale, T, WHOLE, SCALED)
-        if NEGATE:
-            g = -g
-        to = param + place(at, param_layout, WHOLE)
+        g = gradient(grad, at, grad_layout, mask, scale, T, WHOLE, SCALED, NEGATE)
+        to = param + offsets(at, param_layout, WHOLE)
         w = load(to, low, low_layout, at, mask, T, WHOLE, LOW)
-        if WATCH:
-            before = w
+        before = w
         if COUPLED:
             g = g + weight_decay * w
         else:
@@ -227,10 +169,8 @@ def smmf_tiles(
             change += squares(w - before, mask, 1)
             sum_D += squares(direction, mask, 1)
             same += tl.sum(kept(w, before, mask, W, T, LOW), 1)
-        drawn = 0
-        if STOCHASTIC != NEAREST:
-            drawn_at = start_at + i[:, None] * stride + calls_at[None, :]
-            drawn = tl.reshape(random_bits(seed, t, position, first, place_layout, drawn_at, STOCHASTIC), [R, C])
+        drawn_at = start_at + i[:, None] * stride + calls_at[None, :]
+        drawn = random_bits(seed, t, position, first, index_layout, drawn_at, STOCHASTIC)
         store(w, drawn, to, low, low_layout, at, mask, W, WHOLE, STOCHASTIC, LOW)
         V = tl.where(mask, V, 0.0)
         sum_V += V
@@ -252,47 +192,36 @@ def smmf_fold(tiles, items, flags, T: tl.constexpr, FIRST: tl.constexpr, SKIP: t
 
     (SMMF, Algorithm 4) n >= m, so the columns' factors carry the normalization; the rows' are sums as they stand.
     """
-    tile = tl.program_id(0).to(tl.int64)
-    item = tl.load(tiles + 2 * tile).to(tl.int64)
-    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
+    item, record, index = program(tiles, items)
     if SKIP:
         if tl.load(flags + item) != 0:
             return
-    record = items + item * FIELDS
+    if FIRST:
+        fold_moment(record, index, 0, FIRST_ROW, FIRST_COL, T)
+    fold_moment(record, index, 1, SECOND_ROW, SECOND_COL, T)
+
+
+@triton.jit
+def fold_moment(record, index, WHICH: tl.constexpr, ROW_FIELD: tl.constexpr, COL_FIELD: tl.constexpr, T: tl.constexpr):
+    """Factors of the first moment (0) or of the second (1)."""
     rows = tl.load(record + ROWS)
     cols = tl.load(record + COLS)
     row_tiles = tl.load(record + ROW_TILES).to(tl.int32)
     col_tiles = tl.load(record + COL_TILES).to(tl.int32)
-    row_sums = pointer(record, SPACE_ROWS, T)
-    col_sums = pointer(record, SPACE_COLS, T)
-    totals = pointer(record, SPACE_TOTALS, T) + part * 2
-    k = part * CHUNK + tl.arange(0, CHUNK)
-    in_rows = k < rows
-    in_cols = k < cols
-    if FIRST:
-        tl.store(
-            pointer(record, FIRST_ROW, T) + k,
-            partial_sums(row_sums, 2 * rows, col_tiles, k, in_rows, CHUNK, AT_ONCE, T),
-            in_rows,
-        )
-        col = partial_sums(col_sums, 2 * cols, row_tiles, k, in_cols, CHUNK, AT_ONCE, T)
-        tl.store(pointer(record, FIRST_COL, T) + k, col, in_cols)
-        tl.store(totals, tl.sum(col, 0))
-    row = partial_sums(row_sums + rows, 2 * rows, col_tiles, k, in_rows, CHUNK, AT_ONCE, T)
-    tl.store(pointer(record, SECOND_ROW, T) + k, row, in_rows)
-    col = partial_sums(col_sums + cols, 2 * cols, row_tiles, k, in_cols, CHUNK, AT_ONCE, T)
-    tl.store(pointer(record, SECOND_COL, T) + k, col, in_cols)
-    tl.store(totals + 1, tl.sum(col, 0))
+    k = index * CHUNK + tl.arange(0, CHUNK)
+    row = partial_sums(pointer(record, SPACE_ROWS, T) + WHICH * rows, 2 * rows, col_tiles, k, k < rows, T)
+    tl.store(pointer(record, ROW_FIELD, T) + k, row, k < rows)
+    col = partial_sums(pointer(record, SPACE_COLS, T) + WHICH * cols, 2 * cols, row_tiles, k, k < cols, T)
+    tl.store(pointer(record, COL_FIELD, T) + k, col, k < cols)
+    tl.store(pointer(record, SPACE_TOTALS, T) + 2 * index + WHICH, tl.sum(col, 0))
 
 
 @triton.jit
-def smmf_part_fold(tiles, items, T: tl.constexpr, FIRST: tl.constexpr):
+def smmf_shard_fold(tiles, items, T: tl.constexpr, FIRST: tl.constexpr):
     """Adds the sums of a parameter's blocks to those of the whole, block after block. A tile is the first of the blocks
     and a chunk of the whole's rows and columns, so that no two programs add to the same number."""
-    tile = tl.program_id(0).to(tl.int64)
-    item = tl.load(tiles + 2 * tile).to(tl.int64)
-    low = tl.load(tiles + 2 * tile + 1).to(tl.int64) * CHUNK
-    record = items + item * FIELDS
+    _, record, index = program(tiles, items)
+    low = index * CHUNK
     k = low + tl.arange(0, CHUNK)
     in_rows = k < tl.load(record + ALL_ROWS)
     in_cols = k < tl.load(record + ALL_COLS)
@@ -320,14 +249,14 @@ def smmf_part_fold(tiles, items, T: tl.constexpr, FIRST: tl.constexpr):
             i = (k - row) // row_step
             mine = (k >= row) & (i < rows) & (row + i * row_step == k)
             if FIRST:
-                row_M += partial_sums(row_sums, 2 * rows, col_tiles, i, mine, CHUNK, AT_ONCE, T)
-            row_V += partial_sums(row_sums + rows, 2 * rows, col_tiles, i, mine, CHUNK, AT_ONCE, T)
+                row_M += partial_sums(row_sums, 2 * rows, col_tiles, i, mine, T)
+            row_V += partial_sums(row_sums + rows, 2 * rows, col_tiles, i, mine, T)
         if (col < low + CHUNK) & (col + cols > low):
             j = k - col
             mine = (j >= 0) & (j < cols)
             if FIRST:
-                col_M += partial_sums(col_sums, 2 * cols, row_tiles, j, mine, CHUNK, AT_ONCE, T)
-            col_V += partial_sums(col_sums + cols, 2 * cols, row_tiles, j, mine, CHUNK, AT_ONCE, T)
+                col_M += partial_sums(col_sums, 2 * cols, row_tiles, j, mine, T)
+            col_V += partial_sums(col_sums + cols, 2 * cols, row_tiles, j, mine, T)
     if FIRST:
         tl.store(row_at_M, row_M, in_rows)
         tl.store(col_at_M, col_M, in_cols)
@@ -338,17 +267,14 @@ def smmf_part_fold(tiles, items, T: tl.constexpr, FIRST: tl.constexpr):
 @triton.jit
 def smmf_normalize(tiles, items, flags, T: tl.constexpr, FIRST: tl.constexpr, SKIP: tl.constexpr):
     """Columns' factors divided by their total; a zero total divides nothing."""
-    tile = tl.program_id(0).to(tl.int64)
-    item = tl.load(tiles + 2 * tile).to(tl.int64)
-    part = tl.load(tiles + 2 * tile + 1).to(tl.int64)
+    item, record, index = program(tiles, items)
     if SKIP:
         if tl.load(flags + item) != 0:
             return
-    record = items + item * FIELDS
     cols = tl.load(record + COLS)
     chunks = tl.cdiv(cols, CHUNK).to(tl.int32)
     totals = pointer(record, SPACE_TOTALS, T)
-    k = part * CHUNK + tl.arange(0, CHUNK)
+    k = index * CHUNK + tl.arange(0, CHUNK)
     in_cols = k < cols
     if FIRST:
         normalize(pointer(record, FIRST_COL, T) + k, totals, chunks, in_cols, T)
@@ -357,10 +283,6 @@ def smmf_normalize(tiles, items, flags, T: tl.constexpr, FIRST: tl.constexpr, SK
 
 @triton.jit
 def normalize(factors, totals, chunks, in_cols, T: tl.constexpr):
-    lanes = tl.zeros([CHUNK], T)
-    for first in range(0, chunks, CHUNK):
-        c = first + tl.arange(0, CHUNK)
-        lanes += tl.load(totals + 2 * c, c < chunks, 0.0)
-    total = tl.sum(lanes, 0)
+    total = total_of(totals, chunks, 2, T)
     total = tl.where(total == 0, 1.0, total).to(T)
     tl.store(factors, divide(tl.load(factors, in_cols, 0.0), total), in_cols)

@@ -1,41 +1,45 @@
-"""What the kernels read of a list of parameters: one record of int64 fields per parameter, in device memory.
+"""Layouts of what kernels and launches share in device memory: records of parameters, scalars of a step, reports.
 
-Fields that hold an address are absolute; a kernel turns one into a pointer with `element.pointer`.
+Each parameter has one record of int64 fields. A field that holds an address is absolute; a kernel turns it into a
+pointer with `element.pointer`. Kernels import all constants by name (Triton keys its cache of compiled kernels on such
+globals, and would miss a change of ``table.ROWS``); the host finds fields in `FIELD`, by their names in lower case.
 """
 
 import triton.language as tl
 
-#: address of the parameter; of its layout {dimensions, then size and stride of each, the last dimension first}
+from .. import spec
+
+#: address of the parameter; address of its layout: {dimensions, then size and stride of each, the last dimension first}
 PARAM = tl.constexpr(0)
 PARAM_LAYOUT = tl.constexpr(1)
-#: the matrix; dense: the elements and 1
+#: the matrix; for whole moments: the elements and 1
 ROWS = tl.constexpr(2)
 COLS = tl.constexpr(3)
-#: addresses of the states. H-Fac: u, v, r, s. SMMF: r_M, c_M, r_V, c_V. Dense: the whole moments in the row fields
+#: addresses of the states. H-Fac: u, v, r, s. SMMF: r_M, c_M, r_V, c_V. Whole moments: in the row fields
 FIRST_ROW = tl.constexpr(4)
 FIRST_COL = tl.constexpr(5)
 SECOND_ROW = tl.constexpr(6)
 SECOND_COL = tl.constexpr(7)
 SIGNS = tl.constexpr(8)
-#: elements and bytes of one slice of the first dimension (`hfac.reference.pack_signs`)
+#: elements and bytes of one slice along the first dimension (`hfac.reference.pack_signs`)
 SLICE = tl.constexpr(9)
 SLICE_BYTES = tl.constexpr(10)
-#: how the matrix is cut
+#: tiling of the matrix
 TILE_ROWS = tl.constexpr(11)
 ROW_TILES = tl.constexpr(12)
 COL_TILES = tl.constexpr(13)
-#: addresses of the partial sums, see each kernel; of a part's rows, the lists that `hfac_sums` fills
+#: addresses of partial sums, see each kernel; in a shard's record, lists that `hfac_sums` fills take the rows' place
 SPACE_ROWS = tl.constexpr(14)
 SPACE_SQUARES = tl.constexpr(15)
 SPACE_COLS = tl.constexpr(16)
 SPACE_PSI = tl.constexpr(17)
 SPACE_SCALE = tl.constexpr(18)
 SPACE_TOTALS = tl.constexpr(19)
-#: rows and columns of the whole matrix, of which a part may have some; else those above
+#: rows and columns of the whole matrix, of which a shard has some
 ALL_ROWS = tl.constexpr(20)
 ALL_COLS = tl.constexpr(21)
-#: of parts, addresses. H-Fac: sums of g, of g^2 (or the new r and s) and of g^2 / r, then sum(r) and the mean of U^2.
-#: SMMF: the whole's sums of |M| and of V, to be added to
+#: addresses, of shards only. H-Fac: sums of g, of g^2 (or the new r and s) and of g^2 / r, then sum(r) and the mean of
+#: U^2. SMMF: sums of |M| and of V over the whole matrix, to be added to
 SUM_ROW = tl.constexpr(22)
 SUM_COL = tl.constexpr(23)
 NEW_ROW = tl.constexpr(24)
@@ -43,61 +47,85 @@ NEW_COL = tl.constexpr(25)
 RATIO_COL = tl.constexpr(26)
 TOTAL = tl.constexpr(27)
 MEAN_SQUARE = tl.constexpr(28)
-#: of SMMF's parts: where a block begins, its stride, and its place in the whole matrix (`hfac.matricize.Block`); the
-#: row factors' address is that of its first row, the column factors' that of its first column. And how many records
-#: from this one on are blocks of the same parameter
+#: of SMMF's shards, whose matrices are blocks (`hfac.matricize.Block`): where the block begins in the shard, its
+#: stride, and its position in the whole matrix. The state fields then hold the address of the block's first row or
+#: column. BLOCKS: how many records from this one on are blocks of the same parameter
 START = tl.constexpr(29)
 STRIDE = tl.constexpr(30)
 ROW = tl.constexpr(31)
 ROW_STEP = tl.constexpr(32)
 COL = tl.constexpr(33)
 BLOCKS = tl.constexpr(34)
-#: of a master weight's lower piece: address, and of its layout; of random bits: the parameter's position, its first
-#: element's index, and the address of the layout that gives the others' (`hfac.rounding.Place`)
-LOW_PIECE = tl.constexpr(35)
+#: addresses of a master weight's low bits and of their layout
+LOW_BITS = tl.constexpr(35)
 LOW_LAYOUT = tl.constexpr(36)
+#: of random bits (`hfac.rounding.BitOffset`): the parameter's position, the index of its first element, and the address
+#: of the layout that gives the others' indices
 POSITION = tl.constexpr(37)
 FIRST_INDEX = tl.constexpr(38)
-PLACE_LAYOUT = tl.constexpr(39)
-FIELDS = tl.constexpr(40)
+INDEX_LAYOUT = tl.constexpr(39)
 
-#: Of a step, in float64: the two decays and the step's number follow from OWN on, shared, then per parameter.
+FIELD: dict[str, int] = {name.lower(): at.value for name, at in list(globals().items()) if isinstance(at, tl.constexpr)}
+FIELDS = tl.constexpr(len(FIELD))
+
+#: Scalars of a step, in float64. Those that parameters may each have for themselves stand from OWN on: once for all,
+#: then once for each parameter.
 LR = tl.constexpr(0)
 WEIGHT_DECAY = tl.constexpr(1)
 EPS = tl.constexpr(2)
 CLIP = tl.constexpr(3)
 PER_PARAM = tl.constexpr(4)  # 1 where each parameter has its own
 SEED = tl.constexpr(5)  # its low and its high 32 bits
-GRAD_SCALE = tl.constexpr(7)  # what gradients are divided by
-COEFFICIENT = tl.constexpr(8)  # of clipping by the norm of all gradients
+GRAD_SCALE = tl.constexpr(7)  # gradients are divided by it
+COEFFICIENT = tl.constexpr(8)  # gradients are multiplied by it, to clip the norm of all of them
 OWN = tl.constexpr(9)
-OWNED = tl.constexpr(4)  # a power of two; the last is not used
+OWNED = tl.constexpr(4)  # a power of two; the last is unused
+#: In this order; the first so many are the same for all parameters.
+SCALARS = ("lr", "weight_decay", "eps", "clip_threshold", "beta1", "beta2", "step")
+SHARED = 4
 
-#: Elements of one program of the dense kernels, and of one that only looks for what is not finite; rows and columns of
-#: one of a fold; tiles whose partial sums a fold loads at once.
+#: Types of the kernels' pointer arguments, by name: int32 [programs, 2], the parameter and the index of the tile; int64
+#: [parameters, FIELDS]; int64 [parameters, 2], each gradient's address and that of its layout; scalars; int32
+#: [parameters], not 0 where a parameter keeps its value; sums of squares of gradients; [parameters, WATCHED], added to.
+#: All other arguments are compile-time constants.
+MEMORY = {
+    "tiles": "*i32",
+    "items": "*i64",
+    "grads": "*i64",
+    "scalars": "*fp64",
+    "flags": "*i32",
+    "squares": "*fp64",
+    "watched": "*fp64",
+}
+
+#: Elements of one program of the kernels on whole moments, and of one that only tests for finite values; rows and
+#: columns of one program of a fold; tiles whose partial sums a fold loads at once.
 RUN = tl.constexpr(2048)
 LOOKED = tl.constexpr(16 * 2048)
 CHUNK = tl.constexpr(256)
 AT_ONCE = tl.constexpr(8)
 
-#: What is watched of a parameter, in float64: the sum of squares of W's change; how many elements, rounded to nearest,
-#: keep their value; the sum of squares of the direction; how many rows and columns of the gradient are zero.
+#: What a watched step reports of a parameter, in float64: the sum of squares of W's change; how many elements, rounded
+#: to nearest, keep their value; the sum of squares of the direction; how many rows and columns of the gradient are
+#: zero.
 CHANGE = tl.constexpr(0)
 KEPT = tl.constexpr(1)
 DIRECTION = tl.constexpr(2)
 ZERO_ROWS = tl.constexpr(3)
 ZERO_COLS = tl.constexpr(4)
-WATCHED = tl.constexpr(5)
+WATCHED = tl.constexpr(spec.WATCHED)
 
-#: How SMMF's signs lie: whole bytes of a row, one byte per element, or bits of bytes that rows and tiles share.
+#: How SMMF's signs are packed: whole bytes of a row, one byte per element, or bits of bytes that rows and tiles share.
 NO_SIGNS = tl.constexpr(0)
 WHOLE_BYTES = tl.constexpr(1)
 BYTE_PER_ELEMENT = tl.constexpr(2)
 SHARED_BYTES = tl.constexpr(3)
 
-#: How random bits are made: not at all; eight neighbours from one call, whose indices are their places in row-major
-#: order or follow from a layout; or one call for each element.
+#: How random bits are drawn: not at all; eight neighbours from one call, whose indices follow each other or come from a
+#: layout; or one call per element.
 NEAREST = tl.constexpr(0)
 EIGHT = tl.constexpr(1)
 EIGHT_APART = tl.constexpr(2)
 EACH = tl.constexpr(3)
+
+__all__ = [name for name, value in list(globals().items()) if isinstance(value, tl.constexpr)]

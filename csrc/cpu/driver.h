@@ -1,19 +1,23 @@
-// What the drivers of all ops share: kernels by type, operands staged or in place, chunks by shape.
+// Shared by the CPU ops: choice of kernels by type, staging of operands, chunk sizes, and the base class of all ops.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
+#include <cmath>
 #include <type_traits>
+#include <utility>
 
+#include "gather.h"
 #include "level.h"
 #include "ops.h"
 #include "schedule.h"
-#include "tensor.h"
+#include "watch.h"
 
 namespace hfac {
 
-// How one parameter's operands reach the kernels: in place, or as rows staged in the arithmetic's type T, which is
-// exact: widening loses nothing, and the store rounds once either way. Where it does not round to the nearest, it
-// follows the kernel, so that no kernel knows of it.
+// How one parameter's operands reach the kernels: in place, or staged as rows of the arithmetic's type T. Staging is
+// exact: widening loses nothing, and the store rounds once either way. Stochastic rounding and lower pieces are always
+// staged, so kernels need not handle them.
 template <class T>
 struct Route {
   const PairKernels<T>* pair;
@@ -32,30 +36,27 @@ inline const PairKernels<double>& pair_kernels(DType param, DType grad, double) 
 inline const GradKernels<float>& grad_kernels(DType grad, float) { return kernels().grads[static_cast<int>(grad)]; }
 inline const GradKernels<double>& grad_kernels(DType, double) { return kernels().grad_double; }
 
-// `staged`: whether both are staged whatever they are.
+// `staged`: whether both are staged whatever they are. Without a parameter the gradient's statistics are all that is
+// wanted.
 template <class T>
 Route<T> route(const TensorRef& param, const TensorRef& grad, bool staged = false) {
   constexpr DType wide = std::is_same<T, double>::value ? DType::kFloat64 : DType::kFloat32;
-  const bool apart = staged || param.strided || param.stored;
+  const bool apart = staged || param.strided || param.storage;
   bool stage_param = apart, stage_grad = staged || grad.strided;
-  const PairKernels<T>* pair = &pair_kernels(stage_param ? wide : param.dtype, stage_grad ? wide : grad.dtype, T());
-  if (!pair->smmf) {
-    stage_param = apart || param.dtype != wide;
-    stage_grad = grad.strided || grad.dtype != wide;
-    pair = &pair_kernels(wide, wide, T());
+  const PairKernels<T>* pair = nullptr;
+  if (!param.data) {
+    stage_param = false;
+    stage_grad |= wide == DType::kFloat64 ? grad.dtype != wide : !grad_kernels(grad.dtype, T()).hfac_stats;
+  } else {
+    pair = &pair_kernels(stage_param ? wide : param.dtype, stage_grad ? wide : grad.dtype, T());
+    if (!pair->smmf) {
+      stage_param = apart || param.dtype != wide;
+      stage_grad = grad.strided || grad.dtype != wide;
+      pair = &pair_kernels(wide, wide, T());
+    }
   }
-  const bool scattered = param.strided || grad.strided || (param.stored && param.stored->low_strided);
+  const bool scattered = param.strided || grad.strided || (param.storage && param.storage->low_strided);
   return {pair, &grad_kernels(stage_grad ? wide : grad.dtype, T()), stage_param, stage_grad, scattered};
-}
-
-// The same where there is no parameter.
-template <class T>
-Route<T> route(const TensorRef& grad) {
-  constexpr bool wide = std::is_same<T, double>::value;
-  const bool direct = wide ? grad.dtype == DType::kFloat64 : grad_kernels(grad.dtype, T()).hfac_stats != nullptr;
-  const bool stage = grad.strided || !direct;
-  const DType seen = !stage ? grad.dtype : wide ? DType::kFloat64 : DType::kFloat32;
-  return {nullptr, &grad_kernels(seen, T()), false, stage, grad.strided != nullptr};
 }
 
 // Elements of a contiguous tensor from `first` on.
@@ -90,23 +91,11 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Runs of elements whose moments are whole are cut here; a function of nothing but a constant.
 constexpr int64_t kRun = 16384;
 
-// Room for a run of one of the items.
+// Elements [first, first + count) of both, in place or staged; without moments.
 template <class T>
-void reserve_runs(Scratch& scratch, const std::vector<DenseItem>& items, bool watched) {
-  for (const DenseItem& it : items) {
-    reserve_rows(scratch, route<T>(it.param, it.grad, watched), 1, std::min(kRun, it.count), watched);
-  }
-}
-
-template <class T>
-DenseRun<T> dense_run(const Route<T>& route, const TensorRef& param, const TensorRef& grad, T* exp_avg, T* exp_avg_sq,
-                      int64_t first, int64_t count, Scratch& scratch) {
-  DenseRun<T> run{};
-  run.count = count;
-  run.exp_avg = exp_avg ? exp_avg + first : nullptr;
-  run.exp_avg_sq = exp_avg_sq + first;
-  run.grad = at(grad, first);
-  run.param = at(param, first);
+DenseRun<T> operands(const Route<T>& route, const TensorRef& param, const TensorRef& grad, int64_t first, int64_t count,
+                     Scratch& scratch) {
+  DenseRun<T> run{at(grad, first), at(param, first), nullptr, nullptr, count};
   const size_t bytes = static_cast<size_t>(count) * sizeof(T);
   if (route.stage_grad) {
     T* staged = static_cast<T*>(scratch.at(Scratch::kGrad, bytes));
@@ -136,22 +125,68 @@ bool nonfinite_range(const Route<T>& route, const TensorRef& grad, int64_t first
   return false;
 }
 
-// Is the arithmetic that of double?
-template <class Item>
-bool wide(const Item& item) {
-  return item.param.dtype == DType::kFloat64;
+template <class T>
+SmmfScalars<T> smmf_scalars(const CpuOptions& o, const Item& it) {
+  SmmfScalars<T> s;
+  s.beta1 = static_cast<T>(it.beta1);
+  s.rest1 = static_cast<T>(1 - it.beta1);
+  s.beta2 = static_cast<T>(it.beta2);
+  s.rest2 = static_cast<T>(1 - it.beta2);
+  s.lr = static_cast<T>(o.lr);
+  s.eps = static_cast<T>(o.eps);
+  s.shrink = static_cast<T>(1 - o.lr * o.weight_decay);
+  s.weight_decay = static_cast<T>(o.weight_decay);
+  s.coupled = o.coupled;
+  s.negate = o.maximize;
+  return s;
 }
-inline bool wide(const HfacSumsItem& item) { return item.wide; }
-inline bool wide(const SquaresItem& item) { return item.grad.dtype == DType::kFloat64; }
+
+// Base of all ops: items, their routes, and which of them are refused.
+template <class T>
+class ItemsOp : public Op {
+ public:
+  ItemsOp(std::vector<Item> items, const CpuOptions& options)
+      : items_(std::move(items)), options_(options), refused_(items_.size()), watch_(options.watched) {
+    routes_.reserve(items_.size());
+    for (const Item& item : items_) routes_.push_back(route<T>(item.param, item.grad, options.watched));
+  }
+
+  int64_t items() const override { return static_cast<int64_t>(items_.size()); }
+  int64_t elements(int64_t i) const override { return item(i).rows * item(i).cols; }
+  int phases() const override { return 1; }
+  size_t workspace_bytes(int64_t) const override { return 0; }
+  void reserve(Scratch& scratch) const override {
+    for (int64_t i = 0; i < items(); ++i)
+      reserve_rows(scratch, to(i), item(i).rows, item(i).cols, static_cast<bool>(watch_));
+  }
+
+ protected:
+  const Item& item(int64_t i) const { return items_[static_cast<size_t>(i)]; }
+  const Route<T>& to(int64_t i) const { return routes_[static_cast<size_t>(i)]; }
+  std::atomic<bool>& refused(int64_t i) { return refused_[static_cast<size_t>(i)]; }
+
+  // For constructors: the chunks of the last phase are watched.
+  void expect_watched() {
+    for (int64_t i = 0; watch_ && i < items(); ++i) watch_.expect(this->chunks(i, this->phases() - 1));
+  }
+
+  std::vector<Item> items_;
+  std::vector<Route<T>> routes_;
+  CpuOptions options_;
+  std::vector<std::atomic<bool>> refused_;
+  Watch watch_;
+};
 
 // Parameters of both arithmetics may share a list: an op for each.
-template <template <class> class AnOp, class Item, class Options>
-size_t run_both(const std::vector<Item>& items, const Options& options, int threads) {
-  std::vector<Item> single, twice;
-  for (const Item& item : items) (wide(item) ? twice : single).push_back(item);
-  AnOp<float> one(std::move(single), options);
+template <template <class> class AnOp>
+size_t run_both(std::vector<Item> items, const CpuOptions& options) {
+  const auto is_single = [](const Item& item) { return item.param.dtype != DType::kFloat64; };
+  const auto middle = std::stable_partition(items.begin(), items.end(), is_single);
+  std::vector<Item> twice(middle, items.end());
+  items.erase(middle, items.end());
+  AnOp<float> one(std::move(items), options);
   AnOp<double> other(std::move(twice), options);
-  return run({&one, &other}, threads);
+  return run({&one, &other}, options.threads);
 }
 
 }  // namespace hfac

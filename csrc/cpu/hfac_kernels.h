@@ -2,7 +2,7 @@
 // the clip norm's included; the update is a second read.
 #pragma once
 
-#include "../math/hfac.h"
+#include "../common/math/hfac.h"
 #include "kernels.h"
 #include "simd_io.h"
 
@@ -184,13 +184,10 @@ struct HfacDense {
   Vec<T> g, average, square, denominator;
 
   HFAC_HD void at(int64_t j) {
-    constexpr int64_t L = Vec<T>::kLanes;
-    const Sg* g_at = static_cast<const Sg*>(a.grad) + j;
     const int64_t left = a.count - j;
-    const bool whole = left >= L;
-    g = flip(whole ? load(g_at) : load_part<T>(g_at, left), flip_mask<T>(s.negate));
-    average = whole ? load(static_cast<const T*>(a.exp_avg + j)) : load_part<T>(a.exp_avg + j, left);
-    square = whole ? load(static_cast<const T*>(a.exp_avg_sq + j)) : load_part<T>(a.exp_avg_sq + j, left);
+    g = flip(load_some<T>(static_cast<const Sg*>(a.grad) + j, left), flip_mask<T>(s.negate));
+    average = load_some<T>(a.exp_avg + j, left);
+    square = load_some<T>(a.exp_avg_sq + j, left);
     average = hfac_average(Vec<T>(s.beta1), average, Vec<T>(s.rest1), g);
     square = hfac_average(Vec<T>(s.beta2), square, Vec<T>(s.rest2), g * g + Vec<T>(s.eps));
     denominator = root(square);
@@ -231,13 +228,12 @@ void hfac_dense(const HfacDenseScalars<T>& s, const DenseRun<T>& a) {
   for (int64_t j = 0; j < a.count; j += L) {
     Sw* w_at = static_cast<Sw*>(a.param) + j;
     const int64_t left = a.count - j;
-    const bool whole = left >= L;
     x.at(j);
-    Vec<T> w = whole ? load(static_cast<const Sw*>(w_at)) : load_part<T>(w_at, left);
+    Vec<T> w = load_some<T>(w_at, left);
     w = hfac_dense_update(w, x.g, x.average, x.denominator, clip, beta1, rest1, lr, weight_decay);
-    whole ? store(w_at, w) : store_part(w_at, w, left);
-    whole ? store(a.exp_avg + j, x.average) : store_part(a.exp_avg + j, x.average, left);
-    whole ? store(a.exp_avg_sq + j, x.square) : store_part(a.exp_avg_sq + j, x.square, left);
+    store_some(w_at, w, left);
+    store_some(a.exp_avg + j, x.average, left);
+    store_some(a.exp_avg_sq + j, x.square, left);
   }
 }
 

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "../math/storage.h"
+#include "../common/math/storage.h"
 
 namespace hfac {
 

@@ -1,3 +1,4 @@
+// Instruction sets that were compiled, and the choice among them.
 #include "level.h"
 
 #include <atomic>

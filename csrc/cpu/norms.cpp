@@ -1,6 +1,5 @@
 // Sums of squares of gradients, for their norms: of a whole list in one call, with nothing of a gradient's size made.
 #include "driver.h"
-#include "ops.h"
 
 namespace hfac {
 namespace {
@@ -26,25 +25,24 @@ double sum_of_squares(const T* values, int64_t count) {
 }
 
 template <class T>
-class SquaresOp : public Op {
- public:
-  SquaresOp(std::vector<SquaresItem> items, double* sums) : items_(std::move(items)), sums_(sums) {}
+class SquaresOp : public ItemsOp<T> {
+  using ItemsOp<T>::item;
 
-  int64_t items() const override { return static_cast<int64_t>(items_.size()); }
-  int64_t elements(int64_t i) const override { return item(i).count; }
-  int phases() const override { return 1; }
-  int64_t chunks(int64_t i, int) const override { return ceil_div(item(i).count, kRun); }
+ public:
+  using ItemsOp<T>::ItemsOp;
+
+  int64_t chunks(int64_t i, int) const override { return ceil_div(item(i).rows, kRun); }
   size_t workspace_bytes(int64_t i) const override { return static_cast<size_t>(chunks(i, 0)) * sizeof(double); }
 
   void reserve(Scratch& scratch) const override {
-    for (const SquaresItem& it : items_) {
-      if (staged(it)) scratch.reserve(Scratch::kGrad, static_cast<size_t>(std::min(kRun, it.count)) * sizeof(T));
+    for (const Item& it : this->items_) {
+      if (staged(it)) scratch.reserve(Scratch::kGrad, static_cast<size_t>(std::min(kRun, it.rows)) * sizeof(T));
     }
   }
 
   void chunk(int64_t i, int, int64_t c, void* workspace, Scratch& scratch) override {
-    const SquaresItem& it = item(i);
-    const int64_t first = c * kRun, count = std::min(kRun, it.count - first);
+    const Item& it = item(i);
+    const int64_t first = c * kRun, count = std::min(kRun, it.rows - first);
     const T* values;
     if (staged(it)) {
       T* copy = static_cast<T*>(scratch.at(Scratch::kGrad, static_cast<size_t>(count) * sizeof(T)));
@@ -59,23 +57,19 @@ class SquaresOp : public Op {
   void finish(int64_t i, int, void* workspace) override {
     double total = 0;
     for (int64_t c = 0; c < chunks(i, 0); ++c) total += static_cast<const double*>(workspace)[c];
-    sums_[item(i).index] = total;
+    this->options_.squares[item(i).index] = total;
   }
 
  private:
-  static bool staged(const SquaresItem& it) {
+  static bool staged(const Item& it) {
     return it.grad.strided || size_of(it.grad.dtype) != static_cast<int64_t>(sizeof(T));
   }
-  const SquaresItem& item(int64_t i) const { return items_[static_cast<size_t>(i)]; }
-
-  std::vector<SquaresItem> items_;
-  double* sums_;
 };
 
 }  // namespace
 
-size_t squares(const std::vector<SquaresItem>& items, double* sums, int threads) {
-  return run_both<SquaresOp>(items, sums, threads);
+size_t squares(std::vector<Item> items, const CpuOptions& options) {
+  return run_both<SquaresOp>(std::move(items), options);
 }
 
 }  // namespace hfac

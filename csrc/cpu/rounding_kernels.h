@@ -2,7 +2,7 @@
 // of math/rounding.h in loops that compilers turn into vectors, and their random bits in vectors by hand.
 #pragma once
 
-#include "../math/rounding.h"
+#include "../common/math/rounding.h"
 #include "kernels.h"
 #include "simd_io.h"
 
@@ -17,12 +17,9 @@ static_assert(kDraws * kBlocks <= kDrawsAtOnce, "no more than there is room for"
 // The products of the lower halves.
 HFAC_HD Blocks times(Blocks a, uint32_t factor) {
   const Blocks b = static_cast<uint64_t>(factor) - Blocks{};
-#if defined(__AVX512F__)
-  return (Blocks)_mm512_mul_epu32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (Blocks)_mm256_mul_epu32((__m256i)a, (__m256i)b);
-#elif defined(__x86_64__)
-  return (Blocks)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#if defined(__x86_64__)
+  using Signed = long long __attribute__((vector_size(HFAC_REGISTER)));
+  return (Blocks)HFAC_INTRINSIC(mul_epu32)((Signed)a, (Signed)b);
 #else
   return (a & 0xffffffffu) * b;
 #endif
@@ -45,9 +42,7 @@ HFAC_HD Blocks upper(Blocks a) {
 inline void draw(uint64_t block, int64_t blocks, const DrawKey& key, uint16_t* bits) {
   Blocks keys[kPhiloxRounds][2], lane;
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const auto k = static_cast<uint32_t>(round);
-    keys[round][0] = (static_cast<uint32_t>(key.seed) + k * kPhiloxKey0) - Blocks{};
-    keys[round][1] = (upper_half(key.seed) + k * kPhiloxKey1) - Blocks{};
+    for (int which = 0; which < 2; ++which) keys[round][which] = SeedKey{key.seed}(round, which) - Blocks{};
   }
   for (int l = 0; l < kBlocks; ++l) lane[l] = static_cast<uint64_t>(l);
   for (int64_t done = 0; done < blocks; done += kBlocks) {

@@ -1,3 +1,4 @@
+// Divides the chunks of a list among threads.
 #include "schedule.h"
 
 #include <algorithm>
@@ -54,7 +55,7 @@ class Run {
   size_t workspace() const { return workspace_.total(); }
 
  private:
-  // An item is done whole by one thread where what comes after it keeps the others as busy: nobody waits between its
+  // An item is done whole by one thread if what follows keeps the others as busy: no thread waits between its
   // phases, and a thread reads a second time what it has read first itself. The last items are divided among all.
   void plan(int64_t threads, int64_t left) {
     const int64_t items = op_.items();

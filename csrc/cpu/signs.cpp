@@ -1,3 +1,4 @@
+// Packed sign bits: bits and bytes that neighbouring ranges share.
 #include "signs.h"
 
 #include <algorithm>

@@ -8,19 +8,23 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../math/config.h"
-#include "../math/storage.h"
+#include "../common/math/roots.h"
+#include "../common/math/storage.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
+// Bytes of a register, and the intrinsic of that size.
 #if defined(__AVX512F__)
 #define HFAC_REGISTER 64
+#define HFAC_INTRINSIC(name) _mm512_##name
 #elif defined(__AVX2__)
 #define HFAC_REGISTER 32
+#define HFAC_INTRINSIC(name) _mm256_##name
 #else
 #define HFAC_REGISTER 16
+#define HFAC_INTRINSIC(name) _mm_##name
 #endif
 
 #define HFAC_EACH_PART _Pragma("GCC unroll 4") for (int k = 0; k < Vec<T>::kParts; ++k)
@@ -54,51 +58,28 @@ struct Vec {
   HFAC_HD explicit Vec(T x) { HFAC_EACH_PART part[k] = x - Part{}; }
 };
 
-template <class T>
-HFAC_HD Vec<T> operator+(Vec<T> a, Vec<T> b) {
-  HFAC_EACH_PART a.part[k] += b.part[k];
-  return a;
-}
-template <class T>
-HFAC_HD Vec<T> operator-(Vec<T> a, Vec<T> b) {
-  HFAC_EACH_PART a.part[k] -= b.part[k];
-  return a;
-}
-template <class T>
-HFAC_HD Vec<T> operator*(Vec<T> a, Vec<T> b) {
-  HFAC_EACH_PART a.part[k] *= b.part[k];
-  return a;
-}
-template <class T>
-HFAC_HD Vec<T> operator/(Vec<T> a, Vec<T> b) {
-  HFAC_EACH_PART a.part[k] /= b.part[k];
-  return a;
-}
+#define HFAC_OPERATOR(op)                              \
+  template <class T>                                   \
+  HFAC_HD Vec<T> operator op(Vec<T> a, Vec<T> b) {     \
+    HFAC_EACH_PART a.part[k] = a.part[k] op b.part[k]; \
+    return a;                                          \
+  }
+HFAC_OPERATOR(+)
+HFAC_OPERATOR(-)
+HFAC_OPERATOR(*)
+HFAC_OPERATOR(/)
+#undef HFAC_OPERATOR
 
-HFAC_HD Vec<float> root(Vec<float> a) {
-  using T = float;
-#if defined(__AVX512F__)
-  HFAC_EACH_PART a.part[k] = _mm512_sqrt_ps(a.part[k]);
-#elif defined(__AVX2__)
-  HFAC_EACH_PART a.part[k] = _mm256_sqrt_ps(a.part[k]);
-#elif defined(__x86_64__)
-  HFAC_EACH_PART a.part[k] = _mm_sqrt_ps(a.part[k]);
+template <class T>
+HFAC_HD Vec<T> root(Vec<T> a) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(T) == 4) {
+    HFAC_EACH_PART a.part[k] = HFAC_INTRINSIC(sqrt_ps)(a.part[k]);
+  } else {
+    HFAC_EACH_PART a.part[k] = HFAC_INTRINSIC(sqrt_pd)(a.part[k]);
+  }
 #else
-  HFAC_EACH_PART for (int l = 0; l < 4; ++l) a.part[k][l] = __builtin_sqrtf(a.part[k][l]);
-#endif
-  return a;
-}
-
-HFAC_HD Vec<double> root(Vec<double> a) {
-  using T = double;
-#if defined(__AVX512F__)
-  HFAC_EACH_PART a.part[k] = _mm512_sqrt_pd(a.part[k]);
-#elif defined(__AVX2__)
-  HFAC_EACH_PART a.part[k] = _mm256_sqrt_pd(a.part[k]);
-#elif defined(__x86_64__)
-  HFAC_EACH_PART a.part[k] = _mm_sqrt_pd(a.part[k]);
-#else
-  HFAC_EACH_PART for (int l = 0; l < 2; ++l) a.part[k][l] = __builtin_sqrt(a.part[k][l]);
+  HFAC_EACH_PART for (int l = 0; l < Vec<T>::kPartLanes; ++l) a.part[k][l] = root(a.part[k][l]);
 #endif
   return a;
 }
@@ -167,17 +148,11 @@ HFAC_HD uint32_t positive_bits(Vec<T> a) {
   HFAC_EACH_PART {
     const auto positive = a.part[k] > 0;
     uint32_t mine = 0;
-#if defined(__AVX2__)
+#if defined(__x86_64__)
     if constexpr (sizeof(T) == 4) {
-      mine = static_cast<uint32_t>(_mm256_movemask_ps((__m256)positive));
+      mine = static_cast<uint32_t>(HFAC_INTRINSIC(movemask_ps)((typename Vec<T>::Part)positive));
     } else {
-      mine = static_cast<uint32_t>(_mm256_movemask_pd((__m256d)positive));
-    }
-#elif defined(__x86_64__)
-    if constexpr (sizeof(T) == 4) {
-      mine = static_cast<uint32_t>(_mm_movemask_ps((__m128)positive));
-    } else {
-      mine = static_cast<uint32_t>(_mm_movemask_pd((__m128d)positive));
+      mine = static_cast<uint32_t>(HFAC_INTRINSIC(movemask_pd)((typename Vec<T>::Part)positive));
     }
 #else
     for (int l = 0; l < Vec<T>::kPartLanes; ++l) mine |= (positive[l] ? 1u : 0u) << l;

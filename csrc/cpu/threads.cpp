@@ -1,4 +1,7 @@
+// The pool of threads.
 #include "threads.h"
+
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -9,26 +12,12 @@
 #include <new>
 #include <thread>
 
-#if defined(_WIN32)
-#include <process.h>
-#else
-#include <unistd.h>
-#endif
-
 namespace hfac {
 namespace {
 
-long process_id() {
-#if defined(_WIN32)
-  return _getpid();
-#else
-  return getpid();
-#endif
-}
-
 class Pool {
  public:
-  const long owner = process_id();
+  const pid_t owner = getpid();
   std::mutex busy;  // held by the one call that uses the pool
 
   void run(int threads, const std::function<void(int)>& body) {
@@ -99,7 +88,7 @@ class Pool {
 Pool* pool() {
   static std::atomic<Pool*> current{nullptr};
   Pool* found = current.load(std::memory_order_acquire);
-  while (!found || found->owner != process_id()) {
+  while (!found || found->owner != getpid()) {
     Pool* const fresh = new (std::nothrow) Pool;
     if (!fresh) return nullptr;
     if (current.compare_exchange_strong(found, fresh, std::memory_order_acq_rel)) {

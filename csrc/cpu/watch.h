@@ -1,36 +1,38 @@
-// What a step tells of itself where it is watched (hfac/reference.py, `watched`). The kernels know nothing of it: a
-// watched step is staged in the arithmetic's type, where old and new weights lie side by side.
+// Statistics of a watched step (hfac/reference.py, `watched`). Kernels need not know: a watched step is staged in the
+// arithmetic's type, so old and new weights are both at hand.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
-#include "../math/roots.h"
-#include "../math/rounding.h"
-#include "driver.h"
+#include "../common/math/roots.h"
+#include "../common/math/rounding.h"
+#include "gather.h"
+#include "kernels.h"
+#include "schedule.h"
 
 namespace hfac {
 
 constexpr int64_t kWatched = 5;
 
-// Of one chunk, or of a parameter, in the order in which they are told.
+// Statistics of one chunk or parameter, in the order of `watched`.
 struct Watched {
   double change = 0, unmoved = 0, direction = 0, zero_rows = 0, zero_cols = 0;
 };
 
-// By item and chunk, so that what is added up does not depend on who was faster. Empty where nobody watches.
+// Statistics by item and chunk, so that sums do not depend on the order in which threads finish. Empty where the step
+// is not watched.
 class Watch {
  public:
-  explicit Watch(double* told) : told_(told) {}
-  explicit operator bool() const { return told_; }
+  explicit Watch(double* out) : out_(out) {}
+  explicit operator bool() const { return out_; }
 
-  void expect(const std::vector<int64_t>& chunks) {
-    for (const int64_t n : chunks) found_.emplace_back(static_cast<size_t>(n));
-  }
+  void expect(int64_t chunks) { found_.emplace_back(static_cast<size_t>(chunks)); }  // of the next item
   Watched& at(int64_t item, int64_t chunk) { return found_[static_cast<size_t>(item)][static_cast<size_t>(chunk)]; }
 
   // Adds an item's chunks to the row of the list's entry `index`.
-  void tell(int64_t item, int64_t index) const {
-    double* row = told_ + kWatched * index;
+  void report(int64_t item, int64_t index) const {
+    double* row = out_ + kWatched * index;
     for (const Watched& w : found_[static_cast<size_t>(item)]) {
       const double numbers[kWatched] = {w.change, w.unmoved, w.direction, w.zero_rows, w.zero_cols};
       for (int64_t k = 0; k < kWatched; ++k) row[k] += numbers[k];
@@ -38,7 +40,7 @@ class Watch {
   }
 
  private:
-  double* told_;
+  double* out_;
   std::vector<std::vector<Watched>> found_;
 };
 
@@ -85,9 +87,9 @@ inline void watch_change(const TensorRef&, const double* old, const void* now, i
 
 inline void watch_change(const TensorRef& param, const float* old, const void* fresh, int64_t count, Watched& watched) {
   const float* now = static_cast<const float*>(fresh);
-  if (param.stored && param.stored->low_bytes == 1) {
+  if (param.storage && param.storage->low_bytes == 1) {
     watch_run(old, now, count, common::nearest_of_24_bits, watched);
-  } else if (param.stored && param.stored->low_bytes == 2) {
+  } else if (param.storage && param.storage->low_bytes == 2) {
     watch_run(old, now, count, [](float x) { return x; }, watched);
   } else if (param.dtype == DType::kBFloat16) {
     watch_run(old, now, count, [](float x) { return common::widen(common::narrow_bfloat16(x)); }, watched);

@@ -18,13 +18,11 @@ HFAC_DEVICE void sum_lanes(T (&v)[kVector], int width, const Put& put) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   if (width == kWarp) {
     const bool a = lane & 16, b = lane & 8, c = lane & 4;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
+    HFAC_UNROLLED (k, 4) {
       const T sent = a ? v[k] : v[k + 4], kept = a ? v[k + 4] : v[k];
       v[k] = kept + shuffle_xor(sent, 16);
     }
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
+    HFAC_UNROLLED (k, 2) {
       const T sent = b ? v[k] : v[k + 2], kept = b ? v[k + 2] : v[k];
       v[k] = kept + shuffle_xor(sent, 8);
     }
@@ -36,16 +34,14 @@ HFAC_DEVICE void sum_lanes(T (&v)[kVector], int width, const Put& put) {
     return;
   }
   for (int mask = width / 2; mask > 0; mask /= 2) {
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) v[k] = v[k] + shuffle_xor(v[k], mask);
+    HFAC_UNROLLED (k, kVector) v[k] = v[k] + shuffle_xor(v[k], mask);
   }
   if (lane % width == 0) {
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) put(k, v[k]);
+    HFAC_UNROLLED (k, kVector) put(k, v[k]);
   }
 }
 
-// Every thread's value, added as a tree over the block; `shared` has one place per thread.
+// Every thread's value, added as a tree over the block; `shared` has one element per thread.
 template <class T>
 HFAC_DEVICE T block_sum(T value, T* shared) {
   shared[threadIdx.x] = value;
@@ -95,7 +91,7 @@ struct Decay {
 HFAC_DEVICE bool skipped(const Arguments& a) { return a.found_inf && *a.found_inf != 0.0f; }
 // Are the statistics that were taken for the norm those of the step, because it does not clip? (NaN: no)
 HFAC_DEVICE bool unclipped(const Arguments& a) { return a.clip && *a.clip == 1.0f; }
-HFAC_DEVICE bool refused(const Arguments& a, const Item& it) { return a.nonfinite && a.nonfinite[it.index]; }
+HFAC_DEVICE bool refused(const Arguments& a, const DeviceItem& it) { return a.nonfinite && a.nonfinite[it.index]; }
 
 HFAC_DEVICE Tile tile_of(const Arguments& a) { return a.tiles[a.backward ? gridDim.x - 1 - blockIdx.x : blockIdx.x]; }
 
@@ -105,18 +101,16 @@ struct Gradient {
   T scale;
   bool scaled, negate;
   HFAC_DEVICE explicit Gradient(const Arguments& a)
-      : scale(a.grad_scale ? static_cast<T>(*a.grad_scale) : T(1)), scaled(a.grad_scale), negate(a.scalars.maximize) {}
+      : scale(a.grad_scale ? static_cast<T>(*a.grad_scale) : T(1)), scaled(a.grad_scale), negate(a.options.maximize) {}
   HFAC_DEVICE void unscale(T (&g)[kVector]) const {
     if (scaled) {
-#pragma unroll
-      for (int k = 0; k < kVector; ++k) g[k] = g[k] / scale;
+      HFAC_UNROLLED (k, kVector) g[k] = g[k] / scale;
     }
   }
   HFAC_DEVICE void operator()(T (&g)[kVector]) const {
     unscale(g);
     if (negate) {
-#pragma unroll
-      for (int k = 0; k < kVector; ++k) g[k] = -g[k];
+      HFAC_UNROLLED (k, kVector) g[k] = -g[k];
     }
   }
 };
@@ -125,8 +119,7 @@ struct Gradient {
 template <class T>
 HFAC_DEVICE bool nonfinite(const T (&g)[kVector], T elements) {
   bool bad = false;
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) {
+  HFAC_UNROLLED (k, kVector) {
     const T all = g[k] * g[k] * elements;
     bad = bad || !(all - all == T(0));
   }
@@ -142,8 +135,7 @@ struct Watch {
 
   template <class Target>
   HFAC_DEVICE void add(const Target& target, const T (&old)[kVector], const T (&fresh)[kVector], int count) {
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) {
+    HFAC_UNROLLED (k, kVector) {
       if (k >= count) continue;
       const T by = fresh[k] - old[k];
       moved = moved + by * by;
@@ -151,23 +143,15 @@ struct Watch {
     }
   }
 
-  // By all threads of a block, with one place each in `shared`. Blocks add in any order, which counts do not notice.
-  HFAC_DEVICE void finish(const Arguments& a, const Item& it, double* shared) const {
+  // By all threads of a block, with one element each in `shared`. Blocks add in any order, which counts do not notice.
+  HFAC_DEVICE void finish(const Arguments& a, const DeviceItem& it, double* shared) const {
     const double values[] = {static_cast<double>(moved), static_cast<double>(still), static_cast<double>(direction)};
-#pragma unroll
-    for (int k = 0; k < 3; ++k) {
+    HFAC_UNROLLED (k, 3) {
       const double sum = block_sum(values[k], shared);
       if (threadIdx.x == 0 && sum != 0) atomicAdd(a.watched + int64_t{it.index} * kWatchedNumbers + k, sum);
     }
   }
 };
-
-// max(1, rms / d), which keeps a NaN.
-template <class T>
-HFAC_DEVICE T clip_divisor(T rms, double threshold) {
-  const T ratio = rms / static_cast<T>(threshold);
-  return ratio <= T(1) ? T(1) : ratio;
-}
 
 HFAC_DEVICE int vector_count(int64_t at, int64_t end) {
   const int64_t left = end - at;

@@ -1,6 +1,6 @@
+// What the CUDA runtime finds on this machine.
 #include <cuda_runtime.h>
 
-#include "architectures.h"
 #include "device.h"
 
 #ifndef HFAC_ARCHITECTURES
@@ -29,7 +29,7 @@ CudaInfo cuda_info() {
                                         info.runtime_version)});
   }
   if (info.why_not.empty() && info.devices.empty()) info.why_not = "no CUDA device";
-  cudaGetLastError();  // errors are told, not left for the next caller
+  cudaGetLastError();  // errors are reported, not left for the next caller
   return info;
 }
 

@@ -2,7 +2,7 @@
 // one element at a time, with any strides and types, where not. In registers all is T, float or double.
 #pragma once
 
-#include "../cpu/signs.h"
+#include "../common/signs.h"
 #include "launch.h"
 #include "table.h"
 
@@ -18,7 +18,7 @@ using common::float_of;
 using common::Narrow;
 using common::widen;
 
-// Addresses come from a table in memory; said to be global, they are not loaded through the generic path.
+// Addresses come from a table in memory. Declaring them global avoids generic loads.
 template <class P>
 HFAC_DEVICE P* global(P* p) {
 #if defined(__CUDA_ARCH__)
@@ -44,7 +44,7 @@ struct Raw {
   Chunk chunk[kChunks];
 };
 
-// `last`: nobody will want the line again.
+// `last`: the line will not be read again.
 HFAC_DEVICE Chunk load_chunk(const void* p, bool last) {
   Chunk c;
 #if defined(__CUDA_ARCH__)
@@ -71,31 +71,26 @@ HFAC_DEVICE void store_chunk(void* p, const Chunk& c) {
 template <class S>
 HFAC_DEVICE Raw<S> load_raw(const S* p, bool last) {
   Raw<S> raw;
-#pragma unroll
-  for (int c = 0; c < Raw<S>::kChunks; ++c) raw.chunk[c] = load_chunk(reinterpret_cast<const char*>(p) + 16 * c, last);
+  HFAC_UNROLLED (c, Raw<S>::kChunks) raw.chunk[c] = load_chunk(reinterpret_cast<const char*>(p) + 16 * c, last);
   return raw;
 }
 
 template <class S>
 HFAC_DEVICE void store_raw(S* p, const Raw<S>& raw) {
-#pragma unroll
-  for (int c = 0; c < Raw<S>::kChunks; ++c) store_chunk(reinterpret_cast<char*>(p) + 16 * c, raw.chunk[c]);
+  HFAC_UNROLLED (c, Raw<S>::kChunks) store_chunk(reinterpret_cast<char*>(p) + 16 * c, raw.chunk[c]);
 }
 
 HFAC_DEVICE void unpack(const Raw<float>& raw, float (&x)[kVector]) {
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) x[k] = float_of(raw.chunk[k / 4].word[k % 4]);
+  HFAC_UNROLLED (k, kVector) x[k] = float_of(raw.chunk[k / 4].word[k % 4]);
 }
 HFAC_DEVICE void unpack(const Raw<BFloat16>& raw, float (&x)[kVector]) {
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) {
+  HFAC_UNROLLED (k, kVector) {
     const uint32_t pair = raw.chunk[0].word[k / 2];
     x[k] = float_of(k % 2 ? pair & 0xffff0000u : pair << 16);
   }
 }
 HFAC_DEVICE void unpack(const Raw<Float16>& raw, float (&x)[kVector]) {
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) {
+  HFAC_UNROLLED (k, kVector) {
     const auto bits = static_cast<uint16_t>(raw.chunk[0].word[k / 2] >> (k % 2 * 16));
 #if defined(__CUDA_ARCH__)
     x[k] = __half2float(__ushort_as_half(bits));
@@ -106,35 +101,29 @@ HFAC_DEVICE void unpack(const Raw<Float16>& raw, float (&x)[kVector]) {
 }
 HFAC_DEVICE void unpack(const Raw<double>& raw, double (&x)[kVector]) { memcpy(x, &raw, sizeof(x)); }
 
-HFAC_DEVICE uint32_t narrow_pair(float a, float b, BFloat16) {
 #if defined(__CUDA_ARCH__)
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof(bits));
-  return bits;
-#else
-  return Narrow<BFloat16>::from(a).bits | static_cast<uint32_t>(Narrow<BFloat16>::from(b).bits) << 16;
+HFAC_DEVICE __nv_bfloat162 round_pair(float a, float b, BFloat16) { return __floats2bfloat162_rn(a, b); }
+HFAC_DEVICE __half2 round_pair(float a, float b, Float16) { return __floats2half2_rn(a, b); }
 #endif
-}
-HFAC_DEVICE uint32_t narrow_pair(float a, float b, Float16) {
+template <class S>
+HFAC_DEVICE uint32_t narrow_pair(float a, float b, S type) {
 #if defined(__CUDA_ARCH__)
-  const __half2 pair = __floats2half2_rn(a, b);
+  const auto pair = round_pair(a, b, type);
   uint32_t bits;
   memcpy(&bits, &pair, sizeof(bits));
   return bits;
 #else
-  return Narrow<Float16>::from(a).bits | static_cast<uint32_t>(Narrow<Float16>::from(b).bits) << 16;
+  (void)type;
+  return Narrow<S>::from(a).bits | static_cast<uint32_t>(Narrow<S>::from(b).bits) << 16;
 #endif
 }
 
 template <class S>
 HFAC_DEVICE void pack(const float (&x)[kVector], Raw<S>& raw) {
-#pragma unroll
-  for (int k = 0; k < kVector / 2; ++k) raw.chunk[0].word[k] = narrow_pair(x[2 * k], x[2 * k + 1], S());
+  HFAC_UNROLLED (k, kVector / 2) raw.chunk[0].word[k] = narrow_pair(x[2 * k], x[2 * k + 1], S());
 }
 HFAC_DEVICE void pack(const float (&x)[kVector], Raw<float>& raw) {
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) raw.chunk[k / 4].word[k % 4] = bits_of(x[k]);
+  HFAC_UNROLLED (k, kVector) raw.chunk[k / 4].word[k % 4] = bits_of(x[k]);
 }
 HFAC_DEVICE void pack(const double (&x)[kVector], Raw<double>& raw) { memcpy(&raw, x, sizeof(x)); }
 
@@ -154,8 +143,7 @@ HFAC_DEVICE_APART int64_t offset_of(const int64_t* layout, int64_t at) {
 template <class T, class S>
 HFAC_DEVICE void load_run(const Operand& o, const int64_t* layout, int64_t at, int count, T (&x)[kVector]) {
   const S* data = global(static_cast<const S*>(o.data));
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) {
+  HFAC_UNROLLED (k, kVector) {
     if (k < count) x[k] = static_cast<T>(widen(data[layout ? offset_of(layout, at + k) : at + k]));
   }
 }
@@ -163,8 +151,7 @@ HFAC_DEVICE void load_run(const Operand& o, const int64_t* layout, int64_t at, i
 template <class T, class S>
 HFAC_DEVICE void store_run(const Operand& o, const int64_t* layout, int64_t at, int count, const T (&x)[kVector]) {
   S* data = global(static_cast<S*>(o.data));
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) {
+  HFAC_UNROLLED (k, kVector) {
     if (k < count) data[layout ? offset_of(layout, at + k) : at + k] = Narrow<S>::from(x[k]);
   }
 }
@@ -173,8 +160,7 @@ HFAC_DEVICE void store_run(const Operand& o, const int64_t* layout, int64_t at, 
 template <class T>
 HFAC_DEVICE void load_any(const Operand& o, const int64_t* layouts, int64_t at, int count, T (&x)[kVector]) {
   const int64_t* layout = o.layout < 0 ? nullptr : layouts + o.layout;
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) x[k] = T(0);
+  HFAC_UNROLLED (k, kVector) x[k] = T(0);
   switch (static_cast<DType>(o.dtype)) {
     case DType::kFloat32:
       return load_run<T, float>(o, layout, at, count, x);
@@ -209,7 +195,7 @@ HFAC_DEVICE void store_any(const Operand& o, const int64_t* layouts, int64_t at,
 struct SharedSigns : Signs {
   const uint8_t* end;
   int32_t* edges;  // [2]: of the word at the beginning, which may be all there is; of the word at the end
-  HFAC_DEVICE SharedSigns(const Arguments& a, const Item& it)
+  HFAC_DEVICE SharedSigns(const Arguments& a, const DeviceItem& it)
       : Signs{it.signs, it.slice, it.slice_bytes},
         end(it.signs + it.sign_bytes),
         edges(a.counters + it.counter + kSignEdges) {}
@@ -233,7 +219,7 @@ HFAC_DEVICE void flip_bit(const SharedSigns& s, const uint8_t* p, unsigned bit) 
 }
 
 // By one thread, in a launch after the one that flipped bits.
-HFAC_DEVICE void settle_signs(const Arguments& a, const Item& it) {
+HFAC_DEVICE void settle_signs(const Arguments& a, const DeviceItem& it) {
   const SharedSigns s(a, it);
   const auto begin = reinterpret_cast<uintptr_t>(s.data), end = reinterpret_cast<uintptr_t>(s.end);
   if (((begin | end) & 3) == 0) return;
@@ -300,7 +286,7 @@ struct BulkAccess {
   static HFAC_DEVICE Grad grad(const Operand& o, const int64_t*, int64_t at, int, bool last) {
     return load_raw(global(static_cast<const Sg*>(o.data)) + at, last);
   }
-  static HFAC_DEVICE const Operand& target(const Arguments&, const Item& it) { return it.param; }
+  static HFAC_DEVICE const Operand& target(const Arguments&, const DeviceItem& it) { return it.param; }
   static HFAC_DEVICE Param param(const Operand& o, const int64_t*, int64_t at, int) {
     return load_raw(global(static_cast<const Sw*>(o.data)) + at, false);
   }
@@ -340,7 +326,7 @@ struct AnyAccess {
     load_any(o, layouts, at, count, e.x);
     return e;
   }
-  static HFAC_DEVICE const Operand& target(const Arguments&, const Item& it) { return it.param; }
+  static HFAC_DEVICE const Operand& target(const Arguments&, const DeviceItem& it) { return it.param; }
   static HFAC_DEVICE Param param(const Operand& o, const int64_t* layouts, int64_t at, int count) {
     return grad(o, layouts, at, count, false);
   }

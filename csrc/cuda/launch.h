@@ -1,11 +1,12 @@
-// What differs between a launch on a device and one in the host emulation (csrc/emulation); included by the .cu files
-// only.
+// Launches, with errors attributed to them, on a device or in the host emulation (csrc/emulation). For .cu files only.
 #pragma once
 
 #include <cstdint>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+
+#include "../common/math/config.h"
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define HFAC_DEVICE_COMPILER
@@ -15,6 +16,8 @@
 #endif
 
 #define HFAC_DEVICE __device__ __forceinline__
+// A loop over k = 0 ... n - 1 that leaves no loop.
+#define HFAC_UNROLLED(k, n) HFAC_UNROLL for (int k = 0; k < (n); ++k)
 #ifdef HFAC_DEVICE_COMPILER
 #define HFAC_DEVICE_APART static __device__ __noinline__
 #else
@@ -28,19 +31,9 @@ constexpr int kWarp = 32;
 static_assert(__AMDGCN_WAVEFRONT_SIZE == kWarp, "row sums are written for warps of 32 threads");
 #endif
 
-#ifdef HFAC_DEVICE_COMPILER
-using Status = cudaError_t;
-inline Status take_error() { return cudaGetLastError(); }
-inline const char* text_of(Status status) { return cudaGetErrorString(status); }
-#else
-using emulation::Status;
-using emulation::take_error;
-using emulation::text_of;
-#endif
-
 // Is it an error of something that ran, a kernel or a copy? Calls that start something report it though they did not
 // cause it, and so does every call after them: the context is lost. Numbers are those of cudaError_t.
-inline bool of_what_ran(Status status) {
+inline bool of_what_ran(cudaError_t status) {
   const int code = static_cast<int>(status);
   return code == 214 || code == 220 || code == 226 ||    // memory and NVLink: uncorrectable, contained
          code == 700 || code == 702 || code == 710 ||    // illegal address, timeout, assert
@@ -49,12 +42,12 @@ inline bool of_what_ran(Status status) {
 }
 
 // Throws what `status` says of the call `name`, or of what was before it; `begun`: the call has been made.
-inline void check(Status status, const char* name, bool begun = true) {
+inline void check(cudaError_t status, const char* name, bool begun = true) {
   if (static_cast<int>(status) == 0) return;
   const char* const blocking = std::getenv("CUDA_LAUNCH_BLOCKING");
   // Where launches wait for their kernels, all that ran before has been reported.
   const bool waited = blocking && *blocking && std::string(blocking) != "0";
-  const std::string of = name, said = text_of(status);
+  const std::string of = name, said = cudaGetErrorString(status);
   if (begun && (waited || !of_what_ran(status))) throw std::runtime_error(of + ": " + said);
   throw std::runtime_error("an earlier CUDA operation had failed before " + of + " was launched: " + said +
                            "; set CUDA_LAUNCH_BLOCKING=1 to find it");
@@ -63,12 +56,11 @@ inline void check(Status status, const char* name, bool begun = true) {
 // begin() starts something on the device; errors that are there before it are not called its own.
 template <class Begin>
 void checked(const char* name, const Begin& begin) {
-  check(take_error(), name, false);
+  check(cudaGetLastError(), name, false);
   begin();
-  check(take_error(), name);
+  check(cudaGetLastError(), name);
 }
 
-#ifdef HFAC_DEVICE_COMPILER
 // The device of the tensors is the current one while this lives.
 class DeviceGuard {
  public:
@@ -93,31 +85,19 @@ class DeviceGuard {
 template <class... A>
 void launch(const char* name, void (*kernel)(A...), int64_t blocks, int threads, void* stream, A... arguments) {
   checked(name, [&] {
+#ifdef HFAC_DEVICE_COMPILER
     kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, static_cast<cudaStream_t>(stream)>>>(
         arguments...);
+#else
+    (void)stream;
+    emulation::run_grid(name, static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
+                        [&] { kernel(arguments...); });
+#endif
   });
 }
 
 inline void clear(void* p, size_t bytes, void* stream) {
   checked("clearing flags and counters", [&] { cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(stream)); });
 }
-#else
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int) {}
-};
-
-template <class... A>
-void launch(const char* name, void (*kernel)(A...), int64_t blocks, int threads, void*, A... arguments) {
-  checked(name, [&] {
-    emulation::run_grid(name, static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
-                        [&] { kernel(arguments...); });
-  });
-}
-
-inline void clear(void* p, size_t bytes, void*) {
-  checked("clearing flags and counters", [&] { memset(p, 0, bytes); });
-}
-#endif
 
 }  // namespace hfac

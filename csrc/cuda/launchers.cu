@@ -1,7 +1,15 @@
+// Follows a plan: one launch after the other.
 #include "launch.h"
 #include "launchers.h"
 
 namespace hfac {
+namespace {
+
+#define HFAC_PICK(name) name##_kernel,
+constexpr KernelFunction (*kPick[])(const Launch&, const Arguments&) = {HFAC_KERNELS(HFAC_PICK)};
+#undef HFAC_PICK
+
+}  // namespace
 
 void launch_all(const Plan& plan, Arguments arguments, int64_t flags, size_t counter_bytes, int device, void* stream) {
   const DeviceGuard guard(device);
@@ -19,47 +27,8 @@ void launch_all(const Plan& plan, Arguments arguments, int64_t flags, size_t cou
     arguments.clip = launch.conditional ? clip : nullptr;
     arguments.tiles = tiles + launch.first_tile;
     arguments.backward = launch.backward;
-    switch (launch.kernel) {
-      case Kernel::kLook:
-        launch_look(launch, arguments, stream);
-        break;
-      case Kernel::kSmmfTiles:
-        launch_smmf_tiles(launch, arguments, stream);
-        break;
-      case Kernel::kSmmfFold:
-        launch_smmf_fold(launch, arguments, stream);
-        break;
-      case Kernel::kSmmfSumsFold:
-        launch_smmf_sums_fold(launch, arguments, stream);
-        break;
-      case Kernel::kHfacStats:
-        launch_hfac_stats(launch, arguments, stream);
-        break;
-      case Kernel::kHfacCollect:
-        launch_hfac_collect(launch, arguments, stream);
-        break;
-      case Kernel::kHfacFold:
-        launch_hfac_fold(launch, arguments, stream);
-        break;
-      case Kernel::kHfacSumsFold:
-        launch_hfac_sums_fold(launch, arguments, stream);
-        break;
-      case Kernel::kHfacApplyFold:
-        launch_hfac_apply_fold(launch, arguments, stream);
-        break;
-      case Kernel::kHfacUpdate:
-        launch_hfac_update(launch, arguments, stream);
-        break;
-      case Kernel::kDenseLook:
-        launch_dense_look(launch, arguments, stream);
-        break;
-      case Kernel::kHfacDense:
-        launch_hfac_dense(launch, arguments, stream);
-        break;
-      case Kernel::kSmmfDense:
-        launch_smmf_dense(launch, arguments, stream);
-        break;
-    }
+    hfac::launch(name_of(launch.kernel), kPick[static_cast<int>(launch.kernel)](launch, arguments), launch.tiles,
+                 launch.threads, stream, arguments);
   }
 }
 

@@ -6,59 +6,35 @@
 #include <cstdint>
 #include <vector>
 
+#include "access.h"
 #include "table.h"
 
 namespace hfac {
 
-enum class OpKind { kHfac, kHfacDense, kSmmf, kSmmfDense, kHfacSums, kHfacApply, kSmmfSums };
-enum class Kernel {
-  kLook,
-  kSmmfTiles,
-  kSmmfFold,
-  kSmmfSumsFold,
-  kHfacStats,
-  kHfacCollect,
-  kHfacFold,
-  kHfacSumsFold,
-  kHfacApplyFold,
-  kHfacUpdate,
-  kDenseLook,
-  kHfacDense,
-  kSmmfDense
-};
-
-// How a kernel reaches its elements: types known when it was compiled and 16-byte accesses, or anything at all. The
-// later ones store more than one rounding to the nearest: bfloat16 stochastically, or with 16 or 8 bits beside it, each
-// also with float gradients; or anything at all.
-enum class Access {
-  kFloat,
-  kBFloat16,
-  kFloat16,
-  kBFloat16Float,
-  kFloatBFloat16,
-  kAny,
-  kDouble,
-  kDrawn,
-  kDrawnFloat,
-  kSplit,
-  kSplitFloat,
-  kSplit8,
-  kSplit8Float,
-  kStored
-};
-constexpr int kAccesses = static_cast<int>(Access::kStored) + 1;
-// Row lengths of H-Fac's statistics: held in registers, read again from L1, sums in memory.
-enum class Width { kNarrow, kRegisters, kWide };
+// Every kernel that a plan can have. csrc/cuda/*.cu define <name>_kernel, which picks the instantiation for a launch.
+#define HFAC_KERNELS(KERNEL) \
+  KERNEL(look)               \
+  KERNEL(smmf_tiles)         \
+  KERNEL(smmf_fold)          \
+  KERNEL(smmf_sums_fold)     \
+  KERNEL(hfac_stats)         \
+  KERNEL(hfac_collect)       \
+  KERNEL(hfac_fold)          \
+  KERNEL(hfac_sums_fold)     \
+  KERNEL(hfac_apply_fold) KERNEL(hfac_update) KERNEL(dense_look) KERNEL(hfac_dense) KERNEL(smmf_dense)
+#define HFAC_ENUMERATOR(name) name,
+enum class Kernel { HFAC_KERNELS(HFAC_ENUMERATOR) };
+#undef HFAC_ENUMERATOR
 
 // A plan has one phase, the step; H-Fac's with `norm` takes all statistics before, for the norm of all gradients.
 enum class Phase { kStep, kSquares };
 
 struct PlanOptions {
   OpKind op;
-  bool first = true;       // SMMF: there is a first moment
-  bool clip = true;        // H-Fac
-  bool nonfinite = false;  // gradients may be refused
-  bool norm = false;       // H-Fac: statistics in a phase of their own
+  bool first_moment = true;  // SMMF
+  bool clip = true;          // H-Fac
+  bool nonfinite = false;    // gradients may be refused
+  bool norm = false;         // H-Fac: statistics in a phase of their own
   int64_t l2_bytes = 50 << 20;
   double l2_share = 0.6;  // of which a group's gradients may fill
 };
@@ -88,17 +64,15 @@ struct Plan {
   size_t workspace_bytes = 0;
 };
 
-// `bulk[i]`: contiguous and aligned, rows and signs in whole vectors; `parts`: as many as items where the op is one on
-// parts. Sets each item's tiling, places in the workspace, and counter.
-Plan make_plan(std::vector<Item>& items, const std::vector<bool>& bulk, const PlanOptions& options,
-               const std::vector<Part>& parts = {});
+// `bulk[i]`: contiguous and aligned, rows and signs in whole vectors; `shards`: as many as items where the op is one on
+// shards. Sets each item's tiling, offsets in the workspace, and counter.
+Plan make_plan(std::vector<DeviceItem>& items, const std::vector<bool>& bulk, const PlanOptions& options,
+               const std::vector<DeviceShard>& shards = {});
 
 // For a list that exists in shapes only: everything contiguous and aligned.
-std::vector<bool> assumed_bulk(const std::vector<Item>& items);
+std::vector<bool> assumed_bulk(const std::vector<DeviceItem>& items);
 
 const char* name_of(Kernel kernel);
-const char* name_of(Access access);
-const char* name_of(Width width);
 const char* name_of(Phase phase);
 
 }  // namespace hfac

@@ -3,7 +3,7 @@
 // A block takes a tile of rows and up to 2048 columns. A thread holds eight neighbouring columns: their factors and
 // their sums stay in its registers for the whole tile. Sums of rows go through shuffles to shared memory, with no
 // barrier in the loop. Both leave as partial sums; a second launch adds them in fixed order and normalises.
-#include "../math/smmf.h"
+#include "../common/math/smmf.h"
 #include "launchers.h"
 #include "stored.cuh"
 
@@ -23,42 +23,41 @@ HFAC_DEVICE double flip_sign(double x, unsigned bits, int k) { return bits >> k 
 HFAC_DEVICE float magnitude(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 HFAC_DEVICE double magnitude(double x) { return fabs(x); }
 
-// How the rows of an item follow each other: one after the other, or as a block of a part lies in the part and in the
-// whole's matrix.
-template <bool kPart>
-struct Places {
+// Where an item's rows lie: one after the other, or as a block lies in its shard and in the whole's matrix.
+template <bool kShard>
+struct Layout {
   int64_t first = 0, stride, row_at = 0, row_step = 1, col_at = 0;
-  HFAC_DEVICE Places(const Arguments& a, int32_t item, int64_t cols) : stride(cols) {
-    if constexpr (kPart) {
-      const Part& part = a.parts[item];
-      first = part.first;
-      stride = part.stride;
-      row_at = part.row_at;
-      row_step = part.row_step;
-      col_at = part.col_at;
+  HFAC_DEVICE Layout(const Arguments& a, int32_t item, int64_t cols) : stride(cols) {
+    if constexpr (kShard) {
+      const DeviceShard& shard = a.shards[item];
+      first = shard.first;
+      stride = shard.stride;
+      row_at = shard.row_at;
+      row_step = shard.row_step;
+      col_at = shard.col_at;
     }
   }
   HFAC_DEVICE int64_t element(int64_t row, int64_t col) const {
-    return kPart ? first + row * stride + col : row * stride + col;
+    return kShard ? first + row * stride + col : row * stride + col;
   }
-  HFAC_DEVICE int64_t row(int64_t i) const { return kPart ? row_at + i * row_step : i; }
-  HFAC_DEVICE int64_t col(int64_t j) const { return kPart ? col_at + j : j; }
+  HFAC_DEVICE int64_t row(int64_t i) const { return kShard ? row_at + i * row_step : i; }
+  HFAC_DEVICE int64_t col(int64_t j) const { return kShard ? col_at + j : j; }
 };
 
 // Two blocks per multiprocessor: with the columns' factors and sums and four rows in flight, 128 registers suffice.
 // Watched, more are needed, so that is a kernel of its own.
-template <class A, bool kPart, bool kWatched>
+template <class A, bool kShard, bool kWatched>
 __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) smmf_tiles(Arguments a) {
   using T = typename A::T;
   __shared__ T shared[kSharedSums];
   if (skipped(a)) return;
   const Tile tile = tile_of(a);
-  const Item& it = a.items[tile.item];
+  const DeviceItem& it = a.items[tile.item];
   if (refused(a, it)) return;
 
   const Tiling tiling = it.tiling;
   const int64_t rows = it.rows, cols = it.cols;
-  const int row_tile = tile.part / tiling.col_tiles, col_tile = tile.part % tiling.col_tiles;
+  const int row_tile = tile.index / tiling.col_tiles, col_tile = tile.index % tiling.col_tiles;
   const int x = static_cast<int>(threadIdx.x) % tiling.lanes, y = static_cast<int>(threadIdx.x) / tiling.lanes;
   const int ys = kTileThreads / tiling.lanes;
   const int warps = tiling.lanes > kWarp ? tiling.lanes / kWarp : 1;  // that share a row
@@ -69,24 +68,23 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
   const int64_t col = static_cast<int64_t>(col_tile) * tiling.cols + x * kVector;
   const int count = vector_count(col, tile_end < cols ? tile_end : cols);  // 8 or 0 where vectors are whole
 
-  const Places<kPart> places(a, tile.item, cols);
+  const Layout<kShard> layout(a, tile.item, cols);
   const Operand grad = it.grad;
   const auto param = A::target(a, it);
   const SharedSigns signs(a, it);
   const Gradient<T> gradient(a);
-  const bool first = a.scalars.first, coupled = a.scalars.coupled;
+  const bool first = a.options.first_moment, coupled = a.options.coupled;
   const Decay<T> b1(a.scalars.beta1, it.index), b2(a.scalars.beta2, it.index);
   const double lr_wide = value_of(a.scalars.lr, 0), decay_wide = value_of(a.scalars.weight_decay, 0);
-  const T lr = static_cast<T>(lr_wide), weight_decay = static_cast<T>(decay_wide), eps = static_cast<T>(a.scalars.eps);
+  const T lr = static_cast<T>(lr_wide), weight_decay = static_cast<T>(decay_wide), eps = static_cast<T>(a.options.eps);
   const T shrink = static_cast<T>(1 - lr_wide * decay_wide);
 
   const T* row_m = global(static_cast<const T*>(it.first_row));
   const T* row_v = global(static_cast<const T*>(it.second_row));
   T col_m[kVector], col_v[kVector], sum_m[kVector], sum_v[kVector];
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) {
-    col_m[k] = first && k < count ? static_cast<const T*>(it.first_col)[places.col(col + k)] : T(0);
-    col_v[k] = k < count ? static_cast<const T*>(it.second_col)[places.col(col + k)] : T(0);
+  HFAC_UNROLLED (k, kVector) {
+    col_m[k] = first && k < count ? static_cast<const T*>(it.first_col)[layout.col(col + k)] : T(0);
+    col_v[k] = k < count ? static_cast<const T*>(it.second_col)[layout.col(col + k)] : T(0);
     sum_m[k] = sum_v[k] = T(0);
   }
 
@@ -99,39 +97,34 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
       typename A::Param w_raw[A::kRows];
       unsigned bits[A::kRows];
       T r_m[A::kRows], r_v[A::kRows];
-#pragma unroll
-      for (int r = 0; r < A::kRows; ++r) {
+      HFAC_UNROLLED (r, A::kRows) {
         const int row = base + (half + r) * ys + y;
         if (row >= tile_rows || !count) continue;
-        const int64_t i = first_row + row, at = places.element(i, col), whole_row = places.row(i);
+        const int64_t i = first_row + row, at = layout.element(i, col), whole_row = layout.row(i);
         g_raw[r] = A::grad(grad, a.layouts, at, count, true);
         w_raw[r] = A::param(param, a.layouts, at, count);
         bits[r] = first ? A::signs(signs, at, count) : 0u;
         r_m[r] = first ? row_m[whole_row] : T(0);
         r_v[r] = row_v[whole_row];
       }
-#pragma unroll
-      for (int r = 0; r < A::kRows; ++r) {
+      HFAC_UNROLLED (r, A::kRows) {
         const int row = base + (half + r) * ys + y;
         T total_m = T(0), total_v = T(0);
         if (row < tile_rows && count) {
-          const int64_t at = places.element(first_row + row, col);
+          const int64_t at = layout.element(first_row + row, col);
           T g[kVector], w[kVector], m[kVector];
           A::widen(g_raw[r], g);
           A::widen(w_raw[r], w);
           gradient(g);
           if (coupled) {
-#pragma unroll
-            for (int k = 0; k < kVector; ++k) g[k] = g[k] + weight_decay * w[k];
+            HFAC_UNROLLED (k, kVector) g[k] = g[k] + weight_decay * w[k];
           } else {
-#pragma unroll
-            for (int k = 0; k < kVector; ++k) w[k] = w[k] * shrink;
+            HFAC_UNROLLED (k, kVector) w[k] = w[k] * shrink;
           }
           if (first) {
             const T minus_b1_r = -(b1.beta * r_m[r]);
             unsigned fresh = 0;
-#pragma unroll
-            for (int k = 0; k < kVector; ++k) {
+            HFAC_UNROLLED (k, kVector) {
               m[k] = smmf_first_moment(flip_sign(minus_b1_r * col_m[k], bits[r], k), b1.rest, g[k]);
               if (A::kWhole || k < count) {
                 fresh |= (m[k] > T(0) ? 1u : 0u) << k;
@@ -142,12 +135,10 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
             }
             A::store(signs, at, count, bits[r], fresh);
           } else {
-#pragma unroll
-            for (int k = 0; k < kVector; ++k) m[k] = g[k];
+            HFAC_UNROLLED (k, kVector) m[k] = g[k];
           }
           const T b2_r = b2.beta * r_v[r];
-#pragma unroll
-          for (int k = 0; k < kVector; ++k) {
+          HFAC_UNROLLED (k, kVector) {
             const T v = smmf_second_moment(b2_r * col_v[k], b2.rest, g[k]);
             if (A::kWhole || k < count) {
               total_v = total_v + v;
@@ -192,8 +183,7 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
 
   T* col_sums = space.cols + static_cast<int64_t>(row_tile) * 2 * cols + (col - x * kVector);
   if (ys == 1) {
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) {
+    HFAC_UNROLLED (k, kVector) {
       if (k >= count) continue;
       col_sums[x * kVector + k] = sum_m[k];
       col_sums[cols + x * kVector + k] = sum_v[k];
@@ -202,8 +192,7 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
   }
   // Threads of the same columns: their sums meet in shared memory, in the order of y.
   __syncthreads();
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) {
+  HFAC_UNROLLED (k, kVector) {
     shared[k * kTileThreads + static_cast<int>(threadIdx.x)] = sum_m[k];
     shared[(kVector + k) * kTileThreads + static_cast<int>(threadIdx.x)] = sum_v[k];
   }
@@ -222,16 +211,16 @@ __global__ void __launch_bounds__(kTileThreads) smmf_fold(Arguments a) {
   __shared__ T shared[kTileThreads];
   if (skipped(a)) return;
   const Tile tile = tile_of(a);
-  const Item& it = a.items[tile.item];
+  const DeviceItem& it = a.items[tile.item];
   if (refused(a, it)) return;
   const SmmfSpace<T> space(it, a.workspace);
   const int64_t rows = it.rows, cols = it.cols;
-  const int64_t k = static_cast<int64_t>(tile.part) * kFoldChunk + threadIdx.x;
-  if (a.scalars.first && tile.part == 0 && threadIdx.x == 0) settle_signs(a, it);
+  const int64_t k = static_cast<int64_t>(tile.index) * kFoldChunk + threadIdx.x;
+  if (a.options.first_moment && tile.index == 0 && threadIdx.x == 0) settle_signs(a, it);
   T* const row_factor[2] = {static_cast<T*>(it.first_row), static_cast<T*>(it.second_row)};
   T* const col_factor[2] = {static_cast<T*>(it.first_col), static_cast<T*>(it.second_col)};
 
-  for (int moment = a.scalars.first ? 0 : 1; moment < 2; ++moment) {
+  for (int moment = a.options.first_moment ? 0 : 1; moment < 2; ++moment) {
     if (k < rows) {
       T sum = T(0);
       for (int t = 0; t < it.tiling.col_tiles; ++t) sum = sum + space.rows[(t * 2 + moment) * rows + k];
@@ -243,12 +232,12 @@ __global__ void __launch_bounds__(kTileThreads) smmf_fold(Arguments a) {
       col_factor[moment][k] = sum;
     }
     const T total = block_sum(sum, shared);
-    if (threadIdx.x == 0) space.totals[tile.part * 2 + moment] = total;
+    if (threadIdx.x == 0) space.totals[tile.index * 2 + moment] = total;
   }
 
   const int64_t chunks = fold_chunks(it);
   if (!last_block(a.counters + it.counter, chunks)) return;
-  for (int moment = a.scalars.first ? 0 : 1; moment < 2; ++moment) {
+  for (int moment = a.options.first_moment ? 0 : 1; moment < 2; ++moment) {
     T sum = T(0);
     for (int64_t c = threadIdx.x; c < chunks; c += kTileThreads) sum = sum + load_fresh(space.totals + c * 2 + moment);
     const T total = block_sum(sum, shared);
@@ -259,25 +248,26 @@ __global__ void __launch_bounds__(kTileThreads) smmf_fold(Arguments a) {
   }
 }
 
-// Adds the sums over a part to those over the whole: block after block, each tile after tile.
+// Adds the sums over a shard to those over the whole: block after block, each tile after tile.
 template <class T>
 __global__ void __launch_bounds__(kTileThreads) smmf_sums_fold(Arguments a) {
   const Tile tile = tile_of(a);
-  const Item* const items = a.items + tile.item;
-  const Part* const parts = a.parts + tile.item;
-  const int64_t rows = parts->rows, cols = parts->cols, blocks = parts->blocks;
-  const int64_t k = static_cast<int64_t>(tile.part) * kFoldChunk + threadIdx.x;
-  if (a.scalars.first && k == 0) {
+  const DeviceItem* const items = a.items + tile.item;
+  const DeviceShard* const shards = a.shards + tile.item;
+  const int64_t rows = shards->rows, cols = shards->cols, blocks = shards->blocks;
+  const int64_t k = static_cast<int64_t>(tile.index) * kFoldChunk + threadIdx.x;
+  if (a.options.first_moment && k == 0) {
     for (int64_t b = 0; b < blocks; ++b) settle_signs(a, items[b]);
   }
-  for (int moment = a.scalars.first ? 0 : 1; moment < 2; ++moment) {
-    T *const row_total = static_cast<T*>(parts->row[moment]), *const col_total = static_cast<T*>(parts->col[moment]);
+  for (int moment = a.options.first_moment ? 0 : 1; moment < 2; ++moment) {
+    T *const row_total = static_cast<T*>(shards->row[moment]), *const col_total = static_cast<T*>(shards->col[moment]);
     T row = k < rows ? row_total[k] : T(0), col = k < cols ? col_total[k] : T(0);
     for (int64_t b = 0; b < blocks; ++b) {
-      const Item& it = items[b];
+      const DeviceItem& it = items[b];
       const SmmfSpace<T> space(it, a.workspace);
-      const int64_t i = (k - parts[b].row_at) / parts[b].row_step, j = k - parts[b].col_at;
-      if (k >= parts[b].row_at && i < it.rows && parts[b].row_at + i * parts[b].row_step == k) {
+      const DeviceShard& block = shards[b];
+      const int64_t i = (k - block.row_at) / block.row_step, j = k - block.col_at;
+      if (k >= block.row_at && i < it.rows && block.row_at + i * block.row_step == k) {
         T sum = T(0);
         for (int t = 0; t < it.tiling.col_tiles; ++t) sum = sum + space.rows[(t * 2 + moment) * it.rows + i];
         row = row + sum;
@@ -293,60 +283,15 @@ __global__ void __launch_bounds__(kTileThreads) smmf_sums_fold(Arguments a) {
   }
 }
 
-template <class A>
-void (*tiles_kernel(const Arguments& a))(Arguments) {
-  return a.parts ? smmf_tiles<A, true, false> : a.watched ? smmf_tiles<A, false, true> : smmf_tiles<A, false, false>;
-}
-
 }  // namespace
 
-void launch_smmf_sums_fold(const Launch& l, const Arguments& a, void* stream) {
-  launch("smmf_sums_fold", l.access == Access::kDouble ? smmf_sums_fold<double> : smmf_sums_fold<float>, l.tiles,
-         l.threads, stream, a);
+KernelFunction smmf_tiles_kernel(const Launch& l, const Arguments& a) {
+  return kernel_for(l.access, PairAccesses(), [&](auto access) -> KernelFunction {
+    using A = decltype(access);
+    return a.shards ? smmf_tiles<A, true, false> : a.watched ? smmf_tiles<A, false, true> : smmf_tiles<A, false, false>;
+  });
 }
-
-void launch_smmf_tiles(const Launch& l, const Arguments& a, void* stream) {
-  const auto with = [&](void (*kernel)(Arguments)) { launch("smmf_tiles", kernel, l.tiles, l.threads, stream, a); };
-  switch (l.access) {
-    case Access::kFloat:
-      return with(tiles_kernel<Float>(a));
-    case Access::kAny:
-      return with(tiles_kernel<AnyAccess<float>>(a));
-    case Access::kDouble:
-      return with(tiles_kernel<AnyAccess<double>>(a));
-    case Access::kDrawnFloat:
-      return with(tiles_kernel<DrawnFloat>(a));
-    case Access::kSplitFloat:
-      return with(tiles_kernel<SplitFloat>(a));
-    case Access::kSplit8Float:
-      return with(tiles_kernel<Split8Float>(a));
-    case Access::kStored:
-      return with(tiles_kernel<StoredAccess>(a));
-#if !defined(HFAC_FLOAT_OPERANDS)
-    case Access::kBFloat16:
-      return with(tiles_kernel<Brain>(a));
-    case Access::kFloat16:
-      return with(tiles_kernel<Half>(a));
-    case Access::kBFloat16Float:
-      return with(tiles_kernel<BrainFloat>(a));
-    case Access::kFloatBFloat16:
-      return with(tiles_kernel<FloatBrain>(a));
-    case Access::kDrawn:
-      return with(tiles_kernel<Drawn>(a));
-    case Access::kSplit:
-      return with(tiles_kernel<Split>(a));
-    case Access::kSplit8:
-      return with(tiles_kernel<Split8>(a));
-#else
-    default:
-      throw std::logic_error("compiled without these operands");
-#endif
-  }
-}
-
-void launch_smmf_fold(const Launch& l, const Arguments& a, void* stream) {
-  launch("smmf_fold", l.access == Access::kDouble ? smmf_fold<double> : smmf_fold<float>, l.tiles, l.threads, stream,
-         a);
-}
+KernelFunction smmf_fold_kernel(const Launch& l, const Arguments&) { HFAC_BY_STATE(l, smmf_fold); }
+KernelFunction smmf_sums_fold_kernel(const Launch& l, const Arguments&) { HFAC_BY_STATE(l, smmf_sums_fold); }
 
 }  // namespace hfac

@@ -1,3 +1,4 @@
+// Items become the table's records, and a plan's launches get their arguments.
 #include "step.h"
 
 #include <cstring>
@@ -10,8 +11,6 @@ namespace {
 
 bool same(const Operand& a, const Operand& b) { return a.data == b.data && a.dtype == b.dtype && a.layout == b.layout; }
 
-bool on_parts(OpKind op) { return op == OpKind::kHfacSums || op == OpKind::kHfacApply || op == OpKind::kSmmfSums; }
-
 bool aligned(const void* p, uintptr_t bytes = 16) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 int32_t laid_out(const Strided* strided, std::vector<int64_t>& layouts) {
@@ -23,112 +22,125 @@ int32_t laid_out(const Strided* strided, std::vector<int64_t>& layouts) {
   return at;
 }
 
-Operand operand(void* data, DType dtype, const Strided* strided, std::vector<int64_t>& layouts) {
-  return {data, static_cast<int32_t>(dtype), laid_out(strided, layouts)};
+Operand operand(const TensorRef& tensor, std::vector<int64_t>& layouts) {
+  return {tensor.data, static_cast<int32_t>(tensor.dtype), laid_out(tensor.strided, layouts)};
+}
+
+DeviceStorage stored(const Storage& from, std::vector<int64_t>& layouts) {
+  const Low low = from.low_bytes == 2 ? Low::kInt16 : from.low_bytes == 1 ? Low::kInt8 : Low::kNone;
+  DeviceStorage s{};
+  s.low = {from.low, static_cast<int32_t>(low), laid_out(from.low_strided, layouts)};
+  s.first = from.bits.first;
+  s.position = from.bits.position;
+  s.layout = laid_out(from.bits.strided, layouts);
+  s.stochastic = from.stochastic;
+  return s;
+}
+
+// Can kernels read and write whole vectors?
+bool is_bulk(const DeviceItem& it, const DeviceShard& shard) {
+  const bool whole_bytes = !it.signs || it.slice % kVector == 0;
+  const uintptr_t low_bytes = static_cast<Low>(it.storage.low.dtype) == Low::kInt16 ? 16 : 8;
+  return it.storage.low.layout < 0 && aligned(it.storage.low.data, low_bytes) && it.param.layout < 0 &&
+         it.grad.layout < 0 && aligned(it.param.data) && aligned(it.grad.data) && it.cols % kVector == 0 &&
+         shard.first % kVector == 0 && shard.stride % kVector == 0 && whole_bytes;
 }
 
 }  // namespace
 
-Step::Step(std::vector<BoundItem> items, int64_t entries, const PlanOptions& options)
-    : bound_(std::move(items)), entries_(entries), options_(options) {
-  if (!on_parts(options.op)) return;
-  for (const BoundItem& item : bound_) parts_.push_back(item.part);
-}
-
-Store Step::store(const BoundStore& from, std::vector<int64_t>& layouts) const {
-  Store s{};
-  s.low = {from.low, static_cast<int32_t>(from.kind), laid_out(from.low_strided, layouts)};
-  s.first = from.first;
-  s.position = from.position;
-  s.layout = laid_out(from.place, layouts);
-  s.drawn = from.drawn;
-  return s;
-}
-
-bool Step::bulk(const Item& it, const Part& part) const {
-  const bool whole_bytes = !it.signs || it.slice % kVector == 0;
-  const uintptr_t low_bytes = static_cast<Low>(it.store.low.dtype) == Low::kInt16 ? 16 : 8;
-  return it.store.low.layout < 0 && aligned(it.store.low.data, low_bytes) && it.param.layout < 0 &&
-         it.grad.layout < 0 && aligned(it.param.data) && aligned(it.grad.data) && it.cols % kVector == 0 &&
-         part.first % kVector == 0 && part.stride % kVector == 0 && whole_bytes;
-}
-
-bool Step::prepare(const std::vector<BoundGrad>& grads, bool clip, bool nonfinite) {
-  std::vector<Item> items(bound_.size());
-  std::vector<int64_t> layouts;
-  std::vector<bool> whole;
-  bool replan = !planned_ || clip != options_.clip || nonfinite != options_.nonfinite;
-  bool changed = replan;
-  for (size_t i = 0; i < bound_.size(); ++i) {
-    const BoundItem& from = bound_[i];
-    Item& it = items[i];
-    if (planned_) it = items_[i];  // its tiling and places stand until it is planned anew
+Step::Step(std::vector<Item> items, int64_t entries, const PlanOptions& options)
+    : items_(std::move(items)), entries_(entries), options_(options) {
+  for (size_t i = 0; i < items_.size(); ++i) {
+    const Item& from = items_[i];
+    int64_t elements = from.rows * from.cols;
+    DeviceShard shard{};
+    if (from.shard) {
+      const Shard& s = *from.shard;
+      shard = {s.rows, s.cols, {s.row_sum, s.row_square}, {s.col_sum, s.col_square, s.col_ratio}};
+      shard.blocks = static_cast<int64_t>(s.blocks.size());
+      if (shard.blocks) elements = 0;
+      for (const Block& block : s.blocks) elements += block.rows * block.cols;
+    }
+    DeviceItem it{};
+    it.index = static_cast<int32_t>(from.index);
     it.rows = from.rows;
     it.cols = from.cols;
     it.first_row = from.first_row;
     it.first_col = from.first_col;
     it.second_row = from.second_row;
     it.second_col = from.second_col;
-    it.signs = from.signs;
-    it.slice = from.slice;
-    it.slice_bytes = from.slice_bytes;
-    it.sign_bytes = from.sign_bytes;
-    it.index = static_cast<int32_t>(from.index);
-    it.param = operand(from.param.data, from.param.dtype, from.param.strided, layouts);
-    it.grad = operand(grads[i].data, grads[i].dtype, grads[i].strided, layouts);
-    it.store = store(from.store, layouts);
-    whole.push_back(bulk(it, from.part));
-    if (planned_ && !replan) {
-      replan = whole[i] != bulk_[i] || it.grad.dtype != items_[i].grad.dtype;
-      changed = changed || replan || !same(it.grad, items_[i].grad) || !same(it.param, items_[i].param);
+    it.signs = from.signs.data;
+    it.slice = from.signs.slice;
+    it.slice_bytes = from.signs.slice_bytes;
+    if (it.signs) it.sign_bytes = elements / it.slice * it.slice_bytes;
+    if (!shard.blocks) add(i, it, shard);
+    for (int64_t b = 0, blocks = shard.blocks; b < blocks; ++b) {
+      const Block& block = from.shard->blocks[static_cast<size_t>(b)];
+      const bool many = block.rows > 1;  // or the distance of its rows says nothing
+      shard.first = block.first;
+      shard.stride = many ? block.stride : block.cols;
+      shard.row_at = block.row;
+      shard.row_step = many ? block.row_step : 1;
+      shard.col_at = block.col;
+      it.rows = block.rows;
+      it.cols = block.cols;
+      add(i, it, shard);
+      shard.blocks = 0;
     }
   }
-  changed = changed || replan || layouts != layouts_;
-  if (!changed) return false;
-  items_ = std::move(items);
+}
+
+void Step::add(size_t item, const DeviceItem& record, const DeviceShard& shard) {
+  table_.push_back(record);
+  from_.push_back(item);
+  if (items_[item].shard) shards_.push_back(shard);
+}
+
+bool Step::prepare(const std::vector<TensorRef>& grads, bool clip, bool nonfinite) {
+  std::vector<DeviceItem> table = table_;  // tilings and offsets stand until they are planned anew
+  std::vector<int64_t> layouts;
+  std::vector<bool> bulk;
+  bool replan = !planned_ || clip != options_.clip || nonfinite != options_.nonfinite, changed = replan;
+  for (size_t k = 0; k < table.size(); ++k) {
+    const TensorRef& param = items_[from_[k]].param;
+    DeviceItem& it = table[k];
+    it.param = operand(param, layouts);
+    it.grad = operand(grads[from_[k]], layouts);
+    it.storage = stored(param.storage ? *param.storage : Storage{}, layouts);
+    bulk.push_back(is_bulk(it, shards_.empty() ? DeviceShard{} : shards_[k]));
+    replan = replan || bulk[k] != bulk_[k] || it.grad.dtype != table_[k].grad.dtype;
+    changed = changed || replan || !same(it.grad, table_[k].grad) || !same(it.param, table_[k].param);
+  }
+  if (!changed && layouts == layouts_) return false;
+  table_ = std::move(table);
   layouts_ = std::move(layouts);
-  bulk_ = std::move(whole);
+  bulk_ = std::move(bulk);
   options_.clip = clip;
   options_.nonfinite = nonfinite;
-  if (replan) plan_ = make_plan(items_, bulk_, options_, parts_);
+  if (replan) plan_ = make_plan(table_, bulk_, options_, shards_);
   planned_ = true;
   edged_ = false;
-  for (const Item& it : items_) {
+  for (const DeviceItem& it : table_) {
     if (options_.op != OpKind::kSmmfSums) break;
     edged_ = edged_ || (it.signs && !(aligned(it.signs, 4) && aligned(it.signs + it.sign_bytes, 4)));
   }
   return true;
 }
 
-size_t Step::parts_at() const { return items_.size() * sizeof(Item); }
-size_t Step::layouts_at() const { return parts_at() + parts_.size() * sizeof(Part); }
-size_t Step::tiles_at() const { return layouts_at() + layouts_.size() * sizeof(int64_t); }
-size_t Step::table_bytes() const { return tiles_at() + plan_.tiles.size() * sizeof(Tile); }
-
 void Step::write_table(void* host) const {
   char* to = static_cast<char*>(host);
-  if (!items_.empty()) memcpy(to, items_.data(), items_.size() * sizeof(Item));
-  if (!parts_.empty()) memcpy(to + parts_at(), parts_.data(), parts_.size() * sizeof(Part));
+  if (!table_.empty()) memcpy(to, table_.data(), table_.size() * sizeof(DeviceItem));
+  if (!shards_.empty()) memcpy(to + shards_at(), shards_.data(), shards_.size() * sizeof(DeviceShard));
   if (!layouts_.empty()) memcpy(to + layouts_at(), layouts_.data(), layouts_.size() * sizeof(int64_t));
   if (!plan_.tiles.empty()) memcpy(to + tiles_at(), plan_.tiles.data(), plan_.tiles.size() * sizeof(Tile));
 }
 
-void Step::launch(const Memory& memory, const Scalars& scalars, const Given& given, int device, void* stream) const {
-  const char* table = static_cast<const char*>(memory.table);
-  Arguments a{};
-  a.items = reinterpret_cast<const Item*>(table);
-  a.parts = parts_.empty() ? nullptr : reinterpret_cast<const Part*>(table + parts_at());
-  a.layouts = reinterpret_cast<const int64_t*>(table + layouts_at());
-  a.tiles = reinterpret_cast<const Tile*>(table + tiles_at());
-  a.workspace = static_cast<char*>(memory.workspace);
-  a.counters = static_cast<int32_t*>(memory.counters);
-  a.nonfinite = given.nonfinite;
-  a.grad_scale = given.grad_scale;
-  a.found_inf = given.found_inf;
-  a.clip = given.clip;
-  a.squares = given.squares;
-  a.watched = given.watched;
-  a.scalars = scalars;
+void Step::launch(const void* table, Arguments a, int device, void* stream) const {
+  const char* const at = static_cast<const char*>(table);
+  a.items = reinterpret_cast<const DeviceItem*>(at);
+  a.shards = shards_.empty() ? nullptr : reinterpret_cast<const DeviceShard*>(at + shards_at());
+  a.layouts = reinterpret_cast<const int64_t*>(at + layouts_at());
+  a.tiles = reinterpret_cast<const Tile*>(at + tiles_at());
   if (edged_) a.counters = reinterpret_cast<int32_t*>(a.workspace + counters_at());
   launch_all(plan_, a, entries_, edged_ ? counter_bytes() : 0, device, stream);
 }

@@ -5,87 +5,48 @@
 #include <cstddef>
 #include <vector>
 
-#include "../cpu/tensor.h"
 #include "plan.h"
 
 namespace hfac {
 
-// As `Store`, with pointers in place of layouts.
-struct BoundStore {
-  void* low = nullptr;
-  Low kind = Low::kNone;
-  const Strided* low_strided = nullptr;
-  bool drawn = false;
-  uint32_t position = 0;
-  int64_t first = 0;
-  const Strided* place = nullptr;
-};
-
-// What stays from step to step; null addresses for what an op does not have.
-struct BoundItem {
-  int64_t index;
-  TensorRef param;
-  int64_t rows, cols;
-  void *first_row, *first_col, *second_row, *second_col;
-  uint8_t* signs;
-  int64_t slice, slice_bytes, sign_bytes;
-  Part part{};  // where the op is one on parts
-  BoundStore store{};
-};
-
-struct BoundGrad {
-  void* data;
-  DType dtype;
-  const Strided* strided;
-};
-
-struct Memory {
-  void *table, *workspace, *counters;  // on the device; an op on parts has no counters that last
-};
-
-// The caller's tensors on the device; null where there is none. With `squares` a launch is the phase of the norm; with
-// `clip` that phase was before.
-struct Given {
-  int32_t* nonfinite = nullptr;
-  const float *grad_scale = nullptr, *found_inf = nullptr, *clip = nullptr;
-  double *squares = nullptr, *watched = nullptr;
-};
-
 class Step {
  public:
-  Step(std::vector<BoundItem> items, int64_t entries, const PlanOptions& options);
+  // `entries`: of the caller's list, empty tensors included. What items point at must live until `prepare` has
+  // returned.
+  Step(std::vector<Item> items, int64_t entries, const PlanOptions& options);
 
-  // Gradients of this step, one per bound item, and what may change from step to step. True: the table in device
-  // memory is out of date.
-  bool prepare(const std::vector<BoundGrad>& grads, bool clip, bool nonfinite);
+  // Gradients of this step, one per item, and what may change from step to step. True: the table in device memory is
+  // out of date.
+  bool prepare(const std::vector<TensorRef>& grads, bool clip, bool nonfinite);
 
-  const std::vector<BoundItem>& items() const { return bound_; }
-  int64_t entries() const { return entries_; }  // of the caller's list, empty tensors included
-  size_t table_bytes() const;
+  const std::vector<Item>& items() const { return items_; }
+  size_t table_bytes() const { return tiles_at() + plan_.tiles.size() * sizeof(Tile); }
   size_t workspace_bytes() const { return edged_ ? counters_at() + counter_bytes() : plan_.workspace_bytes; }
-  size_t counter_bytes() const { return bound_.size() * kCounters * sizeof(int32_t); }
+  size_t counter_bytes() const { return table_.size() * kCounters * sizeof(int32_t); }
   void write_table(void* host) const;
-  void launch(const Memory& memory, const Scalars& scalars, const Given& given, int device, void* stream) const;
+  // `arguments` without what is in the table. With `squares` a launch is the phase of the norm; with `clip` that phase
+  // was before. An op on shards has no counters that last.
+  void launch(const void* table, Arguments arguments, int device, void* stream) const;
   const Plan& plan() const { return plan_; }
 
  private:
-  Store store(const BoundStore& from, std::vector<int64_t>& layouts) const;
-  bool bulk(const Item& item, const Part& part) const;
-  size_t parts_at() const;
-  size_t layouts_at() const;
-  size_t tiles_at() const;
+  void add(size_t item, const DeviceItem& record, const DeviceShard& shard);
+  size_t shards_at() const { return table_.size() * sizeof(DeviceItem); }
+  size_t layouts_at() const { return shards_at() + shards_.size() * sizeof(DeviceShard); }
+  size_t tiles_at() const { return layouts_at() + layouts_.size() * sizeof(int64_t); }
   size_t counters_at() const { return (plan_.workspace_bytes + 15) / 16 * 16; }
 
-  std::vector<BoundItem> bound_;
+  std::vector<Item> items_;
   int64_t entries_;
   PlanOptions options_;
-  std::vector<Item> items_;
-  std::vector<Part> parts_;  // as many, or none
+  std::vector<DeviceItem> table_;    // of every item one, or of SMMF's shards one for each block
+  std::vector<size_t> from_;         // its item
+  std::vector<DeviceShard> shards_;  // as many, or none
   std::vector<int64_t> layouts_;
   std::vector<bool> bulk_;
   Plan plan_;
   bool planned_ = false;
-  bool edged_ = false;  // SMMF's parts: counters in the workspace collect flips at the ends of signs
+  bool edged_ = false;  // SMMF's shards: counters in the workspace collect flips at the ends of signs
 };
 
 }  // namespace hfac

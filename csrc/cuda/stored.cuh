@@ -10,30 +10,20 @@ using common::Random;
 
 static_assert(common::kDraws == kVector, "a vector takes one draw");
 
-// Where a parameter's random bits come from.
+// A BitOffset on the device, with the launch's keys and step.
 struct Draw {
   const Keys* keys;
   int64_t first;
   uint32_t position, step;
-  HFAC_DEVICE Draw(const Arguments& a, const Item& it)
-      : keys(&a.scalars.keys),
-        first(it.store.first),
-        position(it.store.position),
-        step(static_cast<uint32_t>(static_cast<int64_t>(value_of(a.scalars.step, it.index)))) {}
-  // Of eight elements that follow each other from a multiple of eight on; common::philox with its keys at hand.
+  HFAC_DEVICE Draw(const Arguments& a, const DeviceItem& it)
+      : keys(&a.keys),
+        first(it.storage.first),
+        position(it.storage.position),
+        step(static_cast<uint32_t>(static_cast<int64_t>(value_of(a.step, it.index)))) {}
+  // Of eight elements that follow each other from a multiple of eight on.
   HFAC_DEVICE Random at(int64_t index) const {
-    const uint64_t block = static_cast<uint64_t>(first + index) / kVector;
-    uint32_t c0 = static_cast<uint32_t>(block), c1 = common::upper_half(block), c2 = step, c3 = position;
-#pragma unroll
-    for (int k = 0; k < common::kPhiloxRounds; ++k) {
-      const uint64_t a = static_cast<uint64_t>(c0) * common::kPhiloxFactor0;
-      const uint64_t b = static_cast<uint64_t>(c2) * common::kPhiloxFactor1;
-      c0 = common::upper_half(b) ^ c1 ^ keys->round[k][0];
-      c1 = static_cast<uint32_t>(b);
-      c2 = common::upper_half(a) ^ c3 ^ keys->round[k][1];
-      c3 = static_cast<uint32_t>(a);
-    }
-    return Random{{c0, c1, c2, c3}};
+    return common::philox(static_cast<uint64_t>(first + index) / kVector, step, position,
+                          [this](int round, int which) { return keys->round[round][which]; });
   }
 };
 
@@ -46,8 +36,7 @@ HFAC_DEVICE void quiet(float (&x)[kVector]) {
 #pragma unroll
   for (int k = 0; k < kVector; k += 2) nan = nan || unordered(x[k], x[k + 1]);
   if (!nan) return;
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) x[k] = unordered(x[k], x[k]) ? float_of(0x7fc00000u) : x[k];
+  HFAC_UNROLLED (k, kVector) x[k] = unordered(x[k], x[k]) ? float_of(0x7fc00000u) : x[k];
 }
 
 // The upper halves of two words, the first one's below; and the lower halves.
@@ -85,7 +74,7 @@ struct DrawnAccess : BulkAccess<float, BFloat16, Sg> {
     Draw draw;
   };
 
-  static HFAC_DEVICE Target target(const Arguments& a, const Item& it) { return {it.param, Draw(a, it)}; }
+  static HFAC_DEVICE Target target(const Arguments& a, const DeviceItem& it) { return {it.param, Draw(a, it)}; }
   static HFAC_DEVICE typename Base::Param param(const Target& t, const int64_t* layouts, int64_t at, int count) {
     return Base::param(t.param, layouts, at, count);
   }
@@ -93,8 +82,7 @@ struct DrawnAccess : BulkAccess<float, BFloat16, Sg> {
     const Random random = t.draw.at(at);
     quiet(x);
     Raw<BFloat16> raw;
-#pragma unroll
-    for (int k = 0; k < kVector / 2; ++k) {
+    HFAC_UNROLLED (k, kVector / 2) {
       const uint32_t bits = random.word[k];
       raw.chunk[0].word[k] = upper_halves(bits_of(x[2 * k]) + (bits & 0xffffu), bits_of(x[2 * k + 1]) + (bits >> 16));
     }
@@ -142,15 +130,14 @@ struct SplitAccess : BulkAccess<float, BFloat16, Sg> {
     int16_t* low;
   };
 
-  static HFAC_DEVICE Target target(const Arguments&, const Item& it) {
-    return {static_cast<BFloat16*>(it.param.data), static_cast<int16_t*>(it.store.low.data)};
+  static HFAC_DEVICE Target target(const Arguments&, const DeviceItem& it) {
+    return {static_cast<BFloat16*>(it.param.data), static_cast<int16_t*>(it.storage.low.data)};
   }
   static HFAC_DEVICE Param param(const Target& t, const int64_t*, int64_t at, int) {
     return {load_chunk(global(t.high) + at, false), load_chunk(global(t.low) + at, false)};
   }
   static HFAC_DEVICE void widen(const Param& raw, float (&x)[kVector]) {
-#pragma unroll
-    for (int k = 0; k < kVector / 2; ++k) {
+    HFAC_UNROLLED (k, kVector / 2) {
       const uint32_t high = raw.high.word[k], low = raw.low.word[k];
       x[2 * k] = float_of((high << 16) + static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(low))));
       x[2 * k + 1] = float_of((high & 0xffff0000u) + static_cast<uint32_t>(static_cast<int32_t>(low) >> 16));
@@ -159,8 +146,7 @@ struct SplitAccess : BulkAccess<float, BFloat16, Sg> {
   static HFAC_DEVICE void store(const Target& t, const int64_t*, int64_t at, int, float (&x)[kVector]) {
     quiet(x);
     Chunk high, low;
-#pragma unroll
-    for (int k = 0; k < kVector / 2; ++k) {
+    HFAC_UNROLLED (k, kVector / 2) {
       const uint32_t a = bits_of(x[2 * k]), b = bits_of(x[2 * k + 1]);
       high.word[k] = upper_halves(a + 0x8000u, b + 0x8000u);
       low.word[k] = lower_halves(a, b);  // what is left of the rounding is the lower half, read as a signed number
@@ -185,20 +171,19 @@ struct Split8Access : BulkAccess<float, BFloat16, Sg> {
   struct Target {
     BFloat16* high;
     int8_t* low;
-    bool drawn;
+    bool stochastic;
     Draw draw;
   };
 
-  static HFAC_DEVICE Target target(const Arguments& a, const Item& it) {
-    return {static_cast<BFloat16*>(it.param.data), static_cast<int8_t*>(it.store.low.data), it.store.drawn != 0,
-            Draw(a, it)};
+  static HFAC_DEVICE Target target(const Arguments& a, const DeviceItem& it) {
+    return {static_cast<BFloat16*>(it.param.data), static_cast<int8_t*>(it.storage.low.data),
+            it.storage.stochastic != 0, Draw(a, it)};
   }
   static HFAC_DEVICE Param param(const Target& t, const int64_t*, int64_t at, int) {
     return {load_chunk(global(t.high) + at, false), load_bytes8(global(t.low) + at)};
   }
   static HFAC_DEVICE void widen(const Param& raw, float (&x)[kVector]) {
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) {
+    HFAC_UNROLLED (k, kVector) {
       const uint32_t high = raw.high.word[k / 2], low = raw.low.word[k / 4] << (24 - k % 4 * 8);
       x[k] = float_of((k % 2 ? high & 0xffff0000u : high << 16) +
                       static_cast<uint32_t>(static_cast<int32_t>(low) >> 16 & ~0xff));
@@ -207,20 +192,17 @@ struct Split8Access : BulkAccess<float, BFloat16, Sg> {
   static HFAC_DEVICE void store(const Target& t, const int64_t*, int64_t at, int, float (&x)[kVector]) {
     quiet(x);
     uint32_t u[kVector];
-    if (t.drawn) {
+    if (t.stochastic) {
       const Random random = t.draw.at(at);
-#pragma unroll
-      for (int k = 0; k < kVector; ++k) {
+      HFAC_UNROLLED (k, kVector) {
         u[k] = bits_of(x[k]) + (k % 2 ? random.word[k / 2] >> 24 : random.word[k / 2] >> 8 & 0xffu);
       }
     } else {
-#pragma unroll
-      for (int k = 0; k < kVector; ++k) u[k] = bits_of(x[k]) + 0x7fu + (bits_of(x[k]) >> 8 & 1u);
+      HFAC_UNROLLED (k, kVector) u[k] = bits_of(x[k]) + 0x7fu + (bits_of(x[k]) >> 8 & 1u);
     }
     // The last 8 bits are not cut off: nothing below depends on them.
     Chunk high;
-#pragma unroll
-    for (int k = 0; k < kVector / 2; ++k) high.word[k] = upper_halves(u[2 * k] + 0x8000u, u[2 * k + 1] + 0x8000u);
+    HFAC_UNROLLED (k, kVector / 2) high.word[k] = upper_halves(u[2 * k] + 0x8000u, u[2 * k + 1] + 0x8000u);
     store_chunk(global(t.high) + at, high);
     store_bytes8(global(t.low) + at, {second_bytes(u[0], u[1], u[2], u[3]), second_bytes(u[4], u[5], u[6], u[7])});
   }
@@ -228,7 +210,7 @@ struct Split8Access : BulkAccess<float, BFloat16, Sg> {
 };
 
 HFAC_DEVICE_APART Random draw_apart(uint64_t block, uint32_t step, uint32_t position, uint64_t seed) {
-  return common::philox(block, step, position, seed);
+  return common::philox(block, step, position, common::SeedKey{seed});
 }
 
 // Any type, stride and alignment, with or without a lower piece, with or without random bits.
@@ -238,34 +220,33 @@ struct StoredAccess : AnyAccess<float> {
   using Base::store;
   struct Target {
     Operand param;
-    Store store;
+    DeviceStorage storage;
     uint32_t step;
     uint64_t seed;
   };
 
-  static HFAC_DEVICE Target target(const Arguments& a, const Item& it) {
-    return {it.param, it.store, Draw(a, it).step, a.scalars.keys.seed()};
+  static HFAC_DEVICE Target target(const Arguments& a, const DeviceItem& it) {
+    return {it.param, it.storage, Draw(a, it).step, a.keys.seed()};
   }
 
   static HFAC_DEVICE float nearest(const Target& t, float x) {
-    if (t.store.low.dtype == static_cast<int32_t>(Low::kInt16)) return x;
-    if (t.store.low.dtype == static_cast<int32_t>(Low::kInt8)) return common::nearest_of_24_bits(x);
+    if (t.storage.low.dtype == static_cast<int32_t>(Low::kInt16)) return x;
+    if (t.storage.low.dtype == static_cast<int32_t>(Low::kInt8)) return common::nearest_of_24_bits(x);
     return Base::nearest(t.param, x);
   }
 
-  static HFAC_DEVICE int64_t place(const Operand& o, const int64_t* layouts, int64_t at) {
+  static HFAC_DEVICE int64_t offset_in(const Operand& o, const int64_t* layouts, int64_t at) {
     return o.layout < 0 ? at : offset_of(layouts + o.layout, at);
   }
 
   static HFAC_DEVICE Param param(const Target& t, const int64_t* layouts, int64_t at, int count) {
     Eight e = Base::param(t.param, layouts, at, count);
-    const Operand& low = t.store.low;
+    const Operand& low = t.storage.low;
     if (low.dtype == static_cast<int32_t>(Low::kNone)) return e;
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) {
+    HFAC_UNROLLED (k, kVector) {
       if (k >= count) continue;
       const BFloat16 high{static_cast<uint16_t>(bits_of(e.x[k]) >> 16)};
-      const int64_t offset = place(low, layouts, at + k);
+      const int64_t offset = offset_in(low, layouts, at + k);
       e.x[k] = low.dtype == static_cast<int32_t>(Low::kInt16)
                    ? common::join(high, global(static_cast<const int16_t*>(low.data))[offset])
                    : common::join(high, global(static_cast<const int8_t*>(low.data))[offset]);
@@ -275,31 +256,30 @@ struct StoredAccess : AnyAccess<float> {
 
   static HFAC_DEVICE void store(const Target& t, const int64_t* layouts, int64_t at, int count,
                                 const float (&x)[kVector]) {
-    const Operand& low = t.store.low;
+    const Operand& low = t.storage.low;
     Random random{};
     uint64_t block = ~uint64_t{0};  // that of no element
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) {
+    HFAC_UNROLLED (k, kVector) {
       if (k >= count) continue;
       uint32_t bits = 0;
-      if (t.store.drawn) {
-        const int64_t within = t.store.layout < 0 ? at + k : offset_of(layouts + t.store.layout, at + k);
-        const int64_t index = t.store.first + within;
+      if (t.storage.stochastic) {
+        const int64_t within = t.storage.layout < 0 ? at + k : offset_of(layouts + t.storage.layout, at + k);
+        const int64_t index = t.storage.first + within;
         if (static_cast<uint64_t>(index) / common::kDraws != block) {
           block = static_cast<uint64_t>(index) / common::kDraws;
-          random = draw_apart(block, t.step, t.store.position, t.seed);
+          random = draw_apart(block, t.step, t.storage.position, t.seed);
         }
         bits = common::random_bits(random, index);
       }
-      const int64_t offset = place(t.param, layouts, at + k);
+      const int64_t offset = offset_in(t.param, layouts, at + k);
       BFloat16* const brain = global(static_cast<BFloat16*>(t.param.data)) + offset;
       switch (static_cast<Low>(low.dtype)) {
         case Low::kInt16:
-          common::split(x[k], *brain, global(static_cast<int16_t*>(low.data))[place(low, layouts, at + k)]);
+          common::split(x[k], *brain, global(static_cast<int16_t*>(low.data))[offset_in(low, layouts, at + k)]);
           break;
         case Low::kInt8: {
-          int8_t& piece = global(static_cast<int8_t*>(low.data))[place(low, layouts, at + k)];
-          if (t.store.drawn) {
+          int8_t& piece = global(static_cast<int8_t*>(low.data))[offset_in(low, layouts, at + k)];
+          if (t.storage.stochastic) {
             common::split(x[k], bits, *brain, piece);
           } else {
             common::split(x[k], *brain, piece);
@@ -324,5 +304,44 @@ using Split = SplitAccess<BFloat16>;
 using SplitFloat = SplitAccess<float>;
 using Split8 = Split8Access<BFloat16>;
 using Split8Float = Split8Access<float>;
+
+// The access types that a family of kernels is compiled for, by the name that the plan gives them.
+template <Access kName, class A>
+struct Case {};
+template <class... Cases>
+struct CaseList {};
+
+// The kernel that `kernel` returns for the access type of this name.
+template <class Kernel, Access... kNames, class... As>
+KernelFunction kernel_for(Access name, CaseList<Case<kNames, As>...>, const Kernel& kernel) {
+  KernelFunction found = nullptr;
+  (void)((name == kNames && (found = kernel(As()), true)) || ...);
+  if (!found) throw std::logic_error("compiled without these operands");
+  return found;
+}
+
+// Drivers that are compiled with HFAC_FLOAT_OPERANDS have no gradients of 16 bits.
+#if defined(HFAC_FLOAT_OPERANDS)
+#define HFAC_CASES_OF_16_BITS(...)
+#else
+#define HFAC_CASES_OF_16_BITS(...) __VA_ARGS__
+#endif
+using AnyFloat = Case<Access::kAny, AnyAccess<float>>;
+using AnyDouble = Case<Access::kDouble, AnyAccess<double>>;
+using AnyStored = Case<Access::kStored, StoredAccess>;
+using AnyAccesses = CaseList<AnyFloat, AnyDouble, AnyStored>;
+using GradAccesses = CaseList<HFAC_CASES_OF_16_BITS(Case<Access::kBFloat16, Brain>, Case<Access::kFloat16, Half>, )
+                                  Case<Access::kFloat, Float>,
+                              AnyFloat, AnyDouble>;
+using PairAccesses =
+    CaseList<HFAC_CASES_OF_16_BITS(Case<Access::kBFloat16, Brain>, Case<Access::kFloat16, Half>,
+                                   Case<Access::kBFloat16Float, BrainFloat>, Case<Access::kFloatBFloat16, FloatBrain>,
+                                   Case<Access::kDrawn, Drawn>, Case<Access::kSplit, Split>,
+                                   Case<Access::kSplit8, Split8>, ) Case<Access::kFloat, Float>,
+             Case<Access::kDrawnFloat, DrawnFloat>, Case<Access::kSplitFloat, SplitFloat>,
+             Case<Access::kSplit8Float, Split8Float>, AnyFloat, AnyDouble, AnyStored>;
+
+// Kernels that touch states alone, of double or float.
+#define HFAC_BY_STATE(launch, kernel) return (launch).access == Access::kDouble ? kernel<double> : kernel<float>
 
 }  // namespace hfac

@@ -1,11 +1,11 @@
 // What the kernels read of a list of parameters: plain structs, written by the host, kept in device memory between
-// steps.
+// steps. Items and shards are those of csrc/ops.h, with layouts in place of pointers to the host.
 #pragma once
 
 #include <cstdint>
 
-#include "../math/rounding.h"
-#include "../math/storage.h"
+#include "../common/math/rounding.h"
+#include "../ops.h"
 
 namespace hfac {
 
@@ -31,19 +31,19 @@ constexpr int kSharedSums = kTileThreads * 2 * kVector;  // values of shared mem
 struct Operand {
   void* data;
   int32_t dtype;   // a DType
-  int32_t layout;  // place of {dimensions, sizes, strides} among the layouts, or -1: contiguous
+  int32_t layout;  // offset of {dimensions, sizes, strides} among the layouts, or -1: contiguous
 };
 
 // Type of what a bfloat16 parameter lacks of its master weight (hfac/rounding.py).
 enum class Low : int32_t { kNone, kInt16, kInt8 };
 
-// How a new parameter becomes what is stored, where that is more than one rounding to the nearest.
-struct Store {
+// As Storage, with its BitOffset.
+struct DeviceStorage {
   Operand low;        // its dtype is a Low
-  int64_t first;      // of the part, in the whole parameter
+  int64_t first;      // index of the first element in the whole parameter
   uint32_t position;  // of the parameter, in the optimizer
-  int32_t layout;     // place of {dimensions, sizes, strides} in the whole, or -1: elements follow each other
-  int32_t drawn;      // rounded stochastically
+  int32_t layout;     // of the indices, among the layouts, or -1: they follow each other
+  int32_t stochastic;
 };
 
 // How a matrix is cut. `lanes` threads, a power of two, share a row; the others of the block take further rows.
@@ -51,36 +51,33 @@ struct Tiling {
   int32_t rows, cols, row_tiles, col_tiles, lanes;
 };
 
-// One parameter. H-Fac: m = rows, n = cols, u and v the first factors, r and s the second. Dense: cols = 1, whole
-// moments in the row factors.
-struct Item {
+// One parameter, or one block of a shard of SMMF's.
+struct DeviceItem {
   Operand param, grad;
   int64_t rows, cols;
   void *first_row, *first_col, *second_row, *second_col;
   uint8_t* signs;
-  int64_t slice, slice_bytes;  // as in csrc/cpu/signs.h
+  int64_t slice, slice_bytes;  // as in csrc/common/signs.h
   int64_t sign_bytes;          // of all slices
   int64_t workspace;           // bytes from its start
   int64_t partials;            // as `workspace`: tiles' sums, where they are collected; 0: they follow the rest
   int32_t index;               // in the caller's list
   int32_t counter;             // its first among the counters
   Tiling tiling, update;       // of the first pass; of H-Fac's second
-  Store store;
+  DeviceStorage storage;
 };
 
-// How an item stands in the parameter of which it is a part: an op on parts has one of these beside each item. H-Fac's
-// item is the part itself, SMMF's is one block of it (hfac.matricize.Block), and blocks of a part follow each other.
-struct Part {
-  int64_t rows, cols;  // of the whole
-  // H-Fac: sums of G, then those of G^2, or the new r and s; for columns also those of G^2 / r. SMMF: sums of |M|, of
-  // V.
+// The Shard beside each item of an op on shards. H-Fac's item is the shard itself, SMMF's is one block of it, and
+// blocks of a shard follow each other.
+struct DeviceShard {
+  int64_t rows, cols;  // of the whole matrix
   void *row[2], *col[3];
-  int64_t first, stride, row_at, row_step, col_at;  // SMMF: the block's elements in the part; its place in the matrix
-  int64_t blocks;                                   // SMMF: of the part, said by its first one; 0 in the others
+  int64_t first, stride, row_at, row_step, col_at;  // SMMF: of the Block
+  int64_t blocks;                                   // SMMF: of the shard, on its first block; 0 on the others
 };
 
 struct Tile {
-  int32_t item, part;
+  int32_t item, index;
 };
 
 // A step scalar: a value, or an address in device memory; `stride` is 1 where it has one entry per parameter.
@@ -98,22 +95,18 @@ struct Keys {
 
 struct Scalars {
   Scalar lr, weight_decay, beta1, beta2;
-  Scalar totals, mean_squares;  // of whole parameters, to H-Fac's parts: sum of r, mean of U^2
-  double eps, clip_threshold;
-  bool clip, maximize, coupled, first;  // first: there is a first moment
-  Scalar step;                          // with `keys`: what random bits depend on beside an element's place
-  Keys keys;
+  Scalar totals, mean_squares;  // of whole parameters, to H-Fac's shards: sum of r, mean of U^2
 };
 
-// What a step that is watched tells of a parameter: the sum of (new - old)^2, before the new one is rounded; elements
+// Statistics of a watched step, for each parameter: the sum of (new - old)^2, before the new one is rounded; elements
 // that stay what they are when it is rounded to the nearest; the sum of squares of the direction, before it is clipped.
 // Of H-Fac's gradients also the rows and columns of zeros.
 enum Watched { kMoved, kStill, kDirection, kZeroRows, kZeroCols, kWatchedNumbers };
 
 // Arguments of every kernel.
 struct Arguments {
-  const Item* items;
-  const Part* parts;  // one for each item, or null: parameters are whole
+  const DeviceItem* items;
+  const DeviceShard* shards;  // one for each item, or null: parameters are whole
   const int64_t* layouts;
   const Tile* tiles;
   char* workspace;
@@ -125,41 +118,41 @@ struct Arguments {
   double* watched;    // [entries, kWatchedNumbers] what kernels add to, where a step is watched
   int32_t backward;   // tiles from the last to the first
   Scalars scalars;
+  Options options;
+  Scalar step;  // with `keys`: what random bits depend on beside a BitOffset
+  Keys keys;
 };
 
 inline Keys keys_of(uint64_t seed) {
   Keys keys;
-  uint32_t a = static_cast<uint32_t>(seed), b = common::upper_half(seed);
-  for (auto& round : keys.round) {
-    round[0] = a;
-    round[1] = b;
-    a += common::kPhiloxKey0;
-    b += common::kPhiloxKey1;
-  }
+  for (int k = 0; k < 2 * common::kPhiloxRounds; ++k) keys.round[k / 2][k % 2] = common::SeedKey{seed}(k / 2, k % 2);
   return keys;
 }
 
-HFAC_HD bool has_low(const Item& it) { return it.store.low.dtype != static_cast<int32_t>(Low::kNone); }
-HFAC_HD bool is_stored(const Item& it) { return has_low(it) || it.store.drawn; }
+HFAC_HD bool has_low(const DeviceItem& it) { return it.storage.low.dtype != static_cast<int32_t>(Low::kNone); }
+HFAC_HD bool is_stored(const DeviceItem& it) { return has_low(it) || it.storage.stochastic; }
 HFAC_HD int64_t ceil_quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
 HFAC_HD int64_t fold_chunks(int64_t rows, int64_t cols) { return ceil_quotient(rows > cols ? rows : cols, kFoldChunk); }
-HFAC_HD int64_t fold_chunks(const Item& it) { return fold_chunks(it.rows, it.cols); }
-HFAC_HD int64_t collect_chunks(const Item& it) { return ceil_quotient(it.cols, kFoldChunk); }
+HFAC_HD int64_t fold_chunks(const DeviceItem& it) { return fold_chunks(it.rows, it.cols); }
+HFAC_HD int64_t collect_chunks(const DeviceItem& it) { return ceil_quotient(it.cols, kFoldChunk); }
 
-// Where a parameter's partial sums lie. The same function tells the host their size and the kernels their places.
+// Layouts of a parameter's partial sums in the workspace: the host takes their size from these, kernels their
+// addresses.
 template <class T>
 struct SmmfSpace {
   T* totals;  // [chunks, 2] sums of column sums; of |M| and of V, as everything here
   T* rows;    // [col_tiles, 2, rows]
   T* cols;    // [row_tiles, 2, cols]
   T* end;
-  HFAC_HD SmmfSpace(const Item& it, char* workspace) {
+  HFAC_HD SmmfSpace(const DeviceItem& it, char* workspace) {
     totals = reinterpret_cast<T*>(workspace + it.workspace);
     rows = totals + fold_chunks(it) * 2;
     cols = rows + it.tiling.col_tiles * 2 * it.rows;
     end = cols + it.tiling.row_tiles * 2 * it.cols;
   }
 };
+
+constexpr int kSums = 3;  // of a column, for H-Fac: g, g^2, g^2 / r_i
 
 template <class T>
 struct HfacSpace {
@@ -170,7 +163,7 @@ struct HfacSpace {
   T* collected;             // [3, cols] `cols` added up, where that outlasts its group; else null
   T* cols;                  // [row_tiles, 3, cols] sums of g, g^2, g^2 / r_i
   T* end;
-  HFAC_HD HfacSpace(const Item& it, char* workspace) {
+  HFAC_HD HfacSpace(const DeviceItem& it, char* workspace) {
     norms = reinterpret_cast<double*>(workspace + it.workspace);
     scale = reinterpret_cast<T*>(norms + fold_chunks(it) * 2);
     divisor = scale + 1;
@@ -190,7 +183,7 @@ struct DenseSpace {
   T* clip;   // what the direction is multiplied by
   T* norms;  // [runs] sums of U^2
   T* end;
-  HFAC_HD DenseSpace(const Item& it, char* workspace) {
+  HFAC_HD DenseSpace(const DeviceItem& it, char* workspace) {
     clip = reinterpret_cast<T*>(workspace + it.workspace);
     norms = clip + 1;
     end = norms + ceil_quotient(it.rows, kRun);

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <deque>
 #include <functional>
 #include <map>
 #include <set>
@@ -21,9 +22,8 @@
 
 namespace {
 
-using hfac::BoundGrad;
-using hfac::BoundItem;
 using hfac::DType;
+using hfac::Item;
 using hfac::OpKind;
 using hfac::driver::Buffer;
 
@@ -31,11 +31,11 @@ struct Matrix {
   int64_t rows, cols, slices;
 };
 
-// How a parameter is stored. From kBrain on to the nearest, for gradients of 16 bits.
+// How a parameter is kept. From kBrain on to the nearest, for gradients of 16 bits.
 enum Way { kPlain, kDrawn, kSplit, kSplit8, kSplit8Drawn, kFloat16, kBrain, kHalf };
 
-// What is done wrong on purpose by the driver itself: "workspace" gives 4 bytes too few; "signs" says of signs that
-// they go on to the end of their last word, as if it could be written.
+// A fault that the driver itself injects: "workspace" gives 4 bytes too few; "signs" claims that signs go on to the end
+// of their last word.
 std::string fault;
 
 // The same on every machine, to the bit: no function of the C library has a part in it.
@@ -43,6 +43,14 @@ float number(int64_t k, float scale) { return scale * static_cast<float>((k * 79
 
 uint16_t narrow(float x, DType dtype) {
   return dtype == DType::kFloat16 ? hfac::common::narrow_float16(x).bits : hfac::common::narrow_bfloat16(x).bits;
+}
+
+template <class T>
+bool finite(const std::vector<T>& values) {
+  for (const T x : values) {
+    if (!std::isfinite(x)) return false;
+  }
+  return true;
 }
 
 class Arena {
@@ -64,19 +72,26 @@ class Arena {
     for (size_t k = 0; k < values.size(); ++k) values[k] = narrow(number(static_cast<int64_t>(k), scale), dtype);
     return put(values);
   }
-  void parameter(BoundItem& item, int64_t count, int way) {
+  void parameter(Item& item, int64_t count, int way) {
     const DType dtype = way == kPlain                     ? DType::kFloat32
                         : way == kFloat16 || way == kHalf ? DType::kFloat16
                                                           : DType::kBFloat16;
     item.param = {numbers(count, 1.0f, dtype), dtype, nullptr};
-    const auto size = static_cast<size_t>(count);
-    if (way == kSplit) item.store.low = bytes(2 * size, 0x11);
-    if (way == kSplit8 || way == kSplit8Drawn) item.store.low = bytes(size, 0x11);
-    if (item.store.low) item.store.kind = way == kSplit ? hfac::Low::kInt16 : hfac::Low::kInt8;
-    item.store.drawn = way == kDrawn || way == kSplit8Drawn || way == kFloat16;
-    item.store.position = 3;
-    item.store.first = 16;
+    hfac::Storage storage{};
+    storage.low_bytes = way == kSplit ? 2 : way == kSplit8 || way == kSplit8Drawn ? 1 : 0;
+    if (storage.low_bytes) storage.low = bytes(static_cast<size_t>(storage.low_bytes * count), 0x11);
+    storage.stochastic = way == kDrawn || way == kSplit8Drawn || way == kFloat16;
+    storage.bits = {3, 16, nullptr};
+    if (!storage.low && !storage.stochastic) return;
+    storages_.push_back(storage);
+    item.param.storage = &storages_.back();
   }
+  // Zeros, by row and column or, of a whole moment, by row alone.
+  void moments(Item& item, bool whole) {
+    for (void** const p : {&item.first_row, &item.second_row}) *p = floats(item.rows, 0.0f);
+    for (void** const p : {&item.first_col, &item.second_col}) *p = whole ? nullptr : floats(item.cols, 0.0f);
+  }
+  hfac::Shard& shard() { return shards_.emplace_back(); }
   template <class T>
   void* put(const std::vector<T>& values) {
     const auto* const from = reinterpret_cast<const unsigned char*>(values.data());
@@ -90,11 +105,9 @@ class Arena {
     }
     throw std::logic_error("no buffer begins there");
   }
-  bool finite() const {
+  bool all_finite() const {
     for (const size_t k : floats_) {
-      for (const float x : as<float>(buffers_[k].read())) {
-        if (!std::isfinite(x)) return false;
-      }
+      if (!finite(as<float>(buffers_[k].read()))) return false;
     }
     return true;
   }
@@ -112,6 +125,8 @@ class Arena {
     return values;
   }
   std::vector<Buffer> buffers_;
+  std::deque<hfac::Storage> storages_;  // items point at entries
+  std::deque<hfac::Shard> shards_;
   std::set<size_t> floats_;  // places of those that must be finite
 };
 
@@ -120,40 +135,37 @@ struct Result {
   uint64_t sum = 0xcbf29ce484222325u;
 };
 
-bool finite(const std::vector<double>& values) {
-  for (const double x : values) {
-    if (!std::isfinite(x)) return false;
-  }
-  return true;
-}
-
-// Memory of a step that does not last.
-struct Passing {
-  Arena arena;
-  hfac::Memory memory;
-  Passing(const hfac::Step& step, void* counters) {
-    std::vector<unsigned char> table(step.table_bytes());
-    step.write_table(table.data());
-    memory = {arena.put(table), arena.bytes(step.workspace_bytes() - (fault == "workspace" ? 4 : 0), 0xff), counters};
-  }
-};
-
-hfac::Scalars scalars(int step) {
-  hfac::Scalars s{};
+hfac::Arguments with_scalars(int step) {
+  hfac::Arguments a{};
+  hfac::Scalars& s = a.scalars;
   s.lr.value = 0.01;
   s.weight_decay.value = 0.1;
   s.beta1.value = step > 1 ? 0.9 : 0.0;
   s.beta2.value = step > 1 ? 0.99 : 0.0;
-  s.eps = 1e-8;
-  s.clip_threshold = 1.0;
-  s.clip = s.first = true;
-  s.step.value = step;
-  s.keys = hfac::keys_of(7);
-  return s;
+  a.step.value = step;
+  a.keys = hfac::keys_of(7);
+  a.options.eps = 1e-8;
+  a.options.clip = true;
+  return a;
 }
 
-void launch(const hfac::Step& step, const hfac::Memory& memory, const hfac::Scalars& s, const hfac::Given& given) {
-  step.launch(memory, s, given, 0, hfac::driver::stream());
+// Memory of a step that does not last, and the arguments of its launches.
+struct Passing {
+  Arena arena;
+  const void* table;
+  hfac::Arguments arguments;
+  Passing(const hfac::Step& step, void* counters, int t) : arguments(with_scalars(t)) {
+    std::vector<unsigned char> table(step.table_bytes());
+    step.write_table(table.data());
+    this->table = arena.put(table);
+    const size_t fewer = fault == "workspace" ? 4 : 0;
+    arguments.workspace = reinterpret_cast<char*>(arena.bytes(step.workspace_bytes() - fewer, 0xff));
+    arguments.counters = static_cast<int32_t*>(counters);
+  }
+};
+
+void launch(const hfac::Step& step, const Passing& passing) {
+  step.launch(passing.table, passing.arguments, 0, hfac::driver::stream());
   hfac::driver::wait("the step");
 }
 
@@ -166,28 +178,21 @@ struct Options {
 
 Result run(OpKind op, const std::vector<Matrix>& matrices, const Options& how = {}) {
   Arena arena;
-  std::vector<BoundItem> items;
-  std::vector<BoundGrad> grads;
+  std::vector<Item> items;
+  std::vector<hfac::TensorRef> grads;
   const bool dense = op == OpKind::kHfacDense || op == OpKind::kSmmfDense;
   for (const Matrix& m : matrices) {
     const int64_t count = m.rows * m.cols;
-    BoundItem item{};
+    Item item{};
     item.index = static_cast<int64_t>(items.size());
     arena.parameter(item, count, how.ways[items.size() % how.ways.size()]);
     item.rows = m.rows;
     item.cols = m.cols;
-    item.first_row = arena.floats(m.rows, 0.0f);
-    item.second_row = arena.floats(m.rows, 0.0f);
-    if (!dense) {
-      item.first_col = arena.floats(m.cols, 0.0f);
-      item.second_col = arena.floats(m.cols, 0.0f);
-    }
+    arena.moments(item, dense);
     if (op == OpKind::kSmmf) {
-      item.slice = count / m.slices;
-      item.slice_bytes = (item.slice + 7) / 8;
-      item.sign_bytes = m.slices * item.slice_bytes;
-      item.signs = arena.bytes(static_cast<size_t>(item.sign_bytes), 0, how.offset);
-      if (fault == "signs") item.sign_bytes += 3;
+      const int64_t slice = count / m.slices, bytes = (slice + 7) / 8;
+      item.signs = {arena.bytes(static_cast<size_t>(m.slices * bytes), 0, how.offset), slice, bytes};
+      if (fault == "signs" && m.slices == 1) item.signs.slice_bytes += 3;
     }
     items.push_back(item);
     grads.push_back({arena.numbers(count, 0.1f, how.grad), how.grad, nullptr});
@@ -201,14 +206,14 @@ Result run(OpKind op, const std::vector<Matrix>& matrices, const Options& how = 
   for (int t = 1; t <= 3; ++t) {
     const bool flagged = t == 3;
     step.prepare(grads, true, flagged);
-    Passing passing(step, counters);
-    hfac::Given given;
+    Passing passing(step, counters, t);
+    hfac::Arguments& given = passing.arguments;
     if (flagged)
       given.nonfinite = reinterpret_cast<int32_t*>(passing.arena.bytes(items.size() * sizeof(int32_t), 0xff));
     if (how.norm) {
       unsigned char* const squares = passing.arena.bytes(items.size() * sizeof(double), 0xff);
       given.squares = reinterpret_cast<double*>(squares);
-      launch(step, passing.memory, scalars(t), given);
+      launch(step, passing);
       result.finite = result.finite && finite(passing.arena.get<double>(squares));
       given.squares = nullptr;
       given.clip = static_cast<const float*>(passing.arena.put(std::vector<float>{t == 2 ? 1.0f : 0.5f}));
@@ -216,10 +221,10 @@ Result run(OpKind op, const std::vector<Matrix>& matrices, const Options& how = 
     unsigned char* watched = nullptr;  // added up in any order, so its bits are not compared
     if (t == 2) watched = passing.arena.bytes(items.size() * hfac::kWatchedNumbers * sizeof(double), 0);
     given.watched = reinterpret_cast<double*>(watched);
-    launch(step, passing.memory, scalars(t), given);
+    launch(step, passing);
     if (watched) result.finite = result.finite && finite(passing.arena.get<double>(watched));
   }
-  result.finite = result.finite && arena.finite();
+  result.finite = result.finite && arena.all_finite();
   arena.add_to(result.sum);
   return result;
 }
@@ -242,84 +247,67 @@ Result run_signs() {
   return aligned;
 }
 
-// Parts of parameters: H-Fac's statistics and update, and SMMF's blocks, which share rows, columns and bytes of signs.
-// A part without rows has columns whose moments go on.
-Result run_parts(OpKind op, int way = kPlain) {
+// Shards of parameters: H-Fac's statistics and update, and SMMF's blocks, which share rows, columns and bytes of signs.
+// A shard without rows has columns whose moments go on.
+Result run_shards(OpKind op, int way = kPlain) {
   Arena arena;
-  std::vector<BoundItem> items;
-  std::vector<BoundGrad> grads;
-  int64_t entries = 0;
-  const auto add = [&](float* grad, BoundItem item, int64_t index) {
-    item.index = index;
+  std::vector<Item> items;
+  std::vector<hfac::TensorRef> grads;
+  const auto add = [&](Item& item, const hfac::Shard& shard, int64_t count) {
+    item.index = static_cast<int64_t>(items.size());
+    item.shard = &shard;
     items.push_back(item);
-    grads.push_back({grad, DType::kFloat32, nullptr});
-    entries = index + 1;
+    grads.push_back({arena.floats(count, 0.1f), DType::kFloat32, nullptr});
   };
   if (op == OpKind::kSmmfSums) {
     // Rows 1 to 2.5 of a matrix 6 x 20, and columns 8 to 24 of every other row of one of 80 x 48.
-    const std::vector<std::vector<hfac::Part>> parts = {
-        {{6, 20, {}, {}, 0, 20, 1, 1, 7, 0}, {6, 20, {}, {}, 13, 20, 2, 1, 0, 0}, {6, 20, {}, {}, 33, 20, 3, 1, 0, 0}},
-        {{80, 48, {}, {}, 0, 16, 0, 2, 8, 0}}};
-    const std::vector<std::vector<Matrix>> sizes = {{{1, 13, 1}, {1, 20, 1}, {1, 9, 1}}, {{40, 16, 1}}};
-    for (size_t p = 0; p < parts.size(); ++p) {
+    const std::vector<hfac::Block> rows = {{0, 20, 1, 1, 7, 1, 13}, {13, 20, 2, 1, 0, 1, 20}, {33, 20, 3, 1, 0, 1, 9}};
+    const std::vector<hfac::Block> cols = {{0, 16, 0, 2, 8, 40, 16}};
+    for (const auto& blocks : {rows, cols}) {
+      hfac::Shard& shard = arena.shard();
+      shard.blocks = blocks;
       int64_t count = 0;
-      for (const Matrix& m : sizes[p]) count += m.rows * m.cols;
-      const int64_t rows = parts[p][0].rows, cols = parts[p][0].cols;
-      float* const grad = arena.floats(count, 0.1f);
-      BoundItem item{};
+      for (const hfac::Block& block : blocks) count += block.rows * block.cols;
+      Item item{};
+      item.rows = shard.rows = items.empty() ? 6 : 80;
+      item.cols = shard.cols = items.empty() ? 20 : 48;
       arena.parameter(item, count, way);
-      item.first_row = arena.floats(rows, 0.0f);
-      item.first_col = arena.floats(cols, 0.0f);
-      item.second_row = arena.floats(rows, 0.0f);
-      item.second_col = arena.floats(cols, 0.0f);
-      item.slice = count;
-      item.slice_bytes = item.sign_bytes = (count + 7) / 8;
-      item.signs = arena.bytes(static_cast<size_t>(item.sign_bytes), 0, p == 0 ? 1 : 0);
-      void* const row[2] = {arena.floats(rows, 1.0f), arena.floats(rows, 1.0f)};
-      void* const col[2] = {arena.floats(cols, 1.0f), arena.floats(cols, 1.0f)};
-      for (size_t b = 0; b < parts[p].size(); ++b) {
-        item.part = parts[p][b];
-        item.rows = sizes[p][b].rows;
-        item.cols = sizes[p][b].cols;
-        for (int k = 0; k < 2; ++k) {
-          item.part.row[k] = row[k];
-          item.part.col[k] = col[k];
-        }
-        item.part.blocks = b == 0 ? static_cast<int64_t>(parts[p].size()) : 0;
-        add(grad, item, static_cast<int64_t>(p));
-      }
+      arena.moments(item, false);
+      const int64_t bytes = (count + 7) / 8;
+      item.signs = {arena.bytes(static_cast<size_t>(bytes), 0, items.empty() ? 1 : 0), count, bytes};
+      for (void** const sum : {&shard.row_sum, &shard.row_square}) *sum = arena.floats(item.rows, 1.0f);
+      for (void** const sum : {&shard.col_sum, &shard.col_square}) *sum = arena.floats(item.cols, 1.0f);
+      add(item, shard, count);
     }
   } else {
     const bool sums = op == OpKind::kHfacSums;
     for (const Matrix& m : std::vector<Matrix>{{24, 16, 1}, {19, 17, 1}, {300, 9, 1}, {0, 300, 1}}) {
       const int64_t count = m.rows * m.cols;
       if (sums && count == 0) continue;
-      BoundItem item{};
+      hfac::Shard& shard = arena.shard();
+      Item item{};
       if (!sums) arena.parameter(item, count, way);
       item.rows = m.rows;
       item.cols = m.cols;
-      item.first_row = arena.floats(m.rows, 0.0f);
-      item.first_col = arena.floats(m.cols, 0.0f);
-      item.second_row = arena.floats(m.rows, 0.0f);
-      item.second_col = arena.floats(m.cols, 0.0f);
-      item.part.rows = m.rows + 3;
-      item.part.cols = m.cols + 5;
+      arena.moments(item, false);
+      shard.rows = m.rows + 3;
+      shard.cols = m.cols + 5;
       // What is given must be positive, where it is a sum of squares.
-      for (void*& p : item.part.row) p = arena.floats(m.rows, 0.1f, 1.0f);
-      for (void*& p : item.part.col) p = arena.floats(m.cols, 0.1f, 1.0f);
-      float* const grad = arena.floats(count, 0.1f);
-      add(grad, item, static_cast<int64_t>(items.size()));
+      for (void** const p : {&shard.row_sum, &shard.row_square}) *p = arena.floats(m.rows, 0.1f, 1.0f);
+      for (void** const p : {&shard.col_sum, &shard.col_square, &shard.col_ratio}) {
+        *p = arena.floats(m.cols, 0.1f, 1.0f);
+      }
+      add(item, shard, count);
     }
   }
-  hfac::Step step(items, entries, hfac::PlanOptions{op});
+  hfac::Step step(items, static_cast<int64_t>(items.size()), hfac::PlanOptions{op});
   step.prepare(grads, false, false);
-  const Passing passing(step, nullptr);
-  hfac::Scalars s = scalars(5);
-  s.totals.value = 2.0;
-  s.mean_squares.value = 4.0;
-  launch(step, passing.memory, s, {});
+  Passing passing(step, nullptr, 5);
+  passing.arguments.scalars.totals.value = 2.0;
+  passing.arguments.scalars.mean_squares.value = 4.0;
+  launch(step, passing);
   Result result;
-  result.finite = arena.finite();
+  result.finite = arena.all_finite();
   arena.add_to(result.sum);
   return result;
 }
@@ -350,17 +338,17 @@ std::vector<Case> cases() {
       {"hfac, stored", kQuick, op(OpKind::kHfac, both, stored)},
       {"smmf dense, stored", kQuick, op(OpKind::kSmmfDense, vectors, stored)},
       {"hfac dense, stored", kQuick, op(OpKind::kHfacDense, vectors, stored)},
-      {"smmf parts, stored", kQuick, [] { return run_parts(OpKind::kSmmfSums, kSplit8Drawn); }},
-      {"hfac apply, stored", kQuick, [] { return run_parts(OpKind::kHfacApply, kSplit); }},
+      {"smmf parts, stored", kQuick, [] { return run_shards(OpKind::kSmmfSums, kSplit8Drawn); }},
+      {"hfac apply, stored", kQuick, [] { return run_shards(OpKind::kHfacApply, kSplit); }},
       {"smmf", kQuick, op(OpKind::kSmmf, small)},
       {"hfac", kQuick, op(OpKind::kHfac, small)},
       {"hfac, norm", kQuick, op(OpKind::kHfac, small, norm)},
       {"hfac, norm, stored", kFull, op(OpKind::kHfac, both, stored_norm)},
       {"smmf dense", kFull, op(OpKind::kSmmfDense, {{24, 1, 1}, {8200, 1, 1}})},
       {"hfac dense", kFull, op(OpKind::kHfacDense, {{24, 1, 1}, {8200, 1, 1}})},
-      {"smmf parts", kFull, [] { return run_parts(OpKind::kSmmfSums); }},
-      {"hfac sums", kQuick, [] { return run_parts(OpKind::kHfacSums); }},
-      {"hfac apply", kFull, [] { return run_parts(OpKind::kHfacApply); }},
+      {"smmf parts", kFull, [] { return run_shards(OpKind::kSmmfSums); }},
+      {"hfac sums", kQuick, [] { return run_shards(OpKind::kHfacSums); }},
+      {"hfac apply", kFull, [] { return run_shards(OpKind::kHfacApply); }},
       {"smmf, small signs", kLong, run_signs},
       {"hfac, long rows", kLong, op(OpKind::kHfac, {{5, 4104, 1}, {3, 14344, 1}, {5, 4099, 1}})},
   };

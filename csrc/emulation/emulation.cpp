@@ -1,3 +1,4 @@
+// Blocks and their threads on the host, errors and faults that tests inject.
 #include "emulation.h"
 
 #include <algorithm>
@@ -38,7 +39,7 @@ struct Injected {
   int64_t launches = 0;  // before it comes
 };
 Injected error;
-std::string reported;  // what `text_of` returns
+std::string reported;  // what `cudaGetErrorString` returns
 std::string fault;
 bool faulty = false;  // the launch that is running
 std::map<const char*, size_t> memory;
@@ -287,14 +288,6 @@ void set_threading(const std::string& name) {
 
 void inject_error(int code, const std::string& text, int64_t after) { error = {code, text, after}; }
 
-Status take_error() {
-  if (error.code == 0 || error.launches > 0) return Status::kSuccess;
-  reported = error.text;
-  return static_cast<Status>(std::exchange(error, {}).code);
-}
-
-const char* text_of(Status) { return reported.c_str(); }
-
 void inject_fault(const std::string& name) {
   if (name != "" && name != "barrier" && name != "block") {
     throw std::invalid_argument("fault: '', 'barrier' or 'block' is needed, not '" + name + "'");
@@ -319,3 +312,12 @@ int64_t take_launches() { return std::exchange(launches, 0); }
 
 }  // namespace emulation
 }  // namespace hfac
+
+cudaError_t cudaGetLastError() {
+  using hfac::emulation::error;
+  if (error.code == 0 || error.launches > 0) return cudaSuccess;
+  hfac::emulation::reported = error.text;
+  return static_cast<cudaError_t>(std::exchange(error, {}).code);
+}
+
+const char* cudaGetErrorString(cudaError_t) { return hfac::emulation::reported.c_str(); }

@@ -56,11 +56,7 @@ void set_threading(const std::string& threading);
 // Launches since the last call of this function.
 int64_t take_launches();
 
-// Stands for cudaError_t, with its numbers.
-enum class Status : int { kSuccess = 0 };
-Status take_error();
-const char* text_of(Status status);
-// An error for `take_error`, once that many more launches have been made.
+// An error for `cudaGetLastError`, once that many more launches have been made.
 void inject_error(int code, const std::string& text, int64_t launches);
 
 // What is done wrong on purpose in every launch of `smmf_tiles`, to see that it is found: "barrier" leaves out the
@@ -80,6 +76,15 @@ void touches(const void* p, size_t bytes);
 #define blockIdx (hfac::emulation::self->block)
 #define blockDim (hfac::emulation::self->block_size)
 #define gridDim (hfac::emulation::self->grid_size)
+
+// The runtime, with one device.
+enum cudaError_t : int { cudaSuccess = 0 };
+using cudaStream_t = void*;
+cudaError_t cudaGetLastError();
+const char* cudaGetErrorString(cudaError_t status);
+inline void cudaGetDevice(int* device) { *device = 0; }
+inline void cudaSetDevice(int) {}
+inline void cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) { memset(p, value, bytes); }
 
 inline void __syncthreads() { hfac::emulation::block_barrier(); }
 inline void __syncwarp(unsigned = 0xffffffffu) { hfac::emulation::warp_barrier(); }

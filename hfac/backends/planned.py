@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..staging import Staged, refused
 from . import addresses, cpu
 
 Tensors = Sequence[Tensor]
@@ -65,11 +66,8 @@ class Planned:
 
     def __init__(self, platform: Cuda, device: torch.device, step: Any, shapes: list[tuple[int, ...]]) -> None:
         self.platform, self.device, self.step, self.shapes = platform, device, step, shapes
-        self.table: Tensor | None = None
+        self.staged = Staged(device, torch.uint8, platform.host_table)
         self.stale = True  # the table is not the plan's
-        self.source: Tensor | None = None  # on the host: what replays of a graph copy to the table, and no step has yet
-        self.frozen: Tensor | None = None  # a table that is in a graph
-        self.spare: Tensor | None = None  # on the host, for the table of the next graph
         self.counters: Tensor | None = None
         self.workspace: Tensor | None = None  # None while statistics have it
         self.squares: Tensor | None = None  # likewise
@@ -124,7 +122,11 @@ class Planned:
         if nonfinite is not None and flags is not None and flags is not nonfinite:
             nonfinite.copy_(flags)
         if capturing:
-            captured += [self.table, self.source, workspace, self.counters, *memory.values(), *kept]
+            captured += [self.table, self.staged.source, workspace, self.counters, *memory.values(), *kept]
+
+    @property
+    def table(self) -> Tensor | None:
+        return self.staged.table
 
     def workspace_bytes(self) -> int:
         """Bytes on the device that are kept from step to step: partial sums, and the table."""
@@ -146,7 +148,7 @@ class Planned:
             nonfinite=nonfinite is not None,
         )
         if changed:  # until the table is written, whatever may fail before
-            self.stale, self.source = True, None
+            self.stale = True
         return grads
 
     def check_room(self) -> None:
@@ -156,10 +158,9 @@ class Planned:
             RuntimeError: memory on the host is needed.
         """
         if self.counters is None:
-            raise RuntimeError(_refused("this is the first step on these tensors"))
-        if self.stale and (self.spare is None or self.spare.numel() < self.step.table_bytes):
-            why = "its gradients are not where the last step found them, or not of the same kind"
-            raise RuntimeError(_refused(why))
+            raise refused("this is the first step on these tensors")
+        if self.stale and not self.staged.can_be_captured(self.step.table_bytes):
+            raise refused("its gradients are not where the last step found them, or not of the same kind")
 
     def _follow(self, stream: Any, *more: Tensor | None) -> None:
         """Goes on on another stream: after what the last one was given, and with memory that is not handed out again
@@ -172,30 +173,11 @@ class Planned:
 
     def _bring(self, capturing: bool) -> None:
         """The plan's table to the device, where it is not there, and counters."""
-        nbytes = max(self.step.table_bytes, 1)
-        if self.stale:
-            if capturing:  # no memory on the host can be pinned during a capture
-                host, self.spare = self.spare, None
-                assert host is not None
-            else:
-                host = self.platform.host_table(nbytes)
-            self.step.write_table(host.data_ptr())
-            # What is copied in replays of a graph is not there for other steps, and must stay as it is.
-            frozen = capturing or self.table is self.frozen
-            if self.table is None or frozen or self.table.numel() < nbytes:
-                self.table = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-            self.stale, self.source = False, host
-        assert self.table is not None
-        if self.source is not None:
-            self.table[:nbytes].copy_(self.source[:nbytes], non_blocking=True)
-        if capturing:
-            self.frozen = self.table
-        else:
-            self.source = None
-            if self.spare is None or self.spare.numel() < nbytes:
-                self.spare = self.platform.host_table(nbytes)
-            if self.counters is None:
-                self.counters = torch.zeros(max(self.step.counter_bytes, 1), dtype=torch.uint8, device=self.device)
+        write = (lambda host: self.step.write_table(host.data_ptr())) if self.stale else None
+        self.staged.bring(max(self.step.table_bytes, 1), write, capturing)
+        self.stale = False
+        if self.counters is None and not capturing:
+            self.counters = torch.zeros(max(self.step.counter_bytes, 1), dtype=torch.uint8, device=self.device)
 
     def _room(self) -> Tensor:
         """The workspace of a launch, as large as the plan asks for."""
@@ -217,15 +199,6 @@ class Planned:
 def address_of(value: Tensor) -> tuple[int, bool, int]:
     """A tensor as a scalar of a launch: its address, whether it is of doubles, and 1 for one entry per parameter."""
     return value.data_ptr(), value.dtype == torch.float64, value.ndim
-
-
-def _refused(why: str) -> str:
-    return (
-        f"a step cannot be part of the CUDA graph that is being captured: {why}, and what it needs on the host cannot "
-        "be allocated during a capture. Take one step outside of graphs first, with gradients of the same types for "
-        "the same parameters and with the same options. It serves one graph, or any number whose gradients lie where "
-        "it found them."
-    )
 
 
 def index_of(device: torch.device) -> int:

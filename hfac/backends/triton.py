@@ -5,15 +5,12 @@ Nothing of Triton is imported before a step asks for it.
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import increment_version  # tells autograd of writes that it cannot see
 
 from ..spec import HFAC_APPLY, HFAC_DENSE_STEP, HFAC_STEP, HFAC_SUMS, SMMF_DENSE_STEP, SMMF_STEP, SMMF_SUMS_STEP, Op
-from .contract import Operands, Statistics
+from .contract import Operands
 
 DEVICES = ("cuda", "xpu")
 #: Ops of which there are kernels.
@@ -65,59 +62,7 @@ def _driver() -> str | None:
 
 def bind(operands: Operands) -> Callable[..., None]:
     """The op bound to its operands; see `hfac.backends`."""
-    op = operands.op
-    if not op.shard:
-        from ..triton_kernels.step import Bound
+    from ..triton_kernels.shards import ShardCall
+    from ..triton_kernels.step import Bound
 
-        return TritonCall(Bound(op.name, operands.params, dict(operands.lists), operands.places), operands)
-    from ..triton_kernels import parts
-
-    def call(grads: Sequence[Tensor], nonfinite: None = None, **numbers: Any) -> None:
-        getattr(parts, op.name)(grads=grads, **operands.by_name(), **numbers)
-        if operands.written:
-            increment_version(operands.written)
-
-    return call
-
-
-class TritonCall:
-    """Steps of one op on whole parameters."""
-
-    #: The kernels divide by a GradScaler's scale and look at its found_inf themselves.
-    unscales = True
-
-    def __init__(self, step: Any, operands: Operands) -> None:
-        self._step, self._params = step, operands.params
-        self.capturing = step.capturing
-
-    @property
-    def captured(self) -> list[Any]:
-        return self._step.captured
-
-    @captured.setter
-    def captured(self, kept: list[Any]) -> None:
-        self._step.captured = kept
-
-    def __call__(
-        self,
-        grads: Sequence[Tensor],
-        nonfinite: Tensor | None = None,
-        *,
-        statistics: Statistics | None = None,
-        **numbers: Any,
-    ) -> None:
-        if statistics is not None:
-            numbers["squares"] = statistics.squares
-        self._step(grads, nonfinite, **numbers)
-        increment_version(self._params)
-
-    def statistics(self, grads: Sequence[Tensor], nonfinite: Tensor | None = None, **numbers: Any) -> Statistics:
-        return Statistics(self._step.squares(grads, nonfinite, **numbers), None)
-
-    def check_capture(self, grads: Sequence[Tensor], nonfinite: Tensor | None, clip_threshold: float | None) -> None:
-        self._step.check_capture(grads)
-
-    def workspace_bytes(self) -> int:
-        """Bytes on the device that are kept from step to step; 0 before the first."""
-        workspace = getattr(self._step, "workspace", None)
-        return 0 if workspace is None else workspace.numel()
+    return ShardCall(operands) if operands.op.shard else Bound(operands)

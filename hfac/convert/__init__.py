@@ -226,6 +226,8 @@ def _checked(state_dict: Any) -> Mapping[str, Any]:
             f"convert: a state dict has the keys 'state' and 'param_groups', as optimizer.state_dict() returns; got "
             f"{given}"
         )
+    if not all(isinstance(group, Mapping) and "params" in group for group in state_dict["param_groups"]):
+        raise TypeError("convert: every group of a state dict's 'param_groups' is a dict with 'params'; one is not")
     keys = {key for group in state_dict["param_groups"] for key in group["params"]}
     for key in state_dict["state"]:
         if key not in keys:

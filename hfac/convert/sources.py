@@ -183,8 +183,8 @@ def _adam_options(group: Mapping[str, Any], to: str) -> dict[str, Any]:
     # Where the key is missing AdamW was a class of its own; which of the two it was, the state dict does not tell.
     coupled = not group.get("decoupled_weight_decay", True)
     if to == "hfac":
-        return {**_decoupled(found, coupled), "betas": group["betas"]}
-    return {**found, "beta": group["betas"][0], "weight_decay_mode": "adam" if coupled else "adamw"}
+        return {**_decoupled(found, coupled), "betas": tuple(map(float, group["betas"]))}
+    return {**found, "beta": float(group["betas"][0]), "weight_decay_mode": "adam" if coupled else "adamw"}
 
 
 def _adafactor_options(group: Mapping[str, Any], to: str) -> dict[str, Any]:
@@ -302,7 +302,7 @@ def source_of(key: Hashable, entry: Entry, group: Mapping[str, Any]) -> str:
 
 _ADAM = ("exp_avg", "exp_avg_sq", "step")
 #: options of optimizers whose state has Adam's keys and another meaning
-_NOT_ADAM = {"growth_rate", "d", "d0", "d_coef", "k"}
+_NOT_ADAM = {"growth_rate", "d", "d0", "d_coef", "k", "clip_exp", "clip_lambda", "initial_accumulator"}
 _OUR_STATE = {
     *("step", "skipped", LOW, "exp_avg", "exp_avg_sq", "exp_avg_row", "exp_avg_col", "exp_avg_sign"),
     *("exp_avg_sq_row", "exp_avg_sq_col"),
@@ -326,7 +326,17 @@ def tensor(where: str, entry: Entry, name: str, shape: Sequence[int]) -> Tensor:
         raise ValueError(
             f"{where}: {name!r} must have shape {tuple(shape)} for this parameter, got {tuple(value.shape)}"
         )
-    return value.to(torch.promote_types(value.dtype, torch.float32)) if value.is_floating_point() else value
+    if value.layout != torch.strided or value.is_meta or value.is_complex():
+        what = "complex" if value.is_complex() else "without values (meta)" if value.is_meta else str(value.layout)
+        raise ValueError(f"{where}: {name!r} must be a dense tensor of real numbers, and is {what}. Give one that is.")
+    if not value.is_floating_point():
+        if "sign" not in name and name != LOW:  # bits, bools and pieces of a master weight
+            raise ValueError(
+                f"{where}: {name!r} has dtype {value.dtype}, codes without the table that says what they stand for. "
+                "Give the moments as floating-point tensors."
+            )
+        return value
+    return value.to(torch.float64 if value.dtype == torch.float64 else torch.float32)
 
 
 def _outer(where: str, name: str, factors: Any, shape: tuple[int, ...]) -> Tensor:

@@ -21,9 +21,14 @@ class _Stranger(NamedTuple):
     why: str
 
 
+_NORMALIZED = f"Its first moment averages gradients that are divided by their second moment already. {_FRESH}"
 _KNOWN = (
     _Stranger("Prodigy", {"s"}, {"d", "d0", "d_coef"}, _OWN_UNITS),
     _Stranger("D-Adaptation", set(), {"d", "k"}, _OWN_UNITS),
+    _Stranger("ADOPT", {"exp_avg", "exp_avg_sq"}, {"clip_lambda"}, _NORMALIZED),
+    _Stranger("ADOPT", {"exp_avg", "exp_avg_sq"}, {"clip_exp"}, _NORMALIZED),
+    _Stranger("LaProp", {"exp_avg_lr_1"}, set(), _NORMALIZED),
+    _Stranger("Yogi", {"exp_avg", "exp_avg_sq"}, {"initial_accumulator"}, f"Its second moment is no average. {_FRESH}"),
     _Stranger(
         "bitsandbytes",
         {"state1"},

@@ -322,7 +322,10 @@ class StatefulOptimizer(Optimizer):
         for operand in self._spec.states:
             value = state.get(operand.key)  # type: ignore[arg-type]  # states have keys
             if value is not None and (
-                value.device != device or value.is_inference() or value.dtype != (operand.dtype or wide)
+                value.device != device
+                or value.is_inference()
+                or not value.is_contiguous()
+                or value.dtype != (operand.dtype or wide)
             ):
                 return False
         low = state.get(LOW)
@@ -353,7 +356,7 @@ class StatefulOptimizer(Optimizer):
             del state[LOW]  # the option or the parameter's type has changed
         for key, (shape, dtype, follows) in needed.items():
             if key in state:
-                state[key] = _writable(state[key].to(device=param.device, dtype=dtype))
+                state[key] = _writable(state[key].to(device=param.device, dtype=dtype)).contiguous()
             else:
                 state[key] = layout.zeros(param, shape, follows, dtype, param.device)
         for key, (dtype, device) in counters.items():

@@ -65,7 +65,7 @@ def compared(name, backend, kwargs, shapes, dtype, steps, layout=lambda x: x):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize(("name", "options"), [(name, key) for name, rows in OPTIONS.items() for key in rows])
 def test_parity(name, options, dtype, backend):
     compared(name, backend, OPTIONS[name][options], [*SHAPES, *LARGE], dtype, steps=sized(4, 2))

@@ -27,36 +27,37 @@ def run_python(arguments, tmp_path, **environment):
     )
 
 
-#: Tests of other backends that run once more with Triton's kernels; the CUDA kernels take all tests of these files.
+#: file -> which tests of other backends run once more with Triton's kernels, and of these the few in `make test`
 STEPS = {
-    "optim/test_clipping": "triton and (matrices or slices)",
+    "optim/test_clipping": ("triton and (matrices or slices)", "triton and (matrices or slices)"),
     "backends/test_captures": (
         "HFac and (no_gradient-moved or transposed-found or negated-moved or clipped) or goes_with or on_parts_cannot "
         "or (defaults and device and plain) or (several_streams and plain) or (first_step and HFac and plain) or "
-        "(without_a_step and SMMF)"
+        "(without_a_step and SMMF)",
+        "HFac and no_gradient or goes_with or on_parts_cannot",
     ),
-    "optim/test_watch": "triton and (not_made or gone or slice or clipped)",
-    "optim/test_whole_moments": "triton and (published or bits or plain or maximize or skip or split)",
+    "optim/test_watch": ("triton and (not_made or gone or slice or clipped)", "triton and slice"),
+    "optim/test_whole_moments": (
+        "triton and (published or bits or plain or maximize or skip or split)",
+        "triton and published",
+    ),
 }
-KERNELS, MORE = ["backends/triton_interpreted"], ["backends/triton_clipped", "backends/triton_watched", *STEPS]
-OF_MORE = " or ".join(
-    ["triton_clipped", "triton_watched", *(f"({file.split('/')[1]} and ({part}))" for file, part in STEPS.items())]
-)
+KERNELS, MORE = ["backends/triton_interpreted"], ["backends/triton_clipped", "backends/triton_watched"]
+
+
+def of_steps(k):
+    """The tests of `STEPS` as pytest's -k takes them."""
+    return " or ".join(f"({file.split('/')[1]} and ({parts[k]}))" for file, parts in STEPS.items())
 
 
 @pytest.mark.parametrize(
     ("files", "part", "mark"),
     [
         pytest.param(KERNELS, "", "not slow", id="kernels"),
-        pytest.param(MORE, OF_MORE, "not slow", id="steps"),
-        *(
-            pytest.param(files, part, "slow", id=name, marks=pytest.mark.slow)
-            for name, files, part in (
-                ("more-of-HFac", KERNELS, "HFac"),
-                ("more-of-SMMF", KERNELS, "not HFac"),
-                ("more-steps", MORE, OF_MORE),
-            )
-        ),
+        pytest.param([*MORE, *STEPS], f"triton_clipped or triton_watched or {of_steps(1)}", "not slow", id="steps"),
+        pytest.param(KERNELS, "HFac", "slow", id="more-of-HFac", marks=pytest.mark.slow),
+        pytest.param(KERNELS, "not HFac", "slow", id="more-of-SMMF", marks=pytest.mark.slow),
+        pytest.param(STEPS, of_steps(0), "", id="more-steps", marks=pytest.mark.slow),
     ],
 )
 def test_parity_in_the_interpreter(files, part, mark, tmp_path):
@@ -154,7 +155,7 @@ def test_launches_of_a_sharded_step():
     for times in (1, 2):
         sums, update, smmf = plans_of_parts(times * shapes_of("gpt2"), torch.bfloat16, 8)
         assert [len(made.launches) for made in (sums, update, smmf)] == [3, 2, 3]
-    blocks = [tiles for launch in smmf.launches if launch.name == "smmf_part_fold" for tiles in launch.tiles]
+    blocks = [tiles for launch in smmf.launches if launch.name == "smmf_shard_fold" for tiles in launch.tiles]
     assert len(blocks) == len(set(blocks))  # no two programs add to the same sums
 
 

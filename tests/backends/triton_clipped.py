@@ -10,8 +10,9 @@ from test_parity import ieee_square_roots, states_agree
 from triton_interpreted import agree, laid_out, patched_once
 
 import hfac
-from hfac import matricize, ops, reference
+from hfac import matricize, ops, reference, spec
 from hfac.backends import triton as backend
+from hfac.backends.contract import Operands
 
 __all__ = ["ieee_square_roots", "patched_once"]
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -73,7 +74,7 @@ class Run:
         return {name: (m,) if "rows" in name else (n,) for name in self.states}
 
     def bind(self):
-        return calls.bind(backend, self.op, self.params, self.states)
+        return backend.bind(Operands(spec.OPS[self.op], self.params, self.states, {}))
 
     def flags(self):
         return torch.full((len(self.params),), 7, dtype=torch.int32)
@@ -138,18 +139,12 @@ def test_found_inf_keeps_every_bit(op):
     assert same_bits(run.everything(), other.everything()) and not same_bits(run.everything(), before)
 
 
-def test_only_hfac_on_matrices_has_squares():
-    for op in SCALARS:
-        run = Run(op, CASES[:1])
-        assert (run.bind().squares(run.grads, **run.scalars) is None) == (op != "hfac_step_")
-
-
 @pytest.mark.parametrize("scale", [None, 3.0])
 def test_squares_are_the_gradients(scale):
     run = Run("hfac_step_")
     before, kept = run.everything(), [grad.clone() for grad in run.grads]
     scaled = {} if scale is None else dict(grad_scale=torch.tensor(scale))
-    found = run.bind().squares(run.grads, **run.scalars, **scaled)
+    found = run.bind().statistics(run.grads, **run.scalars, **scaled).squares
     assert found.dtype == F64 and found.shape == (len(CASES),)
     for square, grad in zip(found, run.grads, strict=True):
         exact = (grad.double() / (scale or 1)).square().sum().item()
@@ -173,12 +168,12 @@ def test_a_clipped_step_is_a_step_of_scaled_gradients(clip, nonfinite):
     first, mine, his = (ours.flags() if nonfinite else None for _ in range(3))
     scale, coefficient = torch.tensor(3.0), torch.tensor(clip)
     step = ours.bind()
-    squares = step.squares(ours.grads, first, **ours.scalars, grad_scale=scale)
-    step(ours.grads, mine, **ours.scalars, grad_scale=scale / coefficient, clip=coefficient)
+    found = step.statistics(ours.grads, first, **ours.scalars, grad_scale=scale)
+    step(ours.grads, mine, **ours.scalars, grad_scale=scale / coefficient, statistics=found, clip=coefficient)
     plain = {} if clip == 1 else dict(grad_scale=scale / coefficient)
     theirs.bind()(theirs.grads, his, **theirs.scalars, **dict(grad_scale=scale) | plain)
     assert same_bits(ours.everything(), theirs.everything())
-    assert squares.isfinite().logical_not().nonzero().flatten().tolist() == [1, 2, 4, 10]
+    assert found.squares.isfinite().logical_not().nonzero().flatten().tolist() == [1, 2, 4, 10]
     if nonfinite:
         assert torch.equal(mine, his)
         assert first.nonzero().flatten().tolist() == [1, 2, 4, 10]
@@ -191,8 +186,8 @@ def test_without_a_scale_the_coefficient_is_all():
     for clip in (1.0, 0.25):
         ours, theirs = Run("hfac_step_", CASES[:2]), Run("hfac_step_", CASES[:2])
         step = ours.bind()
-        step.squares(ours.grads, **ours.scalars)
-        step(ours.grads, **ours.scalars, grad_scale=torch.tensor(1 / clip), clip=torch.tensor(clip))
+        known = dict(statistics=step.statistics(ours.grads, **ours.scalars), clip=torch.tensor(clip))
+        step(ours.grads, **ours.scalars, grad_scale=torch.tensor(1 / clip), **known)
         scaled = {} if clip == 1 else dict(grad_scale=torch.tensor(4.0))
         theirs.bind()(theirs.grads, **theirs.scalars, **scaled)
         assert same_bits(ours.everything(), theirs.everything())
@@ -205,9 +200,9 @@ def test_found_inf_keeps_every_bit_of_a_clipped_step():
         run = large(Run("hfac_step_"))
         step, before, flags = run.bind(), run.everything(), run.flags()
         scalars = run.scalars | dict(found_inf=torch.tensor([1.0]))
-        step.squares(run.grads, flags, **scalars)
+        known = dict(statistics=step.statistics(run.grads, flags, **scalars), clip=torch.tensor(clip))
         assert not flags.any()
-        step(run.grads, flags, **scalars, grad_scale=torch.tensor(1 / clip), clip=torch.tensor(clip))
+        step(run.grads, flags, **scalars, grad_scale=torch.tensor(1 / clip), **known)
         assert same_bits(run.everything(), before) and not flags.any()
 
 
@@ -217,10 +212,10 @@ def test_statistics_are_taken_again_only_where_gradients_are_clipped():
     for clip, times in ((1.0, 1.0), (1.0, 4.0), (0.25, 4.0), (0.5, 4.0)):
         run = Run("hfac_step_", CASES[:3])
         step = run.bind()
-        step.squares(run.grads, **run.scalars)
+        known = dict(statistics=step.statistics(run.grads, **run.scalars), clip=torch.tensor(clip))
         for grad in run.grads:
             grad *= times
-        step(run.grads, **run.scalars, grad_scale=torch.tensor(1 / clip), clip=torch.tensor(clip))
+        step(run.grads, **run.scalars, grad_scale=torch.tensor(1 / clip), **known)
         found.append([t for tensors in run.states.values() for t in tensors])
     assert same_bits(found[0], found[1])  # statistics of then
     assert same_bits(found[0], found[2])  # taken anew, of four times the gradient times a quarter
@@ -233,9 +228,9 @@ def test_copies_of_gradients_live_until_the_step():
     for run, neg in zip(runs, (True, False), strict=True):
         step = run.bind()
         grads = [torch._neg_view(-grad) if neg else grad for grad in run.grads]
-        step.squares(grads, **run.scalars)
+        known = dict(statistics=step.statistics(grads, **run.scalars), clip=torch.tensor(0.5))
         litter = [torch.full_like(grad, NAN) for grad in grads for _ in range(20)]
-        step(grads, **run.scalars, grad_scale=torch.tensor(2.0), clip=torch.tensor(0.5))
+        step(grads, **run.scalars, grad_scale=torch.tensor(2.0), **known)
         del litter
     assert same_bits(*(run.everything() for run in runs))
 
@@ -243,19 +238,38 @@ def test_copies_of_gradients_live_until_the_step():
 def test_what_is_launched(monkeypatch):
     """Nothing is added to a step that nobody asks for a norm."""
     names = []
-    monkeypatch.setattr(kernels.Bound, "_launch", lambda self, launch, tiles, options: names.append(launch.name))
+    monkeypatch.setattr(kernels.Room, "_launch", lambda self, launch, tiles, options: names.append(launch.name))
     run = Run("hfac_step_", CASES[:1])
     step = run.bind()
     step(run.grads, **run.scalars)
     assert names == ["hfac_stats", "hfac_fold", "hfac_scale", "hfac_update"]
     del names[:]
-    step.squares(run.grads, **run.scalars)
+    found = step.statistics(run.grads, **run.scalars)
     assert names == ["hfac_stats", "hfac_squares", "hfac_add_squares"]
     del names[:]
-    step(run.grads, **run.scalars, clip=torch.tensor(1.0))
+    step(run.grads, **run.scalars, statistics=found, clip=torch.tensor(1.0))
     assert names == ["hfac_stats", "hfac_fold", "hfac_scale", "hfac_update"]
     run = Run("hfac_step_", CASES[-1:])
-    assert run.bind().squares(run.grads, **run.scalars).tolist() == [0.0]
+    assert run.bind().statistics(run.grads, **run.scalars).squares.tolist() == [0.0]
+
+
+def test_statistics_own_their_memory():
+    """Two threads may have some at a time, and each goes on with its own, once. Memory that nobody has any more serves
+    the next."""
+    run, twin = (Run("hfac_step_", CASES[:2]) for _ in range(2))
+    step, other, one = run.bind(), twin.bind(), torch.tensor(1.0)
+    louder = [grad * 4 for grad in run.grads]
+    mine, theirs = step.statistics(run.grads, **run.scalars), step.statistics(louder, **run.scalars)
+    assert torch.allclose(theirs.squares, 16 * mine.squares)
+    for grads in (run.grads, louder):  # the second time they are spent
+        step(grads, **run.scalars, statistics=mine, clip=one)
+        other(grads, **twin.scalars)
+        assert same_bits(run.everything(), twin.everything())
+    del theirs
+    kept = step.workspace_bytes()
+    for _ in range(2):
+        step.statistics(run.grads, **run.scalars)
+        assert step.workspace_bytes() == kept
 
 
 @pytest.mark.parametrize("name", ["HFac", "SMMF"])

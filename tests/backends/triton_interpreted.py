@@ -1,10 +1,9 @@
 """The Triton kernels against the reference in Triton's interpreter; test_triton.py runs this file in a process of
 its own, because TRITON_INTERPRET must be set before anything imports Triton.
 
-The table is that of test_parity.py with three steps in place of twenty, its shapes one list. Shapes of more than
-1024 elements are there for every row of options in float32, and for every type in the first row (`make test`: in
-float32 in the first row), and the others for every row and type (where one of both is the first). In bfloat16 a
-parameter may be one ulp off: the interpreter's stores truncate.
+The table is that of test_parity.py with two or three steps in place of twenty, its shapes one list. Shapes of more than
+1024 elements are there for every row of options in float32, and for every type in the first row; `make test` has them
+once, and smaller ones in their place. In bfloat16 a parameter may be one ulp off: the interpreter's stores truncate.
 """
 
 import copy
@@ -24,13 +23,14 @@ from test_parity import (
 )
 
 import hfac
-from hfac import matricize, ops, reference, rounding
+from hfac import matricize, ops, reference, rounding, spec
+from hfac.backends.contract import Operands
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/backends/test_triton.py"
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from hfac.triton_kernels import parts, plan, step, table  # noqa: E402
+from hfac.triton_kernels import plan, records, shards, step, table  # noqa: E402
 from hfac.triton_kernels import rounding as kernels  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
@@ -98,7 +98,7 @@ def test_a_list_of_hostile_shapes(name, options, dtype, shapes):
     optimizer = getattr(hfac, name)(params, **kwargs, backend="triton")
     twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
     reference = getattr(hfac, name)(twins, **kwargs, backend="reference")
-    for t in range(1, STEPS + 1):
+    for t in range(1, 1 + (STEPS if shapes is SHAPES else 2)):
         befores = [p.detach().clone() for p in params]
         for i, (p, q, shape) in enumerate(zip(params, twins, shapes, strict=True)):
             q.data.copy_(p.data)
@@ -244,8 +244,8 @@ def rounded(
     if HOW != table.NEAREST:
         seed, t, position, first, layout = kernels.counter(record, scalars, 0, HOW)
         at = kernels.calls(N, HOW)
-        bits = tl.reshape(kernels.random_bits(seed, t, position, first, layout, at, HOW), [N])
-        tl.store(drawn + i, bits.to(tl.int32))
+        bits = kernels.random_bits(seed, t, position, first, layout, at, HOW)
+        tl.store(drawn + i, tl.reshape(bits, [N]).to(tl.int32))
     kernels.store(w, bits, out + i, lows, 0, i, i < N, W, True, HOW, LOW)
     tl.store(values + i, kernels.load(out + i, lows, 0, i, i < N, tl.float32, True, LOW))
 
@@ -281,21 +281,19 @@ def test_rounding_is_the_definition(how, dtype, low):
         return  # a plain store, which rounds to nearest
     values = hard_numbers(1024)
     seed, t = 0xFEDCBA9876543210, 2**24
-    item = plan.Item(16, 64, dtype, dtype, low=low)
-    layouts = step.Layouts()
-    start = 0 if place is None else layouts.of_place(item, shape, place)
-    if place is not None and low != 16:
-        assert item.stochastic == getattr(table, how).value
-    record = torch.zeros(table.FIELDS.value, dtype=torch.int64)
-    numbers = torch.tensor(layouts.numbers)
-    record[table.PLACE_LAYOUT.value] = numbers.data_ptr() + 8 * start
-    if place is not None:
-        record[table.POSITION.value], record[table.FIRST_INDEX.value] = place[:2]
-    scalars = torch.zeros(16, dtype=torch.float64)
-    scalars[table.SEED.value : table.SEED.value + 2] = torch.tensor(step.seed_words(seed), dtype=torch.float64)
-    scalars[table.OWN.value + 2] = t
     drawn, out = torch.zeros(1024, dtype=torch.int32), torch.zeros(1024, dtype=dtype)
     lows = torch.zeros(1024, dtype=torch.int8 if low == 8 else torch.int16)
+    lists = {"master_lows": [lows.view(shape)]} if low else {}
+    weights, places = [out.view(shape)], None if place is None else [place]
+    found = records.Records(Operands(spec.HFAC_DENSE_STEP, weights, lists, {}, places), weights)
+    (item,) = found.items
+    if place is not None and low != 16:
+        assert item.stochastic == getattr(table, how).value
+    numbers = torch.tensor(found.numbers)
+    record = found.filled(torch.tensor([item.record()]), 0, numbers.data_ptr())
+    scalars = torch.tensor(
+        records.scalar_values(records.scalars_of({"step": float(t)}, True), seed, 1), dtype=torch.float64
+    )
     back = values.clone()
     HOW = getattr(table, how).value
     rounded[(1,)](back, drawn, out, lows, scalars, record, 1024, plan.TYPES[dtype], HOW, low)
@@ -461,7 +459,7 @@ def test_nothing_is_compiled_anew(name, kind, monkeypatch):
         keys.add(tuple(key))
         calls.append(launch.name)
 
-    monkeypatch.setattr(step.Bound, "_launch", observe)
+    monkeypatch.setattr(step.Room, "_launch", observe)
     dtype, options = (torch.float32, {}) if kind == "plain" else KINDS[kind]
     params = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((16, 24), (24,))]
     first = None
@@ -819,13 +817,13 @@ def test_smmf_on_parts_of_several_tiles():
     scalars = SMMF_PARTS["adamw"] | dict(beta1=0.9, beta2=0.5)
     found = []
     for bound in (plan.WORKSPACE, plan.WORKSPACE, 4096):
-        parts._planned.cache_clear()
+        shards._planned.cache_clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(plan, "WORKSPACE", bound)
             own, _ = copied(arguments)
             calls.smmf_sums_step_(**own, **scalars, backend="triton")
             found.append(own)
-    parts._planned.cache_clear()
+    shards._planned.cache_clear()
     theirs, _ = copied(arguments)
     calls.smmf_sums_step_(**theirs, **scalars, backend="reference")
     smmf_agree(found[0], theirs, arguments)
@@ -852,13 +850,13 @@ def test_parts_of_any_layout():
 
 def test_nothing_is_compiled_anew_for_parts(monkeypatch):
     """As of whole parameters: other numbers, and tensors that lie elsewhere, ask for the same kernels."""
-    keys, calls = [], []
+    keys, launched = [], []
 
     def observe(self, launch, tiles, options):
         arguments = self._arguments(launch, tiles, options)
         assert all(v.data_ptr() % 16 == 0 for v in arguments.values() if isinstance(v, torch.Tensor))
         keys[-1].append((launch.name, *(str(v) for v in arguments.values() if not isinstance(v, torch.Tensor))))
-        calls.append(launch.name)
+        launched.append(launch.name)
 
     monkeypatch.setattr(step.Launcher, "_launch", observe)
     cases = [BLOCKS["whole-rows"], BLOCKS["head-and-tail"]]
@@ -872,7 +870,7 @@ def test_nothing_is_compiled_anew_for_parts(monkeypatch):
         grads, (old, *lists) = [torch.ones(16, 24)], ([torch.ones(size)] for size in (16, 16, 16, 24, 24, 24))
         calls.hfac_sums(grads, old, *lists, cols=[24], beta2=lr, eps=lr, backend="triton")
     assert keys[0] == keys[1] == keys[2]
-    assert calls[:4] == ["smmf_tiles", "smmf_part_fold", "hfac_stats", "hfac_part_cols"]
+    assert launched[:4] == ["smmf_tiles", "smmf_shard_fold", "hfac_stats", "hfac_shard_cols"]
 
 
 def test_autograd_notices_a_write_to_a_part():

@@ -1,7 +1,6 @@
 """What the Triton kernels report of a step, in Triton's interpreter, against plain torch; test_triton.py runs
 this file."""
 
-import calls
 import pytest
 import torch
 import triton
@@ -15,6 +14,7 @@ from triton_interpreted import KINDS, hard_numbers, patched_once, pieces
 
 from hfac import ops, reference, rounding, spec
 from hfac.backends import triton as backend
+from hfac.backends.contract import Operands
 
 __all__ = ["ieee_square_roots", "patched_once"]
 #: of kinds that are stored otherwise: vectors of 8 and not, several tiles, turned
@@ -58,7 +58,7 @@ class Watched(Run):
                     flat[0, ..., 1], flat[0, ..., 2] = 0.5, -0.5  # whose sum is nothing
 
     def bind(self):
-        return calls.bind(backend, self.op, self.params, self.states, self.places)
+        return backend.bind(Operands(spec.OPS[self.op], self.params, self.states, {}, self.places))
 
     def weights(self):
         """In the type of the arithmetic."""
@@ -206,10 +206,10 @@ def test_a_clipped_step_is_watched(clip, told):
     mine, his = ours.watched(), theirs.watched()
     flags = ours.flags()
     bound = ours.bind()
-    bound.squares(ours.grads, flags, **ours.scalars, **(dict(watched=mine) if told else {}))
+    found = bound.statistics(ours.grads, flags, **ours.scalars, **(dict(watched=mine) if told else {}))
     assert not mine.any()
-    scale = torch.tensor(1 / clip)
-    bound(ours.grads, flags, **ours.scalars, grad_scale=scale, clip=torch.tensor(clip), watched=mine)
+    scale, known = torch.tensor(1 / clip), dict(statistics=found, clip=torch.tensor(clip))
+    bound(ours.grads, flags, **ours.scalars, grad_scale=scale, **known, watched=mine)
     theirs.bind()(theirs.grads, theirs.flags(), **theirs.scalars, grad_scale=scale, watched=his)
     assert same_bits(ours.everything(), theirs.everything()) and not flags.any()
     assert torch.allclose(mine, his, rtol=1e-12, atol=0)
@@ -219,13 +219,13 @@ def test_a_clipped_step_is_watched(clip, told):
 def test_statistics_that_count_rows_are_not_taken_again(monkeypatch):
     """In the kernel's eyes: whether a program may leave where the coefficient is 1."""
     seen = []
-    monkeypatch.setattr(step.Bound, "_launch", lambda self, launch, tiles, options: seen.append(options["AGAIN"]))
+    monkeypatch.setattr(step.Room, "_launch", lambda self, launch, tiles, options: seen.append(options["AGAIN"]))
     run = Watched("hfac_step_", CASES[:1])
     bound, one = run.bind(), torch.tensor(1.0)
     for told, asked in ((None, None), (run.watched(), None), (None, run.watched()), (run.watched(), run.watched())):
-        bound.squares(run.grads, **run.scalars, watched=told)
+        found = bound.statistics(run.grads, **run.scalars, watched=told)
         del seen[:]
-        bound(run.grads, **run.scalars, clip=one, watched=asked)
+        bound(run.grads, **run.scalars, statistics=found, clip=one, watched=asked)
         assert set(seen) == {told is not None or asked is None}
 
 
@@ -236,8 +236,9 @@ def test_unwatched_statistics_are_no_ones_rows():
     bound(run.grads, **run.scalars, watched=run.watched())
     for grad in run.grads:
         grad.copy_(gradient(tuple(grad.shape), 9, F32).abs() + 1)
-    bound.squares(run.grads, **run.scalars)
-    bound(run.grads, **run.scalars, grad_scale=torch.tensor(1.0), clip=torch.tensor(1.0), watched=watched)
+    one = torch.tensor(1.0)
+    found = bound.statistics(run.grads, **run.scalars)
+    bound(run.grads, **run.scalars, grad_scale=one, statistics=found, clip=one, watched=watched)
     assert not watched[:, table.ZERO_ROWS.value :].any() and watched[:, table.CHANGE.value].all()
 
 

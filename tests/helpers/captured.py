@@ -288,7 +288,7 @@ def stand_in(backend: str) -> Iterator[Device]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(backends, "host_counters", lambda: None))  # steps are on the device
         if backend == "triton":
-            from hfac.triton_kernels import parts, step
+            from hfac.triton_kernels import platform, step
 
             launch = step.Launcher._launch
 
@@ -300,14 +300,15 @@ def stand_in(backend: str) -> Iterator[Device]:
                     device.launched(device.named(map(Tensor.data_ptr, hidden)))
                     launch(self, *given)
                     return
-                ours |= {name: getattr(self, name) for name in ("sums", "watched") if getattr(self, name) is not None}
+                more = {name: getattr(self, name) for name in ("squares", "watched")}
+                ours |= {name: tensor for name, tensor in more.items() if tensor is not None}
                 numbers = [
                     *self.items.flatten().tolist(),
-                    *(self.grad_table if self.source is None else self.source).flatten().tolist(),
+                    *(self.grad_table if self.staged.source is None else self.staged.source).flatten().tolist(),
                 ]
                 blocks = device.named([*numbers, self.layouts.data_ptr()])
                 places, tiles = device.placed(ours), device.placed(given[1])
-                launcher = SimpleNamespace(device=self.device, sums=None, watched=None)
+                launcher = SimpleNamespace(device=self.device, squares=None, watched=None)
 
                 def node() -> None:
                     for block in blocks:
@@ -323,10 +324,9 @@ def stand_in(backend: str) -> Iterator[Device]:
 
             stack.enter_context(mock.patch.object(step.Launcher, "_launch", noted))
             stack.enter_context(mock.patch.object(Tensor, "record_stream", record_stream))
-            for module in (step, parts):
-                stack.enter_context(mock.patch.object(module, "capturing", lambda _: device.graph is not None))
-                stack.enter_context(mock.patch.object(module, "stream_of", lambda _: Stream(device, device.stream)))
-                stack.enter_context(mock.patch.object(module, "host_memory", device.on_host(step.host_memory)))
+            stack.enter_context(mock.patch.object(platform, "capturing", lambda _: device.graph is not None))
+            stack.enter_context(mock.patch.object(platform, "stream_of", lambda _: Stream(device, device.stream)))
+            stack.enter_context(mock.patch.object(platform, "host_memory", device.on_host(platform.host_memory)))
         else:
             if backend not in backends.TABLE:
                 stack.enter_context(emulated.registered())

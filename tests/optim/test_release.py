@@ -85,10 +85,12 @@ def test_step_param_follows_every_change(cls):
             optimizer.state.clear()
         elif step == 7:
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        elif step == 8:  # as trainers rewrite groups
+            optimizer.param_groups[:] = [{**group, "lr": 0.25} for group in optimizer.param_groups]
 
     pairs = [parameters([(4, 6)]), parameters([(4, 6)])]
     one, whole = cls(pairs[0], **OPTIONS[cls]), cls(pairs[1], **OPTIONS[cls])
-    for step in range(9):
+    for step in range(10):
         for optimizer, (param,) in zip((one, whole), pairs, strict=True):
             change(optimizer, param, step)
             param.grad = None

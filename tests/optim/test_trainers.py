@@ -200,6 +200,7 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return [name for name in {**one, **other} if name not in one or name not in other or one[name] != other[name]]
 
 
+@pytest.mark.pairwise
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec", "ignore:Checkpoint directory")  # Lightning's
 @pytest.mark.parametrize("trainer", RUNS)
 @pytest.mark.parametrize("precision", PRECISIONS)

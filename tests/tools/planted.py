@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -78,7 +79,9 @@ def run(tests: Sequence[str]) -> tuple[int, str]:
     try:
         done = subprocess.run(command, cwd=COPY, env=environment, capture_output=True, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
-        return -1, f"nothing in {LIMIT} s"
+        return 0, f"nothing in {LIMIT} s"
+    if done.returncode < 0:
+        return 1, f"pytest ends by {signal.Signals(-done.returncode).name}"
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+::\S+)", done.stdout, re.MULTILINE)
     lines = (done.stdout + done.stderr).strip().splitlines() or [""]
     return done.returncode, (failed or lines[-1:])[0]

@@ -24,7 +24,18 @@ ALLOWED = {
     "clipping": {"backends", "memory"},
     "memory": set(),
     "reference": {"matricize", "rounding", "schedules"},
-    "backends": {"spec", "reference", "memory", "triton_kernels", "_C", "schedules", "matricize", "rounding"},
+    "staging": set(),
+    "backends": {
+        "_C",
+        "matricize",
+        "memory",
+        "reference",
+        "rounding",
+        "schedules",
+        "spec",
+        "staging",
+        "triton_kernels",
+    },
     "ops": {"spec", "backends", "clipping", "memory", "matricize", "rounding", "schedules"},
     "functional": {"spec", "ops", "rounding", "schedules"},
     "distributed": {"spec", "functional", "ops", "clipping", "matricize", "rounding", "schedules"},
@@ -32,7 +43,7 @@ ALLOWED = {
     "convert": {"optim", "matricize", "reference"},
     "release": {"optim", "distributed", "clipping"},
     "parity": {"spec", "ops", "reference", "rounding", "schedules"},
-    "triton_kernels": {"spec"},
+    "triton_kernels": {"spec", "staging"},
     "cli": {"", "_startup", "_version", "backends", "groups", "matricize", "optim", "parity"},
 }
 

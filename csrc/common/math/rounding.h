@@ -20,22 +20,30 @@ constexpr uint32_t kPhiloxKey0 = 0x9E3779B9u, kPhiloxKey1 = 0xBB67AE85u;  // wha
 HFAC_HD uint32_t upper_half(uint64_t x) { return static_cast<uint32_t>(x >> 32); }
 
 // `block` is an element's index in its whole parameter, divided by kDraws; `position` that of the parameter in the
-// optimizer.
-HFAC_HD Random philox(uint64_t block, uint32_t step, uint32_t position, uint64_t seed) {
+// optimizer; key(round, which) gives the two keys of a round.
+template <class Key>
+HFAC_HD Random philox(uint64_t block, uint32_t step, uint32_t position, const Key& key) {
   uint32_t c0 = static_cast<uint32_t>(block), c1 = upper_half(block), c2 = step, c3 = position;
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = upper_half(seed);
+  HFAC_UNROLL
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t a = static_cast<uint64_t>(c0) * kPhiloxFactor0;
     const uint64_t b = static_cast<uint64_t>(c2) * kPhiloxFactor1;
-    c0 = upper_half(b) ^ c1 ^ k0;
+    c0 = upper_half(b) ^ c1 ^ key(round, 0);
     c1 = static_cast<uint32_t>(b);
-    c2 = upper_half(a) ^ c3 ^ k1;
+    c2 = upper_half(a) ^ c3 ^ key(round, 1);
     c3 = static_cast<uint32_t>(a);
-    k0 += kPhiloxKey0;
-    k1 += kPhiloxKey1;
   }
   return Random{{c0, c1, c2, c3}};
 }
+
+// The keys that follow from a seed.
+struct SeedKey {
+  uint64_t seed;
+  HFAC_HD uint32_t operator()(int round, int which) const {
+    const auto k = static_cast<uint32_t>(round);
+    return which ? upper_half(seed) + k * kPhiloxKey1 : static_cast<uint32_t>(seed) + k * kPhiloxKey0;
+  }
+};
 
 // The 16 bits of the element at `index` in its whole parameter, of whose block `random` is.
 HFAC_HD uint32_t random_bits(const Random& random, int64_t index) {

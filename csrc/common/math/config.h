@@ -13,6 +13,12 @@
 #define HFAC_HD inline __attribute__((always_inline))
 #endif
 
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define HFAC_UNROLL _Pragma("unroll")
+#else
+#define HFAC_UNROLL
+#endif
+
 #ifndef HFAC_LEVEL
 #define HFAC_LEVEL common
 #endif

@@ -1,8 +1,9 @@
-#include "tensor.h"
+// Gathers and scatters strided tensors, converting, rounding stochastically, and joining and splitting lower pieces.
+#include "gather.h"
 
 #include <algorithm>
 
-#include "../math/rounding.h"
+#include "../common/math/rounding.h"
 #include "level.h"
 
 namespace hfac {
@@ -12,6 +13,7 @@ using common::kDraws;
 using common::Narrow;
 using common::philox;
 using common::random_bits;
+using common::SeedKey;
 using common::widen;
 
 // Calls body(offset, step, count) for runs of elements that lie `step` apart, in row-major order.
@@ -80,7 +82,7 @@ const S* collected(const void* data, const Strided* strided, int64_t first, int6
   return copy;
 }
 
-// Calls write(place) with the place of elements [first, first + count), or with one from which they are spread.
+// Calls write(p) with the address of elements [first, first + count), or with a buffer whose values are then scattered.
 template <class S, class Write>
 void spread(void* data, const Strided* strided, int64_t first, int64_t count, S* copy, const Write& write) {
   S* to = static_cast<S*>(data);
@@ -105,18 +107,19 @@ const uint16_t* draw(const DrawKey& key, int64_t index, int64_t count, Bits& bit
 }
 
 // Random bits of the elements [first, first + count) of a piece.
-const uint16_t* draw(const Stored& stored, int64_t first, int64_t count, Bits& bits) {
-  const DrawKey& key = stored.key;
-  if (!stored.strided) return draw(key, stored.first + first, count, bits);
+const uint16_t* draw(const Storage& storage, int64_t first, int64_t count, Bits& bits) {
+  const BitOffset& from = storage.bits;
+  const DrawKey key{storage.step, from.position, storage.seed};
+  if (!from.strided) return draw(key, from.first + first, count, bits);
   uint16_t* out = bits.spread;
-  each_run(*stored.strided, first, count, [&](int64_t offset, int64_t step, int64_t run) {
-    const int64_t index = stored.first + offset;
+  each_run(*from.strided, first, count, [&](int64_t offset, int64_t step, int64_t run) {
+    const int64_t index = from.first + offset;
     if (step == 1) {
       std::copy_n(draw(key, index, run, bits), run, out);
     } else {
       for (int64_t k = 0; k < run; ++k) {
         const int64_t mine = index + k * step;
-        const auto random = philox(static_cast<uint64_t>(mine / kDraws), key.step, key.position, key.seed);
+        const auto random = philox(static_cast<uint64_t>(mine / kDraws), key.step, key.position, SeedKey{key.seed});
         out[k] = static_cast<uint16_t>(random_bits(random, mine));
       }
     }
@@ -131,22 +134,22 @@ void gather_joined(const TensorRef& from, int64_t first, int64_t count, float* o
   Low low[kPiece];
   each_piece(first, count, [&](int64_t at, int64_t some, int64_t done) {
     const BFloat16* h = collected(from.data, from.strided, at, some, static_cast<BFloat16*>(high));
-    const Low* l = collected(from.stored->low, from.stored->low_strided, at, some, static_cast<Low*>(low));
+    const Low* l = collected(from.storage->low, from.storage->low_strided, at, some, static_cast<Low*>(low));
     join(h, l, some, out + done);
   });
 }
 
 template <class Low, class Split>
 void scatter_split(const TensorRef& to, int64_t first, int64_t count, const float* values, const Split& split) {
-  const Stored& stored = *to.stored;
+  const Storage& storage = *to.storage;
   BFloat16 high[kPiece];
   Low low[kPiece];
   Bits room;
   each_piece(first, count, [&](int64_t at, int64_t some, int64_t done) {
     // What int16 holds needs no rounding.
-    const uint16_t* bits = stored.stochastic && sizeof(Low) == 1 ? draw(stored, at, some, room) : nullptr;
+    const uint16_t* bits = storage.stochastic && sizeof(Low) == 1 ? draw(storage, at, some, room) : nullptr;
     spread(to.data, to.strided, at, some, static_cast<BFloat16*>(high), [&](BFloat16* h) {
-      spread(stored.low, stored.low_strided, at, some, static_cast<Low*>(low),
+      spread(storage.low, storage.low_strided, at, some, static_cast<Low*>(low),
              [&](Low* l) { split(values + done, bits, some, h, l); });
     });
   });
@@ -157,14 +160,14 @@ void scatter_rounded(const TensorRef& to, int64_t first, int64_t count, const fl
   S high[kPiece];
   Bits room;
   each_piece(first, count, [&](int64_t at, int64_t some, int64_t done) {
-    const uint16_t* bits = draw(*to.stored, at, some, room);
+    const uint16_t* bits = draw(*to.storage, at, some, room);
     spread(to.data, to.strided, at, some, static_cast<S*>(high), [&](S* h) { round(values + done, bits, some, h); });
   });
 }
 
 void scatter_stored(const TensorRef& to, int64_t first, int64_t count, const float* values) {
   const RoundingKernels& k = kernels().rounding;
-  const int64_t low_bytes = to.stored->low_bytes;
+  const int64_t low_bytes = to.storage->low_bytes;
   if (low_bytes == 2) return scatter_split<int16_t>(to, first, count, values, k.split16);
   if (low_bytes == 1) return scatter_split<int8_t>(to, first, count, values, k.split8);
   if (to.dtype == DType::kBFloat16) return scatter_rounded<BFloat16>(to, first, count, values, k.round_bfloat16);
@@ -189,7 +192,7 @@ void gather_any(const TensorRef& from, int64_t first, int64_t count, T* out) {
 
 void gather(const TensorRef& from, int64_t first, int64_t count, float* out) {
   const RoundingKernels& k = kernels().rounding;
-  const int64_t low_bytes = from.stored ? from.stored->low_bytes : 0;
+  const int64_t low_bytes = from.storage ? from.storage->low_bytes : 0;
   if (low_bytes == 2) return gather_joined<int16_t>(from, first, count, out, k.join16);
   if (low_bytes == 1) return gather_joined<int8_t>(from, first, count, out, k.join8);
   if (!from.strided && from.dtype == DType::kBFloat16) {
@@ -204,7 +207,7 @@ void gather(const TensorRef& from, int64_t first, int64_t count, double* out) { 
 
 // The arithmetic's type follows the parameter's: double for float64 parameters and for nothing else.
 void scatter(const TensorRef& to, int64_t first, int64_t count, const float* values) {
-  if (to.stored) return scatter_stored(to, first, count, values);
+  if (to.storage) return scatter_stored(to, first, count, values);
   switch (to.dtype) {
     case DType::kBFloat16:
       return scatter_as<BFloat16>(to, first, count, values);

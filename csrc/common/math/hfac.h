@@ -39,5 +39,13 @@ HFAC_HD V hfac_dense_update(V w, V g, V average, V denominator, V clip, V beta1,
   return w - lr * (hfac_average(beta1, average, rest1, g) / denominator * clip + weight_decay * w);
 }
 
+// What the update is divided by so that its root mean square is at most `threshold`: max(1, rms / threshold), which
+// keeps a NaN.
+template <class T>
+HFAC_HD T hfac_clip_divisor(T rms, double threshold) {
+  const T ratio = rms / static_cast<T>(threshold);
+  return ratio <= T(1) ? T(1) : ratio;
+}
+
 }  // namespace HFAC_LEVEL
 }  // namespace hfac

@@ -1,0 +1,54 @@
+// A call of an op on a list of parameters, as the bindings hand it to the CPU's and the GPU's code: checked, by
+// address.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/signs.h"
+#include "common/tensor.h"
+
+namespace hfac {
+
+enum class OpKind { kHfac, kHfacDense, kSmmf, kSmmfDense, kHfacSums, kHfacApply, kSmmfSums, kSquares };
+
+// What all parameters of a call share, beside scalars that may be tensors.
+struct Options {
+  double eps = 0, clip_threshold = 1;
+  bool clip = false, maximize = false;
+  bool coupled = false;      // SMMF: weight decay is added to the gradient
+  bool first_moment = true;  // SMMF may do without
+};
+
+// A rectangle of a matrix: element (a, b) is element first + a * stride + b of a shard, and stands in row row + a *
+// row_step and column col + b of the matrix (hfac.matricize.Block).
+struct Block {
+  int64_t first, stride, row, row_step, col, rows, cols;
+};
+
+// The matrix of which a parameter is a shard, and this shard's sums over the matrix's rows and columns.
+// H-Fac: sums of the gradient; of its squares, or the new second moments; for columns also those of g^2 / r_i.
+// SMMF: sums of |M| and of V, to which a step adds.
+struct Shard {
+  int64_t rows, cols;
+  void *row_sum, *row_square;
+  void *col_sum, *col_square, *col_ratio;
+  double total, mean_square;  // H-Fac on the CPU: the sum of r over all rows; the mean of U^2
+  std::vector<Block> blocks;  // SMMF: the shard's elements
+};
+
+// One parameter. First and second moments are factored by row and column; where they are whole, `cols` is 1 and they
+// stand in the row's. Their type is the arithmetic's: double for float64 parameters, else float. `param` has a type
+// even where an op reads gradients alone.
+struct Item {
+  int64_t index;  // in the caller's list
+  TensorRef param, grad;
+  int64_t rows, cols;
+  void *first_row, *first_col, *second_row, *second_col;  // null where an op has none
+  Signs signs;
+  double beta1, beta2;           // on a GPU they arrive with the launch
+  const Shard* shard = nullptr;  // null: the parameter is whole
+  void* kept = nullptr;          // H-Fac on the CPU: memory for the statistics of a step in two calls
+};
+
+}  // namespace hfac

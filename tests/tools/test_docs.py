@@ -1,0 +1,57 @@
+"""README and docs/: every link and every file they name is there, and every page says what it answers."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+#: written by commands, which say what they are
+GENERATED = {"cuda-check.md", "launch-plan.md", "triton-check.md"}
+NAMED = re.compile(r"`((?:bench|csrc|docs|examples|hfac|tests|triton_kernels)/[\w./-]+\.(?:cpp|cuh?|h|md|py))`")
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of the headings of a page, to be linked to."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def missing(page: Path) -> list[str]:
+    """Links of a page that lead nowhere, and files that it names and that are not there."""
+    text = page.read_text()
+    found = [name for name in NAMED.findall(text) if not (ROOT / name).is_file()]
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path) if path else page
+        if not target.exists() or anchor and anchor not in anchors(target):
+            found.append(link)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_is_there(page):
+    assert missing(page) == []
+
+
+def test_a_missing_file_a_dead_link_and_a_dead_anchor_are_noticed(tmp_path):
+    (tmp_path / "other.md").write_text("# A heading: with `code`\n")
+    page = tmp_path / "page.md"
+    page.write_text("`hfac/no_such.py` `hfac/spec.py` [](gone.md) [](other.md#a-heading-with-code) [](other.md#gone)")
+    assert missing(page) == ["hfac/no_such.py", "gone.md", "other.md#gone"]
+
+
+def test_every_page_is_in_the_index_and_says_what_it_answers():
+    pages = {page.name for page in DOCS.glob("*.md")} - {"README.md"}
+    linked = set(re.findall(r"\]\(([\w-]+\.md)\)", (DOCS / "README.md").read_text()))
+    assert linked == pages
+    silent = [name for name in pages - GENERATED if "\nThis page answers: " not in (DOCS / name).read_text()[:400]]
+    assert silent == []
+
+
+def test_pictures_say_what_they_show_to_those_who_cannot_see_them():
+    for page in PAGES:
+        for text in re.findall(r"!\[([^\]]*)\]\(", page.read_text()):
+            assert len(text) > 60, (page.name, text)
