@@ -202,9 +202,9 @@ class Factored(Optimizer):
         algorithm = self.cls._algorithm
         total = 0
         if factored:
-            m, n, slices = (list(column) for column in zip(*factored, strict=True))
+            heights, widths, slices = (list(column) for column in zip(*factored, strict=True))
             signs = {"slices": slices} if algorithm == "smmf" else {}
-            total += plan(op=f"{algorithm}_step", rows=m, cols=n, **types, **signs)["workspace_bytes"]
+            total += plan(op=f"{algorithm}_step", rows=heights, cols=widths, **types, **signs)["workspace_bytes"]
         if whole:
             dense = plan(op=f"{algorithm}_dense_step", rows=whole, cols=[1] * len(whole), **types)
             total += dense["workspace_bytes"]

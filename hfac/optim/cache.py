@@ -36,7 +36,7 @@ class StepCache:
         self._dtensors = [param for param, _ in everything if layout.is_dtensor(param)]
         #: sharded parameters without state, which all ranks create when the first gradient arrives
         self._without_state = [p for p, group in everything if needs_reduction(p, group) and not has_state(state, p)]
-        self._objects = list(map(list, self._collect(groups, state)))
+        self._objects: list[Collection[Any]] = list(map(list, self._collect(groups, state)))
         self._own = self._own_objects(state)
         self._options = self._cached_options(groups)
 
