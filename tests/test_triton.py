@@ -48,6 +48,7 @@ CAPTURES = (
         ("test_clipping", "triton and (matrices or slices)"),
         ("test_captures", CAPTURES),
         ("test_watch", "triton and (not_made or gone or slice or clipped)"),
+        ("test_threads", "own_statistics and triton"),
         ("test_whole_moments", "triton and (published or bits or plain or maximize or skip or split)"),
     ],
 )
