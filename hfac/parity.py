@@ -206,12 +206,13 @@ def state_difference(
     """
     if grad.numel() == 0:  # a factor of an empty matrix may yet have entries
         return None if torch.equal(ours, theirs) else f"{key} of an empty parameter has changed"
-    if key == "exp_avg_sign":
+    described = next(s for algorithm in spec.ALGORITHMS.values() for s in algorithm.states if s.key == key)
+    if described.size == spec.SIGNS:
         wrong = _signs(ours, grad) != _signs(theirs, grad)
         flipped = int(wrong.logical_and(_decided(old, grad, beta1)).sum())
         return f"{flipped} signs of the first moment are wrong" if flipped else None
     scale = theirs.abs().max()
-    if key.startswith("exp_avg_sq") or key == "exp_avg":
+    if described.moment == 2 or described.size == spec.WHOLE:
         largest = scale
     else:
         largest = torch.maximum(scale, grad[grad.isfinite()].abs().max().to(theirs.dtype))  # means may cancel
@@ -228,8 +229,10 @@ def _signs(packed: Tensor, grad: Tensor) -> Tensor:
 def _decided(old: Mapping[str, Tensor], grad: Tensor, beta1: Any) -> Tensor:
     """bool [numel]: where SMMF's new first moment is further from zero than its rounding, so that its sign is
     certain."""
-    magnitude = beta1 * torch.outer(old["exp_avg_row"], old["exp_avg_col"]).double().flatten()
-    past = torch.where(_signs(old["exp_avg_sign"], grad), magnitude, -magnitude)
+    states = (spec.SMMF_STEP.operand(1, size) for size in (spec.ROWS, spec.COLS, spec.SIGNS))
+    row, col, sign = (old[state.key] for state in states if state is not None and state.key is not None)
+    magnitude = beta1 * torch.outer(row, col).double().flatten()
+    past = torch.where(_signs(sign, grad), magnitude, -magnitude)
     fresh = (1 - beta1) * grad.double().flatten()
-    slack = 4 * torch.finfo(old["exp_avg_row"].dtype).eps
+    slack = 4 * torch.finfo(row.dtype).eps
     return (past + fresh).abs() > slack * (past.abs() + fresh.abs())
