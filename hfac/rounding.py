@@ -65,10 +65,6 @@ class BitOffset(NamedTuple):
         return [BitOffset(self.position, first, rest) for first in firsts]
 
 
-#: Its former name, until everything uses the new one.
-Place = BitOffset
-
-
 def philox(counter: Sequence[Tensor], key: Sequence[int]) -> list[Tensor]:
     """Four random words for four words of a counter and two of a key; unsigned 32-bit numbers in int64."""
     c0, c1, c2, c3 = counter
