@@ -18,8 +18,8 @@ def counters_of(steps: Tensors) -> Any:
     """What has `read_steps` and `advance_steps_` for these: the extension, which takes many at once, where they are
     float32 on the host that lie in memory; else plain torch."""
     native = backends.host_counters()
-    lie = native is not None and all(step.is_cpu and memory.why_not(step) is None for step in steps)
-    return native if lie else sys.modules[__name__]
+    readable = native is not None and all(step.is_cpu and memory.why_not(step) is None for step in steps)
+    return native if readable else sys.modules[__name__]
 
 
 def read_steps(steps: Tensors) -> list[float]:

@@ -91,7 +91,7 @@ class StatefulOptimizer(Optimizer):
                 f"{name} must be the same in every group, because the norm is that of all gradients together, got "
                 f"{limits}. Set it once, for the optimizer."
             )
-        return COMMON_RULES["max_grad_norm"](name, limits[0])
+        return None if limits[0] is None else COMMON_RULES["max_grad_norm"](name, limits[0])
 
     def _find(self, param: Tensor) -> tuple[int, int] | None:
         """The index of a parameter's group and the parameter's index there; None where no group has it. Looking up

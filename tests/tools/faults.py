@@ -75,8 +75,8 @@ FAULTS = [
     Fault(
         "the gradient is not negated when maximizing",
         "csrc",
-        ".maximize) {}",
-        ".maximize && false) {}",
+        "negate(a.options.maximize) {}",
+        "negate(false) {}",
         EMULATED,
     ),
     Fault(
@@ -225,8 +225,8 @@ FAULTS = [
     Fault(
         "a step is counted twice",
         "hfac",
-        'ops.advance_steps_([self.entries[i].state["step"] for i in going])',
-        'ops.advance_steps_([self.entries[i].state["step"] for i in going] * 2)',
+        "ops.counters_of(steps).advance_steps_(steps)",
+        "ops.counters_of(steps).advance_steps_(list(steps) * 2)",
         f"{SHARDED} -k every_placement",
     ),
     Fault(
