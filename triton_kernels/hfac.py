@@ -80,7 +80,6 @@ def hfac_stats(
     r_old = pointer(record, SECOND_ROW, T)
     row_sum = pointer(record, SPACE_ROWS, T)
     row_square = pointer(record, SPACE_SQUARES, T)
-    col_sums = pointer(record, SPACE_COLS, T) + row_tile * 3 * cols
     b1, rest1, b2, rest2 = decays(scalars, item, T)
     eps_sum = (tl.load(record + ALL_COLS).to(tl.float64) * tl.load(scalars + EPS)).to(T)
     count = rows * cols
@@ -108,6 +107,7 @@ def hfac_stats(
             if WATCH:
                 zero_rows += zeros(tl.sum(sum_g, 1), tl.sum(sum_q, 1), in_rows)
         if COLUMNS:
+            col_sums = pointer(record, SPACE_COLS, T) + row_tile * 3 * cols
             tl.debug_barrier()  # the r_i that some lanes wrote are read by others
             for first_col in range(0, cols, C):
                 j = first_col + tl.arange(0, C).to(tl.int64)
@@ -125,7 +125,7 @@ def hfac_stats(
                     sum_g += g
                     sum_q += g * g
                     sum_u += g * g * divide(tl.full([R], 1.0, T), r)[:, None]
-                store_columns(col_sums + j, cols, in_cols, sum_g, sum_q, sum_u)
+                store_columns(col_sums, cols, j, in_cols, sum_g, sum_q, sum_u)
     else:
         j = tl.arange(0, C).to(tl.int64)
         in_cols = j < cols
@@ -152,7 +152,8 @@ def hfac_stats(
                 # Where there are no more rows r may be 0.
                 sum_u += q * divide(tl.full([R], 1.0, T), tl.where(in_rows, r, 1.0))[:, None]
         if COLUMNS:
-            store_columns(col_sums + j, cols, in_cols, sum_g, sum_q, sum_u)
+            col_sums = pointer(record, SPACE_COLS, T) + row_tile * 3 * cols
+            store_columns(col_sums, cols, j, in_cols, sum_g, sum_q, sum_u)
     if LOOK:
         any_bad = tl.max(tl.max(bad, 1), 0)
         tl.store(flags + item, any_bad, any_bad != 0)
@@ -162,10 +163,10 @@ def hfac_stats(
 
 
 @triton.jit
-def store_columns(to, cols, in_cols, sum_g, sum_q, sum_u):
-    tl.store(to, tl.sum(sum_g, 0), in_cols)
-    tl.store(to + cols, tl.sum(sum_q, 0), in_cols)
-    tl.store(to + 2 * cols, tl.sum(sum_u, 0), in_cols)
+def store_columns(to, cols, j, in_cols, sum_g, sum_q, sum_u):
+    tl.store(to + j, tl.sum(sum_g, 0), in_cols)
+    tl.store(to + cols + j, tl.sum(sum_q, 0), in_cols)
+    tl.store(to + 2 * cols + j, tl.sum(sum_u, 0), in_cols)
 
 
 @triton.jit
