@@ -65,10 +65,11 @@ plan: $(INSTALLED) ## what memory each optimizer takes of a model (ARGS="llama-3
 doctor: $(INSTALLED) ## which backends are here, and why others are not
 	$(BIN)/hfac doctor
 
-lint: $(INSTALLED) ## check style with ruff and clang-format
+lint: $(INSTALLED) ## check style with ruff and clang-format, types with mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(shell git ls-files csrc)
+	$(BIN)/mypy
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build dist *.egg-info hfac/*.so hfac/_build_info.json

@@ -1,5 +1,5 @@
-"""Clipping by the norm of all gradients together, as `torch.nn.utils.clip_grad_norm_` does it, but with norms in
-float32 whatever the gradients' type, and nothing of a gradient's size made. Norm and coefficient stay on the device."""
+"""Clipping by the norm of all gradients together, as `torch.nn.utils.clip_grad_norm_` does, but with norms in float32
+for any type of gradient, and without temporaries of a gradient's size. Norm and coefficient stay on the device."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import backends, memory
 
-#: elements of a gradient that are widened at once, or an eighth where that is more, where torch widens all of it
+#: elements of a gradient that are converted to float32 at a time, or an eighth of it where that is more
 _PIECE = 2**18
 
 
@@ -22,7 +22,7 @@ def norms(grads: Sequence[Tensor]) -> list[Tensor]:
     for (device, dtype), index in kinds.items():
         mine = [grads[i].detach() for i in index]
         if dtype in (torch.float32, torch.float64):
-            values = torch._foreach_norm(mine)
+            values: Sequence[Tensor] = torch._foreach_norm(mine)
         elif device.type == "cpu":
             values = _widened(mine)
         else:
@@ -33,13 +33,13 @@ def norms(grads: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _widened(grads: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Of 16-bit tensors on the CPU, where torch makes a float32 copy of what it is given: the extension makes none, and
-    has its threads meet once for all of the list."""
+    """Norms of 16-bit tensors on the CPU, of which torch would make float32 copies. The extension makes none, and
+    synchronizes its threads once for the whole list."""
     native = backends.host_counters()
     if native is None or memory.reason({"grads": grads}, negated=True) is not None:
         return list(map(_in_pieces, grads))
     squares = native.squares(memory.materialized(grads))
-    # What overflows float32 is not finite, as it is to a step that skips such gradients.
+    # What overflows float32 counts as not finite, as for a step that skips such gradients.
     squares.masked_fill_(squares > torch.finfo(torch.float32).max, torch.inf)
     return squares.sqrt().to(torch.float32).unbind()
 
@@ -67,13 +67,13 @@ def total(norms: Sequence[tuple[Tensor, bool]]) -> Tensor | None:
 
 
 def coefficient(norm: Tensor, limit: float) -> Tensor:
-    """What gradients of this norm are multiplied by: at most 1, and NaN for NaN. Beside the norm, not read."""
+    """What gradients of this norm are multiplied by: at most 1, and NaN for NaN. On the norm's device, not read."""
     return (limit / (norm + 1e-6)).clamp(max=1.0)
 
 
 def scaled(grads: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
-    """The gradients times a 0-d tensor, written in place; not at all where the factor is 1 and reading it costs no
-    device synchronisation."""
+    """The gradients times a 0-d tensor, in place; unchanged where the factor is 1 and reading it takes no device
+    synchronisation."""
     if type(factor) is Tensor and factor.is_cpu and factor.item() == 1.0:
         return list(grads)
     out = memory.writable(grads)

@@ -142,8 +142,9 @@ def _step(
     states = {state.name: arguments.pop(state.name) for state in described.states}
     if master_lows is not None:
         states[MASTER_LOW.name] = master_lows
-    first, keywords = described.has_first(arguments), {"places": places, "batch_dims": batch_dims}
-    group = Group(algorithm, params, grads, states, state_steps, skipped, first, capturable, backend, **keywords)
+    first = described.has_first(arguments)
+    how = capturable, backend, places, batch_dims
+    group = Group(algorithm, params, grads, states, state_steps, skipped, first, *how)
     step = group.prepare(grads, **arguments)
     assert step is not None  # just bound
     step.check_capture()
@@ -316,7 +317,7 @@ class Group:
                         op.name,
                         slices(params),
                         mine,
-                        places=_sliced_places(of(places), of(params), batch_dims) if stochastic else None,
+                        places=_sliced_places(of(places or ()), of(params), batch_dims) if stochastic else None,
                         backend="reference" if itself else backend,
                         captured=self._captured,
                     ),

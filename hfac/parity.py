@@ -4,7 +4,7 @@
 `param_difference` and `state_difference` before they time them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +55,7 @@ def gradient(shape: Shape, seed: int, dtype: torch.dtype = torch.float64) -> Ten
 
 
 def differences(
-    optimizer: type[torch.optim.Optimizer],
+    optimizer: Callable[..., Any],
     shapes: Sequence[Shape],
     dtype: torch.dtype,
     device: torch.device,
@@ -143,13 +143,14 @@ def _difference(
     group = reference.param_groups[0]
     beta1 = schedules.smmf_decay_first(step, group["beta"], group["growth_rate"]) if group.get("beta") else 0.0
     state = {key: value.cpu() for key, value in mine.state[param].items() if isinstance(value, Tensor)}
-    weights = [param.detach().cpu(), twin.detach(), old]
+    weights = param.detach().cpu(), twin.detach(), old
     ulp = None
     if "master_low" in state:
         lows = state["master_low"], reference.state[twin]["master_low"], old_state["master_low"]
-        weights = [rounding.join(weight, low) for weight, low in zip(weights, lows, strict=True)]
+        new, wanted, before = (rounding.join(weight, low) for weight, low in zip(weights, lows, strict=True))
+        weights = new, wanted, before
         ulp = torch.finfo(torch.bfloat16).eps / 2 ** (8 * lows[0].itemsize)
-    what = param_difference(*weights, ulp, slack)
+    what = param_difference(*weights, ulp=ulp, slack=slack)
     for key, value in reference.state[twin].items():
         if key == "master_low":
             continue
@@ -182,10 +183,10 @@ def param_difference(
     ulp = torch.finfo(theirs.dtype).eps if ulp is None else ulp
     ours, theirs = ours.to(wide), theirs.to(wide)
     error = (ours - theirs).abs()
-    slack = slack * _CHANGE[wide] * (theirs - before.to(wide)).abs().max()
-    if not (error <= slack + ulp * theirs.abs()).all():
+    bound = slack * _CHANGE[wide] * (theirs - before.to(wide)).abs().max()
+    if not (error <= bound + ulp * theirs.abs()).all():
         return f"the parameter is off by up to {error.max():.3g} in magnitudes of up to {theirs.abs().max():.3g}"
-    apart = int((error > slack + torch.finfo(wide).eps * theirs.abs()).sum())
+    apart = int((error > bound + torch.finfo(wide).eps * theirs.abs()).sum())
     if apart > 1 + _ROUNDED_APART * error.numel():
         return f"{apart} of the parameter's {error.numel()} elements are rounded otherwise"
     return None

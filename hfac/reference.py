@@ -519,8 +519,9 @@ def _stored(
     seed: int,
     step: Scalar,
 ) -> _Stored:
-    low, place = (None if entries is None else entries[i] for entries in (master_lows, places))
-    return _Stored(param, low, place, seed, _of(step, i))
+    low = None if master_lows is None else master_lows[i]
+    offset = None if places is None else places[i]
+    return _Stored(param, low, offset, seed, _of(step, i))
 
 
 def _watch(row: Tensor, stored: _Stored, new: Tensor, direction: Tensor, keep: Tensor | None, *zeros: Tensor) -> None:

@@ -1,15 +1,14 @@
-"""How a new weight becomes what is stored, where that is more than one rounding to the nearest: random bits for
-stochastic rounding, and master weights in two pieces. In plain torch: the definition that every backend repeats.
+"""Stochastic rounding and split master weights, in plain torch: the definition that every backend implements.
 
-Stochastic rounding needs 16 random bits per element. They come from a counter, Philox 4x32-10 (Salmon, Moraes, Dror,
-Shaw, *Parallel random numbers: as easy as 1, 2, 3*, SC 2011), keyed by seed, step, the parameter's position in the
-optimizer and the element's index in the whole parameter: no state, and the same bits on any rank, in any tiling, on any
-backend and after a resume.
+Stochastic rounding needs 16 random bits per element. They come from a counter-based generator, Philox 4x32-10 (Salmon,
+Moraes, Dror, Shaw, *Parallel random numbers: as easy as 1, 2, 3*, SC 2011), whose counter and key are the seed, the
+step, the parameter's position in the optimizer and the element's index in the whole parameter. So there is no state,
+and the bits are the same on any rank, in any tiling, on any backend and after a resume.
 
-A master weight in float32 is stored as a bfloat16, the parameter, and the bits that it lacks: 16 of them (int16) give
+A float32 master weight is stored as a bfloat16, which is the parameter, and the bits that this lacks: 16 (int16) give
 the whole float32, 8 (int8) a float of 24 bits. The parameter is the master weight rounded to nearest, ties away from
-zero (to even, as torch rounds, a tie could have come from either side); the lower piece is what was rounded off, with
-its sign.
+zero (with ties to even, as torch rounds, a tie could have come from either side). The lower piece is the signed
+remainder.
 """
 
 from collections.abc import Sequence
@@ -20,23 +19,23 @@ from torch import Tensor
 
 from .schedules import Scalar
 
-#: Types of the lower piece, by what `master` is called.
+#: Types of the lower piece, by the option ``master``.
 LOW_DTYPES = {"split": torch.int16, "split8": torch.int8}
-#: Types that can be rounded to stochastically.
+#: Types that support stochastic rounding.
 DTYPES = (torch.bfloat16, torch.float16)
 
 _MASK = 0xFFFFFFFF
-#: Multipliers of a round and what the key grows by, from the paper.
+#: Multipliers of a round, and increments of the key, from the paper.
 _PHILOX = ((0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85))
 _ROUNDS = 10
 
 
 class BitOffset(NamedTuple):
-    """Which random bits the elements of a tensor take: each has an index in the sequence of its parameter.
+    """Where the random bits of a tensor's elements come from: the tensor is all of a parameter, a shard or a slice.
 
     Element (i, j, ...) of the tensor is element ``first + i * strides[0] + j * strides[1] + ...`` of the parameter at
-    ``position``, an unsigned 32-bit number; without strides they follow each other from ``first`` on, in row-major
-    order.
+    ``position``, an unsigned 32-bit number; without strides, its elements follow each other in row-major order from
+    ``first`` on.
     """
 
     position: int
@@ -66,17 +65,13 @@ class BitOffset(NamedTuple):
         return [BitOffset(self.position, first, rest) for first in firsts]
 
 
-#: Its former name, until everything uses the new one.
-Place = BitOffset
-
-
 def philox(counter: Sequence[Tensor], key: Sequence[int]) -> list[Tensor]:
     """Four random words for four words of a counter and two of a key; unsigned 32-bit numbers in int64."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     (m0, m1), (w0, w1) = _PHILOX
     for _ in range(_ROUNDS):
-        # The products wrap around in int64, with all their 64 bits right.
+        # The products wrap around in int64; all 64 bits are right.
         a, b = m0 * c0, m1 * c2
         c0, c1, c2, c3 = (b >> 32 & _MASK) ^ c1 ^ k0, b & _MASK, (a >> 32 & _MASK) ^ c3 ^ k1, a & _MASK
         k0, k1 = k0 + w0 & _MASK, k1 + w1 & _MASK
@@ -99,13 +94,13 @@ def random_bits(offset: BitOffset, shape: Sequence[int], seed: int, step: Scalar
 
 
 def stochastic(W: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
-    """float32 ``W`` in ``dtype``, rounded up in magnitude with the probability of what would be cut off, to 2^-16 of
-    the distance between two neighbours. NaN and inf stay what they are."""
+    """float32 ``W`` in ``dtype``, rounded up in magnitude with probability equal to the fraction that is cut off, to
+    2^-16 of the distance between neighbouring values. NaN and inf are unchanged."""
     u = _bits(W)
     if dtype == torch.bfloat16:
         rounded = (u + bits & 0xFFFF0000) >> 16
     else:
-        # Magnitude and exponent. What is below 2^-14 is a multiple of 2^-24, of which `shift` bits are cut.
+        # Magnitude and exponent. Values below 2^-14 become multiples of 2^-24, for which `shift` bits are cut.
         u = u & 0x7FFFFFFF
         exponent = u >> 23
         shift = (126 - exponent).clamp(14, 24)
@@ -124,8 +119,8 @@ def join(high: Tensor, low: Tensor) -> Tensor:
 
 
 def split(W: Tensor, low_dtype: torch.dtype, bits: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """A bfloat16 and its lower piece for master weights in float32: exact in int16; in int8 rounded to nearest even, or
-    stochastically by the upper half of ``bits``. A NaN has the lower piece 0."""
+    """Splits float32 master weights into a bfloat16 and its lower piece: exactly in int16; in int8 rounded to nearest
+    even, or stochastically by the upper half of ``bits``. The lower piece of a NaN is 0."""
     u = _bits(W)
     if low_dtype == torch.int8:
         u = (u + ((u >> 8 & 1) + 0x7F if bits is None else bits >> 8)) & 0xFFFFFF00
@@ -143,6 +138,6 @@ def _bits(W: Tensor) -> Tensor:
 
 
 def _as_signed(u: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unsigned numbers as the signed ones of the same bits."""
+    """Unsigned numbers as signed ones with the same bits."""
     size = 8 * dtype.itemsize
     return (u - (u >> size - 1 << size)).to(dtype)

@@ -35,15 +35,24 @@ def pytest_collection_modifyitems(items):
         if item.get_closest_marker("pairwise"):
             tables.setdefault((item.path, item.originalname), []).append(item)
     for table in tables.values():
-        for item in left_out(table, [item.callspec.params for item in table]):
+        for item in left_out(table, list(map(values, table))):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: not any(name in item.nodeid for name in LONG))
 
 
-def left_out(items, params):
+def values(item):
+    """Of a parametrized test, what tells values of a parameter apart; parameters that are given together are one."""
+    params = dict(item.callspec.params)
+    names = [mark.args[0] for mark in item.iter_markers("parametrize")]
+    together = [tuple(name.replace(",", " ").split() if isinstance(name, str) else name) for name in names]
+    found = {some: tuple(id(params.pop(name)) for name in some) for some in together}
+    return found | {(name,): (id(value),) for name, value in params.items()}
+
+
+def left_out(items, values):
     """Those of the items that can be left out while every two values of two parameters still meet in one: greedily, the
-    item with most pairs that are new is the next to stay. ``params``: of each item, values by name."""
-    pairs = [{(a, id(mine[a]), b, id(mine[b])) for a, b in combinations(sorted(mine), 2)} for mine in params]
+    item with most pairs that are new is the next to stay. ``values``: of each item, its values by parameter."""
+    pairs = [set(combinations(sorted(mine.items()), 2)) for mine in values]
     queue, seen, rest = [(-len(new), i) for i, new in enumerate(pairs)], set(), []
     heapq.heapify(queue)
     while queue:

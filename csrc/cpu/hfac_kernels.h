@@ -185,9 +185,10 @@ struct HfacDense {
 
   HFAC_HD void at(int64_t j) {
     const int64_t left = a.count - j;
-    g = flip(load_some<T>(static_cast<const Sg*>(a.grad) + j, left), flip_mask<T>(s.negate));
-    average = load_some<T>(a.exp_avg + j, left);
-    square = load_some<T>(a.exp_avg_sq + j, left);
+    const bool whole = left >= Vec<T>::kLanes;
+    g = flip(load_some<T>(static_cast<const Sg*>(a.grad) + j, left, whole), flip_mask<T>(s.negate));
+    average = load_some<T>(a.exp_avg + j, left, whole);
+    square = load_some<T>(a.exp_avg_sq + j, left, whole);
     average = hfac_average(Vec<T>(s.beta1), average, Vec<T>(s.rest1), g);
     square = hfac_average(Vec<T>(s.beta2), square, Vec<T>(s.rest2), g * g + Vec<T>(s.eps));
     denominator = root(square);
@@ -228,12 +229,13 @@ void hfac_dense(const HfacDenseScalars<T>& s, const DenseRun<T>& a) {
   for (int64_t j = 0; j < a.count; j += L) {
     Sw* w_at = static_cast<Sw*>(a.param) + j;
     const int64_t left = a.count - j;
+    const bool whole = left >= L;
     x.at(j);
-    Vec<T> w = load_some<T>(w_at, left);
+    Vec<T> w = load_some<T>(w_at, left, whole);
     w = hfac_dense_update(w, x.g, x.average, x.denominator, clip, beta1, rest1, lr, weight_decay);
-    store_some(w_at, w, left);
-    store_some(a.exp_avg + j, x.average, left);
-    store_some(a.exp_avg_sq + j, x.square, left);
+    store_some(w_at, w, left, whole);
+    store_some(a.exp_avg + j, x.average, left, whole);
+    store_some(a.exp_avg_sq + j, x.square, left, whole);
   }
 }
 

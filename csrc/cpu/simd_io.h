@@ -157,14 +157,14 @@ HFAC_HD void store_part(S* p, Vec<T> a, int64_t count) {
   write_lanes(p, static_cast<const S*>(lanes), count);
 }
 
-// Whole vectors or, where fewer than one are `left`, so many lanes.
+// A whole vector or, where fewer lanes are left, so many of them.
 template <class T, class S>
-HFAC_HD Vec<T> load_some(const S* p, int64_t left) {
-  return left >= Vec<T>::kLanes ? load(p) : load_part<T>(p, left);
+HFAC_HD Vec<T> load_some(const S* p, int64_t left, bool whole) {
+  return whole ? load(p) : load_part<T>(p, left);
 }
 template <class T, class S>
-HFAC_HD void store_some(S* p, Vec<T> a, int64_t left) {
-  left >= Vec<T>::kLanes ? store(p, a) : store_part(p, a, left);
+HFAC_HD void store_some(S* p, Vec<T> a, int64_t left, bool whole) {
+  whole ? store(p, a) : store_part(p, a, left);
 }
 
 HFAC_HD uint16_t little(uint16_t x) {

@@ -282,21 +282,22 @@ void smmf_dense(const SmmfScalars<T>& scalars, const DenseRun<T>& a) {
   Sw* w_at = static_cast<Sw*>(a.param);
   for (int64_t j = 0; j < a.count; j += L) {
     const int64_t left = a.count - j;
-    Vec<T> g = load_some<T>(g_at + j, left);
-    Vec<T> w = load_some<T>(w_at + j, left);
-    Vec<T> second = load_some<T>(a.exp_avg_sq + j, left);
+    const bool whole = left >= L;
+    Vec<T> g = load_some<T>(g_at + j, left, whole);
+    Vec<T> w = load_some<T>(w_at + j, left, whole);
+    Vec<T> second = load_some<T>(a.exp_avg_sq + j, left, whole);
     g = scalars.coupled ? s.template gradient<true>(g, w) : s.template gradient<false>(g, w);
     w = scalars.coupled ? w : s.template decayed<false>(w);
     Vec<T> first = g;
     if (a.exp_avg) {
-      first = load_some<T>(a.exp_avg + j, left);
+      first = load_some<T>(a.exp_avg + j, left, whole);
       first = smmf_first_moment(beta1 * first, s.rest1, g);
-      store_some(a.exp_avg + j, first, left);
+      store_some(a.exp_avg + j, first, left, whole);
     }
     second = smmf_second_moment(beta2 * second, s.rest2, g);
     w = smmf_update(w, s.lr, first, second, s.eps);
-    store_some(a.exp_avg_sq + j, second, left);
-    store_some(w_at + j, w, left);
+    store_some(a.exp_avg_sq + j, second, left, whole);
+    store_some(w_at + j, w, left, whole);
   }
 }
 

@@ -1,5 +1,5 @@
 // Accesses for parameters that are stored with more than one rounding to the nearest: stochastically, or as a bfloat16
-// and what it lacks of a master weight (hfac/rounding.py; csrc/math/rounding.h on one element).
+// and what it lacks of a master weight (hfac/rounding.py; csrc/common/math/rounding.h on one element).
 #pragma once
 
 #include "block.cuh"

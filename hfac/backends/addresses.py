@@ -13,7 +13,7 @@ from .contract import Operands
 
 Tensors = Sequence[Tensor]
 
-#: The codes of csrc/math/storage.h.
+#: The codes of csrc/common/math/storage.h.
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _DTYPE = attrgetter("dtype")
 

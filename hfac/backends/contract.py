@@ -38,7 +38,7 @@ class Operands:
 
     def by_name(self) -> dict[str, Any]:
         """As arguments of the function of `hfac.reference`, None for lists that the op goes without."""
-        found = {operand.name: self.lists.get(operand.name) for operand in self.op.operands}
+        found: dict[str, Any] = {operand.name: self.lists.get(operand.name) for operand in self.op.operands}
         found |= {**self.lists, **self.counts}
         if self.op.updates:
             found.update(params=self.params, places=self.places)

@@ -16,7 +16,7 @@ from hfac.cli.foreign import told
 FILE_NAME = "compare.pt"
 FORMAT = 1
 #: the entries of a checkpoint, and their types
-CONTENT = {
+CONTENT: dict[str, type | tuple[type, ...]] = {
     "settings": dict,
     "text_sha256": str,
     "environment": dict,

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from hfac.cli import arguments, outputs
 from hfac.cli.checkpoint import FILE_NAME, cannot_continue, load_checkpoint
@@ -77,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", type=outputs.folder, metavar="DIR", help=meaning)
 
 
-def _setting(add: Callable, name: str, kind: Callable, meaning: str, shown: str | None = None, **keywords) -> None:
+def _setting(add: Callable, name: str, kind: Callable, meaning: str, shown: str | None = None, **keywords: Any) -> None:
     """Add the option of a field of `Settings`.
 
     It has no default in argparse: what is left out comes from the checkpoint being resumed, or from Settings.
@@ -114,7 +115,8 @@ def run(args: argparse.Namespace) -> int:
     if checkpoint is not None:
         _print_resumed(comparison, checkpoint)
 
-    status, failure = 0, None
+    status = 0
+    failure: Exception | None = None
     writing = _Writing()
     with StopRequest() as stop:
         try:

@@ -133,8 +133,9 @@ class Factored(Optimizer):
 
     MOST = 1 << 42  # the launch plan has an entry for each tile
 
-    def __init__(self, name: str, title: str, cls: type[torch.optim.Optimizer]) -> None:
-        self.name, self.title, self.cls = name, title, cls
+    def __init__(self, name: str, title: str, cls: type[hfac.HFac] | type[hfac.SMMF]) -> None:
+        self.name, self.title = name, title
+        self.cls: Any = cls
 
     def pieces(self, shape: Shape, dtype: torch.dtype, options: Options = PLAIN) -> dict[str, Piece]:
         return _asked(self.cls, shape, dtype, options)
@@ -198,12 +199,12 @@ class Factored(Optimizer):
         code = addresses.CODES[load.dtype]
         plan = cpu._C.cuda_plan
         types = dict(param_dtypes=code, grad_dtypes=code)
-        algorithm = self.cls._algorithm  # type: ignore[attr-defined]
+        algorithm = self.cls._algorithm
         total = 0
         if factored:
-            rows, cols, slices = (list(column) for column in zip(*factored, strict=True))
+            heights, widths, slices = (list(column) for column in zip(*factored, strict=True))
             signs = {"slices": slices} if algorithm == "smmf" else {}
-            total += plan(op=f"{algorithm}_step", rows=rows, cols=cols, **types, **signs)["workspace_bytes"]
+            total += plan(op=f"{algorithm}_step", rows=heights, cols=widths, **types, **signs)["workspace_bytes"]
         if whole:
             dense = plan(op=f"{algorithm}_dense_step", rows=whole, cols=[1] * len(whole), **types)
             total += dense["workspace_bytes"]

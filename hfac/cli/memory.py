@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 class Rank(NamedTuple):
     """One of the ranks among which the first dimension of every parameter is split."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # of a tuple, a method that nobody calls here
     world: int
 
     def share(self, size: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from hfac.cli import outputs
 from hfac.cli.footprints import Row
@@ -42,7 +43,7 @@ def write_plot(path: Path, title: str, worlds: dict[int, list[Row]]) -> None:
     outputs.save_figure(figure, path)
 
 
-def _draw(axes, rows: list[Row]) -> None:
+def _draw(axes: Any, rows: list[Row]) -> None:
     unit, size = ("GB", 1e9) if max(row.total for row in rows) >= 1e9 else ("MB", 1e6)
     names = [row.optimizer.title.replace(", ", ",\n").replace(" (", "\n(") for row in rows]
     left = [0.0] * len(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from hfac.cli import outputs
 from hfac.cli.optimizers import CHOICES
@@ -34,7 +35,7 @@ def write_plot(path: Path, runs: list[dict]) -> None:
     outputs.save_figure(figure, path)
 
 
-def _draw_losses(axes, runs: list[dict], best: list[dict]) -> None:
+def _draw_losses(axes: Any, runs: list[dict], best: list[dict]) -> None:
     for run in runs:
         if run not in best:
             axes.plot(*_curve(run), color=STYLES[run["optimizer"]][0], linewidth=0.8, alpha=0.3)
@@ -56,7 +57,7 @@ def _draw_losses(axes, runs: list[dict], best: list[dict]) -> None:
     axes.legend(title="optimizer, learning rate: last loss", frameon=False)
 
 
-def _draw_memory(axes, best: list[dict]) -> None:
+def _draw_memory(axes: Any, best: list[dict]) -> None:
     names = [CHOICES[run["optimizer"]].title.replace(" ", "\n") for run in best]
     sizes = [run["state_bytes_per_parameter"] for run in best]
     bars = axes.barh(names, sizes, color=[STYLES[run["optimizer"]][0] for run in best], height=0.6)

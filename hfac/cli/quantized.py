@@ -113,7 +113,8 @@ def _skipped(module: nn.Module, said: Mapping[str, Any], method: str) -> list[st
     named = [str(pattern) for patterns in given if isinstance(patterns, list) for pattern in patterns]
     if named and method not in ("gptq", "awq", "auto-round") or said.get("lm_head") is True:
         return named
-    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    output: Any = getattr(module, "get_output_embeddings", None)
+    head = None if output is None else output()
     return named + [name for name, part in module.named_modules() if head is not None and part is head]
 
 

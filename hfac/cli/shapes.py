@@ -12,7 +12,7 @@ Shapes = dict[str, Shape]
 def gpt2() -> Shapes:
     """The 148 parameters of GPT-2 124M (head tied to the token embedding), weights as its code lays them out."""
     d, vocabulary, context, layers = 768, 50257, 1024, 12
-    found = {"transformer.wte.weight": (vocabulary, d), "transformer.wpe.weight": (context, d)}
+    found: Shapes = {"transformer.wte.weight": (vocabulary, d), "transformer.wpe.weight": (context, d)}
     for i in range(layers):
         block = f"transformer.h.{i}"
         found |= _norm(f"{block}.ln_1", d)
@@ -25,7 +25,7 @@ def gpt2() -> Shapes:
 def llama3_8b(layers: int = 32) -> Shapes:
     """The 291 parameters of Llama-3-8B, 8.03e9 elements (with fewer ``layers``: embedding, head and those)."""
     d, hidden, kv, vocabulary = 4096, 14336, 1024, 128256
-    found = {"model.embed_tokens.weight": (vocabulary, d)}
+    found: Shapes = {"model.embed_tokens.weight": (vocabulary, d)}
     for i in range(layers):
         layer: Shapes = {
             "self_attn.q_proj": (d, d),

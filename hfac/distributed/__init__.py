@@ -67,7 +67,9 @@ class Sharded:
         return self._norms
 
     def _run(self, options: Mapping[int, Options]) -> list[Callable[[], None]]:
-        return schedule.run([bucket.plan(options[bucket.group]) for bucket in self._buckets])
+        each = [(bucket, options[bucket.group]) for bucket in self._buckets]
+        jobs = [bucket.job(bucket.gradients(), mine) for bucket, mine in each]
+        return schedule.run(jobs, [bucket.needs(mine.skip, mine.norm) for bucket, mine in each])
 
     def _scale_(self, factor: Tensor) -> None:
         """Multiplies the gradients in place, however they are placed."""
@@ -113,17 +115,9 @@ class Sharded:
             clips: whether the norm of the gradients is needed.
         """
         first = [(mesh.joint.group.size(), mesh.bytes) for mesh in self._by_mesh()] if clips and self._shards else []
-        planned = []
-        for bucket in self._buckets:
-            requests = bucket.requests(skip[bucket.group], clips)
-            planned.append(schedule.Planned(requests, bucket.dtype, bucket.device, _nothing()))
-        found = [*schedule.collectives(planned), *smmf.sends(self._shards)]
+        needs = [bucket.needs(skip[bucket.group], clips) for bucket in self._buckets]
+        found = [*schedule.collectives(needs), *smmf.sends(self._shards)]
         return first + [(collective.group.size(), collective.bytes) for collective in found]
 
 
 _LOCAL = attrgetter("_local_tensor")
-
-
-def _nothing() -> schedule.Job:
-    yield
-    return lambda: None

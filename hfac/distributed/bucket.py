@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import ops, spec
 from ..rounding import BitOffset
 from . import layout
-from .schedule import Job, Planned
+from .schedule import Job, Needs
 
 #: state key of the lower bits of a master weight
 LOW = str(spec.MASTER_LOW.key)
@@ -91,17 +91,15 @@ class Bucket:
         self.bit_offsets = [entry.bit_offset for entry in entries] if stochastic else None
 
     def requests(self, skip: bool, norm: bool) -> list[tuple[dist.ProcessGroup, int]]:
-        """The sums of a step, in order: the process group and how many numbers."""
+        """`schedule.Needs.requests` of a step."""
         raise NotImplementedError
+
+    def needs(self, skip: bool, norm: bool) -> Needs:
+        return Needs(self.requests(skip, norm), self.dtype, self.device)
 
     def job(self, grads: list[Tensor | None], options: Options) -> Job:
         """A step with these gradients, to be run by `schedule.run`."""
         raise NotImplementedError
-
-    def plan(self, options: Options) -> Planned:
-        """A step with the parameters' present gradients."""
-        requests = self.requests(options.skip, options.norm)
-        return Planned(requests, self.dtype, self.device, self.job(self.gradients(), options))
 
     def gradients(self) -> list[Tensor | None]:
         """This rank's shards of the gradients, redistributed as their parameters are."""

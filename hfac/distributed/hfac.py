@@ -123,9 +123,8 @@ class Matrices(Bucket):
 
         def read(rows: tuple[Numbers, ...], cols: tuple[Numbers, ...], beta2: Scalar, eps: float) -> None:
             """One read of the gradients, with lists of row and column numbers as `hfac.reference.hfac_sums`."""
-            lists = _lists(spec.HFAC_SUMS, here, (*rows, *cols))
-            more = dict(cols=pick(self.cols, here), beta2=beta2, eps=eps, backend=options.backend)
-            ops.run("hfac_sums", None, pick(grads, here), **lists, **more)
+            lists = {**_lists(spec.HFAC_SUMS, here, (*rows, *cols)), "cols": pick(self.cols, here)}
+            ops.run("hfac_sums", None, pick(grads, here), **lists, beta2=beta2, eps=eps, backend=options.backend)
 
         row_sums, new_rows = _split(torch.zeros(2 * sum(m), dtype=self.dtype, device=self.device), m, 2)
         row_lists: tuple[Numbers, ...] = (self.r, row_sums, new_rows)
@@ -254,7 +253,7 @@ class Vectors(Bucket):
         return apply
 
 
-def _lists(op: spec.Op, going: Sequence[int], values: Sequence[Sequence[Tensor]]) -> dict[str, Numbers]:
+def _lists(op: spec.Op, going: Sequence[int], values: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
     """An op's lists by name, from as many of them as are given, in its order."""
     return {operand.name: pick(each, going) for operand, each in zip(op.operands, values, strict=False)}
 

@@ -17,13 +17,12 @@ Job = Generator[None, Tensor | None, Callable[[], None]]
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A job and the sums that it will ask for, in order: process group, and how many numbers."""
+class Needs:
+    """The sums that a job will ask for, in order: process group, and how many numbers."""
 
     requests: Sequence[tuple[dist.ProcessGroup, int]]
     dtype: torch.dtype
     device: torch.device
-    job: Job
 
 
 @dataclass
@@ -40,16 +39,21 @@ class Collective:
     def bytes(self) -> int:
         return sum(self.sizes) * self.dtype.itemsize
 
+    def rooms(self) -> tuple[Tensor, list[Tensor]]:
+        """A zeroed buffer, and each job's room in it."""
+        buffer = torch.zeros(sum(self.sizes), dtype=self.dtype, device=self.device)
+        return buffer, list(buffer.split(self.sizes))
 
-def collectives(planned: Sequence[Planned]) -> list[Collective]:
-    """The all-reduces that the jobs need, in order; jobs that are at the same group share one."""
-    left = [list(p.requests) for p in planned]
+
+def collectives(needs: Sequence[Needs]) -> list[Collective]:
+    """The all-reduces of jobs with these needs, in order; jobs that are at the same group share one."""
+    left = [list(mine.requests) for mine in needs]
     found: list[Collective] = []
     for group in merged([[group for group, _ in requests] for requests in left]):
         kinds: dict[tuple[torch.dtype, torch.device], Collective] = {}
         for i, requests in enumerate(left):
             if requests and requests[0][0].group_name == group.group_name:
-                kind = planned[i].dtype, planned[i].device
+                kind = needs[i].dtype, needs[i].device
                 collective = kinds.setdefault(kind, Collective(group, *kind, [], []))
                 collective.jobs.append(i)
                 collective.sizes.append(requests.pop(0)[1])
@@ -57,8 +61,8 @@ def collectives(planned: Sequence[Planned]) -> list[Collective]:
     return found
 
 
-def run(planned: Sequence[Planned]) -> list[Callable[[], None]]:
-    """Runs the jobs and returns what they return.
+def run(jobs: Sequence[Job], needs: Sequence[Needs]) -> list[Callable[[], None]]:
+    """Runs the jobs, each with its needs, and returns what they return.
 
     Every rank of a group must call it with jobs that ask the group for the same sums.
     """
@@ -66,20 +70,20 @@ def run(planned: Sequence[Planned]) -> list[Callable[[], None]]:
 
     def advance(i: int) -> None:
         try:
-            next(planned[i].job)
+            next(jobs[i])
         except StopIteration as end:
             rest.append(end.value)
 
-    for i in range(len(planned)):
+    for i in range(len(jobs)):
         advance(i)
-    for collective in collectives(planned):
-        buffer = torch.zeros(sum(collective.sizes), dtype=collective.dtype, device=collective.device)
-        for i, room in zip(collective.jobs, buffer.split(collective.sizes), strict=True):
-            planned[i].job.send(room)
+    for collective in collectives(needs):
+        buffer, rooms = collective.rooms()
+        for i, room in zip(collective.jobs, rooms, strict=True):
+            jobs[i].send(room)
         dist.all_reduce(buffer, group=collective.group)
         for i in collective.jobs:
             advance(i)
-    assert len(rest) == len(planned), "a job asks for more sums than it planned"
+    assert len(rest) == len(jobs), "a job asks for more sums than it planned"
     return rest
 
 

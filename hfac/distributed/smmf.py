@@ -9,6 +9,7 @@ from __future__ import annotations  # not every torch has the types that are nam
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from torch import Tensor
 from .. import ops, spec
 from . import layout
 from .bucket import Bucket, Entry, Joint, Options, pick, who
-from .schedule import Collective, Job, reduced
+from .schedule import Collective, Job, Needs, collectives, reduced
 
 
 def buckets(entries: Sequence[Entry]) -> list[Shards]:
@@ -84,7 +85,7 @@ class Shards(Bucket):
     ) -> None:
         """Calls the op with its states and ``lists``."""
         if going:
-            given = {name: pick(values, going) for name, values in {**self.states, **lists}.items()}
+            given: dict[str, Any] = {name: pick(values, going) for name, values in {**self.states, **lists}.items()}
             ops.run(
                 self.op.name,
                 pick(self.params, going),
@@ -210,28 +211,20 @@ class Pending:
 
 def sends(shards: Sequence[Shards]) -> list[Collective]:
     """The all-reduces that a step sends off: one for each group and type."""
-    found: dict[tuple[object, ...], Collective] = {}
-    for i, bucket in enumerate(shards):
-        group = bucket.joint.group
-        collective = found.setdefault(
-            (group.group_name, bucket.dtype, bucket.device), Collective(group, bucket.dtype, bucket.device, [], [])
-        )
-        collective.jobs.append(i)
-        collective.sizes.append(bucket.size)
-    return list(found.values())
+    return collectives([Needs([(each.joint.group, each.size)], each.dtype, each.device) for each in shards])
 
 
 def send(shards: Sequence[Shards]) -> list[Pending]:
     """Makes the planned steps and sends off their sums."""
     pending = []
     for collective in sends(shards):
-        buffer = torch.zeros(sum(collective.sizes), dtype=collective.dtype, device=collective.device)
-        rooms = list(zip([shards[i] for i in collective.jobs], buffer.split(collective.sizes), strict=True))
-        for bucket, room in rooms:
+        buffer, rooms = collective.rooms()
+        mine = list(zip([shards[i] for i in collective.jobs], rooms, strict=True))
+        for bucket, room in mine:
             bucket.send(room)
         work = dist.all_reduce(buffer, group=collective.group, async_op=True)
         assert work is not None
-        pending.append(Pending(work, rooms))
+        pending.append(Pending(work, mine))
     return pending
 
 

@@ -167,8 +167,9 @@ class OpCall:
 
     def capturing(self) -> bool:
         """Whether a CUDA graph is being captured, in whose replays what is launched now will run."""
-        if hasattr(self._call, "capturing"):
-            return self._call.capturing()
+        capturing = getattr(self._call, "capturing", None)
+        if capturing is not None:
+            return capturing()
         return self._call is not None and self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def tensors(self) -> list[Tensor]:
@@ -211,8 +212,8 @@ class OpCall:
                 numbers[number.name] = number.default
         if self._may_lack_first and (numbers["beta1"] is not None) != self._first:
             raise ValueError("states of the first moment are required by SMMF exactly where beta1 is not None")
-        scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
-        scaling = {name: tensor for name, tensor in scaling.items() if tensor is not None}
+        given = {"grad_scale": grad_scale, "found_inf": found_inf}
+        scaling = {name: tensor for name, tensor in given.items() if tensor is not None}
         grads, call, negated = list(grads), self._call, False
         if call is None:
             return Inputs(None, grads, nonfinite, numbers, scaling)

@@ -170,6 +170,7 @@ class FactoredOptimizer(ReportingOptimizer):
             if step is None:
                 step = self._bind_single(single, grad).prepare([grad], **options)
         except RuntimeError:
+            assert param.grad is not None
             ops.check_tensor(f"the gradient of {single.label}", param.grad)  # the same error, naming the parameter
             raise
         assert step is not None  # just bound
@@ -394,5 +395,5 @@ def _keep_uncompiled(cls: type[Optimizer]) -> None:
         method = getattr(cls, name)
         if not getattr(method, "uncompiled", False):
             method = torch.compiler.disable(method)
-            method.uncompiled = True  # type: ignore[attr-defined]
+            method.uncompiled = True
             setattr(cls, name, method)

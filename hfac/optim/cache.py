@@ -36,7 +36,7 @@ class StepCache:
         self._dtensors = [param for param, _ in everything if layout.is_dtensor(param)]
         #: sharded parameters without state, which all ranks create when the first gradient arrives
         self._without_state = [p for p, group in everything if needs_reduction(p, group) and not has_state(state, p)]
-        self._objects = list(map(list, self._collect(groups, state)))
+        self._objects: list[Collection[Any]] = list(map(list, self._collect(groups, state)))
         self._own = self._own_objects(state)
         self._options = self._cached_options(groups)
 
@@ -70,7 +70,8 @@ class StepCache:
         except TypeError:  # a wrapper's entry that belongs to no parameter
             values = [value for entry in states if isinstance(entry, dict) for value in entry.values()]
         shards = [param._local_tensor for param in self._dtensors]
-        return [states, values, shards, *(group["params"] for group in groups)]
+        params: list[Collection[Any]] = [group["params"] for group in groups]
+        return [states, values, shards, *params]
 
     def _cached_options(self, groups: Groups) -> list[tuple[Any, ...]]:
         return [_cached_options(group, self._algorithm) for group in groups]

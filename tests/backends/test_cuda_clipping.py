@@ -14,7 +14,7 @@ from test_parity import ieee_square_roots  # noqa: F401  (a fixture for every te
 
 from hfac import ops, rounding
 from hfac.backends import cuda
-from hfac.rounding import Place
+from hfac.rounding import BitOffset
 
 pytestmark = [
     pytest.mark.skipif(emulated.native is None, reason=emulated.WHY_NOT),
@@ -161,7 +161,7 @@ def test_other_options(threshold, maximize):
 
 @pytest.mark.parametrize("low", [torch.int16, torch.int8, None])
 def test_parameters_that_are_stored_otherwise(low):
-    runs = [Run(SMALL, BF16, places=[Place(k, 0, None) for k in range(len(SMALL))], low=low) for _ in range(2)]
+    runs = [Run(SMALL, BF16, places=[BitOffset(k, 0, None) for k in range(len(SMALL))], low=low) for _ in range(2)]
     for t, clip in enumerate((1.0, 0.3)):
         both(*runs, grads_of(SMALL, t, BF16), t, clip, seed=3, step=float(t))
         assert agree(*runs)

@@ -15,7 +15,7 @@ from test_parity import ieee_square_roots  # noqa: F401  (a fixture for every te
 import hfac
 from hfac import ops, rounding
 from hfac.matricize import Block, sign_shape
-from hfac.rounding import Place
+from hfac.rounding import BitOffset
 
 pytestmark = [
     pytest.mark.skipif(emulated.native is None, reason=emulated.WHY_NOT),
@@ -150,7 +150,7 @@ class Pair:
         self.params, lows = (list(each) for each in zip(*pieces, strict=True))
         self.lows = None if kind.low is None else lows
         self.states, self.twins = states(op, shapes, device), states(op, shapes, device)
-        self.places = places or [Place(3 * k) for k in range(len(shapes))]
+        self.places = places or [BitOffset(3 * k) for k in range(len(shapes))]
         given = self.states | ({} if self.lows is None else {"master_lows": self.lows})
         self.call = ops.OpCall(op, self.params, given, places=self.places if kind.drawn else None, backend=backend)
         for W, param, low in zip(self.masters, *self.stored(), strict=True):
@@ -199,7 +199,7 @@ def test_what_is_stored_is_the_rounded_weight(op, kind, grad_dtype):
     """Places from 0 on, from a multiple of eight on, and from elsewhere on; the steps are in device memory, each
     parameter its own."""
     shapes = SHAPES[op[:4]]
-    places = [Place(0), Place(2**32 - 1, 2**35 + 8), Place(7), Place(8, 5), Place(9, 11)]
+    places = [BitOffset(0), BitOffset(2**32 - 1, 2**35 + 8), BitOffset(7), BitOffset(8, 5), BitOffset(9, 11)]
     pair = Pair(op, kind, shapes, places=places)
     for t in (1, 2):
         steps = torch.arange(t, t + len(shapes), dtype=torch.float64) if t == 2 else None
@@ -219,7 +219,7 @@ def test_what_is_stored_is_the_rounded_weight(op, kind, grad_dtype):
 @EACH_OP
 def test_any_layout(op, kind, layouts):
     shapes = [(24, 16), (16, 8)]
-    places = [Place(1, 16, (64, 1)), Place(2, 3, (1, 40))]
+    places = [BitOffset(1, 16, (64, 1)), BitOffset(2, 3, (1, 40))]
     pair = Pair(op, kind, shapes, [layouts] * 2, places)
     pair.step(grads_of(shapes, 1, BF16))
     if "dense" not in op:
@@ -278,7 +278,7 @@ def test_a_nan_stays_one(op, kind):
 
 
 PART = (slice(3, 20), slice(8, 24))  # of a matrix [32, 24]
-PART_PLACES = [Place(4, 80), Place(4, 80, (24, 1)), Place(4, 81)]
+PART_PLACES = [BitOffset(4, 80), BitOffset(4, 80, (24, 1)), BitOffset(4, 81)]
 
 
 @pytest.mark.parametrize("contiguous", [False, True], ids=["strides", "rows"])
@@ -305,12 +305,12 @@ def test_smmf_parts(kind, contiguous, backend=emulated.NAME, device="cpu"):
         **sums,
         blocks=[[Block(0, cols, part[0].start, 1, part[1].start, rows, cols)]],
         master_lows=None if rest is None else [rest],
-        places=[Place(4, first, None if contiguous else (24, 1))] if kind.drawn else None,
+        places=[BitOffset(4, first, None if contiguous else (24, 1))] if kind.drawn else None,
         step=torch.tensor([3.0], dtype=torch.float64),
         **options,
     )
     lows = None if low is None else [low]
-    places = [Place(4)] if kind.drawn else None
+    places = [BitOffset(4)] if kind.drawn else None
     calls.smmf_step_([param], [grad], **before, master_lows=lows, places=places, step=3.0, **options)
     assert same(own, param[part])
     assert low is None or torch.equal(rest, low[part])

@@ -62,7 +62,7 @@ def drivers(tmp_path_factory):
     ("sanitizer", "options", "least"),
     [
         ("none", [], 15),
-        ("address", ["--quick"], 5),
+        ("address", ["--quick"], 10),
         pytest.param("address", [], 15, marks=pytest.mark.slow),
         pytest.param("thread", [], 15, marks=pytest.mark.slow),  # a thread for each of CUDA's: minutes
     ],

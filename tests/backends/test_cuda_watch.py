@@ -13,7 +13,7 @@ from test_parity import ieee_square_roots  # noqa: F401  (a fixture for every te
 
 from hfac import rounding
 from hfac.matricize import sign_shape
-from hfac.rounding import Place
+from hfac.rounding import BitOffset
 
 pytestmark = [
     pytest.mark.skipif(emulated.native is None, reason=emulated.WHY_NOT),
@@ -66,7 +66,7 @@ class Watched:
             for states in (self.states, self.twins):
                 for name in [name for name in states if "sq" not in name]:
                     del states[name]
-        places = [Place(3 * k) for k in range(len(shapes))] if kind.drawn else None
+        places = [BitOffset(3 * k) for k in range(len(shapes))] if kind.drawn else None
         given = self.states | ({} if self.lows is None else {"master_lows": self.lows})
         self.step = calls.bind(ops, op, self.params, given, places=places)
         self.weights = self.joined()

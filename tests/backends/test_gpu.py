@@ -23,7 +23,7 @@ from torch.nn import Parameter
 
 import hfac
 from hfac import backends
-from hfac.rounding import Place, join
+from hfac.rounding import BitOffset, join
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +129,7 @@ def test_two_runs_on_parts_have_the_same_bits():
 def test_stored_parameters(op, kind, grad_dtype):
     """To the bit what hfac.rounding makes of the weights that the same kernels write in float32."""
     shapes = [*test_cuda_rounding.SHAPES[op[:4]], sized((1024, 1024), (256, 72))]
-    places = [Place(k, first) for k, first in enumerate((0, 2**35 + 8, 7, 5, 11, 16))]
+    places = [BitOffset(k, first) for k, first in enumerate((0, 2**35 + 8, 7, 5, 11, 16))]
     pair = test_cuda_rounding.Pair(op, kind, shapes, places=places, backend="cuda", device=DEVICE)
     for t in (1, 2):
         steps = torch.arange(t, t + len(shapes), dtype=torch.float64, device=DEVICE) if t == 2 else None
@@ -143,7 +143,7 @@ def test_stored_parameters(op, kind, grad_dtype):
 @KIND
 @pytest.mark.parametrize("op", test_cuda_rounding.OPS)
 def test_stored_parameters_of_any_layout(op, kind, layout):
-    shapes, places = [(24, 16), (16, 8)], [Place(1, 16, (64, 1)), Place(2, 3, (1, 40))]
+    shapes, places = [(24, 16), (16, 8)], [BitOffset(1, 16, (64, 1)), BitOffset(2, 3, (1, 40))]
     layouts = [(layout, "contiguous"), ("contiguous", layout)]
     pair = test_cuda_rounding.Pair(op, kind, shapes, layouts, places, backend="cuda", device=DEVICE)
     pair.step(test_cuda_rounding.grads_of(shapes, 1, torch.bfloat16))

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 import hfac
 from hfac import backends, rounding
 from hfac.backends import cpu
-from hfac.rounding import Place
+from hfac.rounding import BitOffset
 
 HOST = torch.device("cpu")
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -82,7 +82,7 @@ def test_philox_known_answers():
 
 def test_random_bits_are_those_of_the_counter():
     """Element 8 b + 2 w + h has half h of word w."""
-    place, seed, step = Place(7, 2**35 + 3), 2**63 + 9, 11.0
+    place, seed, step = BitOffset(7, 2**35 + 3), 2**63 + 9, 11.0
     bits = rounding.random_bits(place, (40,), seed, step, HOST)
     for k, mine in enumerate(bits.tolist()):
         index = place.first + k
@@ -94,20 +94,20 @@ def test_random_bits_are_those_of_the_counter():
 
 def test_random_bits_depend_on_all_that_they_must():
     def draw(place=None, seed=1, step=1.0):
-        return rounding.random_bits(place or Place(0), (20000,), seed, step, HOST)
+        return rounding.random_bits(place or BitOffset(0), (20000,), seed, step, HOST)
 
     bits = draw()
     assert abs(bits.double().mean() - 32767.5) < 5 * 65536 / (12 * 20000) ** 0.5
-    for other in (draw(Place(1)), draw(Place(0, 8)), draw(seed=2), draw(seed=2**32 + 1), draw(step=2.0)):
+    for other in (draw(BitOffset(1)), draw(BitOffset(0, 8)), draw(seed=2), draw(seed=2**32 + 1), draw(step=2.0)):
         assert (bits == other).double().mean() < 0.001
     assert torch.equal(bits, draw(step=torch.tensor(1.0)))
 
 
 def test_bits_of_a_part_are_those_of_the_whole():
-    whole = rounding.random_bits(Place(3), (6, 5, 9), 1, 2.0, HOST)
-    place = Place(3, 2 * 45 + 1 * 9 + 4, (45, 9, 1))
+    whole = rounding.random_bits(BitOffset(3), (6, 5, 9), 1, 2.0, HOST)
+    place = BitOffset(3, 2 * 45 + 1 * 9 + 4, (45, 9, 1))
     assert torch.equal(rounding.random_bits(place, (3, 4, 5), 1, 2.0, HOST), whole[2:5, 1:5, 4:])
-    assert torch.equal(rounding.random_bits(Place(3, 45), (2, 5, 9), 1, 2.0, HOST), whole[1:3])
+    assert torch.equal(rounding.random_bits(BitOffset(3, 45), (2, 5, 9), 1, 2.0, HOST), whole[1:3])
 
 
 def test_split_is_exact_in_sixteen_bits():
@@ -169,7 +169,7 @@ def test_rounding_is_unbiased(how):
         if W.abs() >= 2.0**-16 or how != "float16":  # no more than 16 bits are cut, and all of them count
             assert drawn.mean() == W.double()
     for W in values[:5]:
-        bits = rounding.random_bits(Place(1), (100000,), 3, 4.0, HOST)
+        bits = rounding.random_bits(BitOffset(1), (100000,), 3, 4.0, HOST)
         drawn = stored(W.expand(100000), bits)
         error = (drawn.mean() - W.double()).abs()
         assert error <= 5 * drawn.std() / 100000**0.5 + (drawn.max() - drawn.min()) / 65536
@@ -350,7 +350,7 @@ def test_edges_in_every_instruction_set():
                     grad, zero = torch.zeros_like(high), torch.zeros(high.shape)
                     calls.smmf_dense_step_(
                         [high], [grad], None, [zero], lr=0.5, beta1=None, beta2=0.5, eps=1.0, weight_decay=1e-3,
-                        master_lows=low, places=[Place(1, 3)], seed=9, step=2.0, backend=backend,
+                        master_lows=low, places=[BitOffset(1, 3)], seed=9, step=2.0, backend=backend,
                     )  # fmt: skip
                     results.append((high, low))
                 (ours, our_low), (theirs, their_low) = results
@@ -399,7 +399,7 @@ def a_part(op, params, lows, grads, places, backend):
 def test_parts_agree_with_the_reference(backend, op, low):
     """Places with strides, one step for each parameter, and lower pieces of layouts of their own."""
     shapes = [(24, 18), (40, 33), (9, 64), (64, 1)]
-    places = [Place(2, 21), Place(0, 5, (60, 1)), Place(2**32 - 1, 2**40, (1, 70)), Place(3, 7, (5, 1))]
+    places = [BitOffset(2, 21), BitOffset(0, 5, (60, 1)), BitOffset(2**32 - 1, 2**40, (1, 70)), BitOffset(3, 7, (5, 1))]
     params = [in_layout(gradient(shape, i, BF16), i) for i, shape in enumerate(shapes)]
     grads = [in_layout(gradient(shape, 10 + i, BF16), i // 2) for i, shape in enumerate(shapes)]
     lows = None
@@ -584,7 +584,7 @@ def a_call(**more):
     arguments = dict(
         params=[param], grads=[param.clone()], exp_avgs=None, exp_avg_sqs=[torch.zeros(4, 6)], lr=0.1, beta1=None,
         beta2=0.5, eps=1e-8, weight_decay=0.0, master_lows=[torch.zeros(4, 6, dtype=torch.int16)],
-        places=[Place(0)], seed=1, step=1.0,
+        places=[BitOffset(0)], seed=1, step=1.0,
     )  # fmt: skip
     arguments.update(more)
     if "param" in more:
@@ -602,11 +602,11 @@ def test_bad_calls(backend):
         (dict(master_lows=[low[:3]]), r"got torch.int16 \(3, 6\) for torch.bfloat16 \(4, 6\)"),
         (dict(param=torch.ones(4, 6), places=None), r"for torch.float32"),
         (dict(places=[]), r"places must have one entry per parameter \(1\), got 0"),
-        (dict(places=[Place(-1)]), r"places\[0\] must have an unsigned 32-bit position"),
-        (dict(places=[Place(2**32)]), r"places\[0\] must have an unsigned 32-bit position"),
-        (dict(places=[Place(0, -1)]), r"a first >= 0"),
-        (dict(places=[Place(0, 0, (1,))]), r"a stride >= 0 for each of 2 dimensions"),
-        (dict(places=[Place(0, 0, (6, -1))]), r"a stride >= 0 for each of 2 dimensions"),
+        (dict(places=[BitOffset(-1)]), r"places\[0\] must have an unsigned 32-bit position"),
+        (dict(places=[BitOffset(2**32)]), r"places\[0\] must have an unsigned 32-bit position"),
+        (dict(places=[BitOffset(0, -1)]), r"a first >= 0"),
+        (dict(places=[BitOffset(0, 0, (1,))]), r"a stride >= 0 for each of 2 dimensions"),
+        (dict(places=[BitOffset(0, 0, (6, -1))]), r"a stride >= 0 for each of 2 dimensions"),
         (dict(param=torch.ones(4, 6), master_lows=None), r"params\[0\] must be bfloat16, float16 to be rounded"),
     ]
     for more, message in rows:

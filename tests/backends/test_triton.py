@@ -36,6 +36,7 @@ STEPS = {
         "(without_a_step and SMMF)",
         "HFac and no_gradient or goes_with or on_parts_cannot",
     ),
+    "optim/test_threads": ("own_statistics and triton", "own_statistics and triton"),
     "optim/test_watch": ("triton and (not_made or gone or slice or clipped)", "triton and slice"),
     "optim/test_whole_moments": (
         "triton and (published or bits or plain or maximize or skip or split)",

@@ -263,9 +263,9 @@ def hard_numbers(count):
 
 
 PLACES = {
-    "EIGHT": (rounding.Place(2**32 - 1, 8 * (2**32 - 3)), (1024,)),
-    "EIGHT_APART": (rounding.Place(3, 16, (64 * 40, 64, 1)), (4, 16, 16)),
-    "EACH": (rounding.Place(0, 2**35 - 5, (1, 37)), (16, 64)),
+    "EIGHT": (rounding.BitOffset(2**32 - 1, 8 * (2**32 - 3)), (1024,)),
+    "EIGHT_APART": (rounding.BitOffset(3, 16, (64 * 40, 64, 1)), (4, 16, 16)),
+    "EACH": (rounding.BitOffset(0, 2**35 - 5, (1, 37)), (16, 64)),
     "NEAREST": (None, (1024,)),
 }
 
@@ -416,7 +416,7 @@ def test_steps_of_random_bits(op):
     """A number, a tensor, or one for each parameter; with it the bits change, and with nothing else."""
     scalars = dict(lr=0.1, weight_decay=0.1, beta1=0.5, beta2=0.5, eps=1e-8, maximize=False, backend="triton")
     scalars |= dict(clip_threshold=None) if op.startswith("hfac") else dict(decoupled_weight_decay=True)
-    shapes, places = [(16, 24), (5, 7)], [rounding.Place(0), rounding.Place(1)]
+    shapes, places = [(16, 24), (5, 7)], [rounding.BitOffset(0), rounding.BitOffset(1)]
     grads = [gradient(shape, i, torch.float32) for i, shape in enumerate(shapes)]
 
     def stepped(backend, t):
@@ -926,7 +926,7 @@ def test_how_parts_of_hfac_are_stored(kind):
     for i, (shape, rows, cols, how) in enumerate(PLACED):
         params.append(rectangle(gradient(shape, i, dtype), rows, cols, how))
         grads.append(rectangle(gradient(shape, 20 + i, dtype), rows, cols, how))
-        places.append(rounding.Place(i, rows[0] * shape[1] + cols[0], (shape[1], 1)))
+        places.append(rounding.BitOffset(i, rows[0] * shape[1] + cols[0], (shape[1], 1)))
     sizes = [n for _ in range(2) for n in (0, 1)] + [0, 0, 1, 1]
     lists = [
         [gradient((p.shape[side],), 40 + k, torch.float32).abs() + 0.1 for p in params] for k, side in enumerate(sizes)
@@ -954,10 +954,10 @@ def _with_lows(params, told):
 def test_how_parts_of_smmf_are_stored(kind):
     """Equal to the bit: parts of rows and of columns, whole vectors and not."""
     names = {
-        "whole-rows": rounding.Place(2**32 - 1, 16 * 48),
-        "columns": rounding.Place(0, 16, (48, 1)),
-        "odd-columns": rounding.Place(1, 3, (22, 1)),
-        "every-third-row": rounding.Place(2, 40, (120, 1)),
+        "whole-rows": rounding.BitOffset(2**32 - 1, 16 * 48),
+        "columns": rounding.BitOffset(0, 16, (48, 1)),
+        "odd-columns": rounding.BitOffset(1, 3, (22, 1)),
+        "every-third-row": rounding.BitOffset(2, 40, (120, 1)),
     }
     arguments = smmf_parts([BLOCKS[name] for name in names], KINDS[kind][0], True)
     told = pieces(kind, arguments["params"], list(names.values()), 1)

@@ -38,7 +38,7 @@ class Watched(Run):
         self.scalars["lr"] = 0.002
         self.told = {}
         if kind is not None:
-            places = [rounding.Place(i) for i in range(len(cases))]
+            places = [rounding.BitOffset(i) for i in range(len(cases))]
             self.told = pieces(kind, self.params, places, 0)
         if "master_lows" in self.told:
             self.states[spec.MASTER_LOW.name] = self.told["master_lows"]

@@ -75,8 +75,8 @@ FAULTS = [
     Fault(
         "the gradient is not negated when maximizing",
         "csrc",
-        ".maximize) {}",
-        ".maximize && false) {}",
+        "negate(a.options.maximize) {}",
+        "negate(false) {}",
         EMULATED,
     ),
     Fault(

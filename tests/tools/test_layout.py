@@ -4,8 +4,10 @@ test` leaves cases out of a table, every pair of values stays in."""
 import re
 from itertools import combinations, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest
+import pytest
 import sanitize
 
 ROOT = Path(__file__).parents[2]
@@ -60,3 +62,10 @@ def test_every_two_values_of_two_parameters_still_meet():
     assert len(kept) < 1.2 * 24 * 9  # the two longest parameters alone make so many pairs
     for a, b in combinations(sizes, 2):
         assert {(case[a], case[b]) for case in kept} == set(product(range(sizes[a]), range(sizes[b])))
+
+
+def test_parameters_that_are_given_together_are_one():
+    marks = [pytest.mark.parametrize(names, []).mark for names in ("name, options", ("shape",))]
+    params = {"name": "HFac", "options": "all", "shape": (3, 4), "device": "cpu"}  # the last of a fixture's
+    item = SimpleNamespace(callspec=SimpleNamespace(params=params), iter_markers=lambda name: marks)
+    assert set(conftest.values(item)) == {("name", "options"), ("shape",), ("device",)}
