@@ -65,6 +65,10 @@ class BitOffset(NamedTuple):
         return [BitOffset(self.position, first, rest) for first in firsts]
 
 
+#: The name that 0.1 gave it, which callers of `hfac.functional` may use.
+Place = BitOffset
+
+
 def philox(counter: Sequence[Tensor], key: Sequence[int]) -> list[Tensor]:
     """Four random words for four words of a counter and two of a key; unsigned 32-bit numbers in int64."""
     c0, c1, c2, c3 = counter

@@ -184,11 +184,13 @@ struct HfacDense {
   Vec<T> g, average, square, denominator;
 
   HFAC_HD void at(int64_t j) {
+    constexpr int64_t L = Vec<T>::kLanes;
+    const Sg* g_at = static_cast<const Sg*>(a.grad) + j;
     const int64_t left = a.count - j;
-    const bool whole = left >= Vec<T>::kLanes;
-    g = flip(load_some<T>(static_cast<const Sg*>(a.grad) + j, left, whole), flip_mask<T>(s.negate));
-    average = load_some<T>(a.exp_avg + j, left, whole);
-    square = load_some<T>(a.exp_avg_sq + j, left, whole);
+    const bool whole = left >= L;
+    g = flip(whole ? load(g_at) : load_part<T>(g_at, left), flip_mask<T>(s.negate));
+    average = whole ? load(static_cast<const T*>(a.exp_avg + j)) : load_part<T>(a.exp_avg + j, left);
+    square = whole ? load(static_cast<const T*>(a.exp_avg_sq + j)) : load_part<T>(a.exp_avg_sq + j, left);
     average = hfac_average(Vec<T>(s.beta1), average, Vec<T>(s.rest1), g);
     square = hfac_average(Vec<T>(s.beta2), square, Vec<T>(s.rest2), g * g + Vec<T>(s.eps));
     denominator = root(square);
@@ -231,11 +233,11 @@ void hfac_dense(const HfacDenseScalars<T>& s, const DenseRun<T>& a) {
     const int64_t left = a.count - j;
     const bool whole = left >= L;
     x.at(j);
-    Vec<T> w = load_some<T>(w_at, left, whole);
+    Vec<T> w = whole ? load(static_cast<const Sw*>(w_at)) : load_part<T>(w_at, left);
     w = hfac_dense_update(w, x.g, x.average, x.denominator, clip, beta1, rest1, lr, weight_decay);
-    store_some(w_at, w, left, whole);
-    store_some(a.exp_avg + j, x.average, left, whole);
-    store_some(a.exp_avg_sq + j, x.square, left, whole);
+    whole ? store(w_at, w) : store_part(w_at, w, left);
+    whole ? store(a.exp_avg + j, x.average) : store_part(a.exp_avg + j, x.average, left);
+    whole ? store(a.exp_avg_sq + j, x.square) : store_part(a.exp_avg_sq + j, x.square, left);
   }
 }
 

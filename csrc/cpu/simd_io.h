@@ -157,16 +157,6 @@ HFAC_HD void store_part(S* p, Vec<T> a, int64_t count) {
   write_lanes(p, static_cast<const S*>(lanes), count);
 }
 
-// A whole vector or, where fewer lanes are left, so many of them.
-template <class T, class S>
-HFAC_HD Vec<T> load_some(const S* p, int64_t left, bool whole) {
-  return whole ? load(p) : load_part<T>(p, left);
-}
-template <class T, class S>
-HFAC_HD void store_some(S* p, Vec<T> a, int64_t left, bool whole) {
-  whole ? store(p, a) : store_part(p, a, left);
-}
-
 HFAC_HD uint16_t little(uint16_t x) {
 #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
   return __builtin_bswap16(x);

@@ -283,21 +283,21 @@ void smmf_dense(const SmmfScalars<T>& scalars, const DenseRun<T>& a) {
   for (int64_t j = 0; j < a.count; j += L) {
     const int64_t left = a.count - j;
     const bool whole = left >= L;
-    Vec<T> g = load_some<T>(g_at + j, left, whole);
-    Vec<T> w = load_some<T>(w_at + j, left, whole);
-    Vec<T> second = load_some<T>(a.exp_avg_sq + j, left, whole);
+    Vec<T> g = whole ? load(g_at + j) : load_part<T>(g_at + j, left);
+    Vec<T> w = whole ? load(static_cast<const Sw*>(w_at + j)) : load_part<T>(w_at + j, left);
+    Vec<T> second = whole ? load(static_cast<const T*>(a.exp_avg_sq + j)) : load_part<T>(a.exp_avg_sq + j, left);
     g = scalars.coupled ? s.template gradient<true>(g, w) : s.template gradient<false>(g, w);
     w = scalars.coupled ? w : s.template decayed<false>(w);
     Vec<T> first = g;
     if (a.exp_avg) {
-      first = load_some<T>(a.exp_avg + j, left, whole);
+      first = whole ? load(static_cast<const T*>(a.exp_avg + j)) : load_part<T>(a.exp_avg + j, left);
       first = smmf_first_moment(beta1 * first, s.rest1, g);
-      store_some(a.exp_avg + j, first, left, whole);
+      whole ? store(a.exp_avg + j, first) : store_part(a.exp_avg + j, first, left);
     }
     second = smmf_second_moment(beta2 * second, s.rest2, g);
     w = smmf_update(w, s.lr, first, second, s.eps);
-    store_some(a.exp_avg_sq + j, second, left, whole);
-    store_some(w_at + j, w, left, whole);
+    whole ? store(a.exp_avg_sq + j, second) : store_part(a.exp_avg_sq + j, second, left);
+    whole ? store(w_at + j, w) : store_part(w_at + j, w, left);
   }
 }
 

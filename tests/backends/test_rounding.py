@@ -672,3 +672,7 @@ def test_bindings_check_what_they_are_told():
     assert torch.equal(param, before) and not low.any() and not moment.any()
     cpu._C.smmf_dense_step(**good)
     assert low.any() and moment.any()
+
+
+def test_the_former_name_of_bit_offsets_is_theirs():
+    assert rounding.Place is BitOffset  # callers of hfac.functional may use it

@@ -235,8 +235,7 @@ class Step:
         step = emulated.native.CudaStep(**self.arguments)
         step.prepare(**self.prepared)
         lists = [value for value in self.arguments.values() if isinstance(value, list)]
-        numbers = [x for value in lists for x in value if isinstance(x, int)]
-        numbers += [arguments.get(name) for name in _ADDRESSES]
+        numbers = [x for value in lists for x in value if isinstance(x, int)] + list(map(arguments.get, _ADDRESSES))
         blocks = self.device.named([*numbers, *(v[0] for v in arguments.values() if isinstance(v, tuple))])
         graph.append(lambda: ([block.look() for block in blocks], step.launch(**arguments)))
 
