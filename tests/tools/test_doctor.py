@@ -118,6 +118,25 @@ def test_a_cuda_part_without_a_driver_is_described(capsys, monkeypatch):
     assert rows["triton"]["details"]["driver"] == "none"
 
 
+@pytest.mark.parametrize(
+    "cuda, wanted",
+    [
+        pytest.param({}, "HFAC_CUDA=1", id="built-without-cuda"),
+        pytest.param({"compiled": True, "why_not": "no device"}, "an NVIDIA GPU and a driver", id="no-gpu"),
+        pytest.param(
+            {"compiled": True, "devices": [{"name": "H200", "capability": (9, 0)}], "why_not": "no code"},
+            "HFAC_CUDA_ARCHS",
+            id="no-code-for-it",
+        ),
+    ],
+)
+def test_what_makes_the_cuda_backend_work_is_said(capsys, monkeypatch, cuda, wanted):
+    monkeypatch.setattr(cpu, "_C", Extension(**cuda))
+    _, rows = as_json(capsys)
+    assert wanted in rows["cuda"]["fix"]
+    assert f"fix: {rows['cuda']['fix']}" in doctor(capsys)
+
+
 def test_an_unknown_option_is_refused(capsys):
     with pytest.raises(SystemExit) as refused:
         main(["doctor", "--jsno"])
