@@ -3,6 +3,8 @@
 #define HFAC_CUDA_STEP
 #endif
 
+#include <pybind11/stl.h>
+
 #include <memory>
 
 #include "../cuda/device.h"

@@ -105,7 +105,7 @@ def inject(emulated_backend):
 @pytest.mark.skipif(emulated.native is None, reason=emulated.WHY_NOT)
 @pytest.mark.parametrize("blocking", [None, "0", "1"])
 @pytest.mark.parametrize(("code", "ran"), [(700, True), (719, True), (98, False)])
-@pytest.mark.parametrize(("launches", "kernel"), [(0, "smmf_tiles"), (1, "smmf_tiles"), (2, "smmf_fold")])
+@pytest.mark.parametrize(("launches", "kernel"), [(0, "the step"), (1, "smmf_tiles"), (2, "smmf_fold")])
 def test_an_error_is_not_called_that_of_the_next_kernel(launches, kernel, code, ran, blocking, inject, monkeypatch):
     """One from before a launch was never that kernel's. One that a launch reports is its own where it says so at once;
     of something that ran it is an earlier one's, unless launches wait for their kernels."""
