@@ -152,7 +152,7 @@ class Planned:
         return grads
 
     def check_room(self) -> None:
-        """That a graph can be captured of what `_look` has seen.
+        """That a graph can be captured of what `look` has seen.
 
         Raises:
             RuntimeError: memory on the host is needed.
