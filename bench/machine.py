@@ -30,9 +30,16 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if cuda else None,
         "hfac": hfac.__version__,
         "extension": None if cpu._C is None else {key: cpu._C.info()[key] for key in ("compiler", "isa")},
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results")),
+        **commit(ROOT),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def commit(checkout: Path) -> dict[str, Any]:
+    """The checkout's commit, None where there is no git, and whether files have been changed since."""
+    return {
+        "commit": _git(checkout, "rev-parse", "HEAD"),
+        "dirty": bool(_git(checkout, "status", "--porcelain", "--", ".", ":!bench/results")),
     }
 
 
@@ -46,10 +53,10 @@ def processor() -> str:
     return " ".join(found[1].split()) if found else platform.processor() or platform.machine()
 
 
-def _git(*arguments: str) -> str | None:
-    """What git answers in this checkout; None where there is no git or no repository."""
+def _git(checkout: Path, *arguments: str) -> str | None:
+    """What git answers in a checkout; None where there is no git or no repository."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", *arguments], cwd=checkout, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from bench.shapes import Shape
-
 #: So small that no parameter changes its sign or its magnitude in the few thousand steps of a measurement.
 LR = 1e-5
 WEIGHT_DECAY = 0.01
@@ -21,10 +19,10 @@ class Problem:
     some processors and would be measured instead of the kernels.
     """
 
-    def __init__(self, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
         generator = torch.Generator(device=device).manual_seed(0)
 
-        def values(shape: Shape) -> Tensor:
+        def values(shape: tuple[int, ...]) -> Tensor:
             drawn = torch.rand(shape, generator=generator, device=device)
             return torch.where(drawn < 0.5, drawn + 0.5, -drawn).to(dtype)
 
