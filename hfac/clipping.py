@@ -41,7 +41,19 @@ def _widened(grads: Sequence[Tensor]) -> Sequence[Tensor]:
     squares = native.squares(memory.materialized(grads))
     # What overflows float32 counts as not finite, as for a step that skips such gradients.
     squares.masked_fill_(squares > torch.finfo(torch.float32).max, torch.inf)
-    return squares.sqrt().to(torch.float32).unbind()
+    return roots(squares, torch.float32).unbind()
+
+
+def roots(squares: Tensor, dtype: torch.dtype) -> Tensor:
+    """The square roots of sums of squares, float64, as norms of this type.
+
+    On the CPU torch's square root of a hundred numbers is the Math Kernel Library's, which divides it among OpenMP's
+    threads. They then wait busily for milliseconds, on the cores that the step's kernels run on next; those of 1 / sqrt
+    do not.
+    """
+    found = squares.rsqrt().reciprocal() if squares.is_cpu else squares.sqrt()
+    return found.to(dtype)
+
 
 
 def _in_pieces(grad: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class Sharded:
         return [
             (bucket.group, square)
             for bucket in self._buckets
-            for square in bucket.squares_found.double().sqrt().to(bucket.dtype).unbind()
+            for square in clipping.roots(bucket.squares_found.double(), bucket.dtype).unbind()
         ]
 
     def _by_mesh(self) -> list[norm.Norms]:

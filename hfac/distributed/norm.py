@@ -46,7 +46,7 @@ class Norms:
         dist.all_reduce(numbers, group=self.joint.group)
         who(self.entries, present.tolist(), self.ranks)
         double = any(entry.param.dtype == torch.float64 for entry in self.entries)
-        return list(squares.sqrt().to(torch.float64 if double else torch.float32).unbind())
+        return list(clipping.roots(squares, torch.float64 if double else torch.float32).unbind())
 
 
 def by_mesh(entries: Sequence[Entry]) -> list[Norms]:

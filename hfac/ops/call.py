@@ -251,7 +251,7 @@ class OpCall:
         scaling = inputs.scaling if inputs.unscales else {}
         sums = take(inputs.readable(grads), inputs.nonfinite, **scaling, **inputs.numbers)
         double = any(grad.dtype == torch.float64 for grad in grads)
-        return Statistics(sums.squares.sqrt().to(torch.float64 if double else torch.float32), grads, sums)
+        return Statistics(clipping.roots(sums.squares, torch.float64 if double else torch.float32), grads, sums)
 
     def check_capture(self, inputs: Inputs, statistics: Statistics | None = None) -> None:
         """Of a step in a CUDA graph that is being captured: that it can be part of it.

@@ -87,6 +87,34 @@ def test_a_thread_that_is_refused_leaves_a_step_to_the_others(kind):
     assert in_a_process(code) == ["stepped"]
 
 
+OPENMP = """
+def count():
+    return len(os.listdir("/proc/self/task"))
+torch.set_num_threads(2)
+params = [torch.nn.Parameter(torch.full((8, 8), 0.5, dtype=DTYPE)) for _ in range(200)]
+params += [torch.nn.Parameter(torch.full((8,), 0.5, dtype=DTYPE)) for _ in range(200)]
+for param in params:
+    param.grad = torch.full_like(param, 0.25)
+optimizers = [cls(params, lr=1e-3, max_grad_norm=limit) for cls in (hfac.HFac, hfac.SMMF) for limit in (1e30, 1.0)]
+before = count()
+for optimizer in 2 * optimizers:
+    optimizer.step()
+own = count() - before
+torch.rand(1 << 20).sqrt()
+print(own, count() - before - own)
+"""
+
+
+@LINUX
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_with_a_norm_wakes_no_thread_of_openmp(dtype):
+    """Those wait busily for milliseconds afterwards, on the cores that the kernels run on next. The first work of theirs
+    starts them, so that they can be counted: here none but the one of the kernels' own pool, and one when torch computes
+    a million square roots."""
+    own, openmp = in_a_process(OPENMP.replace("DTYPE", str(dtype)))
+    assert int(own) <= 1 and int(openmp) == 1
+
+
 NO_MEMORY = """
 from hfac import spec
 from hfac.backends import Operands, cpu
