@@ -429,6 +429,11 @@ class Step:
         """The gradients' norms, those of slices where there are batch dimensions, and what `apply` goes on from."""
         return [call.bucket.call.statistics(call.inputs) for call in self._calls]
 
+    def owners(self) -> list[tuple[Sequence[int] | None, int]]:
+        """Of each of the `statistics`, whose norms they are: positions in the group's lists (None: all, in order), and
+        how many batch dimensions make a parameter's slices, whose norms follow each other."""
+        return [(call.bucket.index, call.bucket.batch_dims) for call in self._calls]
+
     @property
     def unscales(self) -> bool:
         """Whether gradients are multiplied as they are read, and stay as they are."""

@@ -237,38 +237,6 @@ def blocks(param: DTensor) -> list[matricize.Block]:
     return matricize.blocks(runs, matricize.square(param.numel())[1])
 
 
-def groups(mesh: DeviceMesh, mesh_dims: Sequence[int]) -> list[dist.ProcessGroup]:
-    """This rank's process groups along mesh dimensions, innermost first."""
-    return [mesh.get_group(d) for d in sorted(mesh_dims, reverse=True)]
-
-
-def joint_group(mesh: DeviceMesh, mesh_dims: Sequence[int]) -> dist.ProcessGroup:
-    """The group of the ranks that differ from this one only in these mesh dimensions. Creating it is a collective of
-    its members, and done once."""
-    if len(mesh_dims) == 1:
-        return mesh.get_group(mesh_dims[0])
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None, "this rank is not in the parameter's mesh"
-    members = tuple(slice(None) if d in mesh_dims else c for d, c in enumerate(coordinate))
-    ranks = tuple(mesh.mesh[members].flatten().tolist())
-    if len(ranks) == dist.get_world_size():
-        world = dist.group.WORLD
-        assert world is not None
-        return world
-    group = _made.get(ranks)
-    try:
-        if group is not None and dist.get_process_group_ranks(group) == list(ranks):
-            return group
-    except (KeyError, ValueError):
-        pass  # it was destroyed with an earlier initialization
-    backend = dist.get_backend(mesh.get_group(mesh_dims[0]))
-    group = _made[ranks] = dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
-    return group
-
-
-_made: dict[tuple[int, ...], dist.ProcessGroup] = {}
-
-
 def _is_shard(placement: Any) -> bool:
     return hasattr(placement, "dim")  # Shard, and _StridedShard, which is not its subclass in every torch
 

@@ -36,6 +36,9 @@ class FactoredOptimizer(ReportingOptimizer):
     _single: dict[Tensor, SingleParamCache]
     #: the sharded parameters, bound; None where there are none, or they must be bound again
     _sharded: distributed.Sharded | None = None
+    #: the norm of all gradients; None where each rank has it by itself
+    _total: distributed.Total | None = None
+    _norm_group: Any = None
     #: what captured CUDA graphs read and write: replays need it, whatever later steps bind or load
     _captured: list[Any]
 
@@ -53,6 +56,27 @@ class FactoredOptimizer(ReportingOptimizer):
         self.__dict__.setdefault("_captured", [])  # a copy has none; an optimizer that loads state keeps its own
         super().__setstate__(state)
         _keep_uncompiled(type(self))
+
+    @property
+    def norm_group(self) -> Any:
+        """With ``max_grad_norm``, the process group on whose ranks parameters that are plain tensors are different
+        ones: experts under ``ignored_params``, the stages of a pipeline. The squares of their gradients are added up
+        over it. None (the default): every rank has the same ones. Set it before the first step, on all its ranks; state
+        dicts do not have it. Parameters that are DTensors need none.
+
+        Raises (when set):
+            TypeError: it is neither a process group nor None.
+        """
+        return self._norm_group
+
+    @norm_group.setter
+    def norm_group(self, group: Any) -> None:
+        if group is not None and not (hasattr(group, "size") and hasattr(group, "group_name")):
+            raise TypeError(
+                f"{type(self).__name__}: norm_group must be a torch.distributed process group or None, got {group!r}"
+            )
+        self._norm_group = group
+        self._forget()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -87,7 +111,7 @@ class FactoredOptimizer(ReportingOptimizer):
             self._grad_norm = None
         else:
             statistics = [None if step is None else step.statistics() for step in steps]
-            norm_coefficient = self._clip(statistics, shared, limit)
+            norm_coefficient = self._clip(steps, statistics, grads, cache, shared, limit)
         begin = None if sharded is None else sharded.prepare(shared, norm_coefficient)
         for step, found in zip(steps, statistics, strict=True):
             if step is not None:
@@ -108,14 +132,32 @@ class FactoredOptimizer(ReportingOptimizer):
         return loss
 
     def _clip(
-        self, statistics: list[list[ops.Statistics] | None], shared: dict[int, distributed.Options], limit: float
+        self,
+        steps: list[functional.Step | None],
+        statistics: list[list[ops.Statistics] | None],
+        grads: list[list[Any]],
+        cache: StepCache,
+        shared: dict[int, distributed.Options],
+        limit: float,
     ) -> Tensor | None:
         """What all gradients are multiplied by so that their norm is at most ``limit``; None where there are none."""
         skips = [group["nonfinite"] == "skip" for group in self.param_groups]
-        norms = [(found.norms, skip) for skip, mine in zip(skips, statistics, strict=True) for found in mine or ()]
-        if self._sharded is not None:
-            norms += [(norm, skips[index]) for index, norm in self._sharded.norms(shared)]
-        total = clipping.total(norms)
+        norms = [] if self._sharded is None else [(norm, skips[i]) for i, norm in self._sharded.norms(shared)]
+        if self._total is None:
+            local = [(each.norms, skip) for skip, mine in zip(skips, statistics, strict=True) for each in mine or ()]
+            total = clipping.total([*local, *norms])
+        else:
+            found = []
+            for index, (step, mine) in enumerate(zip(steps, statistics, strict=True)):
+                if step is None or mine is None:
+                    continue
+                params = [p for p, g in zip(cache.local[index], grads[index], strict=True) if g is not None]
+                for each, (places, batch_dims) in zip(mine, step.owners(), strict=True):
+                    whose = [params[i] for i in (range(len(params)) if places is None else places)]
+                    counts = [layout.local(p).shape[:batch_dims].numel() for p in whose]
+                    owners = [p for p, count in zip(whose, counts, strict=True) for _ in range(count)]
+                    found.append(distributed.Found(each.norms, owners, skips[index]))
+            total = self._total.of(found, norms)
         if total is None:
             return None
         self._grad_norm = total
@@ -316,8 +358,17 @@ class FactoredOptimizer(ReportingOptimizer):
             )
         return distributed.Sharded(self._algorithm, entries) if entries else None
 
+    def _bind_total(self, cache: StepCache) -> distributed.Total | None:
+        everything = [p for group in self.param_groups for p in group["params"]]
+        if self.norm_group is None and not any(map(layout.is_dtensor, everything)):
+            return None
+        alone = [p for mine in cache.local for p in mine]
+        total = distributed.Total(everything, alone, self.norm_group)
+        return None if total.is_local else total
+
     def _forget(self) -> None:
         self._sharded = None
+        self._total = None
         self._cache = None
         self._bound = {}
         self._single = {}
@@ -340,12 +391,12 @@ class FactoredOptimizer(ReportingOptimizer):
         return sum(group.workspace_bytes() for group in groups)
 
     def collectives(self) -> list[tuple[int, int]]:
-        """The all-reduces of a step of sharded parameters, in order: (ranks, bytes) of each."""
+        """The all-reduces and broadcasts of a step, in order: (ranks, bytes) of each."""
         self._validated()
-        if self._sharded is None:
-            return []
+        clips = self.max_grad_norm is not None
         skip = {i: group["nonfinite"] == "skip" for i, group in enumerate(self.param_groups)}
-        return self._sharded.collectives(skip, self.max_grad_norm is not None)
+        norm, step = ([], []) if self._sharded is None else self._sharded.collectives(skip, clips)
+        return norm + (self._total.collectives() if clips and self._total is not None else []) + step
 
     def _check_stepped(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
         """Checks a parameter before a step: it may have been unfrozen, sharded or replaced since construction."""
@@ -381,6 +432,7 @@ class FactoredOptimizer(ReportingOptimizer):
         self._cache = cache = StepCache(self.param_groups, self.state, self._spec)
         self._watched = {param: sums for param, sums in self._watched.items() if param in cache.positions}
         self._sharded = self._bind_sharded(cache)
+        self._total = self._bind_total(cache)
         return cache
 
 
