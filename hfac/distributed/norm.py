@@ -6,7 +6,7 @@ many ranks there is a gradient. Of those that a rank steps alone, `Total` adds u
 
 from __future__ import annotations  # not every torch has the types that are named here
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,16 +89,18 @@ class Total:
     Args:
         params: all of the optimizer's, in an order that is the same on every rank.
         alone: those of them that a rank steps without sums over ranks.
-        group: the ranks on which those that are plain tensors are different parameters, not copies of each other.
+        declared: of those that are plain tensors, the ranks on which they are different ones, not copies.
     """
 
-    def __init__(self, params: Sequence[Tensor], alone: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], alone: Sequence[Tensor], declared: Mapping[Tensor, dist.ProcessGroup]
+    ) -> None:
         cut: dict[object, list[Tensor]] = {}
         for param in alone:
             if layout.is_sharded(param):
                 cut.setdefault(param.device_mesh, []).append(param)  # type: ignore[attr-defined]
         self._joints = [Joint(mine) for mine in cut.values()]
-        #: of a parameter, among whose sums its squares are: those of a joint, or of the group (the last)
+        #: of a parameter, among which sums its squares are: those of a joint, or after these of a declared group
         self._sum_of = {param: i for i, mine in enumerate(cut.values()) for param in mine}
         self._contributes = {
             param: contributes
@@ -106,14 +108,16 @@ class Total:
             for param, contributes in zip(mine, joint.contributes, strict=True)
         }
         self._stages = [joint.stages for joint in self._joints]
-        if group is not None:
-            self._sum_of |= {p: len(self._stages) for p in alone if not layout.is_dtensor(p)}
+        groups = {declared[p].group_name: declared[p] for p in alone if p in declared}
+        for name, group in groups.items():
+            self._sum_of |= {p: len(self._stages) for p in alone if p in declared and declared[p].group_name == name}
             self._stages.append([Stage(group)])
         # One sum over one group is the same on all of its ranks; so is what is made of it alone.
-        agreement = _agreement(params, group)
+        agreement = _agreement(params, list(groups.values()))
         apart = len(agreement) > 1 or any(not layout.is_sharded(param) for param in params)
         self._agreement = agreement if apart else []
         self._device = layout.local(params[0]).device if params else torch.device("cpu")
+        self._dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
 
     @property
     def is_local(self) -> bool:
@@ -150,11 +154,12 @@ class Total:
             for total, stages in zip(sums, self._stages, strict=True):
                 for stage in stages:
                     stage.run(total)
-                everywhere.append((total.sqrt().to(torch.float32), False))
+                everywhere.append((total.sqrt().to(self._dtype), False))
         norm = clipping.total(everywhere)
         if norm is None and self._agreement:
-            norm = torch.zeros((), dtype=torch.float32, device=self._device)
-        if norm is not None:
+            norm = torch.zeros((), dtype=self._dtype, device=self._device)
+        if norm is not None and self._agreement:
+            norm = norm.to(self._dtype)  # of which every rank sends the same number of bytes
             for stage in self._agreement:
                 stage.run(norm)
         return norm
@@ -163,16 +168,15 @@ class Total:
         """(ranks, bytes) of what `of` sends beside what the norms of sharded parameters have been added up with."""
         size = schedules.step_dtype(self._device).itemsize
         return [(stage.group.size(), size) for stages in self._stages for stage in stages] + [
-            (stage.group.size(), torch.float32.itemsize) for stage in self._agreement
+            (stage.group.size(), self._dtype.itemsize) for stage in self._agreement
         ]
 
 
-def _agreement(params: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Stage]:
-    """Copies after which all ranks that share a mesh or the group, directly or through others, have the same number."""
+def _agreement(params: Sequence[Tensor], declared: Sequence[dist.ProcessGroup]) -> list[Stage]:
+    """Copies after which all ranks that share a mesh or a group, directly or through others, have the same number."""
     meshes = dict.fromkeys(param.device_mesh for param in params if layout.is_dtensor(param))  # type: ignore[attr-defined]
     groups = [[mesh.get_group(d) for d in range(mesh.ndim) if mesh.size(d) > 1] for mesh in meshes]
-    if group is not None and group.size() > 1:
-        groups.append([group])
+    groups += [[group] for group in declared if group.size() > 1]
     copies = [{stage.name: stage for stage in (Stage(each, copies=True) for each in mine)} for mine in groups]
     largest = [mine for mine in copies if not any(mine.keys() < other.keys() for other in copies)]
     distinct = {frozenset(mine): mine for mine in largest if mine}.values()

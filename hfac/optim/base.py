@@ -59,22 +59,25 @@ class FactoredOptimizer(ReportingOptimizer):
 
     @property
     def norm_group(self) -> Any:
-        """With ``max_grad_norm``, the process group on whose ranks parameters that are plain tensors are different
-        ones: experts under ``ignored_params``, the stages of a pipeline. The squares of their gradients are added up
-        over it. None (the default): every rank has the same ones. Set it before the first step, on all its ranks; state
-        dicts do not have it. Parameters that are DTensors need none.
+        """For ``max_grad_norm``, where parameters that are plain tensors are different ones on different ranks, such
+        as experts under ``ignored_params``: a dict from these parameters to the process group over which the squares of
+        their gradients are added up; a process group alone stands for all plain tensors. None (the default): all ranks
+        have the same ones. Set it on all ranks, before the first step; state dicts do not have it. Parameters that are
+        DTensors need none.
 
         Raises (when set):
-            TypeError: it is neither a process group nor None.
+            TypeError: it is none of these.
         """
         return self._norm_group
 
     @norm_group.setter
     def norm_group(self, group: Any) -> None:
-        if group is not None and not (hasattr(group, "size") and hasattr(group, "group_name")):
-            raise TypeError(
-                f"{type(self).__name__}: norm_group must be a torch.distributed process group or None, got {group!r}"
-            )
+        for each in group.values() if isinstance(group, dict) else [] if group is None else [group]:
+            if not (hasattr(each, "size") and hasattr(each, "group_name")):
+                raise TypeError(
+                    f"{type(self).__name__}: norm_group must be a torch.distributed process group, a dict from "
+                    f"parameters to process groups, or None, got {each!r}"
+                )
         self._norm_group = group
         self._forget()
 
@@ -363,7 +366,11 @@ class FactoredOptimizer(ReportingOptimizer):
         if self.norm_group is None and not any(map(layout.is_dtensor, everything)):
             return None
         alone = [p for mine in cache.local for p in mine]
-        total = distributed.Total(everything, alone, self.norm_group)
+        declared = self.norm_group
+        if not isinstance(declared, dict):
+            declared = {} if declared is None else dict.fromkeys(alone, declared)
+        declared = {param: group for param, group in declared.items() if not layout.is_dtensor(param)}
+        total = distributed.Total(everything, alone, declared)
         return None if total.is_local else total
 
     def _forget(self) -> None:
