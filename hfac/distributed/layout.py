@@ -88,6 +88,21 @@ def refusal(param: Tensor) -> str | None:
     return None
 
 
+def group_refusal(param: Tensor) -> str | None:
+    """Why the process groups of a DTensor's mesh cannot add up numbers that lie where its shards do, or None."""
+    mesh, device = param.device_mesh, local(param.detach()).device  # type: ignore[attr-defined]
+    for d in range(mesh.ndim) if device.type != "meta" else ():
+        known = getattr(mesh.get_group(d), "_device_types", None)
+        if mesh.size(d) > 1 and known and device.type not in {each.type for each in known}:
+            here = ", ".join(each.type for each in known)
+            return (
+                f"has its shards on {device.type}, where a step adds up numbers over ranks, but the process group of "
+                f"its mesh has backends for {here} only. Initialize both, for example with "
+                'torch.distributed.init_process_group("cpu:gloo,cuda:nccl").'
+            )
+    return None
+
+
 def sign_refusal(param: Tensor) -> str | None:
     """Why the packed sign bits cannot be sharded as this parameter is, or None.
 
