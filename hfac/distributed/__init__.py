@@ -14,8 +14,9 @@ from .. import clipping
 from . import hfac, layout, norm, schedule, smmf
 from .bucket import Bucket, Entry, Options
 from .norm import Found, Total
+from .schedule import Sent
 
-__all__ = ["Entry", "Found", "Options", "Sharded", "Total", "layout"]
+__all__ = ["Entry", "Found", "Options", "Sent", "Sharded", "Total", "layout"]
 
 
 class Sharded:
@@ -107,8 +108,8 @@ class Sharded:
 
         return begin
 
-    def collectives(self, skip: Mapping[int, bool], clips: bool) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """(ranks, bytes) of every all-reduce and broadcast of a step: until the norms of the gradients are known, and
+    def collectives(self, skip: Mapping[int, bool], clips: bool) -> tuple[list[Sent], list[Sent]]:
+        """The collectives of a step, with the bytes of each: until the norms of the gradients are known, and
         afterwards. Where H-Fac's gradients turn out to need clipping, those of a step without ``clips`` are the latter.
 
         Args:
@@ -116,10 +117,10 @@ class Sharded:
             clips: whether the norm of the gradients is needed.
         """
         norms = self._by_mesh() if clips and self._shards else []
-        first = [(stage.group.size(), mesh.bytes) for mesh in norms for stage in mesh.joint.stages]
+        first = [(stage, mesh.bytes) for mesh in norms for stage in mesh.joint.stages]
         needs = [bucket.needs(skip[bucket.group], clips) for bucket in self._buckets]
         planned, sent = (
-            [(collective.stage.group.size(), collective.bytes) for collective in found]
+            [(collective.stage, collective.bytes) for collective in found]
             for found in (schedule.collectives(needs), smmf.sends(self._shards))
         )
         return (planned, sent) if clips and not self._shards else (first, planned + sent)

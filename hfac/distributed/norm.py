@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import clipping, schedules
 from . import layout
 from .bucket import Entry, Joint, ranks_that_share, who
-from .schedule import Stage
+from .schedule import Sent, Stage
 
 
 class Norms:
@@ -164,12 +164,11 @@ class Total:
                 stage.run(norm)
         return norm
 
-    def collectives(self) -> list[tuple[int, int]]:
-        """(ranks, bytes) of what `of` sends beside what the norms of sharded parameters have been added up with."""
+    def collectives(self) -> list[Sent]:
+        """What `of` sends beside what the norms of sharded parameters have been added up with."""
         size = schedules.step_dtype(self._device).itemsize
-        return [(stage.group.size(), size) for stages in self._stages for stage in stages] + [
-            (stage.group.size(), self._dtype.itemsize) for stage in self._agreement
-        ]
+        sums = [(stage, size) for stages in self._stages for stage in stages]
+        return sums + [(stage, self._dtype.itemsize) for stage in self._agreement]
 
 
 def _agreement(params: Sequence[Tensor], declared: Sequence[dist.ProcessGroup]) -> list[Stage]:

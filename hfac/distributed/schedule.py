@@ -38,6 +38,10 @@ class Stage(NamedTuple):
         return dist.all_reduce(numbers, group=self.group, async_op=async_op)
 
 
+#: a stage of a step, and how many bytes pass it
+Sent = tuple[Stage, int]
+
+
 def stages(mesh: DeviceMesh, summed: Iterable[int], same: Iterable[int]) -> list[Stage]:
     """How to add up numbers over the mesh dimensions in ``summed``, the innermost first, so that all ranks that differ
     in these dimensions and those in ``same`` get the same bits.

@@ -399,6 +399,9 @@ class FactoredOptimizer(ReportingOptimizer):
 
     def collectives(self) -> list[tuple[int, int]]:
         """The all-reduces and broadcasts of a step, in order: (ranks, bytes) of each."""
+        return [(stage.group.size(), size) for stage, size in self._collectives()]
+
+    def _collectives(self) -> list[distributed.Sent]:
         self._validated()
         clips = self.max_grad_norm is not None
         skip = {i: group["nonfinite"] == "skip" for i, group in enumerate(self.param_groups)}
