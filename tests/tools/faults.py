@@ -289,8 +289,8 @@ FAULTS = [
     Fault(
         "memory that a graph reads is freed",
         "hfac",
-        "captured += [self.table, ",
-        "captured += [",
+        "captured += [self.staged.source, *memory.values(), *kept]",
+        "captured += [self.staged.source, *kept]",
         "tests/backends/test_captures.py",
     ),
     Fault(
