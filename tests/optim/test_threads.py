@@ -108,9 +108,9 @@ print(own, count() - before - own)
 @LINUX
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_step_with_a_norm_wakes_no_thread_of_openmp(dtype):
-    """Those wait busily for milliseconds afterwards, on the cores that the kernels run on next. The first work of theirs
-    starts them, so that they can be counted: here none but the one of the kernels' own pool, and one when torch computes
-    a million square roots."""
+    """Those wait busily for milliseconds afterwards, on the cores that the kernels run on next. The first work of
+    theirs starts them, so that they can be counted: here none but the one of the kernels' own pool, and one when torch
+    computes a million square roots."""
     own, openmp = in_a_process(OPENMP.replace("DTYPE", str(dtype)))
     assert int(own) <= 1 and int(openmp) == 1
 
