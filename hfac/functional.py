@@ -5,11 +5,10 @@ The classes `hfac.HFac` and `hfac.SMMF` keep a `Group` of the tensors of each pa
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,27 +124,13 @@ def smmf(
     _step("smmf", **locals())
 
 
-def _step(
-    algorithm: str,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    state_steps: Sequence[Tensor],
-    skipped: Sequence[Tensor] | None,
-    master_lows: States | None,
-    places: Sequence[BitOffset | None] | None,
-    capturable: bool,
-    backend: str,
-    batch_dims: int,
-    **arguments: Any,
-) -> None:
+def _step(algorithm: str, grads: Sequence[Tensor], **arguments: Any) -> None:
     described = spec.ALGORITHMS[algorithm]
-    states = {state.name: arguments.pop(state.name) for state in described.states}
-    if master_lows is not None:
-        states[MASTER_LOW.name] = master_lows
+    states = {state.name: arguments.pop(state.name) for state in (*described.states, MASTER_LOW)}
+    names = ("params", "state_steps", "skipped", "capturable", "backend", "places", "batch_dims")
+    bound = {name: arguments.pop(name) for name in names}
     first = described.has_first(arguments)
-    how = capturable, backend, places, batch_dims
-    group = Group(algorithm, params, grads, states, state_steps, skipped, first, *how)
-    step = group.prepare(grads, **arguments)
+    step = Group(algorithm, grads=grads, states=states, first_moment=first, **bound).prepare(grads, **arguments)
     assert step is not None  # just bound
     step.check_capture()
     step.apply()
@@ -167,7 +152,7 @@ class _Bucket:
 
     def of(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the call takes of a list that has one entry for each parameter of the group."""
-        return _slices(tensors if self.index is None else [tensors[i] for i in self.index], self.batch_dims)
+        return slices(tensors if self.index is None else _pick(tensors, self.index), self.batch_dims)
 
 
 class _Owners:
@@ -177,9 +162,6 @@ class _Owners:
         counts = [param.shape[:batch_dims].numel() for param in params]
         self._of = torch.cat([torch.full((n,), i, dtype=torch.int64, device=device) for i, n in enumerate(counts)])
         self._counts = self._sums(torch.ones_like(self._of, dtype=torch.int32), len(params))
-
-    def __len__(self) -> int:
-        return len(self._of)
 
     def spread(self, per_param: Tensor) -> Tensor:
         """One entry for each slice."""
@@ -205,11 +187,16 @@ class _Owners:
         return torch.zeros(count, dtype=torch.int32, device=flags.device).index_add_(0, self._of, flags)
 
 
+def _pick(entries: Sequence[Any], index: Sequence[int]) -> list[Any]:
+    return [entries[i] for i in index]
+
+
 def _sliced_places(places: Sequence[BitOffset], params: Sequence[Tensor], batch_dims: int) -> list[BitOffset]:
     return [piece for place, p in zip(places, params, strict=True) for piece in place.slices(p.shape, batch_dims)]
 
 
-def _slices(tensors: Sequence[Tensor], batch_dims: int) -> Sequence[Tensor]:
+def slices(tensors: Sequence[Tensor], batch_dims: int) -> Sequence[Tensor]:
+    """Views of the slices that the batch dimensions of each tensor index, in row-major order."""
     for _ in range(batch_dims):
         tensors = [part for tensor in tensors for part in tensor.unbind()]
     return tensors
@@ -231,7 +218,7 @@ class Group:
         algorithm: str,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        states: Mapping[str, States],
+        states: Mapping[str, States | None],
         state_steps: Sequence[Tensor],
         skipped: Sequence[Tensor] | None,
         first_moment: bool,
@@ -245,18 +232,12 @@ class Group:
         self._watch = watch
         self._captured: list[Any] = [] if captured is None else captured
         self._algorithm = spec.ALGORITHMS[algorithm]
-        first = {state.name for state in self._algorithm.states if state.moment == 1}
-        read = {name: states[name] for name in states if first_moment or name not in first}
-        lists: dict[str, Sequence[Any] | None] = {
-            "grads": grads,
-            **states,
-            "state_steps": state_steps,
-            "skipped": skipped,
-            "places": places,
-        }
+        lists = {"grads": grads, **states, "state_steps": state_steps, "skipped": skipped, "places": places}
         for name, tensors in lists.items():
-            if tensors is not None and len(tensors) != len(params):
-                raise ValueError(f"{name} must have one entry per parameter ({len(params)}), got {len(tensors)}")
+            if tensors is not None:
+                ops.check_length(name, tensors, len(params))
+        unread = () if first_moment else {state.name for state in self._algorithm.states if state.moment == 1}
+        read = {name: entries for name, entries in states.items() if entries is not None and name not in unread}
         for name, tensors in (("params", params), ("grads", grads), ("state_steps", state_steps)):
             for i, tensor in enumerate(tensors):
                 if not isinstance(tensor, Tensor):
@@ -278,8 +259,12 @@ class Group:
             self._params = list(params)
             self._states = [[state for state in tensors if state is not None] for tensors in read.values()]
             self._whereabouts = self._look()
+            # Slices are of what shares memory and version, and no more: a view would own its tensor, which torch then
+            # refuses to swap (torch.utils.swap_tensors).
+            params = [param.detach() for param in params]
+            read = {name: [state if state is None else state.detach() for state in read[name]] for name in read}
         # What shares memory is stepped one after the other, as torch does it, and not by kernels at once.
-        sharing, twice = ops.sharing([(param, *(s[i] for s in states.values())) for i, param in enumerate(params)])
+        sharing, twice = ops.sharing([(param, *(s[i] for s in read.values())) for i, param in enumerate(params)])
         if twice and backend not in ("auto", "reference"):
             raise RuntimeError(
                 f"params[{min(twice)}] and its states share memory, which backend={backend!r} reads and writes at "
@@ -290,7 +275,7 @@ class Group:
         for i, (param, grad, step) in enumerate(zip(params, grads, state_steps, strict=True)):
             on_host = step.is_cpu and not capturable and not ops.is_fake(step)
             op = self._algorithm.op_of([name for name, entries in read.items() if entries[i] is not None])
-            low = None if MASTER_LOW.name not in states else states[MASTER_LOW.name][i]
+            low = read[MASTER_LOW.name][i] if MASTER_LOW.name in read else None
             stored = None if low is None else low.dtype, places is not None and places[i] is not None
             like = param.device, param.dtype, grad.dtype
             alone = i if i in sharing else None, i in twice
@@ -298,36 +283,28 @@ class Group:
             indices.setdefault(key, []).append(i)
         self._buckets = []
         for (op, *_, low, stochastic, _, itself, on_host, _), index in indices.items():
-
-            def of(tensors: Sequence[Any], index: list[int] = index) -> list[Any]:
-                return [tensors[i] for i in index]
-
-            def slices(tensors: Sequence[Any], of: Callable[[Sequence[Any]], list[Any]] = of) -> Sequence[Any]:
-                # Of what shares memory and version, and no more: a view would own its tensor, which torch then refuses
-                # to swap (torch.utils.swap_tensors).
-                return _slices([tensor.detach() for tensor in of(tensors)] if batch_dims else of(tensors), batch_dims)
-
-            operands = (*op.states, MASTER_LOW) if low is not None else op.states
-            mine = {operand.name: slices(read[operand.name]) for operand in operands if operand.name in read}
-            steps = of(state_steps)
+            mine, steps = _pick(params, index), _pick(state_steps, index)
+            names = [state.name for state in op.states if state.name in read]
+            names += [MASTER_LOW.name] if low is not None else []
+            call = ops.OpCall(
+                op.name,
+                slices(mine, batch_dims),
+                {name: slices(_pick(read[name], index), batch_dims) for name in names},
+                places=_sliced_places(_pick(places or (), index), mine, batch_dims) if stochastic else None,
+                backend="reference" if itself else backend,
+                captured=self._captured,
+            )
             told = batch_dims and (skipped is not None or not on_host)
             self._buckets.append(
                 _Bucket(
-                    ops.OpCall(
-                        op.name,
-                        slices(params),
-                        mine,
-                        places=_sliced_places(of(places or ()), of(params), batch_dims) if stochastic else None,
-                        backend="reference" if itself else backend,
-                        captured=self._captured,
-                    ),
+                    call,
                     None if len(index) == len(params) else index,
                     steps,
-                    None if skipped is None else of(skipped),
+                    None if skipped is None else _pick(skipped, index),
                     on_host,
                     ops.counters_of(steps),
                     batch_dims,
-                    _Owners(of(params), batch_dims, steps[0].device) if told else None,
+                    _Owners(mine, batch_dims, steps[0].device) if told else None,
                 )
             )
 
@@ -365,7 +342,7 @@ class Group:
             **{name: schedules.as_scalar(name, options[name]) for name in ("lr", "weight_decay")},
         }
         if self._batch_dims:
-            _check_batch_grads(self._params, grads)
+            ops.check_grads(self._params, grads)
         calls = []
         for bucket in self._buckets:
             if not self._batch_dims and not bucket.call.holds():
@@ -380,98 +357,98 @@ class Group:
                 t = torch.stack(bucket.steps)
                 t = t.to(schedules.step_dtype(t.device)) + 1
                 t = t if bucket.owners is None else bucket.owners.spread(t)
-            flags = None
+            mine = bucket.of(grads)
+            flags, watched = None, None
             if bucket.skipped is not None:
-                size = len(bucket.steps if bucket.owners is None else bucket.owners)
-                flags = torch.zeros(size, dtype=torch.int32, device=bucket.steps[0].device)
-            decays = self._algorithm.decays(t, options)
-            slices = bucket.of(grads)
-            watched = None
+                flags = torch.zeros(len(mine), dtype=torch.int32, device=bucket.steps[0].device)
             if self._watch:
-                watched = torch.zeros(len(slices), spec.WATCHED, dtype=torch.float64, device=slices[0].device)
+                watched = torch.zeros(len(mine), spec.WATCHED, dtype=torch.float64, device=mine[0].device)
             inputs = bucket.call.prepare(
-                slices,
+                mine,
                 flags,
                 grad_scale=grad_scale,
                 found_inf=found_inf,
                 seed=options.get("seed", 0),
                 step=t,
                 watched=watched,
-                **decays,
+                **self._algorithm.decays(t, options),
                 **scalars,
             )
-            calls.append(_Call(bucket, inputs, flags, watched))
+            calls.append((bucket, inputs))
 
         tensors = [value for value in (*options.values(), grad_scale) if isinstance(value, Tensor)]
         return Step(calls, found_inf, self._captured, tensors)
 
 
-class _Call(NamedTuple):
-    bucket: _Bucket
-    inputs: ops.Inputs
-    flags: Tensor | None  # of parameters whose gradient is not finite; of slices, where there are batch dimensions
-    watched: Tensor | None  # [parameters or slices, 5]
-
-
 class Step:
-    """A validated step of a `Group`: ask for its statistics, or not, then apply it, once.
+    """A validated step of a `Group`: ask for its norms, or not, then apply it, once.
 
     ``captured``: what a graph reads is added there; ``tensors``: of what the step has been given.
     """
 
     def __init__(
-        self, calls: list[_Call], found_inf: Tensor | None, captured: list[Any], tensors: list[Tensor]
+        self,
+        calls: list[tuple[_Bucket, ops.Inputs]],
+        found_inf: Tensor | None,
+        captured: list[Any],
+        tensors: list[Tensor],
     ) -> None:
         self._calls, self._found_inf = calls, found_inf
         self._captured, self._tensors = captured, tensors
+        self._statistics: list[ops.Statistics | None] = [None] * len(calls)
 
-    def statistics(self) -> list[ops.Statistics]:
-        """The gradients' norms, those of slices where there are batch dimensions, and what `apply` goes on from."""
-        return [call.bucket.call.statistics(call.inputs) for call in self._calls]
+    def norms(self) -> list[Tensor]:
+        """The gradients' norms, those of slices where there are batch dimensions. `apply` goes on from the statistics
+        that give them."""
+        found = [bucket.call.statistics(inputs) for bucket, inputs in self._calls]
+        self._statistics = [*found]
+        return [statistics.norms for statistics in found]
 
-    def owners(self) -> list[tuple[Sequence[int] | None, int]]:
-        """Of each of the `statistics`, whose norms they are: positions in the group's lists (None: all, in order), and
-        how many batch dimensions make a parameter's slices, whose norms follow each other."""
-        return [(call.bucket.index, call.bucket.batch_dims) for call in self._calls]
+    def owners(self, params: Sequence[Tensor]) -> list[list[int]]:
+        """Of each entry of the `norms`, whose it is: the position in ``params``, the group's list."""
+        indices = [(bucket.index or range(len(params)), bucket.batch_dims) for bucket, _ in self._calls]
+        return [[i for i in index for _ in range(params[i].shape[:dims].numel())] for index, dims in indices]
 
     @property
     def unscales(self) -> bool:
         """Whether gradients are multiplied as they are read, and stay as they are."""
-        return any(call.inputs.unscales for call in self._calls)
+        return any(inputs.unscales for _, inputs in self._calls)
 
     def watched(self) -> Iterator[tuple[list[int] | None, Tensor]]:
         """Of a step that has been made and was watched: places in the group's lists (None: all of them, in order), and
         rows as `hfac.reference` describes them, those of a parameter's slices one after the other; NaN where no step
         was made."""
-        for bucket, _, flags, found in self._calls:
+        for bucket, inputs in self._calls:
+            found = inputs.numbers.get("watched")
             if found is not None:
-                if flags is not None:
-                    found = found.masked_fill((flags != 0)[:, None], math.nan)
+                if inputs.nonfinite is not None:
+                    found = found.masked_fill((inputs.nonfinite != 0)[:, None], math.nan)
                 if self._found_inf is not None:
                     found = found.masked_fill(self._found_inf.reshape(1, 1) != 0, math.nan)
                 yield bucket.index, found
 
-    def check_capture(self, clip: Tensor | None = None, statistics: Sequence[ops.Statistics] | None = None) -> None:
+    def check_capture(self, clip: Tensor | None = None) -> None:
         """Checks, before `apply` and with its arguments, that the step can be part of a CUDA graph that is being
         captured, if one is, and keeps what the graph reads in every replay.
 
         Raises:
             RuntimeError: it cannot be: it needs memory on the host; nothing has been written.
         """
-        if not any(call.bucket.call.capturing() for call in self._calls):
+        if not any(bucket.call.capturing() for bucket, _ in self._calls):
             return
-        for (bucket, inputs, flags, watched), found in zip(self._calls, statistics or repeat(None), strict=False):
+        for (bucket, inputs), found in zip(self._calls, self._statistics, strict=True):
             bucket.call.check_capture(inputs, found)
             self._captured += [*bucket.call.tensors(), *bucket.steps, *(bucket.skipped or ()), bucket.owners]
-            self._captured += [flags, watched]
+            self._captured += [inputs.nonfinite, inputs.numbers.get("watched")]
         self._captured += [clip, self._found_inf, *self._tensors]
 
-    def apply(self, clip: Tensor | None = None, statistics: Sequence[ops.Statistics] | None = None) -> None:
+    def apply(self, clip: Tensor | None = None) -> None:
         """Makes the step, on gradients multiplied by ``clip``, and counts it."""
-        for (bucket, inputs, flags, _), found in zip(self._calls, statistics or repeat(None), strict=False):
+        for (bucket, inputs), found in zip(self._calls, self._statistics, strict=True):
             bucket.call.apply(inputs, found, clip)
             bucket.counters.advance_steps_(bucket.steps)
-            if flags is not None and bucket.skipped is not None:
+            if inputs.nonfinite is not None and bucket.skipped is not None:
+                flags = inputs.nonfinite
                 some, every = (flags, flags) if bucket.owners is None else bucket.owners.left(flags)
                 torch._foreach_add_(bucket.skipped, some.unbind())
                 torch._foreach_sub_(bucket.steps, every.unbind())
@@ -498,17 +475,6 @@ def _check_batch(batch_dims: int, params: Sequence[Tensor], states: Mapping[str,
                 )
             if not state.is_contiguous():
                 raise ValueError(f"{name}[{i}] must be contiguous, got strides {state.stride()}")
-
-
-def _check_batch_grads(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    if len(grads) != len(params):
-        raise ValueError(f"grads must have one entry per parameter ({len(params)}), got {len(grads)}")
-    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        ops.check_tensor(f"grads[{i}]", grad)
-        if grad.shape != param.shape:
-            raise ValueError(
-                f"grads[{i}] must have its parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}"
-            )
 
 
 _DTYPE = attrgetter("dtype")

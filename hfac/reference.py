@@ -66,7 +66,7 @@ def hfac_step_(
         if m * n == 0:
             continue
         b1, b2 = _of(beta1, i), _of(beta2, i)
-        stored = _stored(param, i, master_lows, places, seed, step)
+        stored = _Stored(param, i, master_lows, places, seed, step)
         W, G = _operands(stored, grads[i], (m, n), r_row.dtype, maximize)
 
         row_mean, col_mean = G.mean(1), G.mean(0)
@@ -76,7 +76,8 @@ def hfac_step_(
         r = b2 * r_row.view(m) + (1 - b2) * sq.sum(1)
         s = b2 * s_col.view(n) + (1 - b2) * sq.sum(0)
 
-        W, U = _hfac_update(W, G, u, v, r, s, row_mean, col_mean, (m, n), r.sum(), b1, lr, weight_decay, clip_threshold)
+        U, D = _hfac_direction(G, (u, v, r, s), (row_mean, col_mean), (m, n), r.sum(), b1, clip_threshold)
+        W = W - lr * (D + weight_decay * W)
 
         keep = _keep(G, nonfinite, i)
         if watched is not None:
@@ -163,38 +164,28 @@ def hfac_apply_(
         u = b1 * u_row.view(-1) + (1 - b1) * row_mean
         v = b1 * v_col.view(-1) + (1 - b1) * col_mean
         if param.numel():
-            stored = _stored(param, i, master_lows, places, seed, step)
+            stored = _Stored(param, i, master_lows, places, seed, step)
             W, G = _operands(stored, grads[i], (u.numel(), v.numel()), r.dtype, maximize)
-            whole = rows[i], cols[i]
-            W, _ = _hfac_update(
-                W, G, u, v, r, s, row_mean, col_mean, whole, totals[i], b1, lr, weight_decay, clip_threshold,
-                mean_squares[i],
-            )  # fmt: skip
-            stored.write(W, None)
+            whole, means, mean_square = (rows[i], cols[i]), (row_mean, col_mean), mean_squares[i]
+            _, D = _hfac_direction(G, (u, v, r, s), means, whole, totals[i], b1, clip_threshold, mean_square)
+            stored.write(W - lr * (D + weight_decay * W), None)
         for old, new in ((u_row, u), (v_col, v), (exp_avg_sq_rows[i], r), (exp_avg_sq_cols[i], s)):
             _write(old, new, None)
 
 
-def _hfac_update(
-    W: Tensor,
+def _hfac_direction(
     G: Tensor,
-    u: Tensor,
-    v: Tensor,
-    r: Tensor,
-    s: Tensor,
-    row_mean: Tensor,
-    col_mean: Tensor,
+    moments: tuple[Tensor, Tensor, Tensor, Tensor],
+    means: tuple[Tensor, Tensor],
     shape: tuple[int, int],
     total: Tensor,
     b1: Scalar,
-    lr: Scalar,
-    weight_decay: Scalar,
     clip_threshold: float | None,
     mean_square: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The new W of a matrix of `shape`, or of a part of one, whose new moments are given, and U before it is clipped;
-    `total` is sum(r)."""
-    m, n = shape
+    """U of a matrix of `shape`, or of a part of one, before it is clipped, and the direction of the step. `moments` are
+    the new u, v, r and s, `means` those of G's rows and columns, and `total` is sum(r)."""
+    (u, v, r, s), (row_mean, col_mean), (m, n) = moments, means, shape
     phi = b1 * (u - row_mean) / (r / n).sqrt()
     psi = b1 * (v - col_mean) / (s / m).sqrt()
 
@@ -203,7 +194,7 @@ def _hfac_update(
     # product finite.
     U = G * (1 / s.sqrt()) * (total.sqrt() * (1 / r.sqrt()))[:, None]
     clipped = U if clip_threshold is None else U / _clip_divisor(U, clip_threshold, mean_square)
-    return W - lr * ((phi[:, None] + psi) / 2 + clipped + weight_decay * W), U
+    return U, (phi[:, None] + psi) / 2 + clipped
 
 
 def hfac_dense_step_(
@@ -239,7 +230,7 @@ def hfac_dense_step_(
         if param.numel() == 0:
             continue
         b1, b2 = _of(beta1, i), _of(beta2, i)
-        stored = _stored(param, i, master_lows, places, seed, step)
+        stored = _Stored(param, i, master_lows, places, seed, step)
         W, G = _operands(stored, grads[i], (-1,), exp_avg_sqs[i].dtype, maximize)
 
         m = b1 * exp_avgs[i].view(-1) + (1 - b1) * G
@@ -308,7 +299,7 @@ def smmf_step_(
         if n * m == 0:
             continue
         b2 = _of(beta2, i)
-        stored = _stored(param, i, master_lows, places, seed, step)
+        stored = _Stored(param, i, master_lows, places, seed, step)
         W, G = _operands(stored, grads[i], (n, m), r_V.dtype, maximize)
         keep = _keep(G, nonfinite, i)
         W, G = _decay(W, G, lr, weight_decay, decoupled_weight_decay)
@@ -370,7 +361,7 @@ def smmf_sums_step_(
         if param.numel() == 0:
             continue
         b2 = _of(beta2, i)
-        stored = _stored(param, i, master_lows, places, seed, step)
+        stored = _Stored(param, i, master_lows, places, seed, step)
         W, G = _operands(stored, grads[i], (-1,), exp_avg_sq_rows[i].dtype, maximize)
         W, G = _decay(W.contiguous(), G, lr, weight_decay, decoupled_weight_decay)
         positive = None
@@ -434,7 +425,7 @@ def smmf_dense_step_(
         if param.numel() == 0:
             continue
         b2 = _of(beta2, i)
-        stored = _stored(param, i, master_lows, places, seed, step)
+        stored = _Stored(param, i, master_lows, places, seed, step)
         W, G = _operands(stored, grads[i], (-1,), exp_avg_sqs[i].dtype, maximize)
         keep = _keep(G, nonfinite, i)
         W, G = _decay(W, G, lr, weight_decay, decoupled_weight_decay)
@@ -486,8 +477,18 @@ def _bit_values(device: torch.device) -> Tensor:
 class _Stored:
     """A parameter as it is stored: what is read as W, and what becomes of the new one."""
 
-    def __init__(self, param: Tensor, low: Tensor | None, offset: BitOffset | None, seed: int, step: Scalar) -> None:
-        self.param, self._low, self._offset, self._seed, self._step = param, low, offset, seed, step
+    def __init__(
+        self,
+        param: Tensor,
+        i: int,
+        master_lows: Sequence[Tensor] | None,
+        places: Sequence[BitOffset] | None,
+        seed: int,
+        step: Scalar,
+    ) -> None:
+        self.param, self._seed, self._step = param, seed, _of(step, i)
+        self._low = None if master_lows is None else master_lows[i]
+        self._offset = None if places is None else places[i]
 
     def read(self, dtype: torch.dtype) -> Tensor:
         return self.param.to(dtype) if self._low is None else rounding.join(self.param, self._low)
@@ -509,19 +510,6 @@ class _Stored:
         elif bits is not None:
             new = rounding.stochastic(new, param.dtype, bits)
         _write(param, new, keep)
-
-
-def _stored(
-    param: Tensor,
-    i: int,
-    master_lows: Sequence[Tensor] | None,
-    places: Sequence[BitOffset] | None,
-    seed: int,
-    step: Scalar,
-) -> _Stored:
-    low = None if master_lows is None else master_lows[i]
-    offset = None if places is None else places[i]
-    return _Stored(param, low, offset, seed, _of(step, i))
 
 
 def _watch(row: Tensor, stored: _Stored, new: Tensor, direction: Tensor, keep: Tensor | None, *zeros: Tensor) -> None:

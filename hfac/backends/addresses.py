@@ -38,21 +38,16 @@ def strides(tensors: Iterable[Tensor]) -> list[tuple[int, ...] | None]:
     return [None if tensor.is_contiguous() else tensor.stride() for tensor in tensors]
 
 
-def resolved(grads: Tensors) -> tuple[Tensors, dict[str, Any]]:
-    """Gradients that are no views that negate, which the caller holds while the extension reads, and their strides,
-    where there are any."""
-    if all(map(Tensor.is_contiguous, grads)):
-        return grads, {}
-    grads = [grad.resolve_neg() for grad in grads]
-    return grads, {"grad_strides": strides(grads)}
-
-
-def of_grads(grads: Tensors, grad_strides: dict[str, Any], shapes: bool = False) -> dict[str, Any]:
-    """Strides need shapes, a parameter's (``shapes``) as well as a gradient's."""
-    found = {"grads": addresses(grads), "grad_dtypes": codes(grads)} | grad_strides
-    if grad_strides or shapes:
+def of_grads(grads: Tensors, shapes: bool = False) -> tuple[Tensors, dict[str, Any]]:
+    """Gradients that are no views that negate, which the caller holds while the extension reads, and what it is told of
+    them. Strides need shapes, a parameter's (``shapes``) as well as a gradient's."""
+    found: dict[str, Any] = {}
+    if not all(map(Tensor.is_contiguous, grads)):
+        grads = [grad.resolve_neg() for grad in grads]
+        found["grad_strides"] = strides(grads)
+    if found or shapes:
         found["shapes"] = [tuple(grad.shape) for grad in grads]
-    return found
+    return grads, found | {"grads": addresses(grads), "grad_dtypes": codes(grads)}
 
 
 def of_params(params: Tensors) -> dict[str, Any]:

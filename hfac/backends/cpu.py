@@ -108,11 +108,10 @@ class CpuCall:
         return found
 
     def _run(self, grads: Tensors, nonfinite: Tensor | None, numbers: dict[str, Any]) -> None:
-        grads, strides = addresses.resolved(grads)
-        given = addresses.of_grads(grads, strides, self._shapes)
+        grads, given = addresses.of_grads(grads, self._shapes)
         if 0 in given["grads"]:  # empty, or zeros without memory
             grads = memory.without_zerotensors(grads)
-            given = addresses.of_grads(grads, strides, self._shapes)
+            given["grads"] = addresses.addresses(grads)
         flags = None
         if nonfinite is not None:
             flags = nonfinite.contiguous()
@@ -133,9 +132,9 @@ bind = CpuCall
 def squares(grads: Tensors) -> Tensor:
     """The sum of squares of every tensor, [len(grads)] in float64: its bits do not depend on the number of threads."""
     found = torch.zeros(len(grads), dtype=torch.float64, device="cpu")
-    grads, strides = addresses.resolved(grads)
+    grads, given = addresses.of_grads(grads)
     _C.squares(
-        **addresses.of_grads(grads, strides),
+        **given,
         numels=addresses.numels(grads),
         sums=found.data_ptr() if len(grads) else 0,
         threads=torch.get_num_threads(),

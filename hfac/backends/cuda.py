@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version  # tells autograd of writes t
 from ..spec import COLS, ROWS, WHOLE, Op
 from . import addresses, cpu
 from .contract import Operands, Statistics
-from .planned import Cuda, Planned, address_of, index_of
+from .planned import Cuda, Planned, launch, scalar
 
 Tensors = Sequence[Tensor]
 
@@ -80,15 +80,15 @@ class CudaCall:
             side = {ROWS: "rows", WHOLE: "rows", COLS: "cols"}.get(state.size)
             name = state.name if side is None else f"{('first', 'second')[state.moment - 1]}_{side}"
             arguments[name] = found[state.name]
-        shapes = [tuple(p.shape) for p in params]
         stored = _storage(operands)
         if stored or "param_strides" in found:
+            shapes = [tuple(p.shape) for p in params]
             arguments.update(shapes=shapes, param_strides=addresses.strides(params), **stored)
         #: What a CUDA graph reads in every replay, and nobody may change or free. Only captures add to it; whoever
         #: keeps this replaces the list by one of its own, which then outlives it.
         self.captured: list[Any] = []
         self._lock = threading.Lock()
-        self._new = lambda **more: Planned(platform, device, platform.native.CudaStep(**arguments, **more), shapes)
+        self._new = lambda **more: Planned(platform, device, platform.native.CudaStep(**arguments, **more))
         self._plain = self._new()
         #: of H-Fac's matrices: a plan whose statistics are taken before the norm of all gradients is known. Where all
         #: steps clip, the plain plan takes no memory.
@@ -167,8 +167,8 @@ class CudaShardCall:
         self._shapes = bool(stored) or "param_strides" in self._told
 
     def __call__(self, grads: Tensors, nonfinite: None = None, **numbers: Any) -> None:
-        grads, strides = addresses.resolved(grads)
-        plan = self._make(**self._told, **addresses.of_grads(grads, strides, self._shapes))
+        grads, given = addresses.of_grads(grads, self._shapes)
+        plan = self._make(**self._told, **given)
         if plan.table_bytes:
             self._launch(plan, numbers)
         if self._operands.written:
@@ -184,21 +184,17 @@ class CudaShardCall:
             )
         device = self._operands.params[0].device
         end = -(-plan.table_bytes // 8) * 8
-        found: dict[str, Any] = {"lr": 0.0, "weight_decay": 0.0, "beta1": 0.0, "beta2": 0.0, "eps": 0.0}
-        found |= {"clip_threshold": None, "maximize": False}
-        found["coupled"] = not numbers.pop("decoupled_weight_decay", True)
-        held, ranges = [], {}
+        found: dict[str, Any] = {}
+        held: list[Tensor] = []
+        ranges = {}
         for name, value in numbers.items():
             if isinstance(value, Tensor) and value.is_cpu and value.ndim and name not in self._operands.op.vectors:
                 ranges[name] = value, end, end + 8 * value.numel()
                 end = ranges[name][2]
             elif isinstance(value, Tensor) and value.is_cpu and not value.ndim:
                 found[name] = value.item()
-            elif isinstance(value, Tensor):
-                held.append(value.contiguous() if value.dtype in (torch.float32, torch.float64) else value.double())
-                found[name] = address_of(held[-1])
             else:
-                found[name] = value
+                found[name] = scalar(value, device, held)
         host = self._platform.host_table(end)
         table = torch.empty(end, dtype=torch.uint8, device=device)
         plan.write_table(host.data_ptr())
@@ -208,15 +204,8 @@ class CudaShardCall:
         table.copy_(host, non_blocking=True)
         workspace = torch.empty(max(plan.workspace_bytes, 1), dtype=torch.uint8, device=device)
         self._platform.before_launch(workspace)
-        stream = self._platform.stream(device)
-        plan.launch(
-            table=table.data_ptr(),
-            workspace=workspace.data_ptr(),
-            counters=0,
-            **found,
-            device=index_of(device),
-            stream=getattr(stream, "cuda_stream", stream),
-        )
+        memory = {"table": table, "workspace": workspace, "counters": None}
+        launch(plan, self._platform.stream(device), device, memory, found)
 
 
 def _storage(operands: Operands) -> dict[str, Any]:

@@ -4,7 +4,7 @@ While a CUDA graph is captured no memory is allocated on the host: a step finds 
 before anything is launched.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,8 +64,8 @@ class Planned:
     of a graph are ordered by whoever makes them, as they are for parameters and states.
     """
 
-    def __init__(self, platform: Cuda, device: torch.device, step: Any, shapes: list[tuple[int, ...]]) -> None:
-        self.platform, self.device, self.step, self.shapes = platform, device, step, shapes
+    def __init__(self, platform: Cuda, device: torch.device, step: Any) -> None:
+        self.platform, self.device, self.step = platform, device, step
         self.staged = Staged(device, torch.uint8, platform.host_table)
         self.stale = True  # the table is not the plan's
         self.counters: Tensor | None = None
@@ -106,23 +106,14 @@ class Planned:
         assert self.table is not None and self.counters is not None
         flags = None if nonfinite is None else nonfinite.contiguous()
         memory |= {"nonfinite": flags, **{name: numbers.pop(name, None) for name in _MEMORY}}
+        memory |= {"table": self.table, "workspace": workspace, "counters": self.counters}
         kept: list[Tensor] = []
-        coupled = not numbers.pop("decoupled_weight_decay", True)
-        self.step.launch(
-            table=self.table.data_ptr(),
-            workspace=workspace.data_ptr(),
-            counters=self.counters.data_ptr(),
-            coupled=coupled,
-            **{"clip_threshold": None, "maximize": False}
-            | {name: self._scalar(value, kept) for name, value in numbers.items()},
-            **{name: 0 if tensor is None else tensor.data_ptr() for name, tensor in memory.items()},
-            device=index_of(self.device),
-            stream=getattr(stream, "cuda_stream", stream),
-        )
+        told = {name: scalar(value, self.device, kept) for name, value in numbers.items()}
+        launch(self.step, stream, self.device, memory, told)
         if nonfinite is not None and flags is not None and flags is not nonfinite:
             nonfinite.copy_(flags)
         if capturing:
-            captured += [self.table, self.staged.source, workspace, self.counters, *memory.values(), *kept]
+            captured += [self.staged.source, *memory.values(), *kept]
 
     @property
     def table(self) -> Tensor | None:
@@ -135,18 +126,8 @@ class Planned:
 
     def look(self, grads: Tensors, nonfinite: Tensor | None, clip_threshold: float | None) -> Tensors:
         """Tells the plan what this step brings, and returns the gradients as the kernels read them."""
-        strides = None
-        if not all(map(Tensor.is_contiguous, grads)):
-            grads = [grad.resolve_neg() for grad in grads]
-            strides = addresses.strides(grads)
-        changed = self.step.prepare(
-            grads=addresses.addresses(grads),
-            grad_dtypes=addresses.codes(grads),
-            shapes=None if strides is None else self.shapes,
-            grad_strides=strides,
-            clip=clip_threshold is not None,
-            nonfinite=nonfinite is not None,
-        )
+        grads, given = addresses.of_grads(grads)
+        changed = self.step.prepare(**given, clip=clip_threshold is not None, nonfinite=nonfinite is not None)
         if changed:  # until the table is written, whatever may fail before
             self.stale = True
         return grads
@@ -186,19 +167,32 @@ class Planned:
             self.workspace = torch.empty(wanted, dtype=torch.uint8, device=self.device)
         return self.workspace
 
-    def _scalar(self, value: Any, kept: list[Tensor]) -> Any:
-        """A number, or the address of a tensor on the device, which is not read here."""
-        if not isinstance(value, Tensor):
-            return value
-        if value.dtype not in (torch.float32, torch.float64) or value.device != self.device:
-            value = value.to(device=self.device, dtype=torch.float64)
-        kept.append(value.contiguous())
-        return address_of(kept[-1])
+
+def launch(
+    plan: Any, stream: Any, device: torch.device, memory: Mapping[str, Tensor | None], numbers: dict[str, Any]
+) -> None:
+    """Launches a plan's kernels. ``memory``: what they are told by address; ``numbers``: the op's, tensors among them
+    as `scalar` gives them."""
+    coupled = not numbers.pop("decoupled_weight_decay", True)
+    plan.launch(
+        **dict.fromkeys(("lr", "weight_decay", "beta1", "beta2", "eps"), 0.0)
+        | {"clip_threshold": None, "maximize": False, "coupled": coupled}
+        | numbers,
+        **{name: 0 if tensor is None else tensor.data_ptr() for name, tensor in memory.items()},
+        device=index_of(device),
+        stream=getattr(stream, "cuda_stream", stream),
+    )
 
 
-def address_of(value: Tensor) -> tuple[int, bool, int]:
-    """A tensor as a scalar of a launch: its address, whether it is of doubles, and 1 for one entry per parameter."""
-    return value.data_ptr(), value.dtype == torch.float64, value.ndim
+def scalar(value: Any, device: torch.device, kept: list[Tensor]) -> Any:
+    """A number, or of a tensor, which is not read here, its address on the device, whether it is of doubles, and 1 for
+    one entry per parameter. What lies there is added to ``kept``."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.dtype not in (torch.float32, torch.float64) or value.device != device:
+        value = value.to(device=device, dtype=torch.float64)
+    kept.append(value.contiguous())
+    return kept[-1].data_ptr(), value.dtype == torch.float64, value.ndim
 
 
 def index_of(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 Nothing of Triton is imported before a step asks for it.
 """
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -44,20 +45,16 @@ def why_not(device: torch.device) -> str | None:
     return reason and f"Triton has no driver for a GPU here ({reason}). Check the GPU's driver, or use backend='auto'."
 
 
-_found: list[str | None] = []
-
-
+@functools.cache
 def _driver() -> str | None:
-    """Why Triton finds no GPU; None where it finds one. Asked once."""
-    if not _found:
-        try:
-            import triton
+    """Why Triton finds no GPU; None where it finds one."""
+    try:
+        import triton
 
-            triton.runtime.driver.active.get_current_target()
-            _found.append(None)
-        except Exception as error:  # whatever a broken installation may raise: importing hfac never fails
-            _found.append(f"{type(error).__name__}: {error}")
-    return _found[0]
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # whatever a broken installation may raise: importing hfac never fails
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def bind(operands: Operands) -> Callable[..., None]:

@@ -216,7 +216,7 @@ def _asked(cls: Any, shape: Shape, dtype: torch.dtype, options: Options) -> dict
     """The state that an optimizer of hfac creates for a parameter on the meta device."""
     param = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
     optimizer = cls([{"params": [param], **options._asdict()}])
-    layout = optimizer._full_layout(param, optimizer.param_groups[0])
+    layout = optimizer._layout(param, optimizer.param_groups[0])
     found = {}
     for key, value in optimizer.state[param].items():
         _, _, follows = layout.get(key, (None, None, ()))

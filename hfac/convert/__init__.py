@@ -180,7 +180,7 @@ def _warn_of_rates(
 
 def _written(target: HFac | SMMF, param: Tensor, group: Mapping[str, Any], moments: Moments) -> dict[str, Tensor]:
     """The target's state of one parameter."""
-    layout, batch = target._full_layout(param, group), group["batch_dims"]
+    layout, batch = target._layout(param, group), group["batch_dims"]
     device, wide = moments.second.device, next(dtype for _, dtype, _ in layout.values() if dtype.is_floating_point)
     state = {key: torch.zeros(shape, dtype=dtype, device=device) for key, (shape, dtype, _) in layout.items()}
     step = torch.tensor(moments.step, dtype=torch.float32, device="cpu")

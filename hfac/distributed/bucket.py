@@ -109,19 +109,32 @@ class Bucket:
         found = spec.ALGORITHMS[self.algorithm].decays(_steps(self.entries) + 1, options.scalars)
         return found["beta1"], found["beta2"]
 
-    def numbers(
-        self, op: spec.Op, going: Sequence[int], options: Options, decays: tuple[Tensor | None, Tensor]
-    ) -> dict[str, Any]:
-        """An op's scalars for the parameters in ``going``, and its arguments for how they are stored."""
-        given = {**options.scalars, **spec.ALGORITHMS[self.algorithm].scalars(options.scalars)}
-        given["beta1"], given["beta2"] = (None if beta is None else beta[list(going)] for beta in decays)
-        found = {number.name: given[number.name] for number in op.numbers}
+    def call(
+        self,
+        op: spec.Op,
+        going: Sequence[int],
+        grads: Sequence[Tensor | None],
+        lists: Mapping[str, Sequence[Any]],
+        options: Options,
+        decays: tuple[Tensor | None, Tensor],
+        backend: str,
+        **vectors: Tensor,
+    ) -> None:
+        """Calls an op on the parameters in ``going``, with its lists and counts that have one entry for each of the
+        bucket's, and its vectors."""
+        if not going:
+            return
+        numbers = {**options.scalars, **spec.ALGORITHMS[self.algorithm].scalars(options.scalars)}
+        numbers["beta1"], numbers["beta2"] = (None if beta is None else beta[list(going)] for beta in decays)
+        given = {number.name: numbers[number.name] for number in op.numbers}
+        given |= {name: pick(entries, going) for name, entries in lists.items()}
         if self.lows is not None:
-            found[spec.MASTER_LOW.name] = pick(self.lows, going)
+            given[spec.MASTER_LOW.name] = pick(self.lows, going)
         if self.bit_offsets is not None:
             steps = _steps(pick(self.entries, going))
-            found.update(places=pick(self.bit_offsets, going), seed=options.scalars["seed"], step=steps + 1)
-        return found
+            given.update(places=pick(self.bit_offsets, going), seed=options.scalars["seed"], step=steps + 1)
+        given |= {name: vector[list(going)] for name, vector in vectors.items()}
+        ops.run(op.name, pick(self.params, going), pick(grads, going), **given, backend=backend)
 
     def flags(self, here: Sequence[int], grads: Sequence[Tensor | None], options: Options) -> Tensor:
         """With nonfinite="skip", 1 at the parameters in ``here`` whose shard of the gradient is not finite; else 0."""

@@ -9,7 +9,6 @@ clip's, of which each rank then knows its columns' share.
 from __future__ import annotations  # not every torch has the types that are named here
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -130,48 +129,44 @@ class Matrices(Bucket):
 
         def read(rows: tuple[Numbers, ...], cols: tuple[Numbers, ...], beta2: Scalar, eps: float) -> None:
             """One read of the gradients, with lists of row and column numbers as `hfac.reference.hfac_sums`."""
-            lists = {**_lists(spec.HFAC_SUMS, here, (*rows, *cols)), "cols": pick(self.cols, here)}
-            ops.run("hfac_sums", None, pick(grads, here), **lists, beta2=beta2, eps=eps, backend=options.backend)
+            lists = {**_lists(spec.HFAC_SUMS, (*rows, *cols)), "cols": self.cols}
+            mine: dict[str, Any] = {name: pick(entries, here) for name, entries in lists.items()}
+            ops.run("hfac_sums", None, pick(grads, here), **mine, beta2=beta2, eps=eps, backend=options.backend)
 
         row_sums, new_rows = _split(torch.zeros(2 * sum(m), dtype=self.dtype, device=self.device), m, 2)
         row_lists: tuple[Numbers, ...] = (self.r, row_sums, new_rows)
         if self.row_stages:
 
             def fill_rows(room: Tensor) -> None:
-                sums, marks = room.split([2 * sum(m), 2 * count])
-                marks.copy_(torch.cat([present, refused]))
-                read((self.r, *_split(sums, m, 2)), (), 0.0, 0.0)
+                sums, squares, there, skipped = _split(room, m, 2, 2)
+                there.copy_(present)
+                skipped.copy_(refused)
+                read((self.r, sums, squares), (), 0.0, 0.0)
 
             room = yield from reduced(len(self.row_stages), fill_rows)
-            sums, marks = room.split([2 * sum(m), 2 * count])
-            present, refused = marks.split(count)
+            row_sums, squares, present, refused = _split(room, m, 2, 2)
             # The second read must leave the rows' complete moments unchanged, so its decay is 1. The row sums that it
             # finds are of this shard only, and unused.
-            _, *unused = row_lists
-            row_sums, squares = _split(sums, m, 2)
             new_rows = _averaged(self.r, squares, b2, [cols * eps for cols in self.cols])
-            row_lists = (new_rows, *unused)
+            row_lists = (new_rows, *row_lists[1:])
 
         def fill_cols(room: Tensor) -> None:
-            sums, marks = room.split([3 * sum(n), 3 * count])
+            *sums, totals, there, skipped = _split(room, n, 3, 3)
+            there.copy_(present)
+            skipped.copy_(refused)
             decay = torch.ones(len(here), dtype=torch.float64, device="cpu") if self.row_stages else beta2[here]
-            read(row_lists, tuple(_split(sums, n, 3)), decay, eps)
-            totals, *rest = marks.split(count)
+            read(row_lists, tuple(sums), decay, eps)
             for total, rows in zip(pick(totals, here), pick(new_rows, here), strict=True):
                 torch.sum(rows, 0, out=total)
-            for mark, mine in zip(rest, (present, refused), strict=True):
-                mark.copy_(mine)
 
         room = yield from reduced(len(self.col_stages), fill_cols)
-        sums, marks = room.split([3 * sum(n), 3 * count])
-        col_sums, col_squares, ratios = _split(sums, n, 3)
+        col_sums, col_squares, ratios, totals, present, refused = _split(room, n, 3, 3)
         numbers = [torch.stack([square.sum() for square in col_squares])] if options.norm else []
-        totals, present, refused = marks.split(count)
         new_cols = _averaged(self.s, col_squares, b2, [rows * eps for rows in self.rows])
         torch._foreach_div_(ratios, new_cols)
         numbers = [torch.stack([ratio.sum() for ratio in ratios]), *numbers]
         if self.number_stages:
-            room = yield from reduced(len(self.number_stages), partial(_copy, torch.cat(numbers)))
+            room = yield from reduced(len(self.number_stages), lambda room: room.copy_(torch.cat(numbers)))
             numbers = list(room.split(count))
         norms = numbers[0]
         if options.norm:
@@ -185,21 +180,10 @@ class Matrices(Bucket):
 
         def apply() -> None:
             self.count_skipped(left)
-            if not going:
-                return
-            states, sums = (self.u, self.v, self.r, self.s), (row_sums, new_rows, col_sums, new_cols)
-            ops.run(
-                "hfac_apply_",
-                pick(self.params, going),
-                pick(grads, going),
-                **_lists(spec.HFAC_APPLY, going, (*states, *sums)),
-                totals=totals[going],
-                mean_squares=mean_squares[going],
-                rows=pick(self.rows, going),
-                cols=pick(self.cols, going),
-                **self.numbers(spec.HFAC_APPLY, going, options, decays),
-                backend=options.backend,
-            )
+            values = (self.u, self.v, self.r, self.s, row_sums, new_rows, col_sums, new_cols)
+            lists = {**_lists(spec.HFAC_APPLY, values), "rows": self.rows, "cols": self.cols}
+            vectors = dict(totals=totals, mean_squares=mean_squares)
+            self.call(spec.HFAC_APPLY, going, grads, lists, options, decays, options.backend, **vectors)
             self.advance(going)
 
         return apply
@@ -244,35 +228,25 @@ class Vectors(Bucket):
 
         def apply() -> None:
             self.count_skipped(left)
-            if not going:
-                return
-            ops.run(
-                "hfac_dense_step_",
-                pick(self.params, going),
-                pick(grads, going),
-                **_lists(spec.HFAC_DENSE_STEP, going, (self.averages, self.squares)),
-                mean_squares=mean_squares[going],
-                **self.numbers(spec.HFAC_DENSE_STEP, going, options, decays),
-                backend="reference",  # with every backend: vectors are few
-            )
+            op, lists = spec.HFAC_DENSE_STEP, _lists(spec.HFAC_DENSE_STEP, (self.averages, self.squares))
+            # In plain torch with every backend: vectors are few.
+            self.call(op, going, grads, lists, options, decays, "reference", mean_squares=mean_squares)
             self.advance(going)
 
         return apply
 
 
-def _lists(op: spec.Op, going: Sequence[int], values: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
+def _lists(op: spec.Op, values: Sequence[Sequence[Tensor]]) -> dict[str, Sequence[Tensor]]:
     """An op's lists by name, from as many of them as are given, in its order."""
-    return {operand.name: pick(each, going) for operand, each in zip(op.operands, values, strict=False)}
+    return {operand.name: each for operand, each in zip(op.operands, values, strict=False)}
 
 
-def _split(numbers: Tensor, sizes: Sequence[int], times: int) -> list[Numbers]:
-    """``times`` lists of tensors of these sizes."""
-    pieces = numbers.split([*sizes] * times)
-    return [list(pieces[k * len(sizes) : (k + 1) * len(sizes)]) for k in range(times)]
-
-
-def _copy(numbers: Tensor, room: Tensor) -> None:
-    room.copy_(numbers)
+def _split(room: Tensor, sizes: Sequence[int], times: int, vectors: int = 0) -> list[Any]:
+    """``times`` lists of tensors of these sizes, then so many vectors with one number for each of the sizes."""
+    count = len(sizes)
+    pieces = room.split([*sizes] * times + [count] * vectors)
+    lists = (list(pieces[k * count : (k + 1) * count]) for k in range(times))
+    return [*lists, *pieces[times * count :]]
 
 
 def _averaged(

@@ -165,13 +165,17 @@ def placed(param: Tensor, value: Tensor, follows: Follows) -> Tensor:
 
 
 def _own_indices(param: Tensor, shape: Sequence[int], follows: Follows) -> list[Tensor]:
-    """For each dimension of a state, the indices on this rank."""
+    """For each dimension of a state, the indices on this rank, in its shard's order."""
     mesh: DeviceMesh = param.device_mesh  # type: ignore[attr-defined]
-    placements = list(enumerate(state_placements(param, follows)))
-    return [
-        indices(size, mesh, [(i, p) for i, p in placements if _is_shard(p) and p.dim == d])
-        for d, size in enumerate(shape)
-    ]
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "this rank is not in the parameter's mesh"
+    found = [torch.arange(size, device="cpu") for size in shape]
+    for mesh_dim, placement in enumerate(state_placements(param, follows)):
+        if _is_shard(placement):  # mesh dimensions that shard the same dimension do so one after the other
+            whole, count = found[placement.dim], mesh.size(mesh_dim)
+            pieces, _ = _moved(placement, 0)._split_tensor(whole, count, with_padding=False, contiguous=False)
+            found[placement.dim] = pieces[coordinate[mesh_dim]]
+    return found
 
 
 def _as_dtensor(param: Tensor, shape: Sequence[int], follows: Follows, shard: Tensor) -> Tensor:
@@ -194,18 +198,6 @@ def state_placements(param: Tensor, follows: Follows) -> list[Any]:
         else:
             placements.append(Replicate())
     return placements
-
-
-def indices(size: int, mesh: DeviceMesh, placements: Sequence[tuple[int, Any]]) -> Tensor:
-    """Which of a dimension's ``size`` indices are on this rank, in its shard's order, where the given mesh dimensions
-    shard it one after the other."""
-    mine = torch.arange(size, device="cpu")
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None, "this rank is not in the parameter's mesh"
-    for mesh_dim, placement in placements:
-        pieces, _ = _moved(placement, 0)._split_tensor(mine, mesh.size(mesh_dim), with_padding=False, contiguous=False)
-        mine = pieces[coordinate[mesh_dim]]
-    return mine
 
 
 def like(param: Tensor, shard: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def run(jobs: Sequence[Job], needs: Sequence[Needs]) -> list[Callable[[], None]]
     return rest
 
 
-def reduced(times: int, fill: Callable[[Tensor], None]) -> Generator[None, Tensor | None, Tensor]:
+def reduced(times: int, fill: Callable[[Tensor], object]) -> Generator[None, Tensor | None, Tensor]:
     """The steps of a job whose numbers pass several stages, one after the other."""
     sums: Tensor | None = None
     for _ in range(times):

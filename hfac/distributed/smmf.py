@@ -7,7 +7,7 @@ other meshes and types, and of unsharded parameters), and at the end of the step
 
 from __future__ import annotations  # not every torch has the types that are named here
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import ops, spec
+from .. import spec
 from . import layout
-from .bucket import Bucket, Entry, Joint, Options, pick, who
+from .bucket import Bucket, Entry, Joint, Options, who
 from .schedule import Collective, Job, Stage, reduced
 
 
@@ -29,11 +29,8 @@ def buckets(entries: Sequence[Entry]) -> list[Shards]:
     found: dict[tuple[object, ...], list[Entry]] = {}
     for entry in entries:
         op = spec.ALGORITHMS["smmf"].op_of(list(entry.state))
-        key = entry.group, entry.param.dtype, entry.storage, _mesh(entry), op is spec.SMMF_STEP
-        found.setdefault(key, []).append(entry)
-    return [
-        (Factored if factored else Dense)(mine, sorted(mesh_dims[mesh])) for (*_, mesh, factored), mine in found.items()
-    ]
+        found.setdefault((entry.group, entry.param.dtype, entry.storage, _mesh(entry), op), []).append(entry)
+    return [Shards(mine, op, sorted(mesh_dims[mesh])) for (*_, mesh, op), mine in found.items()]
 
 
 def _mesh(entry: Entry) -> object:
@@ -42,58 +39,60 @@ def _mesh(entry: Entry) -> object:
 
 class Shards(Bucket):
     """Parameters of one mesh, whose sums go over all its dimensions that shard any of the mesh's parameters, so that
-    one collective serves them all (`Joint`)."""
+    one collective serves them all (`Joint`).
+
+    Of a matrix every rank has whole factors, and the sums that make the next ones are sent off. Whole moments are
+    sharded as their parameters are, and ranks share only who had a gradient.
+
+    Args:
+        op: on whole parameters, which takes states like these.
+    """
 
     algorithm = "smmf"
-    #: the op on shards
-    op: spec.Op
     #: how the message ends in a step in which ranks turned out to disagree on a parameter
     OUTCOME = (
         "The step was made of all other parameters. Of this one, the ranks that had a gradient have updated their "
         "shards; go back to the last checkpoint."
     )
 
-    def __init__(self, entries: Sequence[Entry], mesh_dims: Sequence[int]) -> None:
+    def __init__(self, entries: Sequence[Entry], op: object, mesh_dims: Sequence[int]) -> None:
         super().__init__(entries)
         self.joint = Joint([entry.param for entry in entries], mesh_dims)
+        self.op = spec.SMMF_SUMS_STEP if op is spec.SMMF_STEP else spec.SMMF_DENSE_STEP
         self.states = {
             state.name: [entry.local_state(state.key) for entry in entries]
             for state in self.op.states
             if state.key is not None and state.key in entries[0].state
         }
+        self.counts = {name: [layout.blocks(entry.param) for entry in entries] for name in self.op.counts}  # type: ignore[arg-type]
+        #: (factor, its sums) of rows and columns of the second moment, then of the first
+        self.pairs = [
+            (state.name, sums.name)
+            for moment in (2, 1)
+            for sums in self.op.operands
+            if sums.key is None and sums.moment == moment
+            if (state := self.op.operand(moment, sums.size)) is not None and state.name in self.states
+        ]
+        self._sizes = [factor.numel() for name, _ in self.pairs for factor in self.states[name]]
+        #: how many numbers a step sends off
+        self.size = sum(self._sizes) + len(entries)
 
-    #: how many numbers a step sends off
-    size: int
+    def _split(self, room: Tensor) -> tuple[dict[str, list[Tensor]], Tensor]:
+        """The lists of sums, and on how many ranks each parameter has been stepped."""
+        count = len(self.entries)
+        *pieces, present = room.split([*self._sizes, count])
+        return {name: pieces[i * count : (i + 1) * count] for i, (_, name) in enumerate(self.pairs)}, present
 
     def step(self, room: Tensor, going: Sequence[int], grads: Sequence[Tensor | None], options: Options) -> None:
         """Steps the shards of the parameters in ``going`` and adds what is to be sent off to ``room``."""
-        raise NotImplementedError
-
-    def present(self, room: Tensor) -> Tensor:
-        """Where in ``room`` it says on how many ranks each parameter has been stepped."""
-        raise NotImplementedError
-
-    def complete(self, room: Tensor, going: Sequence[int]) -> None:
-        """Makes the factors of parameters from the sums over all shards."""
-
-    def call(
-        self,
-        lists: Mapping[str, Sequence[object]],
-        going: Sequence[int],
-        grads: Sequence[Tensor | None],
-        options: Options,
-    ) -> None:
-        """Calls the op with its states and ``lists``."""
-        if going:
-            given: dict[str, Any] = {name: pick(values, going) for name, values in {**self.states, **lists}.items()}
-            ops.run(
-                self.op.name,
-                pick(self.params, going),
-                pick(grads, going),
-                **given,
-                **self.numbers(self.op, going, options, self.decays(options)),
-                backend=options.backend,
-            )
+        sums, present = self._split(room)
+        lists: dict[str, Sequence[Any]] = {**self.states, **sums, **self.counts}
+        self.call(self.op, going, grads, lists, options, self.decays(options), options.backend)
+        for i, contributes in enumerate(self.joint.contributes):
+            if not contributes:
+                for values in sums.values():
+                    values[i].zero_()
+        present.copy_(self.contributed(going))
 
     def contributed(self, going: Sequence[int]) -> Tensor:
         """1 at the parameters in ``going`` that this rank contributes to the sums, 0 elsewhere."""
@@ -105,9 +104,15 @@ class Shards(Bucket):
         Raises:
             RuntimeError: ranks do not agree on which parameters have a gradient; the step is complete for all others.
         """
-        counts = self.present(room).tolist()
+        sums, present = self._split(room)
+        counts = present.tolist()
         going = [i for i in self._stepped if counts[i] == self.ranks[i]]
-        self.complete(room, going)
+        factors = [(self.states[name], sums[new]) for name, new in self.pairs]
+        for (rows, new_rows), (cols, new_cols) in zip(factors[::2], factors[1::2], strict=True):
+            for i in going:
+                rows[i].copy_(new_rows[i])
+                total = new_cols[i].sum()
+                cols[i].copy_(new_cols[i] / torch.where(total == 0, 1, total))
         self.advance(going)
         who(self.entries, counts, self.ranks, self._stepped, self.OUTCOME)
 
@@ -136,70 +141,6 @@ class Shards(Bucket):
         """Makes the step of the last job."""
         self._call(room)
         del self._call  # and the gradients with it
-
-
-class Factored(Shards):
-    """Matrices, of whose factors every rank has all."""
-
-    op = spec.SMMF_SUMS_STEP
-
-    def __init__(self, entries: Sequence[Entry], mesh_dims: Sequence[int]) -> None:
-        super().__init__(entries, mesh_dims)
-        self.blocks = [layout.blocks(entry.param) for entry in entries]  # type: ignore[arg-type]
-        #: (factor, its sums) of rows and columns of the second moment, then of the first
-        self.pairs = [
-            (state.name, sums.name)
-            for moment in (2, 1)
-            for sums in self.op.operands
-            if sums.key is None and sums.moment == moment
-            if (state := self.op.operand(moment, sums.size)) is not None and state.name in self.states
-        ]
-        self._sizes = [factor.numel() for name, _ in self.pairs for factor in self.states[name]]
-        self.size = sum(self._sizes) + len(entries)
-
-    def _split(self, room: Tensor) -> tuple[dict[str, list[Tensor]], Tensor]:
-        """The lists of sums, and who had a gradient."""
-        count = len(self.entries)
-        *pieces, present = room.split([*self._sizes, count])
-        return {name: pieces[i * count : (i + 1) * count] for i, (_, name) in enumerate(self.pairs)}, present
-
-    def step(self, room: Tensor, going: Sequence[int], grads: Sequence[Tensor | None], options: Options) -> None:
-        sums, present = self._split(room)
-        self.call({**sums, "blocks": self.blocks}, going, grads, options)
-        for i, contributes in enumerate(self.joint.contributes):
-            if not contributes:
-                for values in sums.values():
-                    values[i].zero_()
-        present.copy_(self.contributed(going))
-
-    def present(self, room: Tensor) -> Tensor:
-        return self._split(room)[1]
-
-    def complete(self, room: Tensor, going: Sequence[int]) -> None:
-        sums, _ = self._split(room)
-        factors = [(self.states[name], sums[new]) for name, new in self.pairs]
-        for (rows, new_rows), (cols, new_cols) in zip(factors[::2], factors[1::2], strict=True):
-            for i in going:
-                rows[i].copy_(new_rows[i])
-                total = new_cols[i].sum()
-                cols[i].copy_(new_cols[i] / torch.where(total == 0, 1, total))
-
-
-class Dense(Shards):
-    """Parameters whose moments are whole and sharded as they are: ranks share only who had a gradient."""
-
-    op = spec.SMMF_DENSE_STEP
-
-    def __init__(self, entries: Sequence[Entry], mesh_dims: Sequence[int]) -> None:
-        super().__init__(entries, mesh_dims)
-        self.size = len(entries)
-
-    def step(self, room: Tensor, going: Sequence[int], grads: Sequence[Tensor | None], options: Options) -> None:
-        self.call({}, going, grads, options)
-        room.copy_(self.contributed(going))
-
-    def present(self, room: Tensor) -> Tensor:
-        return room
 
 
 @dataclass

@@ -13,7 +13,7 @@ Errors of every op:
 
 from ..memory import address, is_fake, sharing
 from .call import Inputs, OpCall, Statistics, run, whereabouts
-from .checks import PARAM_DTYPES, check_tensor, check_writable, state_dtype
+from .checks import PARAM_DTYPES, check_grads, check_length, check_tensor, check_writable, state_dtype
 from .counters import counters_of, hfac_dense_squares, nonfinite
 
 __all__ = [
@@ -22,6 +22,8 @@ __all__ = [
     "PARAM_DTYPES",
     "Statistics",
     "address",
+    "check_grads",
+    "check_length",
     "check_tensor",
     "check_writable",
     "counters_of",

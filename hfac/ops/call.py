@@ -12,18 +12,7 @@ from .. import backends, clipping, memory, spec
 from ..rounding import BitOffset
 from ..schedules import Scalar
 from ..spec import MASTER_LOW, REQUIRED, WATCHED
-from .checks import (
-    FLOATING,
-    PARAM_DTYPES,
-    Tensors,
-    check_lists,
-    check_lows,
-    check_params,
-    check_places,
-    check_tensor,
-    choose,
-    names,
-)
+from .checks import FLOATING, Tensors, check_grads, check_length, check_operands, choose
 
 _LAYOUT, _DTYPE, _DEVICE, _SHAPE = (attrgetter(name) for name in ("layout", "dtype", "device", "shape"))
 _IS_CPU = attrgetter("is_cpu")
@@ -107,27 +96,19 @@ class OpCall:
     ) -> None:
         self.op = spec.OPS[op]
         self._params, self._backend, self._stochastic = list(params), backend, places is not None
-        self._counts = {} if counts is None else counts
-        self._places = None if places is None else list(places)
         self._may_lack_first = self.op.without_first
         self._first = not self._may_lack_first or any(o.moment == 1 and o.name in lists for o in self.op.operands)
-        self._lists = {name: self._checked(name, lists.get(name)) for name in self._needed(lists)}
+        self._lists = self._needed(lists)
         self._call: Callable[..., None] | None = None
         if not self._params:
             return
         self.device = self._params[0].device
         self._on_cpu = self.device.type == "cpu"
-        check_params(self._params, "params" if self.op.updates else "grads", self.op.updates)
-        check_lists(self.op, self._params, self._lists, self._counts)
-        lows = self._lists.get(MASTER_LOW.name)
-        if lows is not None:
-            check_lows(self._params, lows)
-        if self._places is not None:
-            check_places(self._params, self._places)
+        self._operands = backends.Operands(self.op, self._params, self._lists, counts or {}, places and list(places))
+        check_operands(self._operands)
         reason = self._why_no_kernel()
         kernels = choose(backend, self.device, reason, self.op)
         self._reads_memory = getattr(kernels, "READS_MEMORY", True)
-        self._operands = backends.Operands(self.op, self._params, self._lists, self._counts, self._places)
         self._call = kernels.bind(self._operands)
         if captured is not None and hasattr(self._call, "captured"):
             self._call.captured = captured
@@ -145,21 +126,18 @@ class OpCall:
             return None
         return memory.reason({"params" if self.op.updates else "grads": self._params}, negated=not self.op.updates)
 
-    def _needed(self, lists: Mapping[str, Tensors]) -> list[str]:
-        """The lists that the op cannot go without, and of others those that are given."""
-        given = {name for name, tensors in lists.items() if tensors is not None}
-        optional = {operand.name for operand in self.op.operands if operand.optional}
-        if optional & given:
-            optional = set()
-        needed = [o.name for o in self.op.operands if o.name not in optional and (self._first or o.moment != 1)]
-        return [*needed, *(name for name in lists if name == MASTER_LOW.name and name in given)]
-
-    def _checked(self, name: str, entries: Sequence[Any] | None) -> list[Any]:
-        if entries is None:
-            raise ValueError(f"{name} is required by {self.op.name}{' unless beta1 is None' * self._may_lack_first}")
-        if len(entries) != len(self._params):
-            raise ValueError(f"{name} must have one entry per parameter ({len(self._params)}), got {len(entries)}")
-        return list(entries)
+    def _needed(self, lists: Mapping[str, Tensors | None]) -> dict[str, list[Tensor]]:
+        """The op's lists in its order, without those that it goes without."""
+        given = {name: list(entries) for name, entries in lists.items() if entries is not None}
+        optional = not any(o.optional and o.name in given for o in self.op.operands)
+        for o in self.op.operands:
+            if o.name not in given and (self._first or o.moment != 1) and not (o.optional and optional):
+                unless = " unless beta1 is None" if self._may_lack_first else ""
+                raise ValueError(f"{o.name} is required by {self.op.name}{unless}")
+        found = {o.name: given[o.name] for o in (*self.op.operands, MASTER_LOW) if o.name in given}
+        for name, entries in found.items():
+            check_length(name, entries, len(self._params))
+        return found
 
     def workspace_bytes(self) -> int:
         """Bytes on the device that the backend keeps from step to step."""
@@ -203,8 +181,6 @@ class OpCall:
         `torch.amp.GradScaler` hands to an optimizer that unscales gradients itself: float32 tensors of one element.
         Gradients are divided by the one, and nothing is written where the other is not zero.
         """
-        if len(grads) != len(self._params):
-            raise ValueError(f"grads must have one entry per parameter ({len(self._params)}), got {len(grads)}")
         for number in self.op.numbers:
             if number.name not in numbers:
                 if number.default is REQUIRED:
@@ -216,6 +192,7 @@ class OpCall:
         scaling = {name: tensor for name, tensor in given.items() if tensor is not None}
         grads, call, negated = list(grads), self._call, False
         if call is None:
+            check_length("grads", grads, 0)
             return Inputs(None, grads, nonfinite, numbers, scaling)
         self._check_grads(grads)
         self._check_given(len(grads), nonfinite, watched, scaling)
@@ -324,24 +301,12 @@ class OpCall:
 
     def _check_grads(self, grads: Tensors) -> None:
         if (
-            list(map(_SHAPE, grads)) == self._shapes
-            and list(map(_LAYOUT, grads)).count(torch.strided) == len(grads)
-            and FLOATING.issuperset(map(_DTYPE, grads))
-            and (all(map(_IS_CPU, grads)) if self._on_cpu else {self.device}.issuperset(map(_DEVICE, grads)))
+            list(map(_SHAPE, grads)) != self._shapes
+            or list(map(_LAYOUT, grads)).count(torch.strided) != len(grads)
+            or not FLOATING.issuperset(map(_DTYPE, grads))
+            or not (all(map(_IS_CPU, grads)) if self._on_cpu else {self.device}.issuperset(map(_DEVICE, grads)))
         ):
-            return
-        for i, (param, grad) in enumerate(zip(self._params, grads, strict=True)):
-            check_tensor(f"grads[{i}]", grad)
-            if grad.dtype not in PARAM_DTYPES:
-                raise ValueError(f"grads[{i}] must be one of {names(PARAM_DTYPES)}, got {grad.dtype}")
-            if grad.shape != param.shape:
-                raise ValueError(
-                    f"grads[{i}] must have its parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}"
-                )
-            if grad.device != self.device:
-                raise RuntimeError(
-                    f"params[{i}] is on {param.device} and grads[{i}] on {grad.device}, expected both on {self.device}"
-                )
+            check_grads(self._params, grads)
 
 
 def run(op: str, params: Tensors | None, grads: Tensors, nonfinite: Tensor | None = None, **arguments: Any) -> None:
@@ -363,9 +328,7 @@ def run(op: str, params: Tensors | None, grads: Tensors, nonfinite: Tensor | Non
         params = grads
     counts = {name: arguments.pop(name) for name in described.counts}
     for name, entries in (counts | {name: arguments.get(name) for name in described.vectors}).items():
-        if entries is None or len(entries) != len(params):
-            count = "none" if entries is None else len(entries)
-            raise ValueError(f"{name} must have one entry per parameter ({len(params)}), got {count}")
+        check_length(name, entries, len(params))
     call = OpCall(op, params, lists, counts=counts, **bound)
     call.apply(call.prepare(grads, nonfinite, **arguments))
 
@@ -380,7 +343,7 @@ def _unscaled(inputs: Inputs) -> list[Tensor] | None:
         return None
     if scale is None:
         return inputs.grads
-    grads = memory.without_zerotensors(inputs.grads)
+    grads = memory.writable(inputs.grads)
     if inputs.negated:  # torch takes no lists of tensors that negate
         for grad in grads:
             grad.div_(scale)

@@ -39,7 +39,45 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_params(params: Tensors, name: str = "params", written: bool = True) -> None:
+def check_length(name: str, entries: Sequence[Any] | None, count: int) -> None:
+    """Raises ValueError unless a list has one entry per parameter."""
+    if entries is None or len(entries) != count:
+        found = "none" if entries is None else len(entries)
+        raise ValueError(f"{name} must have one entry per parameter ({count}), got {found}")
+
+
+def check_grads(params: Tensors, grads: Tensors) -> None:
+    check_length("grads", grads, len(params))
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        check_tensor(f"grads[{i}]", grad)
+        if grad.dtype not in PARAM_DTYPES:
+            raise ValueError(f"grads[{i}] must be one of {names(PARAM_DTYPES)}, got {grad.dtype}")
+        if grad.shape != param.shape:
+            raise ValueError(
+                f"grads[{i}] must have its parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}"
+            )
+        if grad.device != param.device:
+            raise RuntimeError(
+                f"params[{i}] is on {param.device} and grads[{i}] on {grad.device}, expected both on {param.device}"
+            )
+
+
+def check_operands(operands: backends.Operands) -> None:
+    """Everything that an op is bound to, but for the lengths of its lists."""
+    op, params = operands.op, operands.params
+    _check_params(params, "params" if op.updates else "grads", op.updates)
+    given = [operand for operand in op.operands if operand.name in operands.lists]
+    for i, param in enumerate(params):
+        _check_lists(op, given, i, param, operands.lists)
+        if op.matrix is not None or "blocks" in operands.counts:
+            _check_matrix(op, i, param, operands)
+    if operands.lows is not None:
+        _check_lows(params, operands.lows)
+    if operands.places is not None:
+        _check_places(params, operands.places)
+
+
+def _check_params(params: Tensors, name: str, written: bool) -> None:
     for i, param in enumerate(params):
         check_tensor(f"{name}[{i}]", param)
         if param.dtype not in PARAM_DTYPES:
@@ -67,124 +105,82 @@ def check_writable(name: str, param: Tensor) -> None:
         )
 
 
-def check_lists(op: Op, params: Tensors, lists: Mapping[str, Tensors], counts: Mapping[str, Sequence[Any]]) -> None:
-    """An op's lists, those given, read off its description. ``params`` are its gradients where it updates none."""
-    for i, param in enumerate(params):
-        wide = state_dtype(param.dtype) if op.updates else next(iter(lists.values()))[i].dtype
-        if wide not in (torch.float32, torch.float64):
-            raise ValueError(f"{next(iter(lists))}[{i}] must be float32 or float64, got {wide}")
-        for operand in op.operands:
-            if operand.name in lists:
-                _check_entry(op, operand, i, param, lists[operand.name][i], wide)
-    _check_factors(op, params, lists)
-    for operand in op.operands:
-        tensors = lists.get(operand.name)
-        if tensors is not None and operand.size == WHOLE:
-            _check_whole(operand.name, params, tensors)
-        elif tensors is not None and operand.size == SIGNS:
-            check_signs(operand.name, params, tensors, op.shard)
-    if op.matrix is not None:
-        {"cut": _check_cut, "square": _check_square}[op.matrix](params, *_factors_of(op, lists))
-    if "blocks" in counts:
-        _check_blocks(params, counts["blocks"], *_factors_of(op, lists))
+def _check_lists(op: Op, given: Sequence[Operand], i: int, param: Tensor, lists: Mapping[str, Tensors]) -> None:
+    """A parameter's entries of the lists that are given; of an op that updates none, those of its gradient."""
+    wide = state_dtype(param.dtype) if op.updates else next(iter(lists.values()))[i].dtype
+    if wide not in (torch.float32, torch.float64):
+        raise ValueError(f"{next(iter(lists))}[{i}] must be float32 or float64, got {wide}")
+    for operand in given:
+        where, tensor, wanted = f"{operand.name}[{i}]", lists[operand.name][i], operand.dtype or wide
+        if tensor is None:
+            raise ValueError(f"{where} is None; {op.name} needs this state for every parameter")
+        if tensor.dtype != wanted:
+            raise ValueError(f"{where} must be {wanted} for a {param.dtype} parameter, got {tensor.dtype}")
+        if tensor.device != param.device:
+            raise RuntimeError(f"{where} must be on {param.device} like its parameter, got {tensor.device}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{where} must be contiguous, got strides {tensor.stride()}")
+    _check_factors(op, given, i, param, lists)
+    for operand in given:
+        where, shape = f"{operand.name}[{i}]", tuple(lists[operand.name][i].shape)
+        if operand.size == WHOLE and shape != param.shape:
+            raise ValueError(f"{where} must have its parameter's shape {tuple(param.shape)}, got {shape}")
+        absent = op.shard and not param.numel()  # a rank may have nothing of a parameter
+        if operand.size == SIGNS and not absent and (param.ndim == 0 or shape != sign_shape(param.shape)):
+            needed = sign_shape(param.shape) if param.ndim else "none: a scalar's moments are kept whole"
+            raise ValueError(
+                f"{where} for a parameter of shape {tuple(param.shape)} must have shape {needed}, got {shape}"
+            )
 
 
-def _check_entry(op: Op, operand: Operand, i: int, param: Tensor, tensor: Any, wide: torch.dtype) -> None:
-    where, wanted = f"{operand.name}[{i}]", operand.dtype or wide
-    if tensor is None:
-        raise ValueError(f"{where} is None; {op.name} needs this state for every parameter")
-    if tensor.dtype != wanted:
-        raise ValueError(f"{where} must be {wanted} for a {param.dtype} parameter, got {tensor.dtype}")
-    if tensor.device != param.device:
-        raise RuntimeError(f"{where} must be on {param.device} like its parameter, got {tensor.device}")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{where} must be contiguous, got strides {tensor.stride()}")
-
-
-def _factors_of(op: Op, lists: Mapping[str, Tensors]) -> tuple[str, Tensors, Tensors]:
-    """Of the second moment: the rows' name, rows and columns."""
-    rows, cols = (next(s.name for s in op.states if (s.moment, s.size) == (2, size)) for size in (ROWS, COLS))
-    return rows, lists[rows], lists[cols]
-
-
-def _check_factors(op: Op, params: Tensors, lists: Mapping[str, Tensors]) -> None:
+def _check_factors(op: Op, given: Sequence[Operand], i: int, param: Tensor, lists: Mapping[str, Tensors]) -> None:
     """Rows times columns are the parameter's elements, and all lists agree on them; where ``blocks`` place a shard,
     they are the whole parameter's."""
-    rows, cols = ([o.name for o in op.operands if o.size == size and o.name in lists] for size in (ROWS, COLS))
-    what = "params" if op.updates else "grads"
-    for i, param in enumerate(params):
-        first: tuple[int, int] | None = None
-        for row, col in zip_longest(rows, cols):
-            m = lists[row][i].numel()
-            n = lists[col][i].numel() if col else param.numel() // max(m, 1)
-            first = first or (m, n)
-            if (m, n) != first and "blocks" in op.counts:
-                raise ValueError(
-                    f"moments of params[{i}] must have {first[0]} rows and {first[1]} columns throughout, got {m} and "
-                    f"{n} in {row}[{i}] and {col}[{i}]"
-                )
-            if "blocks" not in op.counts and ((m, n) != first or m * n != param.numel()):
-                raise ValueError(
-                    f"{row}[{i}] and {f'{col}[{i}]' if col else 'its columns'} have {m} and {n} elements, which do not "
-                    f"make the {param.numel()} elements of {what}[{i}] of shape {tuple(param.shape)} as in its other "
-                    "factors"
-                )
-
-
-def _check_cut(params: Tensors, name: str, rows: Tensors, cols: Tensors) -> None:
-    """Rows are the leading dimensions of the parameter; only then do they mean what they meant when they were made."""
-    for i, param in enumerate(params):
-        m = rows[i].numel()
-        if m not in accumulate(param.shape[:-1], mul):
+    rows, cols = ([operand.name for operand in given if operand.size == size] for size in (ROWS, COLS))
+    first: tuple[int, int] | None = None
+    for row, col in zip_longest(rows, cols):
+        m = lists[row][i].numel()
+        n = lists[col][i].numel() if col else param.numel() // max(m, 1)
+        first = first or (m, n)
+        if (m, n) != first and "blocks" in op.counts:
             raise ValueError(
-                f"{name}[{i}] has {m} elements, which no leading dimensions of params[{i}] of shape "
-                f"{tuple(param.shape)} make; hfac.matricize.cut gives their number"
+                f"moments of params[{i}] must have {first[0]} rows and {first[1]} columns throughout, got {m} and {n} "
+                f"in {row}[{i}] and {col}[{i}]"
+            )
+        if "blocks" not in op.counts and ((m, n) != first or m * n != param.numel()):
+            raise ValueError(
+                f"{row}[{i}] and {f'{col}[{i}]' if col else 'its columns'} have {m} and {n} elements, which do not "
+                f"make the {param.numel()} elements of {'params' if op.updates else 'grads'}[{i}] of shape "
+                f"{tuple(param.shape)} as in its other factors"
             )
 
 
-def _check_square(params: Tensors, name: str, rows: Tensors, cols: Tensors) -> None:
-    for i in range(len(params)):
-        n, m = rows[i].numel(), cols[i].numel()
-        if n < m:
-            raise ValueError(
-                f"{name}[{i}] must be the longer factor, got {n} rows and {m} columns; "
-                "hfac.matricize.square gives (rows, columns)"
-            )
+def _check_matrix(op: Op, i: int, param: Tensor, operands: backends.Operands) -> None:
+    """The second moment's rows and columns are those of the matrix as which the op sees a parameter."""
+    name, other = (state.name for size in (ROWS, COLS) if (state := op.operand(2, size)) is not None)
+    rows, cols = (operands.lists[each][i].numel() for each in (name, other))
+    # Rows are the leading dimensions of the parameter; only then do they mean what they meant when they were made.
+    if op.matrix == "cut" and rows not in accumulate(param.shape[:-1], mul):
+        raise ValueError(
+            f"{name}[{i}] has {rows} elements, which no leading dimensions of params[{i}] of shape "
+            f"{tuple(param.shape)} make; hfac.matricize.cut gives their number"
+        )
+    if op.matrix == "square" and rows < cols:
+        raise ValueError(
+            f"{name}[{i}] must be the longer factor, got {rows} rows and {cols} columns; "
+            "hfac.matricize.square gives (rows, columns)"
+        )
+    blocks: Sequence[Block] = operands.counts["blocks"][i] if "blocks" in operands.counts else ()
+    placed = sum(block.rows * block.cols for block in blocks)
+    inside = all(b.row + (b.rows - 1) * b.row_step < rows and b.col + b.cols <= cols for b in blocks)
+    if "blocks" in operands.counts and (placed != param.numel() or not inside):
+        raise ValueError(
+            f"blocks[{i}] must place the {param.numel()} elements of params[{i}] in a matrix of {rows} rows and {cols} "
+            "columns"
+        )
 
 
-def _check_blocks(params: Tensors, blocks: Sequence[Sequence[Block]], name: str, rows: Tensors, cols: Tensors) -> None:
-    for i, (param, mine) in enumerate(zip(params, blocks, strict=True)):
-        n, m = rows[i].numel(), cols[i].numel()
-        if sum(block.rows * block.cols for block in mine) != param.numel() or any(
-            block.row + (block.rows - 1) * block.row_step >= n or block.col + block.cols > m for block in mine
-        ):
-            raise ValueError(
-                f"blocks[{i}] must place the {param.numel()} elements of params[{i}] in a matrix of {n} rows and {m} "
-                "columns"
-            )
-
-
-def _check_whole(name: str, params: Tensors, tensors: Tensors) -> None:
-    for i, (param, tensor) in enumerate(zip(params, tensors, strict=True)):
-        if tensor.shape != param.shape:
-            raise ValueError(
-                f"{name}[{i}] must have its parameter's shape {tuple(param.shape)}, got {tuple(tensor.shape)}"
-            )
-
-
-def check_signs(name: str, params: Tensors, signs: Tensors, shard: bool) -> None:
-    for i, (param, sign) in enumerate(zip(params, signs, strict=True)):
-        if shard and not param.numel():  # a rank may have nothing of a parameter
-            continue
-        if param.ndim == 0 or tuple(sign.shape) != sign_shape(param.shape):
-            wanted = sign_shape(param.shape) if param.ndim else "none: a scalar's moments are kept whole"
-            raise ValueError(
-                f"{name}[{i}] for a parameter of shape {tuple(param.shape)} must have shape {wanted}, "
-                f"got {tuple(sign.shape)}"
-            )
-
-
-def check_lows(params: Tensors, lows: Tensors) -> None:
+def _check_lows(params: Tensors, lows: Tensors) -> None:
     dtypes = tuple(rounding.LOW_DTYPES.values())
     for i, (param, low) in enumerate(zip(params, lows, strict=True)):
         if param.dtype != torch.bfloat16 or low.dtype not in dtypes or low.shape != param.shape:
@@ -199,9 +195,8 @@ def check_lows(params: Tensors, lows: Tensors) -> None:
         raise ValueError(f"{MASTER_LOW.name} must be of one type, got {found}")
 
 
-def check_places(params: Tensors, places: Sequence[BitOffset]) -> None:
-    if len(places) != len(params):
-        raise ValueError(f"places must have one entry per parameter ({len(params)}), got {len(places)}")
+def _check_places(params: Tensors, places: Sequence[BitOffset]) -> None:
+    check_length("places", places, len(params))
     for i, (param, place) in enumerate(zip(params, places, strict=True)):
         if param.dtype not in rounding.DTYPES:
             raise ValueError(f"params[{i}] must be {names(rounding.DTYPES)} to be rounded, got {param.dtype}")

@@ -1,6 +1,6 @@
 """The step of both optimizers: statistics of gradients, sums over ranks, the norm of all gradients, the update."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import repeat
 from operator import is_not
 from typing import Any
@@ -15,7 +15,7 @@ from ..distributed import layout
 from ..rounding import BitOffset
 from .cache import SingleParamCache, StepCache
 from .report import ReportingOptimizer
-from .state import State, has_state, is_trained, needs_reduction
+from .state import has_state, is_trained, needs_reduction
 
 
 class FactoredOptimizer(ReportingOptimizer):
@@ -43,8 +43,8 @@ class FactoredOptimizer(ReportingOptimizer):
     _captured: list[Any]
 
     def _scalars(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """The subclass's own arguments of its functional form."""
-        raise NotImplementedError
+        """The algorithm's own arguments of its functional form."""
+        return {name: group[name] for name in self._spec.options}
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._captured = []
@@ -108,23 +108,21 @@ class FactoredOptimizer(ReportingOptimizer):
         steps = [self._prepare(index, group, grads[index], cache) for index, group in enumerate(self.param_groups)]
         sharded = self._sharded
         shared = {} if sharded is None else {i: self._shared(group) for i, group in enumerate(self.param_groups)}
-        statistics: list[list[ops.Statistics] | None] = [None] * len(steps)
         norm_coefficient = None
         if limit is None:
             self._grad_norm = None
         else:
-            statistics = [None if step is None else step.statistics() for step in steps]
-            norm_coefficient = self._clip(steps, statistics, grads, cache, shared, limit)
+            norm_coefficient = self._clip(steps, grads, cache, shared, limit)
         begin = None if sharded is None else sharded.prepare(shared, norm_coefficient)
-        for step, found in zip(steps, statistics, strict=True):
+        for step in steps:
             if step is not None:
-                step.check_capture(norm_coefficient, found)
+                step.check_capture(norm_coefficient)
         self._norm_coefficient = None
         complete = None if begin is None else begin()
         try:
             for index, step in enumerate(steps):
                 if step is not None:
-                    step.apply(norm_coefficient, statistics[index])
+                    step.apply(norm_coefficient)
                     if self.param_groups[index]["watch"]:
                         self._keep_sums(step, self.param_groups[index], cache.local[index], grads[index])
                     if step.unscales:
@@ -137,7 +135,6 @@ class FactoredOptimizer(ReportingOptimizer):
     def _clip(
         self,
         steps: list[functional.Step | None],
-        statistics: list[list[ops.Statistics] | None],
         grads: list[list[Any]],
         cache: StepCache,
         shared: dict[int, distributed.Options],
@@ -145,21 +142,19 @@ class FactoredOptimizer(ReportingOptimizer):
     ) -> Tensor | None:
         """What all gradients are multiplied by so that their norm is at most ``limit``; None where there are none."""
         skips = [group["nonfinite"] == "skip" for group in self.param_groups]
+        local = [[] if step is None else step.norms() for step in steps]
         norms = [] if self._sharded is None else [(norm, skips[i]) for i, norm in self._sharded.norms(shared)]
         if self._total is None:
-            local = [(each.norms, skip) for skip, mine in zip(skips, statistics, strict=True) for each in mine or ()]
-            total = clipping.total([*local, *norms])
+            mine = [(norm, skip) for skip, each in zip(skips, local, strict=True) for norm in each]
+            total = clipping.total([*mine, *norms])
         else:
             found = []
-            for index, (step, mine) in enumerate(zip(steps, statistics, strict=True)):
-                if step is None or mine is None:
-                    continue
-                params = [p for p, g in zip(cache.local[index], grads[index], strict=True) if g is not None]
-                for each, (places, batch_dims) in zip(mine, step.owners(), strict=True):
-                    whose = [params[i] for i in (range(len(params)) if places is None else places)]
-                    counts = [layout.local(p).shape[:batch_dims].numel() for p in whose]
-                    owners = [p for p, count in zip(whose, counts, strict=True) for _ in range(count)]
-                    found.append(distributed.Found(each.norms, owners, skips[index]))
+            for index, step in enumerate(steps):
+                if step is not None:
+                    params = [p for p, g in zip(cache.local[index], grads[index], strict=True) if g is not None]
+                    owners = step.owners(list(map(layout.local, params)))
+                    for values, mine in zip(local[index], owners, strict=True):
+                        found.append(distributed.Found(values, [params[i] for i in mine], skips[index]))
             total = self._total.of(found, norms)
         if total is None:
             return None
@@ -207,18 +202,17 @@ class FactoredOptimizer(ReportingOptimizer):
         grad = layout.gradient(param, single.label)
         if grad is None:
             return
-        options = {**self._options(single.group), **self._amp_scaling()}
+        options = self._options(single.group)
         if lr_scale != 1.0:
             options["lr"] = schedules.as_scalar("lr", options["lr"]) * lr_scale
-        try:
-            step = None if single.bound is None else single.bound.prepare([grad], **options)
-            if step is None:
-                step = self._bind_single(single, grad).prepare([grad], **options)
-        except RuntimeError:
-            assert param.grad is not None
-            ops.check_tensor(f"the gradient of {single.label}", param.grad)  # the same error, naming the parameter
-            raise
-        assert step is not None  # just bound
+
+        def bind() -> functional.Group:
+            single.bound = None
+            bound = self._bind(single.group, [param], [grad], [single.position(self.param_groups)], ".step_param")
+            single.keep(bound, self.param_groups, self.state)
+            return bound
+
+        step = self._prepared(single.bound, bind, [param], [grad], options)
         step.check_capture(clip)
         step.apply(clip)
         if single.group["watch"]:
@@ -244,16 +238,6 @@ class FactoredOptimizer(ReportingOptimizer):
         self._single[param] = single
         return single
 
-    def _bind_single(self, single: SingleParamCache, grad: Tensor) -> functional.Group:
-        single.bound = None
-        self._check_stepped(f"{type(self).__name__}.step_param: {single.label}", single.param, single.group)
-        self._sync_param(single.param, single.group)
-        state = self._local_state(single.param, single.group)
-        offset = self._bit_offset(single.param, single.group, single.position(self.param_groups))
-        bound = self._bind(single.group, [layout.local(single.param)], [grad], [state], [offset])
-        single.keep(bound, self.param_groups, self.state)
-        return bound
-
     def _prepare(
         self, group_index: int, group: dict[str, Any], grads: list[Any], cache: StepCache
     ) -> functional.Step | None:
@@ -265,36 +249,41 @@ class FactoredOptimizer(ReportingOptimizer):
             grads = [grad for grad in grads if grad is not None]
         if not grads:
             return None
-        options = {**self._options(group), **self._amp_scaling()}
+
+        def bind() -> functional.Group:
+            bound = self._bind(group, params, grads, [cache.positions[param] for param in params])
+            self._bound[group_index] = present, bound
+            return bound
+
+        held = self._bound.get(group_index)
+        known = held[1] if held is not None and held[0] == present else None
+        return self._prepared(known, bind, params, grads, self._options(group))
+
+    def _prepared(
+        self,
+        bound: functional.Group | None,
+        bind: Callable[[], functional.Group],
+        params: list[Tensor],
+        grads: list[Any],
+        options: Mapping[str, Any],
+    ) -> functional.Step:
+        """A validated step of parameters of one group that all have a gradient, which are bound anew unless ``bound``
+        still holds."""
+        scaling = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}  # set by a GradScaler
         try:
-            bound = self._bound.get(group_index)
-            step = bound[1].prepare(grads, **options) if bound is not None and bound[0] == present else None
-            if step is not None:
-                return step
-            for i, param in enumerate(group["params"]):
-                if param.grad is not None:  # it may have moved away from its state, or have been frozen until now
-                    self._check_stepped(f"{type(self).__name__}: parameter {i} of group {group_index}", param, group)
-                    self._sync_param(param, group)
-            states = [self._local_state(param, group) for param in params]
-            offsets = [self._bit_offset(param, group, cache.positions[param]) for param in params]
+            step = None if bound is None else bound.prepare(grads, **options, **scaling)
             while step is None:  # until no other thread advances a step between binding and reading it
-                functional_group = self._bind(group, list(map(layout.local, params)), grads, states, offsets)
-                self._bound[group_index] = present, functional_group
-                step = functional_group.prepare(grads, **options)
+                step = bind().prepare(grads, **options, **scaling)
             return step
         except RuntimeError:
-            for index, param in enumerate(group["params"]):
-                if param.grad is not None:  # the same error, naming the parameter
-                    ops.check_tensor(f"the gradient of parameter {index} of group {group_index}", param.grad)
+            for param in params:
+                assert param.grad is not None
+                ops.check_tensor(f"the gradient of {self._label(param)}", param.grad)  # the same, naming the parameter
             raise
 
     def _options(self, group: dict[str, Any]) -> dict[str, Any]:
         """The options of a group that are passed at every step."""
         return {**{name: group[name] for name in ("lr", "weight_decay", "maximize", "seed")}, **self._scalars(group)}
-
-    def _amp_scaling(self) -> dict[str, Any]:
-        """What a GradScaler that leaves unscaling to the step sets for the duration of the call."""
-        return {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
 
     def _bit_offset(self, param: Tensor, group: Mapping[str, Any], position: int) -> BitOffset | None:
         """Where a parameter's random bits come from, if it is rounded stochastically; ``position`` is that among all of
@@ -304,30 +293,30 @@ class FactoredOptimizer(ReportingOptimizer):
             return None
         return layout.bit_offset(param, position)
 
-    def _local_state(self, param: Tensor, group: Mapping[str, Any]) -> State:
-        """This rank's shard of a parameter's state."""
-        return {key: layout.local(value) for key, value in self._needed_state(param, group).items()}
-
     def _bind(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-        bit_offsets: list[BitOffset | None] | None = None,
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Any], positions: Sequence[int], method: str = ""
     ) -> functional.Group:
-        operands = (*self._spec.states, spec.MASTER_LOW)
+        """Binds parameters of a group, which may have moved away from their states, or have been frozen until now, at
+        these positions among all of the optimizer's. ``method`` is named in errors."""
+        for param in params:
+            self._check_stepped(param, group, method)
+            self._sync_param(param, group)
+        states = [self._needed_state(param, group) for param in params]
+
+        def entries(key: str | None) -> list[Any]:
+            return [layout.local(state[key]) if key in state else None for state in states]
+
         return functional.Group(
             self._algorithm,
-            params,
+            list(map(layout.local, params)),
             grads,
-            {operand.name: [state.get(operand.key) for state in states] for operand in operands},  # type: ignore[arg-type]
-            [state["step"] for state in states],
-            [state["skipped"] for state in states] if group["nonfinite"] == "skip" else None,
+            {operand.name: entries(operand.key) for operand in (*self._spec.states, spec.MASTER_LOW)},
+            entries("step"),
+            entries("skipped") if group["nonfinite"] == "skip" else None,
             self._spec.has_first(group),
             group["capturable"] or group["amp_scaling"],
             group["backend"],
-            bit_offsets,
+            [self._bit_offset(param, group, position) for param, position in zip(params, positions, strict=True)],
             group["batch_dims"],
             group["watch"],
             self._captured,
@@ -408,10 +397,11 @@ class FactoredOptimizer(ReportingOptimizer):
         norm, step = ([], []) if self._sharded is None else self._sharded.collectives(skip, clips)
         return norm + (self._total.collectives() if clips and self._total is not None else []) + step
 
-    def _check_stepped(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
+    def _check_stepped(self, param: Tensor, group: Mapping[str, Any], method: str = "") -> None:
         """Checks a parameter before a step: it may have been unfrozen, sharded or replaced since construction."""
         if is_lazy(param) or not is_trained(param):
             return
+        where = f"{type(self).__name__}{method}: {self._label(param)}"
         if param.grad is not None and param.is_inference():
             raise RuntimeError(
                 f"{where} (shape {tuple(param.shape)}) is an inference tensor, which autograd cannot follow: it was "
@@ -435,9 +425,9 @@ class FactoredOptimizer(ReportingOptimizer):
 
     def _validate(self) -> StepCache:
         self._forget()
-        for index, group in enumerate(self.param_groups):
-            for i, param in enumerate(group["params"]):
-                self._check_stepped(f"{type(self).__name__}: parameter {i} of group {index}", param, group)
+        for group in self.param_groups:
+            for param in group["params"]:
+                self._check_stepped(param, group)
         self._sync_state()
         self._cache = cache = StepCache(self.param_groups, self.state, self._spec)
         self._watched = {param: sums for param, sums in self._watched.items() if param in cache.positions}

@@ -191,7 +191,7 @@ class CheckpointedOptimizer(StatefulOptimizer):
         where = f"{type(self).__name__}: state of parameter {index} (shape {tuple(param.shape)})"
         if not isinstance(state, Mapping):
             raise TypeError(f"{where} must be a dict of tensors, got {type(state).__name__}")
-        needed_layout = self._full_layout(param, group)
+        needed_layout = self._layout(param, group)
         needed = {*needed_layout, "step"}
         own = state.keys() & self._own_keys
         entry: dict[str, Any] = {key: value for key, value in state.items() if key not in own}

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import matricize, rounding, schedules, spec
 from ..distributed import layout
+from ..functional import slices
 from .state import COUNTERS, LOW
 
 Metrics = dict[str, Tensor]
@@ -71,9 +72,9 @@ def computed(
     dims, step = group["batch_dims"], state["step"].to(schedules.step_dtype(state["step"].device))
     made = torch.ones_like(step, dtype=torch.bool) if ahead else step > 0
     op = spec.ALGORITHMS[algorithm].op_of(list(state))
-    pieces = {key: slices(value, dims) for key, value in state.items() if key not in COUNTERS}
+    pieces = {key: slices([value], dims) for key, value in state.items() if key not in COUNTERS}
     found = []
-    for i, (W, G) in enumerate(zip(slices(param, dims), slices(grad, dims), strict=True)):
+    for i, (W, G) in enumerate(zip(slices([param], dims), slices([grad], dims), strict=True)):
         states = {key: values[i] for key, values in pieces.items()}
         view = _View(op, W, G, group, states, step + 1 if ahead else step, ahead, norm_coefficient)
         metrics = _UPDATES[algorithm](view)
@@ -103,17 +104,9 @@ def by_name(name: str, metrics: Metrics) -> Metrics:
     return found
 
 
-def slices(tensor: Tensor, batch_dims: int) -> list[Tensor]:
-    """Views of the slices that the batch dimensions index, in row-major order."""
-    found = [tensor]
-    for _ in range(batch_dims):
-        found = [part for each in found for part in each.unbind()]
-    return found
-
-
 def zeros(grad: Tensor, group: Mapping[str, Any]) -> Tensor:
     """[slices, 2]: of each slice, how many rows and columns of the gradient are all zero."""
-    return torch.stack([torch.stack(_zeros(part, group)) for part in slices(grad, group["batch_dims"])])
+    return torch.stack([torch.stack(_zeros(part, group)) for part in slices([grad], group["batch_dims"])])
 
 
 def _zeros(grad: Tensor, group: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -116,27 +116,7 @@ class HFac(FactoredOptimizer):
         max_grad_norm: float | None = None,
         watch: bool = False,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            clip_threshold=clip_threshold,
-            weight_decay=weight_decay,
-            matricize=matricize,
-            dense=dense,
-            batch_dims=batch_dims,
-            maximize=maximize,
-            capturable=capturable,
-            backend=backend,
-            nonfinite=nonfinite,
-            amp_scaling=amp_scaling,
-            rounding=rounding,
-            seed=seed,
-            master=master,
-            max_grad_norm=max_grad_norm,
-            watch=watch,
-        )
-        super().__init__(params, defaults)
+        super().__init__(params, locals())
 
     def _check_param(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
         super()._check_param(where, param, group)
@@ -152,9 +132,5 @@ class HFac(FactoredOptimizer):
         return None if k is None else ((shape[:k], dims[:k]), (shape[k:], dims[k:]))
 
     def _scalars(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            "beta1": group["betas"][0],
-            "beta2": group["betas"][1],
-            "eps": group["eps"],
-            "clip_threshold": group["clip_threshold"],
-        }
+        beta1, beta2 = group["betas"]
+        return {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "clip_threshold": group["clip_threshold"]}

@@ -132,7 +132,7 @@ class ReportingOptimizer(CheckpointedOptimizer):
         norms: list[tuple[Tensor, bool]] = []
         for group in self.param_groups:
             grads = [p.grad for p in group["params"] if p.grad is not None and not layout.is_sharded(p)]
-            slices = [part for grad in grads for part in diagnostics.slices(layout.local(grad), group["batch_dims"])]
+            slices = functional.slices(list(map(layout.local, grads)), group["batch_dims"])
             norms += [(norm, group["nonfinite"] == "skip") for norm in clipping.norms(slices)]
         total = clipping.total(norms)
         return None if total is None else clipping.coefficient(total, limit)

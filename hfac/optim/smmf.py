@@ -87,34 +87,9 @@ class SMMF(FactoredOptimizer):
         max_grad_norm: float | None = None,
         watch: bool = False,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            beta=beta,
-            eps=eps,
-            weight_decay=weight_decay,
-            decay_rate=decay_rate,
-            growth_rate=growth_rate,
-            vector_reshape=vector_reshape,
-            weight_decay_mode=weight_decay_mode,
-            dense=dense,
-            batch_dims=batch_dims,
-            maximize=maximize,
-            capturable=capturable,
-            backend=backend,
-            nonfinite=nonfinite,
-            amp_scaling=amp_scaling,
-            rounding=rounding,
-            seed=seed,
-            master=master,
-            max_grad_norm=max_grad_norm,
-            watch=watch,
-        )
-        super().__init__(params, defaults)
+        super().__init__(params, locals())
 
     def _sides(self, shape: tuple[int, ...], group: Mapping[str, Any]) -> tuple[Side, Side] | None:
         n, m = matricize.square(math.prod(shape))
         vector = sum(side > 1 for side in shape) == 1
         return None if m == 1 or (vector and not group["vector_reshape"]) else (((n,), (None,)), ((m,), (None,)))
-
-    def _scalars(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: group[name] for name in ("beta", "eps", "decay_rate", "growth_rate", "weight_decay_mode")}

@@ -102,6 +102,12 @@ class StatefulOptimizer(Optimizer):
             found = self._index.get(param)
         return found
 
+    def _label(self, param: Tensor) -> str:
+        """A parameter of this optimizer in messages."""
+        found = self._find(param)
+        assert found is not None
+        return f"parameter {found[1]} of group {found[0]}"
+
     @property
     def _spec(self) -> spec.Algorithm:
         return spec.ALGORITHMS[self._algorithm]
@@ -116,7 +122,7 @@ class StatefulOptimizer(Optimizer):
 
     def _layout(self, param: Tensor, group: Mapping[str, Any]) -> Layout:
         """Layout of a parameter's factors or moments, the same at every step: that of one slice, after the batch
-        dimensions."""
+        dimensions; and of its master weight's lower bits."""
         batch, shape = (
             tuple(dims) for dims in (param.shape[: group["batch_dims"]], param.shape[group["batch_dims"] :])
         )
@@ -126,22 +132,18 @@ class StatefulOptimizer(Optimizer):
             sizes |= {spec.ROWS: sides[0], spec.COLS: sides[1], spec.SIGNS: (matricize.sign_shape(shape), (0, 1))}
         op = next(op for op in self._spec.ops if (op.matrix is None) == (sides is None))
         found: Layout = {}
-        for state in op.states:
-            if state.key is not None and (state.moment != 1 or self._spec.has_first(group)):
+        for state in (*op.states, spec.MASTER_LOW):
+            master = state is spec.MASTER_LOW
+            dtype = self._low_dtype(param, group) if master else state.dtype or ops.state_dtype(param.dtype)
+            if state.key is not None and dtype is not None and (state.moment != 1 or self._spec.has_first(group)):
                 size, follows = sizes[state.size]
                 moved = (None if d is None else len(batch) + d for d in follows)
-                dtype = state.dtype or ops.state_dtype(param.dtype)
                 found[state.key] = batch + size, dtype, (*range(len(batch)), *moved)
         return found
 
-    def _full_layout(self, param: Tensor, group: Mapping[str, Any]) -> Layout:
-        """`_layout`, with the master weight's lower bits."""
-        found, low = self._layout(param, group), self._low_dtype(param, group)
-        return found if low is None else {**found, LOW: (tuple(param.shape), low, tuple(range(param.ndim)))}
-
     def _needed_state(self, param: Tensor, group: Mapping[str, Any]) -> State:
         """The state that a step reads, without wrappers' entries."""
-        needed = {*self._full_layout(param, group), *COUNTERS}
+        needed = {*self._layout(param, group), *COUNTERS}
         return {key: value for key, value in self.state[param].items() if key in needed}
 
     @staticmethod
@@ -321,34 +323,26 @@ class StatefulOptimizer(Optimizer):
 
     def _in_order(self, param: Tensor, group: Mapping[str, Any], state: State) -> bool:
         """Whether a parameter's state has the devices and types it must have and can be written."""
-        device, wide = param.device, ops.state_dtype(param.dtype)
-        for operand in self._spec.states:
-            value = state.get(operand.key)  # type: ignore[arg-type]  # states have keys
-            if value is not None and (
-                value.device != device
-                or value.is_inference()
-                or not value.is_contiguous()
-                or value.dtype != (operand.dtype or wide)
-            ):
-                return False
-        low = state.get(LOW)
-        if (None if low is None else low.dtype) != self._low_dtype(param, group) or (
-            low is not None and (low.device != device or low.is_inference())
-        ):
-            return False
-        return _is_counter(state.get("step"), torch.float32, device if _step_on_device(group, param) else HOST) and (
-            (group["nonfinite"] != "skip" and "skipped" not in state)
-            or _is_counter(state.get("skipped"), torch.int32, device)
+        wide = ops.state_dtype(param.dtype)
+        dtypes = {own.key: own.dtype or wide for own in self._spec.states} | {LOW: self._low_dtype(param, group)}
+        return (
+            (LOW in state) == (dtypes[LOW] is not None)
+            and all(
+                value.device == param.device
+                and value.dtype == dtypes[key]
+                and (value.is_contiguous() or key == LOW)
+                and not value.is_inference()
+                for key, value in state.items()
+                if key in dtypes
+            )
+            and all(_is_counter(state.get(key), *kind) for key, kind in _counters(param, group, state).items())
         )
 
     @torch.inference_mode(False)  # state outlives the mode in which it is created
     @torch.no_grad()
     def _complete_state(self, param: Tensor, group: Mapping[str, Any], state: State) -> None:
         """Gives a parameter's state every key, on the right device and in the right type; new entries are zero."""
-        needed = self._full_layout(param, group)
-        counters = {"step": (torch.float32, param.device if _step_on_device(group, param) else HOST)}
-        if group["nonfinite"] == "skip" or "skipped" in state:
-            counters["skipped"] = (torch.int32, param.device)
+        needed, counters = self._layout(param, group), _counters(param, group, state)
         if not param.is_meta and any(
             isinstance(state.get(key), Tensor) and state[key].is_meta for key in (*needed, *counters)
         ):
@@ -371,11 +365,16 @@ def needs_reduction(param: Tensor, group: Mapping[str, Any]) -> bool:
     return layout.is_sharded(param) and any(layout.sharded_by(param)[group["batch_dims"] :])
 
 
-def _step_on_device(group: Mapping[str, Any], param: Tensor) -> bool:
-    """Whether ``step`` is kept on the parameter's device: where only the device knows whether a step is made, or reads
-    its number."""
+def _counters(
+    param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
+) -> dict[str, tuple[torch.dtype, torch.device]]:
+    """By key, type and device that a parameter's counters must have. Where only the device knows whether a step is
+    made, or reads its number, ``step`` is on the parameter's."""
     beside = group["nonfinite"] == "skip" or group["capturable"] or group["amp_scaling"]
-    return beside and not needs_reduction(param, group)
+    found = {"step": (torch.float32, param.device if beside and not needs_reduction(param, group) else HOST)}
+    if group["nonfinite"] == "skip" or "skipped" in state:
+        found["skipped"] = (torch.int32, param.device)
+    return found
 
 
 def is_at(groups: list[dict[str, Any]], param: Tensor, group_index: int, index: int) -> bool:

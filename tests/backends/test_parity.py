@@ -93,8 +93,9 @@ def test_twenty_steps(backend, name, options, shape, dtype):
 def step_with(optimizer, params, grads):
     """A step on gradients that `.grad` does not take."""
     group = optimizer.param_groups[0]
-    bound = optimizer._bind(group, [p.data for p in params], grads, [optimizer.state[p] for p in params])
-    bound.prepare(grads, **optimizer._options(group)).apply()
+    with torch.no_grad():
+        bound = optimizer._bind(group, params, grads, range(len(params)))
+        bound.prepare(grads, **optimizer._options(group)).apply()
 
 
 @pytest.mark.pairwise

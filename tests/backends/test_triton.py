@@ -271,9 +271,9 @@ def test_gpu_tensors_refuse_the_interpreter(monkeypatch):
 
 def test_gpu_tensors_need_a_driver(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(backend, "_found", ["RuntimeError: 0 active drivers"])
+    monkeypatch.setattr(backend, "_driver", lambda: "RuntimeError: 0 active drivers")
     assert "no driver for a GPU here (RuntimeError: 0 active drivers)" in backend.why_not(torch.device("cuda"))
-    monkeypatch.setattr(backend, "_found", [None])
+    monkeypatch.setattr(backend, "_driver", lambda: None)
     assert backend.why_not(torch.device("cuda")) is None
     assert backend.why_not(torch.device("xpu")) is None
     assert "not on mps" in backend.why_not(torch.device("mps"))
@@ -286,7 +286,7 @@ def test_without_triton(monkeypatch):
 
 def test_cuda_comes_before_triton(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(backend, "_found", [None])
+    monkeypatch.setattr(backend, "_driver", lambda: None)
     assert list(backends.TABLE).index("cuda") < list(backends.TABLE).index("triton")
     assert "triton" in backends.available(torch.device("cuda"))
 

@@ -205,12 +205,15 @@ def test_propagate_does_as_torch_does(cls, bad):
     assert not runs[0][0].isfinite().all()
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @BOTH
-def test_expanded_gradients(cls):
+def test_expanded_gradients(cls, scaled):
     """Their elements share memory and cannot be written one by one."""
     params = parameters([(4, 6), (5, 3), (7,)])
     twins = parameters([(4, 6), (5, 3), (7,)])
-    optimizer, plain = (cls(p, **OPTIONS[cls], max_grad_norm=0.5) for p in (params, twins))
+    optimizer, plain = (cls(p, **OPTIONS[cls], max_grad_norm=0.5, amp_scaling=scaled) for p in (params, twins))
+    if scaled:
+        optimizer.grad_scale = plain.grad_scale = torch.tensor(2.0)
     for tensors in (params, twins):
         gradients(tensors, 0)
         tensors[0].grad = torch.full((), 2.0).expand(4, 6)

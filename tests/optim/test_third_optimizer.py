@@ -75,9 +75,6 @@ class Third(FactoredOptimizer):
         k, dims = matricize.cut(shape, "balanced"), tuple(range(len(shape)))
         return None if k is None else ((shape[:k], dims[:k]), (shape[k:], dims[k:]))
 
-    def _scalars(self, group):
-        return {name: group[name] for name in THIRD.options}
-
 
 plain.FORMULAS.add(sys.modules[__name__])
 

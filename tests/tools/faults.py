@@ -289,8 +289,8 @@ FAULTS = [
     Fault(
         "memory that a graph reads is freed",
         "hfac",
-        "captured += [self.table, ",
-        "captured += [",
+        "captured += [self.staged.source, *memory.values(), *kept]",
+        "captured += [self.staged.source, *kept]",
         "tests/backends/test_captures.py",
     ),
     Fault(
@@ -325,8 +325,8 @@ FAULTS = [
     Fault(
         "a rank takes another rank's piece of a state",
         "hfac",
-        "mine = pieces[coordinate[mesh_dim]]",
-        "mine = pieces[-1 - coordinate[mesh_dim]]",
+        "found[placement.dim] = pieces[coordinate[mesh_dim]]",
+        "found[placement.dim] = pieces[-1 - coordinate[mesh_dim]]",
         f"tests/distributed/test_sharded_checkpoints.py {SHARDED} -k 'checkpoints or every_placement'",
     ),
     # Refusals and structure.
