@@ -145,8 +145,8 @@ class FactoredOptimizer(ReportingOptimizer):
         local = [[] if step is None else step.norms() for step in steps]
         norms = [] if self._sharded is None else [(norm, skips[i]) for i, norm in self._sharded.norms(shared)]
         if self._total is None:
-            mine = [(norm, skip) for skip, each in zip(skips, local, strict=True) for norm in each]
-            total = clipping.total([*mine, *norms])
+            own = [(norm, skip) for skip, each in zip(skips, local, strict=True) for norm in each]
+            total = clipping.total([*own, *norms])
         else:
             found = []
             for index, step in enumerate(steps):
