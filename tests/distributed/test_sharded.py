@@ -77,9 +77,18 @@ def test_every_wrapper_equals_the_bare_model():
             ("fsdp-tp",),
             ("fsdp-tp", ("own_clip", 0.5)),
             ("ddp",),
+            ("fsdp-kept",),
+            ("fsdp", ("accumulate", True), ("tied", True)),
         )
     ]
     (found,) = on_ranks(4, ("sharded_models:compare_all", cases))
+    agree(found, TOLERANCE[torch.float64])
+
+
+@pytest.mark.slow
+def test_replicas_of_shards_of_tensor_parallel_layers_equal_the_bare_model():
+    cases = [("hsdp-tp", name, *more) for name in OPTIONS for more in ((), (("own_clip", 0.5),))]
+    (found,) = on_ranks(8, ("sharded_models:compare_all", cases))
     agree(found, TOLERANCE[torch.float64])
 
 
