@@ -57,7 +57,7 @@ gpu-objects: $(INSTALLED) ## compile for gpu-report beforehand, into build/gpu-o
 
 triton-check: $(INSTALLED) ## compile the Triton kernels for four GPUs that need not be here; writes docs/triton-check.md
 	$(BIN)/python -m pip install -q $(TRITON)
-	$(BIN)/python -m hfac.triton_kernels.check $(ARGS)
+	$(BIN)/python -m bench.triton_check $(ARGS)
 
 plan: $(INSTALLED) ## what memory each optimizer takes of a model (ARGS="llama-3-8b --world-size 1,8")
 	$(BIN)/hfac plan $(ARGS)

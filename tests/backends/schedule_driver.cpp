@@ -32,12 +32,12 @@ struct Sums : hfac::Op {
   int phases() const override { return 2; }
   int64_t chunks(int64_t i, int) const override { return elements(i) / 4096 + 1; }
   size_t workspace_bytes(int64_t i) const override { return static_cast<size_t>(chunks(i, 0)) * sizeof(double); }
-  void reserve(hfac::Scratch& scratch) const override { scratch.reserve(hfac::Scratch::kParam, 4096); }
+  void reserve(hfac::Scratch& scratch) const override { scratch.reserve<char>(hfac::Scratch::kParam, 4096); }
 
   void chunk(int64_t i, int phase, int64_t c, void* workspace, hfac::Scratch& scratch) override {
     if (i == throws_at && phase == 1 && c == 0) throw std::runtime_error("planted");
     if (fault == "race") ++shared_counter;
-    std::memset(scratch.at(hfac::Scratch::kParam, 4096), static_cast<int>(c), 4096);
+    std::memset(scratch.at<char>(hfac::Scratch::kParam, 4096), static_cast<int>(c), 4096);
     auto& mine = values[static_cast<size_t>(i)];
     auto* partial = static_cast<double*>(workspace);
     if (fault == "overrun") partial[chunks(i, 0)] = 1;
