@@ -55,7 +55,6 @@ def roots(squares: Tensor, dtype: torch.dtype) -> Tensor:
     return found.to(dtype)
 
 
-
 def _in_pieces(grad: Tensor) -> Tensor:
     piece = max(_PIECE, grad.numel() // 8)
     if grad.numel() <= piece:
