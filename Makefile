@@ -34,7 +34,7 @@ planted: $(EMULATED) ## plant faults in a copy of this checkout and see whether 
 	$(BIN)/python tests/tools/planted.py $(ARGS)
 
 test-emulated: $(EMULATED) ## run all tests of the CUDA kernels on the host (no GPU needed)
-	$(BIN)/python -m pytest -m "" tests/backends/test_cuda_*.py $(ARGS)
+	$(BIN)/python -m pytest -m "" tests/backends/test_cuda_*.py tests/backends/test_*_steps.py $(ARGS)
 
 cuda-check: $(INSTALLED) ## compile the CUDA kernels and check registers, spills and accesses (needs nvcc, no GPU)
 	$(BIN)/python -m bench.launch_plan --write
