@@ -68,7 +68,7 @@ doctor: $(INSTALLED) ## which backends are here, and why others are not
 lint: $(INSTALLED) ## check style with ruff and clang-format, types with mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(shell git ls-files csrc)
+	$(BIN)/clang-format --dry-run -Werror $(shell git ls-files csrc 'tests/*.cpp' 'tests/*.h')
 	$(BIN)/mypy
 
 clean: ## remove .venv and everything built

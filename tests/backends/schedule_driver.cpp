@@ -1,9 +1,6 @@
-// The CPU kernels' pool and schedule, without kernels: ops that write what they must, stepped by several callers at once.
-// Prints "right" and the number of calls, and ends with status 1 where something is not. With an argument it plants a
-// fault: "race" makes chunks share a counter, "overrun" makes one write behind its block.
-#include "../../csrc/cpu/schedule.h"
-#include "../../csrc/cpu/threads.h"
-
+// The CPU kernels' pool and schedule, without kernels: ops that write what they must, stepped by several callers at
+// once. Prints "right" and the number of calls, and ends with status 1 where something is not. With an argument it
+// plants a fault: "race" makes chunks share a counter, "overrun" makes one write behind its block.
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
@@ -11,6 +8,9 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+
+#include "../../csrc/cpu/schedule.h"
+#include "../../csrc/cpu/threads.h"
 
 namespace {
 
@@ -44,8 +44,10 @@ struct Sums : hfac::Op {
     const int64_t end = std::min<int64_t>(elements(i), (c + 1) * 4096);
     double sum = 0;
     for (int64_t k = c * 4096; k < end; ++k) {
-      if (phase == 0) sum += mine[static_cast<size_t>(k)];
-      else mine[static_cast<size_t>(k)] = totals[static_cast<size_t>(i)];
+      if (phase == 0)
+        sum += mine[static_cast<size_t>(k)];
+      else
+        mine[static_cast<size_t>(k)] = totals[static_cast<size_t>(i)];
     }
     if (phase == 0) partial[c] = sum;
   }
