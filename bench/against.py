@@ -61,10 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             reasons = [str(reason) for process in processes if (reason := _ask(process, task)) is not None]
             if reasons:
                 red = True
-                print("PARITY GATE RED:", *row.values(), *reasons, sep="; ", file=sys.stderr)
+                print("PARITY GATE RED: " + "; ".join([*row.values(), *reasons]), file=sys.stderr)
                 continue
-            rows.append(row | _measure(processes, args.rounds))
-            print(*(value for value in rows[-1].values() if not isinstance(value, list)), sep="; ", flush=True)
+            found = _measure(processes, args.rounds)
+            rows.append(row | found)
+            said = "before {before:.3f} ms, now {now:.3f} ms, ratio {ratio:.3f} [{q20:.2f}-{q80:.2f}]".format(**found)
+            print("; ".join([*row.values(), said]), flush=True)
     finally:
         for process in processes:
             process.kill()

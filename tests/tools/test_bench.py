@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from subclasses import Codes
 from torch.nn import Parameter
 
 import hfac
+from bench import against, contestants, memory, options, problem, record, report, rivals, shapes, timing
 from bench import bytes as traffic
-from bench import contestants, memory, options, problem, record, report, rivals, shapes, timing
 from bench.__main__ import main
 from bench.gate import why_red
 from hfac import backends, reference, rounding
@@ -374,3 +375,41 @@ def test_a_ratio_that_means_little_is_marked(ratio, noisy):
     assert report.is_noisy(row) == noisy
     said = report.noise([row])
     assert said is None if not noisy else said.startswith("Noisy: the ratio to AdamW of HFac cpu ")
+
+
+#: Another checkout, of which one optimizer's backend makes other steps than its reference.
+ANOTHER = """
+import torch
+class SMMF(torch.optim.SGD):
+    off = 1
+    def __init__(self, params, lr, backend, weight_decay=0, **more):
+        super().__init__(params, lr=lr * (1 if backend == "reference" else self.off))
+    def fp32_state_dict(self, modules):
+        return dict(modules.named_parameters())
+class HFac(SMMF):
+    off = 1.001
+"""
+
+
+def test_two_checkouts_step_in_turns_and_only_what_is_right_gets_numbers(tmp_path, capsys):
+    (tmp_path / "hfac").mkdir()
+    (tmp_path / "hfac" / "__init__.py").write_text(ANOTHER)
+    out = tmp_path / "found.json"
+    arguments = ["--shapes", "24x18 + 7", "--dtypes", "float32", "--rounds", "3", "--threads", "1", "--out", str(out)]
+    assert against.main([str(tmp_path), *arguments]) == 1
+    errors = capsys.readouterr().err
+    assert errors.count("PARITY GATE RED: 24x18 + 7; float32; HFac") == 2 and "SMMF" not in errors
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["optimizer"], row["step"]) for row in rows] == [key for key in against.STEPS if key[0] == "SMMF"]
+    for row in rows:
+        assert len(row["samples_before"]) == len(row["samples_now"]) == 3
+        medians = [statistics.median(row[f"samples_{when}"]) for when in ("before", "now")]
+        assert [row["before"], row["now"]] == pytest.approx(medians) and row["ratio"] == pytest.approx(
+            medians[0] / medians[1]
+        )
+    assert out.with_suffix(".md").read_text().count("\n| 24x18 + 7 |") == 2
+
+
+def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
+    with pytest.raises(SystemExit):
+        against.main([str(tmp_path)])
