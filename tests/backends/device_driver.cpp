@@ -282,7 +282,8 @@ Result run_shards(OpKind op, const Way& way = kPlain) {
       if (sums && m.rows == 0) continue;
       problem.item(m.rows, m.cols, m.rows * m.cols, sums ? nullptr : &way);
       // What is given must be positive, where it is a sum of squares.
-      problem.shard(m.rows + 3, m.cols + 5, 0.1f, 1.0f).col_ratio = problem.numbers(m.cols, 0.1f, 1.0f);
+      hfac::Shard& shard = problem.shard(m.rows + 3, m.cols + 5, 0.1f, 1.0f);
+      shard.col_ratio = problem.numbers(m.cols, 0.1f, 1.0f);
       problem.grad(m.rows * m.cols);
     }
   }
