@@ -36,9 +36,9 @@ struct Way {
   int64_t low_bytes;
   bool stochastic;
 };
-constexpr Way kPlain{DType::kFloat32, 0, false}, kBrain{DType::kBFloat16, 0, false}, kHalf{DType::kFloat16, 0, false},
-    kDrawn{DType::kBFloat16, 0, true}, kHalfDrawn{DType::kFloat16, 0, true}, kSplit{DType::kBFloat16, 2, false},
-    kSplit8{DType::kBFloat16, 1, false}, kSplit8Drawn{DType::kBFloat16, 1, true};
+constexpr Way kPlain{DType::kFloat32, 0, false}, kDrawn{DType::kBFloat16, 0, true},
+    kHalfDrawn{DType::kFloat16, 0, true}, kSplit{DType::kBFloat16, 2, false}, kSplit8{DType::kBFloat16, 1, false},
+    kSplit8Drawn{DType::kBFloat16, 1, true};
 
 // A fault that the driver itself injects: "workspace" gives 4 bytes too few; "signs" claims that signs go on to the end
 // of their last word.
@@ -282,7 +282,8 @@ Result run_shards(OpKind op, const Way& way = kPlain) {
       if (sums && m.rows == 0) continue;
       problem.item(m.rows, m.cols, m.rows * m.cols, sums ? nullptr : &way);
       // What is given must be positive, where it is a sum of squares.
-      problem.shard(m.rows + 3, m.cols + 5, 0.1f, 1.0f).col_ratio = problem.numbers(m.cols, 0.1f, 1.0f);
+      hfac::Shard& shard = problem.shard(m.rows + 3, m.cols + 5, 0.1f, 1.0f);
+      shard.col_ratio = problem.numbers(m.cols, 0.1f, 1.0f);
       problem.grad(m.rows * m.cols);
     }
   }
@@ -339,16 +340,17 @@ std::vector<Case> cases() {
       {"hfac, long rows", kLong, op(OpKind::kHfac, {{5, 4104, 1}, {3, 14344, 1}, {5, 4099, 1}})},
   };
 #if !defined(HFAC_FLOAT_OPERANDS)
+  const Way brain_way{DType::kBFloat16, 0, false}, half_way{DType::kFloat16, 0, false};
   std::vector<Matrix> six = both;  // as `both`, one more of each kind
   six.insert(six.begin(), {48, 24, 1});
   six.push_back({11, 9, 11});
   Options brain = stored, mixed, half;
-  brain.ways.push_back(kBrain);
+  brain.ways.push_back(brain_way);
   brain.grad = mixed.grad = DType::kBFloat16;
-  half.ways = {kHalf};
+  half.ways = {half_way};
   half.grad = DType::kFloat16;
   Options wide;
-  wide.ways = {kBrain};
+  wide.ways = {brain_way};
   for (const OpKind kind : {OpKind::kHfac, OpKind::kSmmf}) {
     const std::string name = kind == OpKind::kHfac ? "hfac" : "smmf";
     all.push_back({name + ", bfloat16", kQuick, op(kind, six, brain)});
