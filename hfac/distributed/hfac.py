@@ -16,10 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import clipping, ops, spec
+from ..functional import pick
 from ..rounding import BitOffset
 from ..schedules import Scalar
 from . import layout
-from .bucket import Bucket, Entry, Options, pick
+from .bucket import Bucket, Entry, Options
 from .schedule import Job, reduced
 
 Numbers = list[Tensor]
