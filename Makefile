@@ -34,7 +34,7 @@ planted: $(EMULATED) ## plant faults in a copy of this checkout and see whether 
 	$(BIN)/python tests/tools/planted.py $(ARGS)
 
 test-emulated: $(EMULATED) ## run all tests of the CUDA kernels on the host (no GPU needed)
-	$(BIN)/python -m pytest -m "" tests/backends/test_cuda_*.py $(ARGS)
+	$(BIN)/python -m pytest -m "" tests/backends/test_cuda_*.py tests/backends/test_*_steps.py $(ARGS)
 
 cuda-check: $(INSTALLED) ## compile the CUDA kernels and check registers, spills and accesses (needs nvcc, no GPU)
 	$(BIN)/python -m bench.launch_plan --write
@@ -57,7 +57,7 @@ gpu-objects: $(INSTALLED) ## compile for gpu-report beforehand, into build/gpu-o
 
 triton-check: $(INSTALLED) ## compile the Triton kernels for four GPUs that need not be here; writes docs/triton-check.md
 	$(BIN)/python -m pip install -q $(TRITON)
-	$(BIN)/python -m hfac.triton_kernels.check $(ARGS)
+	$(BIN)/python -m bench.triton_check $(ARGS)
 
 plan: $(INSTALLED) ## what memory each optimizer takes of a model (ARGS="llama-3-8b --world-size 1,8")
 	$(BIN)/hfac plan $(ARGS)
@@ -68,7 +68,7 @@ doctor: $(INSTALLED) ## which backends are here, and why others are not
 lint: $(INSTALLED) ## check style with ruff and clang-format, types with mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(shell git ls-files csrc)
+	$(BIN)/clang-format --dry-run -Werror $(shell git ls-files csrc 'tests/*.cpp' 'tests/*.h')
 	$(BIN)/mypy
 
 clean: ## remove .venv and everything built

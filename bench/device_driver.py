@@ -1,4 +1,4 @@
-"""Builds csrc/emulation/driver.cpp, a program without torch that makes a few steps of every op on a GPU.
+"""Builds tests/backends/device_driver.cpp, a program without torch that makes a few steps of every op on a GPU.
 
 `python -m bench.device_driver --out driver` compiles the CUDA kernels and the program with nvcc for one architecture,
 links the CUDA runtime statically, and so makes a file that runs wherever there is a driver. `--host` compiles the same
@@ -30,16 +30,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-CSRC = Path(__file__).parent.parent / "csrc"
-#: of both builds, then of the host's
-SOURCES = (
-    *(
-        f"cuda/{name}"
-        for name in ("smmf.cu", "hfac.cu", "hfac_stats.cu", "dense.cu", "launchers.cu", "step.cpp", "plan.cpp")
-    ),
-    "emulation/driver.cpp",
-)
-HOST_SOURCES = (*SOURCES, "emulation/emulation.cpp")
+ROOT = Path(__file__).parent.parent
+#: The program, and what it includes beside csrc; then the sources of both builds, and of the host's.
+DRIVER = tuple(ROOT / "tests" / "backends" / name for name in ("device_driver.cpp", "device_memory.h"))
+KERNELS = ("smmf.cu", "hfac.cu", "hfac_stats.cu", "dense.cu", "launchers.cu")
+SOURCES = (*(ROOT / "csrc" / "cuda" / name for name in (*KERNELS, "step.cpp", "plan.cpp")), DRIVER[0])
+HOST_SOURCES = (*SOURCES, ROOT / "csrc" / "emulation" / "emulation.cpp")
 FLOAT = "-DHFAC_FLOAT_OPERANDS"
 
 
@@ -61,15 +57,15 @@ def device_command(nvcc: str, arch: str, flags: Sequence[str] = ()) -> list[str]
     return [nvcc, "-std=c++17", "-O3", "-lineinfo", *exact, target, "-cudart", "static", *flags]
 
 
-def build(out: Path, command: Sequence[str], sources: Sequence[str], language: str, jobs: int = 2) -> None:
+def build(out: Path, command: Sequence[str], sources: Sequence[Path], language: str, jobs: int = 2) -> None:
     """Compiles ``sources`` as ``language`` and links them into ``out``. Raises CalledProcessError where that fails."""
     with tempfile.TemporaryDirectory() as folder:
 
-        def compiled(source: str) -> str:
+        def compiled(source: Path) -> str:
             # plan.cpp and step.cpp have nothing for the device
-            kind = language if source.endswith(".cu") or "driver" in source else "c++"
-            target = str(Path(folder) / f"{Path(source).stem}.o")
-            subprocess.run([*command, "-x", kind, "-c", str(CSRC / source), "-o", target], check=True)
+            kind = language if source.suffix == ".cu" or source == DRIVER[0] else "c++"
+            target = str(Path(folder) / f"{source.stem}.o")
+            subprocess.run([*command, "-x", kind, "-c", str(source), "-o", target], check=True)
             return target
 
         with ThreadPoolExecutor(jobs) as pool:

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from bench import device_driver
+
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "gpu-objects"
 RECORD = "objects.json"
@@ -86,8 +88,8 @@ def host_driver() -> Path:
 
 def _driver_digest(build: ModuleType, nvcc: str | None, arch: str) -> str:
     """Of the driver's sources, which lie beside the extension's, and of what compiles it."""
-    emulation = ROOT / "csrc" / "emulation"
-    sources = [*sorted(emulation.iterdir()), ROOT / "bench" / "device_driver.py"]
+    emulation = sorted((ROOT / "csrc" / "emulation").iterdir())
+    sources = [*emulation, *device_driver.DRIVER, ROOT / "bench" / "device_driver.py"]
     kind = "launchers.cu" if nvcc else "plan.cpp"
     return build.digest(("driver", ROOT / "csrc" / "cuda" / kind, [f"-arch={arch}"]), nvcc, sources)
 

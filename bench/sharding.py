@@ -1,6 +1,6 @@
 """What a sharded step sends and keeps, counted for Llama-3-8B on 64 ranks that need not be here.
 
-`python -m bench.sharding` prints, for each layout and optimizer, the all-reduces of a step with their ranks and bytes,
+`python -m bench.sharding` prints, for each layout and optimizer, the collectives of a step with their ranks and bytes,
 and the optimizer state of rank 0. Parameters are made on the meta device over a process group of which only this rank
 exists; the numbers are `optimizer.collectives()`, which is what a step does. `--write` puts them in
 docs/sharding-plan.md.
@@ -27,11 +27,12 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "sharding-plan.md"
 WORLD = 64
 HEAD = """# What a sharded step sends and keeps
 
-This page answers: how many all-reduces does a sharded step make, of which size, and how much state does a rank keep?
+This page answers: how many collectives does a sharded step make, of which size, and how much state does a rank keep?
 
 Written by `python -m bench.sharding --write`: Llama-3-8B (bfloat16 parameters) on 64 ranks, counted on the meta device
-from what a step does. Payload is the bytes of the buffers that are all-reduced in one step; state is what rank 0 keeps
-for its shards. For comparison: bfloat16 gradients are 16.1 GB a step, and AdamW's state in float32 is 1,004 MB a rank.
+from what a step does. Payload is the bytes of the buffers that are all-reduced, or broadcast to ranks that have copies
+of the same, in one step; state is what rank 0 keeps for its shards. For comparison: bfloat16 gradients are 16.1 GB a
+step, and AdamW's state in float32 is 1,004 MB a rank.
 Nothing here has been timed.
 """
 Placements = Callable[[int, Shape], list[Any]]
@@ -92,7 +93,7 @@ def parameters(shapes: Sequence[Shape], mesh: DeviceMesh, placements: Placements
 
 
 def count() -> dict[tuple[str, str], tuple[list[tuple[int, int]], int]]:
-    """By layout and optimizer: (ranks, bytes) of every all-reduce, and bytes of state on rank 0."""
+    """By layout and optimizer: (ranks, bytes) of every collective, and bytes of state on rank 0."""
     found = {}
     with imagined_ranks(WORLD):
         for layout, (shape, placements) in LAYOUTS.items():
@@ -111,7 +112,7 @@ def count() -> dict[tuple[str, str], tuple[list[tuple[int, int]], int]]:
 def table() -> str:
     """The numbers as Markdown."""
     lines = [
-        "| layout | optimizer | all-reduces of a step: ranks x payload | payload in all | state of a rank |",
+        "| layout | optimizer | collectives of a step: ranks x payload | payload in all | state of a rank |",
         "| --- | --- | --- | ---: | ---: |",
     ]
     for (layout, name), (calls, state) in count().items():

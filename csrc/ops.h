@@ -37,15 +37,18 @@ struct Shard {
   std::vector<Block> blocks;  // SMMF: the shard's elements
 };
 
-// One parameter. First and second moments are factored by row and column; where they are whole, `cols` is 1 and they
-// stand in the row's. Their type is the arithmetic's: double for float64 parameters, else float. `param` has a type
-// even where an op reads gradients alone.
-struct Item {
-  int64_t index;  // in the caller's list
-  TensorRef param, grad;
+// First and second moments of a matrix, factored by row and column; where they are whole, `cols` is 1 and they stand in
+// the row's. Their type is the arithmetic's: double for float64 parameters, else float.
+struct Moments {
   int64_t rows, cols;
   void *first_row, *first_col, *second_row, *second_col;  // null where an op has none
   Signs signs;
+};
+
+// One parameter. `param` has a type even where an op reads gradients alone.
+struct Item : Moments {
+  int64_t index;  // in the caller's list
+  TensorRef param, grad;
   double beta1, beta2;           // on a GPU they arrive with the launch
   const Shard* shard = nullptr;  // null: the parameter is whole
   void* kept = nullptr;          // H-Fac on the CPU: memory for the statistics of a step in two calls

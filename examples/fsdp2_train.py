@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -189,21 +190,25 @@ def main() -> int:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    status = 0
     try:
         train(args, device)
     except UsageError as error:  # the same on every rank
         if local_rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         dist.barrier()  # torchrun ends all ranks with the first, and the message must be out by then
-        return 2
-    finally:
-        dist.destroy_process_group()
-        if device.type == "cpu":
-            # Functional collectives, as DTensor makes them, keep the group and its threads alive. Such a thread needs
-            # Python when it lets go of the last collective's tensors, and aborts a Python that is ending
-            # (pytorch/pytorch issue 190489).
-            time.sleep(1)
-    return 0
+        status = 2
+    except BaseException:  # on this rank alone: the others wait in a collective that will not come
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # to destroy the process group would wait for them; torchrun ends them now
+    dist.destroy_process_group()
+    if device.type == "cpu":
+        # Functional collectives, as DTensor makes them, keep the group and its threads alive. Such a thread needs
+        # Python when it lets go of the last collective's tensors, and aborts a Python that is ending
+        # (pytorch/pytorch issue 190489).
+        time.sleep(1)
+    return status
 
 
 if __name__ == "__main__":

@@ -404,6 +404,11 @@ class Step:
         self._statistics = [*found]
         return [statistics.norms for statistics in found]
 
+    def owners(self, params: Sequence[Tensor]) -> list[list[int]]:
+        """Of each entry of the `norms`, whose it is: the position in ``params``, the group's list."""
+        indices = [(bucket.index or range(len(params)), bucket.batch_dims) for bucket, _ in self._calls]
+        return [[i for i in index for _ in range(params[i].shape[:dims].numel())] for index, dims in indices]
+
     @property
     def unscales(self) -> bool:
         """Whether gradients are multiplied as they are read, and stay as they are."""

@@ -2,6 +2,7 @@
 modules share."""
 
 import heapq
+import itertools
 import os
 import sys
 from itertools import combinations
@@ -21,8 +22,10 @@ sys.path[:0] = [str(TESTS / folder) for folder in FOLDERS]
 # bench/, and hfac itself in a checkout that is not installed; last, because an installed hfac is the one to test.
 sys.path.append(str(TESTS.parent))
 
-pytest.register_assert_rewrite("gpu_steps", "gpu_graphs")
+pytest.register_assert_rewrite("gpu_steps", "gpu_graphs", "suites")
 
+import emulated  # noqa: E402
+import suites  # noqa: E402
 
 #: Tests that take a minute: begun last, one of them would keep one process busy while the others have nothing left.
 LONG = ("test_parity_in_the_interpreter", "test_cuda_sanitizers", "test_sharded", "test_fsdp2_example", "test_dry_run")
@@ -70,7 +73,51 @@ def left_out(items, values):
 @pytest.fixture(scope="module")
 def emulated_backend():
     """Where a module of tests asks for it, the CUDA kernels on the host are a backend."""
-    import emulated
-
     with emulated.registered():
         yield
+
+
+@pytest.fixture(params=suites.BACKENDS)
+def backend(request):
+    """The name of a backend of tensors on the CPU: each in turn, unless a test is parametrized with some (indirect)."""
+    if request.param == emulated.NAME:
+        if emulated.native is None:
+            pytest.skip(emulated.WHY_NOT)
+        request.getfixturevalue("emulated_backend")
+    return request.param
+
+
+@pytest.fixture
+def all_orders(monkeypatch):
+    """The order of blocks of the CUDA kernels on the host changes from launch to launch."""
+    if emulated.native is None:
+        yield
+        return
+    emulated.set_orders(monkeypatch, itertools.cycle(emulated.ORDERS))
+    yield
+    emulated.native.set_block_order("forward")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patched_once():
+    """Triton's interpreter patches the language anew for every function that a kernel calls, which takes most of its
+    time. Once is enough where nothing runs uninterpreted."""
+    interpreter = None
+    if "triton" in suites.BACKENDS:
+        import triton
+        from triton.runtime import interpreter
+    if not hasattr(interpreter, "_LangPatchScope"):
+        yield
+        return
+    original, seen = interpreter._patch_lang, set()
+
+    def patch(fn):
+        modules = frozenset(id(v) for v in fn.__globals__.values() if v in (triton.language, triton.language.core))
+        if modules not in seen:
+            seen.add(modules)
+            original(fn)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch
+    yield
+    interpreter._patch_lang = original

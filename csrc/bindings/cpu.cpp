@@ -84,7 +84,7 @@ size_t run(OpKind kind, CpuOp* op, const py::kwargs& given) {
 size_t hfac_kept(const py::kwargs& given) {
   Keywords k(given);
   const List rows(k.take("rows"), "rows", -1), cols(k.take("cols"), "cols", rows.size());
-  const PerParameter dtypes(k.take("param_dtypes"), "param_dtypes", rows.size());
+  const List dtypes = List::each(k.take("param_dtypes"), "param_dtypes", rows.size());
   k.done();
   size_t bytes = 0;
   for (py::ssize_t i = 0; i < rows.size(); ++i) {
@@ -118,11 +118,9 @@ void define_cpu(py::module_& m) {
       {OpKind::kHfacSums, hfac_sums},      {OpKind::kHfacApply, hfac_step},
       {OpKind::kSmmfSums, smmf_sums_step}, {OpKind::kSquares, squares},
   };
-  for (const auto& [kind, op] : ops) {
-    const OpKind of = kind;
-    CpuOp* const native = op;
+  for (const std::pair<OpKind, CpuOp*>& op : ops) {
     m.def(
-        slots_of(kind).name, [of, native](const py::kwargs& given) { return run(of, native, given); },
+        slots_of(op.first).name, [op](const py::kwargs& given) { return run(op.first, op.second, given); },
         "An op of hfac.reference on lists of addresses; returns the bytes of workspace that it held at most.");
   }
   m.def("hfac_kept", &hfac_kept, "Bytes that hfac_step keeps between stage='statistics' and stage='rest'.");

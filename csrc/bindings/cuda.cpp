@@ -42,8 +42,8 @@ py::list described(const Plan& plan) {
     d["bytes"] = launch.bytes.from_memory();
     d["grad"] = launch.bytes.grad;
     d["grad_from_cache"] = launch.bytes.grad_again;
-    d["param_read"] = launch.bytes.param_read;
-    d["param_written"] = launch.bytes.param_written;
+    d["param_read"] = launch.bytes.param;
+    d["param_written"] = launch.bytes.param;
     d["signs"] = launch.bytes.signs;
     d["partial"] = launch.bytes.partial;
     d["states"] = launch.bytes.states;
@@ -56,9 +56,9 @@ py::dict cuda_plan(const py::kwargs& given) {
   Keywords k(given);
   PlanOptions options{op_kind(k.text("op"))};
   const List rows(k.take("rows"), "rows", -1), cols(k.take("cols"), "cols", rows.size());
-  const PerParameter params(k.take("param_dtypes"), "param_dtypes", rows.size());
-  const PerParameter grads(k.take("grad_dtypes"), "grad_dtypes", rows.size());
-  const py::object slices = k.optional("slices");
+  const List params = List::each(k.take("param_dtypes"), "param_dtypes", rows.size());
+  const List grads = List::each(k.take("grad_dtypes"), "grad_dtypes", rows.size());
+  const std::optional<List> slices = k.optional_list("slices", rows.size());
   options.first_moment = k.flag("first", py::bool_(true));
   options.clip = k.flag("clip", py::bool_(true));
   options.nonfinite = k.flag("nonfinite", py::bool_(false));
@@ -71,11 +71,11 @@ py::dict cuda_plan(const py::kwargs& given) {
     item.index = static_cast<int32_t>(i);
     item.rows = rows.count(i);
     item.cols = cols.count(i);
-    item.param = {nullptr, static_cast<int32_t>(params.dtype(i)), -1};
-    item.grad = {nullptr, static_cast<int32_t>(grads.dtype(i)), -1};
-    if (!slices.is_none()) {
-      item.slice = List(slices, "slices", rows.size()).count(i);
-      item.slice_bytes = (item.slice + 7) / 8;
+    item.param = {nullptr, params.dtype(i), -1};
+    item.grad = {nullptr, grads.dtype(i), -1};
+    if (slices) {
+      item.signs.slice = slices->count(i);
+      item.signs.slice_bytes = (item.signs.slice + 7) / 8;
     }
     if (product(item.rows, item.cols, "rows") > 0) items.push_back(item);
   }
@@ -107,9 +107,9 @@ Scalar scalar(const py::object& value, const char* name) {
 
 // A plan with its table and launches, of one op over one list. It is bound to tensors that stay where they are, and
 // every step brings gradients; or, for an op on shards, made of lists with gradients for one step.
-class CudaPlan {
+class CudaStep {
  public:
-  CudaPlan(const OpSlots& slots, const py::kwargs& given) {
+  CudaStep(const OpSlots& slots, const py::kwargs& given) {
     const bool bound = !slots.on_shards();
     Keywords k(given);
     PlanOptions options{bound ? op_kind(k.text("op")) : slots.kind};
@@ -134,7 +134,7 @@ class CudaPlan {
   bool prepare(const py::kwargs& given) {
     Keywords k(given);
     const Tensors tensors(k, "grads", "grad_dtypes", "grad_strides", size_);
-    const py::object shapes = k.optional("shapes");
+    const std::optional<List> shapes = k.optional_list("shapes", size_);
     const bool clip = k.flag("clip"), nonfinite = k.flag("nonfinite");
     k.done();
     Kept kept;
@@ -194,44 +194,33 @@ class CudaPlan {
   py::ssize_t size_ = 0;
   bool first_moment_ = true, stochastic_ = false;
 };
-
-// Classes of their own for Python.
-struct CudaStep : CudaPlan {
-  explicit CudaStep(const py::kwargs& given) : CudaPlan(bound_slots(), given) {}
-};
-struct CudaParts : CudaPlan {
-  using CudaPlan::CudaPlan;
-};
 #endif
 
 #ifndef HFAC_EMULATED
 py::dict cuda_info() {
-  py::dict d;
 #ifdef HFAC_WITH_CUDA
   const CudaInfo found = hfac::cuda_info();
+#else
+  CudaInfo found{};
+  found.why_not = "hfac._C was built without CUDA";
+#endif
+  const auto reason = [](const std::string& why) { return why.empty() ? py::object(py::none()) : py::str(why); };
   py::list devices;
   for (const CudaDevice& device : found.devices) {
     py::dict one;
     one["name"] = device.name;
     one["capability"] = py::make_tuple(device.major, device.minor);
     one["usable"] = device.why_not.empty();
-    one["why_not"] = device.why_not.empty() ? py::object(py::none()) : py::object(py::str(device.why_not));
+    one["why_not"] = reason(device.why_not);
     devices.append(one);
   }
-  d["compiled"] = true;
+  py::dict d;
+  d["compiled"] = !found.architectures.empty();
   d["architectures"] = found.architectures;
   d["devices"] = devices;
   d["driver_version"] = found.driver_version;
   d["runtime_version"] = found.runtime_version;
-  d["why_not"] = found.why_not.empty() ? py::object(py::none()) : py::object(py::str(found.why_not));
-#else
-  d["compiled"] = false;
-  d["architectures"] = py::list();
-  d["devices"] = py::list();
-  d["driver_version"] = 0;
-  d["runtime_version"] = 0;
-  d["why_not"] = "hfac._C was built without CUDA";
-#endif
+  d["why_not"] = reason(found.why_not);
   return d;
 }
 #endif
@@ -242,22 +231,22 @@ void define_cuda(py::module_& m) {
   m.def("cuda_plan", &cuda_plan,
         "The launches that a step on the GPU consists of, with blocks, threads and bytes; needs no GPU.");
 #ifdef HFAC_CUDA_STEP
-  py::class_<CudaPlan>(m, "CudaPlan", "The launches of one op over one list, and the table that they read.")
-      .def("launch", &CudaPlan::launch)
-      .def("write_table", &CudaPlan::write_table, py::arg("host"))
-      .def("plan", [](const CudaPlan& p) { return described(p.step().plan()); })
-      .def_property_readonly("table_bytes", [](const CudaPlan& p) { return p.step().table_bytes(); })
-      .def_property_readonly("workspace_bytes", [](const CudaPlan& p) { return p.step().workspace_bytes(); })
-      .def_property_readonly("counter_bytes", [](const CudaPlan& p) { return p.step().counter_bytes(); });
-  py::class_<CudaStep, CudaPlan>(m, "CudaStep", "One op over one list of parameters, bound to their addresses.")
-      .def(py::init<const py::kwargs&>())
+  py::class_<CudaStep> step(m, "CudaStep", "The launches of one op over one list, and the table that they read.");
+  step.def(py::init([](const py::kwargs& given) { return CudaStep(bound_slots(), given); }),
+           "Bound to the addresses of parameters and states: every step brings gradients.")
       .def("prepare", &CudaStep::prepare,
-           "Takes this step's gradients; true where the table in device memory is out of date.");
-  py::class_<CudaParts, CudaPlan> parts(m, "CudaParts", "An op on shards of parameters, for one step.");
+           "Takes this step's gradients; true where the table in device memory is out of date.")
+      .def("launch", &CudaStep::launch)
+      .def("write_table", &CudaStep::write_table, py::arg("host"))
+      .def("plan", [](const CudaStep& s) { return described(s.step().plan()); })
+      .def_property_readonly("table_bytes", [](const CudaStep& s) { return s.step().table_bytes(); })
+      .def_property_readonly("workspace_bytes", [](const CudaStep& s) { return s.step().workspace_bytes(); })
+      .def_property_readonly("counter_bytes", [](const CudaStep& s) { return s.step().counter_bytes(); });
   for (const OpKind kind : {OpKind::kHfacSums, OpKind::kHfacApply, OpKind::kSmmfSums}) {
     const OpSlots& slots = slots_of(kind);
-    parts.def_static(slots.name, [&slots](const py::kwargs& given) { return CudaParts(slots, given); });
+    step.def_static(slots.name, [&slots](const py::kwargs& given) { return CudaStep(slots, given); });
   }
+  m.attr("CudaParts") = step;  // whose static functions make a step of an op on shards, with its gradients
 #endif
   m.def("slots", &slot_names, "Of every op the names of its lists, in order.");
 #ifndef HFAC_EMULATED

@@ -136,33 +136,28 @@ uint64_t seed_of(const py::object& value) {
 }
 
 StorageLists::StorageLists(Keywords& k, bool on_cpu, py::ssize_t size)
-    : size_(size), on_cpu_(on_cpu), low_strides_(k, on_cpu ? "low_strides" : "master_low_strides") {
+    : on_cpu_(on_cpu),
+      lows_(k.optional_list("master_lows", size)),
+      low_strides_(k.optional_list(on_cpu ? "low_strides" : "master_low_strides", size)),
+      positions_(k.optional_list(on_cpu ? "positions" : "places", size)) {
   const char* const kinds = on_cpu ? "low_bytes" : "master_low_dtypes";
-  const char* const positions = on_cpu ? "positions" : "places";
-  const py::object lows = k.optional("master_lows"), given_kinds = k.optional(kinds);
-  const py::object given_positions = k.optional(positions);
-  py::object firsts = py::none(), seed = py::none(), step = py::none();
-  if (on_cpu) {
-    firsts = k.optional("place_firsts");
-    strides_ = Strides(k, "place_strides");
-    seed = k.optional("seed");
-    step = k.optional("step");
-  }
-  if (!lows.is_none()) {
-    lows_.emplace(lows, "master_lows", size);
+  const py::object given_kinds = k.optional(kinds);
+  if (lows_) {
     if (on_cpu && !PyLong_Check(given_kinds.ptr())) refuse(kinds, "1 or 2 is needed where master_lows is given");
-    low_kinds_.emplace(given_kinds, kinds, size);
+    low_kinds_ = List::each(given_kinds, kinds, size);
   }
-  if (given_positions.is_none()) return;
-  positions_.emplace(given_positions, positions, size);
   if (!on_cpu) return;
-  if (!firsts.is_none()) firsts_.emplace(firsts, "place_firsts", size);
+  firsts_ = k.optional_list("place_firsts", size);
+  strides_ = k.optional_list("place_strides", size);
+  const py::object seed = k.optional("seed"), step = k.optional("step");
+  if (!positions_) return;
   seed_ = seed_of(seed);
   if (step.is_none()) refuse("step", "needed where positions is given");
-  steps_.emplace(step, "step", size);
+  steps_ = List::each(step, "step", size);
 }
 
-const Storage* StorageLists::at(py::ssize_t i, DType dtype, int64_t numel, const py::object& shapes, Kept& kept) const {
+const Storage* StorageLists::at(py::ssize_t i, DType dtype, int64_t numel, const std::optional<List>& shapes,
+                                Kept& kept) const {
   if (!lows_ && !positions_) return nullptr;
   Storage s{};
   if (lows_) {
@@ -174,7 +169,7 @@ const Storage* StorageLists::at(py::ssize_t i, DType dtype, int64_t numel, const
     if (dtype != DType::kBFloat16) lows_->bad(i, "of a parameter that is no bfloat16");
     s.low = lows_->address(i, true);
     s.low_bytes = static_cast<int64_t>(on_cpu_ ? kind : 3 - kind);  // Low::kInt16 is 1, Low::kInt8 is 2
-    s.low_strided = low_strides_.at(i, numel, size_, shapes, kept);
+    s.low_strided = kept.layout(low_strides_, i, numel, shapes);
   }
   if (positions_) {
     if (dtype != DType::kBFloat16 && dtype != DType::kFloat16) {
@@ -193,19 +188,19 @@ const Storage* StorageLists::at(py::ssize_t i, DType dtype, int64_t numel, const
   return &kept.storages.back();
 }
 
-BitOffset StorageLists::offset(py::ssize_t i, int64_t numel, const py::object& shapes, Kept& kept) const {
+BitOffset StorageLists::offset(py::ssize_t i, int64_t numel, const std::optional<List>& shapes, Kept& kept) const {
   BitOffset bits{};
   int64_t position;
   if (on_cpu_) {
     position = positions_->integer(i);
     bits.first = firsts_ ? firsts_->count(i) : 0;
-    bits.strided = strides_.at(i, numel, size_, shapes, kept);
+    bits.strided = kept.layout(strides_, i, numel, shapes);
   } else {
     const List place(py::reinterpret_borrow<py::object>((*positions_)[i]), "places", -1);
     if (place.size() != 3) positions_->bad(i, "(position, first, strides) is needed");
     position = place.integer(0);
     bits.first = place.count(1);
-    bits.strided = kept.layout(place[2], "places", size_, i, numel, shapes);
+    bits.strided = kept.layout(place[2], "places", i, numel, shapes);
   }
   if (position >> 32) positions_->bad(i, "a number in [0, 2^32) is needed: 32 bits, not negative");
   bits.position = static_cast<uint32_t>(position);
@@ -228,10 +223,10 @@ ItemLists::ItemLists(const OpSlots& op, Keywords& k, bool on_cpu, bool gradients
   if (op.params()) params_.emplace(k, "params", "param_dtypes", "param_strides", -1);
   numels_.emplace(k.take("numels"), "numels", params_ ? params_->size() : -1);
   if (gradients) grads_.emplace(k, "grads", "grad_dtypes", "grad_strides", size());
-  shapes_ = k.optional("shapes");
+  shapes_ = k.optional_list("shapes", size());
   if (op.params()) storage_.emplace(k, on_cpu, size());
   const auto list = [&](const char* name) { return List(k.take(name), name, size()); };
-  const auto each = [&](const char* name) { return PerParameter(k.take(name), name, size()); };
+  const auto each = [&](const char* name) { return List::each(k.take(name), name, size()); };
   if (op.sizes != Sizes::kElements) rows_ = list("rows");
   if (op.sizes == Sizes::kMatrix || op.sizes == Sizes::kBlocks) cols_ = list("cols");
   if (op.kind == OpKind::kHfacApply) whole_rows_ = list("whole_rows");
@@ -245,7 +240,7 @@ ItemLists::ItemLists(const OpSlots& op, Keywords& k, bool on_cpu, bool gradients
   if (on_cpu && op.kind != OpKind::kHfacSums && op.kind != OpKind::kSquares) {
     const py::object beta1 = k.take("beta1");
     first_moment_ = !op.smmf() || !beta1.is_none();
-    if (first_moment_) beta1_.emplace(beta1, "beta1", size());
+    if (first_moment_) beta1_ = List::each(beta1, "beta1", size());
   }
   if (on_cpu && op.kind != OpKind::kHfacApply && op.kind != OpKind::kSquares) beta2_ = each("beta2");
   for (const Slot& slot : op.slots) {

@@ -58,16 +58,13 @@ class StorageLists {
   StorageLists(Keywords& k, bool on_cpu, py::ssize_t size);
   bool stochastic() const { return positions_.has_value(); }
   // Of entry i; null where it is rounded to the nearest.
-  const Storage* at(py::ssize_t i, DType dtype, int64_t numel, const py::object& shapes, Kept& kept) const;
+  const Storage* at(py::ssize_t i, DType dtype, int64_t numel, const std::optional<List>& shapes, Kept& kept) const;
 
  private:
-  BitOffset offset(py::ssize_t i, int64_t numel, const py::object& shapes, Kept& kept) const;
+  BitOffset offset(py::ssize_t i, int64_t numel, const std::optional<List>& shapes, Kept& kept) const;
 
-  py::ssize_t size_;
   bool on_cpu_;
-  std::optional<List> lows_, positions_, firsts_;
-  std::optional<PerParameter> low_kinds_, steps_;
-  Strides low_strides_, strides_;
+  std::optional<List> lows_, low_kinds_, low_strides_, positions_, firsts_, strides_, steps_;
   uint64_t seed_ = 0;
 };
 
@@ -92,11 +89,9 @@ class ItemLists {
   const OpSlots& op_;
   std::optional<Tensors> params_, grads_;
   std::optional<List> numels_, rows_, cols_, whole_rows_, whole_cols_, blocks_, totals_, mean_squares_;
-  std::optional<List> sign_bytes_, sign_slices_;
-  std::optional<PerParameter> state_dtypes_, beta1_, beta2_;
+  std::optional<List> sign_bytes_, sign_slices_, shapes_, state_dtypes_, beta1_, beta2_;
   std::optional<StorageLists> storage_;
   std::vector<std::optional<List>> lists_;
-  py::object shapes_;
   bool first_moment_ = true;
   Kept kept_;
 };

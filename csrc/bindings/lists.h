@@ -26,75 +26,37 @@ namespace py = pybind11;
   throw std::invalid_argument(std::string(name) + ": " + why);
 }
 
-// Keyword arguments. Each is taken once, by its name; `done` refuses what nobody took. TypeError says of which one
-// argument is missing, unexpected or of another type.
-class Keywords {
- public:
-  explicit Keywords(const py::kwargs& given) : given_(given) { asked_.reserve(40); }
+// An argument, or entry `index` of one, as a number or an address. Where it is none, TypeError says so of an argument,
+// ValueError of an entry.
+struct Value : py::handle {
+  const char* name;
+  py::ssize_t index = -1;
 
-  py::object take(const char* name, py::handle otherwise = {}) {
-    asked_.push_back(name);
-    py::handle found = PyDict_GetItemString(given_.ptr(), name);
-    found_ += found ? 1 : 0;
-    if (!found) found = otherwise;
-    if (!found) throw py::type_error("missing the keyword argument '" + std::string(name) + "'");
-    return py::reinterpret_borrow<py::object>(found);
+  int64_t integer() const {
+    const long long found = PyLong_AsLongLong(ptr());
+    if (found == -1 && PyErr_Occurred()) bad("an integer is needed");
+    return found;
   }
-  py::object optional(const char* name) { return take(name, py::none()); }
-
-  double number(const char* name) { return number(take(name), name); }
-  std::optional<double> optional_number(const char* name) {
-    const py::object value = take(name);
-    return value.is_none() ? std::nullopt : std::optional<double>(number(value, name));
+  int64_t count() const {
+    const int64_t found = integer();
+    if (found < 0) bad("negative: " + std::to_string(found));
+    return found;
   }
-  bool flag(const char* name, py::handle otherwise = {}) {
-    const py::object value = take(name, otherwise);
-    const int truth = PyNumber_Check(value.ptr()) ? PyObject_IsTrue(value.ptr()) : -1;
-    if (truth < 0) mistyped(name, "a bool");
-    return truth;
+  double number() const {
+    const double found = PyFloat_AsDouble(ptr());
+    if (found == -1 && PyErr_Occurred()) bad("a number is needed");
+    return found;
   }
-  int64_t integer(const char* name, int64_t otherwise) {
-    const long long value = PyLong_AsLongLong(take(name, py::int_(otherwise)).ptr());
-    if (value == -1 && PyErr_Occurred()) mistyped(name, "an integer");
-    return value;
+  void* address() const {
+    void* const found = PyLong_AsVoidPtr(ptr());
+    if (!found && PyErr_Occurred()) bad("an address is needed");
+    return found;
   }
-  std::string text(const char* name, py::handle otherwise = {}) {
-    const py::object value = take(name, otherwise);
-    if (!py::isinstance<py::str>(value)) mistyped(name, "a string");
-    return py::cast<std::string>(value);
-  }
-  // Null where it is not given.
-  template <class T>
-  T* address(const char* name) {
-    void* const value = PyLong_AsVoidPtr(take(name, py::int_(0)).ptr());
-    if (!value && PyErr_Occurred()) mistyped(name, "an address");
-    return static_cast<T*>(value);
-  }
-
-  void done() const {
-    if (found_ == given_.size()) return;
-    for (const auto& item : given_) {
-      const auto name = py::cast<std::string>(item.first);
-      bool asked = false;
-      for (const char* const one : asked_) asked = asked || name == one;
-      if (!asked) throw py::type_error("unexpected keyword argument '" + name + "'");
-    }
-  }
-
- private:
-  static double number(const py::object& value, const char* name) {
-    const double number = PyFloat_AsDouble(value.ptr());
-    if (number == -1 && PyErr_Occurred()) mistyped(name, "a number");
-    return number;
-  }
-  [[noreturn]] static void mistyped(const char* name, const char* needed) {
+  [[noreturn]] void bad(const std::string& why) const {
     PyErr_Clear();
-    throw py::type_error(std::string(name) + ": " + needed + " is needed");
+    if (index < 0) throw py::type_error(std::string(name) + ": " + why);
+    refuse(name, "entry " + std::to_string(index) + ": " + why);
   }
-
-  const py::kwargs& given_;
-  std::vector<const char*> asked_;
-  size_t found_ = 0;
 };
 
 // A list argument; `size` below zero leaves its length free.
@@ -111,65 +73,103 @@ class List {
       refuse(name, std::to_string(size_) + " entries, but params has " + std::to_string(size));
     }
   }
+  // One value for all parameters, or a list with one per parameter.
+  static List each(const py::object& value, const char* name, py::ssize_t size) {
+    const bool one = PyNumber_Check(value.ptr()) && !PySequence_Check(value.ptr());
+    List list(one ? py::make_tuple(value) : value, name, -1);
+    list.same_ = list.size_ == 1;
+    return list.same_ ? list : List(value, name, size);
+  }
 
+  const char* name() const { return name_; }
   py::ssize_t size() const { return size_; }
-  py::handle operator[](py::ssize_t i) const { return PySequence_Fast_GET_ITEM(fast_.ptr(), i); }
-
-  int64_t integer(py::ssize_t i) const {
-    const long long value = PyLong_AsLongLong((*this)[i].ptr());
-    if (value == -1 && PyErr_Occurred()) bad(i, "an integer is needed");
-    return value;
+  Value operator[](py::ssize_t i) const {
+    const py::ssize_t k = same_ ? 0 : i;
+    return {PySequence_Fast_GET_ITEM(fast_.ptr(), k), name_, k};
   }
 
-  int64_t count(py::ssize_t i) const {
-    const int64_t value = integer(i);
-    if (value < 0) bad(i, "negative: " + std::to_string(value));
-    return value;
-  }
-
+  int64_t integer(py::ssize_t i) const { return (*this)[i].integer(); }
+  int64_t count(py::ssize_t i) const { return (*this)[i].count(); }
+  double number(py::ssize_t i) const { return (*this)[i].number(); }
   void* address(py::ssize_t i, bool needed) const {
-    void* value = PyLong_AsVoidPtr((*this)[i].ptr());
-    if (!value && PyErr_Occurred()) bad(i, "an address is needed");
-    if (!value && needed) bad(i, "a null address for a tensor that is not empty");
-    return value;
+    void* const found = (*this)[i].address();
+    if (!found && needed) bad(i, "a null address for a tensor that is not empty");
+    return found;
   }
-
-  double number(py::ssize_t i) const {
-    const double value = PyFloat_AsDouble((*this)[i].ptr());
-    if (value == -1 && PyErr_Occurred()) bad(i, "a number is needed");
-    return value;
+  DType dtype(py::ssize_t i) const {
+    const int64_t code = integer(i);
+    if (code < 0 || code >= kDTypes) bad(i, "unknown dtype code " + std::to_string(code));
+    return static_cast<DType>(code);
   }
-
-  [[noreturn]] void bad(py::ssize_t i, const std::string& why) const {
-    PyErr_Clear();
-    refuse(name_, "entry " + std::to_string(i) + ": " + why);
-  }
+  [[noreturn]] void bad(py::ssize_t i, const std::string& why) const { (*this)[i].bad(why); }
 
  private:
   const char* name_;
   py::object fast_;
   py::ssize_t size_;
+  bool same_ = false;
 };
 
-// One value for all parameters, or a list with one per parameter.
-class PerParameter {
+// Keyword arguments. Each is taken once, by its name; `done` refuses what nobody took. TypeError says of which one
+// argument is missing, unexpected or of another type.
+class Keywords {
  public:
-  PerParameter(const py::object& value, const char* name, py::ssize_t size)
-      : list_(PyNumber_Check(value.ptr()) && !PySequence_Check(value.ptr()) ? py::make_tuple(value) : value, name, -1) {
-    if (list_.size() != 1 && list_.size() != size) {
-      refuse(name, std::to_string(list_.size()) + " entries, but params has " + std::to_string(size));
-    }
+  explicit Keywords(const py::kwargs& given) : given_(given) { asked_.reserve(40); }
+
+  py::object take(const char* name, py::handle otherwise = {}) {
+    asked_.push_back(name);
+    py::handle found = PyDict_GetItemString(given_.ptr(), name);
+    found_ += found ? 1 : 0;
+    if (!found) found = otherwise;
+    if (!found) throw py::type_error("missing the keyword argument '" + std::string(name) + "'");
+    return py::reinterpret_borrow<py::object>(found);
   }
-  double number(py::ssize_t i) const { return list_.number(list_.size() == 1 ? 0 : i); }
-  DType dtype(py::ssize_t i) const {
-    const py::ssize_t k = list_.size() == 1 ? 0 : i;
-    const int64_t code = list_.integer(k);
-    if (code < 0 || code >= kDTypes) list_.bad(k, "unknown dtype code " + std::to_string(code));
-    return static_cast<DType>(code);
+  py::object optional(const char* name) { return take(name, py::none()); }
+  // Nothing where it is None, or not given.
+  std::optional<List> optional_list(const char* name, py::ssize_t size) {
+    const py::object value = optional(name);
+    return value.is_none() ? std::nullopt : std::optional<List>(List(value, name, size));
+  }
+
+  double number(const char* name) { return Value{take(name), name}.number(); }
+  std::optional<double> optional_number(const char* name) {
+    const py::object value = take(name);
+    return value.is_none() ? std::nullopt : std::optional<double>(Value{value, name}.number());
+  }
+  bool flag(const char* name, py::handle otherwise = {}) {
+    const py::object value = take(name, otherwise);
+    const int truth = PyNumber_Check(value.ptr()) ? PyObject_IsTrue(value.ptr()) : -1;
+    if (truth < 0) Value{value, name}.bad("a bool is needed");
+    return truth;
+  }
+  int64_t integer(const char* name, int64_t otherwise) {
+    return Value{take(name, py::int_(otherwise)), name}.integer();
+  }
+  std::string text(const char* name, py::handle otherwise = {}) {
+    const py::object value = take(name, otherwise);
+    if (!py::isinstance<py::str>(value)) Value{value, name}.bad("a string is needed");
+    return py::cast<std::string>(value);
+  }
+  // Null where it is not given.
+  template <class T>
+  T* address(const char* name) {
+    return static_cast<T*>(Value{take(name, py::int_(0)), name}.address());
+  }
+
+  void done() const {
+    if (found_ == given_.size()) return;
+    for (const auto& item : given_) {
+      const auto name = py::cast<std::string>(item.first);
+      bool asked = false;
+      for (const char* const one : asked_) asked = asked || name == one;
+      if (!asked) throw py::type_error("unexpected keyword argument '" + name + "'");
+    }
   }
 
  private:
-  List list_;
+  const py::kwargs& given_;
+  std::vector<const char*> asked_;
+  size_t found_ = 0;
 };
 
 inline std::vector<int64_t> counts(const py::handle& value, const char* name) {
@@ -192,11 +192,11 @@ struct Kept {
   std::deque<Shard> shards;
 
   // How the `numel` elements of entry i lie, from `strides`; null: one after the other. Does not check what lies there.
-  const Strided* layout(const py::handle& strides, const char* name, py::ssize_t size, py::ssize_t i, int64_t numel,
-                        const py::object& shapes) {
+  const Strided* layout(const py::handle& strides, const char* name, py::ssize_t i, int64_t numel,
+                        const std::optional<List>& shapes) {
     if (strides.is_none()) return nullptr;
-    if (shapes.is_none()) refuse("shapes", "needed where " + std::string(name) + " is given");
-    Strided s{counts(List(shapes, "shapes", size)[i], "shapes"), counts(strides, name)};
+    if (!shapes) refuse("shapes", "needed where " + std::string(name) + " is given");
+    Strided s{counts((*shapes)[i], "shapes"), counts(strides, name)};
     if (s.sizes.size() != s.strides.size()) {
       refuse(name, "entry " + std::to_string(i) + ": not as many as dimensions");
     }
@@ -209,21 +209,11 @@ struct Kept {
     layouts.push_back(std::move(s));
     return &layouts.back();
   }
-};
-
-// Strides by entry: a list in which contiguous tensors have None, or None.
-class Strides {
- public:
-  Strides() = default;
-  Strides(Keywords& k, const char* name) : given_(k.optional(name)), name_(name) {}
-  const Strided* at(py::ssize_t i, int64_t numel, py::ssize_t size, const py::object& shapes, Kept& kept) const {
-    if (given_.is_none()) return nullptr;
-    return kept.layout(List(given_, name_, size)[i], name_, size, i, numel, shapes);
+  // From a list in which contiguous tensors have None.
+  const Strided* layout(const std::optional<List>& strides, py::ssize_t i, int64_t numel,
+                        const std::optional<List>& shapes) {
+    return strides ? layout((*strides)[i], strides->name(), i, numel, shapes) : nullptr;
   }
-
- private:
-  py::object given_ = py::none();
-  const char* name_ = "";
 };
 
 // Tensors by address, with their types and, where not contiguous, strides.
@@ -231,18 +221,17 @@ class Tensors {
  public:
   Tensors(Keywords& k, const char* name, const char* dtypes, const char* strides, py::ssize_t size)
       : addresses_(k.take(name), name, size),
-        dtypes_(k.take(dtypes), dtypes, addresses_.size()),
-        strides_(k, strides) {}
+        dtypes_(List::each(k.take(dtypes), dtypes, addresses_.size())),
+        strides_(k.optional_list(strides, addresses_.size())) {}
 
   py::ssize_t size() const { return addresses_.size(); }
-  TensorRef at(py::ssize_t i, int64_t numel, const py::object& shapes, Kept& kept) const {
-    return {addresses_.address(i, numel > 0), dtypes_.dtype(i), strides_.at(i, numel, size(), shapes, kept)};
+  TensorRef at(py::ssize_t i, int64_t numel, const std::optional<List>& shapes, Kept& kept) const {
+    return {addresses_.address(i, numel > 0), dtypes_.dtype(i), kept.layout(strides_, i, numel, shapes)};
   }
 
  private:
-  List addresses_;
-  PerParameter dtypes_;
-  Strides strides_;
+  List addresses_, dtypes_;
+  std::optional<List> strides_;
 };
 
 }  // namespace bindings

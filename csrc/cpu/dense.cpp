@@ -6,33 +6,7 @@
 namespace hfac {
 namespace {
 
-template <class T>
-struct Hfac {
-  static HfacDenseScalars<T> scalars(const CpuOptions& o, const Item& it, T clip) {
-    return {static_cast<T>(it.beta1),
-            static_cast<T>(1 - it.beta1),
-            static_cast<T>(it.beta2),
-            static_cast<T>(1 - it.beta2),
-            static_cast<T>(o.eps),
-            static_cast<T>(o.lr),
-            static_cast<T>(o.weight_decay),
-            clip,
-            o.maximize};
-  }
-  static T norm(const PairKernels<T>& pair, const HfacDenseScalars<T>& s, const DenseRun<T>& run) {
-    return pair.hfac_dense_norm(s, run);
-  }
-  static constexpr auto kStep = &PairKernels<T>::hfac_dense;
-};
-
-template <class T>
-struct Smmf {
-  static SmmfScalars<T> scalars(const CpuOptions& o, const Item& it, T) { return smmf_scalars<T>(o, it); }
-  static T norm(const PairKernels<T>&, const SmmfScalars<T>&, const DenseRun<T>&) { return T(0); }  // never clipped
-  static constexpr auto kStep = &PairKernels<T>::smmf_dense;
-};
-
-template <class T, class Algorithm>
+template <class T, bool kHfac>
 class DenseOp : public ItemsOp<T> {
   using Base = ItemsOp<T>;
   using Base::options_, Base::watch_, Base::item, Base::phases;
@@ -40,7 +14,6 @@ class DenseOp : public ItemsOp<T> {
  public:
   DenseOp(std::vector<Item> items, const CpuOptions& options) : Base(std::move(items), options) {
     clips_.assign(this->items_.size(), T(1));
-    this->expect_watched();
   }
 
   int phases() const override { return options_.nonfinite || options_.clip ? 2 : 1; }
@@ -61,33 +34,28 @@ class DenseOp : public ItemsOp<T> {
     const int64_t first = c * kRun, count = std::min(kRun, it.rows - first);
     if (refused) return;
     const bool look = phase + 1 < phases();
-    if (look && options_.nonfinite && nonfinite_range(to, it.grad, first, count, it.rows, scratch)) refused = true;
+    if (look && options_.nonfinite && nonfinite_range(to, it, first, count, scratch)) refused = true;
     if (refused || (look && !options_.clip)) return;
-    DenseRun<T> run = operands(to, it.param, it.grad, first, count, scratch);
+    DenseRun<T> run = operands(to, it, first, count, scratch);
     run.exp_avg = it.first_row ? static_cast<T*>(it.first_row) + first : nullptr;
     run.exp_avg_sq = static_cast<T*>(it.second_row) + first;
-    const auto s = Algorithm::scalars(options_, it, clips_[static_cast<size_t>(i)]);
+    const Scalars<T> s = scalars<T>(options_, it, clips_[static_cast<size_t>(i)]);
     if (look) {
-      static_cast<T*>(workspace)[c] = Algorithm::norm(*to.pair, s, run);
+      static_cast<T*>(workspace)[c] = to.pair->hfac_dense_norm(s, run);
       return;
     }
-    const T* old = watch_ ? old_weights<T>(run.param, count, scratch) : nullptr;
-    (to.pair->*Algorithm::kStep)(s, run);
-    if (watch_) {
-      watch_change(it.param, old, run.param, count, watch_.at(i, c));
-      watch_direction(s, run, old, watch_.at(i, c));
+    Watched* const watched = this->watched(i, c);
+    const T* old = watched ? old_weights<T>(run.param, count, scratch) : nullptr;
+    (kHfac ? to.pair->hfac_dense : to.pair->smmf_dense)(s, run);
+    if (watched) {
+      watch_change(it.param, old, run.param, count, *watched);
+      kHfac ? watch_hfac(run, *watched) : watch_smmf(s, run, old, *watched);
     }
     if (to.stage_param) scatter(it.param, first, count, static_cast<const T*>(run.param));
   }
 
   void finish(int64_t i, int phase, void* workspace) override {
-    const bool refused = this->refused(i);
-    if (phase + 1 == phases()) {
-      if (watch_ && !refused) watch_.report(i, item(i).index);
-      return;
-    }
-    if (options_.nonfinite) options_.nonfinite[item(i).index] = refused;
-    if (refused || !options_.clip) return;
+    if (!this->tell(i, phase) || phase + 1 == phases() || !options_.clip) return;
     T total = 0;
     for (int64_t c = 0; c < chunks(i, 0); ++c) total += static_cast<const T*>(workspace)[c];
     const T rms = common::root(total / static_cast<T>(item(i).rows));
@@ -99,9 +67,9 @@ class DenseOp : public ItemsOp<T> {
 };
 
 template <class T>
-using HfacDenseOp = DenseOp<T, Hfac<T>>;
+using HfacDenseOp = DenseOp<T, true>;
 template <class T>
-using SmmfDenseOp = DenseOp<T, Smmf<T>>;
+using SmmfDenseOp = DenseOp<T, false>;
 
 }  // namespace
 

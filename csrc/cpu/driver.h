@@ -26,37 +26,28 @@ struct Route {
   bool scattered;  // what is staged lies apart
 };
 
-inline const PairKernels<float>& pair_kernels(DType param, DType grad, float) {
-  return kernels().pairs[static_cast<int>(param)][static_cast<int>(grad)];
+template <class T>
+const Arithmetic<T>& arithmetic() {
+  if constexpr (std::is_same<T, double>::value) {
+    return kernels().of_double;
+  } else {
+    return kernels().of_float;
+  }
 }
-inline const PairKernels<double>& pair_kernels(DType param, DType grad, double) {
-  static const PairKernels<double> none{};
-  return param == DType::kFloat64 && grad == DType::kFloat64 ? kernels().pair_double : none;
-}
-inline const GradKernels<float>& grad_kernels(DType grad, float) { return kernels().grads[static_cast<int>(grad)]; }
-inline const GradKernels<double>& grad_kernels(DType, double) { return kernels().grad_double; }
 
 // `staged`: whether both are staged whatever they are. Without a parameter the gradient's statistics are all that is
 // wanted.
 template <class T>
-Route<T> route(const TensorRef& param, const TensorRef& grad, bool staged = false) {
+Route<T> route(const TensorRef& param, const TensorRef& grad, bool staged) {
   constexpr DType wide = std::is_same<T, double>::value ? DType::kFloat64 : DType::kFloat32;
-  const bool apart = staged || param.strided || param.storage;
-  bool stage_param = apart, stage_grad = staged || grad.strided;
-  const PairKernels<T>* pair = nullptr;
-  if (!param.data) {
-    stage_param = false;
-    stage_grad |= wide == DType::kFloat64 ? grad.dtype != wide : !grad_kernels(grad.dtype, T()).hfac_stats;
-  } else {
-    pair = &pair_kernels(stage_param ? wide : param.dtype, stage_grad ? wide : grad.dtype, T());
-    if (!pair->smmf) {
-      stage_param = apart || param.dtype != wide;
-      stage_grad = grad.strided || grad.dtype != wide;
-      pair = &pair_kernels(wide, wide, T());
-    }
-  }
+  const bool param_apart = staged || param.strided || param.storage, grad_apart = staged || grad.strided;
   const bool scattered = param.strided || grad.strided || (param.storage && param.storage->low_strided);
-  return {pair, &grad_kernels(stage_grad ? wide : grad.dtype, T()), stage_param, stage_grad, scattered};
+  DType written = param_apart ? wide : param.dtype, read = grad_apart ? wide : grad.dtype;
+  const auto pair = [&] { return &arithmetic<T>().pairs[static_cast<int>(written)][static_cast<int>(read)]; };
+  const auto grads = [&] { return &arithmetic<T>().grads[static_cast<int>(read)]; };
+  if (param.data ? !pair()->smmf : !grads()->hfac_stats) written = read = wide;
+  return {pair(), grads(), param.data && (param_apart || written != param.dtype), grad_apart || read != grad.dtype,
+          scattered};
 }
 
 // Elements of a contiguous tensor from `first` on.
@@ -75,10 +66,10 @@ inline int64_t staged_rows(int64_t cols, bool scattered) {
 template <class T>
 void reserve_rows(Scratch& scratch, const Route<T>& to, int64_t rows, int64_t cols, bool old) {
   if (rows == 0 || cols == 0) return;
-  const size_t bytes = static_cast<size_t>(std::min(rows, staged_rows(cols, to.scattered)) * cols) * sizeof(T);
-  if (to.stage_param) scratch.reserve(Scratch::kParam, bytes);
-  if (to.stage_grad) scratch.reserve(Scratch::kGrad, bytes);
-  if (old) scratch.reserve(Scratch::kOld, bytes);
+  const int64_t count = std::min(rows, staged_rows(cols, to.scattered)) * cols;
+  if (to.stage_param) scratch.reserve<T>(Scratch::kParam, count);
+  if (to.stage_grad) scratch.reserve<T>(Scratch::kGrad, count);
+  if (old) scratch.reserve<T>(Scratch::kOld, count);
 }
 
 constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
@@ -91,43 +82,44 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Runs of elements whose moments are whole are cut here; a function of nothing but a constant.
 constexpr int64_t kRun = 16384;
 
-// Elements [first, first + count) of both, in place or staged; without moments.
+// Elements [first, first + count) of a tensor: where they lie, or staged.
 template <class T>
-DenseRun<T> operands(const Route<T>& route, const TensorRef& param, const TensorRef& grad, int64_t first, int64_t count,
-                     Scratch& scratch) {
-  DenseRun<T> run{at(grad, first), at(param, first), nullptr, nullptr, count};
-  const size_t bytes = static_cast<size_t>(count) * sizeof(T);
-  if (route.stage_grad) {
-    T* staged = static_cast<T*>(scratch.at(Scratch::kGrad, bytes));
-    gather(grad, first, count, staged);
-    run.grad = staged;
-  }
-  if (route.stage_param) {
-    T* staged = static_cast<T*>(scratch.at(Scratch::kParam, bytes));
-    gather(param, first, count, staged);
-    run.param = staged;
-  }
-  return run;
+void* operand(bool staged, const TensorRef& tensor, int64_t first, int64_t count, Scratch::Slot slot,
+              Scratch& scratch) {
+  if (!staged) return at(tensor, first);
+  T* values = scratch.at<T>(slot, count);
+  gather(tensor, first, count, values);
+  return values;
 }
 
-// Is there an element in [first, first + count) whose square times `elements`, those of the whole tensor, is not
+template <class T>
+const void* gradient(const Route<T>& to, const Item& it, int64_t first, int64_t count, Scratch& scratch) {
+  return operand<T>(to.stage_grad, it.grad, first, count, Scratch::kGrad, scratch);
+}
+
+// Elements [first, first + count) of both, without moments.
+template <class T>
+DenseRun<T> operands(const Route<T>& to, const Item& it, int64_t first, int64_t count, Scratch& scratch) {
+  void* const param = operand<T>(to.stage_param, it.param, first, count, Scratch::kParam, scratch);
+  return {gradient(to, it, first, count, scratch), param, nullptr, nullptr, count};
+}
+
+// Is there an element in [first, first + count) whose square times the number of elements of the whole tensor is not
 // finite?
 template <class T>
-bool nonfinite_range(const Route<T>& route, const TensorRef& grad, int64_t first, int64_t count, int64_t elements,
-                     Scratch& scratch) {
-  if (!route.stage_grad) return route.grad->nonfinite(at(grad, first), count, static_cast<T>(elements));
-  for (int64_t done = 0; done < count; done += kRun) {
-    const int64_t some = std::min(kRun, count - done);
-    T* staged = static_cast<T*>(scratch.at(Scratch::kGrad, static_cast<size_t>(some) * sizeof(T)));
-    gather(grad, first + done, some, staged);
-    if (route.grad->nonfinite(staged, some, static_cast<T>(elements))) return true;
+bool nonfinite_range(const Route<T>& to, const Item& it, int64_t first, int64_t count, Scratch& scratch) {
+  const int64_t step = to.stage_grad ? kRun : count;
+  for (int64_t done = 0; done < count; done += step) {
+    const int64_t some = std::min(step, count - done);
+    const void* const grad = gradient(to, it, first + done, some, scratch);
+    if (to.grad->nonfinite(grad, some, static_cast<T>(it.rows * it.cols))) return true;
   }
   return false;
 }
 
 template <class T>
-SmmfScalars<T> smmf_scalars(const CpuOptions& o, const Item& it) {
-  SmmfScalars<T> s;
+Scalars<T> scalars(const CpuOptions& o, const Item& it, T clip = T(1)) {
+  Scalars<T> s;
   s.beta1 = static_cast<T>(it.beta1);
   s.rest1 = static_cast<T>(1 - it.beta1);
   s.beta2 = static_cast<T>(it.beta2);
@@ -138,6 +130,7 @@ SmmfScalars<T> smmf_scalars(const CpuOptions& o, const Item& it) {
   s.weight_decay = static_cast<T>(o.weight_decay);
   s.coupled = o.coupled;
   s.negate = o.maximize;
+  s.clip = clip;
   return s;
 }
 
@@ -160,14 +153,25 @@ class ItemsOp : public Op {
       reserve_rows(scratch, to(i), item(i).rows, item(i).cols, static_cast<bool>(watch_));
   }
 
+  // To be called once: the chunks of the last phase are watched.
+  void expect_watched() {
+    for (int64_t i = 0; watch_ && i < items(); ++i) watch_.expect(this->chunks(i, this->phases() - 1));
+  }
+
  protected:
   const Item& item(int64_t i) const { return items_[static_cast<size_t>(i)]; }
   const Route<T>& to(int64_t i) const { return routes_[static_cast<size_t>(i)]; }
   std::atomic<bool>& refused(int64_t i) { return refused_[static_cast<size_t>(i)]; }
+  // Of a chunk of the last phase, or null.
+  Watched* watched(int64_t i, int64_t c) { return watch_ ? &watch_.at(i, c) : nullptr; }
 
-  // For constructors: the chunks of the last phase are watched.
-  void expect_watched() {
-    for (int64_t i = 0; watch_ && i < items(); ++i) watch_.expect(this->chunks(i, this->phases() - 1));
+  // The end of a phase of a step: tells whether the item is refused, and at last what has been watched of it. False
+  // where it is refused.
+  bool tell(int64_t i, int phase) {
+    const bool refused = this->refused(i), last = phase + 1 == phases();
+    if (!last && options_.nonfinite) options_.nonfinite[item(i).index] = refused;
+    if (last && watch_ && !refused) watch_.report(i, item(i).index);
+    return !refused;
   }
 
   std::vector<Item> items_;
@@ -186,6 +190,8 @@ size_t run_both(std::vector<Item> items, const CpuOptions& options) {
   items.erase(middle, items.end());
   AnOp<float> one(std::move(items), options);
   AnOp<double> other(std::move(twice), options);
+  one.expect_watched();
+  other.expect_watched();
   return run({&one, &other}, options.threads);
 }
 

@@ -41,24 +41,30 @@ void each_run(const Strided& s, int64_t first, int64_t count, const Body& body) 
   }
 }
 
-template <class S, class T>
-void gather_as(const TensorRef& from, int64_t first, int64_t count, T* out) {
-  const S* data = static_cast<const S*>(from.data);
-  const auto copy = [&](int64_t offset, int64_t step, int64_t run) {
-    for (int64_t k = 0; k < run; ++k) out[k] = static_cast<T>(widen(data[offset + k * step]));
-    out += run;
+// Calls body(element, k) for elements [first, first + count) in row-major order, k counted from 0.
+template <class S, class Body>
+void each_element(S* data, const Strided* strided, int64_t first, int64_t count, const Body& body) {
+  int64_t done = 0;
+  const auto elements = [&](int64_t offset, int64_t step, int64_t run) {
+    for (int64_t k = 0; k < run; ++k) body(data[offset + k * step], done + k);
+    done += run;
   };
-  from.strided ? each_run(*from.strided, first, count, copy) : copy(first, 1, count);
+  strided ? each_run(*strided, first, count, elements) : elements(first, 1, count);
 }
 
-template <class S, class T>
-void scatter_as(const TensorRef& to, int64_t first, int64_t count, const T* values) {
-  S* data = static_cast<S*>(to.data);
-  const auto copy = [&](int64_t offset, int64_t step, int64_t run) {
-    for (int64_t k = 0; k < run; ++k) data[offset + k * step] = Narrow<S>::from(values[k]);
-    values += run;
-  };
-  to.strided ? each_run(*to.strided, first, count, copy) : copy(first, 1, count);
+// Calls body with a value of the type that is stored.
+template <class Body>
+void as_stored(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kBFloat16:
+      return body(BFloat16{});
+    case DType::kFloat16:
+      return body(Float16{});
+    case DType::kFloat64:
+      return body(double{});
+  }
 }
 
 // Elements that are rounded, or joined of two pieces, at a time.
@@ -75,10 +81,7 @@ template <class S>
 const S* collected(const void* data, const Strided* strided, int64_t first, int64_t count, S* copy) {
   const S* from = static_cast<const S*>(data);
   if (!strided) return from + first;
-  S* to = copy;
-  each_run(*strided, first, count, [&](int64_t offset, int64_t step, int64_t run) {
-    for (int64_t k = 0; k < run; ++k) *to++ = from[offset + k * step];
-  });
+  each_element(from, strided, first, count, [&](S x, int64_t k) { copy[k] = x; });
   return copy;
 }
 
@@ -88,10 +91,7 @@ void spread(void* data, const Strided* strided, int64_t first, int64_t count, S*
   S* to = static_cast<S*>(data);
   if (!strided) return write(to + first);
   write(copy);
-  const S* from = copy;
-  each_run(*strided, first, count, [&](int64_t offset, int64_t step, int64_t run) {
-    for (int64_t k = 0; k < run; ++k) to[offset + k * step] = *from++;
-  });
+  each_element(to, strided, first, count, [&](S& x, int64_t k) { x = copy[k]; });
 }
 
 // Room for the bits of a piece whose first and last element share their blocks with others.
@@ -176,16 +176,20 @@ void scatter_stored(const TensorRef& to, int64_t first, int64_t count, const flo
 
 template <class T>
 void gather_any(const TensorRef& from, int64_t first, int64_t count, T* out) {
-  switch (from.dtype) {
-    case DType::kFloat32:
-      return gather_as<float>(from, first, count, out);
-    case DType::kBFloat16:
-      return gather_as<BFloat16>(from, first, count, out);
-    case DType::kFloat16:
-      return gather_as<Float16>(from, first, count, out);
-    case DType::kFloat64:
-      return gather_as<double>(from, first, count, out);
-  }
+  as_stored(from.dtype, [&](auto stored) {
+    using S = decltype(stored);
+    each_element(static_cast<const S*>(from.data), from.strided, first, count,
+                 [&](S x, int64_t k) { out[k] = static_cast<T>(widen(x)); });
+  });
+}
+
+template <class T>
+void scatter_any(const TensorRef& to, int64_t first, int64_t count, const T* values) {
+  as_stored(to.dtype, [&](auto stored) {
+    using S = decltype(stored);
+    each_element(static_cast<S*>(to.data), to.strided, first, count,
+                 [&](S& x, int64_t k) { x = Narrow<S>::from(values[k]); });
+  });
 }
 
 }  // namespace
@@ -205,21 +209,11 @@ void gather(const TensorRef& from, int64_t first, int64_t count, float* out) {
 }
 void gather(const TensorRef& from, int64_t first, int64_t count, double* out) { gather_any(from, first, count, out); }
 
-// The arithmetic's type follows the parameter's: double for float64 parameters and for nothing else.
 void scatter(const TensorRef& to, int64_t first, int64_t count, const float* values) {
-  if (to.storage) return scatter_stored(to, first, count, values);
-  switch (to.dtype) {
-    case DType::kBFloat16:
-      return scatter_as<BFloat16>(to, first, count, values);
-    case DType::kFloat16:
-      return scatter_as<Float16>(to, first, count, values);
-    default:
-      return scatter_as<float>(to, first, count, values);
-  }
+  to.storage ? scatter_stored(to, first, count, values) : scatter_any(to, first, count, values);
 }
-
 void scatter(const TensorRef& to, int64_t first, int64_t count, const double* values) {
-  scatter_as<double>(to, first, count, values);
+  scatter_any(to, first, count, values);
 }
 
 }  // namespace hfac

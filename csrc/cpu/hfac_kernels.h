@@ -179,7 +179,7 @@ void hfac_update_all(const HfacUpdate<T>& a) {
 // Both moments whole: g, new m, new q and its root.
 template <class T, class Sg>
 struct HfacDense {
-  const HfacDenseScalars<T>& s;
+  const Scalars<T>& s;
   const DenseRun<T>& a;
   Vec<T> g, average, square, denominator;
 
@@ -204,7 +204,7 @@ struct HfacDense {
 };
 
 template <class T, class Sg>
-T hfac_dense_norm(const HfacDenseScalars<T>& s, const DenseRun<T>& a) {
+T hfac_dense_norm(const Scalars<T>& s, const DenseRun<T>& a) {
   constexpr int64_t L = Vec<T>::kLanes;
   HfacDense<T, Sg> x{s, a, {}, {}, {}, {}};
   Vec<T> total(T(0));
@@ -224,7 +224,7 @@ T hfac_dense_norm(const HfacDenseScalars<T>& s, const DenseRun<T>& a) {
 }
 
 template <class T, class Sw, class Sg>
-void hfac_dense(const HfacDenseScalars<T>& s, const DenseRun<T>& a) {
+void hfac_dense(const Scalars<T>& s, const DenseRun<T>& a) {
   constexpr int64_t L = Vec<T>::kLanes;
   const Vec<T> clip(s.clip), beta1(s.beta1), rest1(s.rest1), lr(s.lr), weight_decay(s.weight_decay);
   HfacDense<T, Sg> x{s, a, {}, {}, {}, {}};

@@ -22,20 +22,20 @@ constexpr GradKernels<T> grad() {
 
 constexpr Kernels make() {
   constexpr int f32 = static_cast<int>(DType::kFloat32), bf16 = static_cast<int>(DType::kBFloat16),
-                f16 = static_cast<int>(DType::kFloat16);
+                f16 = static_cast<int>(DType::kFloat16), f64 = static_cast<int>(DType::kFloat64);
   Kernels k{};
-  k.pairs[f32][f32] = pair<float, float, float>();
-  k.pairs[bf16][bf16] = pair<float, BFloat16, BFloat16>();
+  k.of_float.pairs[f32][f32] = pair<float, float, float>();
+  k.of_float.pairs[bf16][bf16] = pair<float, BFloat16, BFloat16>();
 #if HFAC_REGISTER > 16  // the plain level stages the rarer pairs: the same bits, and half the time to compile
-  k.pairs[f16][f16] = pair<float, Float16, Float16>();
-  k.pairs[bf16][f32] = pair<float, BFloat16, float>();
-  k.pairs[f32][bf16] = pair<float, float, BFloat16>();
+  k.of_float.pairs[f16][f16] = pair<float, Float16, Float16>();
+  k.of_float.pairs[bf16][f32] = pair<float, BFloat16, float>();
+  k.of_float.pairs[f32][bf16] = pair<float, float, BFloat16>();
 #endif
-  k.grads[f32] = grad<float, float>();
-  k.grads[bf16] = grad<float, BFloat16>();
-  k.grads[f16] = grad<float, Float16>();
-  k.pair_double = pair<double, double, double>();
-  k.grad_double = grad<double, double>();
+  k.of_float.grads[f32] = grad<float, float>();
+  k.of_float.grads[bf16] = grad<float, BFloat16>();
+  k.of_float.grads[f16] = grad<float, Float16>();
+  k.of_double.pairs[f64][f64] = pair<double, double, double>();
+  k.of_double.grads[f64] = grad<double, double>();
   k.rounding = {draw,
                 widen_all<BFloat16>,
                 widen_all<Float16>,

@@ -18,15 +18,17 @@ constexpr int64_t kPad = 16;
 // multiples of it, for the order of the column sums hangs on it.
 constexpr int64_t kRowsAtOnce = 4;
 
+// Numbers of a step.
 template <class T>
-struct SmmfScalars {
+struct Scalars {
   T beta1, rest1;  // rest = 1 - beta, formed in double and rounded once, as torch does with a Python scalar
   T beta2, rest2;
   T lr, eps;
-  T shrink;        // 1 - lr weight_decay, decoupled decay only
-  T weight_decay;  // coupled decay only
+  T shrink;  // SMMF's decoupled decay: 1 - lr weight_decay
+  T weight_decay;
   bool coupled;
   bool negate;  // maximize
+  T clip;       // H-Fac's whole moments: what the direction is multiplied by, 1 = not clipped
 };
 
 // Rows of one matrix [rows, cols]; first-moment pointers are null where there is no first moment.
@@ -78,21 +80,14 @@ struct DenseRun {
   int64_t count;
 };
 
-template <class T>
-struct HfacDenseScalars {
-  T beta1, rest1, beta2, rest2, eps, lr, weight_decay;
-  T clip;  // what the direction is multiplied by, 1 = not clipped
-  bool negate;
-};
-
 // One pair of storage types (parameter, gradient).
 template <class T>
 struct PairKernels {
-  void (*smmf)(const SmmfScalars<T>&, const SmmfRows<T>&);
-  void (*smmf_dense)(const SmmfScalars<T>&, const DenseRun<T>&);
+  void (*smmf)(const Scalars<T>&, const SmmfRows<T>&);
+  void (*smmf_dense)(const Scalars<T>&, const DenseRun<T>&);
   void (*hfac_update)(const HfacUpdate<T>&);
-  T (*hfac_dense_norm)(const HfacDenseScalars<T>&, const DenseRun<T>&);  // sum of U^2; writes nothing
-  void (*hfac_dense)(const HfacDenseScalars<T>&, const DenseRun<T>&);
+  T (*hfac_dense_norm)(const Scalars<T>&, const DenseRun<T>&);  // sum of U^2; writes nothing
+  void (*hfac_dense)(const Scalars<T>&, const DenseRun<T>&);
 };
 
 // One storage type of gradients.
@@ -126,11 +121,15 @@ struct RoundingKernels {
 constexpr int64_t kDrawsAtOnce = 64;
 
 // Indexed by DType; a null pointer means that the pair has no kernel of its own and is staged in the arithmetic's type.
+template <class T>
+struct Arithmetic {
+  PairKernels<T> pairs[kDTypes][kDTypes];
+  GradKernels<T> grads[kDTypes];
+};
+
 struct Kernels {
-  PairKernels<float> pairs[kDTypes][kDTypes];
-  GradKernels<float> grads[kDTypes];
-  PairKernels<double> pair_double;
-  GradKernels<double> grad_double;
+  Arithmetic<float> of_float;
+  Arithmetic<double> of_double;
   RoundingKernels rounding;
 };
 

@@ -36,22 +36,15 @@ class SquaresOp : public ItemsOp<T> {
 
   void reserve(Scratch& scratch) const override {
     for (const Item& it : this->items_) {
-      if (staged(it)) scratch.reserve(Scratch::kGrad, static_cast<size_t>(std::min(kRun, it.rows)) * sizeof(T));
+      if (staged(it)) scratch.reserve<T>(Scratch::kGrad, std::min(kRun, it.rows));
     }
   }
 
   void chunk(int64_t i, int, int64_t c, void* workspace, Scratch& scratch) override {
     const Item& it = item(i);
     const int64_t first = c * kRun, count = std::min(kRun, it.rows - first);
-    const T* values;
-    if (staged(it)) {
-      T* copy = static_cast<T*>(scratch.at(Scratch::kGrad, static_cast<size_t>(count) * sizeof(T)));
-      gather(it.grad, first, count, copy);
-      values = copy;
-    } else {
-      values = static_cast<const T*>(at(it.grad, first));
-    }
-    static_cast<double*>(workspace)[c] = sum_of_squares(values, count);
+    const void* const values = operand<T>(staged(it), it.grad, first, count, Scratch::kGrad, scratch);
+    static_cast<double*>(workspace)[c] = sum_of_squares(static_cast<const T*>(values), count);
   }
 
   void finish(int64_t i, int, void* workspace) override {

@@ -14,6 +14,8 @@ namespace {
 
 constexpr std::align_val_t kLine{64};
 
+Memory allocated(size_t bytes) { return Memory(::operator new(bytes, kLine)); }
+
 // Items of up to this many elements are done whole, several in one task: a task should outweigh its bookkeeping.
 constexpr int64_t kSmall = 32768;
 constexpr int64_t kBatch = 16384;
@@ -175,17 +177,13 @@ class Run {
 
 }  // namespace
 
-void Scratch::Free::operator()(void* p) const { ::operator delete(p, kLine); }
+void Free::operator()(void* p) const { ::operator delete(p, kLine); }
 
-void Scratch::reserve(Slot slot, size_t bytes) {
+void Scratch::room(Slot slot, size_t bytes) {
   if (size_[slot] >= bytes) return;
   memory_[slot].reset();
-  memory_[slot].reset(::operator new(bytes, kLine));
+  memory_[slot] = allocated(bytes);
   size_[slot] = bytes;
-}
-
-Workspace::~Workspace() {
-  for (const Block& block : blocks_) ::operator delete(block.memory, kLine);
 }
 
 void Workspace::reserve(std::vector<size_t> wanted, size_t blocks) {
@@ -195,7 +193,7 @@ void Workspace::reserve(std::vector<size_t> wanted, size_t blocks) {
   blocks_.reserve(blocks);
   for (size_t b = blocks; b-- > 0;) {
     if (wanted[b] == 0) continue;
-    blocks_.push_back({::operator new(wanted[b], kLine), wanted[b], false});
+    blocks_.push_back({allocated(wanted[b]), wanted[b], false});
     total_ += wanted[b];
   }
 }
@@ -204,14 +202,14 @@ void* Workspace::take(size_t bytes) {
   for (Block& block : blocks_) {
     if (block.used || block.bytes < bytes) continue;
     block.used = true;
-    return block.memory;
+    return block.memory.get();
   }
   return nullptr;
 }
 
 void Workspace::give(void* memory) {
   for (Block& block : blocks_) {
-    if (block.memory == memory) block.used = false;
+    if (block.memory.get() == memory) block.used = false;
   }
 }
 

@@ -13,22 +13,30 @@
 
 namespace hfac {
 
+struct Free {
+  void operator()(void* p) const;
+};
+using Memory = std::unique_ptr<void, Free>;  // begins with a line of the cache
+
 // A thread's own memory for staged rows, reserved before any thread writes, for at most the largest request, and freed
 // with the call.
 class Scratch {
  public:
   enum Slot { kParam, kGrad, kSigns, kOld, kSlots };
-  void reserve(Slot slot, size_t bytes);
-  void* at(Slot slot, size_t bytes) {
-    reserve(slot, bytes);  // which has been done
-    return memory_[slot].get();
+  // Room for `count` values of the type.
+  template <class T>
+  void reserve(Slot slot, int64_t count) {
+    room(slot, static_cast<size_t>(count) * sizeof(T));
+  }
+  template <class T>
+  T* at(Slot slot, int64_t count) {
+    reserve<T>(slot, count);  // which has been done
+    return static_cast<T*>(memory_[slot].get());
   }
 
  private:
-  struct Free {
-    void operator()(void* p) const;
-  };
-  std::unique_ptr<void, Free> memory_[kSlots];
+  void room(Slot slot, size_t bytes);
+  Memory memory_[kSlots];
   size_t size_[kSlots] = {};
 };
 
@@ -37,10 +45,6 @@ class Scratch {
 // again by the next.
 class Workspace {
  public:
-  Workspace() = default;
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  ~Workspace();
   // `wanted`: by item. Called once.
   void reserve(std::vector<size_t> wanted, size_t blocks);
   // The smallest block that is free and large enough, or null: an item that needs no more than this has it, and will
@@ -51,7 +55,7 @@ class Workspace {
 
  private:
   struct Block {
-    void* memory;
+    Memory memory;
     size_t bytes;
     bool used;
   };

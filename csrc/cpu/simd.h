@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../common/math/roots.h"
 #include "../common/math/storage.h"
@@ -33,22 +34,11 @@ namespace hfac {
 namespace HFAC_LEVEL {
 
 template <class T>
-struct IntOf;
-template <>
-struct IntOf<float> {
-  using type = int32_t;
-};
-template <>
-struct IntOf<double> {
-  using type = int64_t;
-};
-
-template <class T>
 struct Vec {
   static constexpr int kLanes = 64 / sizeof(T);
   static constexpr int kParts = 64 / HFAC_REGISTER;
   static constexpr int kPartLanes = kLanes / kParts;
-  using Int = typename IntOf<T>::type;
+  using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   typedef T Part __attribute__((vector_size(HFAC_REGISTER)));
   typedef Int IntPart __attribute__((vector_size(HFAC_REGISTER)));
 

@@ -12,17 +12,12 @@ int64_t chunk_rows(int64_t cols, int64_t bytes) {
   return std::max(rows, ceil_div(ceil_div(kChunkElements, cols), 8) * 8);
 }
 
-// Rows of a block, `stride` elements apart in a tensor and one after the other in `values`.
-template <class T>
-void gather_rows(const TensorRef& from, const Block& block, int64_t first, int64_t rows, T* values) {
-  if (block.stride == block.cols) return gather(from, first, rows * block.cols, values);
-  for (int64_t k = 0; k < rows; ++k) gather(from, first + k * block.stride, block.cols, values + k * block.cols);
-}
-
-template <class T>
-void scatter_rows(const TensorRef& to, const Block& block, int64_t first, int64_t rows, const T* values) {
-  if (block.stride == block.cols) return scatter(to, first, rows * block.cols, values);
-  for (int64_t k = 0; k < rows; ++k) scatter(to, first + k * block.stride, block.cols, values + k * block.cols);
+// Calls move(first, count, done) for rows of a block, of which the first element is `first`: one by one, or all at once
+// where they lie one after the other.
+template <class Move>
+void each_row(const Block& block, int64_t first, int64_t rows, const Move& move) {
+  if (block.stride == block.cols) return move(first, rows * block.cols, 0);
+  for (int64_t k = 0; k < rows; ++k) move(first + k * block.stride, block.cols, k * block.cols);
 }
 
 // Do the signs of every row of a block begin and end with a byte?
@@ -34,27 +29,25 @@ inline bool whole_bytes(const Item& it, const Block& block) {
 template <class T>
 void reserve_block(Scratch& scratch, const Item& it, const Route<T>& route, const Block& block, bool watched) {
   reserve_rows(scratch, route, block.rows, block.cols, watched);
-  if (route.stage_grad) {
-    const int64_t run = std::min(kRun, block.rows * block.cols);
-    scratch.reserve(Scratch::kGrad, static_cast<size_t>(run) * sizeof(T));
-  }
+  if (route.stage_grad) scratch.reserve<T>(Scratch::kGrad, std::min(kRun, block.rows * block.cols));
   if (it.first_col && !whole_bytes(it, block)) {
     const int64_t rows = std::min(block.rows, staged_rows(block.cols, route.scattered));
-    scratch.reserve(Scratch::kSigns, static_cast<size_t>(rows * (padded(block.cols) / 8)));
+    scratch.reserve<uint8_t>(Scratch::kSigns, rows * (padded(block.cols) / 8));
   }
 }
 
 // The step on rows [row, row + rows) of a block. `a` brings the factors from there on, of which the rows' become their
 // sums, and the columns' sums; what the kernel reads of param, grad and signs is set here.
 template <class T>
-void step_rows(const SmmfScalars<T>& s, SmmfRows<T> a, const Item& it, const Route<T>& route, const Block& block,
+void step_rows(const Scalars<T>& s, SmmfRows<T> a, const Item& it, const Route<T>& route, const Block& block,
                int64_t row, int64_t rows, Scratch& scratch, Watched* watched = nullptr) {
   const bool stage_signs = a.col_m && !whole_bytes(it, block);
   const bool in_place = !route.stage_param && !route.stage_grad && !stage_signs;
   const int64_t step = in_place ? rows : std::min(rows, staged_rows(block.cols, route.scattered));
   const auto staged = [&](Scratch::Slot slot, const TensorRef& tensor, int64_t first) {
-    T* values = static_cast<T*>(scratch.at(slot, static_cast<size_t>(a.rows * block.cols) * sizeof(T)));
-    gather_rows(tensor, block, first, a.rows, values);
+    T* values = scratch.at<T>(slot, a.rows * block.cols);
+    each_row(block, first, a.rows,
+             [&](int64_t at, int64_t count, int64_t done) { gather(tensor, at, count, values + done); });
     return values;
   };
   a.cols = block.cols;
@@ -68,7 +61,7 @@ void step_rows(const SmmfScalars<T>& s, SmmfRows<T> a, const Item& it, const Rou
     a.param = route.stage_param ? staged(Scratch::kParam, it.param, first) : at(it.param, first);
     if (a.col_m && !stage_signs) a.signs = it.signs.data + first / 8;
     if (stage_signs) {
-      a.signs = static_cast<uint8_t*>(scratch.at(Scratch::kSigns, static_cast<size_t>(a.rows * a.sign_stride)));
+      a.signs = scratch.at<uint8_t>(Scratch::kSigns, a.rows * a.sign_stride);
       for (int64_t k = 0; k < a.rows; ++k)
         read_signs(it.signs, first + k * block.stride, block.cols, a.signs + k * a.sign_stride);
     }
@@ -83,7 +76,11 @@ void step_rows(const SmmfScalars<T>& s, SmmfRows<T> a, const Item& it, const Rou
       for (int64_t k = 0; k < a.rows; ++k)
         write_signs(it.signs, first + k * block.stride, block.cols, a.signs + k * a.sign_stride);
     }
-    if (route.stage_param) scatter_rows(it.param, block, first, a.rows, static_cast<const T*>(a.param));
+    if (route.stage_param) {
+      each_row(block, first, a.rows, [&](int64_t at, int64_t count, int64_t done) {
+        scatter(it.param, at, count, static_cast<const T*>(a.param) + done);
+      });
+    }
     if (a.row_m) a.row_m += a.rows;
     a.row_v += a.rows;
   }
@@ -96,9 +93,7 @@ class SmmfOp : public ItemsOp<T> {
   using Base::options_, Base::watch_, Base::item, Base::to;
 
  public:
-  SmmfOp(std::vector<Item> items, const CpuOptions& options) : Base(std::move(items), options) {
-    this->expect_watched();
-  }
+  using Base::Base;
 
   int phases() const override { return options_.nonfinite ? 2 : 1; }
   int64_t chunks(int64_t i, int) const override { return ceil_div(item(i).rows, rows_of(item(i))); }
@@ -118,7 +113,7 @@ class SmmfOp : public ItemsOp<T> {
     std::atomic<bool>& refused = this->refused(i);
     const int64_t first = c * rows_of(it), rows = std::min(rows_of(it), it.rows - first);
     if (phase + 1 < phases()) {
-      if (nonfinite_range(to(i), it.grad, first * it.cols, rows * it.cols, it.rows * it.cols, scratch)) refused = true;
+      if (nonfinite_range(to(i), it, first * it.cols, rows * it.cols, scratch)) refused = true;
       return;
     }
     if (refused) return;
@@ -132,20 +127,13 @@ class SmmfOp : public ItemsOp<T> {
     a.col_v = static_cast<const T*>(it.second_col);
     a.sum_m = sums;
     a.sum_v = sums + padded(it.cols);
-    step_rows(smmf_scalars<T>(options_, it), a, it, to(i), block(it), first, rows, scratch,
-              watch_ ? &watch_.at(i, c) : nullptr);
+    step_rows(scalars<T>(options_, it), a, it, to(i), block(it), first, rows, scratch, this->watched(i, c));
   }
 
   // (SMMF, Algorithm 4) n >= m, so the columns' factors carry the normalisation; the rows' are sums as they stand.
   void finish(int64_t i, int phase, void* workspace) override {
+    if (!this->tell(i, phase) || phase + 1 < phases()) return;
     const Item& it = item(i);
-    const bool refused = this->refused(i);
-    if (phase + 1 < phases()) {
-      options_.nonfinite[it.index] = refused;
-      return;
-    }
-    if (refused) return;
-    if (watch_) watch_.report(i, it.index);
     T* sums = static_cast<T*>(workspace);
     if (it.first_col) factor(it, i, sums, static_cast<T*>(it.first_col));
     factor(it, i, sums + padded(it.cols), static_cast<T*>(it.second_col));
@@ -198,7 +186,7 @@ class SmmfSumsOp : public ItemsOp<T> {
     const Item& it = item(i);
     const Plan& plan = plan_of(i);
     const Chunk& mine = plan.chunks[static_cast<size_t>(c)];
-    const SmmfScalars<T> s = smmf_scalars<T>(this->options_, it);
+    const Scalars<T> s = scalars<T>(this->options_, it);
     T *row_sums = static_cast<T*>(workspace), *col_sums = row_sums + mine.sums;
     std::fill_n(col_sums, 2 * width(mine), T(0));
     for (size_t p = mine.first; p < mine.last; ++p) {

@@ -16,7 +16,7 @@ struct SmmfSplat {
   Vec<T> rest1, rest2, lr, eps, shrink, weight_decay;
   typename Vec<T>::Int flip;
 
-  HFAC_HD explicit SmmfSplat(const SmmfScalars<T>& s)
+  HFAC_HD explicit SmmfSplat(const Scalars<T>& s)
       : rest1(s.rest1),
         rest2(s.rest2),
         lr(s.lr),
@@ -175,7 +175,7 @@ __attribute__((noinline)) void smmf_columns(const SmmfSplat<T>& s, SmmfRowState<
 }
 
 template <class T, class Sw, class Sg, bool kFirst, bool kCoupled, bool kWatch, int R>
-HFAC_HD void smmf_rows_at_once(const SmmfScalars<T>& scalars, const SmmfSplat<T>& s, const SmmfRows<T>& a, int64_t i) {
+HFAC_HD void smmf_rows_at_once(const Scalars<T>& scalars, const SmmfSplat<T>& s, const SmmfRows<T>& a, int64_t i) {
   constexpr int64_t L = Vec<T>::kLanes;
   SmmfPlace<T, Sw, Sg> at;
   at.g = static_cast<const Sg*>(a.grad) + i * a.grad_stride;
@@ -245,7 +245,7 @@ HFAC_HD void smmf_rows_at_once(const SmmfScalars<T>& scalars, const SmmfSplat<T>
 }
 
 template <class T, class Sw, class Sg, bool kFirst, bool kCoupled, bool kWatch>
-void smmf_all_rows(const SmmfScalars<T>& scalars, const SmmfRows<T>& a) {
+void smmf_all_rows(const Scalars<T>& scalars, const SmmfRows<T>& a) {
   const SmmfSplat<T> s(scalars);
   int64_t i = 0;
   for (; i + kRowsAtOnce <= a.rows; i += kRowsAtOnce) {
@@ -255,7 +255,7 @@ void smmf_all_rows(const SmmfScalars<T>& scalars, const SmmfRows<T>& a) {
 }
 
 template <class T, class Sw, class Sg, bool kWatch>
-void smmf_rows_watched(const SmmfScalars<T>& scalars, const SmmfRows<T>& a) {
+void smmf_rows_watched(const Scalars<T>& scalars, const SmmfRows<T>& a) {
   if (a.col_m) {
     scalars.coupled ? smmf_all_rows<T, Sw, Sg, true, true, kWatch>(scalars, a)
                     : smmf_all_rows<T, Sw, Sg, true, false, kWatch>(scalars, a);
@@ -266,7 +266,7 @@ void smmf_rows_watched(const SmmfScalars<T>& scalars, const SmmfRows<T>& a) {
 }
 
 template <class T, class Sw, class Sg>
-void smmf_rows(const SmmfScalars<T>& scalars, const SmmfRows<T>& a) {
+void smmf_rows(const Scalars<T>& scalars, const SmmfRows<T>& a) {
   if constexpr (std::is_same<Sw, T>::value && std::is_same<Sg, T>::value) {  // what is watched is staged
     if (a.direction) return smmf_rows_watched<T, Sw, Sg, true>(scalars, a);
   }
@@ -274,7 +274,7 @@ void smmf_rows(const SmmfScalars<T>& scalars, const SmmfRows<T>& a) {
 }
 
 template <class T, class Sw, class Sg>
-void smmf_dense(const SmmfScalars<T>& scalars, const DenseRun<T>& a) {
+void smmf_dense(const Scalars<T>& scalars, const DenseRun<T>& a) {
   constexpr int64_t L = Vec<T>::kLanes;
   const SmmfSplat<T> s(scalars);
   const Vec<T> beta1(scalars.beta1), beta2(scalars.beta2);

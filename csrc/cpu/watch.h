@@ -47,7 +47,7 @@ class Watch {
 // The weights that a kernel is about to change.
 template <class T>
 const T* old_weights(const void* param, int64_t count, Scratch& scratch) {
-  T* old = static_cast<T*>(scratch.at(Scratch::kOld, static_cast<size_t>(count) * sizeof(T)));
+  T* old = scratch.at<T>(Scratch::kOld, count);
   std::copy_n(static_cast<const T*>(param), count, old);
   return old;
 }
@@ -61,19 +61,16 @@ void watch_run(const T* old, const T* now, int64_t count, const Nearest& stored,
     const int64_t end = std::min(first + kShort, count);
     T sums[kLanes] = {};
     int32_t same[kLanes] = {};
+    const auto add = [&](int l, int64_t at) __attribute__((always_inline)) {
+      const T change = now[at] - old[at];
+      sums[l] += change * change;
+      same[l] += stored(now[at]) == old[at];
+    };
     int64_t k = first;
     for (; k + kLanes <= end; k += kLanes) {
-      for (int l = 0; l < kLanes; ++l) {
-        const T change = now[k + l] - old[k + l];
-        sums[l] += change * change;
-        same[l] += stored(now[k + l]) == old[k + l];
-      }
+      for (int l = 0; l < kLanes; ++l) add(l, k + l);
     }
-    for (int l = 0; k + l < end; ++l) {
-      const T change = now[k + l] - old[k + l];
-      sums[l] += change * change;
-      same[l] += stored(now[k + l]) == old[k + l];
-    }
+    for (int l = 0; k + l < end; ++l) add(l, k + l);
     for (int l = 0; l < kLanes; ++l) {
       watched.change += static_cast<double>(sums[l]);
       watched.unmoved += same[l];
@@ -85,13 +82,13 @@ inline void watch_change(const TensorRef&, const double* old, const void* now, i
   watch_run(old, static_cast<const double*>(now), count, [](double x) { return x; }, watched);
 }
 
+// With 16 low bits a master weight is a whole float.
 inline void watch_change(const TensorRef& param, const float* old, const void* fresh, int64_t count, Watched& watched) {
   const float* now = static_cast<const float*>(fresh);
-  if (param.storage && param.storage->low_bytes == 1) {
+  const int64_t low_bytes = param.storage ? param.storage->low_bytes : 0;
+  if (low_bytes == 1) {
     watch_run(old, now, count, common::nearest_of_24_bits, watched);
-  } else if (param.storage && param.storage->low_bytes == 2) {
-    watch_run(old, now, count, [](float x) { return x; }, watched);
-  } else if (param.dtype == DType::kBFloat16) {
+  } else if (param.dtype == DType::kBFloat16 && low_bytes == 0) {
     watch_run(old, now, count, [](float x) { return common::widen(common::narrow_bfloat16(x)); }, watched);
   } else if (param.dtype == DType::kFloat16) {
     watch_run(old, now, count, [](float x) { return common::widen(common::narrow_float16(x)); }, watched);
@@ -111,23 +108,18 @@ inline double squared(double x) { return x * x; }
 
 // H-Fac's U where both moments are whole, of the gradient and the new second moment.
 template <class T>
-void watch_direction(const HfacDenseScalars<T>&, const DenseRun<T>& run, const T*, Watched& watched) {
+void watch_hfac(const DenseRun<T>& run, Watched& watched) {
   const T* g = static_cast<const T*>(run.grad);
   for (int64_t k = 0; k < run.count; ++k) watched.direction += squared(g[k] / common::root(run.exp_avg_sq[k]));
 }
 
-template <class T>
-T smmf_gradient(const SmmfScalars<T>& s, T g, T w) {
-  g = s.negate ? -g : g;
-  return s.coupled ? g + s.weight_decay * w : g;
-}
-
 // SMMF's M / (sqrt(V) + eps) where both moments are whole, of the new ones.
 template <class T>
-void watch_direction(const SmmfScalars<T>& s, const DenseRun<T>& run, const T* old, Watched& watched) {
-  const T* g = static_cast<const T*>(run.grad);
+void watch_smmf(const Scalars<T>& s, const DenseRun<T>& run, const T* old, Watched& watched) {
+  const T* grad = static_cast<const T*>(run.grad);
   for (int64_t k = 0; k < run.count; ++k) {
-    const T first = run.exp_avg ? run.exp_avg[k] : smmf_gradient(s, g[k], old[k]);
+    const T g = s.negate ? -grad[k] : grad[k];
+    const T first = run.exp_avg ? run.exp_avg[k] : s.coupled ? g + s.weight_decay * old[k] : g;
     watched.direction += squared(first / (common::root(run.exp_avg_sq[k]) + s.eps));
   }
 }

@@ -8,41 +8,33 @@ namespace hfac {
 // How a kernel reaches its elements: types known when it was compiled and 16-byte accesses, or anything at all. The
 // later ones store more than one rounding to the nearest: bfloat16 stochastically, or with 16 or 8 bits beside it, each
 // also with float gradients; or anything at all.
-enum class Access {
-  kFloat,
-  kBFloat16,
-  kFloat16,
-  kBFloat16Float,
-  kFloatBFloat16,
-  kAny,
-  kDouble,
-  kDrawn,
-  kDrawnFloat,
-  kSplit,
-  kSplitFloat,
-  kSplit8,
-  kSplit8Float,
-  kStored
-};
+#define HFAC_ACCESSES(ACCESS)                   \
+  ACCESS(kFloat, "float32")                     \
+  ACCESS(kBFloat16, "bfloat16")                 \
+  ACCESS(kFloat16, "float16")                   \
+  ACCESS(kBFloat16Float, "bfloat16/float32")    \
+  ACCESS(kFloatBFloat16, "float32/bfloat16")    \
+  ACCESS(kAny, "any")                           \
+  ACCESS(kDouble, "float64")                    \
+  ACCESS(kDrawn, "bfloat16 drawn")              \
+  ACCESS(kDrawnFloat, "bfloat16 drawn/float32") \
+  ACCESS(kSplit, "bfloat16+int16")              \
+  ACCESS(kSplitFloat, "bfloat16+int16/float32") \
+  ACCESS(kSplit8, "bfloat16+int8")              \
+  ACCESS(kSplit8Float, "bfloat16+int8/float32") \
+  ACCESS(kStored, "any stored")
+#define HFAC_ENUMERATOR(enumerator, name) enumerator,
+enum class Access { HFAC_ACCESSES(HFAC_ENUMERATOR) };
+#undef HFAC_ENUMERATOR
 constexpr int kAccesses = static_cast<int>(Access::kStored) + 1;
+
 // Row lengths of H-Fac's statistics: held in registers, read again from L1, sums in memory.
 enum class Width { kNarrow, kRegisters, kWide };
 
 inline const char* name_of(Access access) {
-  static const char* const names[] = {"float32",
-                                      "bfloat16",
-                                      "float16",
-                                      "bfloat16/float32",
-                                      "float32/bfloat16",
-                                      "any",
-                                      "float64",
-                                      "bfloat16 drawn",
-                                      "bfloat16 drawn/float32",
-                                      "bfloat16+int16",
-                                      "bfloat16+int16/float32",
-                                      "bfloat16+int8",
-                                      "bfloat16+int8/float32",
-                                      "any stored"};
+#define HFAC_NAME(enumerator, name) name,
+  static const char* const names[] = {HFAC_ACCESSES(HFAC_NAME)};
+#undef HFAC_NAME
   return names[static_cast<int>(access)];
 }
 
@@ -51,50 +43,40 @@ inline const char* name_of(Width width) {
   return names[static_cast<int>(width)];
 }
 
-inline bool is_double(const DeviceItem& it) { return static_cast<DType>(it.param.dtype) == DType::kFloat64; }
-
 // A vector's random bits are one draw where it begins at a multiple of eight in the whole parameter.
 inline Access stored_access(const DeviceItem& it, bool bulk) {
-  const auto param = static_cast<DType>(it.param.dtype), grad = static_cast<DType>(it.grad.dtype);
+  const DType param = it.param.dtype, grad = it.grad.dtype;
   if (!bulk || param != DType::kBFloat16 || (grad != DType::kBFloat16 && grad != DType::kFloat32)) {
     return Access::kStored;
   }
   const bool wide = grad == DType::kFloat32, one_draw = it.storage.layout < 0 && it.storage.first % kVector == 0;
-  const auto low = static_cast<Low>(it.storage.low.dtype);
+  const Low low = it.storage.low.kind;
   if (low == Low::kInt16) return wide ? Access::kSplitFloat : Access::kSplit;  // exact: bits do not matter
   if (it.storage.stochastic && !one_draw) return Access::kStored;
   if (low == Low::kInt8) return wide ? Access::kSplit8Float : Access::kSplit8;
   return wide ? Access::kDrawnFloat : Access::kDrawn;
 }
 
+// Of whole vectors that are rounded to the nearest.
+inline Access bulk_access(DType param, DType grad) {
+  constexpr DType f32 = DType::kFloat32, bf16 = DType::kBFloat16, f16 = DType::kFloat16;
+  if (param == f32 && grad == f32) return Access::kFloat;
+  if (param == bf16 && grad == bf16) return Access::kBFloat16;
+  if (param == f16 && grad == f16) return Access::kFloat16;
+  if (param == bf16 && grad == f32) return Access::kBFloat16Float;
+  if (param == f32 && grad == bf16) return Access::kFloatBFloat16;
+  return Access::kAny;
+}
+
 inline Access pair_access(const DeviceItem& it, bool bulk) {
-  constexpr auto f32 = static_cast<int32_t>(DType::kFloat32), bf16 = static_cast<int32_t>(DType::kBFloat16),
-                 f16 = static_cast<int32_t>(DType::kFloat16);
   if (is_double(it)) return Access::kDouble;
   if (is_stored(it)) return stored_access(it, bulk);
-  const int32_t w = it.param.dtype, g = it.grad.dtype;
-  if (!bulk) return Access::kAny;
-  if (w == f32 && g == f32) return Access::kFloat;
-  if (w == bf16 && g == bf16) return Access::kBFloat16;
-  if (w == f16 && g == f16) return Access::kFloat16;
-  if (w == bf16 && g == f32) return Access::kBFloat16Float;
-  if (w == f32 && g == bf16) return Access::kFloatBFloat16;
-  return Access::kAny;
+  return bulk ? bulk_access(it.param.dtype, it.grad.dtype) : Access::kAny;
 }
 
 inline Access grad_access(const DeviceItem& it, bool bulk) {
   if (is_double(it)) return Access::kDouble;
-  if (!bulk) return Access::kAny;
-  switch (static_cast<DType>(it.grad.dtype)) {
-    case DType::kFloat32:
-      return Access::kFloat;
-    case DType::kBFloat16:
-      return Access::kBFloat16;
-    case DType::kFloat16:
-      return Access::kFloat16;
-    default:
-      return Access::kAny;
-  }
+  return bulk ? bulk_access(it.grad.dtype, it.grad.dtype) : Access::kAny;
 }
 
 inline Access state_access(const DeviceItem& it) { return is_double(it) ? Access::kDouble : Access::kAny; }

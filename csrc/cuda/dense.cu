@@ -4,7 +4,6 @@
 
 #include "../common/math/hfac.h"
 #include "../common/math/smmf.h"
-#include "launchers.h"
 #include "stored.cuh"
 
 namespace hfac {
@@ -240,15 +239,7 @@ __global__ void __launch_bounds__(kTileThreads) smmf_dense(Arguments a) {
 
 KernelFunction look_kernel(const Launch& l, const Arguments&) { HFAC_BY_STATE(l, look); }
 KernelFunction dense_look_kernel(const Launch& l, const Arguments&) { HFAC_BY_STATE(l, dense_look); }
-KernelFunction hfac_dense_kernel(const Launch& l, const Arguments& a) {
-  return kernel_for(l.access, AnyAccesses(), [&](auto access) -> KernelFunction {
-    return a.watched ? hfac_dense<decltype(access), true> : hfac_dense<decltype(access), false>;
-  });
-}
-KernelFunction smmf_dense_kernel(const Launch& l, const Arguments& a) {
-  return kernel_for(l.access, AnyAccesses(), [&](auto access) -> KernelFunction {
-    return a.watched ? smmf_dense<decltype(access), true> : smmf_dense<decltype(access), false>;
-  });
-}
+KernelFunction hfac_dense_kernel(const Launch& l, const Arguments& a) { HFAC_BY_ACCESS(l, a, AnyAccesses, hfac_dense); }
+KernelFunction smmf_dense_kernel(const Launch& l, const Arguments& a) { HFAC_BY_ACCESS(l, a, AnyAccesses, smmf_dense); }
 
 }  // namespace hfac

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdlib>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -27,11 +28,8 @@ CudaInfo cuda_info();
 // "sm_80,compute_80" as its names.
 inline std::vector<std::string> split_architectures(const std::string& list) {
   std::vector<std::string> names;
-  for (size_t at = 0; at < list.size();) {
-    const size_t end = list.find(',', at) == std::string::npos ? list.size() : list.find(',', at);
-    names.push_back(list.substr(at, end - at));
-    at = end + 1;
-  }
+  std::istringstream rest(list);
+  for (std::string name; std::getline(rest, name, ',');) names.push_back(name);
   return names;
 }
 

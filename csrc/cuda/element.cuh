@@ -4,7 +4,6 @@
 
 #include "../common/signs.h"
 #include "launch.h"
-#include "table.h"
 
 #ifdef HFAC_DEVICE_COMPILER
 #include <cuda_bf16.h>
@@ -46,26 +45,13 @@ struct Raw {
 
 // `last`: the line will not be read again.
 HFAC_DEVICE Chunk load_chunk(const void* p, bool last) {
-  Chunk c;
-#if defined(__CUDA_ARCH__)
-  const uint4 v = last ? __ldcs(static_cast<const uint4*>(p)) : *static_cast<const uint4*>(p);
-  c.word[0] = v.x;
-  c.word[1] = v.y;
-  c.word[2] = v.z;
-  c.word[3] = v.w;
-#else
-  (void)last;
-  memcpy(&c, __builtin_assume_aligned(p, 16), sizeof(c));
-#endif
-  return c;
+  const auto* from = static_cast<const uint4*>(p);
+  const uint4 v = last ? __ldcs(from) : *from;
+  return {{v.x, v.y, v.z, v.w}};
 }
 
 HFAC_DEVICE void store_chunk(void* p, const Chunk& c) {
-#if defined(__CUDA_ARCH__)
   *static_cast<uint4*>(p) = make_uint4(c.word[0], c.word[1], c.word[2], c.word[3]);
-#else
-  memcpy(__builtin_assume_aligned(p, 16), &c, sizeof(c));
-#endif
 }
 
 template <class S>
@@ -80,6 +66,26 @@ HFAC_DEVICE void store_raw(S* p, const Raw<S>& raw) {
   HFAC_UNROLLED (c, Raw<S>::kChunks) store_chunk(reinterpret_cast<char*>(p) + 16 * c, raw.chunk[c]);
 }
 
+// Conversions for which a GPU has instructions; `nearest` is what is stored of x where it is rounded to the nearest.
+HFAC_DEVICE float nearest(float x, float) { return x; }
+#if defined(__CUDA_ARCH__)
+HFAC_DEVICE float widened(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+HFAC_DEVICE float nearest(float x, BFloat16) { return __bfloat162float(__float2bfloat16_rn(x)); }
+HFAC_DEVICE float nearest(float x, Float16) { return __half2float(__float2half_rn(x)); }
+HFAC_DEVICE __nv_bfloat162 round_pair(float a, float b, BFloat16) { return __floats2bfloat162_rn(a, b); }
+HFAC_DEVICE __half2 round_pair(float a, float b, Float16) { return __floats2half2_rn(a, b); }
+#else
+HFAC_DEVICE float widened(Float16 x) { return widen(x); }
+template <class S>
+HFAC_DEVICE float nearest(float x, S) {
+  return widen(Narrow<S>::from(x));
+}
+template <class S>
+HFAC_DEVICE uint32_t round_pair(float a, float b, S) {
+  return Narrow<S>::from(a).bits | static_cast<uint32_t>(Narrow<S>::from(b).bits) << 16;
+}
+#endif
+
 HFAC_DEVICE void unpack(const Raw<float>& raw, float (&x)[kVector]) {
   HFAC_UNROLLED (k, kVector) x[k] = float_of(raw.chunk[k / 4].word[k % 4]);
 }
@@ -91,41 +97,20 @@ HFAC_DEVICE void unpack(const Raw<BFloat16>& raw, float (&x)[kVector]) {
 }
 HFAC_DEVICE void unpack(const Raw<Float16>& raw, float (&x)[kVector]) {
   HFAC_UNROLLED (k, kVector) {
-    const auto bits = static_cast<uint16_t>(raw.chunk[0].word[k / 2] >> (k % 2 * 16));
-#if defined(__CUDA_ARCH__)
-    x[k] = __half2float(__ushort_as_half(bits));
-#else
-    x[k] = widen(Float16{bits});
-#endif
+    x[k] = widened(Float16{static_cast<uint16_t>(raw.chunk[0].word[k / 2] >> (k % 2 * 16))});
   }
-}
-HFAC_DEVICE void unpack(const Raw<double>& raw, double (&x)[kVector]) { memcpy(x, &raw, sizeof(x)); }
-
-#if defined(__CUDA_ARCH__)
-HFAC_DEVICE __nv_bfloat162 round_pair(float a, float b, BFloat16) { return __floats2bfloat162_rn(a, b); }
-HFAC_DEVICE __half2 round_pair(float a, float b, Float16) { return __floats2half2_rn(a, b); }
-#endif
-template <class S>
-HFAC_DEVICE uint32_t narrow_pair(float a, float b, S type) {
-#if defined(__CUDA_ARCH__)
-  const auto pair = round_pair(a, b, type);
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof(bits));
-  return bits;
-#else
-  (void)type;
-  return Narrow<S>::from(a).bits | static_cast<uint32_t>(Narrow<S>::from(b).bits) << 16;
-#endif
 }
 
 template <class S>
 HFAC_DEVICE void pack(const float (&x)[kVector], Raw<S>& raw) {
-  HFAC_UNROLLED (k, kVector / 2) raw.chunk[0].word[k] = narrow_pair(x[2 * k], x[2 * k + 1], S());
+  HFAC_UNROLLED (k, kVector / 2) {
+    const auto pair = round_pair(x[2 * k], x[2 * k + 1], S());
+    memcpy(&raw.chunk[0].word[k], &pair, sizeof(pair));
+  }
 }
 HFAC_DEVICE void pack(const float (&x)[kVector], Raw<float>& raw) {
   HFAC_UNROLLED (k, kVector) raw.chunk[k / 4].word[k % 4] = bits_of(x[k]);
 }
-HFAC_DEVICE void pack(const double (&x)[kVector], Raw<double>& raw) { memcpy(&raw, x, sizeof(x)); }
 
 // Of an element of a tensor that is not contiguous. Not inlined, as none of the slow path is: it would be by far the
 // largest part of every kernel.
@@ -161,7 +146,7 @@ template <class T>
 HFAC_DEVICE void load_any(const Operand& o, const int64_t* layouts, int64_t at, int count, T (&x)[kVector]) {
   const int64_t* layout = o.layout < 0 ? nullptr : layouts + o.layout;
   HFAC_UNROLLED (k, kVector) x[k] = T(0);
-  switch (static_cast<DType>(o.dtype)) {
+  switch (o.dtype) {
     case DType::kFloat32:
       return load_run<T, float>(o, layout, at, count, x);
     case DType::kBFloat16:
@@ -175,7 +160,7 @@ HFAC_DEVICE void load_any(const Operand& o, const int64_t* layouts, int64_t at, 
 
 HFAC_DEVICE void store_any(const Operand& o, const int64_t* layouts, int64_t at, int count, const float (&x)[kVector]) {
   const int64_t* layout = o.layout < 0 ? nullptr : layouts + o.layout;
-  switch (static_cast<DType>(o.dtype)) {
+  switch (o.dtype) {
     case DType::kBFloat16:
       return store_run<float, BFloat16>(o, layout, at, count, x);
     case DType::kFloat16:
@@ -196,9 +181,7 @@ struct SharedSigns : Signs {
   const uint8_t* end;
   int32_t* edges;  // [2]: of the word at the beginning, which may be all there is; of the word at the end
   HFAC_DEVICE SharedSigns(const Arguments& a, const DeviceItem& it)
-      : Signs{it.signs, it.slice, it.slice_bytes},
-        end(it.signs + it.sign_bytes),
-        edges(a.counters + it.counter + kSignEdges) {}
+      : Signs{it.signs}, end(it.signs.data + it.sign_bytes), edges(a.counters + it.counter + kSignEdges) {}
 };
 
 // SMMF's sign bits of [at, at + count) in bits 0.. of the result, and their return.
@@ -253,23 +236,6 @@ HFAC_DEVICE void store_signs(const SharedSigns& s, int64_t at, int count, unsign
     const int64_t slice = (at + k) / s.slice, within = (at + k) % s.slice;
     flip_bit(s, s.data + slice * s.slice_bytes + within / 8, static_cast<unsigned>(within % 8));
   }
-}
-
-// What is stored of x where it is rounded to the nearest.
-HFAC_DEVICE float nearest(float x, float) { return x; }
-HFAC_DEVICE float nearest(float x, BFloat16) {
-#if defined(__CUDA_ARCH__)
-  return __bfloat162float(__float2bfloat16_rn(x));
-#else
-  return widen(Narrow<BFloat16>::from(x));
-#endif
-}
-HFAC_DEVICE float nearest(float x, Float16) {
-#if defined(__CUDA_ARCH__)
-  return __half2float(__float2half_rn(x));
-#else
-  return widen(Narrow<Float16>::from(x));
-#endif
 }
 
 // How a kernel reaches its operands; `target` is what it reads and writes a parameter by (stored.cuh has others). Bulk:
@@ -339,8 +305,8 @@ struct AnyAccess {
   }
   static HFAC_DEVICE T nearest(const Operand& o, T x) {
     if constexpr (sizeof(T) > sizeof(float)) return x;  // a double parameter
-    if (o.dtype == static_cast<int32_t>(DType::kBFloat16)) return hfac::nearest(x, BFloat16());
-    if (o.dtype == static_cast<int32_t>(DType::kFloat16)) return hfac::nearest(x, Float16());
+    if (o.dtype == DType::kBFloat16) return hfac::nearest(x, BFloat16());
+    if (o.dtype == DType::kFloat16) return hfac::nearest(x, Float16());
     return x;
   }
   static HFAC_DEVICE unsigned signs(const Signs& s, int64_t at, int count) { return load_signs(s, at, count); }
@@ -348,11 +314,5 @@ struct AnyAccess {
     store_signs(s, at, count, old, fresh);
   }
 };
-
-using Float = BulkAccess<float, float, float>;
-using Half = BulkAccess<float, Float16, Float16>;
-using Brain = BulkAccess<float, BFloat16, BFloat16>;
-using BrainFloat = BulkAccess<float, BFloat16, float>;
-using FloatBrain = BulkAccess<float, float, BFloat16>;
 
 }  // namespace hfac

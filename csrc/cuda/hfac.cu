@@ -5,7 +5,6 @@
 // of its column sums, which `hfac_collect` adds up over the tiles to outlast the other groups. Then each group goes on
 // from there; where the coefficient is not 1 it takes the statistics again, because r_i depends on it.
 #include "../common/math/hfac.h"
-#include "launchers.h"
 #include "stored.cuh"
 
 namespace hfac {
@@ -289,9 +288,7 @@ KernelFunction hfac_fold_kernel(const Launch& l, const Arguments&) { HFAC_BY_STA
 KernelFunction hfac_sums_fold_kernel(const Launch& l, const Arguments&) { HFAC_BY_STATE(l, hfac_sums_fold); }
 KernelFunction hfac_apply_fold_kernel(const Launch& l, const Arguments&) { HFAC_BY_STATE(l, hfac_apply_fold); }
 KernelFunction hfac_update_kernel(const Launch& l, const Arguments& a) {
-  return kernel_for(l.access, PairAccesses(), [&](auto access) -> KernelFunction {
-    return a.watched ? hfac_update_tiles<decltype(access), true> : hfac_update_tiles<decltype(access), false>;
-  });
+  HFAC_BY_ACCESS(l, a, PairAccesses, hfac_update_tiles);
 }
 
 void launch_hfac_unflag(int32_t* flags, int64_t count, const float* clip, void* stream) {

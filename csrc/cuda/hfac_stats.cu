@@ -4,7 +4,6 @@
 // without a third read:
 //     sum_ij U_ij^2 = R sum_j w_j / s_j,  w_j = sum_i g_ij^2 / r_i,  R = sum_i r_i.
 #include "../common/math/hfac.h"
-#include "launchers.h"
 #include "stored.cuh"
 
 namespace hfac {

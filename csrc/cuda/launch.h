@@ -1,4 +1,5 @@
-// Launches, with errors attributed to them, on a device or in the host emulation (csrc/emulation). For .cu files only.
+// From a plan's launches to kernels, and their launch, with errors attributed to it, on a device or in the host
+// emulation (csrc/emulation). For .cu files only.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../common/math/config.h"
+#include "plan.h"
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define HFAC_DEVICE_COMPILER
@@ -30,6 +31,14 @@ constexpr int kWarp = 32;
 #if defined(__AMDGCN_WAVEFRONT_SIZE)
 static_assert(__AMDGCN_WAVEFRONT_SIZE == kWarp, "row sums are written for warps of 32 threads");
 #endif
+
+using KernelFunction = void (*)(Arguments);
+
+#define HFAC_DECLARE(name) KernelFunction name##_kernel(const Launch& launch, const Arguments& arguments);
+HFAC_KERNELS(HFAC_DECLARE)
+#undef HFAC_DECLARE
+// Clears `count` flags where the coefficient at `clip` is not 1.
+void launch_hfac_unflag(int32_t* flags, int64_t count, const float* clip, void* stream);
 
 // Is it an error of something that ran, a kernel or a copy? Calls that start something report it though they did not
 // cause it, and so does every call after them: the context is lost. Numbers are those of cudaError_t.

@@ -1,6 +1,6 @@
-// Follows a plan: one launch after the other.
+// Launches a step's plan: one kernel after the other.
 #include "launch.h"
-#include "launchers.h"
+#include "step.h"
 
 namespace hfac {
 namespace {
@@ -11,24 +11,31 @@ constexpr KernelFunction (*kPick[])(const Launch&, const Arguments&) = {HFAC_KER
 
 }  // namespace
 
-void launch_all(const Plan& plan, Arguments arguments, int64_t flags, size_t counter_bytes, int device, void* stream) {
+void Step::launch(const void* table, Arguments a, int device, void* stream) const {
   const DeviceGuard guard(device);
-  const Phase phase = arguments.squares ? Phase::kSquares : Phase::kStep;
-  const float* const clip = arguments.clip;
-  if (arguments.nonfinite && phase == Phase::kStep && clip) {
-    launch_hfac_unflag(arguments.nonfinite, flags, clip, stream);
-  } else if (arguments.nonfinite) {
-    clear(arguments.nonfinite, static_cast<size_t>(flags) * sizeof(int32_t), stream);
+  const char* const at = static_cast<const char*>(table);
+  const auto* const tiles = reinterpret_cast<const Tile*>(at + tiles_at());
+  const Phase phase = a.squares ? Phase::kSquares : Phase::kStep;
+  const float* const clip = a.clip;
+  a.items = reinterpret_cast<const DeviceItem*>(at);
+  a.shards = shards_.empty() ? nullptr : reinterpret_cast<const DeviceShard*>(at + shards_at());
+  a.layouts = reinterpret_cast<const int64_t*>(at + layouts_at());
+  if (a.nonfinite && phase == Phase::kStep && clip) {
+    launch_hfac_unflag(a.nonfinite, entries_, clip, stream);
+  } else if (a.nonfinite) {
+    clear(a.nonfinite, static_cast<size_t>(entries_) * sizeof(int32_t), stream);
   }
-  if (counter_bytes) clear(arguments.counters, counter_bytes, stream);
-  const Tile* tiles = arguments.tiles;
-  for (const Launch& launch : plan.launches) {
+  if (edged_) {
+    a.counters = reinterpret_cast<int32_t*>(a.workspace + counters_at());
+    clear(a.counters, counter_bytes(), stream);
+  }
+  for (const Launch& launch : plan_.launches) {
     if (launch.phase != phase) continue;
-    arguments.clip = launch.conditional ? clip : nullptr;
-    arguments.tiles = tiles + launch.first_tile;
-    arguments.backward = launch.backward;
-    hfac::launch(name_of(launch.kernel), kPick[static_cast<int>(launch.kernel)](launch, arguments), launch.tiles,
-                 launch.threads, stream, arguments);
+    a.clip = launch.conditional ? clip : nullptr;
+    a.tiles = tiles + launch.first_tile;
+    a.backward = launch.backward;
+    hfac::launch(name_of(launch.kernel), kPick[static_cast<int>(launch.kernel)](launch, a), launch.tiles,
+                 launch.threads, stream, a);
   }
 }
 

@@ -2,8 +2,8 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <functional>
 #include <numeric>
+#include <utility>
 
 namespace hfac {
 namespace {
@@ -12,15 +12,17 @@ constexpr int64_t kWorkspaceCap = 64 << 20;  // of SMMF's and of shards' partial
 constexpr int64_t kFewBytes = 512ll << 20;   // of gradients; up to here the number of launches matters more than L2
 constexpr int64_t kFewGroups = 6;
 
-int64_t bytes_of(int32_t dtype) { return size_of(static_cast<DType>(dtype)); }
 int64_t state_bytes(const DeviceItem& it) { return is_double(it) ? 8 : 4; }
 int64_t elements(const DeviceItem& it) { return it.rows * it.cols; }
-int64_t grad_bytes(const DeviceItem& it) { return elements(it) * bytes_of(it.grad.dtype); }
-int64_t low_bytes(const DeviceItem& it) {
-  const auto low = static_cast<Low>(it.storage.low.dtype);
-  return low == Low::kInt16 ? 2 : low == Low::kInt8 ? 1 : 0;
+int64_t grad_bytes(const DeviceItem& it) { return elements(it) * size_of(it.grad.dtype); }
+int64_t param_bytes(const DeviceItem& it) {
+  const Low low = it.storage.low.kind;
+  return elements(it) * (size_of(it.param.dtype) + (low == Low::kInt16 ? 2 : low == Low::kInt8 ? 1 : 0));
 }
-int64_t param_bytes(const DeviceItem& it) { return elements(it) * (bytes_of(it.param.dtype) + low_bytes(it)); }
+
+int64_t runs(const DeviceItem& it) { return ceil_quotient(elements(it), kRun); }
+int64_t tiles(const Tiling& t) { return int64_t{t.row_tiles} * t.col_tiles; }
+int64_t padded(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
 int32_t power_of_two(int64_t at_least) {
   int32_t p = 1;
@@ -36,23 +38,14 @@ int32_t tile_rows(int64_t elements, int threads, int32_t lanes) {
 }
 
 // Columns are divided evenly, so that no tile of a row of tiles leaves most of its threads idle.
-Tiling tiles_of(int64_t rows, int64_t cols) {
+Tiling cut(const DeviceItem& it, bool whole_rows) {
   Tiling t;
-  t.col_tiles = static_cast<int32_t>(ceil_quotient(cols, kTileCols));
-  t.cols = static_cast<int32_t>(ceil_quotient(ceil_quotient(cols, t.col_tiles), kVector) * kVector);
-  t.lanes = power_of_two(t.cols / kVector);
-  t.rows = tile_rows(rows * cols, kTileThreads, t.lanes);
-  t.row_tiles = static_cast<int32_t>(ceil_quotient(rows, t.rows));
-  return t;
-}
-
-Tiling rows_of(int64_t rows, int64_t cols) {
-  Tiling t;
-  t.col_tiles = 1;
-  t.cols = 0;  // whole rows
-  t.lanes = cols > kStatsNarrow ? kLongThreads : power_of_two(ceil_quotient(cols, kVector));
-  t.rows = tile_rows(rows * cols, kStatsThreads, t.lanes);
-  t.row_tiles = static_cast<int32_t>(ceil_quotient(rows, t.rows));
+  t.col_tiles = whole_rows ? 1 : static_cast<int32_t>(ceil_quotient(it.cols, kTileCols));
+  const int64_t vectors = ceil_quotient(ceil_quotient(it.cols, t.col_tiles), kVector);
+  t.cols = static_cast<int32_t>(vectors * kVector);
+  t.lanes = whole_rows && it.cols > kStatsNarrow ? kLongThreads : power_of_two(vectors);
+  t.rows = tile_rows(elements(it), whole_rows ? kStatsThreads : kTileThreads, t.lanes);
+  t.row_tiles = static_cast<int32_t>(ceil_quotient(it.rows, t.rows));
   return t;
 }
 
@@ -67,26 +60,28 @@ class Planner {
       DeviceItem& it = items_[i];
       it.counter = static_cast<int32_t>(i) * kCounters;
       if (elements(it) == 0) continue;  // a shard that has moments, and no tiles
-      if (smmf_matrices()) it.tiling = tiles_of(it.rows, it.cols);
-      if (options_.op == OpKind::kHfac || options_.op == OpKind::kHfacSums) it.tiling = rows_of(it.rows, it.cols);
-      if (options_.op == OpKind::kHfac || options_.op == OpKind::kHfacApply) it.update = tiles_of(it.rows, it.cols);
+      if (smmf_matrices()) it.tiling = cut(it, false);
+      if (options_.op == OpKind::kHfac || options_.op == OpKind::kHfacSums) it.tiling = cut(it, true);
+      if (options_.op == OpKind::kHfac || options_.op == OpKind::kHfacApply) it.update = cut(it, false);
     }
     switch (options_.op) {
       case OpKind::kHfac:
-        if (options_.norm) {
-          hfac_after_norm();
-        } else {
-          for (const Group& group : hfac_groups(all())) hfac(group);
-        }
+        options_.norm ? hfac_after_norm() : hfac();
         break;
-      case OpKind::kHfacDense:
-      case OpKind::kSmmfDense:
-        dense();
+      case OpKind::kHfacSums:
+        in_groups(Kernel::hfac_stats, Kernel::hfac_sums_fold);
+        break;
+      case OpKind::kHfacApply:
+        in_groups(Kernel::hfac_apply_fold, Kernel::hfac_update);
+        break;
+      case OpKind::kSmmf:
+        in_groups(Kernel::smmf_tiles, Kernel::smmf_fold);
+        break;
+      case OpKind::kSmmfSums:
+        in_groups(Kernel::smmf_tiles, Kernel::smmf_sums_fold);
         break;
       default:
-        for (const Group& group : capped_groups()) {
-          smmf_matrices() ? smmf(group) : options_.op == OpKind::kHfacSums ? hfac_sums(group) : hfac_apply(group);
-        }
+        dense(options_.op == OpKind::kHfacDense);
     }
     return std::move(plan_);
   }
@@ -103,9 +98,7 @@ class Planner {
   }
 
   bool smmf_matrices() const { return options_.op == OpKind::kSmmf || options_.op == OpKind::kSmmfSums; }
-  bool hfac_matrices() const {
-    return options_.op == OpKind::kHfac || options_.op == OpKind::kHfacSums || options_.op == OpKind::kHfacApply;
-  }
+  bool dense_op() const { return options_.op == OpKind::kHfacDense || options_.op == OpKind::kSmmfDense; }
 
   int64_t workspace_of(const DeviceItem& item) const {
     DeviceItem it = item;
@@ -114,8 +107,8 @@ class Planner {
     const auto end_of = [&](auto zero) {
       using T = decltype(zero);
       if (smmf_matrices()) return reinterpret_cast<char*>(SmmfSpace<T>(it, base).end) - base;
-      if (hfac_matrices()) return reinterpret_cast<char*>(HfacSpace<T>(it, base).end) - base;
-      return reinterpret_cast<char*>(DenseSpace<T>(it, base).end) - base;
+      if (dense_op()) return reinterpret_cast<char*>(DenseSpace<T>(it, base).end) - base;
+      return reinterpret_cast<char*>(HfacSpace<T>(it, base).end) - base;
     };
     return is_double(it) ? end_of(double()) : end_of(float());
   }
@@ -125,53 +118,127 @@ class Planner {
     int64_t at = 0;
     for (const int32_t i : group) {
       DeviceItem& it = item(i);
-      it.workspace = (at + 15) / 16 * 16;
+      it.workspace = padded(at);
       at = it.workspace + workspace_of(it);
     }
     plan_.workspace_bytes = std::max(plan_.workspace_bytes, static_cast<size_t>(at));
   }
 
+  // How a kernel reaches an item's elements, and the tiles it takes for them, each one block.
+  std::pair<Access, int64_t> cut_for(Kernel kernel, int32_t i) const {
+    const DeviceItem& it = item(i);
+    const bool bulk = bulk_[static_cast<size_t>(i)];
+    switch (kernel) {
+      case Kernel::smmf_tiles:
+        return {pair_access(it, bulk), tiles(it.tiling)};
+      case Kernel::hfac_stats:
+        return {grad_access(it, bulk), tiles(it.tiling)};
+      case Kernel::hfac_update:
+        return {pair_access(it, bulk), tiles(it.update)};
+      case Kernel::hfac_dense:
+      case Kernel::smmf_dense:
+        return {is_stored(it) ? Access::kStored : state_access(it), runs(it)};
+      case Kernel::look:
+      case Kernel::dense_look:
+        return {state_access(it), runs(it)};
+      case Kernel::hfac_collect:
+        return {state_access(it), collect_chunks(it)};
+      case Kernel::smmf_sums_fold: {
+        const DeviceShard& shard = shards_[static_cast<size_t>(i)];
+        return {state_access(it), shard.blocks ? fold_chunks(shard.rows, shard.cols) : 0};
+      }
+      default:
+        return {state_access(it), fold_chunks(it)};
+    }
+  }
+
+  // Adds what a kernel moves for an item.
+  void count(Kernel kernel, const DeviceItem& it, Bytes& b) const {
+    const int64_t number = state_bytes(it), numbers = number * (it.rows + it.cols), grad = grad_bytes(it);
+    const int64_t moments = options_.first_moment ? 2 : 1;
+    const int64_t statistics = number * (3 * it.tiling.row_tiles * it.cols + 2 * it.rows);
+    switch (kernel) {
+      case Kernel::look:
+        b.grad += grad;
+        break;
+      case Kernel::smmf_tiles:
+        b.grad += grad;
+        b.param += param_bytes(it);
+        if (options_.first_moment) {
+          b.signs += 2 * (it.signs.slice ? elements(it) / it.signs.slice * it.signs.slice_bytes : elements(it) / 8);
+        }
+        [[fallthrough]];  // both write or read the partial sums, and read or write the factors
+      case Kernel::smmf_fold:
+      case Kernel::smmf_sums_fold:
+        b.partial += number * moments * (it.tiling.col_tiles * it.rows + it.tiling.row_tiles * it.cols);
+        b.states += moments * numbers;
+        break;
+      case Kernel::hfac_stats:
+        b.grad += grad;
+        b.partial += statistics;
+        if (width_of(it, grad_access(it, true)) == Width::kWide) {  // whose column sums are in memory as they grow
+          b.partial += number * 2 * 3 * it.cols * ceil_quotient(it.rows, kWideRows);
+        }
+        b.states += number * it.rows;
+        break;
+      case Kernel::hfac_collect:
+        b.partial += number * 3 * (it.tiling.row_tiles + 1) * it.cols;
+        break;
+      case Kernel::hfac_fold:
+        b.partial += options_.norm ? number * (3 * it.cols + 2 * it.rows) : statistics;
+        b.states += number * (3 * it.rows + 4 * it.cols);
+        break;
+      case Kernel::hfac_sums_fold:
+        b.partial += statistics;
+        b.states += number * (2 * it.rows + 3 * it.cols);
+        break;
+      case Kernel::hfac_apply_fold:
+        b.states += 6 * numbers;
+        break;
+      case Kernel::hfac_update: {
+        const auto again = static_cast<int64_t>(cached_ * static_cast<double>(grad));
+        b.grad += grad - again;
+        b.grad_again += again;
+        b.param += param_bytes(it);
+        b.partial += 2 * numbers;
+        break;
+      }
+      case Kernel::dense_look:
+        b.grad += grad;
+        b.states += number * elements(it);
+        b.partial += number * 2 * runs(it);
+        break;
+      case Kernel::hfac_dense:
+      case Kernel::smmf_dense:
+        b.grad += grad;
+        b.param += param_bytes(it);
+        b.states += number * elements(it) * 2 * moments;
+    }
+  }
+
   // One launch per access (and width) that occurs in the group.
-  void emit(Kernel kernel, const Group& group, Access (Planner::*access)(int32_t) const,
-            const std::function<int64_t(const DeviceItem&)>& tiles,
-            const std::function<void(const DeviceItem&, Bytes&)>& count, bool backward = false) {
+  void emit(Kernel kernel, const Group& group) {
     const bool by_width = kernel == Kernel::hfac_stats;
     for (int w = 0; w < (by_width ? 3 : 1); ++w) {
       for (int a = 0; a < kAccesses; ++a) {
-        Launch launch{};
+        Launch launch = next_;
         launch.kernel = kernel;
         launch.access = static_cast<Access>(a);
         launch.width = static_cast<Width>(w);
-        launch.group = group_;
-        launch.phase = phase_;
-        launch.conditional = conditional_;
-        launch.backward = backward;
         launch.threads = !by_width ? kTileThreads : launch.width == Width::kNarrow ? kStatsThreads : kLongThreads;
         launch.first_tile = static_cast<int64_t>(plan_.tiles.size());
         for (const int32_t i : group) {
           const DeviceItem& it = item(i);
-          const Access its = (this->*access)(i);
+          const auto [its, n] = cut_for(kernel, i);
           if (its != launch.access || (by_width && width_of(it, its) != launch.width)) continue;
-          const int64_t n = tiles(it);
           for (int64_t p = 0; p < n; ++p) plan_.tiles.push_back({i, static_cast<int32_t>(p)});
-          if (n) count(it, launch.bytes);
+          if (n) count(kernel, it, launch.bytes);
         }
         launch.tiles = static_cast<int64_t>(plan_.tiles.size()) - launch.first_tile;
         if (launch.tiles) plan_.launches.push_back(launch);
       }
     }
   }
-
-  Access pair(int32_t i) const { return pair_access(item(i), bulk_[static_cast<size_t>(i)]); }
-  Access grad(int32_t i) const { return grad_access(item(i), bulk_[static_cast<size_t>(i)]); }
-  Access state(int32_t i) const { return state_access(item(i)); }
-  Access any(int32_t i) const { return is_stored(item(i)) ? Access::kStored : state(i); }
-
-  static void count_param(const DeviceItem& it, Bytes& b) {
-    b.param_read += param_bytes(it);
-    b.param_written += param_bytes(it);
-  }
-  static int64_t runs(const DeviceItem& it) { return ceil_quotient(elements(it), kRun); }
 
   // Items in order, in groups of no more bytes than `limit`, or of one item. Blocks of one shard stay together, because
   // one fold adds them up.
@@ -194,46 +261,16 @@ class Planner {
     return groups;
   }
 
-  std::vector<Group> capped_groups() const {
-    return divided(all(), kWorkspaceCap, [this](const DeviceItem& it) { return workspace_of(it) + 16; });
-  }
-
-  void smmf(const Group& group) {
-    allot(group);
-    const auto partial = [](const DeviceItem& it) {
-      return state_bytes(it) * 2 * (it.tiling.col_tiles * it.rows + it.tiling.row_tiles * it.cols);
-    };
-    const int moments = options_.first_moment ? 2 : 1;
-    if (options_.nonfinite) look(group);
-    emit(
-        Kernel::smmf_tiles, group, &Planner::pair,
-        [](const DeviceItem& it) { return int64_t{it.tiling.row_tiles} * it.tiling.col_tiles; },
-        [&](const DeviceItem& it, Bytes& b) {
-          b.grad += grad_bytes(it);
-          count_param(it, b);
-          if (options_.first_moment)
-            b.signs += 2 * (it.slice ? elements(it) / it.slice * it.slice_bytes : elements(it) / 8);
-          b.partial += partial(it) * moments / 2;
-          b.states += state_bytes(it) * moments * (it.rows + it.cols);
-        });
-    const bool sums = options_.op == OpKind::kSmmfSums;  // to which the shard's are added
-    emit(
-        sums ? Kernel::smmf_sums_fold : Kernel::smmf_fold, group, &Planner::state,
-        [&](const DeviceItem& it) {
-          if (!sums) return fold_chunks(it);
-          const DeviceShard& shard = shards_[static_cast<size_t>(&it - items_.data())];
-          return shard.blocks ? fold_chunks(shard.rows, shard.cols) : 0;
-        },
-        [&](const DeviceItem& it, Bytes& b) {
-          b.partial += partial(it) * moments / 2;
-          b.states += state_bytes(it) * moments * (it.rows + it.cols);
-        });
-    ++group_;
-  }
-
-  // Is an element of the gradient not finite? Reads it before anything is written.
-  void look(const Group& group) {
-    emit(Kernel::look, group, &Planner::state, runs, [](const DeviceItem& it, Bytes& b) { b.grad += grad_bytes(it); });
+  // Two kernels, one after the other, for each group whose partial sums fit the workspace.
+  void in_groups(Kernel first, Kernel second) {
+    const auto bytes = [this](const DeviceItem& it) { return workspace_of(it) + 16; };
+    for (const Group& group : divided(all(), kWorkspaceCap, bytes)) {
+      allot(group);
+      if (options_.nonfinite) emit(Kernel::look, group);
+      emit(first, group);
+      emit(second, group);
+      ++next_.group;
+    }
   }
 
   int64_t cache() const { return static_cast<int64_t>(static_cast<double>(options_.l2_bytes) * options_.l2_share); }
@@ -253,15 +290,23 @@ class Planner {
     return bytes;
   }
 
-  void hfac(const Group& group) {
-    allot(group);
-    const int64_t bytes = gradients(group);
-    const double kept = bytes ? static_cast<double>(std::min(bytes, cache())) / static_cast<double>(bytes) : 0;
-    statistics(group);
-    fold(group);
+  void hfac() {
+    for (const Group& group : hfac_groups(all())) {
+      allot(group);
+      const int64_t bytes = gradients(group);
+      cached_ = bytes ? static_cast<double>(std::min(bytes, cache())) / static_cast<double>(bytes) : 0;
+      emit(Kernel::hfac_stats, group);
+      fold_and_update(group);
+    }
+  }
+
+  void fold_and_update(const Group& group) {
+    emit(Kernel::hfac_fold, group);
     // What is left in the cache of a group that does not fit is its end, so the update begins there.
-    update(group, bytes > cache(), kept);
-    ++group_;
+    next_.backward = gradients(group) > cache();
+    emit(Kernel::hfac_update, group);
+    next_.backward = false;
+    ++next_.group;
   }
 
   // All statistics, then every group's step from what was collected of them. Where gradients are clipped a group takes
@@ -269,38 +314,37 @@ class Planner {
   // are read from memory, and so they are counted.
   void hfac_after_norm() {
     const std::vector<Group> shares = allot_collected();
-    phase_ = Phase::kSquares;
+    next_.phase = Phase::kSquares;
     for (const Group& share : shares) {
       statistics(share);
-      collect(share);
-      ++group_;
+      ++next_.group;
     }
-    phase_ = Phase::kStep;
-    const double kept = gradients(all()) <= cache() ? 1 : 0;
+    next_.phase = Phase::kStep;
+    cached_ = gradients(all()) <= cache() ? 1 : 0;
     for (const Group& share : shares) {
       for (const Group& group : hfac_groups(share)) {
-        conditional_ = true;
+        next_.conditional = true;
         statistics(group);
-        collect(group);
-        conditional_ = false;
-        fold(group);
-        update(group, gradients(group) > cache(), kept);
-        ++group_;
+        next_.conditional = false;
+        fold_and_update(group);
       }
     }
+  }
+
+  void statistics(const Group& group) {
+    emit(Kernel::hfac_stats, group);
+    emit(Kernel::hfac_collect, group);
   }
 
   // What lasts from phase to phase first: of an item 2 numbers per row, 5 per column and a few. Behind that the tiles'
   // sums, memory that the lists returned use in turn: as much as stays in the cache until it is collected.
   std::vector<Group> allot_collected() {
-    const auto sums = [](const DeviceItem& it) {
-      return (state_bytes(it) * 3 * it.tiling.row_tiles * it.cols + 15) / 16 * 16;
-    };
+    const auto sums = [](const DeviceItem& it) { return padded(state_bytes(it) * 3 * it.tiling.row_tiles * it.cols); };
     int64_t lasting = 0, most = 0;
     for (DeviceItem& it : items_) {
       it.partials = 1;  // somewhere
       it.workspace = lasting;
-      lasting = (lasting + workspace_of(it) + 15) / 16 * 16;
+      lasting = padded(lasting + workspace_of(it));
     }
     const std::vector<Group> shares = divided(all(), std::min(kWorkspaceCap, cache()), sums);
     for (const Group& share : shares) {
@@ -315,98 +359,16 @@ class Planner {
     return shares;
   }
 
-  void collect(const Group& group) {
-    emit(
-        Kernel::hfac_collect, group, &Planner::state, [](const DeviceItem& it) { return collect_chunks(it); },
-        [](const DeviceItem& it, Bytes& b) { b.partial += state_bytes(it) * 3 * (it.tiling.row_tiles + 1) * it.cols; });
-  }
-
-  void fold(const Group& group) {
-    emit(Kernel::hfac_fold, group, &Planner::state, chunks_of, [&](const DeviceItem& it, Bytes& b) {
-      b.partial += options_.norm ? state_bytes(it) * (3 * it.cols + 2 * it.rows) : partial(it);
-      b.states += state_bytes(it) * (3 * it.rows + 4 * it.cols);
-    });
-  }
-
-  void hfac_sums(const Group& group) {
-    allot(group);
-    statistics(group);
-    emit(Kernel::hfac_sums_fold, group, &Planner::state, chunks_of, [](const DeviceItem& it, Bytes& b) {
-      b.partial += partial(it);
-      b.states += state_bytes(it) * (2 * it.rows + 3 * it.cols);
-    });
-    ++group_;
-  }
-
-  // The other ranks' numbers have come since the gradient was read: nothing of it is in the cache.
-  void hfac_apply(const Group& group) {
-    allot(group);
-    emit(Kernel::hfac_apply_fold, group, &Planner::state, chunks_of,
-         [](const DeviceItem& it, Bytes& b) { b.states += state_bytes(it) * 6 * (it.rows + it.cols); });
-    update(group, false, 0);
-    ++group_;
-  }
-
-  static int64_t chunks_of(const DeviceItem& it) { return fold_chunks(it); }
-  static int64_t partial(const DeviceItem& it) {
-    return state_bytes(it) * (3 * it.tiling.row_tiles * it.cols + 2 * it.rows);
-  }
-
-  void statistics(const Group& group) {
-    emit(
-        Kernel::hfac_stats, group, &Planner::grad, [](const DeviceItem& it) { return int64_t{it.tiling.row_tiles}; },
-        [&](const DeviceItem& it, Bytes& b) {
-          b.grad += grad_bytes(it);
-          b.partial += partial(it);
-          if (width_of(it, grad_access(it, true)) == Width::kWide) {  // whose column sums are in memory as they grow
-            b.partial += state_bytes(it) * 2 * 3 * it.cols * ceil_quotient(it.rows, kWideRows);
-          }
-          b.states += state_bytes(it) * it.rows;
-        });
-  }
-
-  // `kept`: the share of the gradients that is in the cache.
-  void update(const Group& group, bool backward, double kept) {
-    emit(
-        Kernel::hfac_update, group, &Planner::pair,
-        [](const DeviceItem& it) { return int64_t{it.update.row_tiles} * it.update.col_tiles; },
-        [&](const DeviceItem& it, Bytes& b) {
-          const auto again = static_cast<int64_t>(kept * static_cast<double>(grad_bytes(it)));
-          b.grad += grad_bytes(it) - again;
-          b.grad_again += again;
-          count_param(it, b);
-          b.partial += state_bytes(it) * 2 * (it.rows + it.cols);
-        },
-        backward);
-  }
-
   // A short run is looked at by the block that steps it; of a longer one all blocks must have looked first.
-  void dense() {
-    const Group every = all();
+  void dense(bool hfac) {
     Group longer;
-    for (const int32_t i : every) {
+    for (const int32_t i : all()) {
       if (elements(item(i)) > kRun) longer.push_back(i);
     }
-    if (every.empty()) return;
-    allot(every);
-    const bool hfac = options_.op == OpKind::kHfacDense;
-    if (hfac && options_.clip) {
-      emit(Kernel::dense_look, longer, &Planner::state, runs, [](const DeviceItem& it, Bytes& b) {
-        b.grad += grad_bytes(it);
-        b.states += state_bytes(it) * elements(it);
-        b.partial += state_bytes(it) * 2 * runs(it);
-      });
-    } else if (options_.nonfinite) {
-      look(longer);
-    }
-    emit(hfac ? Kernel::hfac_dense : Kernel::smmf_dense, every, &Planner::any, runs,
-         [&](const DeviceItem& it, Bytes& b) {
-           b.grad += grad_bytes(it);
-           b.param_read += param_bytes(it);
-           b.param_written += param_bytes(it);
-           b.states += state_bytes(it) * elements(it) * (options_.first_moment ? 4 : 2);
-         });
-    ++group_;
+    allot(all());
+    const bool norms = hfac && options_.clip;
+    if (norms || options_.nonfinite) emit(norms ? Kernel::dense_look : Kernel::look, longer);
+    emit(hfac ? Kernel::hfac_dense : Kernel::smmf_dense, all());
   }
 
   std::vector<DeviceItem>& items_;
@@ -414,9 +376,8 @@ class Planner {
   PlanOptions options_;
   const std::vector<DeviceShard>& shards_;
   Plan plan_;
-  int group_ = 0;
-  Phase phase_ = Phase::kStep;  // of the launches that are added, as the next
-  bool conditional_ = false;
+  Launch next_{};      // what the launches that are added next have in common
+  double cached_ = 0;  // the share of their gradients that is in the cache when they are read again
 };
 
 }  // namespace
@@ -428,8 +389,7 @@ Plan make_plan(std::vector<DeviceItem>& items, const std::vector<bool>& bulk, co
 
 std::vector<bool> assumed_bulk(const std::vector<DeviceItem>& items) {
   std::vector<bool> bulk;
-  for (const DeviceItem& it : items)
-    bulk.push_back(it.cols % kVector == 0 && (it.slice == 0 || it.slice % kVector == 0));
+  for (const DeviceItem& it : items) bulk.push_back(it.cols % kVector == 0 && it.signs.slice % kVector == 0);
   return bulk;
 }
 

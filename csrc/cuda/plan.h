@@ -41,8 +41,9 @@ struct PlanOptions {
 
 struct Bytes {
   int64_t grad = 0, grad_again = 0;  // again: found in the L2 cache
-  int64_t param_read = 0, param_written = 0, signs = 0, partial = 0, states = 0;
-  int64_t from_memory() const { return grad + param_read + param_written + signs + partial + states; }
+  int64_t param = 0;                 // read, and as many written
+  int64_t signs = 0, partial = 0, states = 0;
+  int64_t from_memory() const { return grad + 2 * param + signs + partial + states; }
 };
 
 struct Launch {

@@ -4,7 +4,6 @@
 // their sums stay in its registers for the whole tile. Sums of rows go through shuffles to shared memory, with no
 // barrier in the loop. Both leave as partial sums; a second launch adds them in fixed order and normalises.
 #include "../common/math/smmf.h"
-#include "launchers.h"
 #include "stored.cuh"
 
 namespace hfac {

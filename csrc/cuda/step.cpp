@@ -1,10 +1,9 @@
-// Items become the table's records, and a plan's launches get their arguments.
+// Items become the table's records.
 #include "step.h"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
-
-#include "launchers.h"
 
 namespace hfac {
 namespace {
@@ -23,13 +22,13 @@ int32_t laid_out(const Strided* strided, std::vector<int64_t>& layouts) {
 }
 
 Operand operand(const TensorRef& tensor, std::vector<int64_t>& layouts) {
-  return {tensor.data, static_cast<int32_t>(tensor.dtype), laid_out(tensor.strided, layouts)};
+  return {tensor.data, tensor.dtype, laid_out(tensor.strided, layouts)};
 }
 
 DeviceStorage stored(const Storage& from, std::vector<int64_t>& layouts) {
   const Low low = from.low_bytes == 2 ? Low::kInt16 : from.low_bytes == 1 ? Low::kInt8 : Low::kNone;
   DeviceStorage s{};
-  s.low = {from.low, static_cast<int32_t>(low), laid_out(from.low_strided, layouts)};
+  s.low = {from.low, low, laid_out(from.low_strided, layouts)};
   s.first = from.bits.first;
   s.position = from.bits.position;
   s.layout = laid_out(from.bits.strided, layouts);
@@ -39,11 +38,10 @@ DeviceStorage stored(const Storage& from, std::vector<int64_t>& layouts) {
 
 // Can kernels read and write whole vectors?
 bool is_bulk(const DeviceItem& it, const DeviceShard& shard) {
-  const bool whole_bytes = !it.signs || it.slice % kVector == 0;
-  const uintptr_t low_bytes = static_cast<Low>(it.storage.low.dtype) == Low::kInt16 ? 16 : 8;
+  const uintptr_t low_bytes = it.storage.low.kind == Low::kInt16 ? 16 : 8;
   return it.storage.low.layout < 0 && aligned(it.storage.low.data, low_bytes) && it.param.layout < 0 &&
          it.grad.layout < 0 && aligned(it.param.data) && aligned(it.grad.data) && it.cols % kVector == 0 &&
-         shard.first % kVector == 0 && shard.stride % kVector == 0 && whole_bytes;
+         shard.first % kVector == 0 && shard.stride % kVector == 0 && it.signs.slice % kVector == 0;
 }
 
 }  // namespace
@@ -52,30 +50,22 @@ Step::Step(std::vector<Item> items, int64_t entries, const PlanOptions& options)
     : items_(std::move(items)), entries_(entries), options_(options) {
   for (size_t i = 0; i < items_.size(); ++i) {
     const Item& from = items_[i];
-    int64_t elements = from.rows * from.cols;
+    std::vector<Block> blocks;
     DeviceShard shard{};
     if (from.shard) {
       const Shard& s = *from.shard;
       shard = {s.rows, s.cols, {s.row_sum, s.row_square}, {s.col_sum, s.col_square, s.col_ratio}};
-      shard.blocks = static_cast<int64_t>(s.blocks.size());
-      if (shard.blocks) elements = 0;
-      for (const Block& block : s.blocks) elements += block.rows * block.cols;
+      blocks = s.blocks;
     }
+    if (blocks.empty()) blocks = {{0, from.cols, 0, 1, 0, from.rows, from.cols}};
+    shard.blocks = static_cast<int64_t>(blocks.size());
+    int64_t elements = 0;
+    for (const Block& block : blocks) elements += block.rows * block.cols;
     DeviceItem it{};
+    static_cast<Moments&>(it) = from;
     it.index = static_cast<int32_t>(from.index);
-    it.rows = from.rows;
-    it.cols = from.cols;
-    it.first_row = from.first_row;
-    it.first_col = from.first_col;
-    it.second_row = from.second_row;
-    it.second_col = from.second_col;
-    it.signs = from.signs.data;
-    it.slice = from.signs.slice;
-    it.slice_bytes = from.signs.slice_bytes;
-    if (it.signs) it.sign_bytes = elements / it.slice * it.slice_bytes;
-    if (!shard.blocks) add(i, it, shard);
-    for (int64_t b = 0, blocks = shard.blocks; b < blocks; ++b) {
-      const Block& block = from.shard->blocks[static_cast<size_t>(b)];
+    if (it.signs.data) it.sign_bytes = elements / it.signs.slice * it.signs.slice_bytes;
+    for (const Block& block : blocks) {
       const bool many = block.rows > 1;  // or the distance of its rows says nothing
       shard.first = block.first;
       shard.stride = many ? block.stride : block.cols;
@@ -84,16 +74,12 @@ Step::Step(std::vector<Item> items, int64_t entries, const PlanOptions& options)
       shard.col_at = block.col;
       it.rows = block.rows;
       it.cols = block.cols;
-      add(i, it, shard);
+      table_.push_back(it);
+      from_.push_back(i);
+      if (from.shard) shards_.push_back(shard);
       shard.blocks = 0;
     }
   }
-}
-
-void Step::add(size_t item, const DeviceItem& record, const DeviceShard& shard) {
-  table_.push_back(record);
-  from_.push_back(item);
-  if (items_[item].shard) shards_.push_back(shard);
 }
 
 bool Step::prepare(const std::vector<TensorRef>& grads, bool clip, bool nonfinite) {
@@ -119,11 +105,9 @@ bool Step::prepare(const std::vector<TensorRef>& grads, bool clip, bool nonfinit
   options_.nonfinite = nonfinite;
   if (replan) plan_ = make_plan(table_, bulk_, options_, shards_);
   planned_ = true;
-  edged_ = false;
-  for (const DeviceItem& it : table_) {
-    if (options_.op != OpKind::kSmmfSums) break;
-    edged_ = edged_ || (it.signs && !(aligned(it.signs, 4) && aligned(it.signs + it.sign_bytes, 4)));
-  }
+  edged_ = options_.op == OpKind::kSmmfSums && std::any_of(table_.begin(), table_.end(), [](const DeviceItem& it) {
+             return !(aligned(it.signs.data, 4) && aligned(it.signs.data + it.sign_bytes, 4));
+           });
   return true;
 }
 
@@ -133,16 +117,6 @@ void Step::write_table(void* host) const {
   if (!shards_.empty()) memcpy(to + shards_at(), shards_.data(), shards_.size() * sizeof(DeviceShard));
   if (!layouts_.empty()) memcpy(to + layouts_at(), layouts_.data(), layouts_.size() * sizeof(int64_t));
   if (!plan_.tiles.empty()) memcpy(to + tiles_at(), plan_.tiles.data(), plan_.tiles.size() * sizeof(Tile));
-}
-
-void Step::launch(const void* table, Arguments a, int device, void* stream) const {
-  const char* const at = static_cast<const char*>(table);
-  a.items = reinterpret_cast<const DeviceItem*>(at);
-  a.shards = shards_.empty() ? nullptr : reinterpret_cast<const DeviceShard*>(at + shards_at());
-  a.layouts = reinterpret_cast<const int64_t*>(at + layouts_at());
-  a.tiles = reinterpret_cast<const Tile*>(at + tiles_at());
-  if (edged_) a.counters = reinterpret_cast<int32_t*>(a.workspace + counters_at());
-  launch_all(plan_, a, entries_, edged_ ? counter_bytes() : 0, device, stream);
 }
 
 }  // namespace hfac

@@ -25,12 +25,12 @@ class Step {
   size_t counter_bytes() const { return table_.size() * kCounters * sizeof(int32_t); }
   void write_table(void* host) const;
   // `arguments` without what is in the table. With `squares` a launch is the phase of the norm; with `clip` that phase
-  // was before. An op on shards has no counters that last.
+  // was before. An op on shards has no counters that last. The device is the current one meanwhile. Flags of refused
+  // gradients are cleared first, unless a phase of the norm has set them and the coefficient at `clip` is 1.
   void launch(const void* table, Arguments arguments, int device, void* stream) const;
   const Plan& plan() const { return plan_; }
 
  private:
-  void add(size_t item, const DeviceItem& record, const DeviceShard& shard);
   size_t shards_at() const { return table_.size() * sizeof(DeviceItem); }
   size_t layouts_at() const { return shards_at() + shards_.size() * sizeof(DeviceShard); }
   size_t tiles_at() const { return layouts_at() + layouts_.size() * sizeof(int64_t); }

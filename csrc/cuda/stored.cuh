@@ -40,27 +40,11 @@ HFAC_DEVICE void quiet(float (&x)[kVector]) {
 }
 
 // The upper halves of two words, the first one's below; and the lower halves.
-HFAC_DEVICE uint32_t upper_halves(uint32_t a, uint32_t b) {
-#if defined(__CUDA_ARCH__)
-  return __byte_perm(a, b, 0x7632);
-#else
-  return a >> 16 | (b & 0xffff0000u);
-#endif
-}
-HFAC_DEVICE uint32_t lower_halves(uint32_t a, uint32_t b) {
-#if defined(__CUDA_ARCH__)
-  return __byte_perm(a, b, 0x5410);
-#else
-  return (a & 0xffffu) | b << 16;
-#endif
-}
+HFAC_DEVICE uint32_t upper_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
+HFAC_DEVICE uint32_t lower_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 // Bits 8 to 15 of four words.
 HFAC_DEVICE uint32_t second_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-#if defined(__CUDA_ARCH__)
   return __byte_perm(__byte_perm(a, b, 0x0051), __byte_perm(c, d, 0x0051), 0x5410);
-#else
-  return (a >> 8 & 0xffu) | (b & 0xff00u) | (c << 8 & 0xff0000u) | (d << 16 & 0xff000000u);
-#endif
 }
 
 // A bfloat16 rounded stochastically.
@@ -89,31 +73,6 @@ struct DrawnAccess : BulkAccess<float, BFloat16, Sg> {
     store_raw(global(static_cast<BFloat16*>(t.param.data)) + at, raw);
   }
 };
-
-// Eight lower pieces of 8 bits.
-struct alignas(8) Bytes8 {
-  uint32_t word[2];
-};
-
-HFAC_DEVICE Bytes8 load_bytes8(const int8_t* p) {
-  Bytes8 b;
-#if defined(__CUDA_ARCH__)
-  const uint2 v = *reinterpret_cast<const uint2*>(p);
-  b.word[0] = v.x;
-  b.word[1] = v.y;
-#else
-  memcpy(&b, __builtin_assume_aligned(p, 8), sizeof(b));
-#endif
-  return b;
-}
-
-HFAC_DEVICE void store_bytes8(int8_t* p, const Bytes8& b) {
-#if defined(__CUDA_ARCH__)
-  *reinterpret_cast<uint2*>(p) = make_uint2(b.word[0], b.word[1]);
-#else
-  memcpy(__builtin_assume_aligned(p, 8), &b, sizeof(b));
-#endif
-}
 
 // A bfloat16 and the 16 bits that it lacks of a float: exact.
 template <class Sg>
@@ -166,7 +125,7 @@ struct Split8Access : BulkAccess<float, BFloat16, Sg> {
   static constexpr int kRows = 1;
   struct Param {
     Chunk high;
-    Bytes8 low;
+    uint2 low;
   };
   struct Target {
     BFloat16* high;
@@ -180,11 +139,11 @@ struct Split8Access : BulkAccess<float, BFloat16, Sg> {
             it.storage.stochastic != 0, Draw(a, it)};
   }
   static HFAC_DEVICE Param param(const Target& t, const int64_t*, int64_t at, int) {
-    return {load_chunk(global(t.high) + at, false), load_bytes8(global(t.low) + at)};
+    return {load_chunk(global(t.high) + at, false), *reinterpret_cast<const uint2*>(global(t.low) + at)};
   }
   static HFAC_DEVICE void widen(const Param& raw, float (&x)[kVector]) {
     HFAC_UNROLLED (k, kVector) {
-      const uint32_t high = raw.high.word[k / 2], low = raw.low.word[k / 4] << (24 - k % 4 * 8);
+      const uint32_t high = raw.high.word[k / 2], low = (k < 4 ? raw.low.x : raw.low.y) << (24 - k % 4 * 8);
       x[k] = float_of((k % 2 ? high & 0xffff0000u : high << 16) +
                       static_cast<uint32_t>(static_cast<int32_t>(low) >> 16 & ~0xff));
     }
@@ -204,7 +163,8 @@ struct Split8Access : BulkAccess<float, BFloat16, Sg> {
     Chunk high;
     HFAC_UNROLLED (k, kVector / 2) high.word[k] = upper_halves(u[2 * k] + 0x8000u, u[2 * k + 1] + 0x8000u);
     store_chunk(global(t.high) + at, high);
-    store_bytes8(global(t.low) + at, {second_bytes(u[0], u[1], u[2], u[3]), second_bytes(u[4], u[5], u[6], u[7])});
+    *reinterpret_cast<uint2*>(global(t.low) + at) =
+        make_uint2(second_bytes(u[0], u[1], u[2], u[3]), second_bytes(u[4], u[5], u[6], u[7]));
   }
   static HFAC_DEVICE float nearest(const Target&, float x) { return common::nearest_of_24_bits(x); }
 };
@@ -230,33 +190,32 @@ struct StoredAccess : AnyAccess<float> {
   }
 
   static HFAC_DEVICE float nearest(const Target& t, float x) {
-    if (t.storage.low.dtype == static_cast<int32_t>(Low::kInt16)) return x;
-    if (t.storage.low.dtype == static_cast<int32_t>(Low::kInt8)) return common::nearest_of_24_bits(x);
+    if (t.storage.low.kind == Low::kInt16) return x;
+    if (t.storage.low.kind == Low::kInt8) return common::nearest_of_24_bits(x);
     return Base::nearest(t.param, x);
   }
 
-  static HFAC_DEVICE int64_t offset_in(const Operand& o, const int64_t* layouts, int64_t at) {
-    return o.layout < 0 ? at : offset_of(layouts + o.layout, at);
+  static HFAC_DEVICE int64_t offset_in(int32_t layout, const int64_t* layouts, int64_t at) {
+    return layout < 0 ? at : offset_of(layouts + layout, at);
   }
 
   static HFAC_DEVICE Param param(const Target& t, const int64_t* layouts, int64_t at, int count) {
     Eight e = Base::param(t.param, layouts, at, count);
-    const Operand& low = t.storage.low;
-    if (low.dtype == static_cast<int32_t>(Low::kNone)) return e;
+    const LowerPiece& low = t.storage.low;
+    if (low.kind == Low::kNone) return e;
     HFAC_UNROLLED (k, kVector) {
       if (k >= count) continue;
       const BFloat16 high{static_cast<uint16_t>(bits_of(e.x[k]) >> 16)};
-      const int64_t offset = offset_in(low, layouts, at + k);
-      e.x[k] = low.dtype == static_cast<int32_t>(Low::kInt16)
-                   ? common::join(high, global(static_cast<const int16_t*>(low.data))[offset])
-                   : common::join(high, global(static_cast<const int8_t*>(low.data))[offset]);
+      const int64_t offset = offset_in(low.layout, layouts, at + k);
+      e.x[k] = low.kind == Low::kInt16 ? common::join(high, global(static_cast<const int16_t*>(low.data))[offset])
+                                       : common::join(high, global(static_cast<const int8_t*>(low.data))[offset]);
     }
     return e;
   }
 
   static HFAC_DEVICE void store(const Target& t, const int64_t* layouts, int64_t at, int count,
                                 const float (&x)[kVector]) {
-    const Operand& low = t.storage.low;
+    const LowerPiece& low = t.storage.low;
     Random random{};
     uint64_t block = ~uint64_t{0};  // that of no element
     HFAC_UNROLLED (k, kVector) {
@@ -271,14 +230,14 @@ struct StoredAccess : AnyAccess<float> {
         }
         bits = common::random_bits(random, index);
       }
-      const int64_t offset = offset_in(t.param, layouts, at + k);
+      const int64_t offset = offset_in(t.param.layout, layouts, at + k);
       BFloat16* const brain = global(static_cast<BFloat16*>(t.param.data)) + offset;
-      switch (static_cast<Low>(low.dtype)) {
+      switch (low.kind) {
         case Low::kInt16:
-          common::split(x[k], *brain, global(static_cast<int16_t*>(low.data))[offset_in(low, layouts, at + k)]);
+          common::split(x[k], *brain, global(static_cast<int16_t*>(low.data))[offset_in(low.layout, layouts, at + k)]);
           break;
         case Low::kInt8: {
-          int8_t& piece = global(static_cast<int8_t*>(low.data))[offset_in(low, layouts, at + k)];
+          int8_t& piece = global(static_cast<int8_t*>(low.data))[offset_in(low.layout, layouts, at + k)];
           if (t.storage.stochastic) {
             common::split(x[k], bits, *brain, piece);
           } else {
@@ -287,7 +246,7 @@ struct StoredAccess : AnyAccess<float> {
           break;
         }
         case Low::kNone:
-          if (t.param.dtype == static_cast<int32_t>(DType::kBFloat16)) {
+          if (t.param.dtype == DType::kBFloat16) {
             *brain = common::stochastic(x[k], bits, BFloat16());
           } else {
             global(static_cast<Float16*>(t.param.data))[offset] = common::stochastic(x[k], bits, Float16());
@@ -297,13 +256,6 @@ struct StoredAccess : AnyAccess<float> {
     }
   }
 };
-
-using Drawn = DrawnAccess<BFloat16>;
-using DrawnFloat = DrawnAccess<float>;
-using Split = SplitAccess<BFloat16>;
-using SplitFloat = SplitAccess<float>;
-using Split8 = Split8Access<BFloat16>;
-using Split8Float = Split8Access<float>;
 
 // The access types that a family of kernels is compiled for, by the name that the plan gives them.
 template <Access kName, class A>
@@ -326,21 +278,31 @@ KernelFunction kernel_for(Access name, CaseList<Case<kNames, As>...>, const Kern
 #else
 #define HFAC_CASES_OF_16_BITS(...) __VA_ARGS__
 #endif
+using Float = Case<Access::kFloat, BulkAccess<float, float, float>>;
+using Half = Case<Access::kFloat16, BulkAccess<float, Float16, Float16>>;
+using Brain = Case<Access::kBFloat16, BulkAccess<float, BFloat16, BFloat16>>;
+using BrainFloat = Case<Access::kBFloat16Float, BulkAccess<float, BFloat16, float>>;
+using FloatBrain = Case<Access::kFloatBFloat16, BulkAccess<float, float, BFloat16>>;
+using Drawn = Case<Access::kDrawn, DrawnAccess<BFloat16>>;
+using DrawnFloat = Case<Access::kDrawnFloat, DrawnAccess<float>>;
+using Split = Case<Access::kSplit, SplitAccess<BFloat16>>;
+using SplitFloat = Case<Access::kSplitFloat, SplitAccess<float>>;
+using Split8 = Case<Access::kSplit8, Split8Access<BFloat16>>;
+using Split8Float = Case<Access::kSplit8Float, Split8Access<float>>;
 using AnyFloat = Case<Access::kAny, AnyAccess<float>>;
 using AnyDouble = Case<Access::kDouble, AnyAccess<double>>;
 using AnyStored = Case<Access::kStored, StoredAccess>;
-using AnyAccesses = CaseList<AnyFloat, AnyDouble, AnyStored>;
-using GradAccesses = CaseList<HFAC_CASES_OF_16_BITS(Case<Access::kBFloat16, Brain>, Case<Access::kFloat16, Half>, )
-                                  Case<Access::kFloat, Float>,
-                              AnyFloat, AnyDouble>;
-using PairAccesses =
-    CaseList<HFAC_CASES_OF_16_BITS(Case<Access::kBFloat16, Brain>, Case<Access::kFloat16, Half>,
-                                   Case<Access::kBFloat16Float, BrainFloat>, Case<Access::kFloatBFloat16, FloatBrain>,
-                                   Case<Access::kDrawn, Drawn>, Case<Access::kSplit, Split>,
-                                   Case<Access::kSplit8, Split8>, ) Case<Access::kFloat, Float>,
-             Case<Access::kDrawnFloat, DrawnFloat>, Case<Access::kSplitFloat, SplitFloat>,
-             Case<Access::kSplit8Float, Split8Float>, AnyFloat, AnyDouble, AnyStored>;
 
+using AnyAccesses = CaseList<AnyFloat, AnyDouble, AnyStored>;
+using GradAccesses = CaseList<HFAC_CASES_OF_16_BITS(Brain, Half, ) Float, AnyFloat, AnyDouble>;
+using PairAccesses = CaseList<HFAC_CASES_OF_16_BITS(Brain, Half, BrainFloat, FloatBrain, Drawn, Split, Split8, ) Float,
+                              DrawnFloat, SplitFloat, Split8Float, AnyFloat, AnyDouble, AnyStored>;
+
+// Kernels that write parameters, watched and not.
+#define HFAC_BY_ACCESS(launch, arguments, accesses, kernel)                                        \
+  return kernel_for((launch).access, accesses(), [&](auto access) -> KernelFunction {              \
+    return (arguments).watched ? kernel<decltype(access), true> : kernel<decltype(access), false>; \
+  })
 // Kernels that touch states alone, of double or float.
 #define HFAC_BY_STATE(launch, kernel) return (launch).access == Access::kDouble ? kernel<double> : kernel<float>
 

@@ -30,16 +30,22 @@ constexpr int kSharedSums = kTileThreads * 2 * kVector;  // values of shared mem
 
 struct Operand {
   void* data;
-  int32_t dtype;   // a DType
+  DType dtype;
   int32_t layout;  // offset of {dimensions, sizes, strides} among the layouts, or -1: contiguous
 };
 
 // Type of what a bfloat16 parameter lacks of its master weight (hfac/rounding.py).
 enum class Low : int32_t { kNone, kInt16, kInt8 };
 
+struct LowerPiece {
+  void* data;
+  Low kind;
+  int32_t layout;  // as an operand's
+};
+
 // As Storage, with its BitOffset.
 struct DeviceStorage {
-  Operand low;        // its dtype is a Low
+  LowerPiece low;
   int64_t first;      // index of the first element in the whole parameter
   uint32_t position;  // of the parameter, in the optimizer
   int32_t layout;     // of the indices, among the layouts, or -1: they follow each other
@@ -51,19 +57,18 @@ struct Tiling {
   int32_t rows, cols, row_tiles, col_tiles, lanes;
 };
 
-// One parameter, or one block of a shard of SMMF's.
-struct DeviceItem {
+struct Operands {
   Operand param, grad;
-  int64_t rows, cols;
-  void *first_row, *first_col, *second_row, *second_col;
-  uint8_t* signs;
-  int64_t slice, slice_bytes;  // as in csrc/common/signs.h
-  int64_t sign_bytes;          // of all slices
-  int64_t workspace;           // bytes from its start
-  int64_t partials;            // as `workspace`: tiles' sums, where they are collected; 0: they follow the rest
-  int32_t index;               // in the caller's list
-  int32_t counter;             // its first among the counters
-  Tiling tiling, update;       // of the first pass; of H-Fac's second
+};
+
+// One parameter, or one block of a shard of SMMF's.
+struct DeviceItem : Operands, Moments {
+  int64_t sign_bytes;     // of all slices
+  int64_t workspace;      // bytes from its start
+  int64_t partials;       // as `workspace`: tiles' sums, where they are collected; 0: they follow the rest
+  int32_t index;          // in the caller's list
+  int32_t counter;        // its first among the counters
+  Tiling tiling, update;  // of the first pass; of H-Fac's second
   DeviceStorage storage;
 };
 
@@ -129,8 +134,8 @@ inline Keys keys_of(uint64_t seed) {
   return keys;
 }
 
-HFAC_HD bool has_low(const DeviceItem& it) { return it.storage.low.dtype != static_cast<int32_t>(Low::kNone); }
-HFAC_HD bool is_stored(const DeviceItem& it) { return has_low(it) || it.storage.stochastic; }
+HFAC_HD bool is_double(const DeviceItem& it) { return it.param.dtype == DType::kFloat64; }
+HFAC_HD bool is_stored(const DeviceItem& it) { return it.storage.low.kind != Low::kNone || it.storage.stochastic; }
 HFAC_HD int64_t ceil_quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
 HFAC_HD int64_t fold_chunks(int64_t rows, int64_t cols) { return ceil_quotient(rows > cols ? rows : cols, kFoldChunk); }
 HFAC_HD int64_t fold_chunks(const DeviceItem& it) { return fold_chunks(it.rows, it.cols); }

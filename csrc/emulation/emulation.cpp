@@ -44,6 +44,15 @@ std::string fault;
 bool faulty = false;  // the launch that is running
 std::map<const char*, size_t> memory;
 
+void choose(std::string& setting, const std::string& name, const std::vector<std::string>& known) {
+  if (std::find(known.begin(), known.end(), name) == known.end()) {
+    std::string all;
+    for (const std::string& one : known) all += (all.empty() ? "'" : ", '") + one + "'";
+    throw std::invalid_argument("one of " + all + " is needed, not '" + name + "'");
+  }
+  setting = name;
+}
+
 std::vector<unsigned> ordered(unsigned blocks) {
   std::vector<unsigned> order(blocks);
   std::iota(order.begin(), order.end(), 0u);
@@ -158,10 +167,10 @@ class Fibers : public Team {
     for (Fiber& fiber : fibers_) fiber.stack.reset(new char[kStack]);
   }
 
-  void block_barrier() override { wait(block_, static_cast<unsigned>(lanes_.size())); }
+  void block_barrier() override { wait(block_, 0, static_cast<unsigned>(lanes_.size())); }
   void warp_barrier() override {
-    const unsigned warp = self->thread.x / 32;
-    wait(warps_[warp], std::min(32u, static_cast<unsigned>(lanes_.size()) - warp * 32));
+    const unsigned warp = self->thread.x / 32, end = std::min(warp * 32 + 32, static_cast<unsigned>(lanes_.size()));
+    wait(warps_[warp], warp * 32, end);
   }
 
   void run(const std::vector<unsigned>& order, unsigned blocks, const std::function<void()>& kernel) override {
@@ -169,8 +178,7 @@ class Fibers : public Team {
     for (const unsigned block : order) {
       for (unsigned t = 0; t < lanes_.size(); ++t) {
         prepare(t, block, blocks);
-        fibers_[t].done = false;
-        fibers_[t].barrier = nullptr;
+        fibers_[t].ready = true;
         start_at(fibers_[t].place, fibers_[t].stack.get(), kStack, &Fibers::enter);
       }
       now_ = 0;
@@ -183,36 +191,26 @@ class Fibers : public Team {
 
  private:
   static constexpr size_t kStack = 128 * 1024;
-  struct Barrier {
-    unsigned arrived = 0;
-    uint64_t generation = 0;
-  };
   struct Fiber {
     Place place;
     std::unique_ptr<char[]> stack;
-    bool done;
-    const Barrier* barrier;  // waited for
-    uint64_t generation;
+    bool ready;  // neither done nor at a barrier
   };
 
   static void enter() {
     auto* fibers = static_cast<Fibers*>(team);
     (*fibers->kernel_)();
-    fibers->fibers_[fibers->now_].done = true;
+    fibers->fibers_[fibers->now_].ready = false;
     fibers->leave(--fibers->left_ == 0);
     std::abort();  // a finished fiber is never resumed
   }
 
-  void wait(Barrier& barrier, unsigned members) {
-    if (++barrier.arrived == members) {
-      barrier.arrived = 0;
-      ++barrier.generation;
-      return;
-    }
-    fibers_[now_].barrier = &barrier;
-    fibers_[now_].generation = barrier.generation;
-    leave(false);
-    fibers_[now_].barrier = nullptr;
+  // Until `arrived` fibers are all those in [first, end).
+  void wait(unsigned& arrived, unsigned first, unsigned end) {
+    fibers_[now_].ready = ++arrived == end - first;
+    if (!fibers_[now_].ready) return leave(false);
+    arrived = 0;
+    for (unsigned t = first; t < end; ++t) fibers_[t].ready = true;
   }
 
   // To the next fiber that can run, or back to `run`.
@@ -223,8 +221,7 @@ class Fibers : public Team {
     unsigned next = from;
     do {
       next = next + 1 == count ? 0 : next + 1;
-      const Fiber& fiber = fibers_[next];
-      if (!fiber.done && (!fiber.barrier || fiber.barrier->generation != fiber.generation)) {
+      if (fibers_[next].ready) {
         now_ = next;
         self = &lanes_[next];
         return switch_to(fibers_[from].place, fibers_[next].place);
@@ -235,8 +232,8 @@ class Fibers : public Team {
   }
 
   std::vector<Fiber> fibers_;
-  Barrier block_;
-  std::vector<Barrier> warps_;
+  unsigned block_ = 0;  // fibers at its barrier
+  std::vector<unsigned> warps_;
   const std::function<void()>* kernel_ = nullptr;
   Place home_{};
   unsigned now_ = 0, left_ = 0;
@@ -255,45 +252,27 @@ void run_grid(const char* name, unsigned blocks, unsigned threads, const std::fu
   ++launches;
   if (error.code) --error.launches;
   faulty = !fault.empty() && std::string(name) == "smmf_tiles";
-  static std::vector<std::pair<unsigned, std::unique_ptr<Fibers>>> teams;  // stacks are worth keeping
+  static std::map<unsigned, std::unique_ptr<Fibers>> teams;  // by their threads: stacks are worth keeping
   std::vector<unsigned> order = ordered(blocks);
   if (faulty && fault == "block") order.erase(std::find(order.begin(), order.end(), blocks - 1));
+  std::unique_ptr<Threads> of_this_grid;
   if (threading == "threads") {
-    Threads threads_of_this_grid(threads);
-    team = &threads_of_this_grid;
-    team->run(order, blocks, kernel);
+    of_this_grid = std::make_unique<Threads>(threads);
+    team = of_this_grid.get();
   } else {
-    auto found = std::find_if(teams.begin(), teams.end(), [&](const auto& one) { return one.first == threads; });
-    if (found == teams.end()) found = teams.insert(teams.end(), {threads, std::make_unique<Fibers>(threads)});
-    team = found->second.get();
-    team->run(order, blocks, kernel);
+    std::unique_ptr<Fibers>& kept = teams[threads];
+    if (!kept) kept = std::make_unique<Fibers>(threads);
+    team = kept.get();
   }
+  team->run(order, blocks, kernel);
   team = nullptr;
   faulty = false;
 }
 
-void set_block_order(const std::string& order) {
-  if (order != "forward" && order != "reverse" && order != "shuffled") {
-    throw std::invalid_argument("order: 'forward', 'reverse' or 'shuffled' is needed, not '" + order + "'");
-  }
-  block_order = order;
-}
-
-void set_threading(const std::string& name) {
-  if (name != "fibers" && name != "threads") {
-    throw std::invalid_argument("threading: 'fibers' or 'threads' is needed, not '" + name + "'");
-  }
-  threading = name;
-}
-
+void set_block_order(const std::string& order) { choose(block_order, order, {"forward", "reverse", "shuffled"}); }
+void set_threading(const std::string& name) { choose(threading, name, {"fibers", "threads"}); }
+void inject_fault(const std::string& name) { choose(fault, name, {"", "barrier", "block"}); }
 void inject_error(int code, const std::string& text, int64_t after) { error = {code, text, after}; }
-
-void inject_fault(const std::string& name) {
-  if (name != "" && name != "barrier" && name != "block") {
-    throw std::invalid_argument("fault: '', 'barrier' or 'block' is needed, not '" + name + "'");
-  }
-  fault = name;
-}
 
 void name_memory(const void* p, size_t bytes) { memory[static_cast<const char*>(p)] = bytes; }
 void forget_memory(const void* p) { memory.erase(static_cast<const char*>(p)); }

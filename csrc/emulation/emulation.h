@@ -86,6 +86,25 @@ inline void cudaGetDevice(int* device) { *device = 0; }
 inline void cudaSetDevice(int) {}
 inline void cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) { memset(p, value, bytes); }
 
+struct [[gnu::may_alias]] alignas(8) uint2 {
+  unsigned x, y;
+};
+struct [[gnu::may_alias]] alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline uint4 __ldcs(const uint4* p) { return *p; }
+
+// Of the eight bytes of b and a the four that the digits of `selector` count, the last one's lowest.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t bytes = uint64_t{b} << 32 | a;
+  unsigned chosen = 0;
+  for (unsigned k = 0; k < 4; ++k)
+    chosen |= static_cast<unsigned>(bytes >> (selector >> 4 * k & 7u) * 8 & 0xffu) << 8 * k;
+  return chosen;
+}
+
 inline void __syncthreads() { hfac::emulation::block_barrier(); }
 inline void __syncwarp(unsigned = 0xffffffffu) { hfac::emulation::warp_barrier(); }
 inline void __threadfence() {}  // blocks run one after the other

@@ -13,8 +13,10 @@ from torch import Tensor
 from .. import clipping
 from . import hfac, layout, norm, schedule, smmf
 from .bucket import Bucket, Entry, Options
+from .norm import Found, Total
+from .schedule import Sent
 
-__all__ = ["Entry", "Options", "Sharded", "layout"]
+__all__ = ["Entry", "Found", "Options", "Sent", "Sharded", "Total", "layout"]
 
 
 class Sharded:
@@ -106,18 +108,22 @@ class Sharded:
 
         return begin
 
-    def collectives(self, skip: Mapping[int, bool], clips: bool) -> list[tuple[int, int]]:
-        """(ranks, bytes) of every all-reduce of a step. Where H-Fac's gradients turn out to need clipping, those of a
-        step without ``clips`` follow.
+    def collectives(self, skip: Mapping[int, bool], clips: bool) -> tuple[list[Sent], list[Sent]]:
+        """The collectives of a step, with the bytes of each: until the norms of the gradients are known, and
+        afterwards. Where H-Fac's gradients turn out to need clipping, those of a step without ``clips`` are the latter.
 
         Args:
             skip: by group, whether nonfinite="skip".
             clips: whether the norm of the gradients is needed.
         """
-        first = [(mesh.joint.group.size(), mesh.bytes) for mesh in self._by_mesh()] if clips and self._shards else []
+        norms = self._by_mesh() if clips and self._shards else []
+        first = [(stage, mesh.bytes) for mesh in norms for stage in mesh.joint.stages]
         needs = [bucket.needs(skip[bucket.group], clips) for bucket in self._buckets]
-        found = [*schedule.collectives(needs), *smmf.sends(self._shards)]
-        return first + [(collective.group.size(), collective.bytes) for collective in found]
+        planned, sent = (
+            [(collective.stage, collective.bytes) for collective in found]
+            for found in (schedule.collectives(needs), smmf.sends(self._shards))
+        )
+        return (planned, sent) if clips and not self._shards else (first, planned + sent)
 
 
 _LOCAL = attrgetter("_local_tensor")

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops, spec
 from ..functional import pick
 from ..rounding import BitOffset
 from . import layout
-from .schedule import Job, Needs
+from .schedule import Job, Needs, Stage, stages
 
 #: state key of the lower bits of a master weight
 LOW = str(spec.MASTER_LOW.key)
@@ -62,13 +61,13 @@ class Joint:
     """The ranks that share any of some parameters of one mesh: a single sum over them serves all those parameters.
     Where a parameter is replicated in one of the joint mesh dimensions, one rank contributes for its copies."""
 
-    def __init__(self, entries: Sequence[Entry], mesh_dims: Sequence[int] | None = None) -> None:
-        mesh = entries[0].param.device_mesh  # type: ignore[attr-defined]
-        own = [set(sum(layout.sharded_by(entry.param), [])) for entry in entries]
-        dims = sorted(set().union(*own)) if mesh_dims is None else mesh_dims
+    def __init__(self, params: Sequence[Tensor], mesh_dims: Sequence[int] | None = None) -> None:
+        mesh = params[0].device_mesh  # type: ignore[attr-defined]
+        own = [set(sum(layout.sharded_by(param), [])) for param in params]
+        dims = set().union(*own) if mesh_dims is None else mesh_dims
         coordinate = mesh.get_coordinate()
-        self.group = layout.joint_group(mesh, dims)
-        #: by entry, whether this rank contributes
+        self.stages = stages(mesh, dims, range(mesh.ndim))
+        #: by parameter, whether this rank contributes
         self.contributes = [all(coordinate[d] == 0 for d in dims if d not in mine) for mine in own]
 
 
@@ -91,7 +90,7 @@ class Bucket:
         self.lows = None if low is None else [entry.local_state(LOW) for entry in entries]
         self.bit_offsets = [entry.bit_offset for entry in entries] if stochastic else None
 
-    def requests(self, skip: bool, norm: bool) -> list[tuple[dist.ProcessGroup, int]]:
+    def requests(self, skip: bool, norm: bool) -> list[tuple[Stage, int]]:
         """`schedule.Needs.requests` of a step."""
         raise NotImplementedError
 
@@ -161,27 +160,41 @@ class Bucket:
             steps = [self.entries[i].state["step"] for i in going]
             ops.counters_of(steps).advance_steps_(steps)
 
-    def who_goes(self, present: Tensor, refused: Tensor) -> tuple[list[int], list[int]]:
-        """From sums over all ranks: the parameters that step, and those whose gradient is not finite."""
-        with_gradient = who(self.entries, present.tolist(), self.ranks)
+    def who_goes(self, present: Tensor, refused: Tensor, here: Sequence[int]) -> tuple[list[int], list[int]]:
+        """From sums over all ranks: the parameters that step, and those whose gradient is not finite. ``here``: those
+        that have a gradient on this rank."""
+        with_gradient = who(self.entries, present.tolist(), self.ranks, here)
         flags = refused.tolist()
         return [i for i in with_gradient if not flags[i]], [i for i in with_gradient if flags[i]]
 
 
 def who(
-    entries: Sequence[Entry], counts: Sequence[float], expected: Sequence[int], outcome: str = "Nothing was updated."
+    entries: Sequence[Entry],
+    counts: Sequence[float],
+    expected: Sequence[int],
+    here: Sequence[int],
+    outcome: str = "Nothing was updated.",
 ) -> list[int]:
     """The parameters that have a gradient, on all ranks that share them.
 
     Args:
-        counts: by entry, on how many ranks there is a gradient.
+        counts: by entry, on how many ranks there is a gradient; of replicas, the first's.
         expected: by entry, on how many there must be if there is one on any.
+        here: the entries that have one on this rank.
         outcome: how the message ends.
 
     Raises:
         RuntimeError: a parameter has a gradient on some of its ranks only.
     """
-    for entry, count, all_of_them in zip(entries, counts, expected, strict=True):
+    mine = set(here)
+    for i, (entry, count, all_of_them) in enumerate(zip(entries, counts, expected, strict=True)):
+        if count in (0, all_of_them) and bool(count) != (i in mine):
+            raise RuntimeError(
+                f"{entry.label} (shape {tuple(entry.param.shape)}) has {'no' if count else 'a'} gradient on this rank, "
+                f"but {'one' if count else 'none'} on the replica that adds up the sums for all. All replicas need one "
+                "or none: let every rank use the parameter in its loss (a zero times its output will do), or set "
+                f"requires_grad to False on all. {outcome}"
+            )
         if count not in (0, all_of_them):
             raise RuntimeError(
                 f"{entry.label} (shape {tuple(entry.param.shape)}) has a gradient on {int(count)} of the {all_of_them} "

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .. import clipping, ops, spec
@@ -21,7 +20,7 @@ from ..rounding import BitOffset
 from ..schedules import Scalar
 from . import layout
 from .bucket import Bucket, Entry, Options
-from .schedule import Job, reduced
+from .schedule import Job, Stage, reduced, stages
 
 Numbers = list[Tensor]
 #: state keys of the two moments: rows and columns of the first, then of the second; and both whole
@@ -34,7 +33,7 @@ def buckets(entries: Sequence[Entry]) -> list[Bucket]:
     matrices: dict[tuple[object, ...], list[Entry]] = {}
     vectors: dict[tuple[object, ...], list[Entry]] = {}
     for entry in entries:
-        names = tuple(tuple(g.group_name for g in groups) for groups in _groups(entry))
+        names = tuple(tuple(stage.name for stage in each) for each in _stages(entry))
         key = entry.group, entry.param.dtype, entry.storage, names, _transposed(entry)
         (vectors if _cut(entry) is None else matrices).setdefault(key, []).append(entry)
     return [Matrices(mine) for mine in matrices.values()] + [Vectors(mine) for mine in vectors.values()]
@@ -62,11 +61,19 @@ def _transposed(entry: Entry) -> bool:
     return bool(by_cols) and (not by_rows or max(by_cols) < max(by_rows))
 
 
-def _groups(entry: Entry) -> tuple[list[Any], list[Any]]:
-    """Process groups that complete the sums of first rows, then columns, after transposing."""
+def _stages(entry: Entry) -> tuple[list[Stage], list[Stage], list[Stage]]:
+    """What completes the sums of first rows, then columns, after transposing, and last one number per matrix from those
+    of columns. Each has the same bits on all ranks that have the same rows, the same columns, the same matrix."""
     mesh = entry.param.device_mesh  # type: ignore[attr-defined]
-    by_rows, by_cols = (layout.groups(mesh, dims) for dims in _mesh_dims(entry))
-    return (by_rows, by_cols) if _transposed(entry) else (by_cols, by_rows)
+    by_rows, by_cols = _mesh_dims(entry)
+    if _transposed(entry):
+        by_rows, by_cols = by_cols, by_rows
+    everywhere = set(range(mesh.ndim))
+    return (
+        stages(mesh, by_cols, everywhere.difference(by_rows)),
+        stages(mesh, by_rows, everywhere.difference(by_cols)),
+        stages(mesh, by_cols, everywhere),
+    )
 
 
 class Matrices(Bucket):
@@ -78,7 +85,7 @@ class Matrices(Bucket):
     def __init__(self, entries: Sequence[Entry]) -> None:
         super().__init__(entries)
         self.transposed = _transposed(entries[0])
-        self.row_groups, self.col_groups = _groups(entries[0])
+        self.row_stages, self.col_stages, self.number_stages = _stages(entries[0])
         keys = [_KEYS[i] for i in ((1, 0, 3, 2) if self.transposed else (0, 1, 2, 3))]
         self.u, self.v, self.r, self.s = ([entry.local_state(key).view(-1) for entry in entries] for key in keys)
         self.rows, self.cols = ([entry.state[key].numel() for entry in entries] for key in keys[:2])
@@ -102,12 +109,12 @@ class Matrices(Bucket):
         strides = offset.strides or tuple(shape[d + 1 :].numel() for d in range(len(shape)))
         return offset._replace(strides=tuple(strides[d] for d in self._order(i)))
 
-    def requests(self, skip: bool, norm: bool) -> list[tuple[dist.ProcessGroup, int]]:
+    def requests(self, skip: bool, norm: bool) -> list[tuple[Stage, int]]:
         count = len(self.entries)
         rows, cols = (sum(t.numel() for t in state) for state in (self.u, self.v))
-        by_row = [(group, 2 * rows + 2 * count) for group in self.row_groups]
-        by_col = [(group, 3 * cols + 3 * count) for group in self.col_groups]
-        return [*by_row, *by_col, *((group, (1 + norm) * count) for group in self.row_groups)]
+        by_row = [(stage, 2 * rows + 2 * count) for stage in self.row_stages]
+        by_col = [(stage, 3 * cols + 3 * count) for stage in self.col_stages]
+        return [*by_row, *by_col, *((stage, (1 + norm) * count) for stage in self.number_stages)]
 
     def gradients(self) -> list[Tensor | None]:
         return [None if g is None else self._turned(i, g) for i, g in enumerate(super().gradients())]
@@ -129,7 +136,7 @@ class Matrices(Bucket):
 
         row_sums, new_rows = _split(torch.zeros(2 * sum(m), dtype=self.dtype, device=self.device), m, 2)
         row_lists: tuple[Numbers, ...] = (self.r, row_sums, new_rows)
-        if self.row_groups:
+        if self.row_stages:
 
             def fill_rows(room: Tensor) -> None:
                 sums, squares, there, skipped = _split(room, m, 2, 2)
@@ -137,7 +144,7 @@ class Matrices(Bucket):
                 skipped.copy_(refused)
                 read((self.r, sums, squares), (), 0.0, 0.0)
 
-            room = yield from reduced(len(self.row_groups), fill_rows)
+            room = yield from reduced(len(self.row_stages), fill_rows)
             row_sums, squares, present, refused = _split(room, m, 2, 2)
             # The second read must leave the rows' complete moments unchanged, so its decay is 1. The row sums that it
             # finds are of this shard only, and unused.
@@ -148,25 +155,25 @@ class Matrices(Bucket):
             *sums, totals, there, skipped = _split(room, n, 3, 3)
             there.copy_(present)
             skipped.copy_(refused)
-            decay = torch.ones(len(here), dtype=torch.float64, device="cpu") if self.row_groups else beta2[here]
+            decay = torch.ones(len(here), dtype=torch.float64, device="cpu") if self.row_stages else beta2[here]
             read(row_lists, tuple(sums), decay, eps)
             for total, rows in zip(pick(totals, here), pick(new_rows, here), strict=True):
                 torch.sum(rows, 0, out=total)
 
-        room = yield from reduced(len(self.col_groups), fill_cols)
+        room = yield from reduced(len(self.col_stages), fill_cols)
         col_sums, col_squares, ratios, totals, present, refused = _split(room, n, 3, 3)
         numbers = [torch.stack([square.sum() for square in col_squares])] if options.norm else []
         new_cols = _averaged(self.s, col_squares, b2, [rows * eps for rows in self.rows])
         torch._foreach_div_(ratios, new_cols)
         numbers = [torch.stack([ratio.sum() for ratio in ratios]), *numbers]
-        if self.row_groups:
-            room = yield from reduced(len(self.row_groups), lambda room: room.copy_(torch.cat(numbers)))
+        if self.number_stages:
+            room = yield from reduced(len(self.number_stages), lambda room: room.copy_(torch.cat(numbers)))
             numbers = list(room.split(count))
         norms = numbers[0]
         if options.norm:
             self.squares_found = numbers[1]
 
-        going, left = self.who_goes(present, refused)
+        going, left = self.who_goes(present, refused, here)
         # In double, where no intermediate result overflows.
         elements = [a * b for a, b in zip(self.rows, self.cols, strict=True)]
         whole = torch.tensor(elements, dtype=torch.float64, device=self.device)
@@ -191,11 +198,11 @@ class Vectors(Bucket):
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         super().__init__(entries)
-        self.groups = _groups(entries[0])[1]
+        self.stages = _stages(entries[0])[1]
         self.averages, self.squares = ([entry.local_state(key) for entry in entries] for key in _DENSE_KEYS)
 
-    def requests(self, skip: bool, norm: bool) -> list[tuple[dist.ProcessGroup, int]]:
-        return [(group, (3 + norm) * len(self.entries)) for group in self.groups]
+    def requests(self, skip: bool, norm: bool) -> list[tuple[Stage, int]]:
+        return [(stage, (3 + norm) * len(self.entries)) for stage in self.stages]
 
     def job(self, grads: list[Tensor | None], options: Options) -> Job:
         count = len(self.entries)
@@ -213,11 +220,11 @@ class Vectors(Bucket):
                 sums = ops.hfac_dense_squares(pick(grads, here), pick(self.squares, here), beta2=beta2, eps=eps)
                 norms[here] = torch.stack(sums)
 
-        room = yield from reduced(len(self.groups), fill)
+        room = yield from reduced(len(self.stages), fill)
         norms, present, refused, *squares = room.split(count)
         if squares:
             (self.squares_found,) = squares
-        going, left = self.who_goes(present, refused)
+        going, left = self.who_goes(present, refused, here)
         mean_squares = norms / torch.tensor(self.elements, dtype=self.dtype, device=self.device)
 
         def apply() -> None:

@@ -88,6 +88,21 @@ def refusal(param: Tensor) -> str | None:
     return None
 
 
+def group_refusal(param: Tensor) -> str | None:
+    """Why the process groups of a DTensor's mesh cannot add up numbers that lie where its shards do, or None."""
+    mesh, device = param.device_mesh, local(param.detach()).device  # type: ignore[attr-defined]
+    for d in range(mesh.ndim) if device.type != "meta" else ():
+        known = getattr(mesh.get_group(d), "_device_types", None)
+        if mesh.size(d) > 1 and known and device.type not in {each.type for each in known}:
+            here = ", ".join(each.type for each in known)
+            return (
+                f"has its shards on {device.type}, where a step adds up numbers over ranks, but the process group of "
+                f"its mesh has backends for {here} only. Initialize both, for example with "
+                'torch.distributed.init_process_group("cpu:gloo,cuda:nccl").'
+            )
+    return None
+
+
 def sign_refusal(param: Tensor) -> str | None:
     """Why the packed sign bits cannot be sharded as this parameter is, or None.
 
@@ -226,38 +241,6 @@ def blocks(param: DTensor) -> list[matricize.Block]:
     else:
         runs = [(i * slice_ + start * rest, count * rest) for i in own[0].tolist() for start, count in inner]
     return matricize.blocks(runs, matricize.square(param.numel())[1])
-
-
-def groups(mesh: DeviceMesh, mesh_dims: Sequence[int]) -> list[dist.ProcessGroup]:
-    """This rank's process groups along mesh dimensions, innermost first."""
-    return [mesh.get_group(d) for d in sorted(mesh_dims, reverse=True)]
-
-
-def joint_group(mesh: DeviceMesh, mesh_dims: Sequence[int]) -> dist.ProcessGroup:
-    """The group of the ranks that differ from this one only in these mesh dimensions. Creating it is a collective of
-    its members, and done once."""
-    if len(mesh_dims) == 1:
-        return mesh.get_group(mesh_dims[0])
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None, "this rank is not in the parameter's mesh"
-    members = tuple(slice(None) if d in mesh_dims else c for d, c in enumerate(coordinate))
-    ranks = tuple(mesh.mesh[members].flatten().tolist())
-    if len(ranks) == dist.get_world_size():
-        world = dist.group.WORLD
-        assert world is not None
-        return world
-    group = _made.get(ranks)
-    try:
-        if group is not None and dist.get_process_group_ranks(group) == list(ranks):
-            return group
-    except (KeyError, ValueError):
-        pass  # it was destroyed with an earlier initialization
-    backend = dist.get_backend(mesh.get_group(mesh_dims[0]))
-    group = _made[ranks] = dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
-    return group
-
-
-_made: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
 
 def _is_shard(placement: Any) -> bool:

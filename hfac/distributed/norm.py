@@ -1,9 +1,13 @@
-"""The norm of sharded gradients, from one all-reduce per mesh of two numbers per parameter: the sum of squares, and on
-how many ranks there is a gradient."""
+"""Norms of gradients that no rank has all of, and the norm of all gradients as one number on every rank.
+
+Of parameters whose step needs sums, `Norms` adds up two numbers each over their mesh: the sum of squares, and on how
+many ranks there is a gradient. Of those that a rank steps alone, `Total` adds up what its slices of stacks have.
+"""
 
 from __future__ import annotations  # not every torch has the types that are named here
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -12,6 +16,7 @@ from torch import Tensor
 from .. import clipping, schedules
 from . import layout
 from .bucket import Entry, Joint, ranks_that_share, who
+from .schedule import Sent, Stage
 
 
 class Norms:
@@ -19,7 +24,7 @@ class Norms:
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.entries = list(entries)
-        self.joint = Joint(entries)
+        self.joint = Joint([entry.param for entry in entries])
         self.ranks = [ranks_that_share(entry.param) for entry in entries]
         self.device = layout.local(entries[0].param).device
         #: of sums of squares, which overflow before norms do
@@ -43,8 +48,10 @@ class Norms:
             norms = clipping.norms([grad for i in here if (grad := grads[i]) is not None])
             squares[here] = torch.stack([norm.to(self.dtype) for norm in norms]).square()
             present[here] = 1
-        dist.all_reduce(numbers, group=self.joint.group)
-        who(self.entries, present.tolist(), self.ranks)
+        for stage in self.joint.stages:
+            stage.run(numbers)
+        with_gradient = [i for i, grad in enumerate(grads) if grad is not None]
+        who(self.entries, present.tolist(), self.ranks, with_gradient)
         double = any(entry.param.dtype == torch.float64 for entry in self.entries)
         return list(clipping.roots(squares, torch.float64 if double else torch.float32).unbind())
 
@@ -55,3 +62,122 @@ def by_mesh(entries: Sequence[Entry]) -> list[Norms]:
     for entry in entries:
         found.setdefault(entry.param.device_mesh, []).append(entry)  # type: ignore[attr-defined]
     return [Norms(mine) for mine in found.values()]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Norms that one rank has found by itself: of whole gradients, or of slices of stacks.
+
+    Attributes:
+        norms: 1-d.
+        params: whose each of them is.
+        skip: whether those that are not finite are left out.
+    """
+
+    norms: Tensor
+    params: Sequence[Tensor]
+    skip: bool
+
+
+class Total:
+    """The norm of all gradients of an optimizer, the same number on every rank.
+
+    A step of sharded parameters sends something more where it clips, and the ranks that share it must agree on
+    whether. Each rank may have the norm by itself, and yet they may differ: in a last bit, because another group added
+    it up in another order, or because something that is no sharded parameter differs between ranks.
+
+    Args:
+        params: all of the optimizer's, in an order that is the same on every rank.
+        alone: those of them that a rank steps without sums over ranks.
+        declared: of those that are plain tensors, the ranks on which they are different ones, not copies.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], alone: Sequence[Tensor], declared: Mapping[Tensor, dist.ProcessGroup]
+    ) -> None:
+        cut: dict[object, list[Tensor]] = {}
+        for param in alone:
+            if layout.is_sharded(param):
+                cut.setdefault(param.device_mesh, []).append(param)  # type: ignore[attr-defined]
+        self._joints = [Joint(mine) for mine in cut.values()]
+        #: of a parameter, among which sums its squares are: those of a joint, or after these of a declared group
+        self._sum_of = {param: i for i, mine in enumerate(cut.values()) for param in mine}
+        self._contributes = {
+            param: contributes
+            for joint, mine in zip(self._joints, cut.values(), strict=True)
+            for param, contributes in zip(mine, joint.contributes, strict=True)
+        }
+        self._stages = [joint.stages for joint in self._joints]
+        groups = {declared[p].group_name: declared[p] for p in alone if p in declared}
+        for name, group in groups.items():
+            self._sum_of |= {p: len(self._stages) for p in alone if p in declared and declared[p].group_name == name}
+            self._stages.append([Stage(group)])
+        # One sum over one group is the same on all of its ranks; so is what is made of it alone.
+        agreement = _agreement(params, list(groups.values()))
+        apart = len(agreement) > 1 or any(not layout.is_sharded(param) for param in params)
+        self._agreement = agreement if apart else []
+        self._device = layout.local(params[0]).device if params else torch.device("cpu")
+        self._dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+
+    @property
+    def is_local(self) -> bool:
+        """Whether each rank knows the norm by itself."""
+        return not self._stages and not self._agreement
+
+    def of(self, found: Sequence[Found], shared: Iterable[tuple[Tensor, bool]]) -> Tensor | None:
+        """The norm; None where there is no gradient at all. Every rank must call it.
+
+        Args:
+            found: by this rank alone.
+            shared: norms that every rank has, and whether they are left out where they are not finite.
+        """
+        everywhere = list(shared)
+        if not self._stages:
+            everywhere += [(each.norms, each.skip) for each in found]
+        else:
+            dtype = schedules.step_dtype(self._device)
+            sums = [torch.zeros((), dtype=dtype, device=self._device) for _ in self._stages]
+            for each in found:
+                mine: dict[int | None, list[int]] = {}
+                for i, param in enumerate(each.params):
+                    if self._contributes.get(param, True):
+                        mine.setdefault(self._sum_of.get(param), []).append(i)
+                for target, index in mine.items():
+                    norms = each.norms if len(index) == len(each.norms) else each.norms[index]
+                    if target is None:
+                        everywhere.append((norms, each.skip))
+                        continue
+                    norms = norms.to(self._device, dtype)
+                    if each.skip:
+                        norms = torch.nan_to_num(norms, nan=0.0, posinf=0.0)
+                    sums[target] += norms.square().sum()
+            for total, stages in zip(sums, self._stages, strict=True):
+                for stage in stages:
+                    stage.run(total)
+                everywhere.append((total.sqrt().to(self._dtype), False))
+        norm = clipping.total(everywhere)
+        if norm is None and self._agreement:
+            norm = torch.zeros((), dtype=self._dtype, device=self._device)
+        if norm is not None and self._agreement:
+            norm = norm.to(self._dtype)  # of which every rank sends the same number of bytes
+            for stage in self._agreement:
+                stage.run(norm)
+        return norm
+
+    def collectives(self) -> list[Sent]:
+        """What `of` sends beside what the norms of sharded parameters have been added up with."""
+        size = schedules.step_dtype(self._device).itemsize
+        sums = [(stage, size) for stages in self._stages for stage in stages]
+        return sums + [(stage, self._dtype.itemsize) for stage in self._agreement]
+
+
+def _agreement(params: Sequence[Tensor], declared: Sequence[dist.ProcessGroup]) -> list[Stage]:
+    """Copies after which all ranks that share a mesh or a group, directly or through others, have the same number."""
+    meshes = dict.fromkeys(param.device_mesh for param in params if layout.is_dtensor(param))  # type: ignore[attr-defined]
+    groups = [[mesh.get_group(d) for d in range(mesh.ndim) if mesh.size(d) > 1] for mesh in meshes]
+    groups += [[group] for group in declared if group.size() > 1]
+    copies = [{stage.name: stage for stage in (Stage(each, copies=True) for each in mine)} for mine in groups]
+    largest = [mine for mine in copies if not any(mine.keys() < other.keys() for other in copies)]
+    distinct = {frozenset(mine): mine for mine in largest if mine}.values()
+    # Of several, the first may need what another finds after it.
+    return len(distinct) * [stage for mine in distinct for stage in mine.values()]

@@ -1,35 +1,76 @@
-"""Few collectives for many parameters: jobs that need sums over process groups run in lockstep, and what they sum over
+"""Few collectives for many parameters: jobs that need sums over process groups run in lockstep, and what they send over
 one group at one time shares a buffer."""
 
 from __future__ import annotations  # not every torch has the types that are named here
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 #: A job yields where it needs sums over ranks, is sent a zeroed 1-d tensor ("room") of the size that it planned, fills
-#: it, yields, and resumes when the tensor holds the sums over the group. It returns what is left to do once all jobs
-#: have come this far.
+#: it, yields, and resumes when the tensor has passed the stage. It returns what is left to do once all jobs have come
+#: this far.
 Job = Generator[None, Tensor | None, Callable[[], None]]
+
+
+class Stage(NamedTuple):
+    """One collective of the few that add up numbers over a mesh: it adds them up over a process group, or gives all its
+    ranks those of the first."""
+
+    group: dist.ProcessGroup
+    copies: bool = False
+
+    @property
+    def name(self) -> tuple[str, bool]:
+        """The same on this rank for the same stage; it differs between ranks, and decides nothing."""
+        return self.group.group_name, self.copies
+
+    def run(self, numbers: Tensor, async_op: bool = False) -> dist.Work | None:
+        if self.copies:
+            return dist.broadcast(numbers, dist.get_global_rank(self.group, 0), group=self.group, async_op=async_op)
+        return dist.all_reduce(numbers, group=self.group, async_op=async_op)
+
+
+#: a stage of a step, and how many bytes pass it
+Sent = tuple[Stage, int]
+
+
+def stages(mesh: DeviceMesh, summed: Iterable[int], same: Iterable[int]) -> list[Stage]:
+    """How to add up numbers over the mesh dimensions in ``summed``, the innermost first, so that all ranks that differ
+    in these dimensions and those in ``same`` get the same bits.
+
+    Two groups may add up in different orders, so the ranks of one group end with the same bits, but other groups that
+    add up the same numbers perhaps with others. The first rank's are then copied to the ranks along every dimension
+    but the last that was summed over. Process groups are those that the mesh has; none is made.
+    """
+    dims = sorted(summed, reverse=True)
+    if not dims:
+        return []
+    others = sorted({*dims, *(d for d in same if mesh.size(d) > 1)} - {dims[-1]}, reverse=True)
+    return [Stage(mesh.get_group(d)) for d in dims] + [Stage(mesh.get_group(d), copies=True) for d in others]
 
 
 @dataclass(frozen=True)
 class Needs:
-    """The sums that a job will ask for, in order: process group, and how many numbers."""
+    """What a job will ask for, in order: stages, and how many numbers."""
 
-    requests: Sequence[tuple[dist.ProcessGroup, int]]
+    requests: Sequence[tuple[Stage, int]]
     dtype: torch.dtype
     device: torch.device
 
 
 @dataclass
 class Collective:
-    """One all-reduce: its group, and which jobs have how much room in it."""
+    """A stage, and which jobs have how much room in it."""
 
-    group: dist.ProcessGroup
+    stage: Stage
     dtype: torch.dtype
     device: torch.device
     jobs: list[int]
@@ -46,15 +87,15 @@ class Collective:
 
 
 def collectives(needs: Sequence[Needs]) -> list[Collective]:
-    """The all-reduces of jobs with these needs, in order; jobs that are at the same group share one."""
+    """The collectives of jobs with these needs, in order; jobs that are at the same stage share one."""
     left = [list(mine.requests) for mine in needs]
     found: list[Collective] = []
-    for group in merged([[group for group, _ in requests] for requests in left]):
+    for stage in merged([[stage for stage, _ in requests] for requests in left]):
         kinds: dict[tuple[torch.dtype, torch.device], Collective] = {}
         for i, requests in enumerate(left):
-            if requests and requests[0][0].group_name == group.group_name:
+            if requests and requests[0][0].name == stage.name:
                 kind = needs[i].dtype, needs[i].device
-                collective = kinds.setdefault(kind, Collective(group, *kind, [], []))
+                collective = kinds.setdefault(kind, Collective(stage, *kind, [], []))
                 collective.jobs.append(i)
                 collective.sizes.append(requests.pop(0)[1])
         found += kinds.values()
@@ -80,7 +121,7 @@ def run(jobs: Sequence[Job], needs: Sequence[Needs]) -> list[Callable[[], None]]
         buffer, rooms = collective.rooms()
         for i, room in zip(collective.jobs, rooms, strict=True):
             jobs[i].send(room)
-        dist.all_reduce(buffer, group=collective.group)
+        collective.stage.run(buffer)
         for i in collective.jobs:
             advance(i)
     assert len(rest) == len(jobs), "a job asks for more sums than it planned"
@@ -88,7 +129,7 @@ def run(jobs: Sequence[Job], needs: Sequence[Needs]) -> list[Callable[[], None]]
 
 
 def reduced(times: int, fill: Callable[[Tensor], object]) -> Generator[None, Tensor | None, Tensor]:
-    """The steps of a job that sum over several groups, one after the other."""
+    """The steps of a job whose numbers pass several stages, one after the other."""
     sums: Tensor | None = None
     for _ in range(times):
         room = yield
@@ -103,21 +144,20 @@ def reduced(times: int, fill: Callable[[Tensor], object]) -> Generator[None, Ten
     return sums
 
 
-def merged(sequences: Sequence[Sequence[dist.ProcessGroup]]) -> list[dist.ProcessGroup]:
-    """A short sequence of groups that contains each of the given sequences in its order.
+def merged(sequences: Sequence[Sequence[Stage]]) -> list[Stage]:
+    """A short sequence of stages that contains each of the given sequences in its order.
 
-    The next group is the one that most groups must still follow. Groups with the same name are the same; the names
-    themselves differ between ranks and decide nothing.
+    The next stage is the one that most stages must still follow.
     """
     left = [list(sequence) for sequence in sequences if sequence]
     order = []
     while left:
         longest = max(map(len, left))
-        group = next(sequence[0] for sequence in left if len(sequence) == longest)
-        order.append(group)
-        left = [rest for sequence in left if (rest := _after(group, sequence))]
+        stage = next(sequence[0] for sequence in left if len(sequence) == longest)
+        order.append(stage)
+        left = [rest for sequence in left if (rest := _after(stage, sequence))]
     return order
 
 
-def _after(group: dist.ProcessGroup, sequence: list[dist.ProcessGroup]) -> list[dist.ProcessGroup]:
-    return sequence[1:] if sequence[0].group_name == group.group_name else sequence
+def _after(stage: Stage, sequence: list[Stage]) -> list[Stage]:
+    return sequence[1:] if sequence[0].name == stage.name else sequence

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import spec
 from . import layout
 from .bucket import Bucket, Entry, Joint, Options, who
-from .schedule import Collective, Job, Needs, collectives, reduced
+from .schedule import Collective, Job, Stage, reduced
 
 
 def buckets(entries: Sequence[Entry]) -> list[Shards]:
@@ -57,7 +57,7 @@ class Shards(Bucket):
 
     def __init__(self, entries: Sequence[Entry], op: object, mesh_dims: Sequence[int]) -> None:
         super().__init__(entries)
-        self.joint = Joint(entries, mesh_dims)
+        self.joint = Joint([entry.param for entry in entries], mesh_dims)
         self.op = spec.SMMF_SUMS_STEP if op is spec.SMMF_STEP else spec.SMMF_DENSE_STEP
         self.states = {
             state.name: [entry.local_state(state.key) for entry in entries]
@@ -106,7 +106,7 @@ class Shards(Bucket):
         """
         sums, present = self._split(room)
         counts = present.tolist()
-        going = [i for i, count in enumerate(counts) if count and count == self.ranks[i]]
+        going = [i for i in self._stepped if counts[i] == self.ranks[i]]
         factors = [(self.states[name], sums[new]) for name, new in self.pairs]
         for (rows, new_rows), (cols, new_cols) in zip(factors[::2], factors[1::2], strict=True):
             for i in going:
@@ -114,10 +114,10 @@ class Shards(Bucket):
                 total = new_cols[i].sum()
                 cols[i].copy_(new_cols[i] / torch.where(total == 0, 1, total))
         self.advance(going)
-        who(self.entries, counts, self.ranks, self.OUTCOME)
+        who(self.entries, counts, self.ranks, self._stepped, self.OUTCOME)
 
-    def requests(self, skip: bool, norm: bool) -> list[tuple[dist.ProcessGroup, int]]:
-        return [(self.joint.group, 2 * len(self.entries))] if skip else []
+    def requests(self, skip: bool, norm: bool) -> list[tuple[Stage, int]]:
+        return [(stage, 2 * len(self.entries)) for stage in self.joint.stages] if skip else []
 
     def job(self, grads: list[Tensor | None], options: Options) -> Job:
         here = [i for i, grad in enumerate(grads) if grad is not None]
@@ -129,10 +129,11 @@ class Shards(Bucket):
                 flags.copy_(self.flags(here, grads, options))
                 present.copy_(self.contributed(here))
 
-            flags, present = (yield from reduced(1, fill)).split(len(self.entries))
-            _, refused = self.who_goes(present, flags)
+            flags, present = (yield from reduced(len(self.joint.stages), fill)).split(len(self.entries))
+            _, refused = self.who_goes(present, flags, here)
             left.update(refused)
         going = [i for i in here if i not in left]
+        self._stepped = going
         self._call = lambda room: self.step(room, going, grads, options)
         return lambda: self.count_skipped([i for i in here if i in left])
 
@@ -144,28 +145,49 @@ class Shards(Bucket):
 
 @dataclass
 class Pending:
-    """An all-reduce under way, and the buckets whose sums it brings."""
+    """Numbers on their way: an all-reduce of them, the stages that follow it, and each bucket's room in them."""
 
+    buffer: Tensor
     work: dist.Work
+    left: Sequence[Stage]
     rooms: list[tuple[Shards, Tensor]]
 
 
 def sends(shards: Sequence[Shards]) -> list[Collective]:
-    """The all-reduces that a step sends off: one for each group and type."""
-    return collectives([Needs([(each.joint.group, each.size)], each.dtype, each.device) for each in shards])
+    """The collectives of a step's sums, in order."""
+    return [
+        Collective(stage, mine[0].dtype, mine[0].device, [], [each.size for each in mine])
+        for mine in _together(shards)
+        for stage in mine[0].joint.stages
+    ]
+
+
+def _together(shards: Sequence[Shards]) -> list[list[Shards]]:
+    """Those whose sums pass the same stages share a buffer."""
+    found: dict[tuple[object, ...], list[Shards]] = {}
+    for each in shards:
+        key = tuple(stage.name for stage in each.joint.stages), each.dtype, each.device
+        found.setdefault(key, []).append(each)
+    return list(found.values())
 
 
 def send(shards: Sequence[Shards]) -> list[Pending]:
     """Makes the planned steps and sends off their sums."""
     pending = []
-    for collective in sends(shards):
-        buffer, rooms = collective.rooms()
-        mine = list(zip([shards[i] for i in collective.jobs], rooms, strict=True))
-        for bucket, room in mine:
+    for mine in _together(shards):
+        first, *_ = mine
+        sizes = [each.size for each in mine]
+        buffer = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
+        rooms = list(zip(mine, buffer.split(sizes), strict=True))
+        for bucket, room in rooms:
             bucket.send(room)
-        work = dist.all_reduce(buffer, group=collective.group, async_op=True)
+        stages = first.joint.stages
+        last = max(i for i, stage in enumerate(stages) if not stage.copies)
+        for stage in stages[:last]:
+            stage.run(buffer)
+        work = stages[last].run(buffer, async_op=True)
         assert work is not None
-        pending.append(Pending(work, mine))
+        pending.append(Pending(buffer, work, stages[last + 1 :], rooms))
     return pending
 
 
@@ -179,6 +201,8 @@ def take(pending: Sequence[Pending]) -> None:
     errors = []
     for each in pending:
         each.work.wait()
+        for stage in each.left:
+            stage.run(each.buffer)
         for bucket, room in each.rooms:
             try:
                 bucket.take(room)

@@ -36,6 +36,9 @@ class FactoredOptimizer(ReportingOptimizer):
     _single: dict[Tensor, SingleParamCache]
     #: the sharded parameters, bound; None where there are none, or they must be bound again
     _sharded: distributed.Sharded | None = None
+    #: the norm of all gradients; None where each rank has it by itself
+    _total: distributed.Total | None = None
+    _norm_group: Any = None
     #: what captured CUDA graphs read and write: replays need it, whatever later steps bind or load
     _captured: list[Any]
 
@@ -53,6 +56,30 @@ class FactoredOptimizer(ReportingOptimizer):
         self.__dict__.setdefault("_captured", [])  # a copy has none; an optimizer that loads state keeps its own
         super().__setstate__(state)
         _keep_uncompiled(type(self))
+
+    @property
+    def norm_group(self) -> Any:
+        """For ``max_grad_norm``, where parameters that are plain tensors are different ones on different ranks, such
+        as experts under ``ignored_params``: a dict from these parameters to the process group over which the squares of
+        their gradients are added up; a process group alone stands for all plain tensors. None (the default): all ranks
+        have the same ones. Set it on all ranks, before the first step; state dicts do not have it. Parameters that are
+        DTensors need none.
+
+        Raises (when set):
+            TypeError: it is none of these.
+        """
+        return self._norm_group
+
+    @norm_group.setter
+    def norm_group(self, group: Any) -> None:
+        for each in group.values() if isinstance(group, dict) else [] if group is None else [group]:
+            if not (hasattr(each, "size") and hasattr(each, "group_name")):
+                raise TypeError(
+                    f"{type(self).__name__}: norm_group must be a torch.distributed process group, a dict from "
+                    f"parameters to process groups, or None, got {each!r}"
+                )
+        self._norm_group = group
+        self._forget()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -85,7 +112,7 @@ class FactoredOptimizer(ReportingOptimizer):
         if limit is None:
             self._grad_norm = None
         else:
-            norm_coefficient = self._clip(steps, shared, limit)
+            norm_coefficient = self._clip(steps, grads, cache, shared, limit)
         begin = None if sharded is None else sharded.prepare(shared, norm_coefficient)
         for step in steps:
             if step is not None:
@@ -106,14 +133,29 @@ class FactoredOptimizer(ReportingOptimizer):
         return loss
 
     def _clip(
-        self, steps: list[functional.Step | None], shared: dict[int, distributed.Options], limit: float
+        self,
+        steps: list[functional.Step | None],
+        grads: list[list[Any]],
+        cache: StepCache,
+        shared: dict[int, distributed.Options],
+        limit: float,
     ) -> Tensor | None:
         """What all gradients are multiplied by so that their norm is at most ``limit``; None where there are none."""
         skips = [group["nonfinite"] == "skip" for group in self.param_groups]
-        norms = [(norm, skip) for skip, step in zip(skips, steps, strict=True) if step for norm in step.norms()]
-        if self._sharded is not None:
-            norms += [(norm, skips[index]) for index, norm in self._sharded.norms(shared)]
-        total = clipping.total(norms)
+        local = [[] if step is None else step.norms() for step in steps]
+        norms = [] if self._sharded is None else [(norm, skips[i]) for i, norm in self._sharded.norms(shared)]
+        if self._total is None:
+            own = [(norm, skip) for skip, each in zip(skips, local, strict=True) for norm in each]
+            total = clipping.total([*own, *norms])
+        else:
+            found = []
+            for index, step in enumerate(steps):
+                if step is not None:
+                    params = [p for p, g in zip(cache.local[index], grads[index], strict=True) if g is not None]
+                    owners = step.owners(list(map(layout.local, params)))
+                    for values, mine in zip(local[index], owners, strict=True):
+                        found.append(distributed.Found(values, [params[i] for i in mine], skips[index]))
+            total = self._total.of(found, norms)
         if total is None:
             return None
         self._grad_norm = total
@@ -308,8 +350,21 @@ class FactoredOptimizer(ReportingOptimizer):
             )
         return distributed.Sharded(self._algorithm, entries) if entries else None
 
+    def _bind_total(self, cache: StepCache) -> distributed.Total | None:
+        everything = [p for group in self.param_groups for p in group["params"]]
+        if self.norm_group is None and not any(map(layout.is_dtensor, everything)):
+            return None
+        alone = [p for mine in cache.local for p in mine]
+        declared = self.norm_group
+        if not isinstance(declared, dict):
+            declared = {} if declared is None else dict.fromkeys(alone, declared)
+        declared = {param: group for param, group in declared.items() if not layout.is_dtensor(param)}
+        total = distributed.Total(everything, alone, declared)
+        return None if total.is_local else total
+
     def _forget(self) -> None:
         self._sharded = None
+        self._total = None
         self._cache = None
         self._bound = {}
         self._single = {}
@@ -332,12 +387,15 @@ class FactoredOptimizer(ReportingOptimizer):
         return sum(group.workspace_bytes() for group in groups)
 
     def collectives(self) -> list[tuple[int, int]]:
-        """The all-reduces of a step of sharded parameters, in order: (ranks, bytes) of each."""
+        """The all-reduces and broadcasts of a step, in order: (ranks, bytes) of each."""
+        return [(stage.group.size(), size) for stage, size in self._collectives()]
+
+    def _collectives(self) -> list[distributed.Sent]:
         self._validated()
-        if self._sharded is None:
-            return []
+        clips = self.max_grad_norm is not None
         skip = {i: group["nonfinite"] == "skip" for i, group in enumerate(self.param_groups)}
-        return self._sharded.collectives(skip, self.max_grad_norm is not None)
+        norm, step = ([], []) if self._sharded is None else self._sharded.collectives(skip, clips)
+        return norm + (self._total.collectives() if clips and self._total is not None else []) + step
 
     def _check_stepped(self, param: Tensor, group: Mapping[str, Any], method: str = "") -> None:
         """Checks a parameter before a step: it may have been unfrozen, sharded or replaced since construction."""
@@ -374,6 +432,7 @@ class FactoredOptimizer(ReportingOptimizer):
         self._cache = cache = StepCache(self.param_groups, self.state, self._spec)
         self._watched = {param: sums for param, sums in self._watched.items() if param in cache.positions}
         self._sharded = self._bind_sharded(cache)
+        self._total = self._bind_total(cache)
         return cache
 
 

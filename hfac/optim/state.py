@@ -284,6 +284,9 @@ class StatefulOptimizer(Optimizer):
             raise ValueError(f"{where} is sharded, which {self._algorithm} does not support. Replicate it.")
         for op in self._spec.shard_ops:
             backends.resolve(group["backend"], param.device, op)
+        reason = layout.group_refusal(param)
+        if reason is not None:
+            raise ValueError(f"{where} {reason}")
         own = self._layout(param, group)
         signs = any(state.size == spec.SIGNS and state.key in own for state in self._spec.states)
         reason = layout.sign_refusal(param) if signs else None

@@ -133,19 +133,24 @@ def test_two_runs_have_the_same_bits(name, backend):
     assert run(name, backend, 5, False, torch.bfloat16) == run(name, backend, 5, False, torch.bfloat16)
 
 
+def does_not_wait(step):
+    """Once it is warm, on the device."""
+    for _ in range(2):
+        step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @BOTH
 @pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
 def test_a_step_does_not_wait_for_the_device(name, backend, capturable):
     params = [on_device(param) for param in parameters(MIXED)]
     optimizer = getattr(hfac, name)(params, backend=backend, capturable=capturable)
     gradients_on_device(params, 0)
-    for _ in range(2):
-        optimizer.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    does_not_wait(optimizer.step)
 
 
 @pytest.mark.graphs

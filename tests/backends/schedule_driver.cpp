@@ -1,9 +1,6 @@
-// The CPU kernels' pool and schedule, without kernels: ops that write what they must, stepped by several callers at once.
-// Prints "right" and the number of calls, and ends with status 1 where something is not. With an argument it plants a
-// fault: "race" makes chunks share a counter, "overrun" makes one write behind its block.
-#include "../../csrc/cpu/schedule.h"
-#include "../../csrc/cpu/threads.h"
-
+// The CPU kernels' pool and schedule, without kernels: ops that write what they must, stepped by several callers at
+// once. Prints "right" and the number of calls, and ends with status 1 where something is not. With an argument it
+// plants a fault: "race" makes chunks share a counter, "overrun" makes one write behind its block.
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
@@ -11,6 +8,9 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+
+#include "../../csrc/cpu/schedule.h"
+#include "../../csrc/cpu/threads.h"
 
 namespace {
 
@@ -32,20 +32,22 @@ struct Sums : hfac::Op {
   int phases() const override { return 2; }
   int64_t chunks(int64_t i, int) const override { return elements(i) / 4096 + 1; }
   size_t workspace_bytes(int64_t i) const override { return static_cast<size_t>(chunks(i, 0)) * sizeof(double); }
-  void reserve(hfac::Scratch& scratch) const override { scratch.reserve(hfac::Scratch::kParam, 4096); }
+  void reserve(hfac::Scratch& scratch) const override { scratch.reserve<char>(hfac::Scratch::kParam, 4096); }
 
   void chunk(int64_t i, int phase, int64_t c, void* workspace, hfac::Scratch& scratch) override {
     if (i == throws_at && phase == 1 && c == 0) throw std::runtime_error("planted");
     if (fault == "race") ++shared_counter;
-    std::memset(scratch.at(hfac::Scratch::kParam, 4096), static_cast<int>(c), 4096);
+    std::memset(scratch.at<char>(hfac::Scratch::kParam, 4096), static_cast<int>(c), 4096);
     auto& mine = values[static_cast<size_t>(i)];
     auto* partial = static_cast<double*>(workspace);
     if (fault == "overrun") partial[chunks(i, 0)] = 1;
     const int64_t end = std::min<int64_t>(elements(i), (c + 1) * 4096);
     double sum = 0;
     for (int64_t k = c * 4096; k < end; ++k) {
-      if (phase == 0) sum += mine[static_cast<size_t>(k)];
-      else mine[static_cast<size_t>(k)] = totals[static_cast<size_t>(i)];
+      if (phase == 0)
+        sum += mine[static_cast<size_t>(k)];
+      else
+        mine[static_cast<size_t>(k)] = totals[static_cast<size_t>(i)];
     }
     if (phase == 0) partial[c] = sum;
   }

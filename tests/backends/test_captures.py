@@ -419,9 +419,8 @@ STEPPED = {
 @pytest.mark.pairwise
 @pytest.mark.parametrize("options", STEPPED.values(), ids=STEPPED)
 @pytest.mark.parametrize("name", ["HFac", "SMMF"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_steps_have_the_same_bits_whatever_the_defaults_are(backend, name, options, ambient, request):
-    emulated.provide(backend, request)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_steps_have_the_same_bits_whatever_the_defaults_are(backend, name, options, ambient):
     dtype = torch.bfloat16 if "master" in options or "rounding" in options else torch.float32
     results = []
     for around in (nullcontext, ambient):
@@ -435,9 +434,8 @@ def test_steps_have_the_same_bits_whatever_the_defaults_are(backend, name, optio
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_ops_on_parts_have_the_same_bits_whatever_the_defaults_are(backend, ambient, request):
-    emulated.provide(backend, request)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_ops_on_parts_have_the_same_bits_whatever_the_defaults_are(backend, ambient):
     parts, blocks = MatrixParts(["tile", "rows"], [F32] * 2), BlockParts(["rows", "columns"], [F32] * 2)
     known, decays = parts.known(), torch.tensor([0.8, 0.9], dtype=torch.float64, device="cpu")
     results = []

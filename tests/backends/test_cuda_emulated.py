@@ -1,7 +1,6 @@
 """The CUDA kernels, compiled for the host: the whole parity table, block orders, and what only these kernels have."""
 
 import copy
-import itertools
 
 import calls
 import emulated
@@ -9,6 +8,7 @@ import pytest
 import test_parity
 import torch
 from cases import DTYPES, OPTIONS, SHAPES, gradient, shape_id
+from suites import laid_out
 from test_parity import ieee_square_roots  # noqa: F401  (a fixture for every test here)
 
 import hfac
@@ -20,7 +20,6 @@ pytestmark = [
 ]
 
 ROWS = [(name, key) for name, rows in OPTIONS.items() for key in rows]
-ORDERS = ["forward", "reverse", "shuffled"]
 #: Beyond the common table: borders of tiles, rows that no register holds, and both paths of each.
 LARGE = [(300, 2100), (2100, 300), (300, 2104), (2104, 304), (5, 9000), (20, 14344), (3, 17001)]
 
@@ -36,15 +35,8 @@ def forward():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 @pytest.mark.parametrize(("name", "options"), ROWS)
-def test_the_parity_table(name, options, shape, dtype, monkeypatch):
+def test_the_parity_table(name, options, shape, dtype, monkeypatch, all_orders):
     """Every case in all three orders of blocks: the order changes from op to op."""
-    orders, fill = itertools.cycle(ORDERS), emulated.Host.before_launch
-
-    def before_launch(host, workspace):
-        emulated.native.set_block_order(next(orders))
-        fill(host, workspace)
-
-    monkeypatch.setattr(emulated.Host, "before_launch", before_launch)
     monkeypatch.setattr(test_parity, "STEPS", 5)  # each from the same state: the later ones show nothing new
     test_parity.test_twenty_steps(emulated.NAME, name, options, shape, dtype)
 
@@ -92,7 +84,7 @@ def assert_same_bits(ours, theirs):
 
 
 @pytest.mark.pairwise
-@pytest.mark.parametrize("order", ORDERS[1:])
+@pytest.mark.parametrize("order", emulated.ORDERS[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "options"), ROWS)
 def test_the_order_of_blocks_changes_no_bit(name, options, dtype, order):
@@ -103,7 +95,7 @@ def test_the_order_of_blocks_changes_no_bit(name, options, dtype, order):
 
 
 @pytest.mark.pairwise
-@pytest.mark.parametrize("order", ORDERS[1:])
+@pytest.mark.parametrize("order", emulated.ORDERS[1:])
 @pytest.mark.parametrize("shape", [(24, 18), (127, 129), (256, 320), (4097,)], ids=shape_id)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_parity_in_other_orders(name, shape, order, monkeypatch):
@@ -145,19 +137,6 @@ def test_what_depends_on_no_sum_equals_the_cpu_kernels_to_the_bit(name, options)
                 assert torch.equal(ours.state[p][key], theirs.state[q][key]), key
 
 
-def layouts(values):
-    """The same elements: transposed in memory, a slice of something wider, and off any vector's boundary."""
-    wide = torch.zeros(values.shape[0], 2 * values.shape[1], dtype=values.dtype)
-    wide[:, ::2] = values
-    shifted = torch.zeros(values.numel() + 1, dtype=values.dtype)
-    shifted[1:] = values.flatten()
-    return {
-        "transposed": values.t().contiguous().t(),
-        "every second": wide[:, ::2],
-        "shifted": shifted[1:].view_as(values),
-    }
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["transposed", "every second", "shifted"])
 @pytest.mark.parametrize("which", ["param", "grad"])
@@ -166,11 +145,11 @@ def test_any_layout_gives_the_bits_of_a_contiguous_copy(name, which, layout, dty
     values, grads = gradient((24, 40), 1, dtype), [gradient((24, 40), 2 + k, dtype) for k in range(2)]
     results = []
     for given in (False, True):
-        start = layouts(values)[layout] if given and which == "param" else values.clone()
+        start = laid_out(values, layout) if given and which == "param" else values.clone()
         param = torch.nn.Parameter(start)
         optimizer = getattr(hfac, name)([param], **OPTIONS[name]["all"], backend=emulated.NAME)
         for grad in grads:
-            grad = layouts(grad)[layout] if given and which == "grad" else grad
+            grad = laid_out(grad, layout) if given and which == "grad" else grad
             test_parity.step_with(optimizer, [param], [grad])
         results.append(([param.detach().clone()], [optimizer.state[param]]))
     assert_same_bits(*results)
@@ -219,46 +198,6 @@ def test_scalars_in_device_memory_give_the_same_bits(op):
             step([gradient((40, 24), k + 1, torch.float32)], **now)
         results.append(everything(param, states))
     assert all(map(torch.equal, *results))
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_grad_scale_divides_and_leaves_the_gradient(op):
-    results = []
-    for scale in (None, 1024.0):
-        step, param, states, scalars = bound(op)
-        grad = gradient((40, 24), 1, torch.float32) * (scale or 1)
-        kept = grad.clone()
-        step([grad], **scalars, grad_scale=None if scale is None else torch.tensor(scale))
-        assert torch.equal(grad, kept)
-        results.append(everything(param, states))
-    assert all(map(torch.equal, *results))
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_found_inf_keeps_every_bit(op):
-    step, param, states, scalars = bound(op)
-    step([gradient((40, 24), 1, torch.float32)], **scalars, found_inf=torch.tensor(0.0))
-    before = everything(param, states)
-    flags = torch.full((1,), 7, dtype=torch.int32)
-    step([gradient((40, 24), 2, torch.float32)], flags, **scalars, found_inf=torch.tensor(1.0))
-    assert all(map(torch.equal, everything(param, states), before))
-    assert flags.item() == 0
-    step([gradient((40, 24), 2, torch.float32)], flags, **scalars, found_inf=torch.tensor(0.0))
-    assert not torch.equal(param, before[0])
-
-
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e19])
-def test_a_refused_parameter_keeps_every_bit(op, bad):
-    step, param, states, scalars = bound(op, shape=(400, 24))  # a dense op of this size has more than one block
-    step([gradient((400, 24), 1, torch.float32)], **scalars)
-    before = everything(param, states)
-    grad = gradient((400, 24), 2, torch.float32)
-    grad[399, 23] = bad
-    flags = torch.zeros(1, dtype=torch.int32)
-    step([grad], flags, **scalars)
-    assert flags.item() == 1
-    assert all(map(torch.equal, everything(param, states), before))
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -20,24 +20,7 @@ pytestmark = [
     pytest.mark.usefixtures("emulated_backend", "all_orders"),
 ]
 
-ORDERS = ["forward", "reverse", "shuffled"]
 HERE = dict(backend=emulated.NAME)
-
-
-@pytest.fixture
-def all_orders(monkeypatch):
-    """The order of blocks changes from op to op."""
-    in_order(monkeypatch, itertools.cycle(ORDERS))
-    yield
-    emulated.native.set_block_order("forward")
-
-
-def in_order(monkeypatch, orders, fill=emulated.Host.before_launch):
-    def before_launch(host, workspace):
-        emulated.native.set_block_order(next(orders))
-        fill(host, workspace)
-
-    monkeypatch.setattr(emulated.Host, "before_launch", before_launch)
 
 
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
@@ -88,8 +71,8 @@ def test_smmf_parts_make_the_whole(options, dtype):
 
 def test_the_order_of_blocks_changes_no_bit_of_a_part(monkeypatch):
     found = []
-    for order in ORDERS:
-        in_order(monkeypatch, itertools.repeat(order))
+    for order in emulated.ORDERS:
+        emulated.set_orders(monkeypatch, itertools.repeat(order))
         found.append(test_parts.everything(torch.float32, **HERE))
     assert all(test_parts.same_bits(found[0], other) for other in found[1:])
 

@@ -3,13 +3,13 @@
 
 import copy
 import itertools
-from dataclasses import dataclass
 
 import calls
 import emulated
 import pytest
 import torch
 from cases import gradient
+from suites import KINDS, OPS, laid_out, same
 from test_parity import ieee_square_roots  # noqa: F401  (a fixture for every test here)
 
 import hfac
@@ -27,65 +27,8 @@ SEED = 0xFEDCBA9876543210
 SPECIAL = [float("nan"), float("inf"), -float("inf"), 3.3895e38, -3.3895e38, 1e-40, -0.0, 6e-8]
 
 
-@dataclass(frozen=True)
-class Kind:
-    """How parameters are stored, and the accesses of the aligned ones with bfloat16 and with float gradients."""
-
-    dtype: torch.dtype = BF16
-    low: torch.dtype | None = None
-    drawn: bool = False
-    bulk: tuple[str, str] = ("any stored", "any stored")
-
-
-KINDS = {
-    "stochastic": Kind(drawn=True, bulk=("bfloat16 drawn", "bfloat16 drawn/float32")),
-    "float16": Kind(F16, drawn=True),
-    "split": Kind(low=torch.int16, bulk=("bfloat16+int16", "bfloat16+int16/float32")),
-    "split stochastic": Kind(low=torch.int16, drawn=True, bulk=("bfloat16+int16", "bfloat16+int16/float32")),
-    "split8": Kind(low=torch.int8, bulk=("bfloat16+int8", "bfloat16+int8/float32")),
-    "split8 stochastic": Kind(low=torch.int8, drawn=True, bulk=("bfloat16+int8", "bfloat16+int8/float32")),
-}
-OPS = ["hfac_step_", "hfac_dense_step_", "smmf_step_", "smmf_dense_step_"]
 EACH_OP = pytest.mark.parametrize("op", OPS)
 EACH_KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-
-
-@pytest.fixture
-def all_orders(monkeypatch):
-    """The order of blocks changes from launch to launch."""
-    orders, fill = itertools.cycle(["forward", "reverse", "shuffled"]), emulated.Host.before_launch
-
-    def before_launch(host, workspace):
-        emulated.native.set_block_order(next(orders))
-        fill(host, workspace)
-
-    monkeypatch.setattr(emulated.Host, "before_launch", before_launch)
-    yield
-    emulated.native.set_block_order("forward")
-
-
-def same(a, b):
-    """To the bit, but for the bits of a NaN."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    either = a.isnan() | b.isnan()
-    bits = [x.contiguous().view(ints).masked_fill(either, 0) for x in (a, b)]
-    return torch.equal(a.isnan(), b.isnan()) and torch.equal(*bits)
-
-
-def laid_out(values, layout):
-    """The same elements, elsewhere in memory."""
-    if layout == "shifted":  # by one element
-        room = torch.zeros(values.numel() + 1, dtype=values.dtype, device=values.device)
-        found = room[1:].view(values.shape)
-    elif layout == "transposed":
-        found = torch.zeros(values.shape[::-1], dtype=values.dtype, device=values.device).t()
-    else:
-        return values.clone()
-    return found.copy_(values)
 
 
 def master(shape, seed):

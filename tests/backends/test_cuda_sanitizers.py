@@ -1,6 +1,6 @@
 """The program of `bench.device_driver`: clean under sanitizers with the kernels emulated, and compiled for a GPU.
 
-csrc/emulation/driver.cpp makes a few steps of every op: for ThreadSanitizer with one std::thread per CUDA thread, else
+device_driver.cpp makes a few steps of every op: for ThreadSanitizer with one std::thread per CUDA thread, else
 with fibers. What it must find is injected on purpose by the emulation or the driver, never by the kernels.
 """
 
@@ -101,13 +101,13 @@ def test_a_fault_is_found(drivers, fault, sanitizer):
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc here")
-@pytest.mark.parametrize("source", ["emulation/driver.cpp", "cuda/launchers.cu"])
+@pytest.mark.parametrize("source", ["device_driver.cpp", "launchers.cu"])
 def test_it_compiles_for_a_gpu(source, tmp_path):
     """What differs from the host's build: the driver with its memory, and the launches. The kernels are left to `make
     cuda-check`; together they take minutes."""
     target = tmp_path / "out.o"
     command = device_driver.device_command(NVCC, "90", [device_driver.FLOAT, "-Werror=all-warnings"])
-    source = str(device_driver.CSRC / source)
-    done = subprocess.run([*command, "-x", "cu", "-c", source, "-o", str(target)], capture_output=True, text=True)
+    path = next(str(path) for path in device_driver.SOURCES if path.name == source)
+    done = subprocess.run([*command, "-x", "cu", "-c", path, "-o", str(target)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:4000]
     assert b"cuda" in target.read_bytes()

@@ -7,14 +7,13 @@ HFAC_FUZZ_LISTS of them.
 import copy
 import os
 
-import emulated
 import pytest
 import torch
 from cases import DTYPES, gradient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_parity import BACKENDS, ieee_square_roots, params_agree, states_agree  # noqa: F401 (a fixture)
-from test_rounding import BACKENDS as KNOWING
+from suites import KERNELS
+from test_parity import ieee_square_roots, params_agree, states_agree  # noqa: F401 (a fixture)
 from test_rounding import STORED, stored_agree, value_of, without_low
 from torch.nn import Parameter
 
@@ -132,14 +131,9 @@ def threads_and_isa():
         cpu._C.set_isa("")
 
 
-if emulated.native is not None:
-    BACKENDS = [*BACKENDS, emulated.NAME]
-
-
-@pytest.mark.skipif(not BACKENDS, reason="no backend but the reference is built here: hfac doctor says why")
-@pytest.mark.parametrize("backend", BACKENDS or ["none"])
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
 @pytest.mark.parametrize("lists", [LISTS] if LISTS else [50, pytest.param(400, marks=pytest.mark.slow)])
-def test_any_list(threads_and_isa, emulated_backend, backend, lists):
+def test_any_list(threads_and_isa, backend, lists):
     @settings(
         max_examples=lists,
         derandomize=not LISTS,
@@ -160,7 +154,7 @@ def agrees(backend, problem):
         cpu._C.set_isa(problem["isa"])
     torch.set_num_threads(problem["threads"])
     tensors = problem["tensors"]
-    if problem["stored"] is not None and backend in KNOWING:
+    if problem["stored"] is not None:
         # Of other types than the option's are those that it leaves alone, and float16, which has no master weights.
         wanted, more = STORED[problem["stored"]]
         tensors = [{**t, "dtype": t["dtype"] if t["dtype"].itemsize > 2 else wanted} for t in tensors]

@@ -7,16 +7,17 @@ parameters, of clipped and watched steps. Without a GPU all of it is rehearsed (
 """
 
 import pytest
-import test_cuda_clipping
 import test_cuda_rounding
-import test_cuda_watch
 import test_parts
+import test_watched_steps
 import torch
 from gpu_graphs import *  # noqa: F403
 from gpu_steps import *  # noqa: F403
-from gpu_steps import BOTH, DEVICE, DTYPES, LARGE, MIXED, gradients_on_device, on_device, run, sized
+from gpu_steps import BOTH, DEVICE, DTYPES, LARGE, MIXED, does_not_wait, gradients_on_device, on_device, run, sized
 from rehearsal import gpu  # noqa: F401 (a fixture)
 from running import bits, parameters
+from suites import KINDS, OPS, Run, cases
+from test_clipped_steps import norm_and_step
 from test_parity import ieee_square_roots, params_agree  # noqa: F401 (one is a fixture)
 from test_parts import BLOCK_PARTS, HFAC_OPTIONS, MATRIX_PARTS, SMMF_OPTIONS, BlockParts, MatrixParts
 from torch.nn import Parameter
@@ -36,7 +37,7 @@ def backend(gpu):  # noqa: F811
 
 OF_PARTS = pytest.mark.parametrize("dtype", sized([*DTYPES, torch.float64], [torch.bfloat16, torch.float64]), ids=str)
 STORED = [dict(rounding="stochastic"), dict(master="split"), dict(rounding="stochastic", master="split8")]
-KIND = pytest.mark.parametrize("kind", test_cuda_rounding.KINDS.values(), ids=test_cuda_rounding.KINDS)
+KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
 def moved(value, device=DEVICE):
@@ -104,12 +105,7 @@ def test_ops_on_parts_do_not_wait_for_the_device():
         parts.apply("cuda", known, beta1=decays, **HFAC_OPTIONS["clipped"])
         square_parts.step("cuda", **(SMMF_OPTIONS["decoupled"] | dict(beta1=decays, beta2=decays)))
 
-    steps()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        steps()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    does_not_wait(steps)
 
 
 @pytest.mark.parity
@@ -125,7 +121,7 @@ def test_two_runs_on_parts_have_the_same_bits():
 @pytest.mark.parity
 @pytest.mark.parametrize("grad_dtype", sized(DTYPES[:2], DTYPES[1:2]), ids=str)
 @KIND
-@pytest.mark.parametrize("op", test_cuda_rounding.OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_stored_parameters(op, kind, grad_dtype):
     """To the bit what hfac.rounding makes of the weights that the same kernels write in float32."""
     shapes = [*test_cuda_rounding.SHAPES[op[:4]], sized((1024, 1024), (256, 72))]
@@ -141,7 +137,7 @@ def test_stored_parameters(op, kind, grad_dtype):
 @pytest.mark.parity
 @pytest.mark.parametrize("layout", ["shifted", "transposed"])
 @KIND
-@pytest.mark.parametrize("op", test_cuda_rounding.OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_stored_parameters_of_any_layout(op, kind, layout):
     shapes, places = [(24, 16), (16, 8)], [BitOffset(1, 16, (64, 1)), BitOffset(2, 3, (1, 40))]
     layouts = [(layout, "contiguous"), ("contiguous", layout)]
@@ -189,8 +185,8 @@ def test_a_replayed_graph_of_stored_parameters_equals_eager_steps(name, stored):
 @pytest.mark.graphs
 def test_a_replayed_graph_of_the_norm_and_the_step_equals_plain_steps():
     """Some replays clip and some do not."""
-    shapes, ops = [(24, 16), (0, 5), (127, 129), *LARGE], backends.resolve("cuda", DEVICE)
-    ours, theirs = (test_cuda_clipping.Run(shapes, device=DEVICE, ops=ops) for _ in range(2))
+    shapes = [(24, 16), (0, 5), (127, 129), *LARGE]
+    ours, theirs = (Run("hfac_step_", cases(shapes), "cuda", device=DEVICE) for _ in range(2))
     static = [torch.zeros(shape, device=DEVICE) for shape in shapes]
     limit, graph, clips = 2 * sum(map(torch.numel, static)) ** 0.5, None, []
     for step in range(8):
@@ -200,56 +196,48 @@ def test_a_replayed_graph_of_the_norm_and_the_step_equals_plain_steps():
         if step == 3:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                clip = test_cuda_clipping.norm_and_step(ours, static, limit)
+                clip = norm_and_step(ours, static, limit)
         if graph is None or step == 6:  # between replays too
-            clips.append(test_cuda_clipping.norm_and_step(ours, static, limit).clone())
+            clips.append(norm_and_step(ours, static, limit).clone())
         else:
             graph.replay()
             clips.append(clip.clone())
-        theirs.step(static, **test_cuda_clipping.scalars(1), grad_scale=clips[-1].reciprocal())
-        assert test_cuda_clipping.agree(ours, theirs)
+        theirs.step(static, clip=clips[-1])
+        assert ours.agrees(theirs)
     assert [bool(clip < 1) for clip in clips] == [step % 3 == 1 for step in range(8)]
 
 
 @pytest.mark.graphs
 def test_a_norm_that_no_step_has_planned_is_refused_in_a_capture():
     """Or it works, as in tests/backends/gpu_graphs.py."""
-    run = test_cuda_clipping.Run(MIXED[:2], device=DEVICE, ops=backends.resolve("cuda", DEVICE))
-    grads = [torch.ones_like(param) for param in run.params]
-    run.step(grads, **test_cuda_clipping.scalars(1))
+    run = Run("hfac_step_", cases(MIXED[:2]), "cuda", device=DEVICE)
+    grads = run.grads()
+    run.step(grads)
     torch.cuda.synchronize()
     try:
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            test_cuda_clipping.norm_and_step(run, grads, 1.0)
+            norm_and_step(run, grads, 1.0)
     except RuntimeError as error:
         assert "one step" in str(error), error
-    test_cuda_clipping.norm_and_step(run, grads, 1.0)
+    norm_and_step(run, grads, 1.0)
     assert all(param.isfinite().all() for param in run.params)
 
 
 def test_the_norm_and_the_step_do_not_wait_for_the_device():
-    run = test_cuda_clipping.Run(MIXED[:2], device=DEVICE, ops=backends.resolve("cuda", DEVICE))
-    grads = [torch.ones_like(param) for param in run.params]
-    for _ in range(2):
-        test_cuda_clipping.norm_and_step(run, grads, 1.0)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        test_cuda_clipping.norm_and_step(run, grads, 1.0)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    run = Run("hfac_step_", cases(MIXED[:2]), "cuda", device=DEVICE)
+    grads = run.grads()
+    does_not_wait(lambda: norm_and_step(run, grads, 1.0))
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("kind", test_cuda_watch.EVERY.values(), ids=test_cuda_watch.EVERY)
-@pytest.mark.parametrize("op", test_cuda_watch.OPS)
-def test_watched_steps(op, kind):
-    shapes = test_cuda_watch.shapes_of(op)
-    run = test_cuda_watch.Watched(op, kind, shapes, device=DEVICE, ops=backends.resolve("cuda", DEVICE))
-    for t in (1, 2):
-        grads = [grad.to(DEVICE) for grad in test_cuda_watch.grads_of(shapes, t)]
-        watched = torch.zeros(len(shapes), 5, dtype=torch.float64, device=DEVICE)
-        expected = run.watch(grads, watched, t=t)
-        test_cuda_watch.agree(watched.cpu(), expected)
+@test_watched_steps.EACH_KIND
+@pytest.mark.parametrize("op", OPS)
+def test_numbers_of_watched_steps(op, kind):
+    run = test_watched_steps.of_kind(op, kind, "cuda", device=DEVICE)
+    for t in range(2):
+        watched = run.table()
+        expected = run.watch(run.zeroed(t), watched)
+        test_watched_steps.agree(watched.cpu(), expected, run, "cuda")
 
 
 @BOTH
@@ -258,10 +246,4 @@ def test_a_step_of_stored_parameters_does_not_wait_for_the_device(name, stored):
     params = [on_device(param, torch.bfloat16) for param in parameters(MIXED)]
     optimizer = getattr(hfac, name)(params, backend="cuda", capturable=True, **stored)
     gradients_on_device(params, 0)
-    for _ in range(2):
-        optimizer.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    does_not_wait(optimizer.step)

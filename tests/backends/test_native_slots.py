@@ -16,7 +16,7 @@ BELOW = {
     "": {"common", "bindings", "cpu", "emulation"},
     "cpu": {"", "common"},
     "cuda": {"", "common", "emulation"},  # which stands in CUDA's place
-    "emulation": {"cuda"},
+    "emulation": set(),
     "bindings": {"", "cpu", "cuda"},
 }
 

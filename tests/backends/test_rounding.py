@@ -4,16 +4,16 @@ the reference, and what the optimizers make of them."""
 import copy
 
 import calls
-import emulated
 import pytest
 import torch
 from cases import OPTIONS, SHAPES, gradient
+from suites import KERNELS
 from test_parity import SUMS, ieee_square_roots, states_agree  # noqa: F401 (a fixture)
 from torch import nn
 from torch.nn import Parameter
 
 import hfac
-from hfac import backends, rounding
+from hfac import rounding
 from hfac.backends import cpu
 from hfac.rounding import BitOffset
 
@@ -21,11 +21,7 @@ HOST = torch.device("cpu")
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-BACKENDS = [name for name in backends.available(HOST) if name != "reference"]
-BACKENDS += [] if emulated.native is None else [emulated.NAME]
-needs_backend = pytest.mark.skipif(not BACKENDS, reason="no backend but the reference rounds stochastically here")
 needs_native = pytest.mark.skipif(cpu._C is None, reason="hfac._C is not built")
-pytestmark = pytest.mark.usefixtures("emulated_backend")
 
 #: Options, and the types that can have them.
 STORED = {
@@ -222,11 +218,10 @@ def without_low(state):
     return {key: value for key, value in state.items() if key != "master_low"}
 
 
-@needs_backend
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("row", ["all", "skip"])
 @pytest.mark.parametrize("name", ["HFac", "SMMF"])
-@pytest.mark.parametrize("backend", BACKENDS or ["none"])
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
 def test_backend_agrees_with_the_reference(backend, name, row, stored):
     dtype, options = STORED[stored]
     options = {**OPTIONS[name][row], **options}
@@ -267,7 +262,6 @@ LONG_SHAPES = [(1100, 130), (400, 300), (40000,), (8, 3, 5, 5), (37,)]
 
 @pytest.mark.parametrize("row", ["all", "skip"])
 @pytest.mark.parametrize("name", ["HFac", "SMMF"])
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_split_makes_the_steps_of_float32(backend, name, row):
     options = {**OPTIONS[name][row], "backend": backend}
     steps = 10 if backend in ("reference", "cpu") else 3
@@ -392,10 +386,9 @@ def a_part(op, params, lows, grads, places, backend):
     return params, lows
 
 
-@needs_backend
 @pytest.mark.parametrize("low", [None, torch.int16, torch.int8], ids=str)
 @pytest.mark.parametrize("op", ["hfac_apply_", "smmf_sums_step_"])
-@pytest.mark.parametrize("backend", BACKENDS or ["none"])
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
 def test_parts_agree_with_the_reference(backend, op, low):
     """Places with strides, one step for each parameter, and lower pieces of layouts of their own."""
     shapes = [(24, 18), (40, 33), (9, 64), (64, 1)]
@@ -442,7 +435,6 @@ def test_the_seed_matters_where_bits_are_drawn(name):
         assert torch.equal(one, other) == ("stochastic" not in stored), stored
 
 
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("name", ["HFac", "SMMF"])
 def test_capturable_gives_the_same_bits(name, backend):
     for stored in ("stochastic-bf16", "split8-stochastic"):
@@ -593,7 +585,6 @@ def a_call(**more):
     return arguments
 
 
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_bad_calls(backend):
     low = torch.zeros(4, 6, dtype=torch.int16)
     rows = [

@@ -29,7 +29,16 @@ def run_python(arguments, tmp_path, **environment):
 
 #: file -> which tests of other backends run once more with Triton's kernels, and of these the few in `make test`
 STEPS = {
-    "optim/test_clipping": ("triton and (matrices or slices)", "triton and (matrices or slices)"),
+    "backends/test_clipped_steps": (
+        "triton",
+        "triton and not (large or several-1.0 or (refused_parameters and (0.3 or nan or 1.0-propagate)))",
+    ),
+    "backends/test_watched_steps": (
+        "triton and not large",
+        "triton and ((every_type and True) or after_its_norm or every_bit or report or adds_to "
+        "or (any_layout and (stochastic or split or float16)))",
+    ),
+    "optim/test_clipping": ("triton", "triton and (matrices or slices or unscale)"),
     "backends/test_captures": (
         "HFac and (no_gradient-moved or transposed-found or negated-moved or clipped) or goes_with or on_parts_cannot "
         "or (defaults and device and plain) or (several_streams and plain) or (first_step and HFac and plain) or "
@@ -43,7 +52,7 @@ STEPS = {
         "triton and published",
     ),
 }
-KERNELS, MORE = ["backends/triton_interpreted"], ["backends/triton_clipped", "backends/triton_watched"]
+KERNELS, MORE = ["backends/triton_interpreted"], ["backends/triton_statistics"]
 
 
 def of_steps(k):
@@ -55,7 +64,7 @@ def of_steps(k):
     ("files", "part", "mark"),
     [
         pytest.param(KERNELS, "", "not slow", id="kernels"),
-        pytest.param([*MORE, *STEPS], f"triton_clipped or triton_watched or {of_steps(1)}", "not slow", id="steps"),
+        pytest.param([*MORE, *STEPS], f"triton_statistics or {of_steps(1)}", "not slow", id="steps"),
         pytest.param(KERNELS, "HFac", "slow", id="more-of-HFac", marks=pytest.mark.slow),
         pytest.param(KERNELS, "not HFac", "slow", id="more-of-SMMF", marks=pytest.mark.slow),
         pytest.param(STEPS, of_steps(0), "", id="more-steps", marks=pytest.mark.slow),

@@ -13,6 +13,7 @@ import calls
 import pytest
 import torch
 from cases import DTYPES, OPTIONS, SHAPES, gradient, shape_id
+from suites import laid_out
 from test_parity import (
     SUMS,
     ieee_square_roots,
@@ -21,6 +22,7 @@ from test_parity import (
     step_with,
     test_autograd_notices_the_write,
 )
+from test_parity import truncated_agree as agree
 
 import hfac
 from hfac import matricize, ops, reference, rounding, spec
@@ -32,42 +34,10 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from hfac.triton_kernels import plan, records, shards, step, table  # noqa: E402
 from hfac.triton_kernels import rounding as kernels  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
 
 __all__ = ["ieee_square_roots", "test_autograd_notices_the_write"]
 STEPS = 3
 SMALL = [shape for shape in SHAPES if torch.Size(shape).numel() <= 1024]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def patched_once():
-    """The interpreter patches the language anew for every function that a kernel calls, which takes most of its time.
-    Once is enough where nothing runs uninterpreted."""
-    if not hasattr(interpreter, "_LangPatchScope"):
-        yield
-        return
-    original, seen = interpreter._patch_lang, set()
-
-    def patch(fn):
-        modules = frozenset(id(v) for v in fn.__globals__.values() if v in (triton.language, triton.language.core))
-        if modules not in seen:
-            seen.add(modules)
-            original(fn)
-        return interpreter._LangPatchScope()
-
-    interpreter._patch_lang = patch
-    yield
-    interpreter._patch_lang = original
-
-
-def agree(name, ours, theirs, before, lr):
-    if ours.dtype == torch.bfloat16:
-        ulp = torch.finfo(torch.bfloat16).eps * theirs.float().abs()
-        off = (theirs.float() - ours.float()).abs()
-        slack = 0 if name == "SMMF" else ulp + 1e-4 * (lr + (theirs.float() - before.float()).abs())
-        assert (off <= ulp + slack).all(), f"off by {(off / ulp).max():.3g} ulp"
-        return
-    params_agree(name, ours, theirs, before, lr)
 
 
 def rows(shapes, taken, *marks):
@@ -144,22 +114,7 @@ def strided(shape, how, seed):
     return laid_out(gradient(shape, seed, torch.float32), how)
 
 
-def laid_out(values, how):
-    shape = tuple(values.shape)
-    if how == "transposed":
-        return values.mT.contiguous().mT
-    if how == "permuted":
-        order = list(range(values.ndim))[::-1]
-        return values.permute(order).contiguous().permute(order)
-    if how == "padded":
-        wide = torch.full((*shape[:-1], shape[-1] + 3), float("nan"), dtype=values.dtype)
-        wide[..., 1:-2] = values
-        return wide[..., 1:-2]
-    assert how == "unaligned"
-    return torch.cat([torch.full((1,), float("nan"), dtype=values.dtype), values.view(-1)])[1:].view(shape)
-
-
-@pytest.mark.parametrize("how", ["transposed", "permuted", "padded", "unaligned"])
+@pytest.mark.parametrize("how", ["transposed", "permuted", "padded", "shifted"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_layouts(name, how):
     """Parameters and gradients of any layout: the same as of contiguous copies, and nothing outside them is touched."""
@@ -314,6 +269,27 @@ def test_rounding_is_the_definition(how, dtype, low):
     assert (same | values.isnan()).all(), values[~same]
 
 
+@triton.jit
+def rounded_to_nearest(values, N: tl.constexpr, W: tl.constexpr, LOW: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(values + i, kernels.nearest(tl.load(values + i), W, tl.float32, LOW))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low"),
+    [(torch.bfloat16, None), (torch.float16, None), (torch.float32, None)]
+    + [(torch.bfloat16, low) for low in (torch.int8, torch.int16)],
+    ids=str,
+)
+def test_nearest_is_the_definition(dtype, low):
+    """Of every kind of number; what is none stays so, whatever its bits carry over."""
+    values = hard_numbers(1024)
+    wanted = values.to(dtype).float() if low is None else rounding.join(*rounding.split(values, low, None))
+    rounded_to_nearest[(1,)](values, 1024, plan.TYPES[dtype], 0 if low is None else 8 * low.itemsize)
+    assert torch.equal(values.isnan(), wanted.isnan())
+    assert torch.equal(values.nan_to_num(), wanted.nan_to_num())
+
+
 def master(param, state):
     low = state.get("master_low")
     return param.detach() if low is None else rounding.join(param.detach(), low)
@@ -337,15 +313,15 @@ def stored_agree(name, kind, params, states, before, lr):
 
 #: whole vectors of each layout of signs, odd columns, odd bytes, a prime, one row, no dimension; and how they lie
 STORED = [
-    ((16, 24), "plain"),
-    ((24,), "plain"),
-    ((8, 9), "plain"),
-    ((17, 19), "plain"),
-    ((7,), "plain"),
-    ((1, 16), "plain"),
-    ((), "plain"),
+    ((16, 24), "contiguous"),
+    ((24,), "contiguous"),
+    ((8, 9), "contiguous"),
+    ((17, 19), "contiguous"),
+    ((7,), "contiguous"),
+    ((1, 16), "contiguous"),
+    ((), "contiguous"),
     ((12, 16), "transposed"),
-    ((5, 8), "unaligned"),
+    ((5, 8), "shifted"),
 ]
 
 
@@ -358,10 +334,7 @@ def test_how_weights_are_stored(name, kind):
     dtype, options = KINDS[kind]
     kwargs = OPTIONS[name]["skip"] | options
     values = [gradient(shape, 0, dtype) for shape, _ in STORED]
-    params = [
-        torch.nn.Parameter(v if how == "plain" else laid_out(v, how))
-        for v, (_, how) in zip(values, STORED, strict=True)
-    ]
+    params = [torch.nn.Parameter(laid_out(v, how)) for v, (_, how) in zip(values, STORED, strict=True)]
     twins = [torch.nn.Parameter(v.clone()) for v in values]
     optimizer = getattr(hfac, name)(params, **kwargs, backend="triton")
     reference = getattr(hfac, name)(twins, **kwargs, backend="reference")
@@ -531,7 +504,7 @@ def test_gradients_move_and_change_their_layout():
     twin, twin_states = param.clone(), [s.clone() for s in states]
     bound = ops.OpCall("hfac_step_", [param], {n: [s] for n, s in zip(names, states, strict=True)}, backend="triton")
     plain = gradient(shape, 1, torch.float32)
-    kinds = [plain, plain, plain.clone(), strided(shape, "transposed", 2), strided(shape, "unaligned", 3)]
+    kinds = [plain, plain, plain.clone(), strided(shape, "transposed", 2), strided(shape, "shifted", 3)]
     kinds += [strided(shape, "padded", 4), gradient(shape, 5, torch.bfloat16), torch._neg_view(plain), plain]
     for grad in kinds:
         twin.copy_(param)
@@ -569,24 +542,23 @@ def sums_agree(ours, theirs, terms, what, slack=1.0):
 
 #: shape of the matrix, its rows and columns that are the part, how the part lies
 RECTANGLES = [
-    ((48, 40), (8, 24), (0, 40), "plain"),
-    ((47, 40), (40, 47), (0, 40), "plain"),
-    ((37, 21), (5, 30), (0, 21), "plain"),
-    ((40, 48), (0, 40), (16, 32), "plain"),
+    ((48, 40), (8, 24), (0, 40), "contiguous"),
+    ((47, 40), (40, 47), (0, 40), "contiguous"),
+    ((37, 21), (5, 30), (0, 21), "contiguous"),
+    ((40, 48), (0, 40), (16, 32), "contiguous"),
     ((40, 48), (0, 40), (16, 32), "transposed"),
     ((30, 19), (0, 30), (7, 12), "padded"),
-    ((33, 200), (3, 20), (72, 168), "plain"),
-    ((33, 200), (20, 33), (1, 150), "unaligned"),
+    ((33, 200), (3, 20), (72, 168), "contiguous"),
+    ((33, 200), (20, 33), (1, 150), "shifted"),
     ((70, 300), (1, 69), (9, 293), "transposed"),
-    ((9, 4200), (2, 7), (0, 4200), "plain"),
-    ((12, 16), (12, 12), (0, 16), "plain"),
-    ((12, 16), (0, 12), (5, 5), "plain"),
+    ((9, 4200), (2, 7), (0, 4200), "contiguous"),
+    ((12, 16), (12, 12), (0, 16), "contiguous"),
+    ((12, 16), (0, 12), (5, 5), "contiguous"),
 ]
 
 
 def rectangle(values, rows, cols, how):
-    part = values[slice(*rows), slice(*cols)].contiguous()
-    return part if how == "plain" or not part.numel() else laid_out(part, how)
+    return laid_out(values[slice(*rows), slice(*cols)], how)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -836,7 +808,7 @@ def test_smmf_on_parts_of_several_tiles():
 def test_parts_of_any_layout():
     """A part need not be contiguous, nor its gradient of its type."""
     case = rows_of((16, 24), 2, 12)
-    for how, grad_dtype in (("transposed", torch.float32), ("padded", torch.bfloat16), ("unaligned", torch.float32)):
+    for how, grad_dtype in (("transposed", torch.float32), ("padded", torch.bfloat16), ("shifted", torch.float32)):
         arguments = smmf_parts([case], torch.float32, True)
         scalars = SMMF_PARTS["adam"] | dict(beta1=0.9, beta2=0.5)
         theirs, _ = copied(arguments)
@@ -910,10 +882,10 @@ def copies_of(told):
 
 #: shape of the whole, rows and columns of the part, how it lies: all rows, all columns, neither, odd, turned
 PLACED = [
-    ((24, 16), (8, 16), (0, 16), "plain"),
-    ((12, 32), (0, 12), (16, 32), "plain"),
-    ((16, 24), (3, 14), (8, 16), "unaligned"),
-    ((9, 19), (2, 9), (3, 12), "plain"),
+    ((24, 16), (8, 16), (0, 16), "contiguous"),
+    ((12, 32), (0, 12), (16, 32), "contiguous"),
+    ((16, 24), (3, 14), (8, 16), "shifted"),
+    ((9, 19), (2, 9), (3, 12), "contiguous"),
     ((16, 24), (8, 16), (0, 24), "transposed"),
 ]
 

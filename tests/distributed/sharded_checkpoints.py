@@ -26,7 +26,9 @@ def place(folder, kind, name, flat):
 
 
 def save_all(folder):
-    """Trains and saves, under every wrapper, with every optimizer, in both formats."""
+    """Trains and saves, under every wrapper, with every optimizer, in both formats; the second in the background, while
+    training goes on."""
+    background = dist.new_group()
     for kind in SAVED_ON:
         for name in NAMES:
             net = wrap(kind, model())
@@ -35,7 +37,13 @@ def save_all(folder):
             for flat in FORMATS:
                 options = StateDictOptions(flatten_optimizer_state_dict=flat)
                 model_state, state = get_state_dict(net, optimizer, options=options)
-                dcp.save({"model": model_state, "optimizer": state}, checkpoint_id=place(folder, kind, name, flat))
+                parts, where = {"model": model_state, "optimizer": state}, place(folder, kind, name, flat)
+                if not flat:
+                    dcp.save(parts, checkpoint_id=where)
+                    continue
+                saving = dcp.async_save(parts, checkpoint_id=where, process_group=background)
+                train(net, optimizer, 2, first=BEFORE)
+                saving.result()
 
 
 def continue_all(folder, kind):

@@ -45,16 +45,18 @@ class Model(nn.Module):
         return self.head(self.frozen(x))
 
 
-def model(dtype=torch.float64, uneven=False):
+def model(dtype=torch.float64, uneven=False, tied=False):
     torch.manual_seed(0)
     made = Model(width=11, hidden=21, vocabulary=13) if uneven else Model()
+    if tied:
+        made.head.weight = made.embed.weight
     return made.to(dtype)
 
 
-def sharded(net, mesh):
+def sharded(net, mesh, **options):
     for block in net.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(net, mesh=mesh)
+        fully_shard(block, mesh=mesh, **options)
+    fully_shard(net, mesh=mesh, **options)
     return net
 
 
@@ -71,8 +73,12 @@ def wrap(kind, net):
         return net
     if kind == "ddp":
         return DistributedDataParallel(net)
-    if kind == "fsdp":
-        return sharded(net, init_device_mesh("cpu", (world,), mesh_dim_names=("dp",)))
+    if kind in ("fsdp", "fsdp-kept"):
+        options = {} if kind == "fsdp" else {"reshard_after_forward": False}
+        return sharded(net, init_device_mesh("cpu", (world,), mesh_dim_names=("dp",)), **options)
+    if kind == "hsdp-tp":
+        mesh = init_device_mesh("cpu", (2, world // 4, 2), mesh_dim_names=("copies", "outer", "inner"))
+        return sharded(tensor_parallel(net, mesh["inner"]), mesh["copies", "outer"])
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("outer", "inner"))
     if kind == "hsdp":
         return sharded(net, mesh)
@@ -96,9 +102,16 @@ def loss_of(net, step):
     return nn.functional.mse_loss(out, torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype))
 
 
-def train(net, optimizer, steps, first=0, clip=None):
+def train(net, optimizer, steps, first=0, clip=None, accumulate=False):
+    """``accumulate``: of a second batch, whose gradients the ranks do not add up before those of the first."""
     losses = []
     for step in range(first, first + steps):
+        if accumulate:
+            if hasattr(net, "set_requires_gradient_sync"):
+                net.set_requires_gradient_sync(False)
+            loss_of(net, 1000 + step).backward()
+            if hasattr(net, "set_requires_gradient_sync"):
+                net.set_requires_gradient_sync(True)
         loss = loss_of(net, step)
         loss.backward()
         if clip is not None:
@@ -121,15 +134,17 @@ def everything(net, optimizer):
     return found
 
 
-def compare(kind, name, dtype=torch.float64, steps=20, uneven=False, clip=None, own_clip=None):
+def compare(
+    kind, name, dtype=torch.float64, steps=20, uneven=False, clip=None, own_clip=None, tied=False, accumulate=0
+):
     """Largest differences from the unwrapped model after training; with ``own_clip`` the optimizer clips the former and
     torch the latter."""
-    plain = model(dtype, uneven)
+    plain = model(dtype, uneven, tied)
     wrapped = wrap(kind, copy.deepcopy(plain))
     ours = optimizer_of(name, wrapped, **({} if own_clip is None else {"max_grad_norm": own_clip}))
     theirs = optimizer_of(name, plain, backend="reference")
-    train(wrapped, ours, steps, clip=clip)
-    train(plain, theirs, steps, clip=own_clip if clip is None else clip)
+    train(wrapped, ours, steps, clip=clip, accumulate=accumulate)
+    train(plain, theirs, steps, clip=own_clip if clip is None else clip, accumulate=accumulate)
     found, wanted = everything(wrapped, ours), everything(plain, theirs)
     assert found.keys() == wanted.keys()
     return {key: difference(found[key], value) for key, value in wanted.items()}

@@ -19,20 +19,22 @@ from hfac import ops
 
 
 class Counted:
-    """Counts all-reduces, with their ranks and bytes, while it is entered."""
+    """Counts all-reduces and broadcasts, with their ranks and bytes, while it is entered."""
 
     def __enter__(self):
-        self.calls, self._real = [], dist.all_reduce
+        self.calls, self._real = [], {name: getattr(dist, name) for name in ("all_reduce", "broadcast")}
+        for name, real in self._real.items():
 
-        def all_reduce(tensor, *args, group=None, **kwargs):
-            self.calls.append((dist.get_world_size(group), tensor.numel() * tensor.itemsize))
-            return self._real(tensor, *args, group=group, **kwargs)
+            def counted(tensor, *args, real=real, group=None, **kwargs):
+                self.calls.append((dist.get_world_size(group), tensor.numel() * tensor.itemsize))
+                return real(tensor, *args, group=group, **kwargs)
 
-        dist.all_reduce = all_reduce
+            setattr(dist, name, counted)
         return self
 
     def __exit__(self, *exception):
-        dist.all_reduce = self._real
+        for name, real in self._real.items():
+            setattr(dist, name, real)
 
 
 def counted(cases):

@@ -18,10 +18,10 @@ TOLERANCE = 2e-5
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs gloo, as Linux and macOS have it")
 
 
-def start(processes: int, *arguments: object) -> subprocess.Popen[str]:
+def start(processes: int, *arguments: object, first_on_path: Path | None = None) -> subprocess.Popen[str]:
     """Starts the example by torchrun; one process by itself, told what torchrun would tell it, to save time; and 0 as a
     user does who has not heard of torchrun."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(map(str, filter(None, [first_on_path, ROOT, os.environ.get("PYTHONPATH")])))
     # Without a GPU even where there is one: four processes need four.
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
@@ -81,3 +81,30 @@ def test_a_user_error_is_one_sentence(text: Path, tmp_path: Path) -> None:
         assert run.returncode != 0
         assert errors.count(message) == 1, errors
         assert "UsageError" not in errors
+
+
+#: One rank fails in its third step, and would wait for the others if it destroyed the process group, as NCCL does.
+FAILS = """
+import os
+if os.environ.get("RANK") == "1":
+    import time, torch, hfac
+    torch.distributed.destroy_process_group = lambda *args: time.sleep(3600)
+    real, steps = hfac.HFac.step, []
+    def step(self, closure=None):
+        steps.append(1)
+        if len(steps) == 3:
+            raise ArithmeticError("what happened on this rank")
+        return real(self, closure)
+    hfac.HFac.step = step
+"""
+
+
+def test_what_happens_on_one_rank_ends_all_and_is_shown(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FAILS)
+    run = start(2, "--text", text, "--batch", 8, first_on_path=tmp_path)
+    try:
+        _, errors = run.communicate(timeout=240)
+    finally:
+        run.kill()
+    assert run.returncode != 0
+    assert "ArithmeticError: what happened on this rank" in errors

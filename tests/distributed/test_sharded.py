@@ -77,9 +77,18 @@ def test_every_wrapper_equals_the_bare_model():
             ("fsdp-tp",),
             ("fsdp-tp", ("own_clip", 0.5)),
             ("ddp",),
+            ("fsdp-kept",),
+            ("fsdp", ("accumulate", True), ("tied", True)),
         )
     ]
     (found,) = on_ranks(4, ("sharded_models:compare_all", cases))
+    agree(found, TOLERANCE[torch.float64])
+
+
+@pytest.mark.slow
+def test_replicas_of_shards_of_tensor_parallel_layers_equal_the_bare_model():
+    cases = [("hsdp-tp", name, *more) for name in OPTIONS for more in ((), (("own_clip", 0.5),))]
+    (found,) = on_ranks(8, ("sharded_models:compare_all", cases))
     agree(found, TOLERANCE[torch.float64])
 
 
@@ -91,8 +100,10 @@ def test_replicas_are_equal_to_the_bit_after_200_steps():
 
 
 def test_collectives_of_a_step():
-    """One for FSDP and HSDP, three for H-Fac under FSDP x TP; and the optimizer knows them. SMMF has one for each mesh:
-    what tensor parallelism leaves alone lies on FSDP's. H-Fac finds the gradients' norm in its own."""
+    """One for FSDP, with a copy to the replicas for HSDP; for H-Fac under FSDP x TP sums over rows, columns and
+    matrices, and copies of what is the same along the other dimension; and the optimizer knows them. SMMF adds up each
+    mesh by itself: what tensor parallelism leaves alone lies on FSDP's. H-Fac finds the gradients' norm in its own, and
+    where a mesh has two dimensions its ranks take the first's."""
     cases = [
         *((kind, name) for kind in ("fsdp", "hsdp", "fsdp-tp", "ddp") for name in OPTIONS),
         ("fsdp", "SMMF", ("nonfinite", "skip")),
@@ -106,21 +117,21 @@ def test_collectives_of_a_step():
         4, ("sharded_traffic:counted", cases), ("sharded_traffic:counted_on_one_mesh", "fsdp-tp")
     )
     wanted = {
-        ("fsdp-tp", "HFac"): [2, 2, 2],
-        ("fsdp-tp", "SMMF"): [2, 4],
+        ("fsdp-tp", "HFac"): 5 * [2],
+        ("fsdp-tp", "SMMF"): [2, 2, 2, 2],
         ("fsdp", "SMMF", ("nonfinite", "skip")): [4, 4],
-        ("hsdp", "HFac", ("max_grad_norm", 1e6)): [2],
-        ("fsdp-tp", "HFac", ("max_grad_norm", 1e6)): [2, 2, 2],
-        ("fsdp-tp", "SMMF", ("max_grad_norm", 0.1)): [2, 4, 2, 4],
-        clipped: [2, 2],
+        ("hsdp", "HFac", ("max_grad_norm", 1e6)): 4 * [2],
+        ("fsdp-tp", "HFac", ("max_grad_norm", 1e6)): 5 * [2] + 2 * [2],
+        ("fsdp-tp", "SMMF", ("max_grad_norm", 0.1)): 4 * [2] + 2 * [2] + 4 * [2],
+        clipped: 6 * [2],
     }
     for case, (counted, said) in found.items():
         if case == clipped:  # the step is made of what is scaled, from its beginning
             said = said + found["hsdp", "HFac"][1]
         assert counted == said, case
-        ranks = wanted.get(case, {"fsdp": [4], "hsdp": [2], "ddp": []}.get(case[0]))
+        ranks = wanted.get(case, {"fsdp": [4], "hsdp": [2, 2], "ddp": []}.get(case[0]))
         assert [count for count, _ in counted] == ranks, case
-    for name, ranks in {"HFac": [2, 2, 2], "SMMF": [4]}.items():
+    for name, ranks in {"HFac": [2, 2, 2, 2, 2], "SMMF": [2, 2, 2]}.items():
         counted, said = on_one_mesh[name]
         assert counted == said and [count for count, _ in counted] == ranks, name
 

@@ -24,6 +24,8 @@ except ImportError:
     native = None
 
 NAME = "cuda-emulated"
+#: in which blocks may run, one after the other
+ORDERS = ["forward", "reverse", "shuffled"]
 WHY_NOT = "hfac._emulated is not built: make test-emulated"
 
 
@@ -55,6 +57,17 @@ class Host:
 ops = cuda.Kernels(Host())
 
 
+def set_orders(monkeypatch: pytest.MonkeyPatch, orders: Iterator[str]) -> None:
+    """The order of blocks of each launch from now on."""
+    fill = Host.before_launch
+
+    def before_launch(host: Host, workspace: Tensor) -> None:
+        native.set_block_order(next(orders))
+        fill(host, workspace)
+
+    monkeypatch.setattr(Host, "before_launch", before_launch)
+
+
 @contextmanager
 def registered() -> Iterator[None]:
     """Makes the backend known to `hfac.backends` for a while, by name only: "auto" never takes it."""
@@ -67,14 +80,6 @@ def registered() -> Iterator[None]:
         yield
     finally:
         backends.unregister(NAME)
-
-
-def provide(backend: str, request: pytest.FixtureRequest) -> None:
-    """Makes a backend that a test is parametrized with known, if it is this one; skips where it is not built."""
-    if backend == NAME:
-        if native is None:
-            pytest.skip(WHY_NOT)
-        request.getfixturevalue("emulated_backend")
 
 
 #: Lists of addresses among the arguments of `CudaStep` and `CudaParts`, and single ones among those of a launch.

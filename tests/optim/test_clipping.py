@@ -1,15 +1,17 @@
-"""max_grad_norm: as torch.nn.utils.clip_grad_norm_ before the step; sharded gradients are in test_sharded.py."""
+"""max_grad_norm: as torch.nn.utils.clip_grad_norm_ before the step; the kernels' part is in test_clipped_steps.py,
+sharded gradients are in test_sharded.py."""
 
 import emulated
 import pytest
 import torch
 from running import bits, gradients, parameters
+from suites import KERNELS
 from torch import nn
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hfac import SMMF, HFac, backends, clipping, ops
+from hfac import SMMF, HFac, backends, clipping
 
 BOTH = pytest.mark.parametrize("cls", [HFac, SMMF], ids=["hfac", "smmf"])
 OPTIONS = {
@@ -17,8 +19,6 @@ OPTIONS = {
     SMMF: dict(lr=0.02, beta=0.8, eps=1e-6, weight_decay=0.1, decay_rate=-0.8, growth_rate=0.95),
 }
 NAN, INF = float("nan"), float("inf")
-#: where its kernels are interpreted (tests/backends/test_triton.py)
-TRITON = [name for name in backends.available(torch.device("cpu")) if name == "triton"]
 LIMIT = 5.0
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 1e-6}
 
@@ -75,11 +75,9 @@ def both_ways(cls, dtype=torch.float32, steps=8, **options):
 
 @BOTH
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("backend", ["auto", "reference", emulated.NAME, *TRITON])
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
-def test_as_clip_grad_norm_and_a_step(cls, dtype, backend, nonfinite, request):
+def test_as_clip_grad_norm_and_a_step(cls, dtype, backend, nonfinite):
     tolerance = TOLERANCE[dtype]
-    emulated.provide(backend, request)
     if backend in (emulated.NAME, "triton"):
         # They take a float32 coefficient, and do not round the gradients that they have multiplied.
         tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
@@ -88,16 +86,22 @@ def test_as_clip_grad_norm_and_a_step(cls, dtype, backend, nonfinite, request):
 
 
 @BOTH
-def test_a_kernel_that_unscales_leaves_gradients_alone(cls, emulated_backend):
-    if emulated.native is None:
-        pytest.skip(emulated.WHY_NOT)
-    params = parameters()
-    optimizer = cls(params, max_grad_norm=0.1, backend=emulated.NAME)
+@pytest.mark.parametrize("backend", [name for name in KERNELS if name != "cpu"], indirect=True)
+def test_kernels_that_unscale_leave_gradients_alone(cls, backend):
+    """And step as after clip_grad_norm_."""
+    params, twins, start = (parameters([(16, 24), (7,), (5, 8)]) for _ in range(3))
+    optimizer, plain = cls(params, lr=0.02, max_grad_norm=0.1, backend=backend), cls(twins, lr=0.02, backend=backend)
     gradients(params, 0)
+    gradients(twins, 0)
     before = bits([param.grad for param in params])
+    norm = nn.utils.clip_grad_norm_(twins, 0.1)
     optimizer.step()
+    plain.step()
     assert bits([param.grad for param in params]) == before
-    assert optimizer.grad_norm > 0.1
+    assert optimizer.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6) and norm > 0.1
+    for param, twin, old in zip(params, twins, start, strict=True):
+        moved, wanted = param - old, twin - old
+        assert (moved - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 @BOTH
@@ -116,9 +120,7 @@ def test_below_the_limit_every_bit_is_an_unclipped_steps(cls):
 
 @BOTH
 @pytest.mark.parametrize("amp_scaling", [False, True])
-@pytest.mark.parametrize("backend", ["auto", emulated.NAME])
-def test_under_a_grad_scaler_the_norm_is_of_unscaled_gradients(cls, amp_scaling, backend, request):
-    emulated.provide(backend, request)
+def test_under_a_grad_scaler_the_norm_is_of_unscaled_gradients(cls, amp_scaling, backend):
     runs, norms = [], []
     for option in (False, True):
         params = parameters()
@@ -170,10 +172,8 @@ def test_skip_leaves_bad_gradients_out_of_the_norm(cls, bad, capturable):
 
 
 @BOTH
-@pytest.mark.parametrize("backend", ["auto", "reference", emulated.NAME, *TRITON])
-def test_skip_leaves_bad_slices_out_of_the_norm(cls, backend, request):
+def test_skip_leaves_bad_slices_out_of_the_norm(cls, backend):
     """Of a stack the other slices are stepped, and count."""
-    emulated.provide(backend, request)
     params = parameters([(3, 4, 5), (6,)])
     groups = [{"params": params[:1], "batch_dims": 1}, {"params": params[1:]}]
     optimizer = cls(groups, max_grad_norm=LIMIT, nonfinite="skip", backend=backend)
@@ -226,11 +226,10 @@ def test_expanded_gradients(cls, scaled):
     assert optimizer.grad_norm > 0.5 and params[0].grad[0, 0] == 2.0
 
 
-@pytest.mark.parametrize("backend", ["cpu", emulated.NAME, *TRITON])
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
 @pytest.mark.parametrize("limit", [1e4, 0.1])
-def test_matrices_are_not_read_for_their_norm(backend, limit, request, monkeypatch):
+def test_matrices_are_not_read_for_their_norm(backend, limit, monkeypatch):
     """H-Fac has it from its statistics, also of slices; vectors are read."""
-    emulated.provide(backend, request)
     read = []
     norms = clipping.norms
     monkeypatch.setattr(clipping, "norms", lambda grads: read.extend(grads) or norms(grads))
@@ -246,90 +245,12 @@ def test_matrices_are_not_read_for_their_norm(backend, limit, request, monkeypat
 
 
 @BOTH
-@pytest.mark.parametrize("backend", ["auto", "reference", emulated.NAME, *TRITON])
-def test_nothing_but_empty_gradients(cls, backend, request):
-    emulated.provide(backend, request)
+def test_nothing_but_empty_gradients(cls, backend):
     params = parameters([(0, 5), (3, 0), (0,)])
     optimizer = cls(params, max_grad_norm=1.0, backend=backend, watch=True)
     gradients(params, 0)
     optimizer.step()
     assert optimizer.grad_norm == 0 and optimizer.diagnostics() == {}
-
-
-def a_list(dtype):
-    """Matrices of several chunks, strided and empty ones, with the states of some steps before."""
-    generator = torch.Generator().manual_seed(1)
-    shapes = [(700, 40), (3, 5), (0, 4), (33, 129)]
-
-    def made(shape):
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    params, grads = [made(shape) for shape in shapes], [made(shape) for shape in shapes]
-    grads[1] = made(shapes[1][::-1]).t()
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    states = {
-        name: [made(shape[k : k + 1]).to(wide).abs() for shape in shapes]
-        for name, k in (("exp_avg_rows", 0), ("exp_avg_cols", 1), ("exp_avg_sq_rows", 0), ("exp_avg_sq_cols", 1))
-    }
-    return params, grads, states
-
-
-SCALARS = dict(lr=0.01, beta1=0.8, beta2=0.9, eps=1e-12, clip_threshold=0.7, weight_decay=0.1, maximize=False)
-
-
-def updated(dtype, clip, backend, nonfinite=None, spoil=None, **scalars):
-    """(norms, all bits after a step); clip None: the plain step."""
-    params, grads, states = a_list(dtype)
-    if spoil:
-        spoil(grads)
-    call = ops.OpCall("hfac_step_", params, states, backend=backend)
-    inputs = call.prepare(grads, nonfinite, **SCALARS | scalars)
-    found = None if clip is None else call.statistics(inputs)
-    call.apply(inputs, found, None if clip is None else torch.tensor(clip))
-    return found and found.norms, bits([params, states])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", ["cpu", emulated.NAME, *TRITON])
-@pytest.mark.parametrize("clip_threshold", [0.7, None])
-def test_statistics_taken_for_the_norm_serve_the_step(dtype, backend, clip_threshold, request):
-    """Unclipped every bit is the plain step's; clipped, that of the plain step on gradients multiplied before."""
-    emulated.provide(backend, request)
-    options = dict(clip_threshold=clip_threshold)
-    _, plain = updated(dtype, None, backend, **options)
-    norms, same = updated(dtype, 1.0, backend, **options)
-    assert plain == same
-    assert norms.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    _, grads, _ = a_list(dtype)
-    assert norms.tolist() == pytest.approx([grad.double().norm().item() for grad in grads], rel=3e-6)
-
-    def halve(grads):
-        for grad in grads:
-            grad *= 0.5  # exact
-
-    _, halved = updated(dtype, None, backend, spoil=halve, **options)
-    _, clipped = updated(dtype, 0.5, backend, **options)
-    assert halved == clipped != plain
-
-
-@pytest.mark.parametrize("backend", ["cpu", emulated.NAME, *TRITON])
-def test_what_is_not_finite_is_known_for_the_gradients_as_they_are_stepped(backend, request):
-    """A number too large to be squared is fine once it is clipped; NaN is not."""
-    emulated.provide(backend, request)
-
-    def spoil(grads):
-        grads[0][3, 3] = NAN
-        grads[1][0, 0] = 1e25
-
-    for clip, wanted in ((1.0, [1, 1, 0, 0]), (1e-20, [1, 0, 0, 0])):
-        flags = torch.zeros(4, dtype=torch.int32)
-        norms, _ = updated(torch.float32, clip, backend, flags, spoil)
-        assert flags.tolist() == wanted
-        assert norms[0].isnan() and norms[1] >= 1e24 and norms[2] == 0 and norms[3] > 1
-    flags = torch.zeros(4, dtype=torch.int32)
-    _, plain = updated(torch.float32, None, backend, flags, spoil)
-    again = torch.zeros(4, dtype=torch.int32)
-    assert updated(torch.float32, 1.0, backend, again, spoil)[1] == plain and again.tolist() == flags.tolist()
 
 
 @BOTH

@@ -4,21 +4,18 @@ What torch.optim.AdamW does with them is the yardstick: it leaves all of that to
 import copy
 
 import calls
-import emulated
 import pytest
 import torch
 from running import bits
+from suites import KERNELS
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map
 
-from hfac import SMMF, HFac, backends, memory, ops
+from hfac import SMMF, HFac, memory, ops
 
 BOTH = pytest.mark.parametrize("cls", [HFac, SMMF], ids=["hfac", "smmf"])
-#: backends that read memory
-TRITON = [name for name in backends.available(torch.device("cpu")) if name == "triton"]
-KERNELS = ["cpu", emulated.NAME, *TRITON]
 SHAPES = [(12, 8), (9,), (3, 4, 5)]
 
 
@@ -60,10 +57,9 @@ LAZY = {
 
 @BOTH
 @pytest.mark.parametrize("kind", LAZY)
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
 @pytest.mark.parametrize("limit", [None, 0.5, 1e4])
-def test_gradients_that_negate(cls, kind, backend, limit, request):
-    emulated.provide(backend, request)
+def test_gradients_that_negate(cls, kind, backend, limit):
     options = dict(backend=backend, max_grad_norm=limit)
     ours = step_twice(cls, parameters(), lambda t: list(map(LAZY[kind], plain_grads(t))), **options)
     assert bits(ours) == bits(step_twice(cls, parameters(), plain_grads, **options))
@@ -84,10 +80,8 @@ def test_a_negated_gradient_of_autograd_that_is_scaled(cls):
 
 
 @BOTH
-@pytest.mark.parametrize("backend", ["auto", *KERNELS])
-def test_gradients_that_are_zero_and_nothing_else(cls, backend, request):
-    emulated.provide(backend, request)
-
+@pytest.mark.parametrize("backend", ["auto", *KERNELS], indirect=True)
+def test_gradients_that_are_zero_and_nothing_else(cls, backend):
     def zeros(t):
         return [torch._efficientzerotensor(shape) for shape in SHAPES]
 
@@ -122,10 +116,8 @@ def test_what_is_written_may_negate(cls, whose):
         run(True, backend="cpu")
 
 
-@pytest.mark.parametrize("backend", KERNELS)
-def test_gradients_of_parts_that_negate(backend, request):
-    emulated.provide(backend, request)
-
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+def test_gradients_of_parts_that_negate(backend):
     def sums(grad):
         out = {name: [torch.zeros(4)] for name in ("row_sums", "new_rows")}
         out |= {name: [torch.zeros(6)] for name in ("col_sums", "col_squares", "col_ratios")}
@@ -318,11 +310,10 @@ def windows(sources):
 
 
 @pytest.mark.parametrize("arrange", [tied, windows])
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
 @BOTH
-def test_parameters_that_share_memory_are_stepped_in_order(cls, backend, arrange, request):
+def test_parameters_that_share_memory_are_stepped_in_order(cls, backend, arrange):
     """As if each had an optimizer of its own, one after the other: every bit, on three threads."""
-    emulated.provide(backend, request)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -377,10 +368,8 @@ def test_a_parameter_in_its_own_state():
 
 
 @BOTH
-@pytest.mark.parametrize("backend", KERNELS)
-def test_a_parameter_that_is_its_own_gradient(cls, backend, request):
-    emulated.provide(backend, request)
-
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+def test_a_parameter_that_is_its_own_gradient(cls, backend):
     def run(copied):
         params = parameters()
         optimizer = cls(params, lr=0.02, weight_decay=0.1, backend=backend)

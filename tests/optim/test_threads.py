@@ -9,18 +9,17 @@ import threading
 from contextlib import contextmanager
 
 import calls
-import emulated
 import pytest
 import torch
 from running import bits
+from suites import KERNELS
 from torch.nn import Parameter
 
-from hfac import SMMF, HFac, backends, ops, release_gradients, spec
+from hfac import SMMF, HFac, ops, release_gradients, spec
 
 pytest.importorskip("hfac._C", reason="the extension is not built: hfac doctor says why")
 
 BOTH = pytest.mark.parametrize("cls", [HFac, SMMF], ids=["hfac", "smmf"])
-TRITON = [name for name in backends.available(torch.device("cpu")) if name == "triton"]
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of address space are Linux's")
 
 
@@ -220,12 +219,11 @@ def test_threads_that_step_one_parameter(cls, limit):
     assert [state["step"].item() for state in optimizer.state.values()] == [75.0] * 2
 
 
-@pytest.mark.parametrize("backend", ["cpu", emulated.NAME, *TRITON])
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
 @pytest.mark.parametrize("watch", [False, True])
-def test_a_step_has_its_own_statistics(backend, watch, request):
+def test_a_step_has_its_own_statistics(backend, watch):
     """Two steps of the same parameters, prepared side by side, whose gradients are not the same: each is made from
     what was found in its own, as if the other had not been."""
-    emulated.provide(backend, request)
 
     def run(side_by_side):
         params = [randn((12, 8), 0), randn((30, 20), 1)]

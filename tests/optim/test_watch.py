@@ -2,29 +2,22 @@
 
 import contextlib
 
-import emulated
 import pytest
 import torch
 from cases import gradient, shape_id
 from running import VARIANTS, bits, gradients, parameters, train
+from suites import BACKENDS
 from torch import nn
 from torch.nn import Parameter
 
 import hfac
-from hfac import SMMF, HFac, backends, ops
+from hfac import SMMF, HFac, ops
 
 #: see test_estimates.py
 pytestmark = pytest.mark.filterwarnings("ignore:hfac.SMMF.diagnostics:FutureWarning")
 BOTH = pytest.mark.parametrize("cls", [HFac, SMMF], ids=["hfac", "smmf"])
-BACKENDS = [*backends.available(torch.device("cpu")), emulated.NAME]
 SHAPES = [(24, 18), (7,), (24,), (6, 4, 3, 3), (31, 8), (300, 40), (1, 64), (), (0, 3), (5, 0)]
 NAN = float("nan")
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    emulated.provide(request.param, request)
-    return request.param
 
 
 def agree(found, wanted, numel, tolerance, name=""):

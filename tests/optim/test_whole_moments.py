@@ -4,18 +4,17 @@ however large it is. Where Triton's kernels are interpreted, tests/backends/test
 import copy
 from functools import cache
 
-import emulated
 import pytest
 import torch
 from running import bits, gradients, parameters
+from suites import KERNELS
 from test_parity import ieee_square_roots
 from test_vectors import CASES, TOLERANCE, follow
 from torch.nn import Parameter
 
-from hfac import HFac, backends
+from hfac import HFac
 
 __all__ = ["ieee_square_roots"]  # a fixture of every test here
-BACKENDS = [*backends.available(torch.device("cpu")), emulated.NAME]
 LARGER = (1.0, 2.0, 5.0, 20.0, 100.0)
 #: shape -> options: vectors of one and of several of a kernel's runs, what is dense, a stack of vectors
 SHAPES = {
@@ -43,12 +42,6 @@ VARIANTS = {
 DTYPES = {"stochastic": torch.bfloat16, "split": torch.bfloat16, "float64": torch.float64}
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    emulated.provide(request.param, request)
-    return request.param
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_published_trajectories(backend, dtype):
     """Those of vectors, scalars and single rows; tests/optim/test_vectors.py has them all, of the reference."""
@@ -59,7 +52,7 @@ def test_published_trajectories(backend, dtype):
         follow(case, dtype, backend)
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"], indirect=True)
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
 @pytest.mark.parametrize(
     ("threshold", "shapes"),
     [(None, SHAPES), (1e6, SHAPES), (0.7, [(), (1,)])],

@@ -19,6 +19,7 @@ class Fault(NamedTuple):
 
 PARITY = "tests/backends/test_parity.py"
 EMULATED = "tests/backends/test_cuda_emulated.py"
+CLIPPED = "tests/backends/test_clipped_steps.py"
 SHARDED = "tests/distributed/test_sharded.py"
 
 FAULTS = [
@@ -170,7 +171,7 @@ FAULTS = [
         "hfac",
         "if sums is not None and clip.item() == 1:",
         "if sums is not None:",
-        "tests/optim/test_clipping.py",
+        CLIPPED,
     ),
     Fault(
         "a gradient that is not finite has part in the norm",
@@ -184,7 +185,7 @@ FAULTS = [
         "csrc",
         "return a.nonfinite && a.nonfinite[it.index];",
         "return a.nonfinite && a.nonfinite[it.index] > 1;",
-        f"{EMULATED} tests/backends/test_cuda_rounding.py -k refused",
+        f"{CLIPPED} tests/backends/test_cuda_rounding.py -k refused",
     ),
     Fault(
         "a skipped step is counted as one",
@@ -198,7 +199,7 @@ FAULTS = [
         "csrc",
         "HFAC_DEVICE bool skipped(const Arguments& a) { return a.found_inf && *a.found_inf != 0.0f; }",
         "HFAC_DEVICE bool skipped(const Arguments& a) { return a.found_inf && *a.found_inf > 1.0f; }",
-        f"{EMULATED} -k found_inf",
+        f"{CLIPPED} -k found_inf",
     ),
     Fault(
         "the scale of gradients is multiplied by",

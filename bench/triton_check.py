@@ -1,4 +1,4 @@
-"""`make triton-check`: compiles the kernels for GPUs that are not there, and checks their machine code.
+"""What the compiler makes of the Triton kernels, for GPUs that are not there: `make triton-check` checks the code.
 
 For every kernel and target: 128-bit accesses and none of 8 or 16 bits of parameters and gradients on the aligned bulk,
 nothing spilled, shared memory within the target's, no fused multiply-adds in the arithmetic, correctly rounded roots
@@ -11,18 +11,18 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from hfac.triton_kernels import hfac, smmf
+from hfac.triton_kernels.plan import MAKERS, REGISTERS, STATS, Item, compile_options, make_plan
+from hfac.triton_kernels.table import EACH, EIGHT, EIGHT_APART, MEMORY, NEAREST, NO_SIGNS, RUN
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import hfac, smmf
-from .plan import MAKERS, REGISTERS, STATS, Item, compile_options, make_plan
-from .table import EACH, EIGHT, EIGHT_APART, MEMORY, NEAREST, NO_SIGNS, RUN
+from .cuda_check import ROOT, find_cuobjdump
 
 #: name -> (target, bytes of shared memory that a program may have)
 TARGETS = {
@@ -187,11 +187,10 @@ def _sums(text: str) -> list[str]:
 
 
 def _dump(cubin: bytes, what: str) -> str:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, what, file.name], check=True, capture_output=True, text=True).stdout
+        return subprocess.run([find_cuobjdump(), what, file.name], check=True, capture_output=True, text=True).stdout
 
 
 def added(variant: Variant) -> float:
@@ -294,7 +293,6 @@ def _write(rows: list[str], count: int, failed: int, costs: list[str]) -> None:
         "| kernel | variant | " + " | ".join(TARGETS) + " |",
         "| --- | --- |" + " --- |" * len(TARGETS),
     ]
-    path = Path(__file__).parents[1] / "docs" / "triton-check.md"
     tail = [
         "",
         "## What storing otherwise adds",
@@ -305,7 +303,7 @@ def _write(rows: list[str], count: int, failed: int, costs: list[str]) -> None:
         "| kernel | variant | instructions |",
         "| --- | --- | --- |",
     ]
-    path.write_text("\n".join([*head, *rows, *tail, *costs]) + "\n")
+    (ROOT / "docs" / "triton-check.md").write_text("\n".join([*head, *rows, *tail, *costs]) + "\n")
 
 
 if __name__ == "__main__":

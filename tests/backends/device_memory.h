@@ -1,7 +1,8 @@
 // The driver's memory: each buffer an allocation of its own of exactly its bytes, so that a sanitizer knows where it
-// ends. On the host, or from cudaMalloc where a CUDA compiler compiles the driver; there a stream, too.
+// ends. On the host, or from cudaMalloc where a CUDA compiler compiles the driver; there the device and a stream, too.
 #pragma once
 
+#include <cstdio>
 #include <cstring>
 #include <new>
 #include <stdexcept>
@@ -9,20 +10,39 @@
 #include <utility>
 #include <vector>
 
-#if defined(__CUDACC__)
-#define HFAC_DRIVER_DEVICE
+#ifdef __CUDACC__
 #include <cuda_runtime.h>
 #else
-#include "emulation.h"
+#include "../../csrc/emulation/emulation.h"
 #endif
 
 namespace hfac {
 namespace driver {
 
-#ifdef HFAC_DRIVER_DEVICE
+#ifdef __CUDACC__
+constexpr bool kOnDevice = true;
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
+// False where there is nothing to run on.
+inline bool open() {
+  int count = 0;
+  const cudaError_t found = cudaGetDeviceCount(&count);
+  if (found != cudaSuccess || count == 0) {
+    std::fprintf(stderr, "no GPU: %s\n", found == cudaSuccess ? "no CUDA device" : cudaGetErrorString(found));
+    return false;
+  }
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
+  std::printf("%s, sm_%d%d\n", properties.name, properties.major, properties.minor);
+  return true;
+}
+// Of the emulation alone.
+inline void set_block_order(const char*) {}
+inline void set_threading(const char*) {}
+inline void inject_fault(const std::string&) {}
+inline void name_memory(const void*, size_t) {}
+inline void forget_memory(const void*) {}
 inline void* allocate(size_t bytes) {
   void* p = nullptr;
   if (bytes) check(cudaMalloc(&p, bytes), "cudaMalloc");
@@ -43,6 +63,9 @@ inline void wait(const char* what) {
   check(cudaGetLastError(), what);
 }
 #else
+using namespace emulation;
+constexpr bool kOnDevice = false;
+inline bool open() { return true; }
 inline void* allocate(size_t bytes) { return operator new(bytes, std::align_val_t{16}); }
 inline void release(void* p) { operator delete(p, std::align_val_t{16}); }
 inline void copy(void* to, const void* from, size_t bytes) {
@@ -57,16 +80,12 @@ class Buffer {
  public:
   explicit Buffer(std::vector<unsigned char> start, size_t offset = 0)
       : bytes_(start.size()), base_(static_cast<unsigned char*>(allocate(offset + bytes_))), data_(base_ + offset) {
-#ifndef HFAC_DRIVER_DEVICE
-    emulation::name_memory(data_, bytes_);
-#endif
+    name_memory(data_, bytes_);
     copy(data_, start.data(), bytes_);
   }
   ~Buffer() {
     if (!base_) return;
-#ifndef HFAC_DRIVER_DEVICE
-    emulation::forget_memory(data_);
-#endif
+    forget_memory(data_);
     release(base_);
   }
   Buffer(Buffer&& other) noexcept

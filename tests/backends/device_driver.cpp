@@ -12,13 +12,12 @@
 #include <deque>
 #include <functional>
 #include <map>
-#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "../cuda/step.h"
-#include "memory.h"
+#include "../../csrc/cuda/step.h"
+#include "device_memory.h"
 
 namespace {
 
@@ -31,8 +30,15 @@ struct Matrix {
   int64_t rows, cols, slices;
 };
 
-// How a parameter is kept. From kBrain on to the nearest, for gradients of 16 bits.
-enum Way { kPlain, kDrawn, kSplit, kSplit8, kSplit8Drawn, kFloat16, kBrain, kHalf };
+// How a parameter is kept.
+struct Way {
+  DType dtype;
+  int64_t low_bytes;
+  bool stochastic;
+};
+constexpr Way kPlain{DType::kFloat32, 0, false}, kBrain{DType::kBFloat16, 0, false}, kHalf{DType::kFloat16, 0, false},
+    kDrawn{DType::kBFloat16, 0, true}, kHalfDrawn{DType::kFloat16, 0, true}, kSplit{DType::kBFloat16, 2, false},
+    kSplit8{DType::kBFloat16, 1, false}, kSplit8Drawn{DType::kBFloat16, 1, true};
 
 // A fault that the driver itself injects: "workspace" gives 4 bytes too few; "signs" claims that signs go on to the end
 // of their last word.
@@ -40,10 +46,6 @@ std::string fault;
 
 // The same on every machine, to the bit: no function of the C library has a part in it.
 float number(int64_t k, float scale) { return scale * static_cast<float>((k * 7919 + 131) % 2003 - 1001) / 1001.0f; }
-
-uint16_t narrow(float x, DType dtype) {
-  return dtype == DType::kFloat16 ? hfac::common::narrow_float16(x).bits : hfac::common::narrow_bfloat16(x).bits;
-}
 
 template <class T>
 bool finite(const std::vector<T>& values) {
@@ -59,44 +61,24 @@ class Arena {
     buffers_.emplace_back(std::vector<unsigned char>(count, fill), offset);
     return buffers_.back().data();
   }
-  float* floats(int64_t count, float scale, float plus = 0.0f) {
-    std::vector<float> values(static_cast<size_t>(count));
-    for (size_t k = 0; k < values.size(); ++k) values[k] = number(static_cast<int64_t>(k), scale) + plus;
-    floats_.insert(buffers_.size());
-    return static_cast<float*>(put(values));
-  }
-  // Of 16 bits each, or floats.
-  void* numbers(int64_t count, float scale, DType dtype) {
-    if (dtype == DType::kFloat32) return floats(count, scale);
-    std::vector<uint16_t> values(static_cast<size_t>(count));
-    for (size_t k = 0; k < values.size(); ++k) values[k] = narrow(number(static_cast<int64_t>(k), scale), dtype);
-    return put(values);
-  }
-  void parameter(Item& item, int64_t count, int way) {
-    const DType dtype = way == kPlain                     ? DType::kFloat32
-                        : way == kFloat16 || way == kHalf ? DType::kFloat16
-                                                          : DType::kBFloat16;
-    item.param = {numbers(count, 1.0f, dtype), dtype, nullptr};
-    hfac::Storage storage{};
-    storage.low_bytes = way == kSplit ? 2 : way == kSplit8 || way == kSplit8Drawn ? 1 : 0;
-    if (storage.low_bytes) storage.low = bytes(static_cast<size_t>(storage.low_bytes * count), 0x11);
-    storage.stochastic = way == kDrawn || way == kSplit8Drawn || way == kFloat16;
-    storage.bits = {3, 16, nullptr};
-    if (!storage.low && !storage.stochastic) return;
-    storages_.push_back(storage);
-    item.param.storage = &storages_.back();
-  }
-  // Zeros, by row and column or, of a whole moment, by row alone.
-  void moments(Item& item, bool whole) {
-    for (void** const p : {&item.first_row, &item.second_row}) *p = floats(item.rows, 0.0f);
-    for (void** const p : {&item.first_col, &item.second_col}) *p = whole ? nullptr : floats(item.cols, 0.0f);
-  }
-  hfac::Shard& shard() { return shards_.emplace_back(); }
   template <class T>
   void* put(const std::vector<T>& values) {
     const auto* const from = reinterpret_cast<const unsigned char*>(values.data());
     buffers_.emplace_back(std::vector<unsigned char>(from, from + values.size() * sizeof(T)));
     return buffers_.back().data();
+  }
+  void* numbers(int64_t count, float scale, float plus = 0.0f, DType dtype = DType::kFloat32) {
+    std::vector<float> wide;
+    std::vector<uint16_t> narrow;
+    for (int64_t k = 0; k < count; ++k) {
+      const float x = number(k, scale) + plus;
+      wide.push_back(x);
+      narrow.push_back(dtype == DType::kFloat16 ? hfac::common::narrow_float16(x).bits
+                                                : hfac::common::narrow_bfloat16(x).bits);
+    }
+    if (dtype != DType::kFloat32) return put(narrow);
+    floats_.push_back(buffers_.size());
+    return put(wide);
   }
   template <class T>
   std::vector<T> get(const void* p) const {
@@ -125,9 +107,56 @@ class Arena {
     return values;
   }
   std::vector<Buffer> buffers_;
+  std::vector<size_t> floats_;  // indices of those that must be finite
+};
+
+// Parameters with their gradients and states. What is added after an item belongs to it.
+struct Problem : Arena {
+  std::vector<Item> items;
+  std::vector<hfac::TensorRef> grads;
+
+  // Moments are zeros, by row and column or, of a whole moment, by row alone.
+  void item(int64_t rows, int64_t cols, int64_t count, const Way* way, bool whole = false) {
+    Item item{};
+    item.index = static_cast<int64_t>(items.size());
+    item.rows = rows;
+    item.cols = cols;
+    if (way) item.param = {numbers(count, 1.0f, 0.0f, way->dtype), way->dtype, nullptr};
+    if (way && (way->low_bytes || way->stochastic)) {
+      hfac::Storage& storage = storages_.emplace_back();
+      storage.low_bytes = way->low_bytes;
+      if (way->low_bytes) storage.low = bytes(static_cast<size_t>(way->low_bytes * count), 0x11);
+      storage.stochastic = way->stochastic;
+      storage.bits = {3, 16, nullptr};
+      item.param.storage = &storage;
+    }
+    for (void** const p : {&item.first_row, &item.second_row}) *p = numbers(rows, 0.0f);
+    for (void** const p : {&item.first_col, &item.second_col}) *p = whole ? nullptr : numbers(cols, 0.0f);
+    items.push_back(item);
+  }
+  void signs(int64_t slices, int64_t slice, size_t offset) {
+    const int64_t each = (slice + 7) / 8;
+    items.back().signs = {bytes(static_cast<size_t>(slices * each), 0, offset), slice, each};
+    if (fault == "signs" && slices == 1) items.back().signs.slice_bytes += 3;
+  }
+  // Of a whole of so many rows and columns, with sums that others have made.
+  hfac::Shard& shard(int64_t rows, int64_t cols, float scale, float plus) {
+    const Item& item = items.back();
+    hfac::Shard& shard = shards_.emplace_back();
+    shard.rows = rows;
+    shard.cols = cols;
+    for (void** const p : {&shard.row_sum, &shard.row_square}) *p = numbers(item.rows, scale, plus);
+    for (void** const p : {&shard.col_sum, &shard.col_square}) *p = numbers(item.cols, scale, plus);
+    items.back().shard = &shard;
+    return shard;
+  }
+  void grad(int64_t count, DType dtype = DType::kFloat32) {
+    grads.push_back({numbers(count, 0.1f, 0.0f, dtype), dtype, nullptr});
+  }
+
+ private:
   std::deque<hfac::Storage> storages_;  // items point at entries
   std::deque<hfac::Shard> shards_;
-  std::set<size_t> floats_;  // places of those that must be finite
 };
 
 struct Result {
@@ -135,32 +164,27 @@ struct Result {
   uint64_t sum = 0xcbf29ce484222325u;
 };
 
-hfac::Arguments with_scalars(int step) {
-  hfac::Arguments a{};
-  hfac::Scalars& s = a.scalars;
-  s.lr.value = 0.01;
-  s.weight_decay.value = 0.1;
-  s.beta1.value = step > 1 ? 0.9 : 0.0;
-  s.beta2.value = step > 1 ? 0.99 : 0.0;
-  a.step.value = step;
-  a.keys = hfac::keys_of(7);
-  a.options.eps = 1e-8;
-  a.options.clip = true;
-  return a;
-}
-
-// Memory of a step that does not last, and the arguments of its launches.
+// The arguments of a step's launches, and memory that does not outlast it.
 struct Passing {
   Arena arena;
   const void* table;
-  hfac::Arguments arguments;
-  Passing(const hfac::Step& step, void* counters, int t) : arguments(with_scalars(t)) {
-    std::vector<unsigned char> table(step.table_bytes());
-    step.write_table(table.data());
-    this->table = arena.put(table);
+  hfac::Arguments arguments{};
+  Passing(const hfac::Step& step, void* counters, int t) {
+    std::vector<unsigned char> written(step.table_bytes());
+    step.write_table(written.data());
+    table = arena.put(written);
     const size_t fewer = fault == "workspace" ? 4 : 0;
-    arguments.workspace = reinterpret_cast<char*>(arena.bytes(step.workspace_bytes() - fewer, 0xff));
-    arguments.counters = static_cast<int32_t*>(counters);
+    hfac::Arguments& a = arguments;
+    a.workspace = reinterpret_cast<char*>(arena.bytes(step.workspace_bytes() - fewer, 0xff));
+    a.counters = static_cast<int32_t*>(counters);
+    a.scalars.lr.value = 0.01;
+    a.scalars.weight_decay.value = 0.1;
+    a.scalars.beta1.value = t > 1 ? 0.9 : 0.0;
+    a.scalars.beta2.value = t > 1 ? 0.99 : 0.0;
+    a.step.value = t;
+    a.keys = hfac::keys_of(7);
+    a.options.eps = 1e-8;
+    a.options.clip = true;
   }
 };
 
@@ -170,62 +194,50 @@ void launch(const hfac::Step& step, const Passing& passing) {
 }
 
 struct Options {
-  std::vector<int> ways = {kPlain};  // of storing a parameter, one parameter after the other
+  std::vector<Way> ways = {kPlain};  // of storing a parameter, one parameter after the other
   bool norm = false;  // statistics in a phase of their own, which stand in the second step and are taken again else
   DType grad = DType::kFloat32;
   size_t offset = 0;  // of the signs, from an aligned address
 };
 
 Result run(OpKind op, const std::vector<Matrix>& matrices, const Options& how = {}) {
-  Arena arena;
-  std::vector<Item> items;
-  std::vector<hfac::TensorRef> grads;
+  Problem problem;
   const bool dense = op == OpKind::kHfacDense || op == OpKind::kSmmfDense;
   for (const Matrix& m : matrices) {
     const int64_t count = m.rows * m.cols;
-    Item item{};
-    item.index = static_cast<int64_t>(items.size());
-    arena.parameter(item, count, how.ways[items.size() % how.ways.size()]);
-    item.rows = m.rows;
-    item.cols = m.cols;
-    arena.moments(item, dense);
-    if (op == OpKind::kSmmf) {
-      const int64_t slice = count / m.slices, bytes = (slice + 7) / 8;
-      item.signs = {arena.bytes(static_cast<size_t>(m.slices * bytes), 0, how.offset), slice, bytes};
-      if (fault == "signs" && m.slices == 1) item.signs.slice_bytes += 3;
-    }
-    items.push_back(item);
-    grads.push_back({arena.numbers(count, 0.1f, how.grad), how.grad, nullptr});
+    problem.item(m.rows, m.cols, count, &how.ways[problem.items.size() % how.ways.size()], dense);
+    if (op == OpKind::kSmmf) problem.signs(m.slices, count / m.slices, how.offset);
+    problem.grad(count, how.grad);
   }
+  const size_t parameters = matrices.size();
   hfac::PlanOptions options{op};
   options.norm = how.norm;
   if (how.norm) options.l2_bytes = 4096;  // several groups
-  hfac::Step step(items, static_cast<int64_t>(items.size()), options);
-  unsigned char* const counters = arena.bytes(step.counter_bytes(), 0);
+  hfac::Step step(problem.items, static_cast<int64_t>(parameters), options);
+  unsigned char* const counters = problem.bytes(step.counter_bytes(), 0);
   Result result;
   for (int t = 1; t <= 3; ++t) {
     const bool flagged = t == 3;
-    step.prepare(grads, true, flagged);
+    step.prepare(problem.grads, true, flagged);
     Passing passing(step, counters, t);
     hfac::Arguments& given = passing.arguments;
-    if (flagged)
-      given.nonfinite = reinterpret_cast<int32_t*>(passing.arena.bytes(items.size() * sizeof(int32_t), 0xff));
+    if (flagged) given.nonfinite = reinterpret_cast<int32_t*>(passing.arena.bytes(parameters * sizeof(int32_t), 0xff));
     if (how.norm) {
-      unsigned char* const squares = passing.arena.bytes(items.size() * sizeof(double), 0xff);
-      given.squares = reinterpret_cast<double*>(squares);
+      given.squares = reinterpret_cast<double*>(passing.arena.bytes(parameters * sizeof(double), 0xff));
       launch(step, passing);
-      result.finite = result.finite && finite(passing.arena.get<double>(squares));
+      result.finite = result.finite && finite(passing.arena.get<double>(given.squares));
       given.squares = nullptr;
       given.clip = static_cast<const float*>(passing.arena.put(std::vector<float>{t == 2 ? 1.0f : 0.5f}));
     }
-    unsigned char* watched = nullptr;  // added up in any order, so its bits are not compared
-    if (t == 2) watched = passing.arena.bytes(items.size() * hfac::kWatchedNumbers * sizeof(double), 0);
-    given.watched = reinterpret_cast<double*>(watched);
+    if (t == 2) {  // added up in any order, so its bits are not compared
+      const size_t bytes = parameters * hfac::kWatchedNumbers * sizeof(double);
+      given.watched = reinterpret_cast<double*>(passing.arena.bytes(bytes, 0));
+    }
     launch(step, passing);
-    if (watched) result.finite = result.finite && finite(passing.arena.get<double>(watched));
+    if (given.watched) result.finite = result.finite && finite(passing.arena.get<double>(given.watched));
   }
-  result.finite = result.finite && arena.all_finite();
-  arena.add_to(result.sum);
+  result.finite = result.finite && problem.all_finite();
+  problem.add_to(result.sum);
   return result;
 }
 
@@ -249,66 +261,40 @@ Result run_signs() {
 
 // Shards of parameters: H-Fac's statistics and update, and SMMF's blocks, which share rows, columns and bytes of signs.
 // A shard without rows has columns whose moments go on.
-Result run_shards(OpKind op, int way = kPlain) {
-  Arena arena;
-  std::vector<Item> items;
-  std::vector<hfac::TensorRef> grads;
-  const auto add = [&](Item& item, const hfac::Shard& shard, int64_t count) {
-    item.index = static_cast<int64_t>(items.size());
-    item.shard = &shard;
-    items.push_back(item);
-    grads.push_back({arena.floats(count, 0.1f), DType::kFloat32, nullptr});
-  };
+Result run_shards(OpKind op, const Way& way = kPlain) {
+  Problem problem;
   if (op == OpKind::kSmmfSums) {
     // Rows 1 to 2.5 of a matrix 6 x 20, and columns 8 to 24 of every other row of one of 80 x 48.
     const std::vector<hfac::Block> rows = {{0, 20, 1, 1, 7, 1, 13}, {13, 20, 2, 1, 0, 1, 20}, {33, 20, 3, 1, 0, 1, 9}};
     const std::vector<hfac::Block> cols = {{0, 16, 0, 2, 8, 40, 16}};
     for (const auto& blocks : {rows, cols}) {
-      hfac::Shard& shard = arena.shard();
-      shard.blocks = blocks;
+      const Matrix whole = problem.items.empty() ? Matrix{6, 20, 1} : Matrix{80, 48, 0};
       int64_t count = 0;
       for (const hfac::Block& block : blocks) count += block.rows * block.cols;
-      Item item{};
-      item.rows = shard.rows = items.empty() ? 6 : 80;
-      item.cols = shard.cols = items.empty() ? 20 : 48;
-      arena.parameter(item, count, way);
-      arena.moments(item, false);
-      const int64_t bytes = (count + 7) / 8;
-      item.signs = {arena.bytes(static_cast<size_t>(bytes), 0, items.empty() ? 1 : 0), count, bytes};
-      for (void** const sum : {&shard.row_sum, &shard.row_square}) *sum = arena.floats(item.rows, 1.0f);
-      for (void** const sum : {&shard.col_sum, &shard.col_square}) *sum = arena.floats(item.cols, 1.0f);
-      add(item, shard, count);
+      problem.item(whole.rows, whole.cols, count, &way);
+      problem.signs(1, count, static_cast<size_t>(whole.slices));
+      problem.shard(whole.rows, whole.cols, 1.0f, 0.0f).blocks = blocks;
+      problem.grad(count);
     }
   } else {
     const bool sums = op == OpKind::kHfacSums;
     for (const Matrix& m : std::vector<Matrix>{{24, 16, 1}, {19, 17, 1}, {300, 9, 1}, {0, 300, 1}}) {
-      const int64_t count = m.rows * m.cols;
-      if (sums && count == 0) continue;
-      hfac::Shard& shard = arena.shard();
-      Item item{};
-      if (!sums) arena.parameter(item, count, way);
-      item.rows = m.rows;
-      item.cols = m.cols;
-      arena.moments(item, false);
-      shard.rows = m.rows + 3;
-      shard.cols = m.cols + 5;
+      if (sums && m.rows == 0) continue;
+      problem.item(m.rows, m.cols, m.rows * m.cols, sums ? nullptr : &way);
       // What is given must be positive, where it is a sum of squares.
-      for (void** const p : {&shard.row_sum, &shard.row_square}) *p = arena.floats(m.rows, 0.1f, 1.0f);
-      for (void** const p : {&shard.col_sum, &shard.col_square, &shard.col_ratio}) {
-        *p = arena.floats(m.cols, 0.1f, 1.0f);
-      }
-      add(item, shard, count);
+      problem.shard(m.rows + 3, m.cols + 5, 0.1f, 1.0f).col_ratio = problem.numbers(m.cols, 0.1f, 1.0f);
+      problem.grad(m.rows * m.cols);
     }
   }
-  hfac::Step step(items, static_cast<int64_t>(items.size()), hfac::PlanOptions{op});
-  step.prepare(grads, false, false);
+  hfac::Step step(problem.items, static_cast<int64_t>(problem.items.size()), hfac::PlanOptions{op});
+  step.prepare(problem.grads, false, false);
   Passing passing(step, nullptr, 5);
   passing.arguments.scalars.totals.value = 2.0;
   passing.arguments.scalars.mean_squares.value = 4.0;
   launch(step, passing);
   Result result;
-  result.finite = arena.all_finite();
-  arena.add_to(result.sum);
+  result.finite = problem.all_finite();
+  problem.add_to(result.sum);
   return result;
 }
 
@@ -316,7 +302,7 @@ Result run_shards(OpKind op, int way = kPlain) {
 enum Length { kQuick, kFull, kLong };
 
 struct Case {
-  const char* name;
+  std::string name;
   Length length;
   std::function<Result()> run;
 };
@@ -328,7 +314,7 @@ std::vector<Case> cases() {
                                     {19, 17, 19}, {9, 9, 9},   {17, 9, 1},  {12, 9, 1}, {13, 9, 1}};
   const std::vector<Matrix> vectors = {{24, 1, 1}, {8200, 1, 1}, {7, 1, 1}, {30, 1, 1}, {9, 1, 1}};
   Options stored, norm, stored_norm;
-  stored.ways = stored_norm.ways = {kDrawn, kSplit, kSplit8, kSplit8Drawn, kFloat16};
+  stored.ways = stored_norm.ways = {kDrawn, kSplit, kSplit8, kSplit8Drawn, kHalfDrawn};
   norm.norm = stored_norm.norm = true;
   const auto op = [](OpKind kind, const std::vector<Matrix>& matrices, const Options& how = {}) {
     return [=] { return run(kind, matrices, how); };
@@ -363,52 +349,32 @@ std::vector<Case> cases() {
   half.grad = DType::kFloat16;
   Options wide;
   wide.ways = {kBrain};
-  for (const auto& [name, kind] : std::map<std::string, OpKind>{{"hfac", OpKind::kHfac}, {"smmf", OpKind::kSmmf}}) {
-    const bool hfac = kind == OpKind::kHfac;
-    all.push_back({hfac ? "hfac, bfloat16" : "smmf, bfloat16", kQuick, op(kind, six, brain)});
-    all.push_back({hfac ? "hfac, float and bfloat16" : "smmf, float and bfloat16", kFull, op(kind, small, mixed)});
-    all.push_back({hfac ? "hfac, bfloat16 and float" : "smmf, bfloat16 and float", kFull, op(kind, small, wide)});
-    all.push_back({hfac ? "hfac, float16" : "smmf, float16", kFull, op(kind, small, half)});
+  for (const OpKind kind : {OpKind::kHfac, OpKind::kSmmf}) {
+    const std::string name = kind == OpKind::kHfac ? "hfac" : "smmf";
+    all.push_back({name + ", bfloat16", kQuick, op(kind, six, brain)});
+    all.push_back({name + ", float and bfloat16", kFull, op(kind, small, mixed)});
+    all.push_back({name + ", bfloat16 and float", kFull, op(kind, small, wide)});
+    all.push_back({name + ", float16", kFull, op(kind, small, half)});
   }
 #endif
   return all;
 }
 
-#ifdef HFAC_DRIVER_DEVICE
-// Exit status 2 where there is nothing to run on.
-int open_device() {
-  int count = 0;
-  const cudaError_t found = cudaGetDeviceCount(&count);
-  if (found != cudaSuccess || count == 0) {
-    std::fprintf(stderr, "no GPU: %s\n", found == cudaSuccess ? "no CUDA device" : cudaGetErrorString(found));
-    return 2;
-  }
-  cudaDeviceProp properties;
-  hfac::driver::check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
-  std::printf("%s, sm_%d%d\n", properties.name, properties.major, properties.minor);
-  return 0;
-}
-void second_order(bool) {}
-#else
-int open_device() { return 0; }
-void second_order(bool second) { hfac::emulation::set_block_order(second ? "reverse" : "forward"); }
-#endif
-
 int drive(Length longest, bool once) {
-  if (const int status = open_device()) return status;
+  if (!hfac::driver::open()) return 2;
   bool good = true;
   for (const Case& one : cases()) {
     if (one.length > longest) continue;
-    second_order(false);
+    hfac::driver::set_block_order("forward");
     const Result first = one.run();
-    second_order(true);
+    hfac::driver::set_block_order("reverse");
     const Result second = once ? first : one.run();
     const bool finite = first.finite && second.finite, same = first.same && first.sum == second.sum;
     good = good && finite && same;
     const char* const said = !finite ? "not finite: a partial sum was read that nobody wrote"
                              : !same ? "not the same bits twice"
                                      : "ok";
-    std::printf("%-26s %016llx %s\n", one.name, static_cast<unsigned long long>(first.sum), said);
+    std::printf("%-26s %016llx %s\n", one.name.c_str(), static_cast<unsigned long long>(first.sum), said);
     std::fflush(stdout);
   }
   return good ? 0 : 3;
@@ -417,15 +383,11 @@ int drive(Length longest, bool once) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  bool quick = false, once = false, fibers = false;
+  std::map<std::string, bool> given = {{"--quick", false}, {"--once", false}, {"--fibers", hfac::driver::kOnDevice}};
   for (int k = 1; k < argc; ++k) {
     const std::string option = argv[k];
-    if (option == "--quick") {
-      quick = true;
-    } else if (option == "--once") {
-      once = true;
-    } else if (option == "--fibers") {
-      fibers = true;
+    if (given.count(option)) {
+      given[option] = true;
     } else if (option == "--fault" && k + 1 < argc) {
       fault = argv[++k];
     } else {
@@ -434,13 +396,9 @@ int main(int argc, char** argv) {
     }
   }
   try {
-#ifdef HFAC_DRIVER_DEVICE
-    fibers = true;
-#else
-    hfac::emulation::set_threading(fibers ? "fibers" : "threads");
-    if (fault != "" && fault != "workspace" && fault != "signs") hfac::emulation::inject_fault(fault);
-#endif
-    return drive(quick ? kQuick : fibers ? kLong : kFull, once);
+    hfac::driver::set_threading(given["--fibers"] ? "fibers" : "threads");
+    if (fault != "workspace" && fault != "signs") hfac::driver::inject_fault(fault);
+    return drive(given["--quick"] ? kQuick : given["--fibers"] ? kLong : kFull, given["--once"]);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;
