@@ -152,7 +152,7 @@ class _Bucket:
 
     def of(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the call takes of a list that has one entry for each parameter of the group."""
-        return slices(tensors if self.index is None else _pick(tensors, self.index), self.batch_dims)
+        return slices(tensors if self.index is None else pick(tensors, self.index), self.batch_dims)
 
 
 class _Owners:
@@ -187,7 +187,7 @@ class _Owners:
         return torch.zeros(count, dtype=torch.int32, device=flags.device).index_add_(0, self._of, flags)
 
 
-def _pick(entries: Sequence[Any], index: Sequence[int]) -> list[Any]:
+def pick(entries: Sequence[Any], index: Sequence[int]) -> list[Any]:
     return [entries[i] for i in index]
 
 
@@ -283,14 +283,14 @@ class Group:
             indices.setdefault(key, []).append(i)
         self._buckets = []
         for (op, *_, low, stochastic, _, itself, on_host, _), index in indices.items():
-            mine, steps = _pick(params, index), _pick(state_steps, index)
+            mine, steps = pick(params, index), pick(state_steps, index)
             names = [state.name for state in op.states if state.name in read]
             names += [MASTER_LOW.name] if low is not None else []
             call = ops.OpCall(
                 op.name,
                 slices(mine, batch_dims),
-                {name: slices(_pick(read[name], index), batch_dims) for name in names},
-                places=_sliced_places(_pick(places or (), index), mine, batch_dims) if stochastic else None,
+                {name: slices(pick(read[name], index), batch_dims) for name in names},
+                places=_sliced_places(pick(places or (), index), mine, batch_dims) if stochastic else None,
                 backend="reference" if itself else backend,
                 captured=self._captured,
             )
@@ -300,7 +300,7 @@ class Group:
                     call,
                     None if len(index) == len(params) else index,
                     steps,
-                    None if skipped is None else _pick(skipped, index),
+                    None if skipped is None else pick(skipped, index),
                     on_host,
                     ops.counters_of(steps),
                     batch_dims,

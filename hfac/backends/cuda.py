@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version  # tells autograd of writes t
 from ..spec import COLS, ROWS, WHOLE, Op
 from . import addresses, cpu
 from .contract import Operands, Statistics
-from .planned import Cuda, Planned, launch, scalar
+from .planned import Cuda, Planned, launch_arguments, scalar
 
 Tensors = Sequence[Tensor]
 
@@ -205,7 +205,7 @@ class CudaShardCall:
         workspace = torch.empty(max(plan.workspace_bytes, 1), dtype=torch.uint8, device=device)
         self._platform.before_launch(workspace)
         memory = {"table": table, "workspace": workspace, "counters": None}
-        launch(plan, self._platform.stream(device), device, memory, found)
+        plan.launch(**launch_arguments(self._platform.stream(device), device, memory, found))
 
 
 def _storage(operands: Operands) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class Planned:
         memory |= {"table": self.table, "workspace": workspace, "counters": self.counters}
         kept: list[Tensor] = []
         told = {name: scalar(value, self.device, kept) for name, value in numbers.items()}
-        launch(self.step, stream, self.device, memory, told)
+        self.step.launch(**launch_arguments(stream, self.device, memory, told))
         if nonfinite is not None and flags is not None and flags is not nonfinite:
             nonfinite.copy_(flags)
         if capturing:
@@ -168,20 +168,16 @@ class Planned:
         return self.workspace
 
 
-def launch(
-    plan: Any, stream: Any, device: torch.device, memory: Mapping[str, Tensor | None], numbers: dict[str, Any]
-) -> None:
-    """Launches a plan's kernels. ``memory``: what they are told by address; ``numbers``: the op's, tensors among them
-    as `scalar` gives them."""
-    coupled = not numbers.pop("decoupled_weight_decay", True)
-    plan.launch(
-        **dict.fromkeys(("lr", "weight_decay", "beta1", "beta2", "eps"), 0.0)
-        | {"clip_threshold": None, "maximize": False, "coupled": coupled}
-        | numbers,
-        **{name: 0 if tensor is None else tensor.data_ptr() for name, tensor in memory.items()},
-        device=index_of(device),
-        stream=getattr(stream, "cuda_stream", stream),
-    )
+def launch_arguments(
+    stream: Any, device: torch.device, memory: Mapping[str, Tensor | None], numbers: dict[str, Any]
+) -> dict[str, Any]:
+    """What a plan is launched with. ``memory``: what kernels are told by address; ``numbers``: the op's, tensors among
+    them as `scalar` gives them."""
+    found: dict[str, Any] = dict.fromkeys(("lr", "weight_decay", "beta1", "beta2", "eps"), 0.0)
+    found.update(clip_threshold=None, maximize=False, coupled=not numbers.pop("decoupled_weight_decay", True))
+    found |= numbers
+    found |= {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in memory.items()}
+    return found | {"device": index_of(device), "stream": getattr(stream, "cuda_stream", stream)}
 
 
 def scalar(value: Any, device: torch.device, kept: list[Tensor]) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, spec
+from ..functional import pick
 from ..rounding import BitOffset
 from . import layout
 from .schedule import Job, Needs, Stage, stages
@@ -214,7 +215,3 @@ def ranks_that_share(param: Tensor) -> int:
     """How many shards the parameter has."""
     mesh = param.device_mesh  # type: ignore[attr-defined]
     return torch.Size(mesh.size(d) for dims in layout.sharded_by(param) for d in dims).numel()
-
-
-def pick(values: Sequence[Any], indices: Sequence[int]) -> list[Any]:
-    return [values[i] for i in indices]

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from .. import clipping, ops, spec
+from ..functional import pick
 from ..rounding import BitOffset
 from ..schedules import Scalar
 from . import layout
-from .bucket import Bucket, Entry, Options, pick
+from .bucket import Bucket, Entry, Options
 from .schedule import Job, Stage, reduced, stages
 
 Numbers = list[Tensor]

@@ -191,13 +191,12 @@ def state_placements(param: Tensor, follows: Follows) -> list[Any]:
     """Placements of a state of a DTensor."""
     from torch.distributed.tensor import Replicate
 
-    placements = []
-    for placement in param.placements:  # type: ignore[attr-defined]
-        if _is_shard(placement) and placement.dim in follows:
-            placements.append(_moved(placement, follows.index(placement.dim)))
-        else:
-            placements.append(Replicate())
-    return placements
+    return [
+        _moved(placement, follows.index(placement.dim))
+        if _is_shard(placement) and placement.dim in follows
+        else Replicate()
+        for placement in param.placements  # type: ignore[attr-defined]
+    ]
 
 
 def like(param: Tensor, shard: Tensor) -> Tensor:

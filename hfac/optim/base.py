@@ -332,14 +332,14 @@ class FactoredOptimizer(ReportingOptimizer):
         """Binds the sharded parameters of all groups, whether or not they have gradients, so that all ranks agree."""
         entries = [
             distributed.Entry(
-                f"parameter {i} of group {index}",
+                self._label(param),
                 index,
                 param,
                 self._needed_state(param, group),
                 self._bit_offset(param, group, cache.positions[param]),
             )
             for index, group in enumerate(self.param_groups)
-            for i, param in enumerate(group["params"])
+            for param in group["params"]
             if needs_reduction(param, group) and has_state(self.state, param)
         ]
         if entries and self._step_supports_amp_scaling:

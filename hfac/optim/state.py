@@ -311,31 +311,29 @@ class StatefulOptimizer(Optimizer):
         """`_sync_state` of one parameter. False where it has no state: it is frozen, lazy, or of a kind that `step`
         refuses."""
         state = self.state.get(param)
-        if not state or "step" not in state or not any(s.key in state for s in self._spec.states if s.moment != 1):
-            if not is_trained(param) or is_lazy(param) or not _is_supported(param, group):
-                return state is not None
-            if state is None:
-                state = self.state[param] = {}
-            self._complete_state(param, group, state)
-        elif not self._in_order(param, group, state):
-            self._complete_state(param, group, state)
+        keys = state or ()
+        held = "step" in keys and any(own.key in keys for own in self._spec.states if own.moment != 1)
+        if not held and (not is_trained(param) or is_lazy(param) or not _is_supported(param, group)):
+            return state is not None
+        found = self.state.setdefault(param, {})
+        if not held or not self._in_order(param, group, found):
+            self._complete_state(param, group, found)
         return True
 
     def _in_order(self, param: Tensor, group: Mapping[str, Any], state: State) -> bool:
         """Whether a parameter's state has the devices and types it must have and can be written."""
-        wide = ops.state_dtype(param.dtype)
-        dtypes = {own.key: own.dtype or wide for own in self._spec.states} | {LOW: self._low_dtype(param, group)}
-        return (
-            (LOW in state) == (dtypes[LOW] is not None)
-            and all(
-                value.device == param.device
-                and value.dtype == dtypes[key]
-                and (value.is_contiguous() or key == LOW)
-                and not value.is_inference()
-                for key, value in state.items()
-                if key in dtypes
-            )
-            and all(_is_counter(state.get(key), *kind) for key, kind in _counters(param, group, state).items())
+        wide, low = ops.state_dtype(param.dtype), self._low_dtype(param, group)
+        counters = _counters(param, group, state)
+        kinds: dict[Any, Any] = {own.key: (own.dtype or wide, param.device) for own in self._spec.states}
+        kinds |= {LOW: (low, param.device), **counters}
+        present = counters.keys() <= state.keys() and (LOW in state) == (low is not None)
+        return present and all(
+            isinstance(value, Tensor)
+            and (value.dtype, value.device) == kinds[key]
+            and not value.is_inference()
+            and (value.ndim == 0 if key in counters else key == LOW or value.is_contiguous())
+            for key, value in state.items()
+            if key in kinds
         )
 
     @torch.inference_mode(False)  # state outlives the mode in which it is created
@@ -402,17 +400,6 @@ def _is_supported(param: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether the parameter can have state; `_check_param` says why not."""
     dense = param.layout == torch.strided and not param.is_nested
     return dense and param.dtype in ops.PARAM_DTYPES and (not group["batch_dims"] or param.ndim > group["batch_dims"])
-
-
-def _is_counter(value: Any, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether ``step`` or ``skipped`` has the type, shape and device it must have."""
-    return (
-        isinstance(value, Tensor)
-        and value.dtype == dtype
-        and value.ndim == 0
-        and value.device == device
-        and not value.is_inference()
-    )
 
 
 def counter(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
