@@ -29,9 +29,11 @@ COPY = ROOT / "build" / "planted"
 TABLE = ROOT / "docs" / "planted-faults.md"
 HEAD = """# Planted faults
 
-Which test notices a mistake? `make planted` puts each of these into a copy of the checkout, one at a time, and runs the
-tests that `tests/tools/faults.py` names for it, without those that `make test` leaves out. Written by
-`make planted ARGS=--write`; [CONTRIBUTING.md](../CONTRIBUTING.md) says when to add a fault.
+This page answers: which mistakes do the tests notice, and which test does?
+
+`make planted` puts each of these into a copy of the checkout, one at a time, and runs the tests that
+`tests/tools/faults.py` names for it, without those that `make test` leaves out. `make planted ARGS=--write` writes this
+page; [CONTRIBUTING.md](../CONTRIBUTING.md) says when to add a fault.
 
 | fault | in | the first test that fails |
 | --- | --- | --- |
@@ -116,8 +118,9 @@ def rows() -> dict[str, str]:
 
 def keep(fault: Fault, said: str) -> None:
     """Puts a fault's row into the table, which has the order of the list and nothing that is no longer in it."""
-    found = rows() | {fault.kind: f"| {fault.kind} | `{fault.area}/` | {said} |"}
-    TABLE.write_text(HEAD + "".join(f"{found[f.kind]}\n" for f in FAULTS if f.kind in found), encoding="utf-8")
+    found = {f.kind: f"| {f.kind} | `{f.area}/` | not run yet |" for f in FAULTS} | rows()
+    found[fault.kind] = f"| {fault.kind} | `{fault.area}/` | {said} |"
+    TABLE.write_text(HEAD + "".join(f"{found[f.kind]}\n" for f in FAULTS), encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
