@@ -137,6 +137,7 @@ def test_what_depends_on_no_sum_equals_the_cpu_kernels_to_the_bit(name, options)
                 assert torch.equal(ours.state[p][key], theirs.state[q][key]), key
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["transposed", "every second", "shifted"])
 @pytest.mark.parametrize("which", ["param", "grad"])

@@ -153,6 +153,7 @@ def test_what_is_stored_is_the_rounded_weight(op, kind, grad_dtype):
     assert pair.accesses() == expected
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(
     "layouts",
     [("shifted", "contiguous"), ("contiguous", "shifted"), ("transposed", "contiguous"), ("contiguous", "transposed")],

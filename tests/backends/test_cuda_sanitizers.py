@@ -61,7 +61,7 @@ def drivers(tmp_path_factory):
 @pytest.mark.parametrize(
     ("sanitizer", "options", "least"),
     [
-        ("none", [], 15),
+        pytest.param("none", [], 15, marks=pytest.mark.slow),  # make test asks the program with AddressSanitizer alone
         ("address", ["--quick"], 10),
         pytest.param("address", [], 15, marks=pytest.mark.slow),
         pytest.param("thread", [], 15, marks=pytest.mark.slow),  # a thread for each of CUDA's: minutes
@@ -75,6 +75,7 @@ def test_the_kernels_are_clean(drivers, sanitizer, options, least):
     assert len(done.stdout.splitlines()) >= least
 
 
+@pytest.mark.slow
 @on_the_host
 def test_a_quick_run_makes_a_part_of_the_same_steps(drivers):
     whole, quick = (drivers.run("none", *options).stdout.splitlines() for options in ([], ["--quick", "--once"]))
@@ -88,7 +89,7 @@ def test_a_quick_run_makes_a_part_of_the_same_steps(drivers):
         pytest.param("barrier", "thread", marks=pytest.mark.slow),
         ("workspace", "address"),
         ("signs", "address"),
-        ("block", "none"),
+        pytest.param("block", "none", marks=pytest.mark.slow),
     ],
 )
 def test_a_fault_is_found(drivers, fault, sanitizer):

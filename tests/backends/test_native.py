@@ -87,6 +87,7 @@ def test_bits_do_not_depend_on_threads(op, dtype):
     assert all(same_bits(results[0], other) for other in results[1:])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
@@ -107,6 +108,7 @@ STRIDED = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(
     ("layout", "which"),
     [

@@ -31,14 +31,15 @@ def run_python(arguments, tmp_path, **environment):
 STEPS = {
     "backends/test_clipped_steps": (
         "triton",
-        "triton and not (large or several-1.0 or (refused_parameters and (0.3 or nan or 1.0-propagate)))",
+        "triton and not (large or several-1.0 or (refused_parameters and (0.3 or nan or 1.0-propagate)) "
+        "or (refused_parameter_keeps and (inf or 1e+19)) or (of_smaller and not float32) or power_of_two)",
     ),
     "backends/test_watched_steps": (
         "triton and not large",
-        "triton and ((every_type and True) or after_its_norm or every_bit or report or adds_to "
-        "or (any_layout and (stochastic or split or float16)))",
+        "triton and ((every_type and True) or after_its_norm or every_bit or report "
+        "or (any_layout and (split8 or nearest)))",
     ),
-    "optim/test_clipping": ("triton", "triton and (matrices or slices or unscale)"),
+    "optim/test_clipping": ("triton", "triton and (matrices or slices or that_unscale)"),
     "backends/test_captures": (
         "HFac and (no_gradient-moved or transposed-found or negated-moved or clipped) or goes_with or on_parts_cannot "
         "or (defaults and device and plain) or (several_streams and plain) or (first_step and HFac and plain) or "

@@ -188,6 +188,7 @@ def test_other_options(backend, op, options):
         agree(watched, run.watch(grads, watched, **options), run, backend)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @EACH_KIND
 @EACH_OP

@@ -14,19 +14,20 @@ pytestmark = pytest.mark.skipif(
 )
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 
-TRAINERS, NAMES = ("accelerate", "transformers"), ("HFac", "SMMF")
+TRAINERS = ("accelerate", "transformers")
+EACH = pytest.mark.parametrize("name", ["HFac", pytest.param("SMMF", marks=pytest.mark.slow)], scope="module")
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One start of two ranks for all."""
+def found(name: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One start of two ranks for all that is asked of an optimizer."""
     folder = str(tmp_path_factory.mktemp("checkpoints"))
-    (results,) = on_ranks(2, ("sharded_trainers:run_all", list(NAMES), folder))
+    (results,) = on_ranks(2, ("sharded_trainers:run_all", [name], folder))
     return results
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("name", NAMES)
+@EACH
 def test_losses_are_those_of_whole_parameters(found: Any, trainer: str, name: str) -> None:
     assert len(found[trainer, name]["whole"]) == 8
     assert found[trainer, name]["sharded"] == pytest.approx(found[trainer, name]["whole"], abs=5e-6)
@@ -36,12 +37,12 @@ def test_losses_are_those_of_whole_parameters(found: Any, trainer: str, name: st
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("name", NAMES)
+@EACH
 def test_a_checkpoint_goes_on(found: Any, trainer: str, name: str) -> None:
     assert found[trainer, name]["resumed"] == found[trainer, name]["sharded"][4:]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@EACH
 def test_fsdp1_is_refused(found: Any, name: str) -> None:
     """With use_orig_params, the trainers' default, a rank has vectors, and would train them as such without a word."""
     for message in found["FSDP1", name]:

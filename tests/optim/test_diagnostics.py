@@ -124,6 +124,7 @@ def test_clip_factor(threshold, ahead):
         assert float(found[index]["clip_factor"]) == pytest.approx(factor, rel=1e-6)
 
 
+@pytest.mark.pairwise
 @TIMES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("decay", [0.0, 0.5])

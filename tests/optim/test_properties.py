@@ -109,6 +109,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("what", ["param", "grad", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

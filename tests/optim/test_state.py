@@ -653,6 +653,7 @@ BAD = {
 SKIPPED_SHAPES = [(4, 6), (5,), (), (17, 19), (1, 3)]
 
 
+@pytest.mark.pairwise
 @BOTH
 @pytest.mark.parametrize("capturable", [False, True], ids=["host", "capturable"])
 @pytest.mark.parametrize("which", range(len(SKIPPED_SHAPES)), ids=lambda i: str(SKIPPED_SHAPES[i]))

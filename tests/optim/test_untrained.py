@@ -45,6 +45,7 @@ def loss(net):
     return net["b"](net["a"](torch.ones(2, 16))).square().sum()
 
 
+@pytest.mark.pairwise
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse CSR tensor support")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")

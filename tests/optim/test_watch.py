@@ -34,6 +34,7 @@ def agree(found, wanted, numel, tolerance, name=""):
             )
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("cls", "options"), VARIANTS)
 def test_as_it_was_foretold(cls, options, dtype, backend):
@@ -62,6 +63,7 @@ def test_as_it_was_foretold(cls, options, dtype, backend):
             agree(told[index], wanted, params[index].numel(), tolerance, f"step {step} parameter {index}")
 
 
+@pytest.mark.pairwise
 @BOTH
 @pytest.mark.parametrize("how", [{}, {"rounding": "stochastic"}, {"master": "split"}, {"master": "split8"}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -113,6 +113,7 @@ def steps_along(alike, larger, backend, variant):
     return [(grad, sign * param.detach().double()) for grad, param in zip(grads, params, strict=True)]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("larger", LARGER)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_element_goes_against_a_gradient_that_only_grows(backend, variant, larger):
@@ -120,6 +121,7 @@ def test_no_element_goes_against_a_gradient_that_only_grows(backend, variant, la
         assert (grad * step > 0).all(), f"{tuple(grad.shape)}: {(grad * step).min()}"
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("larger", LARGER)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_step_goes_against_a_gradient_among_others(backend, variant, larger):

@@ -221,6 +221,7 @@ STEPS = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(
     "options", [{}, {"nonfinite": "skip"}, {"capturable": True}], ids=lambda o: "-".join(o) or "plain"
 )

@@ -3,6 +3,7 @@
     python tests/tools/planted.py                 # every fault of faults.py, with the tests named beside it
     python tests/tools/planted.py clip sharded    # those whose area, kind or tests contain one of these words
     python tests/tools/planted.py --all           # with all that `make test` runs
+    python tests/tools/planted.py --write         # and put what was found into docs/planted-faults.md
 
 Tests that are left out of `make test` take no part. Before the first fault the same tests must pass without any. The
 copy lies in build/planted and is kept, so that the next run compiles less. Exit status 1 where a fault goes unnoticed.
@@ -24,6 +25,19 @@ from faults import FAULTS, Fault
 
 ROOT = Path(__file__).parents[2]
 COPY = ROOT / "build" / "planted"
+#: what --write keeps: one row for each fault of the list, of the last run that planted it
+TABLE = ROOT / "docs" / "planted-faults.md"
+HEAD = """# Planted faults
+
+This page answers: which mistakes do the tests notice, and which test does?
+
+`make planted` puts each of these into a copy of the checkout, one at a time, and runs the tests that
+`tests/tools/faults.py` names for it, without those that `make test` leaves out. `make planted ARGS=--write` writes this
+page; [CONTRIBUTING.md](../CONTRIBUTING.md) says when to add a fault.
+
+| fault | in | the first test that fails |
+| --- | --- | --- |
+"""
 #: seconds after which tests hang
 LIMIT = 1800
 SOURCES = (".py", ".h", ".cpp", ".cu", ".cuh")
@@ -96,10 +110,24 @@ def named(faults: Sequence[Fault]) -> list[list[str]]:
     ]
 
 
+def rows() -> dict[str, str]:
+    """The rows of the table by fault."""
+    lines = TABLE.read_text(encoding="utf-8").splitlines() if TABLE.exists() else []
+    return {line.split(" | ")[0].removeprefix("| "): line for line in lines if line.startswith("| ")}
+
+
+def keep(fault: Fault, said: str) -> None:
+    """Puts a fault's row into the table, which has the order of the list and nothing that is no longer in it."""
+    found = {f.kind: f"| {f.kind} | `{f.area}/` | not run yet |" for f in FAULTS} | rows()
+    found[fault.kind] = f"| {fault.kind} | `{fault.area}/` | {said} |"
+    TABLE.write_text(HEAD + "".join(f"{found[f.kind]}\n" for f in FAULTS), encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="only faults whose area, kind or tests contain one of these")
     parser.add_argument("--all", action="store_true", help="run what `make test` runs, not only the tests named")
+    parser.add_argument("--write", action="store_true", help=f"write what was found to {TABLE.relative_to(ROOT)}")
     parser.add_argument("--trust", action="store_true", help="do not run the tests without any fault first")
     args = parser.parse_args(arguments)
     chosen = [f for f in FAULTS if not args.words or any(word in f"{f.area} {f.kind} {f.tests}" for word in args.words)]
@@ -128,6 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             place.write_text(good, encoding="utf-8")
         noticed = status == 1
         unnoticed += not noticed
+        if args.write:
+            keep(fault, f"`{said.split('[')[0]}`" if noticed else "none")
         print(
             f"| {fault.kind} | {said if noticed else f'NOTHING: {said}'} | {time.monotonic() - begin:.0f} |", flush=True
         )
