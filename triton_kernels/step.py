@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version  # tells autograd of writes t
 from ..staging import Staged, refused
 from . import platform, table
 from .plan import Launch, Plan, compile_options, prepare
-from .records import Operands, Records, Tensors, copy_scalars, scalar_values, scalars_of
+from .records import Operands, Records, Tensors, aligned, copy_scalars, scalar_values, scalars_of
 
 _DTYPE = attrgetter("dtype")
 
@@ -144,12 +144,12 @@ class Room(Launcher):
             self.scalars[: len(values)].copy_(host, non_blocking=True)
         copy_scalars(self.scalars, scalars, fill=capturing)
 
-    def scale(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def scale(self, numbers: Mapping[str, Any]) -> None:
         """Copies a GradScaler's tensors."""
-        if grad_scale is not None:
-            self.scalars[table.GRAD_SCALE.value].copy_(grad_scale.reshape(()))
-        if found_inf is not None:
-            self.flags.add_(found_inf.reshape(()) != 0)
+        if numbers.get("grad_scale") is not None:
+            self.scalars[table.GRAD_SCALE.value].copy_(numbers["grad_scale"].reshape(()))
+        if numbers.get("found_inf") is not None:
+            self.flags.add_(numbers["found_inf"].reshape(()) != 0)
 
 
 class Statistics:
@@ -228,27 +228,22 @@ class Bound:
                 ``found_inf``, float32 tensors of one element on the device: gradients are divided by the one, and where
                 the other is not zero every parameter keeps its value.
         """
-        scale, found_inf = numbers.get("grad_scale"), numbers.get("found_inf")
-        skip = nonfinite is not None or found_inf is not None
+        options = options_of(numbers, self._first, nonfinite, watched)
         with self._lock, platform.current(self.device):
             room = None if statistics is None or clip is None else statistics.take_room()
             if room is None or statistics is None or clip is None:
-                room, copies = self._open(grads, skip, numbers)
-                again = False
+                room, copies = self._open(grads, options, numbers)
             else:
                 copies = statistics.grads
-                again = watched is None or statistics.counted
-                self._resume(room, skip, clip)
+                options["AGAIN"] = watched is None or statistics.counted
+                self._resume(room, options, clip)
             try:
                 if watched is not None:
-                    as_it_is = watched.is_contiguous() and watched.data_ptr() % 16 == 0
                     contiguous = torch.contiguous_format
-                    room.watched = watched if as_it_is else torch.zeros_like(watched, memory_format=contiguous)
-                room.scale(scale, found_inf)
-                asked = dict(SKIP=skip, LOOK=nonfinite is not None, AGAIN=again, WATCH=watched is not None)
-                options = options_of(numbers, self._first, **asked)
+                    room.watched = watched if aligned(watched) else torch.zeros_like(watched, memory_format=contiguous)
+                room.scale(numbers)
                 room.run(room.plan.launches, room.tiles, options)
-                self._close(room, nonfinite, found_inf, copies)
+                self._close(room, nonfinite, numbers, copies)
                 if watched is not None and room.watched is not watched:
                     watched.add_(room.watched)
             finally:
@@ -262,19 +257,16 @@ class Bound:
         """The statistics of the step that a call with these arguments would make, of an op that ``reads_twice``.
         ``nonfinite`` is filled as by a step. ``watched`` is not written; with it, a step that is watched need not take
         the statistics again."""
-        scale, found_inf = numbers.get("grad_scale"), numbers.get("found_inf")
-        skip = nonfinite is not None or found_inf is not None
+        options = options_of(numbers, self._first, nonfinite, watched)
         with self._lock, platform.current(self.device):
-            room, copies = self._open(grads, skip, numbers)
+            room, copies = self._open(grads, options, numbers)
             room.squares = torch.zeros(len(self._params), dtype=torch.float64, device=self.device)
             found = Statistics(self._rooms, room, room.squares, copies, watched is not None)
-            room.scale(scale, found_inf)
-            asked = dict(SKIP=skip, LOOK=nonfinite is not None, WATCH=watched is not None)
-            options = options_of(numbers, self._first, **asked)
+            room.scale(numbers)
             count = room.plan.statistics
             room.run(room.plan.launches[:count], room.tiles[:count], options)
             room.run(room.plan.squares, room.square_tiles, options)
-            self._close(room, nonfinite, found_inf, copies)
+            self._close(room, nonfinite, numbers, copies)
         return found
 
     def capturing(self) -> bool:
@@ -291,7 +283,7 @@ class Bound:
         """Bytes of partial sums that are kept from step to step; 0 before the first."""
         return sum(room.workspace.numel() for room in self._rooms if room.workspace is not None)
 
-    def _open(self, grads: Tensors, skip: bool, numbers: Mapping[str, Any]) -> tuple[Room, Tensors]:
+    def _open(self, grads: Tensors, options: Mapping[str, bool], numbers: Mapping[str, Any]) -> tuple[Room, Tensors]:
         """A room with all that the launches of a step read, and copies of the gradients, where some negate."""
         capturing = self.capturing()
         copies = _resolved(grads)
@@ -303,24 +295,25 @@ class Bound:
                 self._follow(room)
             room.locate(copies or grads, capturing)
             room.set_scalars(numbers, capturing)
-            if skip:
+            if options["SKIP"]:
                 room.flags.zero_()
         except BaseException:
             self._rooms.append(room)
             raise
         return room, copies
 
-    def _resume(self, room: Room, skip: bool, clip: Tensor) -> None:
+    def _resume(self, room: Room, options: Mapping[str, bool], clip: Tensor) -> None:
         """Only the coefficient is missing."""
         if not self.capturing():
             self._follow(room)
         room.scalars[table.COEFFICIENT.value].copy_(clip)
-        if skip:
+        if options["SKIP"]:
             room.flags.mul_(clip == 1)
 
-    def _close(self, room: Room, nonfinite: Tensor | None, found_inf: Tensor | None, copies: Tensors) -> None:
+    def _close(self, room: Room, nonfinite: Tensor | None, numbers: Mapping[str, Any], copies: Tensors) -> None:
         """Reports which gradients are not finite (none, where found_inf has reported it of all), and keeps what has
         been launched for a graph."""
+        found_inf = numbers.get("found_inf")
         if nonfinite is not None:
             nonfinite.copy_(room.flags if found_inf is None else room.flags * (found_inf.reshape(()) == 0))
         if self.capturing():
@@ -344,16 +337,20 @@ def has_first(operands: Operands) -> bool:
     return any(one.moment == 1 and one.name in operands.lists for one in operands.op.operands)
 
 
-def options_of(numbers: Mapping[str, Any], first: bool, **asked: bool) -> dict[str, bool]:
-    """What kernels are compiled for (`element`). ``first``: there is a first moment; ``asked``: what else is on."""
+def options_of(
+    numbers: Mapping[str, Any], first: bool, nonfinite: Tensor | None = None, watched: Tensor | None = None
+) -> dict[str, bool]:
+    """What kernels are compiled for (`element`). ``first``: there is a first moment."""
     return {
         "FIRST": first,
         "COUPLED": not numbers.get("decoupled_weight_decay", True),
         "NEGATE": numbers.get("maximize", False),
         "CLIPPED": numbers.get("clip_threshold") is not None,
         "SCALED": numbers.get("grad_scale") is not None,
-        **dict.fromkeys(("SKIP", "LOOK", "AGAIN", "WATCH"), False),
-        **asked,
+        "SKIP": nonfinite is not None or numbers.get("found_inf") is not None,
+        "LOOK": nonfinite is not None,
+        "WATCH": watched is not None,
+        "AGAIN": False,
     }
 
 

@@ -5,65 +5,46 @@ pointer with `element.pointer`. Kernels import all constants by name (Triton key
 globals, and would miss a change of ``table.ROWS``); the host finds fields in `FIELD`, by their names in lower case.
 """
 
+from itertools import count
+
 import triton.language as tl
 
 from .. import spec
 
+_field = count()
+
+
+def _fields(number: int) -> list[tl.constexpr]:
+    """The next fields of a record, in the order in which they lie."""
+    return [tl.constexpr(next(_field)) for _ in range(number)]
+
+
 #: address of the parameter; address of its layout: {dimensions, then size and stride of each, the last dimension first}
-PARAM = tl.constexpr(0)
-PARAM_LAYOUT = tl.constexpr(1)
+PARAM, PARAM_LAYOUT = _fields(2)
 #: the matrix; for whole moments: the elements and 1
-ROWS = tl.constexpr(2)
-COLS = tl.constexpr(3)
+ROWS, COLS = _fields(2)
 #: addresses of the states. H-Fac: u, v, r, s. SMMF: r_M, c_M, r_V, c_V. Whole moments: in the row fields
-FIRST_ROW = tl.constexpr(4)
-FIRST_COL = tl.constexpr(5)
-SECOND_ROW = tl.constexpr(6)
-SECOND_COL = tl.constexpr(7)
-SIGNS = tl.constexpr(8)
+FIRST_ROW, FIRST_COL, SECOND_ROW, SECOND_COL, SIGNS = _fields(5)
 #: elements and bytes of one slice along the first dimension (`hfac.reference.pack_signs`)
-SLICE = tl.constexpr(9)
-SLICE_BYTES = tl.constexpr(10)
+SLICE, SLICE_BYTES = _fields(2)
 #: tiling of the matrix
-TILE_ROWS = tl.constexpr(11)
-ROW_TILES = tl.constexpr(12)
-COL_TILES = tl.constexpr(13)
+TILE_ROWS, ROW_TILES, COL_TILES = _fields(3)
 #: addresses of partial sums, see each kernel; in a shard's record, lists that `hfac_sums` fills take the rows' place
-SPACE_ROWS = tl.constexpr(14)
-SPACE_SQUARES = tl.constexpr(15)
-SPACE_COLS = tl.constexpr(16)
-SPACE_PSI = tl.constexpr(17)
-SPACE_SCALE = tl.constexpr(18)
-SPACE_TOTALS = tl.constexpr(19)
+SPACE_ROWS, SPACE_SQUARES, SPACE_COLS, SPACE_PSI, SPACE_SCALE, SPACE_TOTALS = _fields(6)
 #: rows and columns of the whole matrix, of which a shard has some
-ALL_ROWS = tl.constexpr(20)
-ALL_COLS = tl.constexpr(21)
+ALL_ROWS, ALL_COLS = _fields(2)
 #: addresses, of shards only. H-Fac: sums of g, of g^2 (or the new r and s) and of g^2 / r, then sum(r) and the mean of
 #: U^2. SMMF: sums of |M| and of V over the whole matrix, to be added to
-SUM_ROW = tl.constexpr(22)
-SUM_COL = tl.constexpr(23)
-NEW_ROW = tl.constexpr(24)
-NEW_COL = tl.constexpr(25)
-RATIO_COL = tl.constexpr(26)
-TOTAL = tl.constexpr(27)
-MEAN_SQUARE = tl.constexpr(28)
+SUM_ROW, SUM_COL, NEW_ROW, NEW_COL, RATIO_COL, TOTAL, MEAN_SQUARE = _fields(7)
 #: of SMMF's shards, whose matrices are blocks (`hfac.matricize.Block`): where the block begins in the shard, its
 #: stride, and its position in the whole matrix. The state fields then hold the address of the block's first row or
 #: column. BLOCKS: how many records from this one on are blocks of the same parameter
-START = tl.constexpr(29)
-STRIDE = tl.constexpr(30)
-ROW = tl.constexpr(31)
-ROW_STEP = tl.constexpr(32)
-COL = tl.constexpr(33)
-BLOCKS = tl.constexpr(34)
+START, STRIDE, ROW, ROW_STEP, COL, BLOCKS = _fields(6)
 #: addresses of a master weight's low bits and of their layout
-LOW_BITS = tl.constexpr(35)
-LOW_LAYOUT = tl.constexpr(36)
+LOW_BITS, LOW_LAYOUT = _fields(2)
 #: of random bits (`hfac.rounding.BitOffset`): the parameter's position, the index of its first element, and the address
 #: of the layout that gives the others' indices
-POSITION = tl.constexpr(37)
-FIRST_INDEX = tl.constexpr(38)
-INDEX_LAYOUT = tl.constexpr(39)
+POSITION, FIRST_INDEX, INDEX_LAYOUT = _fields(3)
 
 FIELD: dict[str, int] = {name.lower(): at.value for name, at in list(globals().items()) if isinstance(at, tl.constexpr)}
 FIELDS = tl.constexpr(len(FIELD))
@@ -108,24 +89,14 @@ AT_ONCE = tl.constexpr(8)
 #: What a watched step reports of a parameter, in float64: the sum of squares of W's change; how many elements, rounded
 #: to nearest, keep their value; the sum of squares of the direction; how many rows and columns of the gradient are
 #: zero.
-CHANGE = tl.constexpr(0)
-KEPT = tl.constexpr(1)
-DIRECTION = tl.constexpr(2)
-ZERO_ROWS = tl.constexpr(3)
-ZERO_COLS = tl.constexpr(4)
+CHANGE, KEPT, DIRECTION, ZERO_ROWS, ZERO_COLS = map(tl.constexpr, range(5))
 WATCHED = tl.constexpr(spec.WATCHED)
 
 #: How SMMF's signs are packed: whole bytes of a row, one byte per element, or bits of bytes that rows and tiles share.
-NO_SIGNS = tl.constexpr(0)
-WHOLE_BYTES = tl.constexpr(1)
-BYTE_PER_ELEMENT = tl.constexpr(2)
-SHARED_BYTES = tl.constexpr(3)
+NO_SIGNS, WHOLE_BYTES, BYTE_PER_ELEMENT, SHARED_BYTES = map(tl.constexpr, range(4))
 
 #: How random bits are drawn: not at all; eight neighbours from one call, whose indices follow each other or come from a
 #: layout; or one call per element.
-NEAREST = tl.constexpr(0)
-EIGHT = tl.constexpr(1)
-EIGHT_APART = tl.constexpr(2)
-EACH = tl.constexpr(3)
+NEAREST, EIGHT, EIGHT_APART, EACH = map(tl.constexpr, range(4))
 
 __all__ = [name for name, value in list(globals().items()) if isinstance(value, tl.constexpr)]

@@ -228,7 +228,7 @@ class HfacOp : public HfacReader<T> {
   }
 
   // The moments of one side, each entry of which stands for `length` elements, and lr times half of its drift.
-  static void step_side(const Scalars<T>& s, int64_t count, const T* sum, const T* fresh, int64_t length, void* first,
+  static void step_side(Scalars<T> s, int64_t count, const T* sum, const T* fresh, int64_t length, void* first,
                         void* second, T* half_drift) {
     const T sign = s.negate ? T(-1) : T(1), elements = static_cast<T>(length);
     T *average = static_cast<T*>(first), *square = static_cast<T*>(second);
