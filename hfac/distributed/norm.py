@@ -6,7 +6,7 @@ many ranks there is a gradient. Of those that a rank steps alone, `Total` adds u
 
 from __future__ import annotations  # not every torch has the types that are named here
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,11 +89,15 @@ class Total:
     Args:
         params: all of the optimizer's, in an order that is the same on every rank.
         alone: those of them that a rank steps without sums over ranks.
-        declared: of those that are plain tensors, the ranks on which they are different ones, not copies.
+        declared: groups on whose ranks some plain tensors are different ones, not copies; of each those that this rank
+            has, perhaps none.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], alone: Sequence[Tensor], declared: Mapping[Tensor, dist.ProcessGroup]
+        self,
+        params: Sequence[Tensor],
+        alone: Sequence[Tensor],
+        declared: Sequence[tuple[dist.ProcessGroup, Collection[Tensor]]],
     ) -> None:
         cut: dict[object, list[Tensor]] = {}
         for param in alone:
@@ -108,13 +112,13 @@ class Total:
             for param, contributes in zip(mine, joint.contributes, strict=True)
         }
         self._stages = [joint.stages for joint in self._joints]
-        groups = {declared[p].group_name: declared[p] for p in alone if p in declared}
-        for name, group in groups.items():
-            self._sum_of |= {p: len(self._stages) for p in alone if p in declared and declared[p].group_name == name}
+        for group, mine in declared:
+            self._sum_of |= dict.fromkeys(mine, len(self._stages))
             self._stages.append([Stage(group)])
-        # One sum over one group is the same on all of its ranks; so is what is made of it alone.
-        agreement = _agreement(params, list(groups.values()))
-        apart = len(agreement) > 1 or any(not layout.is_sharded(param) for param in params)
+        # One sum over one group is the same on all of its ranks; so is what is made of it alone. Ranks of a declared
+        # group need not have the same parameters.
+        agreement = _agreement(params, [group for group, _ in declared])
+        apart = len(agreement) > 1 or bool(declared) or any(not layout.is_sharded(param) for param in params)
         self._agreement = agreement if apart else []
         self._device = layout.local(params[0]).device if params else torch.device("cpu")
         self._dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32

@@ -355,10 +355,11 @@ class FactoredOptimizer(ReportingOptimizer):
         if self.norm_group is None and not any(map(layout.is_dtensor, everything)):
             return None
         alone = [p for mine in cache.local for p in mine]
-        declared = self.norm_group
-        if not isinstance(declared, dict):
-            declared = {} if declared is None else dict.fromkeys(alone, declared)
-        declared = {param: group for param, group in declared.items() if not layout.is_dtensor(param)}
+        plain = [p for p in alone if not layout.is_dtensor(p)]
+        given = self.norm_group
+        chosen = given if isinstance(given, dict) else dict.fromkeys(plain, given)
+        groups = {group.group_name: group for group in (*chosen.values(), given) if hasattr(group, "group_name")}
+        declared = [(group, [p for p in plain if chosen.get(p) is group]) for group in groups.values()]
         total = distributed.Total(everything, alone, declared)
         return None if total.is_local else total
 

@@ -61,8 +61,8 @@ def drivers(tmp_path_factory):
 @pytest.mark.parametrize(
     ("sanitizer", "options", "least"),
     [
-        pytest.param("none", [], 15, marks=pytest.mark.slow),  # make test asks the program with AddressSanitizer alone
-        ("address", ["--quick"], 10),
+        pytest.param("none", [], 15, marks=pytest.mark.slow),
+        pytest.param("address", ["--quick"], 10, marks=pytest.mark.slow),  # a minute and a half, most of it compiling
         pytest.param("address", [], 15, marks=pytest.mark.slow),
         pytest.param("thread", [], 15, marks=pytest.mark.slow),  # a thread for each of CUDA's: minutes
     ],

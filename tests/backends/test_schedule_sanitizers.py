@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("name", SANITIZERS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "threads" else n for n in SANITIZERS])
 def test_callers_at_once(name, tmp_path):
     flag, fault, said = SANITIZERS[name]
     program = tmp_path / "driver"

@@ -165,3 +165,20 @@ def _worst(errors):
     values = torch.tensor(list(errors.values()), dtype=torch.float64)
     dist.all_reduce(values, dist.ReduceOp.MAX)
     return dict(zip(errors, values.tolist(), strict=True))
+
+
+def norm_where_one_rank_has_more(name):
+    """The norm, and what it should be, where only the last rank has a plain parameter and all have a matrix's shards;
+    the largest and the least of all ranks."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    last = dist.get_rank() == dist.get_world_size() - 1
+    params = [torch.nn.Parameter(part_of(torch.ones(8, 6), mesh, [S0]))]
+    params += [torch.nn.Parameter(torch.ones(5))] if last else []
+    optimizer = getattr(hfac, name)(params, lr=LR, max_grad_norm=1.0)
+    optimizer.norm_group = mesh.get_group()
+    for p in params:
+        p.grad = torch.full_like(p, 2.0)
+    optimizer.step()
+    norms = torch.stack([optimizer.grad_norm, -optimizer.grad_norm]).double()
+    dist.all_reduce(norms, dist.ReduceOp.MAX)
+    return norms[0].item(), -norms[1].item(), 2 * math.sqrt(8 * 6 + 5)

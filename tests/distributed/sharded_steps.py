@@ -1,4 +1,4 @@
-"""Twenty steps of sharded parameters beside the same steps of whole ones; runs on every rank."""
+"""Some steps of sharded parameters beside the same steps of whole ones; runs on every rank."""
 
 import traceback
 from functools import lru_cache
@@ -10,7 +10,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import hfac
 
-STEPS = 20
+STEPS = 10
 #: how FSDP2 cuts what tensor parallelism has cut already
 STRIDED = "strided"
 

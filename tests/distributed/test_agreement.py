@@ -63,3 +63,8 @@ def test_a_process_group_that_cannot_reach_the_shards_is_refused_at_construction
             r"(HFac|SMMF): parameter 0 of the group has its shards on cpu, .* backends for cuda only.*", line
         )
         assert 'init_process_group("cpu:gloo,cuda:nccl")' in line
+
+
+def test_a_rank_without_plain_parameters_has_part_in_the_norm_of_those_of_others():
+    for largest, least, wanted in on_ranks(2, *(("sharded_agreement:norm_where_one_rank_has_more", n) for n in NAMES)):
+        assert largest == least == pytest.approx(wanted, rel=1e-6)

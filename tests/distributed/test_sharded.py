@@ -35,7 +35,8 @@ def agree(found, tolerance):
 def test_every_placement_equals_whole_tensors(name, dtype):
     """For every backend and option; the float32 run is compared with that of whole tensors in float32."""
     here = [backend for backend in ("reference", "cpu") if not backends.TABLE[backend].why_not(torch.device("cpu"))]
-    cases = [(name, "all", case, dtype, backend) for case in placements(name) for backend in here]
+    more = () if dtype == torch.float64 else (20,)  # steps
+    cases = [(name, "all", case, dtype, backend, *more) for case in placements(name) for backend in here]
     if dtype == torch.float64:
         cases += [
             (name, options, case, dtype, "reference")
