@@ -115,17 +115,14 @@ class Total:
         for group, mine in declared:
             self._sum_of |= dict.fromkeys(mine, len(self._stages))
             self._stages.append([Stage(group)])
-        # One sum over one group is the same on all of its ranks; so is what is made of it alone. Ranks of a declared
-        # group need not have the same parameters.
-        agreement = _agreement(params, [group for group, _ in declared])
-        apart = len(agreement) > 1 or bool(declared) or any(not layout.is_sharded(param) for param in params)
-        self._agreement = agreement if apart else []
+        # Also where all of this rank's parameters share one sum: others may have more, which changes their norm.
+        self._agreement = _agreement(params, [group for group, _ in declared])
         self._device = layout.local(params[0]).device if params else torch.device("cpu")
         self._dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
 
     @property
     def is_local(self) -> bool:
-        """Whether each rank knows the norm by itself."""
+        """Whether there are no other ranks to agree with."""
         return not self._stages and not self._agreement
 
     def of(self, found: Sequence[Found], shared: Iterable[tuple[Tensor, bool]]) -> Tensor | None:

@@ -104,7 +104,7 @@ def test_collectives_of_a_step():
     """One for FSDP, with a copy to the replicas for HSDP; for H-Fac under FSDP x TP sums over rows, columns and
     matrices, and copies of what is the same along the other dimension; and the optimizer knows them. SMMF adds up each
     mesh by itself: what tensor parallelism leaves alone lies on FSDP's. H-Fac finds the gradients' norm in its own, and
-    where a mesh has two dimensions its ranks take the first's."""
+    all ranks take the first's."""
     cases = [
         *((kind, name) for kind in ("fsdp", "hsdp", "fsdp-tp", "ddp") for name in OPTIONS),
         ("fsdp", "SMMF", ("nonfinite", "skip")),
