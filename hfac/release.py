@@ -244,6 +244,11 @@ def _check(model: Any, optimizer: Any, accumulate: Any) -> None:
             "max_grad_norm clips by the norm of all of them. Pass a module that holds them all (torch.nn.ModuleList), "
             "or leave max_grad_norm=None."
         )
+    if optimizer.max_grad_norm is not None and optimizer.norm_group is not None:
+        raise RuntimeError(
+            "release_gradients: the optimizer has a norm_group, over which the norm of all gradients is added up, and "
+            "steps during the backward pass clip by what this rank has. Leave norm_group=None or max_grad_norm=None."
+        )
     for param in shared:
         if layout.is_sharded(param):
             raise RuntimeError(

@@ -359,7 +359,8 @@ class FactoredOptimizer(ReportingOptimizer):
         given = self.norm_group
         chosen = given if isinstance(given, dict) else dict.fromkeys(plain, given)
         groups = {group.group_name: group for group in (*chosen.values(), given) if hasattr(group, "group_name")}
-        declared = [(group, [p for p in plain if chosen.get(p) is group]) for group in groups.values()]
+        names = {p: getattr(chosen.get(p), "group_name", None) for p in plain}
+        declared = [(group, [p for p in plain if names[p] == name]) for name, group in groups.items()]
         total = distributed.Total(everything, alone, declared)
         return None if total.is_local else total
 

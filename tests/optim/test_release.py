@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -336,11 +337,15 @@ def test_an_error_in_the_backward_pass(cls):
 def test_release_refuses(cls):
     net = Net()
     optimizer = cls(net.parameters())
+    shared_norm = cls(net.parameters(), max_grad_norm=1.0)
+    shared_norm.norm_group = SimpleNamespace(size=lambda: 2, group_name="0")
     for act, error, pattern in [
         (lambda: hfac.release_gradients(list(net.parameters()), optimizer), TypeError, r"torch.nn.Module, got list"),
         (lambda: hfac.release_gradients(net, torch.optim.SGD(net.parameters())), TypeError, r"HFac or .* got SGD"),
         (lambda: hfac.release_gradients(Net(), optimizer), ValueError, r"none of the optimizer's parameters"),
         (lambda: hfac.release_gradients(net, cls(net.parameters(), amp_scaling=True)), RuntimeError, r"bfloat16"),
+        (lambda: hfac.release_gradients(net, shared_norm), RuntimeError, r"norm_group=None or max_grad_norm=None"),
+        (lambda: setattr(optimizer, "norm_group", "world"), TypeError, r"norm_group must be .*, got 'world'"),
         *(
             (lambda k=k: hfac.release_gradients(net, optimizer, k), ValueError, r"accumulate must be .* >= 1, got")
             for k in (0, -1, 1.5, True, None)
