@@ -30,7 +30,7 @@ def run_python(arguments, tmp_path, **environment):
 #: file -> which tests of other backends run once more with Triton's kernels, and of these the few in `make test`
 STEPS = {
     "backends/test_clipped_steps": (
-        "triton",
+        "triton and not large",
         "triton and not (large or several-1.0 or (refused_parameters and (0.3 or nan or 1.0-propagate)) "
         "or (refused_parameter_keeps and (inf or 1e+19)) or (of_smaller and not float32) or power_of_two)",
     ),
@@ -54,11 +54,19 @@ STEPS = {
     ),
 }
 KERNELS, MORE = ["backends/triton_interpreted"], ["backends/triton_statistics"]
+SLOW = pytest.mark.slow
+#: in processes of their own, which two cores share
+MORE_STEPS = {
+    "clipped-steps": ["backends/test_clipped_steps"],
+    "watched-steps": ["backends/test_watched_steps"],
+    "steps": [file for file in STEPS if "backends/test_c" not in file and "watched_steps" not in file],
+    "captures": ["backends/test_captures"],
+}
 
 
-def of_steps(k):
-    """The tests of `STEPS` as pytest's -k takes them."""
-    return " or ".join(f"({file.split('/')[1]} and ({parts[k]}))" for file, parts in STEPS.items())
+def of_steps(k, files=tuple(STEPS)):
+    """The tests of `STEPS` in these files as pytest's -k takes them."""
+    return " or ".join(f"({file.split('/')[1]} and ({STEPS[file][k]}))" for file in files)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +76,11 @@ def of_steps(k):
         pytest.param([*MORE, *STEPS], f"triton_statistics or {of_steps(1)}", "not slow", id="steps"),
         pytest.param(KERNELS, "HFac", "slow", id="more-of-HFac", marks=pytest.mark.slow),
         pytest.param(KERNELS, "not HFac", "slow", id="more-of-SMMF", marks=pytest.mark.slow),
-        pytest.param(STEPS, of_steps(0), "", id="more-steps", marks=pytest.mark.slow),
+        *(
+            # Of watched steps every two values meet in one row; the whole table would take ten minutes.
+            pytest.param(files, of_steps(0, files), "not slow" * ("watched" in name), id=f"more-{name}", marks=SLOW)
+            for name, files in MORE_STEPS.items()
+        ),
     ],
 )
 def test_parity_in_the_interpreter(files, part, mark, tmp_path):

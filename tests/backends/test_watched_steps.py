@@ -124,6 +124,7 @@ def agree(watched, expected, run, backend):
     assert torch.allclose(watched[:, [0, 2]], expected[:, [0, 2]], rtol=2e-5, atol=0, equal_nan=True)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("grad_dtype", [BF16, F32], ids=str)
 @EACH_KIND
 @EACH_OP
