@@ -249,15 +249,10 @@ def hfac_dense_step_(
             _write(old, new, keep)
 
 
-def hfac_dense_squares(
-    grads: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor], *, beta2: Scalar, eps: float
-) -> list[Tensor]:
-    """The sums of U^2 (0-d) of the step that `hfac_dense_step_` would make with these gradients."""
-    sums = []
-    for i, grad in enumerate(grads):
-        G = grad.reshape(-1).to(exp_avg_sqs[i].dtype)
-        sums.append((G * G / _hfac_dense_square(exp_avg_sqs[i], G, _of(beta2, i), eps)).sum())
-    return sums
+def hfac_dense_squares(grad: Tensor, exp_avg_sq: Tensor, *, beta2: Scalar, eps: float) -> Tensor:
+    """U^2 of every element of the step that `hfac_dense_step_` would make with this gradient."""
+    G = grad.to(exp_avg_sq.dtype)
+    return G * G / _hfac_dense_square(exp_avg_sq, G, beta2, eps)
 
 
 def _hfac_dense_square(old: Tensor, G: Tensor, b2: Scalar, eps: float) -> Tensor:

@@ -19,7 +19,9 @@ from .step import Launcher, has_first, options_of
 
 
 class ShardCall:
-    """An op on shards."""
+    """An op on shards. ``grad_scale`` as for `triton_kernels.step.Step`."""
+
+    unscales = True
 
     def __init__(self, operands: Operands) -> None:
         self._operands, self._op = operands, operands.op
@@ -88,6 +90,7 @@ class _Room(Launcher):
             to[: len(values_)] = values_
         tables.copy_(host, non_blocking=True)
         copy_scalars(self.scalars, scalars)
+        self.scale(numbers)
 
 
 @lru_cache(maxsize=32)

@@ -61,6 +61,13 @@ class Launcher:
             | {name: options[name] for name in launch.options}
         )
 
+    def scale(self, numbers: Mapping[str, Any]) -> None:
+        """Copies a GradScaler's tensors."""
+        if numbers.get("grad_scale") is not None:
+            self.scalars[table.GRAD_SCALE.value].copy_(numbers["grad_scale"].reshape(()))
+        if numbers.get("found_inf") is not None:
+            self.flags.add_(numbers["found_inf"].reshape(()) != 0)
+
 
 class Room(Launcher):
     """Device memory of one step at a time, with its tables, for tensors that stay where they are."""
@@ -143,13 +150,6 @@ class Room(Launcher):
             host.copy_(torch.tensor(values, dtype=torch.float64, device="cpu"))
             self.scalars[: len(values)].copy_(host, non_blocking=True)
         copy_scalars(self.scalars, scalars, fill=capturing)
-
-    def scale(self, numbers: Mapping[str, Any]) -> None:
-        """Copies a GradScaler's tensors."""
-        if numbers.get("grad_scale") is not None:
-            self.scalars[table.GRAD_SCALE.value].copy_(numbers["grad_scale"].reshape(()))
-        if numbers.get("found_inf") is not None:
-            self.flags.add_(numbers["found_inf"].reshape(()) != 0)
 
 
 class Statistics:

@@ -157,7 +157,9 @@ class CudaCall:
 
 
 class CudaShardCall:
-    """One call of an op on shards, whose table is for this once."""
+    """An op on shards, whose table is made anew in every call. ``grad_scale`` as for `CudaCall`."""
+
+    unscales = True
 
     def __init__(self, platform: Cuda, operands: Operands) -> None:
         self._platform, self._operands = platform, operands
@@ -183,6 +185,7 @@ class CudaShardCall:
                 "CUDA graph that is being captured. Step sharded parameters outside of graphs."
             )
         device = self._operands.params[0].device
+        memory: dict[str, Tensor | None] = {"grad_scale": numbers.pop("grad_scale", None)}
         end = -(-plan.table_bytes // 8) * 8
         found: dict[str, Any] = {}
         held: list[Tensor] = []
@@ -204,7 +207,7 @@ class CudaShardCall:
         table.copy_(host, non_blocking=True)
         workspace = torch.empty(max(plan.workspace_bytes, 1), dtype=torch.uint8, device=device)
         self._platform.before_launch(workspace)
-        memory = {"table": table, "workspace": workspace, "counters": None}
+        memory |= {"table": table, "workspace": workspace, "counters": None}
         plan.launch(**launch_arguments(self._platform.stream(device), device, memory, found))
 
 

@@ -1,6 +1,7 @@
 """The step of both optimizers: statistics of gradients, sums over ranks, the norm of all gradients, the update."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import repeat
 from operator import is_not
 from typing import Any
@@ -102,6 +103,7 @@ class FactoredOptimizer(ReportingOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._settle()
         cache = self._validated()  # kept in a local: another thread's step may replace it
         limit = self.max_grad_norm
         grads = [cache.gradients(index) for index in range(len(self.param_groups))]
@@ -113,7 +115,8 @@ class FactoredOptimizer(ReportingOptimizer):
             self._grad_norm = None
         else:
             norm_coefficient = self._clip(steps, grads, cache, shared, limit)
-        begin = None if sharded is None else sharded.prepare(shared, norm_coefficient)
+            shared = {i: replace(options, clip=norm_coefficient) for i, options in shared.items()}
+        begin = None if sharded is None else sharded.prepare(shared)
         for step in steps:
             if step is not None:
                 step.check_capture(norm_coefficient)
@@ -143,7 +146,7 @@ class FactoredOptimizer(ReportingOptimizer):
         """What all gradients are multiplied by so that their norm is at most ``limit``; None where there are none."""
         skips = [group["nonfinite"] == "skip" for group in self.param_groups]
         local = [[] if step is None else step.norms() for step in steps]
-        norms = [] if self._sharded is None else [(norm, skips[i]) for i, norm in self._sharded.norms(shared)]
+        norms = [] if self._sharded is None else self._sharded.norms(shared)
         if self._total is None:
             own = [(norm, skip) for skip, each in zip(skips, local, strict=True) for norm in each]
             total = clipping.total([*own, *norms])
@@ -363,6 +366,10 @@ class FactoredOptimizer(ReportingOptimizer):
         declared = [(group, [p for p in plain if names[p] == name]) for name, group in groups.items()]
         total = distributed.Total(everything, alone, declared)
         return None if total.is_local else total
+
+    def _settle(self) -> None:
+        if self._sharded is not None:
+            self._sharded.settle()
 
     def _forget(self) -> None:
         self._sharded = None

@@ -18,9 +18,22 @@ from .state import EXECUTION, HOST, LOW, StatefulOptimizer, counter, is_trained
 class CheckpointedOptimizer(StatefulOptimizer):
     """State dicts of the optimizer, and float32 state dicts of its model."""
 
+    def _settle(self) -> None:
+        """Waits for what of the last step is not known on the host.
+
+        Raises:
+            RuntimeError: ranks did not agree on which parameters had a gradient.
+        """
+
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim: {"state": {index: {key: tensor}}, "param_groups": [...]}. Tensors share memory with the
-        state. Entries that wrappers of the optimizer keep in its state are included."""
+        state. Entries that wrappers of the optimizer keep in its state are included.
+
+        Raises:
+            RuntimeError: in the last step a sharded parameter had a gradient on some ranks only, which a GPU tells the
+                host after the step.
+        """
+        self._settle()
         self._sync_state()
         return super().state_dict()
 

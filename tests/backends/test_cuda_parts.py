@@ -69,6 +69,10 @@ def test_smmf_parts_make_the_whole(options, dtype):
     test_parts.test_smmf_parts_make_the_whole(3, dtype, options, **HERE)
 
 
+def test_gradients_are_clipped():
+    test_parts.test_gradients_are_clipped(**HERE)
+
+
 def test_the_order_of_blocks_changes_no_bit_of_a_part(monkeypatch):
     found = []
     for order in emulated.ORDERS:

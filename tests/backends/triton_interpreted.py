@@ -11,6 +11,7 @@ import os
 
 import calls
 import pytest
+import test_parts
 import torch
 from cases import DTYPES, OPTIONS, SHAPES, gradient, shape_id
 from suites import laid_out
@@ -783,6 +784,10 @@ def test_smmf_on_parts(options, dtype):
     (ours, our_buffer), (theirs, their_buffer) = found
     assert torch.equal(our_buffer.isnan(), their_buffer.isnan())
     smmf_agree(ours, theirs, arguments)
+
+
+def test_gradients_of_parts_are_clipped():
+    test_parts.test_gradients_are_clipped("triton")
 
 
 @pytest.mark.slow

@@ -221,17 +221,17 @@ def lose_one(folder, name, how):
     model_state, state = get_state_dict(net, optimizer)
     dcp.save({"model": model_state, "optimizer": state}, checkpoint_id=f"{folder}/checkpoint")
     lost = "hfac_sums" if name == "HFac" else "smmf_sums_step_"
-    run = ops.run
+    apply = ops.OpCall.apply
 
-    def broken(op, *args, **kwargs):
-        if op != lost:
-            return run(op, *args, **kwargs)
+    def broken(call, *args, **kwargs):
+        if call.op.name != lost:
+            return apply(call, *args, **kwargs)
         if how == "dies":
             os._exit(0)  # to the parent all is well: it must not end the others
         raise ArithmeticError("broken on purpose")
 
     if rank == 2:
-        ops.run = broken
+        ops.OpCall.apply = broken
     start = time.monotonic()
     try:
         train(net, optimizer, 1, first=2)
