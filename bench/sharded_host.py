@@ -71,10 +71,11 @@ def equal_ranks() -> Iterator[None]:
     """Within `imagined_ranks`: all-reduces find on the other ranks what is on this one, without being counted."""
     real = dist.all_reduce
 
-    def all_reduce(tensor: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
-        with _disable_current_modes():
-            tensor.mul_(dist.get_world_size(group))
-        return real(tensor, *args, group=group, **kwargs)
+    def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, **kwargs: Any) -> Any:
+        if op == dist.ReduceOp.SUM:
+            with _disable_current_modes():
+                tensor.mul_(dist.get_world_size(group))
+        return real(tensor, op, group=group, **kwargs)
 
     dist.all_reduce = all_reduce
     try:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from . import hfac, layout, norm, schedule, smmf
 from .bucket import Bucket, Entries, Entry, Options
+from .gradients import Gradients
 from .norm import Found, Total
 from .schedule import Collective, Sent
 
-__all__ = ["Entry", "Found", "Options", "Sent", "Sharded", "Total", "layout"]
+__all__ = ["Entry", "Found", "Gradients", "Options", "Sent", "Sharded", "Total", "layout"]
 
 
 class Sharded:
@@ -23,13 +24,14 @@ class Sharded:
     Args:
         algorithm: "hfac" or "smmf".
         entries: in the optimizer's order, which is that of every rank.
+        gradients: the optimizer's.
     """
 
-    def __init__(self, algorithm: str, entries: Sequence[Entry]) -> None:
+    def __init__(self, algorithm: str, entries: Sequence[Entry], gradients: Gradients) -> None:
         self._shards: list[smmf.Shards] = smmf.buckets(entries) if algorithm == "smmf" else []
         self._buckets: Sequence[Bucket] = self._shards or hfac.buckets(entries)
         self._sendings = smmf.sendings(self._shards)
-        self._entries = list(entries)
+        self._entries, self._gradients_of = list(entries), gradients.of
         states = [value for entry in entries for value in entry.state.values() if layout.is_dtensor(value)]
         self._dtensors = [*(entry.param for entry in entries), *states]
         self._addresses = self._addresses_now()
@@ -76,12 +78,7 @@ class Sharded:
     def _gradients(self) -> dict[Entry, Tensor | None]:
         """This rank's shards of the gradients, redistributed as their parameters are, once in a step."""
         if self._grads is None:
-            self._grads = {
-                entry: None
-                if (grad := entry.param.grad) is None
-                else layout.gradient_shard(entry.param, grad, entry.label)
-                for entry in self._entries
-            }
+            self._grads = {entry: self._gradients_of(entry.param, entry.label) for entry in self._entries}
         return self._grads
 
     def _by_mesh(self) -> list[norm.Norms]:
@@ -157,10 +154,10 @@ class Sharded:
             clips: whether the norm of the gradients is needed.
         """
         norms = self._by_mesh() if clips else []
-        first = [(stage, mesh.bytes) for mesh in norms for stage in mesh.joint.stages]
-        planned = self._collectives([skip[bucket.group] for bucket in self._buckets])
-        sent = [(collective.stage, collective.bytes) for collective in planned]
-        sent += [(stage, sending.collective.bytes) for sending in self._sendings for stage in sending.stages]
+        first = [Sent(stage, mesh.bytes, mesh.dtype) for mesh in norms for stage in mesh.joint.stages]
+        sent = [each.sent() for each in self._collectives([skip[bucket.group] for bucket in self._buckets])]
+        sent += [sending.collective.sent(stage) for sending in self._sendings for stage in sending.sums]
+        sent += [sending.collective.sent(stage) for sending in self._sendings for stage in sending.copies]
         return first, sent
 
 

@@ -164,9 +164,9 @@ class Total:
 
     def collectives(self) -> list[Sent]:
         """What `of` sends beside what the norms of sharded parameters have been added up with."""
-        size = schedules.step_dtype(self._device).itemsize
-        sums = [(stage, size) for stages in self._stages for stage in stages]
-        return sums + [(stage, self._dtype.itemsize) for stage in self._agreement]
+        wide = schedules.step_dtype(self._device)
+        sums = [Sent(stage, wide.itemsize, wide) for stages in self._stages for stage in stages]
+        return sums + [Sent(stage, self._dtype.itemsize, self._dtype) for stage in self._agreement]
 
 
 def _agreement(params: Sequence[Tensor], declared: Sequence[dist.ProcessGroup]) -> list[Stage]:

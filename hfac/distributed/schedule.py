@@ -39,8 +39,12 @@ class Stage(NamedTuple):
         return dist.all_reduce(numbers, group=self.group, async_op=async_op)
 
 
-#: a stage of a step, and how many bytes pass it
-Sent = tuple[Stage, int]
+class Sent(NamedTuple):
+    """What passes a stage in a step."""
+
+    stage: Stage
+    bytes: int
+    dtype: torch.dtype
 
 
 def stages(mesh: DeviceMesh, summed: Iterable[int], same: Iterable[int]) -> list[Stage]:
@@ -77,9 +81,9 @@ class Collective:
     jobs: list[int]
     sizes: list[int]
 
-    @property
-    def bytes(self) -> int:
-        return sum(self.sizes) * self.dtype.itemsize
+    def sent(self, stage: Stage | None = None) -> Sent:
+        """What passes this stage, or another that the buffer passes after it."""
+        return Sent(stage or self.stage, sum(self.sizes) * self.dtype.itemsize, self.dtype)
 
     @cached_property
     def buffer(self) -> Tensor:

@@ -145,12 +145,19 @@ class Shards(Bucket):
 
 
 class Sending:
-    """The sums of a step of some shards, which pass the same stages in one buffer."""
+    """The sums of a step of some shards, which pass the same stages in one buffer.
+
+    Attributes:
+        sums: stages of which the last is under way while other steps are made.
+        copies: those after it.
+    """
 
     def __init__(self, shards: Sequence[Shards]) -> None:
         first, *_ = self.shards = list(shards)
-        self.stages = first.joint.stages
-        self.collective = Collective(self.stages[0], first.dtype, first.device, [], [each.size for each in shards])
+        stages = first.joint.stages
+        last = max(i for i, stage in enumerate(stages) if not stage.copies)
+        self.sums, self.copies = stages[: last + 1], stages[last + 1 :]
+        self.collective = Collective(stages[0], first.dtype, first.device, [], [each.size for each in shards])
 
     def make(self) -> None:
         """Memory for the sums, for all steps."""
@@ -162,17 +169,17 @@ class Sending:
 
     def send(self) -> dist.Work:
         """Sends off the sums of a step that has been made."""
-        last = self._last_sum()
-        for stage in self.stages[:last]:
+        *before, last = self.sums
+        for stage in before:
             stage.run(self.collective.buffer)
-        work = self.stages[last].run(self.collective.buffer, async_op=True)
+        work = last.run(self.collective.buffer, async_op=True)
         assert work is not None
         return work
 
     def take(self, work: dist.Work) -> list[RuntimeError]:
         """Completes the step; returns what ranks disagree on. On a GPU nothing here blocks the host."""
         work.wait()
-        for stage in self.stages[self._last_sum() + 1 :]:
+        for stage in self.copies:
             stage.run(self.collective.buffer)
         errors = []
         for each in self.shards:
@@ -181,9 +188,6 @@ class Sending:
             except RuntimeError as error:
                 errors.append(error)
         return errors
-
-    def _last_sum(self) -> int:
-        return max(i for i, stage in enumerate(self.stages) if not stage.copies)
 
 
 def sendings(shards: Sequence[Shards]) -> list[Sending]:

@@ -59,13 +59,18 @@ class Unread:
         return [0.0] * self._count
 
 
+def unread(monkeypatch):
+    """Lets steps of tensors on "meta" run."""
+    for module in (bucket, hfac, norm, smmf):
+        monkeypatch.setattr(module, "Fetched", Unread)
+    monkeypatch.setattr(bucket, "agreed", lambda *args: None)
+
+
 @pytest.mark.parametrize("mode", sharded_host.MODES)
 @pytest.mark.parametrize("name", ["HFac", "SMMF"])
 def test_nothing_is_exchanged_with_the_device(idle, name, mode, monkeypatch):
     """After the first step, but for what is fetched behind the sums."""
-    for module in (bucket, hfac, norm, smmf):
-        monkeypatch.setattr(module, "Fetched", Unread)
-    monkeypatch.setattr(bucket, "agreed", lambda *args: None)
+    unread(monkeypatch)
     optimizer = sharded_host.optimizer_of(name, 10, backend=idle, device="meta", **sharded_host.MODES[mode])
     for _ in range(2):
         optimizer.step()
