@@ -26,13 +26,8 @@ Operand operand(const TensorRef& tensor, std::vector<int64_t>& layouts) {
 }
 
 DeviceStorage stored(const Storage& from, std::vector<int64_t>& layouts) {
-  DeviceStorage s{};
-  s.low = {from.low, static_cast<Low>(from.low_bytes), laid_out(from.low_strided, layouts)};
-  s.first = from.bits.first;
-  s.position = from.bits.position;
-  s.layout = laid_out(from.bits.strided, layouts);
-  s.stochastic = from.stochastic;
-  return s;
+  const LowerPiece low{from.low, static_cast<Low>(from.low_bytes), laid_out(from.low_strided, layouts)};
+  return {low, from.bits.first, from.bits.position, laid_out(from.bits.strided, layouts), from.stochastic};
 }
 
 // Can kernels read and write whole vectors?
