@@ -42,34 +42,27 @@ def shapes(tensors: Iterable[Tensor]) -> list[tuple[int, ...]]:
     return [tuple(tensor.shape) for tensor in tensors]
 
 
-def of_grads(grads: Tensors) -> tuple[Tensors, dict[str, Any]]:
-    """Gradients that are no views that negate, which the caller holds while the extension reads, and what it is told of
-    them."""
-    found: dict[str, Any] = {}
+def of_grads(grads: Tensors) -> dict[str, Any]:
+    found: dict[str, Any] = {"grads": addresses(grads), "grad_dtypes": codes(grads)}
     if not all(map(Tensor.is_contiguous, grads)):
-        grads = [grad.resolve_neg() for grad in grads]
         found.update(grad_strides=strides(grads), shapes=shapes(grads))
-    return grads, found | {"grads": addresses(grads), "grad_dtypes": codes(grads)}
-
-
-def of_params(params: Tensors) -> dict[str, Any]:
-    found: dict[str, Any] = {"params": addresses(params), "numels": numels(params), "param_dtypes": codes(params)}
-    if not all(map(Tensor.is_contiguous, params)):
-        found["param_strides"] = strides(params)
     return found
 
 
 def of_operands(operands: Operands) -> dict[str, Any]:
     """Parameters and how they are stored, an op's lists, None for those that it goes without, the sizes of its
     matrices, and how sign bits lie."""
-    op, lists = operands.op, operands.lists
+    op, lists, params = operands.op, operands.lists, operands.params
     found: dict[str, Any] = {
         operand.name: addresses(lists[operand.name]) if operand.name in lists else None for operand in op.operands
     }
+    found["numels"] = numels(params)
     if op.updates:
-        found |= of_params(operands.params) | of_storage(operands)
+        found |= {"params": addresses(params), "param_dtypes": codes(params)} | of_storage(operands)
+        if not all(map(Tensor.is_contiguous, params)):
+            found["param_strides"] = strides(params)
     else:
-        found.update(numels=numels(operands.params), state_dtypes=codes(next(iter(lists.values()))))
+        found["state_dtypes"] = codes(next(iter(lists.values())))
     for size in (ROWS, COLS) if op.updates else (ROWS,):
         one = next((operand.name for operand in op.operands if operand.size == size and operand.name in lists), None)
         if one is not None:
@@ -82,7 +75,7 @@ def of_operands(operands: Operands) -> dict[str, Any]:
     for name, entries in operands.counts.items():
         found[f"whole_{name}" if name in (ROWS, COLS) else name] = entries
     if not found.keys().isdisjoint(("param_strides", "low_strides", "places")):
-        found["shapes"] = shapes(operands.params)
+        found["shapes"] = shapes(params)
     return found
 
 

@@ -95,7 +95,7 @@ class CpuCall:
         return found
 
     def _run(self, grads: Tensors, nonfinite: Tensor | None, numbers: dict[str, Any]) -> None:
-        grads, given = addresses.of_grads(grads)
+        given = addresses.of_grads(grads)
         if 0 in given["grads"]:  # empty, or zeros without memory
             grads = memory.without_zerotensors(grads)
             given["grads"] = addresses.addresses(grads)
@@ -118,9 +118,8 @@ bind = CpuCall
 def squares(grads: Tensors) -> Tensor:
     """The sum of squares of every tensor, [len(grads)] in float64: its bits do not depend on the number of threads."""
     found = torch.zeros(len(grads), dtype=torch.float64, device="cpu")
-    grads, given = addresses.of_grads(grads)
     _C.squares(
-        **given,
+        **addresses.of_grads(grads),
         numels=addresses.numels(grads),
         sums=found.data_ptr() if len(grads) else 0,
         threads=torch.get_num_threads(),

@@ -95,12 +95,12 @@ class CudaCall:
         they are taken again, and ``nonfinite`` with them; either way the bits are those of a step without."""
         increment_version(self.params)
         with self._lock:
-            plan, workspace, read = self._plain, None, grads
+            plan, workspace = self._plain, None
             if statistics is not None:
                 assert self._split is not None
-                plan, (workspace, read) = self._split, statistics.memory
-            read = plan.look(read, nonfinite, numbers.get("clip_threshold"))
-            plan.launch(nonfinite, self._captured_with(grads, read), workspace, {"clip": clip}, numbers)
+                plan, workspace = self._split, statistics.memory
+            plan.look(grads, nonfinite, numbers.get("clip_threshold"))
+            plan.launch(nonfinite, self.captured, workspace, {"clip": clip}, numbers)
             if statistics is not None:  # whose memory the next ones have
                 plan.workspace, plan.squares = workspace, statistics.squares
 
@@ -112,18 +112,12 @@ class CudaCall:
             if self._split is None:
                 self._split = self._new(norm=True)
             plan = self._split
-            read = plan.look(grads, nonfinite, numbers.get("clip_threshold"))
+            plan.look(grads, nonfinite, numbers.get("clip_threshold"))
             squares = plan.squares_room(len(grads))
-            plan.launch(nonfinite, self._captured_with(grads, read), None, {"squares": squares}, numbers)
-            found = Statistics(squares, (plan.workspace, read))
+            plan.launch(nonfinite, self.captured, None, {"squares": squares}, numbers)
+            found = Statistics(squares, plan.workspace)
             plan.workspace = plan.squares = None  # others that take statistics have memory of their own
             return found
-
-    def _captured_with(self, grads: Tensors, read: Tensors) -> list[Any]:
-        """What a capture adds to, with copies of gradients, which are read in their place."""
-        if read is not grads and self.capturing():
-            self.captured += [mine for mine, grad in zip(read, grads, strict=True) if mine is not grad]
-        return self.captured
 
     def capturing(self) -> bool:
         """Whether a graph is being captured, in whose replays what is launched now will run."""
@@ -151,8 +145,7 @@ class CudaShardCall:
         self._make = _maker(platform, operands)
 
     def __call__(self, grads: Tensors, nonfinite: None = None, **numbers: Any) -> None:
-        grads, given = addresses.of_grads(grads)
-        plan = self._make(**given)
+        plan = self._make(**addresses.of_grads(grads))
         if plan.table_bytes:
             self._launch(plan, numbers)
         if self._operands.written:
