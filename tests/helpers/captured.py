@@ -246,9 +246,10 @@ class Host(emulated.Host):
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        native = emulated.native.CudaStep
-        makers = {op: partial(Step, device, getattr(native, op)) for op in emulated.native.slots()}
-        self.native = SimpleNamespace(CudaStep=SimpleNamespace(**makers))
+        steps = emulated.native.CudaStep
+        makers = {op: getattr(steps, op) for op in emulated.native.slots() if hasattr(steps, op)}
+        found = {op: partial(Step, device, make) for op, make in makers.items()}
+        self.native = SimpleNamespace(CudaStep=SimpleNamespace(**found))
         self.host_table = device.on_host(super().host_table)
 
     def stream(self, device: torch.device) -> int:

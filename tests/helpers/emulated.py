@@ -186,8 +186,8 @@ class Kernels:
 
     def __init__(self, gpu: Any) -> None:
         self._gpu = gpu
-        makers = {op: partial(Plan, gpu, getattr(native.CudaStep, op)) for op in native.slots()}
-        self.CudaStep = SimpleNamespace(**makers)
+        ops = [op for op in native.slots() if hasattr(native.CudaStep, op)]
+        self.CudaStep = SimpleNamespace(**{op: partial(Plan, gpu, getattr(native.CudaStep, op)) for op in ops})
 
     def __getattr__(self, name: str) -> Any:
         return getattr(native, name)
