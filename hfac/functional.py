@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, schedules, spec
+from . import memory, ops, schedules, spec
 from .rounding import BitOffset
 from .schedules import Scalar
 from .spec import MASTER_LOW
@@ -191,10 +191,6 @@ def pick(entries: Sequence[Any], index: Sequence[int]) -> list[Any]:
     return [entries[i] for i in index]
 
 
-def _sliced_places(places: Sequence[BitOffset], params: Sequence[Tensor], batch_dims: int) -> list[BitOffset]:
-    return [piece for place, p in zip(places, params, strict=True) for piece in place.slices(p.shape, batch_dims)]
-
-
 def slices(tensors: Sequence[Tensor], batch_dims: int) -> Sequence[Tensor]:
     """Views of the slices that the batch dimensions of each tensor index, in row-major order."""
     for _ in range(batch_dims):
@@ -264,7 +260,7 @@ class Group:
             params = [param.detach() for param in params]
             read = {name: [state if state is None else state.detach() for state in read[name]] for name in read}
         # What shares memory is stepped one after the other, as torch does it, and not by kernels at once.
-        sharing, twice = ops.sharing([(param, *(s[i] for s in read.values())) for i, param in enumerate(params)])
+        sharing, twice = memory.sharing([(param, *(s[i] for s in read.values())) for i, param in enumerate(params)])
         if twice and backend not in ("auto", "reference"):
             raise RuntimeError(
                 f"params[{min(twice)}] and its states share memory, which backend={backend!r} reads and writes at "
@@ -273,7 +269,7 @@ class Group:
         self._grad_dtypes = list(map(_DTYPE, grads))
         indices: dict[tuple[Any, ...], list[int]] = {}
         for i, (param, grad, step) in enumerate(zip(params, grads, state_steps, strict=True)):
-            on_host = step.is_cpu and not capturable and not ops.is_fake(step)
+            on_host = step.is_cpu and not capturable and not memory.is_fake(step)
             op = self._algorithm.op_of([name for name, entries in read.items() if entries[i] is not None])
             low = read[MASTER_LOW.name][i] if MASTER_LOW.name in read else None
             stored = None if low is None else low.dtype, places is not None and places[i] is not None
@@ -286,11 +282,12 @@ class Group:
             mine, steps = pick(params, index), pick(state_steps, index)
             names = [state.name for state in op.states if state.name in read]
             names += [MASTER_LOW.name] if low is not None else []
+            offsets = zip(pick(places or (), index), mine, strict=True) if stochastic else ()
             call = ops.OpCall(
                 op.name,
                 slices(mine, batch_dims),
                 {name: slices(pick(read[name], index), batch_dims) for name in names},
-                places=_sliced_places(pick(places or (), index), mine, batch_dims) if stochastic else None,
+                places=[one for place, p in offsets for one in place.slices(p.shape, batch_dims)] or None,
                 backend="reference" if itself else backend,
                 captured=self._captured,
             )
@@ -316,7 +313,7 @@ class Group:
         )
 
     def _look(self) -> list[list[Any]]:
-        return ops.whereabouts(self._params, self._states, ops.address)
+        return ops.whereabouts(self._params, self._states, memory.address)
 
     def workspace_bytes(self) -> int:
         """Bytes on the device that fused kernels keep from step to step."""

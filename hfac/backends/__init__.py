@@ -3,7 +3,8 @@
 A backend registers itself (`register`). What it loads, a module or an object, has ``has(op)``, whether it has the op,
 and one function for all of them: ``bind(operands)`` takes `Operands` and returns a call, (grads, nonfinite=None,
 **numbers) -> None, that computes what the function of the op's name in `hfac.reference` does. ``numbers`` are the op's
-numbers and vectors by name, where bits are drawn ``seed`` and ``step``, and ``watched``. A call may have, besides,
+numbers and vectors by name, where bits are drawn ``seed`` and ``step``, and ``watched``. Gradients lie in memory as
+their strides say (`hfac.memory`), unless the backend has ``READS_MEMORY`` False. A call may have, besides,
 
 * of an op that ``reads_twice``, ``statistics(grads, nonfinite, **numbers)``, which gives `Statistics`; it then takes
   them by that name together with ``clip``, what gradients are multiplied by;

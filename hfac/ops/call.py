@@ -336,9 +336,7 @@ def run(
     first = {o.name for o in described.operands if o.moment == 1} if arguments.get("beta1") is not None else ()
     lists = {name: tensors for name, tensors in lists.items() if tensors is not None or name in first}
     if params is None:
-        if any(map(Tensor._is_zerotensor, grads)):
-            grads = memory.without_zerotensors(grads)
-        params = grads
+        params = grads = memory.without_zerotensors(grads)
     counts = {name: arguments.pop(name) for name in described.counts}
     for name, entries in (counts | {name: arguments.get(name) for name in described.vectors}).items():
         check_length(name, entries, len(params))
@@ -357,7 +355,7 @@ def _unscaled(inputs: Inputs) -> list[Tensor] | None:
     if scale is None:
         return inputs.grads
     grads = memory.writable(inputs.grads)
-    if inputs.negated:  # torch takes no lists of tensors that negate
+    if any(map(Tensor.is_neg, grads)):  # torch takes no lists of tensors that negate
         for grad in grads:
             grad.div_(scale)
     else:

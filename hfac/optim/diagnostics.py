@@ -160,7 +160,8 @@ class _View:
         self.n = self.state(2, spec.COLS).numel() if self.factored else 1
         self._W, self._G = (tensor.reshape(self.m, self.n) for tensor in (self.param, self.grad))
         self._low = self.states[LOW].reshape(self.m, self.n) if LOW in self.states else None
-        self.lr, self.weight_decay = (_scalar(self.group[name]) for name in ("lr", "weight_decay"))
+        given = (self.group[name] for name in ("lr", "weight_decay"))
+        self.lr, self.weight_decay = (x.reshape(()) if isinstance(x, Tensor) else x for x in given)
 
     def W(self, rows: slice) -> Tensor:
         return self._W[rows].to(self.dtype) if self._low is None else rounding.join(self._W[rows], self._low[rows])
@@ -347,7 +348,3 @@ def _signs(view: _View) -> _Signed:
         return torch.where((bits & 1).bool().view(-1, n), value, -value)
 
     return signed
-
-
-def _scalar(value: Any) -> Any:
-    return value.reshape(()) if isinstance(value, Tensor) else value

@@ -149,7 +149,7 @@ def bad_calls():
 
 def test_bad_calls_are_refused():
     for op, good, cases in bad_calls():
-        call = getattr(emulated.native.CudaParts, op)
+        call = getattr(emulated.native.CudaStep, op)
         call(**good)
         for argument, value in cases:
             with pytest.raises(ValueError, match=r"[a-z_]+: "):
@@ -158,7 +158,7 @@ def test_bad_calls_are_refused():
 
 def launches(op, **lists):
     """The kernels of an op on parts that lie nowhere: a plan asks for sizes alone."""
-    return [launch["kernel"] for launch in getattr(emulated.native.CudaParts, op)(**lists).plan()]
+    return [launch["kernel"] for launch in getattr(emulated.native.CudaStep, op)(**lists).plan()]
 
 
 @pytest.mark.parametrize(("rank", "ranks"), [(0, 8), (3, 64)])

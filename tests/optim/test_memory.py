@@ -66,9 +66,10 @@ def test_gradients_that_negate(cls, kind, backend, limit):
 
 
 @BOTH
-def test_a_negated_gradient_of_autograd_that_is_scaled(cls):
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_negated_gradient_of_autograd_that_is_scaled(cls, backend):
     re, im = (Parameter(torch.tensor(0.5)) for _ in range(2))
-    optimizer = cls([re, im], lr=0.02, amp_scaling=True)
+    optimizer = cls([re, im], lr=0.02, amp_scaling=True, backend=backend)
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)
     for _ in range(150):
         optimizer.zero_grad()

@@ -37,7 +37,7 @@ ALLOWED = {
         "triton_kernels",
     },
     "ops": {"spec", "backends", "clipping", "memory", "matricize", "rounding", "schedules", "staging"},
-    "functional": {"spec", "ops", "rounding", "schedules"},
+    "functional": {"spec", "ops", "memory", "rounding", "schedules"},
     "distributed": {"spec", "functional", "ops", "clipping", "matricize", "rounding", "schedules", "staging"},
     "optim": {"spec", "distributed", "functional", "ops", "backends", "clipping", "matricize", "rounding", "schedules"},
     "convert": {"optim", "matricize", "reference"},
