@@ -34,6 +34,11 @@ STEPS = {
         "triton and not (large or several-1.0 or (refused_parameters and (0.3 or nan or 1.0-propagate)) "
         "or (refused_parameter_keeps and (inf or 1e+19)) or (of_smaller and not float32) or power_of_two)",
     ),
+    "backends/test_stored_steps": (
+        "triton",
+        "triton and ((rounded_weight and float32) or parts or random_bits or stays_one or SMMF-host "
+        "or (any_layout and split8-shifted))",
+    ),
     "backends/test_watched_steps": (
         "triton and not large",
         "triton and ((every_type and True) or after_its_norm or every_bit or report "
@@ -59,7 +64,8 @@ SLOW = pytest.mark.slow
 MORE_STEPS = {
     "clipped-steps": ["backends/test_clipped_steps"],
     "watched-steps": ["backends/test_watched_steps"],
-    "steps": [file for file in STEPS if "backends/test_c" not in file and "watched_steps" not in file],
+    "stored-steps": ["backends/test_stored_steps"],
+    "steps": [file for file in STEPS if "backends/test_c" not in file and "ed_steps" not in file],
     "captures": ["backends/test_captures"],
 }
 
