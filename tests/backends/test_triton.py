@@ -31,8 +31,9 @@ def run_python(arguments, tmp_path, **environment):
 STEPS = {
     "backends/test_clipped_steps": (
         "triton and not large",
-        "triton and not (large or several-1.0 or (refused_parameters and (0.3 or nan or 1.0-propagate)) "
-        "or (refused_parameter_keeps and (inf or 1e+19)) or (of_smaller and not float32) or power_of_two)",
+        "triton and not (large or several-1.0 or several-nan or (refused_parameters and (0.3 or nan or propagate)) "
+        "or (refused_parameter_keeps and (inf or 1e+19)) or (of_smaller and not float32) or power_of_two "
+        "or (are_divided and 3.0 and dense))",
     ),
     "backends/test_stored_steps": (
         "triton",

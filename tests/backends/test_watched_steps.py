@@ -51,8 +51,8 @@ class Watched(Run):
         return weight.to(self.params[k].dtype).to(weight.dtype)
 
     def zeroed(self, t=0):
-        """Gradients with rows and columns of zeros, some of them negative, the last row every second time; and with some
-        that only look like it by one of their sums."""
+        """Gradients with rows and columns of zeros, some of them negative, every second time the last row too; and with
+        some that only look like it by one of their sums."""
         found = self.grads(t)
         for k, grad in enumerate(found):
             if min(grad.shape) > 2:
