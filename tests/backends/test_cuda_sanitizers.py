@@ -97,7 +97,7 @@ def test_a_fault_is_found(drivers, fault, sanitizer):
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc here")
-@pytest.mark.parametrize("source", ["device_driver.cpp", "launchers.cu"])
+@pytest.mark.parametrize("source", [pytest.param("device_driver.cpp", marks=pytest.mark.slow), "launchers.cu"])
 def test_it_compiles_for_a_gpu(source, tmp_path):
     """What differs from the host's build: the driver with its memory, and the launches. The kernels are left to `make
     cuda-check`; together they take minutes."""
