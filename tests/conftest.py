@@ -5,6 +5,7 @@ import heapq
 import itertools
 import os
 import sys
+from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
 
@@ -25,6 +26,8 @@ sys.path.append(str(TESTS.parent))
 pytest.register_assert_rewrite("gpu_steps", "gpu_graphs", "suites")
 
 import emulated  # noqa: E402
+import interpreter  # noqa: E402
+import processes  # noqa: E402, F401 (what forked processes have imported)
 import suites  # noqa: E402
 
 #: Tests that take a minute: begun last, one of them would keep one process busy while the others have nothing left.
@@ -99,25 +102,7 @@ def all_orders(monkeypatch):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def patched_once():
-    """Triton's interpreter patches the language anew for every function that a kernel calls, which takes most of its
-    time. Once is enough where nothing runs uninterpreted."""
-    interpreter = None
-    if "triton" in suites.BACKENDS:
-        import triton
-        from triton.runtime import interpreter
-    if not hasattr(interpreter, "_LangPatchScope"):
+def faster_interpreter():
+    """Where Triton's kernels are interpreted."""
+    with interpreter.faster() if "triton" in suites.BACKENDS else nullcontext():
         yield
-        return
-    original, seen = interpreter._patch_lang, set()
-
-    def patch(fn):
-        modules = frozenset(id(v) for v in fn.__globals__.values() if v in (triton.language, triton.language.core))
-        if modules not in seen:
-            seen.add(modules)
-            original(fn)
-        return interpreter._LangPatchScope()
-
-    interpreter._patch_lang = patch
-    yield
-    interpreter._patch_lang = original

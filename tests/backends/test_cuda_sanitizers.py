@@ -82,15 +82,10 @@ def test_a_quick_run_makes_a_part_of_the_same_steps(drivers):
     assert 0 < len(quick) < len(whole) and set(quick) < set(whole)
 
 
+@pytest.mark.slow  # in `make test` hfac._emulated guards what lies behind workspaces and around signs
 @on_the_host
 @pytest.mark.parametrize(
-    ("fault", "sanitizer"),
-    [
-        pytest.param("barrier", "thread", marks=pytest.mark.slow),
-        ("workspace", "address"),
-        ("signs", "address"),
-        pytest.param("block", "none", marks=pytest.mark.slow),
-    ],
+    ("fault", "sanitizer"), [("barrier", "thread"), ("workspace", "address"), ("signs", "address"), ("block", "none")]
 )
 def test_a_fault_is_found(drivers, fault, sanitizer):
     """A block's first barrier left out; a workspace 4 bytes too small; the 4-byte word around the last byte of signs,
@@ -102,7 +97,7 @@ def test_a_fault_is_found(drivers, fault, sanitizer):
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc here")
-@pytest.mark.parametrize("source", ["device_driver.cpp", "launchers.cu"])
+@pytest.mark.parametrize("source", [pytest.param("device_driver.cpp", marks=pytest.mark.slow), "launchers.cu"])
 def test_it_compiles_for_a_gpu(source, tmp_path):
     """What differs from the host's build: the driver with its memory, and the launches. The kernels are left to `make
     cuda-check`; together they take minutes."""

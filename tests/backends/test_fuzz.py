@@ -132,7 +132,7 @@ def threads_and_isa():
 
 
 @pytest.mark.parametrize("backend", KERNELS, indirect=True)
-@pytest.mark.parametrize("lists", [LISTS] if LISTS else [25, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lists", [LISTS] if LISTS else [12, pytest.param(400, marks=pytest.mark.slow)])
 def test_any_list(threads_and_isa, backend, lists):
     @settings(
         max_examples=lists,

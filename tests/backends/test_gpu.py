@@ -7,8 +7,8 @@ parameters, of clipped and watched steps. Without a GPU all of it is rehearsed (
 """
 
 import pytest
-import test_cuda_rounding
 import test_parts
+import test_stored_steps
 import test_watched_steps
 import torch
 from gpu_graphs import *  # noqa: F403
@@ -83,7 +83,7 @@ def test_parts_of_hfac(dtype, layout):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("options", SMMF_OPTIONS)
+@pytest.mark.parametrize("options", sized(list(SMMF_OPTIONS), ["coupled", "no first moment"]))
 @pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "transposed"])
 @OF_PARTS
 def test_parts_of_smmf(dtype, transposed, options):
@@ -126,12 +126,12 @@ def test_two_runs_on_parts_have_the_same_bits():
 @pytest.mark.parametrize("op", OPS)
 def test_stored_parameters(op, kind, grad_dtype):
     """To the bit what hfac.rounding makes of the weights that the same kernels write in float32."""
-    shapes = [*test_cuda_rounding.SHAPES[op[:4]], sized((1024, 1024), (256, 72))]
+    shapes = [*test_stored_steps.SHAPES[op[:4]], sized((1024, 1024), (256, 72))]
     places = [BitOffset(k, first) for k, first in enumerate((0, 2**35 + 8, 7, 5, 11, 16))]
-    pair = test_cuda_rounding.Pair(op, kind, shapes, places=places, backend="cuda", device=DEVICE)
+    pair = test_stored_steps.Pair(op, kind, shapes, "cuda", places=places, device=DEVICE)
     for t in (1, 2):
         steps = torch.arange(t, t + len(shapes), dtype=torch.float64, device=DEVICE) if t == 2 else None
-        pair.step(test_cuda_rounding.grads_of(shapes, t, grad_dtype), t, steps)
+        pair.step(test_stored_steps.grads_of(shapes, t, grad_dtype), t, steps)
     bulk = set() if "dense" in op else {kind.bulk[grad_dtype == torch.float32]}
     assert pair.accesses() == bulk | {"any stored"}
 
@@ -143,8 +143,8 @@ def test_stored_parameters(op, kind, grad_dtype):
 def test_stored_parameters_of_any_layout(op, kind, layout):
     shapes, places = [(24, 16), (16, 8)], [BitOffset(1, 16, (64, 1)), BitOffset(2, 3, (1, 40))]
     layouts = [(layout, "contiguous"), ("contiguous", layout)]
-    pair = test_cuda_rounding.Pair(op, kind, shapes, layouts, places, backend="cuda", device=DEVICE)
-    pair.step(test_cuda_rounding.grads_of(shapes, 1, torch.bfloat16))
+    pair = test_stored_steps.Pair(op, kind, shapes, "cuda", layouts, places, device=DEVICE)
+    pair.step(test_stored_steps.grads_of(shapes, 1, torch.bfloat16))
 
 
 @pytest.mark.parity
@@ -152,9 +152,9 @@ def test_stored_parameters_of_any_layout(op, kind, layout):
 def test_stored_parts(kind):
     here = dict(backend="cuda", device=DEVICE)
     for contiguous in (False, True):
-        test_cuda_rounding.test_smmf_parts(kind, contiguous, **here)
-    for place in test_cuda_rounding.PART_PLACES:
-        test_cuda_rounding.test_hfac_parts(kind, place, **here)
+        test_stored_steps.test_smmf_parts(kind=kind, contiguous=contiguous, **here)
+    for place in test_stored_steps.PART_PLACES:
+        test_stored_steps.test_hfac_parts(kind=kind, place=place, **here)
 
 
 @pytest.mark.parity

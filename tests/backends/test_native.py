@@ -163,6 +163,7 @@ def test_nonfinite_is_a_matter_of_single_elements(op):
     assert flags.item() == 1
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1024, 1024), (4096, 1024), (1024, 4096), (2048, 2048)], ids=shape_id)
 @pytest.mark.parametrize("op", ["hfac_step_", "smmf_step_"])

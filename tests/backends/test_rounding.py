@@ -1,14 +1,13 @@
-"""Stochastic rounding and master weights in two pieces: the definition by itself, every backend that knows them against
-the reference, and what the optimizers make of them."""
+"""Stochastic rounding and master weights in two pieces: the definition by itself, what only the CPU's kernels have of
+it, and what the optimizers make of it. What all kernels store is in test_stored_steps.py."""
 
 import copy
 
 import calls
 import pytest
 import torch
-from cases import OPTIONS, SHAPES, gradient
-from suites import KERNELS
-from test_parity import SUMS, ieee_square_roots, states_agree  # noqa: F401 (a fixture)
+from cases import gradient
+from test_parity import SUMS, ieee_square_roots  # noqa: F401 (a fixture)
 from torch import nn
 from torch.nn import Parameter
 
@@ -180,7 +179,7 @@ def test_what_is_exact_stays():
             assert again[every.isnan()].isnan().all()
 
 
-# Backends against the reference
+# Near the reference
 
 
 def in_layout(values, index):
@@ -216,74 +215,6 @@ def stored_agree(name, param, state, twin, twin_state, before, lr, slack=1.0):
 
 def without_low(state):
     return {key: value for key, value in state.items() if key != "master_low"}
-
-
-@pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("row", ["all", "skip"])
-@pytest.mark.parametrize("name", ["HFac", "SMMF"])
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
-def test_backend_agrees_with_the_reference(backend, name, row, stored):
-    dtype, options = STORED[stored]
-    options = {**OPTIONS[name][row], **options}
-    values = [in_layout(gradient(shape, i, dtype), i) for i, shape in enumerate(SHAPES)]
-    params, twins = ([Parameter(value.clone()) for value in values] for _ in range(2))
-    optimizer = getattr(hfac, name)(params, **options, backend=backend)
-    reference = getattr(hfac, name)(twins, **options, backend="reference")
-    for step in (1, 2, 3):
-        before = []
-        for i, (param, twin) in enumerate(zip(params, twins, strict=True)):
-            twin.data.copy_(param.data)
-            reference.state[twin] = copy.deepcopy(optimizer.state[param])
-            grad = gradient(param.shape, 100 * step + i, dtype)
-            if row == "skip" and step == 2 and i % 2 and grad.numel():
-                grad.view(-1)[-1] = float("inf")
-            param.grad = in_layout(grad, i + step)
-            twin.grad = grad
-            state = optimizer.state[param]
-            before.append((param.detach().clone(), value_of(param, state), copy.deepcopy(state)))
-        optimizer.step()
-        reference.step()
-        for i, (param, twin) in enumerate(zip(params, twins, strict=True)):
-            state, theirs, (old, value, old_state) = optimizer.state[param], reference.state[twin], before[i]
-            assert not (torch.equal(param, old) and param.numel() > 100) or state.get("skipped", 0) > 0
-            share = stored_agree(name, param, state, twin, theirs, value, options["lr"])
-            # Of master weights whole, nearly every one is off in its last bits; of coarser ones hardly any.
-            assert share > 0.95 or param.numel() < 100 or options.get("master") == "split"
-            states_agree(name, without_low(state), without_low(theirs), twin.grad)
-            if row == "skip" and step == 2 and i % 2 and param.numel():
-                assert torch.equal(param, old)
-                for key in state.keys() - {"skipped"}:
-                    assert torch.equal(state[key], old_state[key]), key
-
-
-#: Several chunks of rows and of elements whose moments are whole, and of each less than one.
-LONG_SHAPES = [(1100, 130), (400, 300), (40000,), (8, 3, 5, 5), (37,)]
-
-
-@pytest.mark.parametrize("row", ["all", "skip"])
-@pytest.mark.parametrize("name", ["HFac", "SMMF"])
-def test_split_makes_the_steps_of_float32(backend, name, row):
-    options = {**OPTIONS[name][row], "backend": backend}
-    steps = 10 if backend in ("reference", "cpu") else 3
-    shapes = LONG_SHAPES if backend == "cpu" else LONG_SHAPES[1:]
-    params = [Parameter(in_layout(gradient(shape, i, BF16), i)) for i, shape in enumerate(shapes)]
-    twins = [Parameter(param.detach().float().contiguous()) for param in params]
-    optimizer = getattr(hfac, name)(params, **options, master="split")
-    wide = getattr(hfac, name)(twins, **options)
-    for step in range(steps):
-        for i, (param, twin) in enumerate(zip(params, twins, strict=True)):
-            param.grad = gradient(param.shape, 100 * step + i, BF16)
-            if row == "skip" and step == 1 and i == 1:
-                param.grad[-1] = float("nan")
-            twin.grad = param.grad.float()
-        optimizer.step()
-        wide.step()
-    for param, twin in zip(params, twins, strict=True):
-        state = optimizer.state[param]
-        assert state["master_low"].any()
-        assert torch.equal(bits_of(value_of(param, state)), bits_of(twin))
-        for key, value in wide.state[twin].items():
-            assert torch.equal(state[key], value), key
 
 
 def trained(name, stored, backend, steps=3, shapes=((40, 33), (5000,), (6, 4, 3, 3), (7,)), **more):
@@ -354,62 +285,6 @@ def test_edges_in_every_instruction_set():
                 assert our_low is None or torch.equal(our_low[0], their_low[0])
     finally:
         cpu._C.set_isa("")
-
-
-def a_part(op, params, lows, grads, places, backend):
-    """A step on the lists by one of the ops on parts, with states made here; the new values."""
-    params = [param.clone(memory_format=torch.preserve_format) for param in params]
-    lows = None if lows is None else [low.clone(memory_format=torch.preserve_format) for low in lows]
-    stored = dict(master_lows=lows)
-    if places is not None:
-        stored.update(places=places, seed=77, step=torch.arange(3.0, 3.0 + len(params)))
-    rows, cols = ([torch.full((p.shape[d],), 0.5) for p in params] for d in (0, 1))
-
-    def like(factors, value):
-        return [torch.full_like(factor, value) for factor in factors]
-
-    common = dict(lr=0.02, beta1=0.9, weight_decay=0.1, backend=backend)
-    if op == "hfac_apply_":
-        ones = torch.ones(len(params))
-        calls.hfac_apply_(
-            params, grads, like(rows, 0.1), like(cols, 0.2), like(rows, 1.0), like(cols, 2.0), like(rows, 0.3),
-            like(rows, 1.5), like(cols, -0.4), like(cols, 2.5), ones, ones,
-            rows=[50] * len(params), cols=[60] * len(params), clip_threshold=1.0, **common, **stored,
-        )  # fmt: skip
-    else:
-        signs = [torch.full((p.shape[0], (p.shape[1] + 7) // 8), 0x55, dtype=torch.uint8) for p in params]
-        blocks = [[hfac.matricize.Block(0, p.shape[1], 0, 1, 0, *p.shape)] for p in params]
-        calls.smmf_sums_step_(
-            params, grads, rows, cols, signs, rows, cols, *(like(f, 0.0) for f in (rows, cols, rows, cols)),
-            blocks=blocks, beta2=0.99, eps=1e-6, **common, **stored,
-        )  # fmt: skip
-    return params, lows
-
-
-@pytest.mark.parametrize("low", [None, torch.int16, torch.int8], ids=str)
-@pytest.mark.parametrize("op", ["hfac_apply_", "smmf_sums_step_"])
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
-def test_parts_agree_with_the_reference(backend, op, low):
-    """Places with strides, one step for each parameter, and lower pieces of layouts of their own."""
-    shapes = [(24, 18), (40, 33), (9, 64), (64, 1)]
-    places = [BitOffset(2, 21), BitOffset(0, 5, (60, 1)), BitOffset(2**32 - 1, 2**40, (1, 70)), BitOffset(3, 7, (5, 1))]
-    params = [in_layout(gradient(shape, i, BF16), i) for i, shape in enumerate(shapes)]
-    grads = [in_layout(gradient(shape, 10 + i, BF16), i // 2) for i, shape in enumerate(shapes)]
-    lows = None
-    if low is not None:
-        generator = torch.Generator().manual_seed(5)
-        some = [torch.randint(-128, 128, shape, generator=generator).to(low) for shape in shapes]
-        lows = [in_layout(piece, i // 2) for i, piece in enumerate(some)]
-    for given in (places, None) if lows is not None else (places,):
-        ours, our_lows = a_part(op, params, lows, grads, given, backend)
-        theirs, their_lows = a_part(op, params, lows, grads, given, "reference")
-        for i, (param, mine, other) in enumerate(zip(params, ours, theirs, strict=True)):
-            assert not torch.equal(param, mine)
-            name, states = "SMMF" if op.startswith("smmf") else "HFac", [{}, {}, {}]
-            if low is not None:
-                states = [{"master_low": pieces[i]} for pieces in (our_lows, their_lows, lows)]
-            share = stored_agree(name, mine, states[0], other, states[1], value_of(param, states[2]), 0.02)
-            assert share > 0.95 or low == torch.int16
 
 
 # Optimizers

@@ -31,8 +31,14 @@ def run_python(arguments, tmp_path, **environment):
 STEPS = {
     "backends/test_clipped_steps": (
         "triton and not large",
-        "triton and not (large or several-1.0 or (refused_parameters and (0.3 or nan or 1.0-propagate)) "
-        "or (refused_parameter_keeps and (inf or 1e+19)) or (of_smaller and not float32) or power_of_two)",
+        "triton and not (large or several-1.0 or several-nan or (refused_parameters and (0.3 or nan or propagate)) "
+        "or (refused_parameter_keeps and (inf or 1e+19)) or (of_smaller and not float32) or power_of_two "
+        "or (are_divided and 3.0 and dense))",
+    ),
+    "backends/test_stored_steps": (
+        "triton",
+        "triton and ((rounded_weight and float32) or parts or random_bits or stays_one or SMMF-host "
+        "or (any_layout and split8-shifted))",
     ),
     "backends/test_watched_steps": (
         "triton and not large",
@@ -59,7 +65,8 @@ SLOW = pytest.mark.slow
 MORE_STEPS = {
     "clipped-steps": ["backends/test_clipped_steps"],
     "watched-steps": ["backends/test_watched_steps"],
-    "steps": [file for file in STEPS if "backends/test_c" not in file and "watched_steps" not in file],
+    "stored-steps": ["backends/test_stored_steps"],
+    "steps": [file for file in STEPS if "backends/test_c" not in file and "ed_steps" not in file],
     "captures": ["backends/test_captures"],
 }
 

@@ -1,13 +1,12 @@
 """What tests of sharded training run on every rank: processes on this machine that talk over gloo.
 
 A test names functions of modules here; every rank calls them, and what rank 0 returns comes back to the test. Starting
-ranks costs seconds, so one start makes many calls.
+ranks costs seconds, so one start makes many calls. They are forked as `processes` says.
 """
 
 import datetime
 import importlib
 import logging
-import multiprocessing
 import os
 import pickle
 import sys
@@ -21,18 +20,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT = datetime.timedelta(seconds=60)
-
-# Ranks are forked from a process that has imported what they need and run nothing: importing it takes each of them
-# longer than most tests do.
-multiprocessing.set_forkserver_preload(
-    [
-        "torch._dynamo",
-        "torch.distributed.fsdp",
-        "torch.distributed.tensor.parallel",
-        "torch.distributed.checkpoint",
-        "hfac",
-    ]
-)
 
 
 def on_ranks(world: int, *calls: tuple[Any, ...]) -> list[Any]:

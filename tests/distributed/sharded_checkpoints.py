@@ -1,5 +1,7 @@
 """Checkpoints of sharded training, saved on one layout and continued on another."""
 
+import itertools
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,10 +17,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-BEFORE, AFTER = 5, 5
+BEFORE, AFTER = 3, 2
 NAMES = ("HFac", "SMMF")
 FORMATS = (False, True)  # flattened optimizer state
 SAVED_ON = ("fsdp", "fsdp-tp")
+CHECKPOINTS = tuple(itertools.product(SAVED_ON, NAMES, FORMATS))
+#: half of them, among which any two of these three meet
+PAIRS = tuple((on, name, flat) for on, name, flat in CHECKPOINTS if flat == ((on == "fsdp") == (name == "HFac")))
 
 
 def place(folder, kind, name, flat):
@@ -46,32 +51,26 @@ def save_all(folder):
                 saving.result()
 
 
-def continue_all(folder, kind):
-    """Loads every checkpoint under the wrapper ``kind``, trains on, and returns everything by (saved on, optimizer,
+def continue_all(folder, kind, checkpoints=PAIRS):
+    """Loads these checkpoints under the wrapper ``kind``, trains on, and returns everything by (saved on, optimizer,
     flat)."""
     found = {}
-    for saved_on in SAVED_ON:
-        for name in NAMES:
-            for flat in FORMATS:
-                net = wrap(kind, model())
-                torch.nn.init.zeros_(net.head.weight)  # what is not loaded shows
-                optimizer = optimizer_of(name, net)
-                options = StateDictOptions(flatten_optimizer_state_dict=flat)
-                model_state, state = get_state_dict(net, optimizer, options=options)
-                parts = {"model": model_state, "optimizer": state}
-                dcp.load(parts, checkpoint_id=place(folder, saved_on, name, flat), no_dist=not dist.is_initialized())
-                set_state_dict(
-                    net,
-                    optimizer,
-                    model_state_dict=parts["model"],
-                    optim_state_dict=parts["optimizer"],
-                    options=options,
-                )
-                train(net, optimizer, AFTER, first=BEFORE)
-                found[saved_on, name, flat] = everything(net, optimizer)
+    for saved_on, name, flat in checkpoints:
+        net = wrap(kind, model())
+        torch.nn.init.zeros_(net.head.weight)  # what is not loaded shows
+        optimizer = optimizer_of(name, net)
+        options = StateDictOptions(flatten_optimizer_state_dict=flat)
+        model_state, state = get_state_dict(net, optimizer, options=options)
+        parts = {"model": model_state, "optimizer": state}
+        dcp.load(parts, checkpoint_id=place(folder, saved_on, name, flat), no_dist=not dist.is_initialized())
+        given = dict(model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
+        set_state_dict(net, optimizer, **given, options=options)
+        train(net, optimizer, AFTER, first=BEFORE)
+        found[saved_on, name, flat] = everything(net, optimizer)
     return found
 
 
+@cache
 def uninterrupted(name):
     net = model()
     optimizer = optimizer_of(name, net, backend="reference")

@@ -134,9 +134,7 @@ def everything(net, optimizer):
     return found
 
 
-def compare(
-    kind, name, dtype=torch.float64, steps=10, uneven=False, clip=None, own_clip=None, tied=False, accumulate=0
-):
+def compare(kind, name, dtype=torch.float64, steps=4, uneven=False, clip=None, own_clip=None, tied=False, accumulate=0):
     """Largest differences from the unwrapped model after training; with ``own_clip`` the optimizer clips the former and
     torch the latter."""
     plain = model(dtype, uneven, tied)

@@ -1,10 +1,9 @@
 """Ranks clip together or not at all, by one norm, and replicas end with the same bits."""
 
 import re
-import subprocess
-import sys
 
 import pytest
+from processes import Forked
 from sharded import on_ranks
 from test_sharded import agree
 from torch.distributed.tensor import Replicate, Shard
@@ -55,7 +54,7 @@ for places in ([Replicate(), Shard(0)], [Shard(0), Replicate()], [Shard(1), Shar
 
 def test_a_process_group_that_cannot_reach_the_shards_is_refused_at_construction():
     """As with parameters that FSDP keeps on the CPU, and NCCL alone. What needs no sums needs no group."""
-    done = subprocess.run([sys.executable, "-c", OFFLOADED], capture_output=True, text=True)
+    done = Forked(OFFLOADED).ended()
     assert done.returncode == 0, done.stderr
     *refused, third, fourth = done.stdout.splitlines()
     assert len(refused) == 6 and third == fourth == "taken"

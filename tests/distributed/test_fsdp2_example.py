@@ -4,11 +4,13 @@ import os
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import Forked
 
 ROOT = Path(__file__).parents[2]
 STEPS, SAVED_AT = 8, 4
@@ -18,28 +20,37 @@ TOLERANCE = 2e-5
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs gloo, as Linux and macOS have it")
 
 
-def start(processes: int, *arguments: object, first_on_path: Path | None = None) -> subprocess.Popen[str]:
-    """Starts the example by torchrun; one process by itself, told what torchrun would tell it, to save time; and 0 as a
-    user does who has not heard of torchrun."""
+EXAMPLE = ROOT / "examples" / "fsdp2_train.py"
+#: without a GPU even where there is one: four processes need four
+EVERYWHERE = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def torchrun(processes: int, *arguments: object, first_on_path: Path | None = None) -> subprocess.Popen[str]:
     path = os.pathsep.join(map(str, filter(None, [first_on_path, ROOT, os.environ.get("PYTHONPATH")])))
-    # Without a GPU even where there is one: four processes need four.
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, **EVERYWHERE, "PYTHONPATH": path}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         environment.pop(name, None)
-    command = [sys.executable]
-    if processes == 1:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        environment.update(alone)
-    elif processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += [str(ROOT / "examples" / "fsdp2_train.py"), *map(str, arguments)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += [str(EXAMPLE), *map(str, arguments)]
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def losses(run: subprocess.Popen[str]) -> dict[str, float]:
+def run(processes: int, *arguments: object) -> list[subprocess.CompletedProcess[str]]:
+    """Of each process, told what torchrun would tell it, which takes longer; of 0 one that is told nothing."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {**EVERYWHERE, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [{**told, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    code = f"import runpy; runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')"
+    started = [Forked(code, arguments, rank) for rank in ranks or [dict.fromkeys(("RANK", "LOCAL_RANK"))]]
+    return [one.ended() for one in started]
+
+
+def losses(ended: list[subprocess.CompletedProcess[str]]) -> dict[str, float]:
     """By step, and the last line's by "validation"."""
-    output, errors = run.communicate(timeout=900)
-    assert run.returncode == 0, errors
+    assert not any(one.returncode for one in ended), ended
+    output = ended[0].stdout
     found = {step: float(loss) for step, loss in re.findall(r"^step (\d+) loss ([\d.]+)$", output, re.MULTILINE)}
     (validation,) = re.findall(r"^validation loss ([\d.]+), optimizer state \d+ bytes per rank", output, re.MULTILINE)
     return {**found, "validation": float(validation)}
@@ -63,27 +74,27 @@ def test_another_number_of_processes_goes_on(
 ) -> None:
     checkpoint = tmp_path / "checkpoint"
     common = ("--optimizer", optimizer, "--steps", STEPS, "--batch", 8, "--text", text)
-    uninterrupted = start(1, *common)
-    saved = losses(start(before, *common, "--checkpoint", checkpoint, "--save-every", SAVED_AT))
+    expected = losses(run(1, *common))
+    saved = losses(run(before, *common, "--checkpoint", checkpoint, "--save-every", SAVED_AT))
     shutil.rmtree(checkpoint / f"step-{STEPS:07}")  # as if the run had ended after the save before
-    resumed = losses(start(after, *common, "--checkpoint", checkpoint, "--resume"))
-    expected = losses(uninterrupted)
+    resumed = losses(run(after, *common, "--checkpoint", checkpoint, "--resume"))
     assert list(expected) == [*map(str, range(STEPS)), "validation"]
     assert saved == pytest.approx(expected, abs=TOLERANCE)
     assert resumed == pytest.approx({key: expected[key] for key in list(expected)[SAVED_AT:]}, abs=TOLERANCE)
 
 
 def test_a_user_error_is_one_sentence(text: Path, tmp_path: Path) -> None:
+    """Of all processes one says it."""
     runs = {
-        f"error: --resume requires a checkpoint in {tmp_path}, which holds none; start without --resume.": start(
-            1, "--text", text, "--checkpoint", tmp_path, "--resume"
+        f"error: --resume requires a checkpoint in {tmp_path}, which holds none; start without --resume.": run(
+            1, "--text", text, "--batch", 8, "--checkpoint", tmp_path, "--resume"
         ),
-        "error: --batch must be a multiple of the number of processes (2), got 3.": start(2, "--batch", 3),
-        "error: start it with torchrun, for example: torchrun --nproc-per-node 4": start(0),
+        "error: --batch must be a multiple of the number of processes (2), got 3.": run(2, "--batch", 3),
+        "error: start it with torchrun, for example: torchrun --nproc-per-node 4": run(0),
     }
-    for message, run in runs.items():
-        _, errors = run.communicate(timeout=900)
-        assert run.returncode != 0
+    for message, ended in runs.items():
+        errors = "".join(one.stderr for one in ended)
+        assert all(one.returncode for one in ended)
         assert errors.count(message) == 1, errors
         assert "UsageError" not in errors
 
@@ -106,10 +117,10 @@ if os.environ.get("RANK") == "1":
 
 def test_what_happens_on_one_rank_ends_all_and_is_shown(text: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(FAILS)
-    run = start(2, "--text", text, "--batch", 8, first_on_path=tmp_path)
+    started = torchrun(2, "--text", text, "--batch", 8, first_on_path=tmp_path)
     try:
-        _, errors = run.communicate(timeout=240)
+        _, errors = started.communicate(timeout=240)
     finally:
-        run.kill()
-    assert run.returncode != 0
+        started.kill()
+    assert started.returncode != 0
     assert "ArithmeticError: what happened on this rank" in errors

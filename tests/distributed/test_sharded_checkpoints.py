@@ -2,7 +2,7 @@
 
 import pytest
 from sharded import on_ranks
-from sharded_checkpoints import NAMES, continue_all, keys_and_shapes, uninterrupted
+from sharded_checkpoints import CHECKPOINTS, NAMES, PAIRS, continue_all, keys_and_shapes, uninterrupted
 from sharded_steps import difference
 
 
@@ -22,23 +22,23 @@ def goes_on(found, name):
         assert difference(found[key], value) <= 1e-12, key
 
 
+LAYOUTS = [(1, ["fsdp"]), (2, ["fsdp"]), (4, ["hsdp", "fsdp-tp"])]
+SLOW = [(world, kinds, CHECKPOINTS) for world, kinds in (*LAYOUTS, (3, ["fsdp"]))]
+
+
 @pytest.mark.parametrize(
-    ("world", "kinds"),
-    [
-        (1, ["fsdp"]),
-        (2, ["fsdp"]),
-        pytest.param(3, ["fsdp"], marks=pytest.mark.slow),
-        (4, ["hsdp", "fsdp-tp"]),
-    ],
+    ("world", "kinds", "checkpoints"),
+    [*((*layout, PAIRS) for layout in LAYOUTS), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
 )
-def test_continued_on_another_layout(saved, world, kinds):
-    for found in on_ranks(world, *(("sharded_checkpoints:continue_all", saved, kind) for kind in kinds)):
+def test_continued_on_another_layout(saved, world, kinds, checkpoints):
+    for found in on_ranks(world, *(("sharded_checkpoints:continue_all", saved, kind, checkpoints) for kind in kinds)):
+        assert found.keys() == set(checkpoints)
         for (_, name, _), everything in found.items():
             goes_on(everything, name)
 
 
 def test_continued_without_a_process_group(saved):
-    for (_, name, _), found in continue_all(saved, "plain").items():
+    for (_, name, _), found in continue_all(saved, "plain", CHECKPOINTS).items():
         goes_on(found, name)
 
 

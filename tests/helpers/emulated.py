@@ -26,14 +26,18 @@ except ImportError:
 NAME = "cuda-emulated"
 #: in which blocks may run, one after the other
 ORDERS = ["forward", "reverse", "shuffled"]
+#: bytes behind every workspace
+GUARD = 64
 WHY_NOT = "hfac._emulated is not built: make test-emulated"
 
 
 class Host:
-    """The host as a device: no streams, and a workspace in which every partial sum that nobody wrote is NaN."""
+    """The host as a device: no streams, and a workspace in which every partial sum that nobody wrote is NaN. Behind its
+    end lie bytes that no kernel may write."""
 
     def __init__(self) -> None:
         self.native = native
+        self._guard = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def l2_bytes(self, device: torch.device) -> int:
         return 0
@@ -51,7 +55,17 @@ class Host:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
     def before_launch(self, workspace: Tensor) -> None:
-        workspace.fill_(0xFF)  # as floats and as doubles: NaN
+        self.check()
+        storage, end = workspace.untyped_storage(), workspace.numel()
+        if storage.nbytes() == end:
+            storage.resize_(end + GUARD)
+        whole = workspace.new_empty(0).set_(storage)
+        whole.fill_(0xFF)  # as floats and as doubles: NaN
+        self._guard = whole[end:]
+
+    def check(self) -> None:
+        """Raises AssertionError where the last launch, or the one before it, wrote behind its workspace."""
+        assert bool((self._guard == 0xFF).all()), "a kernel has written behind the end of its workspace"
 
 
 ops = cuda.Kernels(Host())
@@ -78,6 +92,7 @@ def registered() -> Iterator[None]:
     backends.register(backends.Backend(NAME, "CUDA kernels on the host", why_not, lambda: ops, automatic=False))
     try:
         yield
+        ops.platform.check()
     finally:
         backends.unregister(NAME)
 

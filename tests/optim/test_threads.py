@@ -3,7 +3,6 @@ that the system refuses, which leaves a step unmade."""
 
 import ctypes
 import platform
-import subprocess
 import sys
 import threading
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 import calls
 import pytest
 import torch
+from processes import Forked
 from running import bits
 from suites import KERNELS
 from torch.nn import Parameter
@@ -72,7 +72,7 @@ print("stepped")
 
 
 def in_a_process(code):
-    done = subprocess.run([sys.executable, "-c", PRELUDE + code], capture_output=True, text=True)
+    done = Forked(PRELUDE + code).ended()
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 

@@ -108,6 +108,13 @@ FAULTS = [
         "for (int64_t p = n > 2 ? 1 : 0; p < n; ++p) plan_.tiles.push_back({i, static_cast<int32_t>(p)});",
         EMULATED,
     ),
+    Fault(
+        "a workspace is too small",
+        "csrc",
+        "plan_.workspace_bytes = std::max(plan_.workspace_bytes, static_cast<size_t>(at));",
+        "plan_.workspace_bytes = std::max(plan_.workspace_bytes, static_cast<size_t>(at - 4));",
+        EMULATED,
+    ),
     # Rounding and storage.
     Fault(
         "random bits are biased",
@@ -135,7 +142,7 @@ FAULTS = [
         "csrc",
         "low = static_cast<int16_t>(rest);",
         "low = static_cast<int16_t>(rest & 0xfffeu);",
-        "tests/backends/test_rounding.py -k 'agrees or exact or float32'",
+        "tests/backends/test_stored_steps.py -k 'cpu'",
     ),
     Fault(
         "states have the parameter's type",
@@ -185,7 +192,7 @@ FAULTS = [
         "csrc",
         "return a.nonfinite && a.nonfinite[it.index];",
         "return a.nonfinite && a.nonfinite[it.index] > 1;",
-        f"{CLIPPED} tests/backends/test_cuda_rounding.py -k refused",
+        f"{CLIPPED} tests/backends/test_stored_steps.py -k refused",
     ),
     Fault(
         "a skipped step is counted as one",
@@ -306,7 +313,7 @@ FAULTS = [
         "csrc",
         "for (int64_t k = 0; k < rows; ++k) watched.zero_rows +=",
         "for (int64_t k = 0; k + 1 < rows; ++k) watched.zero_rows +=",
-        "tests/optim/test_watch.py",
+        "tests/backends/test_watched_steps.py -k 'numbers_are_those'",
     ),
     # Sharded parameters.
     Fault(

@@ -71,19 +71,26 @@ def copy() -> None:
         if not target.exists() or target.read_bytes() != contents:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(contents)
+    copy_built()
+
+
+def copy_built() -> None:
+    """Both extensions as they are here, without any fault."""
     for built in (*(ROOT / "hfac").glob("*.so"), ROOT / "hfac" / "_build_info.json"):
         shutil.copy2(built, COPY / "hfac" / built.name)
 
 
-def build() -> None:
-    """Both extensions, for the host."""
-    for built in (COPY / "hfac").glob("*.so"):
-        built.unlink()
-    for more in ({"HFAC_CUDA": "0"}, {"HFAC_EMULATION": "1"}):
+def build(place: Path) -> None:
+    """The extensions that the file has part in, for the host."""
+    ways = {"_C": {"HFAC_CUDA": "0"}, "_emulated": {"HFAC_EMULATION": "1"}}
+    only = {"cpu": "_C", "cuda": "_emulated"}.get(place.parent.name)
+    for name in [only] if only else ways:
+        for built in (COPY / "hfac").glob(f"{name}.*so"):
+            built.unlink()
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-        subprocess.run(command, cwd=COPY, env=os.environ | more, check=True)
-    if len(list((COPY / "hfac").glob("*.so"))) != 2:
-        raise SystemExit("planted: the fault does not compile")
+        subprocess.run(command, cwd=COPY, env=os.environ | ways[name], check=True)
+        if not list((COPY / "hfac").glob(f"{name}.*so")):
+            raise SystemExit("planted: the fault does not compile")
 
 
 def run(tests: Sequence[str]) -> tuple[int, str]:
@@ -149,11 +156,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place.write_text(good.replace(fault.old, fault.new), encoding="utf-8")
         try:
             if fault.area == "csrc":
-                build()
+                build(place)
             begin = time.monotonic()
             status, said = run(["-n", "auto"] if args.all else shlex.split(fault.tests))
         finally:
             place.write_text(good, encoding="utf-8")
+            copy_built()
         noticed = status == 1
         unnoticed += not noticed
         if args.write:

@@ -17,6 +17,7 @@ TESTS = [
     "tests/backends/test_native.py",
     "tests/backends/test_parts.py",
     "tests/backends/test_rounding.py",
+    "tests/backends/test_stored_steps.py",
     "tests/backends/test_fuzz.py",
     "tests/optim/test_clipping.py",
     "tests/optim/test_watch.py",

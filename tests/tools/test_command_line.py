@@ -165,7 +165,7 @@ def test_importing_hfac_elsewhere_leaves_ctrl_c_alone():
 
 
 @pytest.mark.usefixtures("home")
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("latin-1", marks=pytest.mark.slow)])
 def test_a_terminal_without_the_characters_gets_escapes(encoding):
     done = run("plan", "callables_here:words", env={"PYTHONIOENCODING": encoding}, text=None)
     assert done.returncode == 0
@@ -176,7 +176,12 @@ def test_a_terminal_without_the_characters_gets_escapes(encoding):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
 @pytest.mark.parametrize(
     ("arguments", "unbuffered"),
-    [(["plan", "gpt2"], ""), (["plan", "gpt2"], "1"), (["doctor"], ""), (["--version"], ""), (["plan", "--help"], "1")],
+    [
+        (["plan", "gpt2"], ""),
+        (["doctor"], ""),
+        (["plan", "--help"], "1"),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in ((["plan", "gpt2"], "1"), (["--version"], ""))),
+    ],
 )
 def test_a_full_disk_is_one_line_and_status_1(arguments, unbuffered):
     with open("/dev/full", "w") as full:

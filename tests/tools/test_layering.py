@@ -148,7 +148,6 @@ def test_import_needs_nothing_optional(tmp_path):
 
 
 def test_triton_kernels_is_not_a_top_level_package():
-    assert run_python("import hfac.triton_kernels", ROOT).returncode == 0
     refused = run_python("import triton_kernels", ROOT)
     assert refused.returncode != 0
     assert "hfac.triton_kernels" in refused.stderr
