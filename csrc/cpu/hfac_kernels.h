@@ -139,11 +139,11 @@ HFAC_HD void hfac_update_rows(const HfacUpdate<T>& a, int64_t i) {
   }
   const Vec<T> decay(a.decay);
   const auto step = [&](int r, Vec<T> w, Vec<T> g, Vec<T> half_psi, Vec<T> col_scale) __attribute__((always_inline)) {
-    return hfac_update_by_lr(w, g, Vec<T>(a.half_phi[i + r]), half_psi, col_scale, Vec<T>(a.row_scale[i + r]), decay);
+    return hfac_update_by_lr(w, g, Vec<T>(a.row_first[i + r]), half_psi, col_scale, Vec<T>(a.row_scale[i + r]), decay);
   };
   int64_t j = 0;
   for (; j + L <= a.cols; j += L) {
-    const Vec<T> half_psi = load(a.half_psi + j), col_scale = load(a.col_scale + j);
+    const Vec<T> half_psi = load(a.col_first + j), col_scale = load(a.col_scale + j);
     Vec<T> x[R], y[R];
     const int64_t left = a.cols - j;  // past the end of its row a prefetch is for the row R further on
     const int64_t g_ahead =
@@ -161,7 +161,7 @@ HFAC_HD void hfac_update_rows(const HfacUpdate<T>& a, int64_t i) {
     for (int r = 0; r < R; ++r) store(w[r] + j, step(r, y[r], x[r], half_psi, col_scale));
   }
   if (const int64_t left = a.cols - j; left > 0) {
-    const Vec<T> half_psi = load_part<T>(a.half_psi + j, left), col_scale = load_part<T>(a.col_scale + j, left);
+    const Vec<T> half_psi = load_part<T>(a.col_first + j, left), col_scale = load_part<T>(a.col_scale + j, left);
     for (int r = 0; r < R; ++r) {
       const Vec<T> y = load_part<T>(w[r] + j, left);
       store_part(w[r] + j, step(r, y, load_part<T>(g[r] + j, left), half_psi, col_scale), left);

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version  # tells autograd of writes that it cannot see
 
-from ..spec import COLS, ROWS, WHOLE, Op
+from ..spec import COLS, HFAC_INT8_STEP, ROWS, WHOLE, Op
 from . import addresses, cpu
 from .contract import Operands, Statistics
 from .planned import Cuda, Planned, launch_arguments, scalar
 
 Tensors = Sequence[Tensor]
 
+#: Of which there are no CUDA kernels yet: "auto" takes the reference.
+MISSING = (HFAC_INT8_STEP,)
 #: Codes of the kernels' Low (csrc/cuda/table.h).
 _LOWS = {torch.int16: 1, torch.int8: 2}
 
@@ -229,7 +231,7 @@ class Kernels:
     def has(self, op: Op) -> bool:
         native = self.platform.native
         known = native.CudaParts if op.shard else cpu._C
-        return hasattr(known, op.name.removesuffix("_"))
+        return op not in MISSING and hasattr(known, op.name.removesuffix("_"))
 
     def bind(self, operands: Operands) -> CudaCall | CudaShardCall:
         return (CudaShardCall if operands.op.shard else CudaCall)(self.platform, operands)
