@@ -31,7 +31,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import rounding
+from . import codes, rounding
 from .matricize import Block
 from .rounding import BitOffset
 from .schedules import Scalar
@@ -110,7 +110,7 @@ def hfac_int8_step_(
     watched: Tensor | None = None,
 ) -> None:
     """One step of H-Fac on matrices whose first moment is whole, in 8 bits: `exp_avg_qs` are int8 of the parameters'
-    shapes, codes (`decode_moment`) of X = M / sqrt(V), V = r s^T / sum(r).
+    shapes, codes (`hfac.codes`) of X = M / sqrt(V), V = r s^T / sum(r).
 
     X changes its unit with V, so the old one is multiplied by rho_i sigma_j = sqrt(V_old / V) before G / sqrt(V) is
     averaged in; the step is Adam's, b1 X + (1 - b1) G / sqrt(V), clipped as where moments are whole.
@@ -131,8 +131,8 @@ def hfac_int8_step_(
         total = r.sum()
 
         U = _hfac_normalized(G, r, s, total)
-        rho, sigma = unit_change(r_old, r, r_old.sum(), total), s_old.sqrt() / s.sqrt()
-        X_old = decode_moment(q.view(m, n), r.dtype)
+        rho, sigma = codes.unit_change(r_old, r, r_old.sum(), total), s_old.sqrt() / s.sqrt()
+        X_old = codes.decode(q.view(m, n), r.dtype)
         X = (b1 * rho)[:, None] * sigma * X_old + (1 - b1) * U
         D = b1 * X + (1 - b1) * U
         if clip_threshold is not None:
@@ -144,37 +144,8 @@ def hfac_int8_step_(
             zero = G == 0
             _watch(watched[i], stored, W, U, keep, zero.all(1).sum(), zero.all(0).sum())
         stored.write(W, keep)
-        for old, new in ((q, encode_moment(X, q.view(m, n), X_old)), (r_row, r), (s_col, s)):
+        for old, new in ((q, codes.encode(X, q.view(m, n), X_old)), (r_row, r), (s_col, s)):
             _write(old, new, keep)
-
-
-def unit_change(r_old: Tensor, r: Tensor, total_old: Tensor, total: Tensor) -> Tensor:
-    """rho [m]: what the rows' share of sqrt(V) was, divided by what it is; 0 before the first step, when there was
-    none. In an order that stays finite."""
-    rho = (r_old.sqrt() / r.sqrt()) * (total.sqrt() / total_old.sqrt())
-    return torch.where(total_old == 0, 0, rho)
-
-
-def decode_moment(q: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What int8 codes stand for: sgn(q) y^2 / (1 - y^2) with y = |q| / 127.5, here multiplied by 127.5^2 above and
-    below, which are then exact and rounded once."""
-    q = q.to(dtype)
-    return q * q.abs() / (127.5**2 - q * q)
-
-
-def encode_moment(X: Tensor, old: Tensor | None = None, X_old: Tensor | None = None) -> Tensor:
-    """int8 codes of X: sgn(X) times 127.5 sqrt(|X| / (1 + |X|)), rounded to the nearest, ties to even, at most 127; 0
-    for NaN.
-
-    With the ``old`` codes and what they stand for, a code that would stay the same although |X| has become smaller goes
-    one towards zero: rounding to the nearest would keep small codes for ever where no gradient comes.
-    """
-    magnitude = X.abs()
-    q = (127.5 * (magnitude / (1 + magnitude)).sqrt()).round().clamp(max=127) * X.sgn()
-    q = q.nan_to_num(0.0).to(torch.int8)
-    if old is not None and X_old is not None:
-        q -= torch.where((q == old) & (magnitude < X_old.abs()), old.sgn(), 0)
-    return q
 
 
 def hfac_sums(

@@ -82,7 +82,7 @@ class HfacReader : public ItemsOp<T> {
       a.rows = std::min(step, end - r);
       a.grad = gradient(to, it, r * it.cols, a.rows * it.cols, scratch);
       a.row_square_old = static_cast<const T*>(it.second_row) + r;
-      a.row_sum = row_sum + r;
+      a.row_sum = row_sum ? row_sum + r : nullptr;
       a.row_square = row_square + r;
       to.grad->hfac_stats(a);
     }
@@ -166,7 +166,9 @@ class HfacOp : public HfacReader<T> {
     const Item& it = item(i);
     const Sums<T> at = space(it, workspace);
     if (phase > 0) return update(i, c, at, scratch);
-    if (!known(it)) this->read(i, c, at.row_sum, at.row_square, at.col_sum + c * 3 * padded(it.cols), scratch);
+    if (known(it)) return;
+    T* const row_sum = kCodes && !watch_ ? nullptr : at.row_sum;  // which nothing of the step but its report needs
+    this->read(i, c, row_sum, at.row_square, at.col_sum + c * 3 * padded(it.cols), scratch);
   }
 
   void finish(int64_t i, int phase, void* workspace) override {
@@ -231,7 +233,7 @@ class HfacOp : public HfacReader<T> {
     for (int64_t j = 0; j < it.cols; ++j) at.col_square[j] = T(1) / root(col_square[j]);
     T* const row_square = static_cast<T*>(it.second_row);
     const T total_old = static_cast<T>(std::accumulate(row_square, row_square + it.rows, 0.0));
-    const T scale = s.negate ? -root(total) : root(total), growth = root(total) / root(total_old);
+    const T scale = (s.negate ? -s.rest1 : s.rest1) * root(total), growth = root(total) / root(total_old);
     for (int64_t k = 0; k < it.rows; ++k) {
       const T fresh = at.row_square[k];
       at.row_sum[k] = total_old == T(0) ? T(0) : s.beta1 * (root(row_square[k]) / root(fresh) * growth);
@@ -284,7 +286,6 @@ class HfacOp : public HfacReader<T> {
     if (kCodes) {
       const Scalars<T> s = scalars<T>(options_, it);
       a.beta1 = s.beta1;
-      a.rest1 = s.rest1;
       a.step = s.lr * (T(1) / clips_[static_cast<size_t>(i)]);
     }
     const int64_t step = to.stage_param || to.stage_grad ? staged_rows(it.cols, to.scattered) : end - first;

@@ -13,96 +13,211 @@ namespace HFAC_LEVEL {
 template <class T>
 struct Codes {
   using V = Vec<T>;
+  using Int = typename V::IntPart;
   typedef int8_t Packed __attribute__((vector_size(V::kPartLanes)));
 
-  typename V::IntPart part[V::kParts];
+  Int part[V::kParts];
 
-  HFAC_HD static Codes load(const int8_t* p) {
+  static HFAC_HD Codes load(const int8_t* p) {
     Codes q;
+#if defined(__x86_64__)  // compilers take conversions of bytes apart
+    if constexpr (sizeof(T) == 4) {
+#if defined(__AVX512F__)
+      q.part[0] = (Int)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+      for (int k = 0; k < 2; ++k) {
+        q.part[k] = (Int)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * k)));
+      }
+#else
+      const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+      const __m128i half[2] = {_mm_unpacklo_epi8(all, all), _mm_unpackhi_epi8(all, all)};
+      for (int k = 0; k < 2; ++k) {
+        q.part[2 * k] = (Int)_mm_srai_epi32(_mm_unpacklo_epi16(half[k], half[k]), 24);
+        q.part[2 * k + 1] = (Int)_mm_srai_epi32(_mm_unpackhi_epi16(half[k], half[k]), 24);
+      }
+#endif
+      return q;
+    }
+#endif
     HFAC_EACH_PART {
       Packed packed;
       memcpy(&packed, p + k * V::kPartLanes, sizeof(packed));
-      q.part[k] = __builtin_convertvector(packed, typename V::IntPart);
+      q.part[k] = __builtin_convertvector(packed, Int);
     }
     return q;
   }
+
   HFAC_HD void store(int8_t* p) const {
+#if defined(__x86_64__)
+    if constexpr (sizeof(T) == 4) {
+#if defined(__AVX512F__)
+      const __m128i all = _mm512_cvtepi32_epi8((__m512i)part[0]);
+#elif defined(__AVX2__)
+      const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)part[0], (__m256i)part[1]), 0xd8);
+      const __m128i all = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+#else
+      const __m128i all = _mm_packs_epi16(_mm_packs_epi32((__m128i)part[0], (__m128i)part[1]),
+                                          _mm_packs_epi32((__m128i)part[2], (__m128i)part[3]));
+#endif
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), all);
+      return;
+    }
+#endif
     HFAC_EACH_PART {
       const Packed packed = __builtin_convertvector(part[k], Packed);
       memcpy(p + k * V::kPartLanes, &packed, sizeof(packed));
     }
   }
 
-  // What they stand for: q |q| / (127.5^2 - q^2).
-  HFAC_HD Vec<T> decoded() const {
+  HFAC_HD Vec<T> numbers() const {
     Vec<T> q;
     HFAC_EACH_PART q.part[k] = __builtin_convertvector(part[k], typename V::Part);
-    return q * magnitude(q) / (Vec<T>(T(127.5 * 127.5)) - q * q);
+    return q;
   }
+};
 
-  // Those of `x`; `held` is what these here stand for. Where a code would stay although |x| is smaller it goes one
-  // towards zero.
-  HFAC_HD Codes next(Vec<T> x, Vec<T> held) const {
-    const Vec<T> size = magnitude(x), was = magnitude(held);
-    // Adding this leaves a whole number, rounded to the nearest, ties to even, in the lowest bits.
-    const Vec<T> whole(sizeof(T) == 4 ? T(8388608) : T(4503599627370496));
-    const Vec<T> scaled = Vec<T>(T(127.5)) * root(size / (Vec<T>(T(1)) + size)) + whole;
-    Codes out;
-    HFAC_EACH_PART {
-      using Int = typename V::IntPart;
-      Int code = (Int)scaled.part[k] & 0xff & (Int)(scaled.part[k] == scaled.part[k]);  // 0 for NaN
-      code += (Int)(code > 127);
-      const Int negative = (Int)(x.part[k] < 0);
-      code = (code ^ negative) - negative;
-      const Int stays = (Int)(code == part[k]) & (Int)(size.part[k] < was.part[k]);
-      out.part[k] = code - (stays & ((Int)(code < 0) | 1));
+// |what codes stand for|: q^2 / (127.5^2 - q^2).
+template <class T>
+HFAC_HD Vec<T> decoded_size(Vec<T> q) {
+  const Vec<T> square = q * q;
+  return square / (Vec<T>(T(127.5 * 127.5)) - square);
+}
+
+// `size` with the sign of `sign`.
+template <class T>
+HFAC_HD Vec<T> with_sign(Vec<T> size, Vec<T> sign) {
+  using V = Vec<T>;
+  HFAC_EACH_PART {
+    const auto bit = (typename V::IntPart)sign.part[k] & sign_bit<T>();
+    size.part[k] = (typename V::Part)((typename V::IntPart)size.part[k] | bit);
+  }
+  return size;
+}
+
+// The lesser of two, or b where one is no number.
+template <class Part>
+HFAC_HD Part lesser(Part a, Part b) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(a[0]) == 4) return (Part)HFAC_INTRINSIC(min_ps)(a, b);
+#endif
+  return a < b ? a : b;
+}
+
+// Where |x| lies among the codes, before it is rounded to one: y^2, of which 127.5 times the root is the code.
+template <class T>
+HFAC_HD Vec<T> squared_level(Vec<T> x) {
+  const Vec<T> size = magnitude(x);
+  return size / (Vec<T>(T(1)) + size);
+}
+
+// The codes of `x`, whose squared level is given, after `q`, which stood for a number of the size `was`. Where a code
+// would stay although |x| is smaller it goes one towards zero.
+template <class T>
+HFAC_HD Codes<T> encoded(Vec<T> x, Vec<T> level, Vec<T> q, Vec<T> was) {
+  using Part = typename Vec<T>::Part;
+  using Int = typename Vec<T>::IntPart;
+  // Adding 1.5 times the first number whose neighbours are whole leaves whole numbers, rounded to the nearest, ties to
+  // even, in the lowest bits.
+  const Vec<T> whole(sizeof(T) == 4 ? T(12582912) : T(6755399441055744));
+  const Vec<T> size = magnitude(x), kept = q + whole, scaled = Vec<T>(T(127.5)) * level;
+  Codes<T> out;
+  HFAC_EACH_PART {
+    const Int sign = (Int)x.part[k] & sign_bit<T>();
+    const Part at_most = lesser(T(127) - Part{}, scaled.part[k]);
+    Part code = (Part)((Int)at_most | sign) + whole.part[k];
+    const Int stays = (Int)(code == kept.part[k]) & (Int)(size.part[k] < was.part[k]);
+    code -= (Part)(((Int)(T(1) - Part{}) | sign) & stays);
+    out.part[k] = ((Int)code - (Int)whole.part[k]) & (Int)(code == code);  // 0 for NaN
+  }
+  return out;
+}
+
+// How far on a prefetch is, in bytes, where `left` elements of its row are left: past the row's end it is for the row R
+// further on.
+template <int R>
+HFAC_HD int64_t ahead(int64_t left, int64_t stride, int64_t bytes) {
+  return kAhead + (left > kAhead / bytes ? 0 : (R - 1) * stride * bytes);
+}
+
+// R vectors of as many rows at once. Each step of the way is taken for all of them before the next: what follows a
+// division or a root waits for it, and a processor looks only so far ahead.
+template <class T, int R>
+struct HfacInt8 {
+  Vec<T> g[R], w[R];
+  Codes<T> codes[R];
+
+  HFAC_HD void step(const T* first, const T* row_scale, Vec<T> unit, Vec<T> scale, const HfacUpdate<T>& a) {
+    const Vec<T> beta1(a.beta1), lr(a.step), decay(a.decay);
+    Vec<T> q[R], was[R], x[R], level[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      q[r] = codes[r].numbers();
+      was[r] = decoded_size(q[r]);
+      g[r] = g[r] * scale * Vec<T>(row_scale[r]);
     }
-    return out;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      x[r] = Vec<T>(first[r]) * unit * with_sign(was[r], q[r]) + g[r];
+      level[r] = squared_level(x[r]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      level[r] = root(level[r]);
+      w[r] = hfac_int8_update(w[r], x[r], g[r], beta1, lr, decay);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) codes[r] = encoded(x[r], level[r], q[r], was[r]);
   }
 };
 
 template <class T, class Sw, class Sg, int R>
-HFAC_HD void hfac_int8_rows(const HfacUpdate<T>& a, int64_t i) {
+HFAC_HD void hfac_int8_rows(const HfacUpdate<T>& given, int64_t i) {
   constexpr int64_t L = Vec<T>::kLanes;
+  const HfacUpdate<T> a = given;  // a code may lie anywhere, for all that the compiler knows
   const Sg* g[R];
   Sw* w[R];
   int8_t* q[R];
+  T first[R], row_scale[R];
   for (int r = 0; r < R; ++r) {
     g[r] = static_cast<const Sg*>(a.grad) + (i + r) * a.grad_stride;
     w[r] = static_cast<Sw*>(a.param) + (i + r) * a.param_stride;
     q[r] = a.codes + (i + r) * a.cols;
+    first[r] = a.row_first[i + r];
+    row_scale[r] = a.row_scale[i + r];
   }
-  const Vec<T> beta1(a.beta1), rest1(a.rest1), lr(a.step), decay(a.decay);
-  // Returns the new weights.
-  const auto step = [&](int r, Vec<T> w, Vec<T> g, Vec<T> unit, Vec<T> scale, Codes<T>& codes)
-                        __attribute__((always_inline)) {
-                          const Vec<T> held = codes.decoded(), fresh = rest1 * (g * scale * Vec<T>(a.row_scale[i + r]));
-                          const Vec<T> x = Vec<T>(a.row_first[i + r]) * unit * held + fresh;
-                          codes = codes.next(x, held);
-                          return hfac_int8_update(w, x, fresh, beta1, lr, decay);
-                        };
+  HfacInt8<T, R> x;
   int64_t j = 0;
   for (; j + L <= a.cols; j += L) {
-    const Vec<T> unit = load(a.col_first + j), scale = load(a.col_scale + j);
+    // All loads before the first store: of rows that lie 4096 bytes apart one would wait for a store to the other.
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(reinterpret_cast<const char*>(g[r] + j) + kAhead);
-      __builtin_prefetch(reinterpret_cast<const char*>(w[r] + j) + kAhead, 1);
-      __builtin_prefetch(reinterpret_cast<const char*>(q[r] + j) + kAhead / 2, 1);
-      Codes<T> codes = Codes<T>::load(q[r] + j);
-      store(w[r] + j, step(r, load(static_cast<const Sw*>(w[r] + j)), load(g[r] + j), unit, scale, codes));
-      codes.store(q[r] + j);
+      __builtin_prefetch(reinterpret_cast<const char*>(g[r] + j) + ahead<R>(a.cols - j, a.grad_stride, sizeof(Sg)));
+      __builtin_prefetch(reinterpret_cast<const char*>(w[r] + j) + ahead<R>(a.cols - j, a.param_stride, sizeof(Sw)), 1);
+      __builtin_prefetch(reinterpret_cast<const char*>(q[r] + j) + ahead<R>(a.cols - j, a.cols, 1), 1);
+      x.g[r] = load(g[r] + j);
+      x.w[r] = load(static_cast<const Sw*>(w[r] + j));
+      x.codes[r] = Codes<T>::load(q[r] + j);
+    }
+    x.step(first, row_scale, load(a.col_first + j), load(a.col_scale + j), a);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      store(w[r] + j, x.w[r]);
+      x.codes[r].store(q[r] + j);
     }
   }
   if (const int64_t left = a.cols - j; left > 0) {
-    const Vec<T> unit = load_part<T>(a.col_first + j, left), scale = load_part<T>(a.col_scale + j, left);
+    int8_t lanes[L] = {};
     for (int r = 0; r < R; ++r) {
-      int8_t lanes[L] = {};
-      copy_part(static_cast<int8_t*>(lanes), static_cast<const int8_t*>(q[r] + j), left);
-      Codes<T> codes = Codes<T>::load(lanes);
-      const Vec<T> y = load_part<T>(w[r] + j, left);
-      store_part(w[r] + j, step(r, y, load_part<T>(g[r] + j, left), unit, scale, codes), left);
-      codes.store(lanes);
-      copy_part(q[r] + j, static_cast<const int8_t*>(lanes), left);
+      x.g[r] = load_part<T>(g[r] + j, left);
+      x.w[r] = load_part<T>(w[r] + j, left);
+      memcpy(lanes, q[r] + j, static_cast<size_t>(left));
+      x.codes[r] = Codes<T>::load(lanes);
+    }
+    x.step(first, row_scale, load_part<T>(a.col_first + j, left), load_part<T>(a.col_scale + j, left), a);
+    for (int r = 0; r < R; ++r) {
+      store_part(w[r] + j, x.w[r], left);
+      x.codes[r].store(lanes);
+      memcpy(q[r] + j, lanes, static_cast<size_t>(left));
     }
   }
 }

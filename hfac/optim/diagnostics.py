@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import matricize, reference, rounding, schedules, spec
+from .. import codes, matricize, rounding, schedules, spec
 from ..distributed import layout
 from ..functional import slices
 from .state import COUNTERS, LOW
@@ -249,11 +249,11 @@ def _hfac(view: _View) -> Metrics:
             return G(rows) * col * row[rows, None]
 
         if view.op is spec.HFAC_INT8_STEP:
-            codes = view.state(1, spec.WHOLE).view(m, n)
-            rho, sigma = reference.unit_change(r_old, r, r_old.sum(), r.sum()), s_old.sqrt() / s.sqrt()
+            q = view.state(1, spec.WHOLE).view(m, n)
+            rho, sigma = codes.unit_change(r_old, r, r_old.sum(), r.sum()), s_old.sqrt() / s.sqrt()
 
             def D(rows: slice) -> Tensor:
-                X = reference.decode_moment(codes[rows], view.dtype)
+                X = codes.decode(q[rows], view.dtype)
                 if view.ahead:
                     X = (b1 * rho[rows])[:, None] * sigma * X + (1 - b1) * U(rows)
                 return (b1 * X + (1 - b1) * U(rows)) * (1 / factor)

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import hfac
-from hfac import HFac, functional, reference
+from hfac import HFac, codes, functional
 from hfac.backends import cpu
 
 BACKENDS = ["reference", *(["cpu"] if cpu._C is not None else [])]
@@ -105,13 +105,13 @@ def test_steps_are_those_of_the_definition(backend, shape, dtype, options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_codes_by_hand(dtype):
     def code(*values):
-        return reference.encode_moment(torch.tensor(values, dtype=dtype)).tolist()
+        return codes.encode(torch.tensor(values, dtype=dtype)).tolist()
 
     every = torch.arange(-127, 128).to(torch.int8)
-    values = reference.decode_moment(every, dtype)
+    values = codes.decode(every, dtype)
     exact = torch.tensor([Oracle.decode(q) for q in every.tolist()], dtype=torch.float64)
     assert torch.allclose(values.double(), exact, rtol=max(1e-13, 4 * torch.finfo(dtype).eps), atol=0)
-    assert torch.equal(reference.encode_moment(values), every)
+    assert torch.equal(codes.encode(values), every)
     assert code(0.0, -0.0, 1.0, -1.0) == [0, 0, 90, -90]  # 127.5 / sqrt(2) is 90.2
     assert code(1e9, -3e38, 126.0, float("nan")) == [127, -127, 127, 0]
 
@@ -119,13 +119,13 @@ def test_codes_by_hand(dtype):
 def test_codes_go_towards_zero_where_nothing_comes():
     """Any code times anything below 1 becomes smaller, with its sign, until it is zero; what has grown stays."""
     every = torch.arange(-127, 128).to(torch.int8)
-    values = reference.decode_moment(every)
+    values = codes.decode(every)
     for factor in (0.9, 0.98, 0.9999):
-        fresh = reference.encode_moment(factor * values, every, values)
+        fresh = codes.encode(factor * values, every, values)
         assert torch.equal(fresh.sgn(), every.sgn() * (fresh != 0)) and (fresh.abs() < every.abs())[every != 0].all()
         assert fresh[127] == 0
-    assert torch.equal(reference.encode_moment(values, every, values), every)
-    assert torch.equal(reference.encode_moment(1.0001 * values, every, values), every)
+    assert torch.equal(codes.encode(values, every, values), every)
+    assert torch.equal(codes.encode(1.0001 * values, every, values), every)
 
 
 # ---- the option ------------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_slices_are_parameters_of_their_own(backend):
 def test_the_functional_form_makes_the_same_step(backend):
     (param,), (twin,) = parameters([(6, 8)]), parameters([(6, 8)])
     optimizer = HFac([param], **OPTIONS, backend=backend)
-    codes, row, col = torch.zeros(6, 8, dtype=torch.int8), torch.zeros(6), torch.zeros(8)
+    q, row, col = torch.zeros(6, 8, dtype=torch.int8), torch.zeros(6), torch.zeros(8)
     beta1, beta2 = OPTIONS["betas"]
     numbers = {name: OPTIONS[name] for name in ("lr", "eps", "clip_threshold", "weight_decay")}
     steps, none = [torch.zeros(())], [None]
@@ -186,9 +186,9 @@ def test_the_functional_form_makes_the_same_step(backend):
         param.grad = gradient((6, 8), t, torch.float32)
         optimizer.step()
         with torch.no_grad():
-            functional.hfac([twin], [param.grad], none, none, [row], [col], none, none, steps, exp_avg_qs=[codes],
+            functional.hfac([twin], [param.grad], none, none, [row], [col], none, none, steps, exp_avg_qs=[q],
                             beta1=beta1, beta2=beta2, backend=backend, **numbers)  # fmt: skip
-    assert bits([twin, codes, row, col]) == bits([param, *(optimizer.state[param][k] for k in KEYS)])
+    assert bits([twin, q, row, col]) == bits([param, *(optimizer.state[param][k] for k in KEYS)])
     assert steps[0] == 3
 
 
@@ -288,3 +288,89 @@ def test_an_optimizer_of_an_earlier_version_is_factored():
     again = copy.deepcopy(optimizer)
     assert again.defaults["first_moment"] == again.param_groups[0]["first_moment"] == "factored"
     train(again, again.param_groups[0]["params"], 1)
+
+
+# ---- conversion ------------------------------------------------------------------------------------------------------
+
+
+def half_a_code(state, M, eps=0.0):
+    """Of each element of M, how many codes its own is away from it, from the state's second moment."""
+    r, s = state["exp_avg_sq_row"].double().reshape(-1, 1), state["exp_avg_sq_col"].double().reshape(1, -1)
+    X = M.double().reshape(len(r), -1) / (r * s / r.sum()).sqrt()
+    return (127.5 * (X.abs() / (1 + X.abs())).sqrt() * X.sgn() - state["exp_avg_q"].reshape(len(r), -1)).abs()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_from_adamw_within_half_a_code(dtype):
+    params = parameters([(17, 19), (5,), (6, 4, 3, 3)], dtype)
+    adam = torch.optim.AdamW(params, betas=(0.8, 0.95))
+    train(adam, params, 5)
+    converted = hfac.convert(adam.state_dict(), first_moment="int8")
+    assert converted["param_groups"][0]["first_moment"] == "int8"
+    factored = hfac.convert(adam.state_dict())["state"]
+    for index in (0, 2):
+        state = converted["state"][index]
+        assert half_a_code(state, adam.state[params[index]]["exp_avg"] / (1 - 0.8**5)).max() <= 0.5001
+        assert all(torch.equal(state[key], factored[index][key]) for key in KEYS[1:])
+    assert bits(converted["state"][1]) == bits(factored[1])
+    target = HFac(params, first_moment="int8")
+    target.load_state_dict(converted)
+    train(target, params, 1, start=5)
+
+
+def test_what_no_code_stands_for_is_counted():
+    (param,) = parameters([(8, 12)])
+    adam = torch.optim.AdamW([param])
+    train(adam, [param], 2)
+    moments = adam.state[param]
+    moments["exp_avg"][2, 3:5] = torch.tensor([1e6, -1e6])
+    with pytest.warns(UserWarning, match=r"^convert: 2 elements have a first moment of more than 127 times the root"):
+        state = hfac.convert(adam.state_dict(), first_moment="int8")["state"][0]
+    assert state["exp_avg_q"][2, 3:5].tolist() == [127, -127]
+
+
+def test_from_int8_to_the_others_and_back():
+    params, optimizer = trained()
+    state = optimizer.state[params[0]]
+    r, s = state["exp_avg_sq_row"].double()[:, None], state["exp_avg_sq_col"].double()
+    M = codes.decode(state["exp_avg_q"], torch.float64) * (r * s / r.sum()).sqrt()
+    factored = hfac.convert(optimizer.state_dict(), first_moment="factored")
+    assert factored["param_groups"][0]["first_moment"] == "factored"
+    for side, dim in (("row", 1), ("col", 0)):
+        torch.testing.assert_close(factored["state"][0][f"exp_avg_{side}"].double(), M.mean(dim), rtol=1e-5, atol=1e-7)
+    trained("factored")[1].load_state_dict(factored)
+    same = hfac.convert(optimizer.state_dict())
+    assert same["param_groups"][0]["first_moment"] == "int8"
+    assert torch.equal(same["state"][0]["exp_avg_q"], state["exp_avg_q"])
+    dense = hfac.convert(optimizer.state_dict(), dense=True)
+    torch.testing.assert_close(dense["state"][0]["exp_avg"].double(), M, rtol=1e-5, atol=0)
+    back = hfac.convert(dense, dense=False, first_moment="int8")
+    assert (back["state"][0]["exp_avg_q"].int() - state["exp_avg_q"]).abs().max() <= 1
+    smmf = hfac.convert(optimizer.state_dict(), to="smmf")
+    hfac.SMMF(parameters([(4, 6), (5,)])).load_state_dict(smmf)
+
+
+def test_stacks_are_converted_slice_by_slice():
+    (stack,) = parameters([(3, 8, 6)])
+    optimizer = HFac([stack], batch_dims=1, dense=True)
+    train(optimizer, [stack], 3)
+    converted = hfac.convert(optimizer.state_dict(), dense=False, first_moment="int8")["state"][0]
+    for i in range(3):
+        one = {key: converted[key][i] for key in KEYS}
+        assert half_a_code(one, optimizer.state[stack]["exp_avg"][i]).max() <= 0.5001
+
+
+@pytest.mark.parametrize(
+    ("q", "match"),
+    [
+        (torch.full((4, 6), -128, dtype=torch.int8), "holds -128"),
+        (torch.zeros(4, 6), "has dtype torch.float32"),
+        (torch.zeros(4, 6, dtype=torch.int16), "has dtype torch.int16"),
+    ],
+)
+def test_damaged_codes_are_not_converted(q, match):
+    _, optimizer = trained()
+    saved = optimizer.state_dict()
+    saved["state"][0] = {**saved["state"][0], "exp_avg_q": q}
+    with pytest.raises(ValueError, match=f"convert: state of parameter 0: 'exp_avg_q' .*{match}"):
+        hfac.convert(saved, first_moment="factored")
