@@ -33,6 +33,7 @@ def hfac(
     state_steps: Sequence[Tensor],
     skipped: Sequence[Tensor] | None = None,
     master_lows: States | None = None,
+    exp_avg_qs: States | None = None,
     *,
     lr: Scalar,
     beta1: float,
@@ -62,6 +63,8 @@ def hfac(
             (`hfac.rounding`).
         places: of parameters that are rounded stochastically, where their random bits come from
             (`hfac.rounding.BitOffset`) together with ``seed``; None for those that are rounded to nearest.
+        exp_avg_qs: per parameter, int8 of p.shape, the whole first moment of first_moment="int8" (then exp_avg_rows and
+            exp_avg_cols are None), or None; None alone where no parameter has one.
         capturable: read the steps on their device (needed in a CUDA graph). The kernels of "cuda" and "triton" cannot
             be captured in this form, whose tables are made anew in every call: capture a step of `hfac.HFac`, or of a
             `Group` that has made one before and lives as long as the graph.
@@ -130,7 +133,7 @@ def _step(algorithm: str, grads: Sequence[Tensor], **arguments: Any) -> None:
     names = ("params", "state_steps", "skipped", "capturable", "backend", "places", "batch_dims")
     bound = {name: arguments.pop(name) for name in names}
     first = described.has_first(arguments)
-    step = Group(algorithm, grads=grads, states=states, first_moment=first, **bound).prepare(grads, **arguments)
+    step = Group(algorithm, grads=grads, states=states, has_first=first, **bound).prepare(grads, **arguments)
     assert step is not None  # just bound
     step.check_capture()
     step.apply()
@@ -203,7 +206,7 @@ class Group:
     options.
 
     Args: as `hfac` and `smmf`; ``states`` are their lists of states by name, ``master_lows`` among them where there are
-        any, and without ``first_moment`` those of the first are not read. ``grads`` are read for their types only.
+        any, and without ``has_first`` those of the first are not read. ``grads`` are read for their types only.
         ``watch``: whether a step tells of itself (`Step.watched`). ``captured``: a list to which a step that a CUDA
         graph captures adds what the graph reads and writes in every replay, gradients and parameters apart: it must
         live as long as the graph. None: a list of the group's own, which must then live as long.
@@ -217,7 +220,7 @@ class Group:
         states: Mapping[str, States | None],
         state_steps: Sequence[Tensor],
         skipped: Sequence[Tensor] | None,
-        first_moment: bool,
+        has_first: bool,
         capturable: bool,
         backend: str,
         places: Sequence[BitOffset | None] | None = None,
@@ -232,7 +235,7 @@ class Group:
         for name, tensors in lists.items():
             if tensors is not None:
                 ops.check_length(name, tensors, len(params))
-        unread = () if first_moment else {state.name for state in self._algorithm.states if state.moment == 1}
+        unread = () if has_first else {state.name for state in self._algorithm.states if state.moment == 1}
         read = {name: entries for name, entries in states.items() if entries is not None and name not in unread}
         for name, tensors in (("params", params), ("grads", grads), ("state_steps", state_steps)):
             for i, tensor in enumerate(tensors):

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import rounding
+from . import codes, rounding
 from .matricize import Block
 from .rounding import BitOffset
 from .schedules import Scalar
@@ -85,6 +85,66 @@ def hfac_step_(
             _watch(watched[i], stored, W, U, keep, zero.all(1).sum(), zero.all(0).sum())
         stored.write(W, keep)
         for old, new in ((u_row, u), (v_col, v), (r_row, r), (s_col, s)):
+            _write(old, new, keep)
+
+
+def hfac_int8_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg_qs: Sequence[Tensor],
+    exp_avg_sq_rows: Sequence[Tensor],
+    exp_avg_sq_cols: Sequence[Tensor],
+    nonfinite: Tensor | None = None,
+    *,
+    lr: Scalar,
+    beta1: Scalar,
+    beta2: Scalar,
+    eps: float,
+    clip_threshold: float | None,
+    weight_decay: Scalar,
+    maximize: bool,
+    master_lows: Sequence[Tensor] | None = None,
+    places: Sequence[BitOffset] | None = None,
+    seed: int = 0,
+    step: Scalar = 0.0,
+    watched: Tensor | None = None,
+) -> None:
+    """One step of H-Fac on matrices whose first moment is whole, in 8 bits: `exp_avg_qs` are int8 of the parameters'
+    shapes, codes (`hfac.codes`) of X = M / sqrt(V), V = r s^T / sum(r).
+
+    X changes its unit with V, so the old one is multiplied by rho_i sigma_j = sqrt(V_old / V) before G / sqrt(V) is
+    averaged in; the step is Adam's, b1 X + (1 - b1) G / sqrt(V), clipped as where moments are whole.
+    """
+    for i, param in enumerate(params):
+        q, r_row, s_col = exp_avg_qs[i], exp_avg_sq_rows[i], exp_avg_sq_cols[i]
+        m, n = r_row.numel(), s_col.numel()
+        if m * n == 0:
+            continue
+        b1, b2 = _of(beta1, i), _of(beta2, i)
+        stored = _Stored(param, i, master_lows, places, seed, step)
+        W, G = _operands(stored, grads[i], (m, n), r_row.dtype, maximize)
+
+        sq = G * G + eps
+        r_old, s_old = r_row.view(m), s_col.view(n)
+        r = b2 * r_old + (1 - b2) * sq.sum(1)
+        s = b2 * s_old + (1 - b2) * sq.sum(0)
+        total = r.sum()
+
+        U = _hfac_normalized(G, r, s, total)
+        rho, sigma = codes.unit_change(r_old, r, r_old.sum(), total), s_old.sqrt() / s.sqrt()
+        X_old = codes.decode(q.view(m, n), r.dtype)
+        X = (b1 * rho)[:, None] * sigma * X_old + (1 - b1) * U
+        D = b1 * X + (1 - b1) * U
+        if clip_threshold is not None:
+            D = D * (1 / _clip_divisor(U, clip_threshold))
+        W = W - lr * (D + weight_decay * W)
+
+        keep = _keep(G, nonfinite, i)
+        if watched is not None:
+            zero = G == 0
+            _watch(watched[i], stored, W, U, keep, zero.all(1).sum(), zero.all(0).sum())
+        stored.write(W, keep)
+        for old, new in ((q, codes.encode(X, q.view(m, n), X_old)), (r_row, r), (s_col, s)):
             _write(old, new, keep)
 
 
@@ -189,12 +249,17 @@ def _hfac_direction(
     phi = b1 * (u - row_mean) / (r / n).sqrt()
     psi = b1 * (v - col_mean) / (s / m).sqrt()
 
-    # U = G / sqrt(V) with V = r s^T / sum(r). V is never formed and sum(r) / r_i never divided: the first would
-    # underflow float32 (eps = 1e-30), the second can overflow. |G_ij| <= sqrt(s_j / (1 - b2)) keeps the first
-    # product finite.
-    U = G * (1 / s.sqrt()) * (total.sqrt() * (1 / r.sqrt()))[:, None]
+    U = _hfac_normalized(G, r, s, total)
     clipped = U if clip_threshold is None else U / _clip_divisor(U, clip_threshold, mean_square)
     return U, (phi[:, None] + psi) / 2 + clipped
+
+
+def _hfac_normalized(G: Tensor, r: Tensor, s: Tensor, total: Tensor) -> Tensor:
+    """U = G / sqrt(V) with V = r s^T / sum(r).
+
+    V is never formed and sum(r) / r_i never divided: the first would underflow float32 (eps = 1e-30), the second can
+    overflow. |G_ij| <= sqrt(s_j / (1 - b2)) keeps the first product finite."""
+    return G * (1 / s.sqrt()) * (total.sqrt() * (1 / r.sqrt()))[:, None]
 
 
 def hfac_dense_step_(

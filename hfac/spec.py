@@ -34,6 +34,7 @@ class Operand:
         key: of a state, its key in ``optimizer.state``; None for sums, which live for one step.
         dtype: of every entry; None: the arithmetic's, float32, or float64 for float64 parameters.
         optional: may be None, together with all others that may.
+        least: of whole numbers, the least that a step writes; None: any that the dtype has.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Operand:
     key: str | None = None
     dtype: torch.dtype | None = None
     optional: bool = False
+    least: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class Op:
             backend may take these first (`hfac.ops.OpCall.statistics`).
         shard: whether the op takes shards, the pieces of parameters that one rank has.
         shard_vectors: ``vectors`` that may be given by name, where the parameters are shards.
+        chosen_by: options that a group must have for the op to be taken, each with its value; () where others decide.
+        shardable: whether parameters that take the op may be sharded, if any of the algorithm's may.
     """
 
     name: str
@@ -90,6 +94,8 @@ class Op:
     reads_twice: bool = False
     shard: bool = False
     shard_vectors: tuple[str, ...] = ()
+    chosen_by: tuple[tuple[str, Any], ...] = ()
+    shardable: bool = True
 
     @property
     def states(self) -> tuple[Operand, ...]:
@@ -147,6 +153,14 @@ class Algorithm:
         """Keys of ``optimizer.state``, but for those that all optimizers have."""
         return tuple(state.key for state in self.states if state.key is not None)
 
+    def op_for(self, factored: bool, options: Mapping[str, Any]) -> Op:
+        """The op of parameters in a group with these options, seen as matrices or kept whole."""
+        return next(
+            op
+            for op in self.ops
+            if (op.matrix is not None) == factored and all(options[name] == value for name, value in op.chosen_by)
+        )
+
     def op_of(self, present: Sequence[str]) -> Op:
         """The op that takes the most of the lists (or keys) in ``present``; the first of those that take as many."""
         return max(self.ops, key=lambda op: sum(s.name in present or s.key in present for s in op.states))
@@ -164,6 +178,7 @@ _SECOND = _state("exp_avg_sq_row", ROWS, 2), _state("exp_avg_sq_col", COLS, 2)
 _FIRST = _state("exp_avg_row", ROWS, 1), _state("exp_avg_col", COLS, 1)
 _SIGNS = _state("exp_avg_sign", SIGNS, 1, torch.uint8)
 _DENSE = _state("exp_avg", WHOLE, 1), _state("exp_avg_sq", WHOLE, 2)
+_CODES = Operand("exp_avg_qs", WHOLE, 1, "exp_avg_q", torch.int8, least=-127)
 
 _LR, _WEIGHT_DECAY = Number("lr", tensor=True), Number("weight_decay", tensor=True)
 _BETA1, _BETA2 = (Number(name, tensor=True, each=True) for name in ("beta1", "beta2"))
@@ -179,7 +194,23 @@ _SMMF = (
     _MAXIMIZE,
 )
 
-HFAC_STEP = Op("hfac_step_", (*_FIRST, *_SECOND), _HFAC, matrix="cut", reads_twice=True)
+HFAC_STEP = Op(
+    "hfac_step_",
+    (*_FIRST, *_SECOND),
+    _HFAC,
+    matrix="cut",
+    reads_twice=True,
+    chosen_by=(("first_moment", "factored"),),
+)
+HFAC_INT8_STEP = Op(
+    "hfac_int8_step_",
+    (_CODES, *_SECOND),
+    _HFAC,
+    matrix="cut",
+    reads_twice=True,
+    chosen_by=(("first_moment", "int8"),),
+    shardable=False,
+)
 HFAC_DENSE_STEP = Op("hfac_dense_step_", _DENSE, _HFAC, shard_vectors=("mean_squares",))
 HFAC_SUMS = Op(
     "hfac_sums",
@@ -256,7 +287,7 @@ def register(algorithm: Algorithm) -> None:
 register(
     Algorithm(
         "hfac",
-        (HFAC_STEP, HFAC_DENSE_STEP),
+        (HFAC_STEP, HFAC_DENSE_STEP, HFAC_INT8_STEP),
         (HFAC_SUMS, HFAC_APPLY),
         ("beta1", "beta2", "eps", "clip_threshold"),
         _hfac_decays,

@@ -20,6 +20,7 @@ Slots first(Need need) {
   return {{"exp_avg_rows", kRows, need, &Item::first_row}, {"exp_avg_cols", kCols, need, &Item::first_col}};
 }
 Slots signs(Need need) { return {{"exp_avg_signs", Extent::kSigns, need}}; }
+Slots codes() { return {{"exp_avg_qs", kElements, kAlways, &Item::codes}}; }
 Slots second() {
   return {{"exp_avg_sq_rows", kRows, kAlways, &Item::second_row},
           {"exp_avg_sq_cols", kCols, kAlways, &Item::second_col}};
@@ -54,6 +55,7 @@ const OpSlots kOps[] = {
     {"hfac_apply", OpKind::kHfacApply, Sizes::kMatrix, first(kAlways) + second() + hfac_known()},
     {"smmf_sums_step", OpKind::kSmmfSums, Sizes::kBlocks, first(kFirst) + signs(kFirst) + second() + smmf_sums()},
     {"squares", OpKind::kSquares, Sizes::kElements, {}},
+    {"hfac_int8_step", OpKind::kHfacInt8, Sizes::kMatrix, codes() + second()},
 };
 
 // Where the `numel` elements of a shard lie in a matrix of `rows` rows and `cols` columns: 7 numbers for each block.

@@ -36,6 +36,7 @@ struct OpSlots {
 
   bool params() const { return kind != OpKind::kHfacSums && kind != OpKind::kSquares; }
   bool smmf() const { return kind == OpKind::kSmmf || kind == OpKind::kSmmfDense || kind == OpKind::kSmmfSums; }
+  bool reads_twice() const { return kind == OpKind::kHfac || kind == OpKind::kHfacInt8; }
   bool on_shards() const {
     return kind == OpKind::kHfacSums || kind == OpKind::kHfacApply || kind == OpKind::kSmmfSums;
   }

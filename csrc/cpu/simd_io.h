@@ -50,7 +50,7 @@ HFAC_HD typename Vec<float>::IntPart bfloat16_bits(typename Vec<float>::Part x) 
   const Unsigned u = (Unsigned)x;
   const Bits rounded = (Bits)(u + 0x7fffu + ((u >> 16) & 1u));
   const Bits nan = (x != x);
-  return (rounded & ~nan) | (nan & 0x7fc00000);
+  return nan ? 0x7fc00000 - Bits{} : rounded;
 }
 
 HFAC_HD void store(BFloat16* p, Vec<float> a) {

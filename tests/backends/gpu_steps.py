@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from cases import OPTIONS, SHAPES, gradient
+from cases import OPTIONS, SHAPES, gradient, on_gpus
 from rehearsal import HAS_GPU
 from running import bits, parameters
 from test_parity import params_agree, states_agree
@@ -66,7 +66,9 @@ def compared(name, backend, kwargs, shapes, dtype, steps, layout=lambda x: x):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("dtype", [*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize(("name", "options"), [(name, key) for name, rows in OPTIONS.items() for key in rows])
+@pytest.mark.parametrize(
+    ("name", "options"), [(name, key) for name, rows in OPTIONS.items() for key in rows if on_gpus(rows[key])]
+)
 def test_parity(name, options, dtype, backend):
     compared(name, backend, OPTIONS[name][options], [*SHAPES, *LARGE], dtype, steps=sized(4, 2))
 

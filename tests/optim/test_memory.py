@@ -6,7 +6,7 @@ import copy
 import calls
 import pytest
 import torch
-from running import bits
+from running import Int8, bits
 from suites import KERNELS
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from hfac import SMMF, HFac, memory, ops
 
-BOTH = pytest.mark.parametrize("cls", [HFac, SMMF], ids=["hfac", "smmf"])
+BOTH = pytest.mark.parametrize("cls", [HFac, SMMF, Int8], ids=["hfac", "smmf", "int8"])
 SHAPES = [(12, 8), (9,), (3, 4, 5)]
 
 
