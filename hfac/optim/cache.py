@@ -66,23 +66,23 @@ class StepCache:
     def _collect(self, groups: Groups, state: States) -> list[Collection[Any]]:
         """All objects that must stay the same: states, their values, local tensors, and each group's parameters."""
         states = state.values()
-        # A wrapper's entry may be no dict, and belong to no parameter.
-        values = list(chain.from_iterable([entry.values() for entry in states if isinstance(entry, dict)]))
+        try:
+            values = list(chain.from_iterable(map(dict.values, states)))
+        except TypeError:  # a wrapper's entry that belongs to no parameter
+            values = [value for entry in states if isinstance(entry, dict) for value in entry.values()]
         shards = [param._local_tensor for param in self.dtensors]
         params: list[Collection[Any]] = [group["params"] for group in groups]
         return [states, values, shards, *params]
 
     def _cached_options(self, groups: Groups) -> list[tuple[Any, ...]]:
-        """The options that binding depends on."""
-        names, has_first = (*EXECUTION, "nonfinite", "rounding", "master"), self._algorithm.has_first
-        return [(*[group[name] for name in names], has_first(group)) for group in groups]
+        return [_cached_options(group, self._algorithm) for group in groups]
 
     def _own_objects(self, state: States) -> list[Any]:
         return [
             thing
             for param, entry in state.items()
             if isinstance(param, Tensor)
-            for thing in (param, *(value for key, value in entry.items() if key in self._own_keys))
+            for thing in (param, *_own_values(entry, self._own_keys))
         ]
 
 
@@ -99,15 +99,14 @@ class SingleParamCache:
         self.group, self.label = groups[group_index], f"parameter {index} of group {group_index}"
         self.param: Tensor = self.group["params"][index]
         self.bound: functional.Group | None = None
-        self._group_index, self._index, self._algorithm = group_index, index, algorithm
+        self._group_index, self._index = group_index, index
+        self._algorithm, self._own_keys = algorithm, own_keys(algorithm)
 
     def is_valid(self, groups: Groups, state: States) -> bool:
         """Whether the parameter still has its index in its group. Drops ``bound`` where that is stale."""
         if not is_at(groups, self.param, self._group_index, self._index) or groups[self._group_index] is not self.group:
             return False
-        if self.bound is not None and not (
-            self.position(groups) == self._position and self._cache.is_valid(*self._alone(state))
-        ):
+        if self.bound is not None and not self._bound_is_valid(groups, state):
             self.bound = None
         return True
 
@@ -119,14 +118,33 @@ class SingleParamCache:
 
     def keep(self, bound: functional.Group, groups: Groups, state: States) -> None:
         """Keeps the bound parameter until any of what it was made of changes."""
-        self._cache = StepCache(*self._alone(state), self._algorithm)
-        self._position = self.position(groups)
+        self._state, self._values = state[self.param], dict(state[self.param])
+        self._shard = getattr(self.param, "_local_tensor", None)
+        self._options, self._position = _cached_options(self.group, self._algorithm), self.position(groups)
         self.bound = bound
 
-    def _alone(self, state: States) -> tuple[Groups, States]:
-        """Groups and state of an optimizer that has nothing but the parameter."""
-        own = {self.param: state[self.param]} if self.param in state else {}
-        return [{**self.group, "params": [self.param]}], own
+    def _bound_is_valid(self, groups: Groups, state: States) -> bool:
+        entry = state.get(self.param)
+        if entry is not self._state:
+            return False
+        if not _identical(entry.values(), self._values.values()):
+            if not _identical(*(_own_values(values, self._own_keys) for values in (entry, self._values))):
+                return False
+            self._values = dict(entry)  # a wrapper has replaced entries of its own
+        return (
+            self.position(groups) == self._position
+            and getattr(self.param, "_local_tensor", None) is self._shard
+            and _cached_options(self.group, self._algorithm) == self._options
+        )
+
+
+def _cached_options(group: Mapping[str, Any], algorithm: spec.Algorithm) -> tuple[Any, ...]:
+    """The options that binding depends on."""
+    return (*(group[n] for n in (*EXECUTION, "nonfinite", "rounding", "master")), algorithm.has_first(group))
+
+
+def _own_values(entry: Mapping[str, Any], keys: Collection[str]) -> list[Any]:
+    return [value for key, value in entry.items() if key in keys]
 
 
 def _identical(now: Collection[Any], then: Collection[Any]) -> bool:
