@@ -128,15 +128,8 @@ def hfac_int8_step_(
         r_old, s_old = r_row.view(m), s_col.view(n)
         r = b2 * r_old + (1 - b2) * sq.sum(1)
         s = b2 * s_old + (1 - b2) * sq.sum(0)
-        total = r.sum()
-
-        U = _hfac_normalized(G, r, s, total)
-        rho, sigma = codes.unit_change(r_old, r, r_old.sum(), total), s_old.sqrt() / s.sqrt()
-        X_old = codes.decode(q.view(m, n), r.dtype)
-        X = (b1 * rho)[:, None] * sigma * X_old + (1 - b1) * U
-        D = b1 * X + (1 - b1) * U
-        if clip_threshold is not None:
-            D = D * (1 / _clip_divisor(U, clip_threshold))
+        squares, totals = (r_old, s_old, r, s), (r_old.sum(), r.sum())
+        U, D, new_q = _hfac_whole_direction(G, q.view(m, n), squares, totals, b1, clip_threshold)
         W = W - lr * (D + weight_decay * W)
 
         keep = _keep(G, nonfinite, i)
@@ -144,8 +137,30 @@ def hfac_int8_step_(
             zero = G == 0
             _watch(watched[i], stored, W, U, keep, zero.all(1).sum(), zero.all(0).sum())
         stored.write(W, keep)
-        for old, new in ((q, codes.encode(X, q.view(m, n), X_old)), (r_row, r), (s_col, s)):
+        for old, new in ((q, new_q), (r_row, r), (s_col, s)):
             _write(old, new, keep)
+
+
+def _hfac_whole_direction(
+    G: Tensor,
+    q: Tensor,
+    squares: tuple[Tensor, Tensor, Tensor, Tensor],
+    totals: tuple[Tensor, Tensor],
+    b1: Scalar,
+    clip_threshold: float | None,
+    mean_square: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """U of a matrix whose first moment is codes `q`, or of a part of one, before it is clipped; the direction of the
+    step; and new codes. `squares` are r and s as they were and as they are, `totals` the sums of both r."""
+    (r_old, s_old, r, s), (total_old, total) = squares, totals
+    U = _hfac_normalized(G, r, s, total)
+    rho, sigma = codes.unit_change(r_old, r, total_old, total), s_old.sqrt() / s.sqrt()
+    X_old = codes.decode(q, r.dtype)
+    X = (b1 * rho)[:, None] * sigma * X_old + (1 - b1) * U
+    D = b1 * X + (1 - b1) * U
+    if clip_threshold is not None:
+        D = D * (1 / _clip_divisor(U, clip_threshold, mean_square))
+    return U, D, codes.encode(X, q, X_old)
 
 
 def hfac_sums(
@@ -230,6 +245,47 @@ def hfac_apply_(
             _, D = _hfac_direction(G, (u, v, r, s), means, whole, totals[i], b1, clip_threshold, mean_square)
             stored.write(W - lr * (D + weight_decay * W), None)
         for old, new in ((u_row, u), (v_col, v), (exp_avg_sq_rows[i], r), (exp_avg_sq_cols[i], s)):
+            _write(old, new, None)
+
+
+def hfac_int8_apply_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg_qs: Sequence[Tensor],
+    exp_avg_sq_rows: Sequence[Tensor],
+    exp_avg_sq_cols: Sequence[Tensor],
+    new_rows: Sequence[Tensor],
+    new_cols: Sequence[Tensor],
+    old_totals: Tensor,
+    totals: Tensor,
+    mean_squares: Tensor,
+    *,
+    lr: Scalar,
+    beta1: Scalar,
+    clip_threshold: float | None,
+    weight_decay: Scalar,
+    maximize: bool,
+    master_lows: Sequence[Tensor] | None = None,
+    places: Sequence[BitOffset] | None = None,
+    seed: int = 0,
+    step: Scalar = 0.0,
+) -> None:
+    """The rest of a step of `hfac_int8_step_` on parts [m, n] of matrices: as `hfac_apply_`, but for `exp_avg_qs`, the
+    codes of a part, and old_totals, the sum of the whole r as it was."""
+    for i, param in enumerate(params):
+        q, r_row, s_col, r, s = exp_avg_qs[i], exp_avg_sq_rows[i], exp_avg_sq_cols[i], new_rows[i], new_cols[i]
+        if param.numel():
+            m, n = r.numel(), s.numel()
+            stored = _Stored(param, i, master_lows, places, seed, step)
+            W, G = _operands(stored, grads[i], (m, n), r.dtype, maximize)
+            squares, sums = (r_row.view(m), s_col.view(n), r, s), (old_totals[i].to(r.dtype), totals[i].to(r.dtype))
+            of = q.reshape(m, n)
+            _, D, new_q = _hfac_whole_direction(
+                G, of, squares, sums, _of(beta1, i), clip_threshold, mean_squares[i].to(r.dtype)
+            )
+            stored.write(W - lr * (D + weight_decay * W), None)
+            _write(q, new_q, None)
+        for old, new in ((r_row, r), (s_col, s)):
             _write(old, new, None)
 
 

@@ -81,7 +81,6 @@ class Op:
         shard: whether the op takes shards, the pieces of parameters that one rank has.
         shard_vectors: ``vectors`` that may be given by name, where the parameters are shards.
         chosen_by: options that a group must have for the op to be taken, each with its value; () where others decide.
-        shardable: whether parameters that take the op may be sharded, if any of the algorithm's may.
     """
 
     name: str
@@ -95,7 +94,6 @@ class Op:
     shard: bool = False
     shard_vectors: tuple[str, ...] = ()
     chosen_by: tuple[tuple[str, Any], ...] = ()
-    shardable: bool = True
 
     @property
     def states(self) -> tuple[Operand, ...]:
@@ -155,15 +153,16 @@ class Algorithm:
 
     def op_for(self, factored: bool, options: Mapping[str, Any]) -> Op:
         """The op of parameters in a group with these options, seen as matrices or kept whole."""
-        return next(
-            op
-            for op in self.ops
-            if (op.matrix is not None) == factored and all(options[name] == value for name, value in op.chosen_by)
-        )
+        return next(op for op in chosen(self.ops, options) if (op.matrix is not None) == factored)
 
     def op_of(self, present: Sequence[str]) -> Op:
         """The op that takes the most of the lists (or keys) in ``present``; the first of those that take as many."""
         return max(self.ops, key=lambda op: sum(s.name in present or s.key in present for s in op.states))
+
+
+def chosen(ops: Sequence[Op], options: Mapping[str, Any]) -> list[Op]:
+    """Those that a group with these options may take."""
+    return [op for op in ops if all(options[name] == value for name, value in op.chosen_by)]
 
 
 #: What a bfloat16 parameter lacks of its master weight: int16 or int8 of its shape (`hfac.rounding`).
@@ -209,7 +208,6 @@ HFAC_INT8_STEP = Op(
     matrix="cut",
     reads_twice=True,
     chosen_by=(("first_moment", "int8"),),
-    shardable=False,
 )
 HFAC_DENSE_STEP = Op("hfac_dense_step_", _DENSE, _HFAC, shard_vectors=("mean_squares",))
 HFAC_SUMS = Op(
@@ -234,6 +232,15 @@ HFAC_APPLY = Op(
     vectors=("totals", "mean_squares"),
     counts=("rows", "cols"),
     shard=True,
+    chosen_by=HFAC_STEP.chosen_by,
+)
+HFAC_INT8_APPLY = Op(
+    "hfac_int8_apply_",
+    (_CODES, *_SECOND, Operand("new_rows", ROWS), Operand("new_cols", COLS)),
+    (_LR, _BETA1, _CLIP, _WEIGHT_DECAY, _MAXIMIZE),
+    vectors=("old_totals", "totals", "mean_squares"),
+    shard=True,
+    chosen_by=HFAC_INT8_STEP.chosen_by,
 )
 SMMF_STEP = Op("smmf_step_", (*_FIRST, _SIGNS, *_SECOND), _SMMF, matrix="square")
 SMMF_DENSE_STEP = Op("smmf_dense_step_", _DENSE, _SMMF)
@@ -288,7 +295,7 @@ register(
     Algorithm(
         "hfac",
         (HFAC_STEP, HFAC_DENSE_STEP, HFAC_INT8_STEP),
-        (HFAC_SUMS, HFAC_APPLY),
+        (HFAC_SUMS, HFAC_APPLY, HFAC_INT8_APPLY),
         ("beta1", "beta2", "eps", "clip_threshold"),
         _hfac_decays,
         _hfac_scalars,

@@ -23,8 +23,10 @@ from .bucket import Bucket, Entry, Options
 from .lists import Joined, Members, Pieces, joined
 from .schedule import Job, Stage, reduced, stages
 
-#: state keys of the two moments: rows and columns of the first, then of the second; and both whole
+#: state keys of the two moments: rows and columns of the first, then of the second; the first whole in 8 bits; and both
+#: whole
 _KEYS = [str(state.key) for state in spec.HFAC_STEP.states]
+_CODES = str(spec.HFAC_INT8_STEP.states[0].key)
 _DENSE_KEYS = [str(state.key) for state in spec.HFAC_DENSE_STEP.states]
 
 #: elements of vectors that are stepped together
@@ -37,14 +39,14 @@ def buckets(entries: Sequence[Entry]) -> list[Bucket]:
     vectors: dict[tuple[object, ...], list[Entry]] = {}
     for entry in entries:
         names = tuple(tuple(stage.name for stage in each) for each in _stages(entry))
-        key = entry.group, entry.param.dtype, entry.storage, names, _transposed(entry)
+        key = entry.group, entry.param.dtype, entry.storage, names, _transposed(entry), _CODES in entry.state
         (vectors if _cut(entry) is None else matrices).setdefault(key, []).append(entry)
     return [Matrices(mine) for mine in matrices.values()] + [Vectors(mine) for mine in vectors.values()]
 
 
 def _cut(entry: Entry) -> int | None:
     """How many of the parameter's dimensions make the rows; None where moments are whole."""
-    row = entry.state.get(_KEYS[0])
+    row = entry.state.get(_KEYS[2])
     return None if row is None else row.ndim
 
 
@@ -81,7 +83,8 @@ def _stages(entry: Entry) -> tuple[list[Stage], list[Stage], list[Stage]]:
 
 class Matrices(Bucket):
     """Matrices [m, n] of which a rank has some rows and some columns. "Rows" are those whose sums come first: where
-    columns come first, everything is transposed here."""
+    columns come first, everything is transposed here. A first moment that is whole is sharded as its parameter is, and
+    needs no sums of gradients."""
 
     algorithm = "hfac"
 
@@ -90,8 +93,13 @@ class Matrices(Bucket):
         self.transposed = _transposed(entries[0])
         self.row_stages, self.col_stages, self.number_stages = _stages(entries[0])
         keys = [_KEYS[i] for i in ((1, 0, 3, 2) if self.transposed else (0, 1, 2, 3))]
-        self.u, self.v, self.r, self.s = ([entry.local_state(key).view(-1) for entry in entries] for key in keys)
-        self.rows, self.cols = ([entry.state[key].numel() for entry in entries] for key in keys[:2])
+        self.r, self.s = ([entry.local_state(key).view(-1) for entry in entries] for key in keys[2:])
+        self.rows, self.cols = ([entry.state[key].numel() for entry in entries] for key in keys[2:])
+        self.has_codes = _CODES in entries[0].state
+        if self.has_codes:
+            self.first = [self.turned([entry.local_state(_CODES) for entry in entries])]
+        else:
+            self.first = [[entry.local_state(key).view(-1) for entry in entries] for key in keys[:2]]
         self.params = self.turned(self.params)
         if self.lows is not None:
             self.lows = self.turned(self.lows)
@@ -100,20 +108,24 @@ class Matrices(Bucket):
 
         count = len(entries)
         self.row_pieces, self.col_pieces = (
-            Pieces([t.numel() for t in state], self.device) for state in (self.u, self.v)
+            Pieces([t.numel() for t in state], self.device) for state in (self.r, self.s)
         )
-        m, n = self.row_pieces.sizes, self.col_pieces.sizes
-        #: of this rank's rows: sums and sums of squares; and of whole rows, who has a gradient, and whose is refused
-        self.row_room = [*m, *m, count, count]
-        #: sums, sums of squares and sums of ratios; the sum of r, who has a gradient, and whose is refused
-        self.col_room = [*n, *n, *n, count, count, count]
+        m, n, sums = self.row_pieces.sizes, self.col_pieces.sizes, not self.has_codes
+        #: lists in a room of rows, of this rank's: sums of gradients, unless they are not needed, and of squares; after
+        #: them who has a gradient, and whose is refused
+        self.row_lists = sums + 1
+        self.row_room = [*m * self.row_lists, count, count]
+        #: in one of columns: likewise, and sums of ratios; after them the sum of r, and of r as it was where that is
+        #: needed, who has a gradient, and whose is refused
+        self.col_lists = sums + 2
+        self.col_room = [*n * self.col_lists, *[count] * (self.has_codes + 3)]
         self.whole = self.on_device([a * b for a, b in zip(self.rows, self.cols, strict=True)])
         self._eps: tuple[float, Tensor, Tensor] | None = None
 
     def _order(self, i: int) -> list[int]:
         """The parameter's dimensions, those of its columns first."""
         entry = self.entries[i]
-        k = entry.state[_KEYS[0]].ndim
+        k = entry.state[_KEYS[2]].ndim
         return [*range(k, entry.param.ndim), *range(k)]
 
     def turned(self, shards: Sequence[Any]) -> list[Any]:
@@ -147,18 +159,23 @@ class Matrices(Bucket):
             return flat, flat.split(pieces.sizes)
 
         (_, row_sums), (self.new_rows, new_rows), (self.new_cols, new_cols) = kept(m), kept(m), kept(n)
+        (_, col_sums) = kept(n)
         reading = [self.r, row_sums, new_rows]
         if self.row_stages:
-            self.ops["rows"] = _lists(spec.HFAC_SUMS, [self.r, *lists(self.row_rooms[0], self.row_room, 2)], self.cols)
+            *sums, squares = lists(self.row_rooms[0], self.row_room, self.row_lists)
+            self.ops["rows"] = _with_lists(spec.HFAC_SUMS, [self.r, *(sums or [row_sums]), squares], self)
             # The second read must leave the rows' complete moments unchanged, so its decay is 1. What it finds of rows
             # is unused.
             reading = [new_rows, row_sums, kept(m)[1]]
-            row_sums, _ = lists(self.row_rooms[-1], self.row_room, 2)
-        of_cols = lists(self.col_rooms[0], self.col_room, 3)
-        self.ops["cols"] = _lists(spec.HFAC_SUMS, [*reading, *of_cols], self.cols)
-        col_sums, *_ = lists(self.col_rooms[-1], self.col_room, 3)
-        values = [self.u, self.v, self.r, self.s, row_sums, new_rows, col_sums, new_cols]
-        self.ops["apply"] = _lists(spec.HFAC_APPLY, values, self.cols, self.rows)
+            row_sums, *_ = lists(self.row_rooms[-1], self.row_room, self.row_lists)
+        *sums, squares, ratios = lists(self.col_rooms[0], self.col_room, self.col_lists)
+        self.ops["cols"] = _with_lists(spec.HFAC_SUMS, [*reading, *(sums or [col_sums]), squares, ratios], self)
+        if self.has_codes:
+            op, found = spec.HFAC_INT8_APPLY, [new_rows, new_cols]
+        else:
+            col_sums, *_ = lists(self.col_rooms[-1], self.col_room, self.col_lists)
+            op, found = spec.HFAC_APPLY, [row_sums, new_rows, col_sums, new_cols]
+        self.ops["apply"] = _with_lists(op, [*self.first, self.r, self.s, *found], self)
 
     def eps_sums(self, eps: float) -> tuple[Tensor, Tensor]:
         """What eps adds to the sum of squares of every whole row, and of every whole column."""
@@ -192,7 +209,7 @@ class Matrices(Bucket):
         reading = {"beta2": beta2, "eps": eps}
 
         if self.row_stages:
-            m = self.row_pieces.total
+            m = self.row_pieces.total * (self.row_lists - 1)
 
             def fill_rows() -> None:
                 _, there, left = self.row_rooms[0].split(_ends(self.row_room, 2))
@@ -202,12 +219,14 @@ class Matrices(Bucket):
                 self.run(self.call("rows", who, backend), here, clip, options, {"beta2": 0.0, "eps": 0.0})
 
             yield from reduced(self.row_rooms, fill_rows)
-            squares = self.row_rooms[-1][m : 2 * m]
+            squares = self.row_rooms[-1][m : m + self.row_pieces.total]
             self.average(self.new_rows, self.r, squares + row_eps, beta2, who, self.row_pieces)
             reading = {"beta2": 1.0, "eps": 0.0}
 
         def fill_cols() -> None:
-            _, totals, there, left = self.col_rooms[0].split(_ends(self.col_room, 3))
+            _, *old_totals, totals, there, left = self.col_rooms[0].split(_ends(self.col_room, 3 + self.has_codes))
+            for old in old_totals:
+                old.copy_(self.row_pieces.sums(torch.cat(self.r)))
             if self.row_stages:
                 _, present, refused = self.row_rooms[-1].split(_ends(self.row_room, 2))
                 there.copy_(present)
@@ -220,9 +239,9 @@ class Matrices(Bucket):
             totals.copy_(self.row_pieces.sums(self.new_rows))
 
         yield from reduced(self.col_rooms, fill_cols)
-        _, totals, present, refused = self.col_rooms[-1].split(_ends(self.col_room, 3))
+        _, *old_totals, totals, present, refused = self.col_rooms[-1].split(_ends(self.col_room, 3 + self.has_codes))
         n = self.col_pieces.total
-        _, squares, ratios = self.col_rooms[-1][: 3 * n].split(n)
+        *_, squares, ratios = self.col_rooms[-1][: self.col_lists * n].split(n)
         self.average(self.new_cols, self.s, squares + col_eps, beta2, who, self.col_pieces)
         norms = self.col_pieces.sums(ratios.div_(self.new_cols))
         if self.number_rooms:
@@ -236,6 +255,7 @@ class Matrices(Bucket):
             members = going()
             numbers = decays if members is who else self.decays(members, options)
             vectors = {"totals": members.numbers(totals), "mean_squares": members.numbers(mean_squares)}
+            vectors |= dict(zip(("old_totals",), map(members.numbers, old_totals), strict=False))
             call, taken = self.call("apply", members, backend), who.part(here, members)
             self.run(call, taken, clip, options, numbers | vectors)
             self.advance(members)
@@ -320,12 +340,12 @@ class Vectors(Bucket):
         return apply
 
 
-def _lists(
-    op: spec.Op, values: Sequence[Sequence[Tensor]], cols: Sequence[int], rows: Sequence[int] = ()
+def _with_lists(
+    op: spec.Op, values: Sequence[Sequence[Tensor]], of: Matrices
 ) -> tuple[spec.Op, dict[str, Sequence[Any]]]:
-    """An op, and its lists by name, from as many of them as are given, in its order; and its counts."""
+    """An op and its lists by name, from as many of them as are given, in its order; and its counts."""
     found: dict[str, Sequence[Any]] = {operand.name: each for operand, each in zip(op.operands, values, strict=False)}
-    return op, found | ({"rows": rows, "cols": cols} if rows else {"cols": cols})
+    return op, found | {name: getattr(of, name) for name in op.counts}
 
 
 def _ends(sizes: Sequence[int], count: int) -> list[int]:

@@ -132,5 +132,5 @@ def joined(lists: Sequence[Sequence[Tensor]], limit: int, device: torch.device) 
             starts.append(i)
             room = limit if contiguous else -1
         room -= count
-    ends = [*starts[1:], len(lists[0])]
+    ends = [*starts[1:], len(lists[0])] if starts else []
     return [Joined(slice(start, end), lists, device) for start, end in zip(starts, ends, strict=True)]

@@ -60,7 +60,7 @@ def counted_on_one_mesh(case):
         params = [torch.nn.Parameter(part_of(torch.ones(shape), mesh, places)) for shape, places in CASES[case][1]]
         for p, (shape, places) in zip(params, CASES[case][1], strict=True):
             p.grad = part_of(torch.ones(shape), mesh, places)
-        optimizer = getattr(hfac, name)(params, **kwargs)
+        optimizer = getattr(hfac, name.split("-")[0])(params, **kwargs)
         optimizer.step()  # the first, in which ranks tell each other how gradients are placed
         with Counted() as counter:
             optimizer.step()

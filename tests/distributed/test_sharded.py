@@ -41,7 +41,7 @@ def test_every_placement_equals_whole_tensors(name, dtype):
         cases += [
             (name, options, case, dtype, "reference")
             for options in OPTIONS[name]
-            for case in ("mixed", "fsdp-tp", "empty-shards")
+            for case in (placements(name) if options == "int8" else ("mixed", "fsdp-tp", "empty-shards"))
             if options != "all"
         ]
     (found,) = on_ranks(4, ("sharded_steps:run_all", cases))
@@ -130,15 +130,16 @@ def test_collectives_of_a_step():
         assert counted == said, case
         ranks = wanted.get(case, {"fsdp": [4], "hsdp": [2, 2], "ddp": []}.get(case[0]))
         assert [count for count, _ in counted] == ranks, case
-    for name, ranks in {"HFac": [2, 2, 2, 2, 2], "SMMF": [2, 2, 2]}.items():
+    for name, ranks in {"HFac": [2, 2, 2, 2, 2], "SMMF": [2, 2, 2], "HFac-int8": [2, 2, 2, 2, 2]}.items():
         counted, said = on_one_mesh[name]
         assert counted == said and [count for count, _ in counted] == ranks, name
 
 
 def test_llama_on_64_ranks_sends_what_the_design_says():
-    """Three sums per column and matrix for H-Fac, four factors for SMMF: 15.0 and 18.9 MB, in one all-reduce."""
+    """Three sums per column and matrix for H-Fac, two where the first moment is whole, four factors for SMMF, in one
+    all-reduce."""
     found = sharding.count()
-    for name, megabytes in {"HFac": 15.0, "SMMF": 18.9}.items():
+    for name, megabytes in {"HFac": 15.0, "HFac, int8": 10.0, "SMMF": 18.9}.items():
         calls, _ = found["FSDP, 64", name]
         assert [ranks for ranks, _ in calls] == [64]
         assert calls[0][1] == pytest.approx(megabytes * 1e6, rel=0.01)

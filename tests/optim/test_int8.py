@@ -202,15 +202,16 @@ def test_a_backend_that_lacks_the_step_is_refused_at_construction(emulated_backe
     HFac([param], first_moment="int8", dense=True, backend="cuda-emulated")
 
 
-def test_sharded_parameters_are_refused():
+def test_sharded_parameters_have_codes_of_their_shards():
+    """tests/distributed/test_sharded.py has their steps. A backend without kernels for these is refused."""
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
         mesh = init_device_mesh("cpu", (2,))
-        param, vector = (Parameter(distribute_tensor(torch.ones(s), mesh, [Shard(0)])) for s in ((4, 6), (6,)))
-        with pytest.raises(ValueError, match="is sharded, which first_moment='int8' does not support yet"):
-            HFac([param], first_moment="int8")
-        HFac([vector], first_moment="int8")
-        HFac([param], first_moment="int8", dense=True)
+        param = Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(0)]))
+        q = HFac([param], first_moment="int8").state[param]["exp_avg_q"]
+        assert q.shape == (4, 6) and q.placements == param.placements and q.to_local().shape == (2, 6)
+        with pytest.raises(RuntimeError, match=r"backend='cuda' was asked for"):
+            HFac([param], first_moment="int8", backend="cuda")
     finally:
         dist.destroy_process_group()
 
