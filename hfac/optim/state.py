@@ -294,10 +294,9 @@ class StatefulOptimizer(Optimizer):
             raise ValueError(f"{where} is sharded, which {self._algorithm} does not support. Replicate it.")
         op = self._op(param, group)
         if not op.shardable:
-            given = ", ".join(f"{name}={value!r}" for name, value in op.chosen_by)
             raise ValueError(
-                f"{where} is sharded, which {given} does not support yet. Leave {op.chosen_by[0][0]} at its default in "
-                "the parameter's group, or replicate the parameter."
+                f"{where} is sharded, which {backends.options_of(op)} does not support yet. Leave {op.chosen_by[0][0]} "
+                "at its default in the parameter's group, or replicate the parameter."
             )
         for op in self._spec.shard_ops:
             backends.resolve(group["backend"], param.device, op)
