@@ -53,6 +53,7 @@ class Backend:
         why_not: (device) -> None where the backend serves it, else the reason and what to do, as one sentence or two.
         load: what has ``bind``; called only where why_not gave None.
         automatic: whether "auto" may take it.
+        missing: steps of which it has no kernels yet, though of all others: "auto" takes the next backend for them.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Backend:
     why_not: Callable[[torch.device], str | None]
     load: Callable[[], Any]
     automatic: bool = True
+    missing: tuple[Op, ...] = ()
 
 
 #: Backends by name, best first.
@@ -80,8 +82,8 @@ def names() -> tuple[str, ...]:
     return ("auto", *TABLE)
 
 
-register(Backend("cuda", "fused CUDA kernels", cuda.why_not, lambda: cuda.KERNELS))
-register(Backend("triton", "fused Triton kernels", triton.why_not, lambda: triton))
+register(Backend("cuda", "fused CUDA kernels", cuda.why_not, lambda: cuda.KERNELS, missing=cuda.MISSING))
+register(Backend("triton", "fused Triton kernels", triton.why_not, lambda: triton, missing=triton.MISSING))
 register(Backend("cpu", "fused C++ kernels", cpu.why_not, lambda: cpu))
 register(Backend("reference", "plain torch, any device", lambda device: None, lambda: plain.FORMULAS))
 
@@ -114,11 +116,20 @@ def resolve(name: str, device: torch.device, op: Op | None = None) -> Any:
         )
     backend = TABLE[name].load()
     if op is not None and not backend.has(op):
-        what = "update shards, the pieces of parameters that one rank has" if op.shard else "make this step"
+        what = "update shards, the pieces of parameters that one rank has" if op.shard else f"make {_step(op)}"
         raise RuntimeError(
             f"backend={name!r} was asked for, but it cannot {what} ({op.name}). Use backend='auto' or 'reference'."
         )
     return backend
+
+
+def options_of(op: Op) -> str:
+    """The options that choose an op, as they are written."""
+    return ", ".join(f"{name}={value!r}" for name, value in op.chosen_by)
+
+
+def _step(op: Op) -> str:
+    return f"the step of {options_of(op)}" if op.chosen_by else "this step"
 
 
 def found(name: str, device: torch.device, op: Op) -> Any:

@@ -23,7 +23,7 @@ from .planned import Cuda, Planned, launch_arguments, scalar
 
 Tensors = Sequence[Tensor]
 
-#: Of which there are no CUDA kernels yet: "auto" takes the reference.
+#: Steps of which there are no CUDA kernels yet.
 MISSING = (HFAC_INT8_STEP,)
 
 
