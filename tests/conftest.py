@@ -1,6 +1,7 @@
 """Where tests find their helpers, which tests `make test` leaves out, which begin first, and fixtures that several
 modules share."""
 
+import gc
 import heapq
 import itertools
 import os
@@ -45,6 +46,12 @@ def pytest_collection_modifyitems(items):
         for item in left_out(table, list(map(values, table))):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: not any(name in item.nodeid for name in LONG))
+
+
+def pytest_collection_finish():
+    """What is there now stays: Python's garbage collector, which some tests call often, need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def values(item):

@@ -36,17 +36,21 @@ on_the_host = pytest.mark.skipif(
 
 
 class Drivers:
-    """One driver per sanitizer, built when it is first asked for."""
+    """One driver per sanitizer, built when it is first asked for, by whichever process of pytest-xdist that is."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def run(self, sanitizer: str, *options: str) -> subprocess.CompletedProcess:
+        import fcntl
+
         program = self.folder / f"driver-{sanitizer}"
-        if not program.exists():
-            # Gradients are float here, and half as many kernels compile sooner.
-            flags = [device_driver.FLOAT, *SANITIZERS[sanitizer][0]]
-            device_driver.build(program, device_driver.host_command(flags), device_driver.HOST_SOURCES, "c++")
+        with open(f"{program}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not program.exists():
+                # Gradients are float here, and half as many kernels compile sooner.
+                flags = [device_driver.FLOAT, *SANITIZERS[sanitizer][0]]
+                device_driver.build(program, device_driver.host_command(flags), device_driver.HOST_SOURCES, "c++")
         environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
         command = [str(program), *SANITIZERS[sanitizer][1], *options]
         return subprocess.run(command, capture_output=True, text=True, timeout=HANGS, env=environment)
@@ -54,7 +58,10 @@ class Drivers:
 
 @pytest.fixture(scope="module")
 def drivers(tmp_path_factory):
-    return Drivers(tmp_path_factory.mktemp("drivers"))
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "drivers"
+    folder.mkdir(exist_ok=True)
+    return Drivers(folder)
 
 
 @on_the_host
