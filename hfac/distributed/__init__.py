@@ -78,7 +78,14 @@ class Sharded:
     def _gradients(self) -> dict[Entry, Tensor | None]:
         """This rank's shards of the gradients, redistributed as their parameters are, once in a step."""
         if self._grads is None:
-            self._grads = {entry: self._gradients_of(entry.param, entry.label) for entry in self._entries}
+            self._grads = {}
+            for entry in self._entries:
+                grad = entry.param.grad
+                if grad is not None:  # as nearly every one is, it is placed as its parameter, and there
+                    shard = getattr(grad, "_local_tensor", None)
+                    as_is = type(shard) is Tensor and grad.placements == entry.placements  # type: ignore[attr-defined]
+                    grad = shard if as_is else self._gradients_of(entry.param, entry.label)
+                self._grads[entry] = grad
         return self._grads
 
     def _by_mesh(self) -> list[norm.Norms]:

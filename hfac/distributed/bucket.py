@@ -4,6 +4,7 @@ from __future__ import annotations  # not every torch has the types that are nam
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,6 +44,10 @@ class Entry:
         """How the parameter is stored; those that share a call agree in it."""
         low = self.state.get(LOW)
         return None if low is None else low.dtype, self.bit_offset is not None
+
+    @cached_property
+    def placements(self) -> Any:
+        return self.param.placements  # type: ignore[attr-defined]
 
     def local_state(self, key: str) -> Tensor:
         return layout.local(self.state[key])
@@ -105,7 +110,11 @@ class Entries:
         host, else before the next step, when the step will have been made. ``now``: how the message ends at once."""
 
         def check(outcome: str = f"This was found after the step. {OUTCOME}") -> None:
-            agreed(self.entries, numbers.read(), self.ranks, who.index, outcome)
+            if "ranks" not in who.bound:
+                who.bound["ranks"] = [ranks * flag for ranks, flag in zip(self.ranks, who.listed(), strict=True)]
+            found = numbers.read()
+            if found != who.bound["ranks"]:
+                agreed(self.entries, found, self.ranks, who.index, outcome)
 
         if numbers.is_here:
             check(now)

@@ -45,7 +45,7 @@ class Gradients:
                 that must redistribute it; every rank raises it.
         """
         if len(params) == self._count:
-            params = [param for param in params if param in self._moved]
+            params = [param for param in params if param in self._moved] if self._moved else []
         else:
             self._count = len(params)
         meshes: dict[DeviceMesh, list[Tensor]] = {}

@@ -55,6 +55,11 @@ class Members:
         self.flags = torch.zeros(count, dtype=dtype, device=device).index_fill_(0, self._on_device, 1)
         self.bound: dict[str, Any] = {}
 
+    def listed(self) -> list[float]:
+        """The flags, on the host."""
+        mine = set(self.index)
+        return [float(i in mine) for i in range(self.count)]
+
     def of(self, entries: Sequence[Any]) -> Sequence[Any]:
         return entries if self.all else pick(entries, self.index)
 
