@@ -7,6 +7,7 @@ each rank updates its shard. See docs/distributed.md.
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 
+import torch
 from torch import Tensor
 
 from . import hfac, layout, norm, schedule, smmf
@@ -35,6 +36,7 @@ class Sharded:
         states = [value for entry in entries for value in entry.state.values() if layout.is_dtensor(value)]
         self._dtensors = [*(entry.param for entry in entries), *states]
         self._addresses = self._addresses_now()
+        self._stream = self._stream_now()
         self._norms: list[norm.Norms] | None = None
         #: what the rooms of the buckets were made for, and the collectives that they are in
         self._planned: tuple[list[bool], list[Collective]] | None = None
@@ -42,8 +44,15 @@ class Sharded:
         self._grads: dict[Entry, Tensor | None] | None = None
 
     def is_valid(self) -> bool:
-        """Whether the shards of parameters and states are still in the same memory."""
-        return self._addresses_now() == self._addresses
+        """Whether the shards of parameters and states are still in the same memory, and steps on the same stream: a
+        step on another must not meet the last one in its buffers."""
+        return self._stream_now() == self._stream and self._addresses_now() == self._addresses
+
+    def _stream_now(self) -> object:
+        device = self._buckets[0].device
+        if device.type in ("cpu", "meta"):
+            return None
+        return torch.get_device_module(device).current_stream(device)
 
     def _addresses_now(self) -> list[int]:
         return list(map(Tensor.data_ptr, map(_LOCAL, self._dtensors)))

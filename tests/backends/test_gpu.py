@@ -271,3 +271,16 @@ def test_that_ranks_disagree_is_found_after_the_step(name, backend):
             with pytest.raises(RuntimeError, match=r"on 1 of the 8 ranks.*found after the step.*last checkpoint"):
                 look()
         optimizer.state_dict()  # it is said once
+
+
+@BOTH
+def test_a_sharded_step_on_another_stream_has_buffers_of_its_own(name, backend):
+    with imagined_ranks(sharded_host.RANKS), sharded_host.equal_ranks():
+        optimizer = sharded_host.optimizer_of(name, 5, device="cuda", backend=backend)
+        found = []
+        for stream in (None, None, torch.cuda.Stream()):
+            with torch.cuda.stream(stream):
+                optimizer.step()
+            found.append(optimizer._sharded)
+        torch.cuda.synchronize()
+    assert found[0] is found[1] is not found[2]
