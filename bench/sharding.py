@@ -10,6 +10,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,11 @@ def _fsdp_tp(position: int, shape: Shape) -> list[Any]:
     return [Shard(0), Shard(1)] if in_layer in (3, 6) else [_StridedShard(0, split_factor=8), Shard(0)]
 
 
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "HFac": hfac.HFac,
+    "HFac, int8": partial(hfac.HFac, first_moment="int8"),
+    "SMMF": hfac.SMMF,
+}
 LAYOUTS: dict[str, tuple[tuple[int, ...], Placements]] = {
     "FSDP, 64": ((64,), _fsdp),
     "HSDP, 8 x 8": ((8, 8), _hsdp),
@@ -98,14 +104,14 @@ def count() -> dict[tuple[str, str], tuple[list[tuple[int, int]], int]]:
     with imagined_ranks(WORLD):
         for layout, (shape, placements) in LAYOUTS.items():
             mesh = init_device_mesh("cpu", shape, mesh_dim_names=("a", "b")[: len(shape)])
-            for cls in (hfac.HFac, hfac.SMMF):
-                optimizer = cls(parameters(llama3_8b(), mesh, placements))
+            for name, make in OPTIMIZERS.items():
+                optimizer = make(parameters(llama3_8b(), mesh, placements))
                 state = sum(
                     math.prod(value.to_local().shape if isinstance(value, DTensor) else value.shape) * value.itemsize
                     for entry in optimizer.state.values()
                     for value in entry.values()
                 )
-                found[layout, cls.__name__] = optimizer.collectives(), state
+                found[layout, name] = optimizer.collectives(), state
     return found
 
 

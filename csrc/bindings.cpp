@@ -39,8 +39,8 @@ py::dict info() {
 #else
   d["sanitize"] = "";
 #endif
-  d["isa_compiled"] = hfac::levels_compiled();
-  d["isa_usable"] = hfac::levels_usable();
+  d["isa_compiled"] = hfac::levels(false);
+  d["isa_usable"] = hfac::levels(true);
   d["isa"] = hfac::level();
   return d;
 }

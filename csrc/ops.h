@@ -10,7 +10,7 @@
 
 namespace hfac {
 
-enum class OpKind { kHfac, kHfacDense, kSmmf, kSmmfDense, kHfacSums, kHfacApply, kSmmfSums, kSquares };
+enum class OpKind { kHfac, kHfacDense, kSmmf, kSmmfDense, kHfacSums, kHfacApply, kSmmfSums, kSquares, kHfacInt8 };
 
 // What all parameters of a call share, beside scalars that may be tensors.
 struct Options {
@@ -42,6 +42,7 @@ struct Shard {
 struct Moments {
   int64_t rows, cols;
   void *first_row, *first_col, *second_row, *second_col;  // null where an op has none
+  void* codes;  // int8, row-major: the first moment where H-Fac keeps it whole in 8 bits
   Signs signs;
 };
 

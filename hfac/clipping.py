@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, memory
+from . import backends, memory, staging
 
 #: elements of a gradient that are converted to float32 at a time, or an eighth of it where that is more
 _PIECE = 2**18
@@ -20,7 +20,7 @@ def norms(grads: Sequence[Tensor]) -> list[Tensor]:
     for i, grad in enumerate(grads):
         kinds.setdefault((grad.device, grad.dtype), []).append(i)
     for (device, dtype), index in kinds.items():
-        mine = [grads[i].detach() for i in index]
+        mine = [grads[i].detach() if grads[i].requires_grad else grads[i] for i in index]
         if dtype in (torch.float32, torch.float64):
             values: Sequence[Tensor] = torch._foreach_norm(mine)
         elif device.type == "cpu":
@@ -30,6 +30,12 @@ def norms(grads: Sequence[Tensor]) -> list[Tensor]:
         for i, value in zip(index, values, strict=True):
             found[i] = value
     return found
+
+
+def stacked(norms: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """`norms` in one tensor of this type."""
+    same = all(norm.dtype == norms[0].dtype for norm in norms)
+    return torch.stack(list(norms)).to(dtype) if same else torch.stack([norm.to(dtype) for norm in norms])
 
 
 def _widened(grads: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -85,7 +91,7 @@ def coefficient(norm: Tensor, limit: float) -> Tensor:
 def scaled(grads: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
     """The gradients times a 0-d tensor, in place; unchanged where the factor is 1 and reading it takes no device
     synchronisation."""
-    if type(factor) is Tensor and factor.is_cpu and factor.item() == 1.0:
+    if type(factor) is Tensor and factor.is_cpu and staging.on_host(factor) == [1.0]:
         return list(grads)
     out = memory.writable(grads)
     if any(map(Tensor.is_neg, out)):  # torch takes no lists of tensors that negate

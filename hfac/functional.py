@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, schedules, spec
+from . import memory, ops, schedules, spec
 from .rounding import BitOffset
 from .schedules import Scalar
 from .spec import MASTER_LOW
@@ -33,6 +33,7 @@ def hfac(
     state_steps: Sequence[Tensor],
     skipped: Sequence[Tensor] | None = None,
     master_lows: States | None = None,
+    exp_avg_qs: States | None = None,
     *,
     lr: Scalar,
     beta1: float,
@@ -62,6 +63,8 @@ def hfac(
             (`hfac.rounding`).
         places: of parameters that are rounded stochastically, where their random bits come from
             (`hfac.rounding.BitOffset`) together with ``seed``; None for those that are rounded to nearest.
+        exp_avg_qs: per parameter, int8 of p.shape, the whole first moment of first_moment="int8" (then exp_avg_rows and
+            exp_avg_cols are None), or None; None alone where no parameter has one.
         capturable: read the steps on their device (needed in a CUDA graph). The kernels of "cuda" and "triton" cannot
             be captured in this form, whose tables are made anew in every call: capture a step of `hfac.HFac`, or of a
             `Group` that has made one before and lives as long as the graph.
@@ -130,7 +133,7 @@ def _step(algorithm: str, grads: Sequence[Tensor], **arguments: Any) -> None:
     names = ("params", "state_steps", "skipped", "capturable", "backend", "places", "batch_dims")
     bound = {name: arguments.pop(name) for name in names}
     first = described.has_first(arguments)
-    step = Group(algorithm, grads=grads, states=states, first_moment=first, **bound).prepare(grads, **arguments)
+    step = Group(algorithm, grads=grads, states=states, has_first=first, **bound).prepare(grads, **arguments)
     assert step is not None  # just bound
     step.check_capture()
     step.apply()
@@ -191,10 +194,6 @@ def pick(entries: Sequence[Any], index: Sequence[int]) -> list[Any]:
     return [entries[i] for i in index]
 
 
-def _sliced_places(places: Sequence[BitOffset], params: Sequence[Tensor], batch_dims: int) -> list[BitOffset]:
-    return [piece for place, p in zip(places, params, strict=True) for piece in place.slices(p.shape, batch_dims)]
-
-
 def slices(tensors: Sequence[Tensor], batch_dims: int) -> Sequence[Tensor]:
     """Views of the slices that the batch dimensions of each tensor index, in row-major order."""
     for _ in range(batch_dims):
@@ -207,7 +206,7 @@ class Group:
     options.
 
     Args: as `hfac` and `smmf`; ``states`` are their lists of states by name, ``master_lows`` among them where there are
-        any, and without ``first_moment`` those of the first are not read. ``grads`` are read for their types only.
+        any, and without ``has_first`` those of the first are not read. ``grads`` are read for their types only.
         ``watch``: whether a step tells of itself (`Step.watched`). ``captured``: a list to which a step that a CUDA
         graph captures adds what the graph reads and writes in every replay, gradients and parameters apart: it must
         live as long as the graph. None: a list of the group's own, which must then live as long.
@@ -221,7 +220,7 @@ class Group:
         states: Mapping[str, States | None],
         state_steps: Sequence[Tensor],
         skipped: Sequence[Tensor] | None,
-        first_moment: bool,
+        has_first: bool,
         capturable: bool,
         backend: str,
         places: Sequence[BitOffset | None] | None = None,
@@ -236,7 +235,7 @@ class Group:
         for name, tensors in lists.items():
             if tensors is not None:
                 ops.check_length(name, tensors, len(params))
-        unread = () if first_moment else {state.name for state in self._algorithm.states if state.moment == 1}
+        unread = () if has_first else {state.name for state in self._algorithm.states if state.moment == 1}
         read = {name: entries for name, entries in states.items() if entries is not None and name not in unread}
         for name, tensors in (("params", params), ("grads", grads), ("state_steps", state_steps)):
             for i, tensor in enumerate(tensors):
@@ -264,7 +263,7 @@ class Group:
             params = [param.detach() for param in params]
             read = {name: [state if state is None else state.detach() for state in read[name]] for name in read}
         # What shares memory is stepped one after the other, as torch does it, and not by kernels at once.
-        sharing, twice = ops.sharing([(param, *(s[i] for s in read.values())) for i, param in enumerate(params)])
+        sharing, twice = memory.sharing([(param, *(s[i] for s in read.values())) for i, param in enumerate(params)])
         if twice and backend not in ("auto", "reference"):
             raise RuntimeError(
                 f"params[{min(twice)}] and its states share memory, which backend={backend!r} reads and writes at "
@@ -273,7 +272,7 @@ class Group:
         self._grad_dtypes = list(map(_DTYPE, grads))
         indices: dict[tuple[Any, ...], list[int]] = {}
         for i, (param, grad, step) in enumerate(zip(params, grads, state_steps, strict=True)):
-            on_host = step.is_cpu and not capturable and not ops.is_fake(step)
+            on_host = step.is_cpu and not capturable and not memory.is_fake(step)
             op = self._algorithm.op_of([name for name, entries in read.items() if entries[i] is not None])
             low = read[MASTER_LOW.name][i] if MASTER_LOW.name in read else None
             stored = None if low is None else low.dtype, places is not None and places[i] is not None
@@ -286,11 +285,12 @@ class Group:
             mine, steps = pick(params, index), pick(state_steps, index)
             names = [state.name for state in op.states if state.name in read]
             names += [MASTER_LOW.name] if low is not None else []
+            offsets = zip(pick(places or (), index), mine, strict=True) if stochastic else ()
             call = ops.OpCall(
                 op.name,
                 slices(mine, batch_dims),
                 {name: slices(pick(read[name], index), batch_dims) for name in names},
-                places=_sliced_places(pick(places or (), index), mine, batch_dims) if stochastic else None,
+                places=[one for place, p in offsets for one in place.slices(p.shape, batch_dims)] or None,
                 backend="reference" if itself else backend,
                 captured=self._captured,
             )
@@ -316,7 +316,7 @@ class Group:
         )
 
     def _look(self) -> list[list[Any]]:
-        return ops.whereabouts(self._params, self._states, ops.address)
+        return ops.whereabouts(self._params, self._states, memory.address)
 
     def workspace_bytes(self) -> int:
         """Bytes on the device that fused kernels keep from step to step."""

@@ -110,7 +110,7 @@ def sharing(owned: Sequence[Iterable[Tensor | None]]) -> tuple[set[int], set[int
     spans = []
     for owner, tensors in enumerate(owned):
         for tensor in tensors:
-            if tensor is None or not tensor.numel() or why_not(tensor, negated=True) is not None:
+            if tensor is None or tensor.is_meta or not tensor.numel() or why_not(tensor, negated=True) is not None:
                 continue
             start, elements = tensor.data_ptr(), tensor.numel()
             if not tensor.is_contiguous():

@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 _SUMS = {torch.float32: 4e-6, torch.float64: 1e-13}
 #: Bound of a parameter's change, relative to the largest change of its tensor.
 _CHANGE = {torch.float32: 2e-5, torch.float64: 1e-12}
-#: Share of the elements that may round to the other neighbour in a 16-bit type.
+#: Share of the elements that may round to the other neighbour in a type of 8 or 16 bits.
 _ROUNDED_APART = 1e-3
 _CPU = torch.device("cpu")
 
@@ -195,7 +195,8 @@ def param_difference(
 def state_difference(
     key: str, ours: Tensor, theirs: Tensor, old: Mapping[str, Tensor], grad: Tensor, beta1: Any, slack: float = 1.0
 ) -> str | None:
-    """How a factor, a moment or the signs differ from the reference's after one step; None where by rounding at most.
+    """How a factor, a moment, its codes or the signs differ from the reference's after one step; None where by rounding
+    at most.
 
     Args:
         key: name in the state.
@@ -211,6 +212,12 @@ def state_difference(
         wrong = _signs(ours, grad) != _signs(theirs, grad)
         flipped = int(wrong.logical_and(_decided(old, grad, beta1)).sum())
         return f"{flipped} signs of the first moment are wrong" if flipped else None
+    if described.least is not None:
+        off = (ours.int() - theirs.int()).abs()
+        apart, most = int(off.count_nonzero()), int(off.max())
+        if most <= 1 and apart <= 1 + _ROUNDED_APART * off.numel():
+            return None
+        return f"{apart} of {off.numel()} codes of {key} are off by up to {most}"
     scale = theirs.abs().max()
     if described.moment == 2 or described.size == spec.WHOLE:
         largest = scale

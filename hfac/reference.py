@@ -31,7 +31,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import rounding
+from . import codes, rounding
 from .matricize import Block
 from .rounding import BitOffset
 from .schedules import Scalar
@@ -86,6 +86,81 @@ def hfac_step_(
         stored.write(W, keep)
         for old, new in ((u_row, u), (v_col, v), (r_row, r), (s_col, s)):
             _write(old, new, keep)
+
+
+def hfac_int8_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg_qs: Sequence[Tensor],
+    exp_avg_sq_rows: Sequence[Tensor],
+    exp_avg_sq_cols: Sequence[Tensor],
+    nonfinite: Tensor | None = None,
+    *,
+    lr: Scalar,
+    beta1: Scalar,
+    beta2: Scalar,
+    eps: float,
+    clip_threshold: float | None,
+    weight_decay: Scalar,
+    maximize: bool,
+    master_lows: Sequence[Tensor] | None = None,
+    places: Sequence[BitOffset] | None = None,
+    seed: int = 0,
+    step: Scalar = 0.0,
+    watched: Tensor | None = None,
+) -> None:
+    """One step of H-Fac on matrices whose first moment is whole, in 8 bits: `exp_avg_qs` are int8 of the parameters'
+    shapes, codes (`hfac.codes`) of X = M / sqrt(V), V = r s^T / sum(r).
+
+    X changes its unit with V, so the old one is multiplied by rho_i sigma_j = sqrt(V_old / V) before G / sqrt(V) is
+    averaged in; the step is Adam's, b1 X + (1 - b1) G / sqrt(V), clipped as where moments are whole.
+    """
+    for i, param in enumerate(params):
+        q, r_row, s_col = exp_avg_qs[i], exp_avg_sq_rows[i], exp_avg_sq_cols[i]
+        m, n = r_row.numel(), s_col.numel()
+        if m * n == 0:
+            continue
+        b1, b2 = _of(beta1, i), _of(beta2, i)
+        stored = _Stored(param, i, master_lows, places, seed, step)
+        W, G = _operands(stored, grads[i], (m, n), r_row.dtype, maximize)
+
+        sq = G * G + eps
+        r_old, s_old = r_row.view(m), s_col.view(n)
+        r = b2 * r_old + (1 - b2) * sq.sum(1)
+        s = b2 * s_old + (1 - b2) * sq.sum(0)
+        squares, totals = (r_old, s_old, r, s), (r_old.sum(), r.sum())
+        U, D, new_q = _hfac_whole_direction(G, q.view(m, n), squares, totals, b1, clip_threshold)
+        W = W - lr * (D + weight_decay * W)
+
+        keep = _keep(G, nonfinite, i)
+        if watched is not None:
+            zero = G == 0
+            _watch(watched[i], stored, W, U, keep, zero.all(1).sum(), zero.all(0).sum())
+        stored.write(W, keep)
+        for old, new in ((q, new_q), (r_row, r), (s_col, s)):
+            _write(old, new, keep)
+
+
+def _hfac_whole_direction(
+    G: Tensor,
+    q: Tensor,
+    squares: tuple[Tensor, Tensor, Tensor, Tensor],
+    totals: tuple[Tensor, Tensor],
+    b1: Scalar,
+    clip_threshold: float | None,
+    mean_square: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """U of a matrix whose first moment is codes `q`, or of a part of one, before it is clipped; the direction of the
+    step; and new codes. `squares` are r and s as they were and as they are, `totals` the sums of both r."""
+    (r_old, s_old, r, s), (total_old, total) = squares, totals
+    U = _hfac_normalized(G, r, s, total)
+    rho, sigma = codes.unit_change(r_old, r, total_old, total), s_old.sqrt() / s.sqrt()
+    X_old = codes.decode(q, r.dtype)
+    X = (b1 * rho)[:, None] * sigma * X_old + (1 - b1) * U
+    D = b1 * X + (1 - b1) * U
+    if clip_threshold is not None:
+        D = D * (1 / _clip_divisor(U, clip_threshold, mean_square))
+    return U, D, codes.encode(X, q, X_old)
 
 
 def hfac_sums(
@@ -173,6 +248,47 @@ def hfac_apply_(
             _write(old, new, None)
 
 
+def hfac_int8_apply_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg_qs: Sequence[Tensor],
+    exp_avg_sq_rows: Sequence[Tensor],
+    exp_avg_sq_cols: Sequence[Tensor],
+    new_rows: Sequence[Tensor],
+    new_cols: Sequence[Tensor],
+    old_totals: Tensor,
+    totals: Tensor,
+    mean_squares: Tensor,
+    *,
+    lr: Scalar,
+    beta1: Scalar,
+    clip_threshold: float | None,
+    weight_decay: Scalar,
+    maximize: bool,
+    master_lows: Sequence[Tensor] | None = None,
+    places: Sequence[BitOffset] | None = None,
+    seed: int = 0,
+    step: Scalar = 0.0,
+) -> None:
+    """The rest of a step of `hfac_int8_step_` on parts [m, n] of matrices: as `hfac_apply_`, but for `exp_avg_qs`, the
+    codes of a part, and old_totals, the sum of the whole r as it was."""
+    for i, param in enumerate(params):
+        q, r_row, s_col, r, s = exp_avg_qs[i], exp_avg_sq_rows[i], exp_avg_sq_cols[i], new_rows[i], new_cols[i]
+        if param.numel():
+            m, n = r.numel(), s.numel()
+            stored = _Stored(param, i, master_lows, places, seed, step)
+            W, G = _operands(stored, grads[i], (m, n), r.dtype, maximize)
+            squares, sums = (r_row.view(m), s_col.view(n), r, s), (old_totals[i].to(r.dtype), totals[i].to(r.dtype))
+            of = q.reshape(m, n)
+            _, D, new_q = _hfac_whole_direction(
+                G, of, squares, sums, _of(beta1, i), clip_threshold, mean_squares[i].to(r.dtype)
+            )
+            stored.write(W - lr * (D + weight_decay * W), None)
+            _write(q, new_q, None)
+        for old, new in ((r_row, r), (s_col, s)):
+            _write(old, new, None)
+
+
 def _hfac_direction(
     G: Tensor,
     moments: tuple[Tensor, Tensor, Tensor, Tensor],
@@ -189,12 +305,17 @@ def _hfac_direction(
     phi = b1 * (u - row_mean) / (r / n).sqrt()
     psi = b1 * (v - col_mean) / (s / m).sqrt()
 
-    # U = G / sqrt(V) with V = r s^T / sum(r). V is never formed and sum(r) / r_i never divided: the first would
-    # underflow float32 (eps = 1e-30), the second can overflow. |G_ij| <= sqrt(s_j / (1 - b2)) keeps the first
-    # product finite.
-    U = G * (1 / s.sqrt()) * (total.sqrt() * (1 / r.sqrt()))[:, None]
+    U = _hfac_normalized(G, r, s, total)
     clipped = U if clip_threshold is None else U / _clip_divisor(U, clip_threshold, mean_square)
     return U, (phi[:, None] + psi) / 2 + clipped
+
+
+def _hfac_normalized(G: Tensor, r: Tensor, s: Tensor, total: Tensor) -> Tensor:
+    """U = G / sqrt(V) with V = r s^T / sum(r).
+
+    V is never formed and sum(r) / r_i never divided: the first would underflow float32 (eps = 1e-30), the second can
+    overflow. |G_ij| <= sqrt(s_j / (1 - b2)) keeps the first product finite."""
+    return G * (1 / s.sqrt()) * (total.sqrt() * (1 / r.sqrt()))[:, None]
 
 
 def hfac_dense_step_(
@@ -249,15 +370,10 @@ def hfac_dense_step_(
             _write(old, new, keep)
 
 
-def hfac_dense_squares(
-    grads: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor], *, beta2: Scalar, eps: float
-) -> list[Tensor]:
-    """The sums of U^2 (0-d) of the step that `hfac_dense_step_` would make with these gradients."""
-    sums = []
-    for i, grad in enumerate(grads):
-        G = grad.reshape(-1).to(exp_avg_sqs[i].dtype)
-        sums.append((G * G / _hfac_dense_square(exp_avg_sqs[i], G, _of(beta2, i), eps)).sum())
-    return sums
+def hfac_dense_squares(grad: Tensor, exp_avg_sq: Tensor, *, beta2: Scalar, eps: float) -> Tensor:
+    """U^2 of every element of the step that `hfac_dense_step_` would make with this gradient."""
+    G = grad.to(exp_avg_sq.dtype)
+    return G * G / _hfac_dense_square(exp_avg_sq, G, beta2, eps)
 
 
 def _hfac_dense_square(old: Tensor, G: Tensor, b2: Scalar, eps: float) -> Tensor:

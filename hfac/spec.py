@@ -34,6 +34,7 @@ class Operand:
         key: of a state, its key in ``optimizer.state``; None for sums, which live for one step.
         dtype: of every entry; None: the arithmetic's, float32, or float64 for float64 parameters.
         optional: may be None, together with all others that may.
+        least: of whole numbers, the least that a step writes; None: any that the dtype has.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Operand:
     key: str | None = None
     dtype: torch.dtype | None = None
     optional: bool = False
+    least: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Op:
             backend may take these first (`hfac.ops.OpCall.statistics`).
         shard: whether the op takes shards, the pieces of parameters that one rank has.
         shard_vectors: ``vectors`` that may be given by name, where the parameters are shards.
+        chosen_by: options that a group must have for the op to be taken, each with its value; () where others decide.
     """
 
     name: str
@@ -90,6 +93,7 @@ class Op:
     reads_twice: bool = False
     shard: bool = False
     shard_vectors: tuple[str, ...] = ()
+    chosen_by: tuple[tuple[str, Any], ...] = ()
 
     @property
     def states(self) -> tuple[Operand, ...]:
@@ -147,9 +151,18 @@ class Algorithm:
         """Keys of ``optimizer.state``, but for those that all optimizers have."""
         return tuple(state.key for state in self.states if state.key is not None)
 
+    def op_for(self, factored: bool, options: Mapping[str, Any]) -> Op:
+        """The op of parameters in a group with these options, seen as matrices or kept whole."""
+        return next(op for op in chosen(self.ops, options) if (op.matrix is not None) == factored)
+
     def op_of(self, present: Sequence[str]) -> Op:
         """The op that takes the most of the lists (or keys) in ``present``; the first of those that take as many."""
         return max(self.ops, key=lambda op: sum(s.name in present or s.key in present for s in op.states))
+
+
+def chosen(ops: Sequence[Op], options: Mapping[str, Any]) -> list[Op]:
+    """Those that a group with these options may take."""
+    return [op for op in ops if all(options[name] == value for name, value in op.chosen_by)]
 
 
 #: What a bfloat16 parameter lacks of its master weight: int16 or int8 of its shape (`hfac.rounding`).
@@ -164,6 +177,7 @@ _SECOND = _state("exp_avg_sq_row", ROWS, 2), _state("exp_avg_sq_col", COLS, 2)
 _FIRST = _state("exp_avg_row", ROWS, 1), _state("exp_avg_col", COLS, 1)
 _SIGNS = _state("exp_avg_sign", SIGNS, 1, torch.uint8)
 _DENSE = _state("exp_avg", WHOLE, 1), _state("exp_avg_sq", WHOLE, 2)
+_CODES = Operand("exp_avg_qs", WHOLE, 1, "exp_avg_q", torch.int8, least=-127)
 
 _LR, _WEIGHT_DECAY = Number("lr", tensor=True), Number("weight_decay", tensor=True)
 _BETA1, _BETA2 = (Number(name, tensor=True, each=True) for name in ("beta1", "beta2"))
@@ -179,7 +193,22 @@ _SMMF = (
     _MAXIMIZE,
 )
 
-HFAC_STEP = Op("hfac_step_", (*_FIRST, *_SECOND), _HFAC, matrix="cut", reads_twice=True)
+HFAC_STEP = Op(
+    "hfac_step_",
+    (*_FIRST, *_SECOND),
+    _HFAC,
+    matrix="cut",
+    reads_twice=True,
+    chosen_by=(("first_moment", "factored"),),
+)
+HFAC_INT8_STEP = Op(
+    "hfac_int8_step_",
+    (_CODES, *_SECOND),
+    _HFAC,
+    matrix="cut",
+    reads_twice=True,
+    chosen_by=(("first_moment", "int8"),),
+)
 HFAC_DENSE_STEP = Op("hfac_dense_step_", _DENSE, _HFAC, shard_vectors=("mean_squares",))
 HFAC_SUMS = Op(
     "hfac_sums",
@@ -203,6 +232,15 @@ HFAC_APPLY = Op(
     vectors=("totals", "mean_squares"),
     counts=("rows", "cols"),
     shard=True,
+    chosen_by=HFAC_STEP.chosen_by,
+)
+HFAC_INT8_APPLY = Op(
+    "hfac_int8_apply_",
+    (_CODES, *_SECOND, Operand("new_rows", ROWS), Operand("new_cols", COLS)),
+    (_LR, _BETA1, _CLIP, _WEIGHT_DECAY, _MAXIMIZE),
+    vectors=("old_totals", "totals", "mean_squares"),
+    shard=True,
+    chosen_by=HFAC_INT8_STEP.chosen_by,
 )
 SMMF_STEP = Op("smmf_step_", (*_FIRST, _SIGNS, *_SECOND), _SMMF, matrix="square")
 SMMF_DENSE_STEP = Op("smmf_dense_step_", _DENSE, _SMMF)
@@ -256,8 +294,8 @@ def register(algorithm: Algorithm) -> None:
 register(
     Algorithm(
         "hfac",
-        (HFAC_STEP, HFAC_DENSE_STEP),
-        (HFAC_SUMS, HFAC_APPLY),
+        (HFAC_STEP, HFAC_DENSE_STEP, HFAC_INT8_STEP),
+        (HFAC_SUMS, HFAC_APPLY, HFAC_INT8_APPLY),
         ("beta1", "beta2", "eps", "clip_threshold"),
         _hfac_decays,
         _hfac_scalars,

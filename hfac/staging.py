@@ -1,9 +1,50 @@
-"""Tables that the host writes, the device reads, and CUDA graphs copy anew in every replay."""
+"""Memory that host and device exchange: tables that the host writes and CUDA graphs copy anew in every replay, and
+numbers on their way, for which neither waits."""
 
+import ctypes
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+_C_TYPES = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
+
+
+class Fetched:
+    """Numbers on their way from the device to the host: the copy is queued behind what has been queued before, and only
+    reading them waits for it.
+
+    Args:
+        numbers: 1-d, float32 or float64, contiguous. On the host they are there at once, and must stay as they are
+            until they are read.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.is_here = numbers.is_cpu
+        self._host = numbers
+        if not self.is_here:
+            self._host = torch.empty_like(numbers, device="cpu", pin_memory=True)
+            self._host.copy_(numbers, non_blocking=True)
+            device = torch.get_device_module(numbers.device)
+            self._copied = device.Event()
+            self._copied.record(device.current_stream(numbers.device))
+
+    def read(self) -> list[float]:
+        if not self.is_here:
+            self._copied.synchronize()
+        return on_host(self._host)
+
+
+def on_host(numbers: Tensor) -> list[float]:
+    """The values of a contiguous float32 or float64 tensor on the host, read without an operation of torch."""
+    values = _C_TYPES[numbers.dtype] * numbers.numel()
+    return list(values.from_address(numbers.data_ptr())) if numbers.numel() else []
+
+
+def to_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """Numbers of the host on a device, which is handed them without waiting; of the device, the same tensor."""
+    here = device.type == "cpu" or not numbers.is_cpu
+    return numbers if here else numbers.pin_memory().to(device, non_blocking=True)
 
 
 class Staged:

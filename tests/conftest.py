@@ -26,6 +26,7 @@ sys.path.append(str(TESTS.parent))
 
 pytest.register_assert_rewrite("gpu_steps", "gpu_graphs", "suites")
 
+import cases  # noqa: E402
 import emulated  # noqa: E402
 import interpreter  # noqa: E402
 import processes  # noqa: E402, F401 (what forked processes have imported)
@@ -89,11 +90,17 @@ def emulated_backend():
 
 @pytest.fixture(params=suites.BACKENDS)
 def backend(request):
-    """The name of a backend of tensors on the CPU: each in turn, unless a test is parametrized with some (indirect)."""
+    """The name of a backend of tensors on the CPU: each in turn, unless a test is parametrized with some (indirect).
+    With a parameter ``op``, or ``options`` that need one, those that have kernels of it."""
     if request.param == emulated.NAME:
         if emulated.native is None:
             pytest.skip(emulated.WHY_NOT)
         request.getfixturevalue("emulated_backend")
+    op, options = map(request.node.callspec.params.get, ("op", "options"))
+    if isinstance(options, dict) and not cases.on_gpus(options):
+        op = op or "hfac_int8_step_"
+    if isinstance(op, str) and not suites.has(request.param, op):
+        pytest.skip(f"{request.param} has no kernels of {op}")
     return request.param
 
 

@@ -263,10 +263,8 @@ def _tiles(item: Item) -> int:
 
 
 def _look(items: Sequence[Item], of: Iterable[int] | None = None) -> list[Launch]:
-    def count(item: Item) -> int:
-        return -(-item.elements // table.LOOKED.value)
-
-    return _launches(dense.look, items, count, of=of, warps=8, when=("LOOK",))
+    per_program = table.LOOKED.value
+    return _launches(dense.look, items, lambda item: -(-item.elements // per_program), of=of, warps=8, when=("LOOK",))
 
 
 def _smmf(items: Sequence[Item]) -> Plan:

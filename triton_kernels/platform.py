@@ -25,8 +25,4 @@ def stream_of(device: torch.device) -> Any:
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
     """The device made current, and with it the stream that torch uses there."""
-    if device.type == "cuda":
-        return torch.cuda.device(device)
-    if device.type == "xpu":
-        return torch.xpu.device(device)
-    return nullcontext()
+    return nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)

@@ -214,14 +214,11 @@ def copy_scalars(to: Tensor, scalars: Sequence[Any], fill: bool = False) -> None
     parameter has its own."""
     if all([value.__class__ is float for value in scalars]):
         return
-    shared, own = scalars[: table.SHARED], scalars[table.SHARED :]
-    for at, value in enumerate(shared):
+    each = any(map(_is_each, scalars[table.SHARED :]))
+    own = to[_OWN:].view(-1, table.OWNED.value)
+    own = own[1:] if each else own[:1]
+    for at, (value, place) in enumerate(zip(scalars, [*to[: table.SHARED].split(1), *own.unbind(1)], strict=False)):
         if isinstance(value, Tensor):
-            to[at].copy_(value.reshape(()))
-    each = any(map(_is_each, own))
-    for at, value in enumerate(own):
-        of_each = to[_OWN + table.OWNED.value + at :: table.OWNED.value]
-        if isinstance(value, Tensor):
-            (of_each if each else to[_OWN + at]).copy_(value if each else value.reshape(()))
-        elif each and fill:
-            of_each.fill_(value)
+            place.copy_(value.reshape(-1))
+        elif each and fill and at >= table.SHARED:
+            place.fill_(value)

@@ -15,11 +15,13 @@ from torch.autograd.graph import increment_version
 from . import platform, table
 from .plan import KEY, Item, Plan, prepare
 from .records import Operands, Records, Tensors, copy_scalars, scalar_values, scalars_of
-from .step import Launcher, has_first, options_of
+from .step import Launcher, options_of
 
 
 class ShardCall:
-    """An op on shards."""
+    """An op on shards. ``grad_scale`` as for `triton_kernels.step.Step`."""
+
+    unscales = True
 
     def __init__(self, operands: Operands) -> None:
         self._operands, self._op = operands, operands.op
@@ -31,7 +33,6 @@ class ShardCall:
         Raises:
             RuntimeError: a CUDA graph is being captured.
         """
-        grads = [grad.resolve_neg() for grad in grads]
         records = Records(self._operands, grads, {name: numbers.pop(name) for name in self._op.vectors})
         if not records.items:
             return
@@ -47,7 +48,7 @@ class ShardCall:
             plan, blank, tiles = _planned(name, device, platform.stream_of(device), tuple(map(KEY, records.items)))
             if plan.launches:
                 room = _Room(device, records, plan, blank, numbers)
-                options = options_of(numbers, has_first(self._operands))
+                options = options_of(self._operands, numbers)
                 room.run(plan.launches, tiles, options)
         if self._operands.written:
             increment_version(self._operands.written)
@@ -88,6 +89,7 @@ class _Room(Launcher):
             to[: len(values_)] = values_
         tables.copy_(host, non_blocking=True)
         copy_scalars(self.scalars, scalars)
+        self.scale(numbers)
 
 
 @lru_cache(maxsize=32)

@@ -61,6 +61,13 @@ class Launcher:
             | {name: options[name] for name in launch.options}
         )
 
+    def scale(self, numbers: Mapping[str, Any]) -> None:
+        """Copies a GradScaler's tensors."""
+        if numbers.get("grad_scale") is not None:
+            self.scalars[table.GRAD_SCALE.value].copy_(numbers["grad_scale"].reshape(()))
+        if numbers.get("found_inf") is not None:
+            self.flags.add_(numbers["found_inf"].reshape(()) != 0)
+
 
 class Room(Launcher):
     """Device memory of one step at a time, with its tables, for tensors that stay where they are."""
@@ -85,10 +92,10 @@ class Room(Launcher):
         Raises:
             RuntimeError: it needs memory on the host.
         """
-        addresses, layout = _read(grads)
+        addresses, kind = _read(grads)
         if self._known is None:
             raise refused("this is the first step on these tensors")
-        if self._known != (layout, _aligned(addresses)):
+        if self._known != kind:
             raise refused("its gradients are not of the types and layouts that the last step found")
         if addresses != self._addresses and not self.staged.can_be_captured(2 * len(grads)):
             raise refused("its gradients are not where the last step found them")
@@ -102,18 +109,17 @@ class Room(Launcher):
 
     def locate(self, grads: Tensors, capturing: bool) -> None:
         """Finds out where the gradients are, and plans anew where their types or layouts have changed."""
-        addresses, layout = _read(grads)
-        if self._known is None or addresses != self._addresses or layout != self._known[0]:
-            known = layout, _aligned(addresses)
+        addresses, kind = _read(grads)
+        write = None
+        if addresses != self._addresses or kind != self._known:
+            write = partial(self._write, addresses)
             self._addresses = []  # until all is there, whatever may fail before
-            if known != self._known:
+            if kind != self._known:
                 self._known = None
                 self._make(grads)
-                self._known = known
-            self.grad_table = self.staged.bring(2 * len(grads), partial(self._write, addresses), capturing)
-            self._addresses = addresses
-        else:
-            self.grad_table = self.staged.bring(2 * len(grads), None, capturing)
+                self._known = kind
+        self.grad_table = self.staged.bring(2 * len(grads), write, capturing)
+        self._addresses = addresses
 
     def _write(self, addresses: list[int], host: Tensor) -> None:
         rows = [x for pair in zip(addresses, self._grad_layouts, strict=True) for x in pair]
@@ -144,13 +150,6 @@ class Room(Launcher):
             self.scalars[: len(values)].copy_(host, non_blocking=True)
         copy_scalars(self.scalars, scalars, fill=capturing)
 
-    def scale(self, numbers: Mapping[str, Any]) -> None:
-        """Copies a GradScaler's tensors."""
-        if numbers.get("grad_scale") is not None:
-            self.scalars[table.GRAD_SCALE.value].copy_(numbers["grad_scale"].reshape(()))
-        if numbers.get("found_inf") is not None:
-            self.flags.add_(numbers["found_inf"].reshape(()) != 0)
-
 
 class Statistics:
     """Sums of a first read of the gradients (`hfac.backends`). They own a room until a step uses them or they are
@@ -158,13 +157,12 @@ class Statistics:
 
     Attributes:
         squares: float64 [parameters], each gradient's sum of squares, divided by grad_scale; 0 without elements.
-        grads: copies of the gradients, where one of them is a view that negates.
         counted: whether zero rows have been counted.
     """
 
-    def __init__(self, rooms: list[Room], room: Room, squares: Tensor, grads: Tensors, counted: bool) -> None:
+    def __init__(self, rooms: list[Room], room: Room, squares: Tensor, counted: bool) -> None:
         self._rooms, self._room = rooms, room
-        self.squares, self.grads, self.counted = squares, grads, counted
+        self.squares, self.counted = squares, counted
 
     def take_room(self) -> Room | None:
         """The room, once."""
@@ -197,7 +195,6 @@ class Bound:
     def __init__(self, operands: Operands) -> None:
         self._operands, self._params = operands, operands.params
         self.device = self._params[0].device
-        self._first = has_first(operands)
         self._rooms: list[Room] = []  # those that are free
         self._lock = threading.Lock()
         self._stream = platform.stream_of(self.device)  # of the last step
@@ -228,13 +225,12 @@ class Bound:
                 ``found_inf``, float32 tensors of one element on the device: gradients are divided by the one, and where
                 the other is not zero every parameter keeps its value.
         """
-        options = options_of(numbers, self._first, nonfinite, watched)
+        options = options_of(self._operands, numbers, nonfinite, watched)
         with self._lock, platform.current(self.device):
             room = None if statistics is None or clip is None else statistics.take_room()
             if room is None or statistics is None or clip is None:
-                room, copies = self._open(grads, options, numbers)
+                room = self._open(grads, options, numbers)
             else:
-                copies = statistics.grads
                 options["AGAIN"] = watched is None or statistics.counted
                 self._resume(room, options, clip)
             try:
@@ -243,7 +239,7 @@ class Bound:
                     room.watched = watched if aligned(watched) else torch.zeros_like(watched, memory_format=contiguous)
                 room.scale(numbers)
                 room.run(room.plan.launches, room.tiles, options)
-                self._close(room, nonfinite, numbers, copies)
+                self._close(room, nonfinite, numbers)
                 if watched is not None and room.watched is not watched:
                     watched.add_(room.watched)
             finally:
@@ -257,16 +253,16 @@ class Bound:
         """The statistics of the step that a call with these arguments would make, of an op that ``reads_twice``.
         ``nonfinite`` is filled as by a step. ``watched`` is not written; with it, a step that is watched need not take
         the statistics again."""
-        options = options_of(numbers, self._first, nonfinite, watched)
+        options = options_of(self._operands, numbers, nonfinite, watched)
         with self._lock, platform.current(self.device):
-            room, copies = self._open(grads, options, numbers)
+            room = self._open(grads, options, numbers)
             room.squares = torch.zeros(len(self._params), dtype=torch.float64, device=self.device)
-            found = Statistics(self._rooms, room, room.squares, copies, watched is not None)
+            found = Statistics(self._rooms, room, room.squares, watched is not None)
             room.scale(numbers)
             count = room.plan.statistics
             room.run(room.plan.launches[:count], room.tiles[:count], options)
             room.run(room.plan.squares, room.square_tiles, options)
-            self._close(room, nonfinite, numbers, copies)
+            self._close(room, nonfinite, numbers)
         return found
 
     def capturing(self) -> bool:
@@ -277,30 +273,29 @@ class Bound:
         """As `Room.check_capture`, of the room that the next step will have."""
         if not self._rooms:
             raise refused("this is the first step on these tensors")
-        self._rooms[-1].check_capture(_resolved(grads) or grads)
+        self._rooms[-1].check_capture(grads)
 
     def workspace_bytes(self) -> int:
         """Bytes of partial sums that are kept from step to step; 0 before the first."""
         return sum(room.workspace.numel() for room in self._rooms if room.workspace is not None)
 
-    def _open(self, grads: Tensors, options: Mapping[str, bool], numbers: Mapping[str, Any]) -> tuple[Room, Tensors]:
-        """A room with all that the launches of a step read, and copies of the gradients, where some negate."""
+    def _open(self, grads: Tensors, options: Mapping[str, bool], numbers: Mapping[str, Any]) -> Room:
+        """A room with all that the launches of a step read."""
         capturing = self.capturing()
-        copies = _resolved(grads)
         room = self._rooms.pop() if self._rooms else Room(self._operands)
         try:
             if capturing:
-                room.check_capture(copies or grads)
+                room.check_capture(grads)
             else:
                 self._follow(room)
-            room.locate(copies or grads, capturing)
+            room.locate(grads, capturing)
             room.set_scalars(numbers, capturing)
             if options["SKIP"]:
                 room.flags.zero_()
         except BaseException:
             self._rooms.append(room)
             raise
-        return room, copies
+        return room
 
     def _resume(self, room: Room, options: Mapping[str, bool], clip: Tensor) -> None:
         """Only the coefficient is missing."""
@@ -310,14 +305,14 @@ class Bound:
         if options["SKIP"]:
             room.flags.mul_(clip == 1)
 
-    def _close(self, room: Room, nonfinite: Tensor | None, numbers: Mapping[str, Any], copies: Tensors) -> None:
+    def _close(self, room: Room, nonfinite: Tensor | None, numbers: Mapping[str, Any]) -> None:
         """Reports which gradients are not finite (none, where found_inf has reported it of all), and keeps what has
         been launched for a graph."""
         found_inf = numbers.get("found_inf")
         if nonfinite is not None:
             nonfinite.copy_(room.flags if found_inf is None else room.flags * (found_inf.reshape(()) == 0))
         if self.capturing():
-            self.captured += [*room.memory(), room.staged.source, room.squares, room.watched, copies]
+            self.captured += [*room.memory(), room.staged.source, room.squares, room.watched]
 
     def _follow(self, room: Room) -> None:
         """Continues on the current stream: after the last step's stream, and with memory that the allocator does not
@@ -332,17 +327,12 @@ class Bound:
             room.stream = stream
 
 
-def has_first(operands: Operands) -> bool:
-    """Whether there is a first moment."""
-    return any(one.moment == 1 and one.name in operands.lists for one in operands.op.operands)
-
-
 def options_of(
-    numbers: Mapping[str, Any], first: bool, nonfinite: Tensor | None = None, watched: Tensor | None = None
+    operands: Operands, numbers: Mapping[str, Any], nonfinite: Tensor | None = None, watched: Tensor | None = None
 ) -> dict[str, bool]:
-    """What kernels are compiled for (`element`). ``first``: there is a first moment."""
+    """What kernels are compiled for (`element`)."""
     return {
-        "FIRST": first,
+        "FIRST": any(one.moment == 1 and one.name in operands.lists for one in operands.op.operands),
         "COUPLED": not numbers.get("decoupled_weight_decay", True),
         "NEGATE": numbers.get("maximize", False),
         "CLIPPED": numbers.get("clip_threshold") is not None,
@@ -354,16 +344,8 @@ def options_of(
     }
 
 
-def _resolved(grads: Tensors) -> list[Tensor]:
-    """The gradients, where one of them is a view that negates; else nothing."""
-    return [grad.resolve_neg() for grad in grads] if any(map(Tensor.is_neg, grads)) else []
-
-
-def _read(grads: Tensors) -> tuple[list[int], tuple[list[torch.dtype], list[tuple[int, ...]] | None]]:
-    """Where gradients lie, and how: types, and strides where one of them is not contiguous."""
+def _read(grads: Tensors) -> tuple[list[int], tuple[Any, ...]]:
+    """Where gradients lie, and how: types, strides where one of them is not contiguous, and which are aligned."""
     strides = None if all(map(Tensor.is_contiguous, grads)) else list(map(Tensor.stride, grads))
-    return list(map(Tensor.data_ptr, grads)), (list(map(_DTYPE, grads)), strides)
-
-
-def _aligned(addresses: Sequence[int]) -> list[bool]:
-    return [address % 16 == 0 for address in addresses]
+    addresses = list(map(Tensor.data_ptr, grads))
+    return addresses, (list(map(_DTYPE, grads)), strides, [address % 16 == 0 for address in addresses])

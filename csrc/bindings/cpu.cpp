@@ -46,7 +46,7 @@ CpuOptions options_of(const OpSlots& op, Keywords& k) {
     o.nonfinite = k.address<int32_t>("nonfinite");
     o.watched = k.address<double>("watched");
   }
-  if (op.kind == OpKind::kHfac) {
+  if (op.reads_twice()) {
     o.stage = stage_of(k.text("stage", py::str("whole")));
     o.squares = k.address<double>("squares");
   }
@@ -66,7 +66,7 @@ size_t run(OpKind kind, CpuOp* op, const py::kwargs& given) {
   Keywords k(given);
   ItemLists lists(slots, k, true);
   const CpuOptions options = options_of(slots, k);
-  char* const kept = kind == OpKind::kHfac ? k.address<char>("kept") : nullptr;
+  char* const kept = slots.reads_twice() ? k.address<char>("kept") : nullptr;
   k.done();
   const bool statistics = options.stage == HfacStage::kStatistics, whole = options.stage == HfacStage::kWhole;
   if (!whole && !kept && lists.size() > 0) refuse("kept", "a null address where a step is made in two calls");
@@ -117,13 +117,14 @@ void define_cpu(py::module_& m) {
       {OpKind::kSmmf, smmf_step},          {OpKind::kSmmfDense, smmf_dense_step},
       {OpKind::kHfacSums, hfac_sums},      {OpKind::kHfacApply, hfac_step},
       {OpKind::kSmmfSums, smmf_sums_step}, {OpKind::kSquares, squares},
+      {OpKind::kHfacInt8, hfac_int8_step},
   };
   for (const std::pair<OpKind, CpuOp*>& op : ops) {
     m.def(
         slots_of(op.first).name, [op](const py::kwargs& given) { return run(op.first, op.second, given); },
         "An op of hfac.reference on lists of addresses; returns the bytes of workspace that it held at most.");
   }
-  m.def("hfac_kept", &hfac_kept, "Bytes that hfac_step keeps between stage='statistics' and stage='rest'.");
+  m.def("hfac_kept", &hfac_kept, "Bytes that H-Fac's matrices keep between stage='statistics' and stage='rest'.");
   m.def("read_floats", &read_floats, py::arg("addresses"), "The float at each address.");
   m.def("advance_floats", &advance_floats, py::arg("addresses"), "Adds one to the float at each address.");
 }

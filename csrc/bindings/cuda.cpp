@@ -25,6 +25,14 @@ OpKind op_kind(const std::string& op) {
   refuse("op", "hfac_step, hfac_dense_step, smmf_step or smmf_dense_step is needed, not '" + op + "'");
 }
 
+// What a plan depends on beside lists.
+PlanOptions plan_options(OpKind op, Keywords& k) {
+  PlanOptions options{op};
+  options.norm = k.flag("norm", py::bool_(false));
+  if (const int64_t bytes = k.integer("l2_bytes", 0); bytes > 0) options.l2_bytes = bytes;
+  return options;
+}
+
 // A plan as a list with one dict per launch.
 py::list described(const Plan& plan) {
   py::list out;
@@ -54,7 +62,7 @@ py::list described(const Plan& plan) {
 
 py::dict cuda_plan(const py::kwargs& given) {
   Keywords k(given);
-  PlanOptions options{op_kind(k.text("op"))};
+  PlanOptions options = plan_options(op_kind(k.text("op")), k);
   const List rows(k.take("rows"), "rows", -1), cols(k.take("cols"), "cols", rows.size());
   const List params = List::each(k.take("param_dtypes"), "param_dtypes", rows.size());
   const List grads = List::each(k.take("grad_dtypes"), "grad_dtypes", rows.size());
@@ -62,8 +70,6 @@ py::dict cuda_plan(const py::kwargs& given) {
   options.first_moment = k.flag("first", py::bool_(true));
   options.clip = k.flag("clip", py::bool_(true));
   options.nonfinite = k.flag("nonfinite", py::bool_(false));
-  options.norm = k.flag("norm", py::bool_(false));
-  if (const int64_t bytes = k.integer("l2_bytes", 0); bytes > 0) options.l2_bytes = bytes;
   k.done();
   std::vector<DeviceItem> items;
   for (py::ssize_t i = 0; i < rows.size(); ++i) {
@@ -109,15 +115,11 @@ Scalar scalar(const py::object& value, const char* name) {
 // every step brings gradients; or, for an op on shards, made of lists with gradients for one step.
 class CudaStep {
  public:
-  CudaStep(const OpSlots& slots, const py::kwargs& given) {
-    const bool bound = !slots.on_shards();
+  CudaStep(OpKind op, const py::kwargs& given) {
     Keywords k(given);
-    PlanOptions options{bound ? op_kind(k.text("op")) : slots.kind};
-    if (bound) {
-      options.norm = k.flag("norm", py::bool_(false));
-      if (const int64_t bytes = k.integer("l2_bytes", 0); bytes > 0) options.l2_bytes = bytes;
-    }
-    ItemLists lists(slots, k, false, !bound);
+    PlanOptions options = plan_options(op, k);
+    const bool on_shards = slots_of(op).on_shards();
+    ItemLists lists(slots_of(op), k, false, on_shards);
     k.done();
     std::vector<Item> items = lists.items();
     size_ = lists.size();
@@ -125,7 +127,7 @@ class CudaStep {
     first_moment_ = options.first_moment = lists.first_moment();
     kept_ = lists.take();
     step_ = std::make_unique<Step>(std::move(items), size_, options);
-    if (bound) return;
+    if (!on_shards) return;
     std::vector<TensorRef> grads;
     for (const Item& item : step_->items()) grads.push_back(item.grad);
     step_->prepare(grads, false, false);
@@ -232,21 +234,20 @@ void define_cuda(py::module_& m) {
         "The launches that a step on the GPU consists of, with blocks, threads and bytes; needs no GPU.");
 #ifdef HFAC_CUDA_STEP
   py::class_<CudaStep> step(m, "CudaStep", "The launches of one op over one list, and the table that they read.");
-  step.def(py::init([](const py::kwargs& given) { return CudaStep(bound_slots(), given); }),
-           "Bound to the addresses of parameters and states: every step brings gradients.")
-      .def("prepare", &CudaStep::prepare,
-           "Takes this step's gradients; true where the table in device memory is out of date.")
+  step.def("prepare", &CudaStep::prepare,
+           "Takes a step's gradients; true where the table in device memory is out of date.")
       .def("launch", &CudaStep::launch)
       .def("write_table", &CudaStep::write_table, py::arg("host"))
       .def("plan", [](const CudaStep& s) { return described(s.step().plan()); })
       .def_property_readonly("table_bytes", [](const CudaStep& s) { return s.step().table_bytes(); })
       .def_property_readonly("workspace_bytes", [](const CudaStep& s) { return s.step().workspace_bytes(); })
       .def_property_readonly("counter_bytes", [](const CudaStep& s) { return s.step().counter_bytes(); });
-  for (const OpKind kind : {OpKind::kHfacSums, OpKind::kHfacApply, OpKind::kSmmfSums}) {
-    const OpSlots& slots = slots_of(kind);
-    step.def_static(slots.name, [&slots](const py::kwargs& given) { return CudaStep(slots, given); });
+  for (const OpKind op : {OpKind::kHfac, OpKind::kHfacDense, OpKind::kSmmf, OpKind::kSmmfDense, OpKind::kHfacSums,
+                          OpKind::kHfacApply, OpKind::kSmmfSums}) {
+    step.def_static(
+        slots_of(op).name, [op](const py::kwargs& given) { return CudaStep(op, given); },
+        "The op bound to the addresses of parameters and lists; to those of gradients where it is one on shards.");
   }
-  m.attr("CudaParts") = step;  // whose static functions make a step of an op on shards, with its gradients
 #endif
   m.def("slots", &slot_names, "Of every op the names of its lists, in order.");
 #ifndef HFAC_EMULATED

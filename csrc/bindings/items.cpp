@@ -20,6 +20,7 @@ Slots first(Need need) {
   return {{"exp_avg_rows", kRows, need, &Item::first_row}, {"exp_avg_cols", kCols, need, &Item::first_col}};
 }
 Slots signs(Need need) { return {{"exp_avg_signs", Extent::kSigns, need}}; }
+Slots codes() { return {{"exp_avg_qs", kElements, kAlways, &Item::codes}}; }
 Slots second() {
   return {{"exp_avg_sq_rows", kRows, kAlways, &Item::second_row},
           {"exp_avg_sq_cols", kCols, kAlways, &Item::second_col}};
@@ -44,12 +45,6 @@ Slots smmf_sums() {
           {"new_sq_rows", kRows, kAlways, &Shard::row_square},
           {"new_sq_cols", kCols, kAlways, &Shard::col_square}};
 }
-Slots bound() {
-  return {{"first_rows", kRows, kOptional, &Item::first_row},
-          {"first_cols", kCols, kOptional, &Item::first_col},
-          {"second_rows", kRows, kOptional, &Item::second_row},
-          {"second_cols", kCols, kOptional, &Item::second_col}};
-}
 
 const OpSlots kOps[] = {
     {"hfac_step", OpKind::kHfac, Sizes::kMatrix, first(kAlways) + second()},
@@ -60,8 +55,8 @@ const OpSlots kOps[] = {
     {"hfac_apply", OpKind::kHfacApply, Sizes::kMatrix, first(kAlways) + second() + hfac_known()},
     {"smmf_sums_step", OpKind::kSmmfSums, Sizes::kBlocks, first(kFirst) + signs(kFirst) + second() + smmf_sums()},
     {"squares", OpKind::kSquares, Sizes::kElements, {}},
+    {"hfac_int8_step", OpKind::kHfacInt8, Sizes::kMatrix, codes() + second()},
 };
-const OpSlots kBound = {"", OpKind::kHfac, Sizes::kMatrix, bound() + signs(kOptional)};
 
 // Where the `numel` elements of a shard lie in a matrix of `rows` rows and `cols` columns: 7 numbers for each block.
 std::vector<Block> read_blocks(const py::handle& value, int64_t numel, int64_t rows, int64_t cols) {
@@ -114,7 +109,6 @@ Signs read_signs(void* data, int64_t bytes, int64_t slices, int64_t numel, py::s
 }  // namespace
 
 const OpSlots& slots_of(OpKind kind) { return kOps[static_cast<int>(kind)]; }
-const OpSlots& bound_slots() { return kBound; }
 
 py::dict slot_names() {
   py::dict all;
@@ -136,44 +130,33 @@ uint64_t seed_of(const py::object& value) {
 }
 
 StorageLists::StorageLists(Keywords& k, bool on_cpu, py::ssize_t size)
-    : on_cpu_(on_cpu),
-      lows_(k.optional_list("master_lows", size)),
-      low_strides_(k.optional_list(on_cpu ? "low_strides" : "master_low_strides", size)),
-      positions_(k.optional_list(on_cpu ? "positions" : "places", size)) {
-  const char* const kinds = on_cpu ? "low_bytes" : "master_low_dtypes";
-  const py::object given_kinds = k.optional(kinds);
-  if (lows_) {
-    if (on_cpu && !PyLong_Check(given_kinds.ptr())) refuse(kinds, "1 or 2 is needed where master_lows is given");
-    low_kinds_ = List::each(given_kinds, kinds, size);
-  }
+    : lows_(k.optional_list("master_lows", size)),
+      low_strides_(k.optional_list("low_strides", size)),
+      places_(k.optional_list("places", size)) {
+  const py::object bytes = k.optional("low_bytes");
+  if (lows_) low_bytes_ = List::each(bytes, "low_bytes", size);
   if (!on_cpu) return;
-  firsts_ = k.optional_list("place_firsts", size);
-  strides_ = k.optional_list("place_strides", size);
   const py::object seed = k.optional("seed"), step = k.optional("step");
-  if (!positions_) return;
+  if (!places_) return;
   seed_ = seed_of(seed);
-  if (step.is_none()) refuse("step", "needed where positions is given");
+  if (step.is_none()) refuse("step", "needed where places is given");
   steps_ = List::each(step, "step", size);
 }
 
 const Storage* StorageLists::at(py::ssize_t i, DType dtype, int64_t numel, const std::optional<List>& shapes,
                                 Kept& kept) const {
-  if (!lows_ && !positions_) return nullptr;
+  if (!lows_ && !places_) return nullptr;
   Storage s{};
   if (lows_) {
-    const double kind = low_kinds_->number(i);
-    if (kind != 1 && kind != 2) {
-      on_cpu_ ? refuse("low_bytes", "1 or 2 is needed where master_lows is given")
-              : refuse("master_low_dtypes", "entry " + std::to_string(i) + ": unknown code");
-    }
+    s.low_bytes = low_bytes_->integer(i);
+    if (s.low_bytes != 1 && s.low_bytes != 2) low_bytes_->bad(i, "1 or 2 is needed");
     if (dtype != DType::kBFloat16) lows_->bad(i, "of a parameter that is no bfloat16");
     s.low = lows_->address(i, true);
-    s.low_bytes = static_cast<int64_t>(on_cpu_ ? kind : 3 - kind);  // Low::kInt16 is 1, Low::kInt8 is 2
     s.low_strided = kept.layout(low_strides_, i, numel, shapes);
   }
-  if (positions_) {
+  if (places_) {
     if (dtype != DType::kBFloat16 && dtype != DType::kFloat16) {
-      positions_->bad(i, "of a parameter of more than 16 bits: only bfloat16 and float16 are rounded stochastically");
+      places_->bad(i, "of a parameter of more than 16 bits: only bfloat16 and float16 are rounded stochastically");
     }
     s.stochastic = true;
     s.bits = offset(i, numel, shapes, kept);
@@ -189,33 +172,21 @@ const Storage* StorageLists::at(py::ssize_t i, DType dtype, int64_t numel, const
 }
 
 BitOffset StorageLists::offset(py::ssize_t i, int64_t numel, const std::optional<List>& shapes, Kept& kept) const {
-  BitOffset bits{};
-  int64_t position;
-  if (on_cpu_) {
-    position = positions_->integer(i);
-    bits.first = firsts_ ? firsts_->count(i) : 0;
-    bits.strided = kept.layout(strides_, i, numel, shapes);
-  } else {
-    const List place(py::reinterpret_borrow<py::object>((*positions_)[i]), "places", -1);
-    if (place.size() != 3) positions_->bad(i, "(position, first, strides) is needed");
-    position = place.integer(0);
-    bits.first = place.count(1);
-    bits.strided = kept.layout(place[2], "places", i, numel, shapes);
-  }
-  if (position >> 32) positions_->bad(i, "a number in [0, 2^32) is needed: 32 bits, not negative");
-  bits.position = static_cast<uint32_t>(position);
+  const List place(py::reinterpret_borrow<py::object>((*places_)[i]), "places", -1);
+  if (place.size() != 3) places_->bad(i, "(position, first, strides) is needed");
+  const int64_t position = place.integer(0);
+  if (position >> 32) places_->bad(i, "a position in [0, 2^32) is needed: 32 bits, not negative");
+  const Strided* const strided = kept.layout(place[2], "places", i, numel, shapes);
+  const BitOffset bits{static_cast<uint32_t>(position), place.count(1), strided};
   // The last element's index must be a number still.
   int64_t last = bits.first;
-  bool over = !bits.strided && __builtin_add_overflow(last, numel - 1, &last);
-  for (size_t d = 0; bits.strided && d < bits.strided->sizes.size(); ++d) {
+  bool over = !strided && __builtin_add_overflow(last, numel - 1, &last);
+  for (size_t d = 0; strided && d < strided->sizes.size(); ++d) {
     int64_t along = 0;
-    over |= __builtin_mul_overflow(bits.strided->sizes[d] - 1, bits.strided->strides[d], &along) ||
+    over |= __builtin_mul_overflow(strided->sizes[d] - 1, strided->strides[d], &along) ||
             __builtin_add_overflow(last, along, &last);
   }
-  if (over) {
-    refuse(on_cpu_ ? "place_firsts" : "places",
-           "entry " + std::to_string(i) + ": the elements' indices overflow: the last one overflows an int64");
-  }
+  if (over) places_->bad(i, "the elements' indices overflow: the last one overflows an int64");
   return bits;
 }
 

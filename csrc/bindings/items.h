@@ -36,35 +36,31 @@ struct OpSlots {
 
   bool params() const { return kind != OpKind::kHfacSums && kind != OpKind::kSquares; }
   bool smmf() const { return kind == OpKind::kSmmf || kind == OpKind::kSmmfDense || kind == OpKind::kSmmfSums; }
+  bool reads_twice() const { return kind == OpKind::kHfac || kind == OpKind::kHfacInt8; }
   bool on_shards() const {
     return kind == OpKind::kHfacSums || kind == OpKind::kHfacApply || kind == OpKind::kSmmfSums;
   }
 };
 
 const OpSlots& slots_of(OpKind kind);
-// Of an op on the GPU that is bound to its lists: the moments of any op.
-const OpSlots& bound_slots();
 // Of every op the names of its lists, in order.
 py::dict slot_names();
 
-// How parameters are kept, beside rounding to the nearest. The CPU's calls take
-//   low_bytes      of an element of `master_lows` (1 or 2), and low_strides;
-//   positions      of parameters that are rounded stochastically, place_firsts (default: 0) and place_strides, each a
-//                  member of BitOffset;
-//   seed, step     with which those give random bits;
-// and the GPU's master_low_dtypes (a Low), master_low_strides, and places: (position, first, strides) of each.
+// How parameters are kept, beside rounding to the nearest:
+//   master_lows    addresses of lower pieces, low_bytes of an element of them (1 or 2), and low_strides;
+//   places         of parameters that are rounded stochastically: (position, first, strides), a BitOffset;
+//   seed, step     with which those give random bits; on a GPU they come with the launch.
 class StorageLists {
  public:
   StorageLists(Keywords& k, bool on_cpu, py::ssize_t size);
-  bool stochastic() const { return positions_.has_value(); }
+  bool stochastic() const { return places_.has_value(); }
   // Of entry i; null where it is rounded to the nearest.
   const Storage* at(py::ssize_t i, DType dtype, int64_t numel, const std::optional<List>& shapes, Kept& kept) const;
 
  private:
   BitOffset offset(py::ssize_t i, int64_t numel, const std::optional<List>& shapes, Kept& kept) const;
 
-  bool on_cpu_;
-  std::optional<List> lows_, low_kinds_, low_strides_, positions_, firsts_, strides_, steps_;
+  std::optional<List> lows_, low_bytes_, low_strides_, places_, steps_;
   uint64_t seed_ = 0;
 };
 

@@ -9,8 +9,9 @@
 namespace hfac {
 namespace {
 
+using common::as_stored;
 using common::kDraws;
-using common::Narrow;
+using common::narrow;
 using common::philox;
 using common::random_bits;
 using common::SeedKey;
@@ -50,21 +51,6 @@ void each_element(S* data, const Strided* strided, int64_t first, int64_t count,
     done += run;
   };
   strided ? each_run(*strided, first, count, elements) : elements(first, 1, count);
-}
-
-// Calls body with a value of the type that is stored.
-template <class Body>
-void as_stored(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return body(float{});
-    case DType::kBFloat16:
-      return body(BFloat16{});
-    case DType::kFloat16:
-      return body(Float16{});
-    case DType::kFloat64:
-      return body(double{});
-  }
 }
 
 // Elements that are rounded, or joined of two pieces, at a time.
@@ -165,15 +151,6 @@ void scatter_rounded(const TensorRef& to, int64_t first, int64_t count, const fl
   });
 }
 
-void scatter_stored(const TensorRef& to, int64_t first, int64_t count, const float* values) {
-  const RoundingKernels& k = kernels().rounding;
-  const int64_t low_bytes = to.storage->low_bytes;
-  if (low_bytes == 2) return scatter_split<int16_t>(to, first, count, values, k.split16);
-  if (low_bytes == 1) return scatter_split<int8_t>(to, first, count, values, k.split8);
-  if (to.dtype == DType::kBFloat16) return scatter_rounded<BFloat16>(to, first, count, values, k.round_bfloat16);
-  scatter_rounded<Float16>(to, first, count, values, k.round_float16);
-}
-
 template <class T>
 void gather_any(const TensorRef& from, int64_t first, int64_t count, T* out) {
   as_stored(from.dtype, [&](auto stored) {
@@ -187,8 +164,9 @@ template <class T>
 void scatter_any(const TensorRef& to, int64_t first, int64_t count, const T* values) {
   as_stored(to.dtype, [&](auto stored) {
     using S = decltype(stored);
+    using Wide = decltype(widen(stored));
     each_element(static_cast<S*>(to.data), to.strided, first, count,
-                 [&](S& x, int64_t k) { x = Narrow<S>::from(values[k]); });
+                 [&](S& x, int64_t k) { x = narrow(static_cast<Wide>(values[k]), S{}); });
   });
 }
 
@@ -210,7 +188,13 @@ void gather(const TensorRef& from, int64_t first, int64_t count, float* out) {
 void gather(const TensorRef& from, int64_t first, int64_t count, double* out) { gather_any(from, first, count, out); }
 
 void scatter(const TensorRef& to, int64_t first, int64_t count, const float* values) {
-  to.storage ? scatter_stored(to, first, count, values) : scatter_any(to, first, count, values);
+  if (!to.storage) return scatter_any(to, first, count, values);
+  const RoundingKernels& k = kernels().rounding;
+  const int64_t low_bytes = to.storage->low_bytes;
+  if (low_bytes == 2) return scatter_split<int16_t>(to, first, count, values, k.split16);
+  if (low_bytes == 1) return scatter_split<int8_t>(to, first, count, values, k.split8);
+  if (to.dtype == DType::kBFloat16) return scatter_rounded<BFloat16>(to, first, count, values, k.round_bfloat16);
+  scatter_rounded<Float16>(to, first, count, values, k.round_float16);
 }
 void scatter(const TensorRef& to, int64_t first, int64_t count, const double* values) {
   scatter_any(to, first, count, values);

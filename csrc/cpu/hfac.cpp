@@ -30,8 +30,9 @@ void add_chunks(T* sums, int64_t chunks, int64_t cols) {
   }
 }
 
-// Per row: the gradient's sum and the new second moment; where a step goes on from them, then half of phi and the row's
-// scale. Per column: sums of g, g^2 and g^2 / r_i; then half of psi and the column's scale.
+// Per row: the gradient's sum and the new second moment; where a step goes on from them, then what the update reads
+// (HfacUpdate): what comes of the first moment, and the row's scale. Per column: sums of g, g^2 and g^2 / r_i; then
+// likewise.
 template <class T>
 struct Sums {
   T *row_sum, *row_square, *col_sum, *col_square, *col_ratio;
@@ -81,7 +82,7 @@ class HfacReader : public ItemsOp<T> {
       a.rows = std::min(step, end - r);
       a.grad = gradient(to, it, r * it.cols, a.rows * it.cols, scratch);
       a.row_square_old = static_cast<const T*>(it.second_row) + r;
-      a.row_sum = row_sum + r;
+      a.row_sum = row_sum ? row_sum + r : nullptr;
       a.row_square = row_square + r;
       to.grad->hfac_stats(a);
     }
@@ -135,14 +136,15 @@ class HfacSumsOp : public HfacReader<T> {
 };
 
 // Phase 0 sums and folds, or folds sums that are known (a shard's, or those that an earlier call kept); phase 1
-// updates.
-template <class T>
+// updates. `kCodes`: the first moment is whole, in 8 bits.
+template <class T, bool kCodes>
 class HfacOp : public HfacReader<T> {
   using Base = HfacReader<T>;
   using Base::options_, Base::watch_, Base::item, Base::watched;
 
  public:
   HfacOp(std::vector<Item> items, const CpuOptions& options) : Base(std::move(items), options) {
+    if (kCodes) clips_.assign(this->items_.size(), T(1));
     for (int64_t i = 0; options.stage == HfacStage::kRest && options.nonfinite && i < this->items(); ++i) {
       this->refused(i) = options.nonfinite[item(i).index] != 0;
     }
@@ -164,7 +166,9 @@ class HfacOp : public HfacReader<T> {
     const Item& it = item(i);
     const Sums<T> at = space(it, workspace);
     if (phase > 0) return update(i, c, at, scratch);
-    if (!known(it)) this->read(i, c, at.row_sum, at.row_square, at.col_sum + c * 3 * padded(it.cols), scratch);
+    if (known(it)) return;
+    T* const row_sum = kCodes && !watch_ ? nullptr : at.row_sum;  // which nothing of the step but its report needs
+    this->read(i, c, row_sum, at.row_square, at.col_sum + c * 3 * padded(it.cols), scratch);
   }
 
   void finish(int64_t i, int phase, void* workspace) override {
@@ -202,21 +206,47 @@ class HfacOp : public HfacReader<T> {
     const T eps_sum = static_cast<T>(static_cast<double>(m) * options_.eps);
     T* s = static_cast<T*>(it.second_col);
     for (int64_t j = 0; j < n; ++j) {
-      s[j] = hfac_average(beta2, s[j], rest2, at.col_square[j] + eps_sum);
+      const T old = s[j];
+      s[j] = hfac_average(beta2, old, rest2, at.col_square[j] + eps_sum);
+      if (kCodes) at.col_sum[j] = root(old) / root(s[j]);
       norm += static_cast<double>(at.col_ratio[j]) / static_cast<double>(s[j]);
     }
     const double mean_square = total * norm / (static_cast<double>(m) * static_cast<double>(n));
     if (watched) watched->direction = total * norm;
-    step(it, at, {at.row_sum, at.row_square, at.col_sum, s, nullptr}, m, n, total, mean_square);
+    if constexpr (kCodes) {
+      step_units(it, at, static_cast<T>(total));
+      clips_[static_cast<size_t>(i)] = divisor_of(mean_square);
+    } else {
+      step(it, at, {at.row_sum, at.row_square, at.col_sum, s, nullptr}, m, n, total, mean_square);
+    }
+  }
+
+  T divisor_of(double mean_square) const {
+    return options_.clip ? hfac_clip_divisor(root(static_cast<T>(mean_square)), options_.clip_threshold) : T(1);
+  }
+
+  // The second moment's step, whose columns have made theirs, and of each row and column the change of the unit and the
+  // scale.
+  void step_units(const Item& it, Sums<T> at, T total) const {
+    const Scalars<T> s = scalars<T>(options_, it);
+    const T* const col_square = static_cast<const T*>(it.second_col);
+    for (int64_t j = 0; j < it.cols; ++j) at.col_square[j] = T(1) / root(col_square[j]);
+    T* const row_square = static_cast<T*>(it.second_row);
+    const T total_old = static_cast<T>(std::accumulate(row_square, row_square + it.rows, 0.0));
+    const T scale = (s.negate ? -s.rest1 : s.rest1) * root(total), growth = root(total) / root(total_old);
+    for (int64_t k = 0; k < it.rows; ++k) {
+      const T fresh = at.row_square[k];
+      at.row_sum[k] = total_old == T(0) ? T(0) : s.beta1 * (root(row_square[k]) / root(fresh) * growth);
+      at.row_square[k] = scale * (T(1) / root(fresh));
+      row_square[k] = fresh;
+    }
   }
 
   // Every moment's step, and of each row and column what `update` reads, to `to`, where the sums may lie.
   void step(const Item& it, Sums<T> to, Sums<T> known, int64_t rows, int64_t cols, double total,
             double mean_square) const {
     const Scalars<T> s = scalars<T>(options_, it);
-    T divisor = T(1);
-    if (options_.clip) divisor = hfac_clip_divisor(root(static_cast<T>(mean_square)), options_.clip_threshold);
-
+    const T divisor = divisor_of(mean_square);
     step_side(s, it.cols, known.col_sum, known.col_square, rows, it.first_col, it.second_col, to.col_sum);
     const T* square = static_cast<const T*>(it.second_col);
     for (int64_t j = 0; j < it.cols; ++j) to.col_square[j] = T(1) / root(square[j]);
@@ -250,19 +280,25 @@ class HfacOp : public HfacReader<T> {
     const int64_t first = (chunks(i, 1) - 1 - c) * update_rows(it), end = std::min(first + update_rows(it), it.rows);
     HfacUpdate<T> a{};
     a.grad_stride = a.param_stride = a.cols = it.cols;
-    a.half_psi = at.col_sum;
+    a.col_first = at.col_sum;
     a.col_scale = at.col_square;
     a.decay = static_cast<T>(options_.lr * options_.weight_decay);
+    if (kCodes) {
+      const Scalars<T> s = scalars<T>(options_, it);
+      a.beta1 = s.beta1;
+      a.step = s.lr * (T(1) / clips_[static_cast<size_t>(i)]);
+    }
     const int64_t step = to.stage_param || to.stage_grad ? staged_rows(it.cols, to.scattered) : end - first;
     for (int64_t r = first; r < end; r += step) {
       a.rows = std::min(step, end - r);
       const DenseRun<T> run = operands(to, it, r * it.cols, a.rows * it.cols, scratch);
       a.grad = run.grad;
       a.param = run.param;
-      a.half_phi = at.row_sum + r;
+      a.row_first = at.row_sum + r;
       a.row_scale = at.row_square + r;
+      if (kCodes) a.codes = static_cast<int8_t*>(it.codes) + r * it.cols;
       const T* old = watched ? old_weights<T>(run.param, run.count, scratch) : nullptr;
-      to.pair->hfac_update(a);
+      (kCodes ? to.pair->hfac_int8 : to.pair->hfac_update)(a);
       if (watched) {
         watch_change(it.param, old, run.param, run.count, *watched);
         watch_rows(static_cast<const T*>(run.grad), a.rows, it.cols, *watched);
@@ -270,7 +306,14 @@ class HfacOp : public HfacReader<T> {
       if (to.stage_param) scatter(it.param, r * it.cols, run.count, static_cast<const T*>(run.param));
     }
   }
+
+  std::vector<T> clips_;  // by item, what the direction is divided by, where the whole of it is clipped
 };
+
+template <class T>
+using FactoredOp = HfacOp<T, false>;
+template <class T>
+using CodesOp = HfacOp<T, true>;
 
 }  // namespace
 
@@ -280,7 +323,11 @@ size_t hfac_kept_bytes(int64_t rows, int64_t cols, bool wide) {
 
 size_t hfac_step(std::vector<Item> items, const CpuOptions& options) {
   return options.stage == HfacStage::kStatistics ? run_both<HfacSumsOp>(std::move(items), options)
-                                                 : run_both<HfacOp>(std::move(items), options);
+                                                 : run_both<FactoredOp>(std::move(items), options);
+}
+size_t hfac_int8_step(std::vector<Item> items, const CpuOptions& options) {
+  return options.stage == HfacStage::kStatistics ? run_both<HfacSumsOp>(std::move(items), options)
+                                                 : run_both<CodesOp>(std::move(items), options);
 }
 size_t hfac_sums(std::vector<Item> items, const CpuOptions& options) {
   return run_both<HfacSumsOp>(std::move(items), options);

@@ -30,7 +30,7 @@ bool nonfinite_square(const void* grad, int64_t count, T elements) {
 
 // Sums of R rows, and their new r. Half of the next R rows, `next` elements further on, are called from memory
 // meanwhile.
-template <class T, class Sg, int R>
+template <class T, class Sg, int R, bool kSums>
 HFAC_HD void hfac_row_sums(HfacStats<T>& a, int64_t i, int64_t next) {
   constexpr int64_t L = Vec<T>::kLanes;
   const Sg* g[R];
@@ -45,7 +45,7 @@ HFAC_HD void hfac_row_sums(HfacStats<T>& a, int64_t i, int64_t next) {
     for (int r = 0; r < R; ++r) {
       if (r < R / 2) __builtin_prefetch(g[r] + next + j, 0, 2);
       const Vec<T> x = load(g[r] + j);
-      total[r] = total[r] + x;
+      if (kSums) total[r] = total[r] + x;
       square[r] = square[r] + x * x;
     }
   }
@@ -58,7 +58,7 @@ HFAC_HD void hfac_row_sums(HfacStats<T>& a, int64_t i, int64_t next) {
   }
   for (int r = 0; r < R; ++r) {
     const T squares = sum(square[r]);
-    a.row_sum[i + r] = sum(total[r]);
+    if (kSums) a.row_sum[i + r] = sum(total[r]);
     a.row_square[i + r] = hfac_average(a.beta2, a.row_square_old[i + r], a.rest2, squares + a.eps_sum);
     // Only an element decides, but none does where even the sum stays finite.
     const T all = squares * a.elements;
@@ -67,7 +67,7 @@ HFAC_HD void hfac_row_sums(HfacStats<T>& a, int64_t i, int64_t next) {
 }
 
 // Column sums of the same rows, now in cache, while the other half of the next R rows is on its way.
-template <class T, class Sg, int R>
+template <class T, class Sg, int R, bool kSums>
 HFAC_HD void hfac_col_sums(const HfacStats<T>& a, int64_t i, int64_t next) {
   constexpr int64_t L = Vec<T>::kLanes;
   const Sg* g[R];
@@ -77,17 +77,18 @@ HFAC_HD void hfac_col_sums(const HfacStats<T>& a, int64_t i, int64_t next) {
     inverse[r] = Vec<T>(T(1) / a.row_square[i + r]);
   }
   const auto add = [&](int64_t j, const Vec<T>* x) __attribute__((always_inline)) {
-    Vec<T> total = load(static_cast<const T*>(a.col_sum + j));
+    Vec<T> total(T(0));
+    if (kSums) total = load(static_cast<const T*>(a.col_sum + j));
     Vec<T> square = load(static_cast<const T*>(a.col_square + j));
     Vec<T> ratio = load(static_cast<const T*>(a.col_ratio + j));
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Vec<T> xx = x[r] * x[r];
-      total = total + x[r];
+      if (kSums) total = total + x[r];
       square = square + xx;
       ratio = ratio + xx * inverse[r];
     }
-    store(a.col_sum + j, total);
+    if (kSums) store(a.col_sum + j, total);
     store(a.col_square + j, square);
     store(a.col_ratio + j, ratio);
   };
@@ -108,24 +109,29 @@ HFAC_HD void hfac_col_sums(const HfacStats<T>& a, int64_t i, int64_t next) {
 }
 
 // As many groups of R rows as there are; returns the first row beyond.
-template <class T, class Sg, int R>
+template <class T, class Sg, int R, bool kSums>
 HFAC_HD int64_t hfac_stats_by(HfacStats<T>& a, int64_t i) {
   for (; i + R <= a.rows; i += R) {
     const int64_t next = i + 2 * R <= a.rows ? R * a.grad_stride : 0;
-    hfac_row_sums<T, Sg, R>(a, i, next);
-    if (a.col_sum) hfac_col_sums<T, Sg, R>(a, i, next);
+    hfac_row_sums<T, Sg, R, kSums>(a, i, next);
+    if (a.col_sum) hfac_col_sums<T, Sg, R, kSums>(a, i, next);
   }
   return i;
 }
 
-template <class T, class Sg>
-void hfac_stats(HfacStats<T>& a) {
+template <class T, class Sg, bool kSums>
+HFAC_HD void hfac_stats_of(HfacStats<T>& a) {
   int64_t i = 0;
 #if HFAC_REGISTER > 32  // 32 registers hold eight rows; the columns' sums are then read and written half as often
-  i = hfac_stats_by<T, Sg, 8>(a, i);
+  i = hfac_stats_by<T, Sg, 8, kSums>(a, i);
 #endif
-  i = hfac_stats_by<T, Sg, kRowsAtOnce>(a, i);
-  hfac_stats_by<T, Sg, 1>(a, i);
+  i = hfac_stats_by<T, Sg, kRowsAtOnce, kSums>(a, i);
+  hfac_stats_by<T, Sg, 1, kSums>(a, i);
+}
+
+template <class T, class Sg>
+void hfac_stats(HfacStats<T>& a) {
+  a.row_sum ? hfac_stats_of<T, Sg, true>(a) : hfac_stats_of<T, Sg, false>(a);
 }
 
 template <class T, class Sw, class Sg, int R>
@@ -139,11 +145,11 @@ HFAC_HD void hfac_update_rows(const HfacUpdate<T>& a, int64_t i) {
   }
   const Vec<T> decay(a.decay);
   const auto step = [&](int r, Vec<T> w, Vec<T> g, Vec<T> half_psi, Vec<T> col_scale) __attribute__((always_inline)) {
-    return hfac_update_by_lr(w, g, Vec<T>(a.half_phi[i + r]), half_psi, col_scale, Vec<T>(a.row_scale[i + r]), decay);
+    return hfac_update_by_lr(w, g, Vec<T>(a.row_first[i + r]), half_psi, col_scale, Vec<T>(a.row_scale[i + r]), decay);
   };
   int64_t j = 0;
   for (; j + L <= a.cols; j += L) {
-    const Vec<T> half_psi = load(a.half_psi + j), col_scale = load(a.col_scale + j);
+    const Vec<T> half_psi = load(a.col_first + j), col_scale = load(a.col_scale + j);
     Vec<T> x[R], y[R];
     const int64_t left = a.cols - j;  // past the end of its row a prefetch is for the row R further on
     const int64_t g_ahead =
@@ -161,7 +167,7 @@ HFAC_HD void hfac_update_rows(const HfacUpdate<T>& a, int64_t i) {
     for (int r = 0; r < R; ++r) store(w[r] + j, step(r, y[r], x[r], half_psi, col_scale));
   }
   if (const int64_t left = a.cols - j; left > 0) {
-    const Vec<T> half_psi = load_part<T>(a.half_psi + j, left), col_scale = load_part<T>(a.col_scale + j, left);
+    const Vec<T> half_psi = load_part<T>(a.col_first + j, left), col_scale = load_part<T>(a.col_scale + j, left);
     for (int r = 0; r < R; ++r) {
       const Vec<T> y = load_part<T>(w[r] + j, left);
       store_part(w[r] + j, step(r, y, load_part<T>(g[r] + j, left), half_psi, col_scale), left);

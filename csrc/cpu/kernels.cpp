@@ -1,6 +1,7 @@
 // The kernels of one instruction set. The build compiles this file once per level, with that level's flags and name.
 #include "kernels.h"
 
+#include "hfac_int8_kernels.h"
 #include "hfac_kernels.h"
 #include "rounding_kernels.h"
 #include "smmf_kernels.h"
@@ -11,8 +12,8 @@ namespace {
 
 template <class T, class Sw, class Sg>
 constexpr PairKernels<T> pair() {
-  return {smmf_rows<T, Sw, Sg>, smmf_dense<T, Sw, Sg>, hfac_update_all<T, Sw, Sg>, hfac_dense_norm<T, Sg>,
-          hfac_dense<T, Sw, Sg>};
+  return {smmf_rows<T, Sw, Sg>, smmf_dense<T, Sw, Sg>,  hfac_update_all<T, Sw, Sg>,
+          hfac_int8<T, Sw, Sg>, hfac_dense_norm<T, Sg>, hfac_dense<T, Sw, Sg>};
 }
 
 template <class T, class Sg>

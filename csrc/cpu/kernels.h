@@ -51,7 +51,7 @@ struct HfacStats {
   const void* grad;
   int64_t grad_stride;
   const T* row_square_old;              // [rows] r of the last step
-  T* row_sum;                           // [rows] out: sum of the gradient
+  T* row_sum;                           // [rows] out: sum of the gradient; null: nor are columns summed up
   T* row_square;                        // [rows] out: the new r
   T *col_sum, *col_square, *col_ratio;  // [cols, padded] added to: sums of g, g^2, g^2 / r_i; null: rows only
   T beta2, rest2, eps_sum;              // eps_sum = cols * eps
@@ -65,10 +65,15 @@ struct HfacUpdate {
   const void* grad;
   void* param;
   int64_t grad_stride, param_stride;
-  const T *half_phi, *row_scale;  // [rows] times lr, the scale negative where the gradient is maximized
-  const T *half_psi, *col_scale;  // [cols] half_psi times lr
-  T decay;                        // lr weight_decay
+  // [rows] and [cols], scales negative where the gradient is maximized. Factored first moment: half of phi and of psi,
+  // these and the rows' scale times lr. In 8 bits: b1 rho and sigma, by which what is held of it changes its unit, and
+  // the rows' scale times 1 - b1.
+  const T *row_first, *row_scale;
+  const T *col_first, *col_scale;
+  T decay;  // lr weight_decay
   int64_t rows, cols;
+  int8_t* codes;  // [rows, cols] the first moment in 8 bits, else null
+  T beta1, step;  // then also read: step = lr times the clip factor
 };
 
 // A run of elements whose moments are kept whole; exp_avg is null where there is no first moment.
@@ -86,6 +91,7 @@ struct PairKernels {
   void (*smmf)(const Scalars<T>&, const SmmfRows<T>&);
   void (*smmf_dense)(const Scalars<T>&, const DenseRun<T>&);
   void (*hfac_update)(const HfacUpdate<T>&);
+  void (*hfac_int8)(const HfacUpdate<T>&);
   T (*hfac_dense_norm)(const Scalars<T>&, const DenseRun<T>&);  // sum of U^2; writes nothing
   void (*hfac_dense)(const Scalars<T>&, const DenseRun<T>&);
 };

@@ -48,7 +48,7 @@ const Level& find(const std::string& name) {
   }
   if (best) return *best;
   std::string usable;
-  for (const std::string& other : levels_usable()) usable += (usable.empty() ? "" : ", ") + other;
+  for (const std::string& other : levels(true)) usable += (usable.empty() ? "" : ", ") + other;
   throw std::invalid_argument("isa: '" + name + "' is not available here; available: " + usable);
 }
 
@@ -68,16 +68,10 @@ const Level& current() {
 
 const Kernels& kernels() { return *current().kernels; }
 
-std::vector<std::string> levels_compiled() {
-  std::vector<std::string> names;
-  for (const Level& candidate : kLevels) names.emplace_back(candidate.name);
-  return names;
-}
-
-std::vector<std::string> levels_usable() {
+std::vector<std::string> levels(bool usable) {
   std::vector<std::string> names;
   for (const Level& candidate : kLevels) {
-    if (candidate.usable()) names.emplace_back(candidate.name);
+    if (!usable || candidate.usable()) names.emplace_back(candidate.name);
   }
   return names;
 }

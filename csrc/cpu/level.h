@@ -10,8 +10,8 @@ namespace hfac {
 
 const Kernels& kernels();
 
-std::vector<std::string> levels_compiled();
-std::vector<std::string> levels_usable();
+// Names of the levels that are compiled, or of those among them that this processor can use.
+std::vector<std::string> levels(bool usable);
 std::string level();
 
 // Throws std::invalid_argument for a level that is not compiled or that this processor lacks; "" is the best one.

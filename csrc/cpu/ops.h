@@ -25,6 +25,6 @@ size_t hfac_kept_bytes(int64_t rows, int64_t cols, bool wide);
 
 // Each returns the bytes of workspace that the call held at most.
 using CpuOp = size_t(std::vector<Item> items, const CpuOptions& options);
-CpuOp hfac_step, hfac_sums, hfac_dense_step, smmf_step, smmf_sums_step, smmf_dense_step, squares;
+CpuOp hfac_step, hfac_int8_step, hfac_sums, hfac_dense_step, smmf_step, smmf_sums_step, smmf_dense_step, squares;
 
 }  // namespace hfac

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <functional>
+#include <mutex>
 #include <new>
 
 #include "threads.h"
@@ -33,6 +34,53 @@ struct Progress {
   std::atomic<int64_t> left{0};  // chunks of the current phase
   std::atomic<int> phase{0};     // phases before this one are finished
   void* workspace = nullptr;
+};
+
+// Memory for partial sums of the items under way, which are at most as many as threads: a block for each of the
+// largest, reserved before any thread writes. Taken by an item's first chunk, given back when it is finished, and used
+// again by the next.
+class Workspace {
+ public:
+  // `wanted`: by item. Called once.
+  void reserve(std::vector<size_t> wanted, size_t blocks) {
+    blocks = std::min(blocks, wanted.size());
+    std::partial_sort(wanted.begin(), wanted.begin() + static_cast<std::ptrdiff_t>(blocks), wanted.end(),
+                      std::greater<size_t>());
+    blocks_.reserve(blocks);
+    for (size_t b = blocks; b-- > 0;) {
+      if (wanted[b] == 0) continue;
+      blocks_.push_back({allocated(wanted[b]), wanted[b], false});
+      total_ += wanted[b];
+    }
+  }
+
+  // The smallest block that is free and large enough, or null: an item that needs no more than this has it, and will
+  // give it back.
+  void* take(size_t bytes) {
+    for (Block& block : blocks_) {
+      if (block.used || block.bytes < bytes) continue;
+      block.used = true;
+      return block.memory.get();
+    }
+    return nullptr;
+  }
+
+  void give(void* memory) {
+    for (Block& block : blocks_) {
+      if (block.memory.get() == memory) block.used = false;
+    }
+  }
+
+  size_t total() const { return total_; }
+
+ private:
+  struct Block {
+    Memory memory;
+    size_t bytes;
+    bool used;
+  };
+  std::vector<Block> blocks_;  // ascending
+  size_t total_ = 0;
 };
 
 class Run {
@@ -184,33 +232,6 @@ void Scratch::room(Slot slot, size_t bytes) {
   memory_[slot].reset();
   memory_[slot] = allocated(bytes);
   size_[slot] = bytes;
-}
-
-void Workspace::reserve(std::vector<size_t> wanted, size_t blocks) {
-  blocks = std::min(blocks, wanted.size());
-  std::partial_sort(wanted.begin(), wanted.begin() + static_cast<std::ptrdiff_t>(blocks), wanted.end(),
-                    std::greater<size_t>());
-  blocks_.reserve(blocks);
-  for (size_t b = blocks; b-- > 0;) {
-    if (wanted[b] == 0) continue;
-    blocks_.push_back({allocated(wanted[b]), wanted[b], false});
-    total_ += wanted[b];
-  }
-}
-
-void* Workspace::take(size_t bytes) {
-  for (Block& block : blocks_) {
-    if (block.used || block.bytes < bytes) continue;
-    block.used = true;
-    return block.memory.get();
-  }
-  return nullptr;
-}
-
-void Workspace::give(void* memory) {
-  for (Block& block : blocks_) {
-    if (block.memory.get() == memory) block.used = false;
-  }
 }
 
 size_t run(std::initializer_list<Op*> ops, int threads) {

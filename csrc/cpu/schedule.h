@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <initializer_list>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 namespace hfac {
@@ -38,29 +37,6 @@ class Scratch {
   void room(Slot slot, size_t bytes);
   Memory memory_[kSlots];
   size_t size_[kSlots] = {};
-};
-
-// Memory for partial sums of the items under way, which are at most as many as threads: a block for each of the
-// largest, reserved before any thread writes. Taken by an item's first chunk, given back when it is finished, and used
-// again by the next.
-class Workspace {
- public:
-  // `wanted`: by item. Called once.
-  void reserve(std::vector<size_t> wanted, size_t blocks);
-  // The smallest block that is free and large enough, or null: an item that needs no more than this has it, and will
-  // give it back.
-  void* take(size_t bytes);
-  void give(void* block);
-  size_t total() const { return total_; }
-
- private:
-  struct Block {
-    Memory memory;
-    size_t bytes;
-    bool used;
-  };
-  std::vector<Block> blocks_;  // ascending
-  size_t total_ = 0;
 };
 
 class Op {

@@ -43,14 +43,14 @@ HFAC_HD Vec<float> load(const BFloat16* p) {
   return a;
 }
 
-// What `narrow_bfloat16` does, in integers; the result's 16 bits stand in the upper half.
+// What `narrow` does, in integers; the result's 16 bits stand in the upper half.
 HFAC_HD typename Vec<float>::IntPart bfloat16_bits(typename Vec<float>::Part x) {
   using Bits = typename Vec<float>::IntPart;
   typedef uint32_t Unsigned __attribute__((vector_size(HFAC_REGISTER)));
   const Unsigned u = (Unsigned)x;
   const Bits rounded = (Bits)(u + 0x7fffu + ((u >> 16) & 1u));
   const Bits nan = (x != x);
-  return (rounded & ~nan) | (nan & 0x7fc00000);
+  return nan ? 0x7fc00000 - Bits{} : rounded;
 }
 
 HFAC_HD void store(BFloat16* p, Vec<float> a) {
@@ -69,7 +69,7 @@ HFAC_HD void store(BFloat16* p, Vec<float> a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8 * k), _mm_packs_epi32(low, high));
   }
 #else
-  for (int l = 0; l < 16; ++l) p[l] = narrow_bfloat16(a.part[l / 4][l % 4]);
+  for (int l = 0; l < 16; ++l) p[l] = narrow(a.part[l / 4][l % 4], BFloat16{});
 #endif
 }
 
@@ -99,7 +99,7 @@ HFAC_HD void store(Float16* p, Vec<float> a) {
 #else
   float lanes[16];
   store(lanes, a);
-  for (int l = 0; l < 16; ++l) p[l] = narrow_float16(lanes[l]);
+  for (int l = 0; l < 16; ++l) p[l] = narrow(lanes[l], Float16{});
 #endif
 }
 

@@ -254,23 +254,15 @@ void smmf_all_rows(const Scalars<T>& scalars, const SmmfRows<T>& a) {
   for (; i < a.rows; ++i) smmf_rows_at_once<T, Sw, Sg, kFirst, kCoupled, kWatch, 1>(scalars, s, a, i);
 }
 
-template <class T, class Sw, class Sg, bool kWatch>
-void smmf_rows_watched(const Scalars<T>& scalars, const SmmfRows<T>& a) {
-  if (a.col_m) {
-    scalars.coupled ? smmf_all_rows<T, Sw, Sg, true, true, kWatch>(scalars, a)
-                    : smmf_all_rows<T, Sw, Sg, true, false, kWatch>(scalars, a);
-  } else {
-    scalars.coupled ? smmf_all_rows<T, Sw, Sg, false, true, kWatch>(scalars, a)
-                    : smmf_all_rows<T, Sw, Sg, false, false, kWatch>(scalars, a);
-  }
-}
-
 template <class T, class Sw, class Sg>
 void smmf_rows(const Scalars<T>& scalars, const SmmfRows<T>& a) {
-  if constexpr (std::is_same<Sw, T>::value && std::is_same<Sg, T>::value) {  // what is watched is staged
-    if (a.direction) return smmf_rows_watched<T, Sw, Sg, true>(scalars, a);
-  }
-  smmf_rows_watched<T, Sw, Sg, false>(scalars, a);
+  constexpr bool kStaged = std::is_same<Sw, T>::value && std::is_same<Sg, T>::value;  // as all that is watched
+  const auto choose = [](bool flag, const auto& body) { flag ? body(std::true_type()) : body(std::false_type()); };
+  choose(a.col_m, [&](auto first) {
+    choose(scalars.coupled, [&](auto coupled) {
+      choose(a.direction, [&](auto watch) { smmf_all_rows<T, Sw, Sg, first, coupled, watch && kStaged>(scalars, a); });
+    });
+  });
 }
 
 template <class T, class Sw, class Sg>

@@ -86,15 +86,12 @@ inline void watch_change(const TensorRef&, const double* old, const void* now, i
 inline void watch_change(const TensorRef& param, const float* old, const void* fresh, int64_t count, Watched& watched) {
   const float* now = static_cast<const float*>(fresh);
   const int64_t low_bytes = param.storage ? param.storage->low_bytes : 0;
-  if (low_bytes == 1) {
-    watch_run(old, now, count, common::nearest_of_24_bits, watched);
-  } else if (param.dtype == DType::kBFloat16 && low_bytes == 0) {
-    watch_run(old, now, count, [](float x) { return common::widen(common::narrow_bfloat16(x)); }, watched);
-  } else if (param.dtype == DType::kFloat16) {
-    watch_run(old, now, count, [](float x) { return common::widen(common::narrow_float16(x)); }, watched);
-  } else {
-    watch_run(old, now, count, [](float x) { return x; }, watched);
-  }
+  const auto run = [&](const auto& stored) { watch_run(old, now, count, stored, watched); };
+  const auto nearest = [](auto type) { return [=](float x) { return common::widen(common::narrow(x, type)); }; };
+  if (low_bytes == 1) return run(common::nearest_of_24_bits);
+  if (param.dtype == DType::kBFloat16 && low_bytes == 0) return run(nearest(BFloat16{}));
+  if (param.dtype == DType::kFloat16) return run(nearest(Float16{}));
+  run(nearest(float{}));
 }
 
 // Of the gradient.

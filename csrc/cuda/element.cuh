@@ -14,7 +14,7 @@ namespace hfac {
 
 using common::bits_of;
 using common::float_of;
-using common::Narrow;
+using common::narrow;
 using common::widen;
 
 // Addresses come from a table in memory. Declaring them global avoids generic loads.
@@ -78,11 +78,11 @@ HFAC_DEVICE __half2 round_pair(float a, float b, Float16) { return __floats2half
 HFAC_DEVICE float widened(Float16 x) { return widen(x); }
 template <class S>
 HFAC_DEVICE float nearest(float x, S) {
-  return widen(Narrow<S>::from(x));
+  return widen(narrow(x, S()));
 }
 template <class S>
 HFAC_DEVICE uint32_t round_pair(float a, float b, S) {
-  return Narrow<S>::from(a).bits | static_cast<uint32_t>(Narrow<S>::from(b).bits) << 16;
+  return narrow(a, S()).bits | static_cast<uint32_t>(narrow(b, S()).bits) << 16;
 }
 #endif
 
@@ -137,7 +137,7 @@ template <class T, class S>
 HFAC_DEVICE void store_run(const Operand& o, const int64_t* layout, int64_t at, int count, const T (&x)[kVector]) {
   S* data = global(static_cast<S*>(o.data));
   HFAC_UNROLLED (k, kVector) {
-    if (k < count) data[layout ? offset_of(layout, at + k) : at + k] = Narrow<S>::from(x[k]);
+    if (k < count) data[layout ? offset_of(layout, at + k) : at + k] = narrow(x[k], S());
   }
 }
 
@@ -146,16 +146,7 @@ template <class T>
 HFAC_DEVICE void load_any(const Operand& o, const int64_t* layouts, int64_t at, int count, T (&x)[kVector]) {
   const int64_t* layout = o.layout < 0 ? nullptr : layouts + o.layout;
   HFAC_UNROLLED (k, kVector) x[k] = T(0);
-  switch (o.dtype) {
-    case DType::kFloat32:
-      return load_run<T, float>(o, layout, at, count, x);
-    case DType::kBFloat16:
-      return load_run<T, BFloat16>(o, layout, at, count, x);
-    case DType::kFloat16:
-      return load_run<T, Float16>(o, layout, at, count, x);
-    case DType::kFloat64:
-      return load_run<T, double>(o, layout, at, count, x);
-  }
+  common::as_stored(o.dtype, [&](auto stored) { load_run<T, decltype(stored)>(o, layout, at, count, x); });
 }
 
 HFAC_DEVICE void store_any(const Operand& o, const int64_t* layouts, int64_t at, int count, const float (&x)[kVector]) {

@@ -85,6 +85,20 @@ HFAC_DEVICE bool is_minus_zero(double x) {
   return bits == uint64_t{1} << 63;
 }
 
+// Stores new moments of row (or column) k, and returns half of phi (or psi). `length`: elements of a whole row.
+template <class T>
+HFAC_DEVICE T step_moments(void* first, void* second, int64_t k, T mean, T square, T length, const Decay<T>& b1) {
+  T* const average = static_cast<T*>(first) + k;
+  *average = hfac_average(b1.beta, *average, b1.rest, mean);
+  static_cast<T*>(second)[k] = square;
+  return hfac_half_drift(b1.beta, *average, mean, square, length);
+}
+
+template <class T>
+HFAC_DEVICE T clip_divisor(const Options& o, T mean_square) {
+  return o.clip ? hfac_clip_divisor(root(mean_square), o.clip_threshold) : T(1);
+}
+
 template <class T>
 __global__ void __launch_bounds__(kTileThreads) hfac_fold(Arguments a) {
   __shared__ double shared[kTileThreads];
@@ -102,24 +116,20 @@ __global__ void __launch_bounds__(kTileThreads) hfac_fold(Arguments a) {
   double total = 0, norm = 0;
   double zeros[2] = {0, 0};  // rows and columns of zeros alone
   if (k < m) {
-    T *u = static_cast<T*>(it.first_row), *r = static_cast<T*>(it.second_row);
-    const T sum = space.row_sum[k], mean = sign * (sum + T(0)) / cols;
+    const T sum = space.row_sum[k], r = space.row_square[k];
     zeros[0] = is_minus_zero(sum) ? 1 : 0;
-    u[k] = hfac_average(b1.beta, u[k], b1.rest, mean);
-    r[k] = space.row_square[k];
-    space.row_sum[k] = hfac_half_drift(b1.beta, u[k], mean, r[k], cols);
-    total = static_cast<double>(r[k]);
+    space.row_sum[k] = step_moments(it.first_row, it.second_row, k, sign * (sum + T(0)) / cols, r, cols, b1);
+    total = static_cast<double>(r);
   }
   if (k < n) {
     T sums[kSums];
     sum_tiles(space, it, k, sums);
-    T *v = static_cast<T*>(it.first_col), *s = static_cast<T*>(it.second_col);
-    const T mean = sign * sums[0] / rows;
-    v[k] = hfac_average(b1.beta, v[k], b1.rest, mean);
-    s[k] = hfac_average(b2.beta, s[k], b2.rest, sums[1] + static_cast<T>(static_cast<double>(m) * a.options.eps));
-    space.half_psi[k] = hfac_half_drift(b1.beta, v[k], mean, s[k], rows);
-    space.col_scale[k] = T(1) / root(s[k]);
-    norm = static_cast<double>(sums[2]) / static_cast<double>(s[k]);
+    const T old = static_cast<const T*>(it.second_col)[k];
+    const T square = sums[1] + static_cast<T>(static_cast<double>(m) * a.options.eps);
+    const T s = hfac_average(b2.beta, old, b2.rest, square);
+    space.half_psi[k] = step_moments(it.first_col, it.second_col, k, sign * sums[0] / rows, s, rows, b1);
+    space.col_scale[k] = T(1) / root(s);
+    norm = static_cast<double>(sums[2]) / static_cast<double>(s);
     zeros[1] = sums[0] == T(0) && sums[1] == T(0) ? 1 : 0;
   }
   double* const watched = a.watched ? a.watched + int64_t{it.index} * kWatchedNumbers : nullptr;
@@ -147,10 +157,9 @@ __global__ void __launch_bounds__(kTileThreads) hfac_fold(Arguments a) {
   norm = block_sum(norm, shared);
   if (threadIdx.x > 0) return;
   if (watched) watched[kDirection] += total * norm;
-  *space.scale = root(static_cast<T>(total));
   const double mean_square = total * norm / (static_cast<double>(m) * static_cast<double>(n));
-  *space.divisor =
-      a.options.clip ? hfac_clip_divisor(root(static_cast<T>(mean_square)), a.options.clip_threshold) : T(1);
+  *space.scale = root(static_cast<T>(total));
+  *space.divisor = clip_divisor(a.options, static_cast<T>(mean_square));
 }
 
 // The statistics of a shard, for the other ranks: the end of `hfac_sums`.
@@ -184,24 +193,17 @@ __global__ void __launch_bounds__(kTileThreads) hfac_apply_fold(Arguments a) {
   const Decay<T> b1(a.scalars.beta1, it.index);
   const int64_t k = static_cast<int64_t>(tile.index) * kFoldChunk + threadIdx.x;
   if (k < it.rows) {
-    T *u = static_cast<T*>(it.first_row), *r = static_cast<T*>(it.second_row);
-    const T mean = sign * static_cast<const T*>(shard.row[0])[k] / cols;
-    u[k] = hfac_average(b1.beta, u[k], b1.rest, mean);
-    r[k] = static_cast<const T*>(shard.row[1])[k];
-    space.row_sum[k] = hfac_half_drift(b1.beta, u[k], mean, r[k], cols);
+    const T sum = static_cast<const T*>(shard.row[0])[k], r = static_cast<const T*>(shard.row[1])[k];
+    space.row_sum[k] = step_moments(it.first_row, it.second_row, k, sign * sum / cols, r, cols, b1);
   }
   if (k < it.cols) {
-    T *v = static_cast<T*>(it.first_col), *s = static_cast<T*>(it.second_col);
-    const T mean = sign * static_cast<const T*>(shard.col[0])[k] / rows;
-    v[k] = hfac_average(b1.beta, v[k], b1.rest, mean);
-    s[k] = static_cast<const T*>(shard.col[1])[k];
-    space.half_psi[k] = hfac_half_drift(b1.beta, v[k], mean, s[k], rows);
-    space.col_scale[k] = T(1) / root(s[k]);
+    const T sum = static_cast<const T*>(shard.col[0])[k], s = static_cast<const T*>(shard.col[1])[k];
+    space.half_psi[k] = step_moments(it.first_col, it.second_col, k, sign * sum / rows, s, rows, b1);
+    space.col_scale[k] = T(1) / root(s);
   }
   if (k > 0) return;
   *space.scale = root(static_cast<T>(value_of(a.scalars.totals, it.index)));
-  const T mean_square = static_cast<T>(value_of(a.scalars.mean_squares, it.index));
-  *space.divisor = a.options.clip ? hfac_clip_divisor(root(mean_square), a.options.clip_threshold) : T(1);
+  *space.divisor = clip_divisor(a.options, static_cast<T>(value_of(a.scalars.mean_squares, it.index)));
 }
 
 // No root and no division in the loop: a tile's rows are prepared in shared memory, its columns in registers.

@@ -26,32 +26,21 @@ struct Stats {
   const Arguments& a;
   const DeviceItem& it;
   StatsShared<T>& shared;
-  const Operand grad;
-  const Gradient<T> gradient;
-  const Decay<T> b2;
-  const int lanes, x, y, ys, warps, width, tile_rows;
-  const int64_t rows, cols, first_row;
+  const int tile;
+  const Operand grad = it.grad;
+  const Gradient<T> gradient{a};
+  const Decay<T> b2{a.scalars.beta2, it.index};
+  const int lanes = it.tiling.lanes;
+  const int x = static_cast<int>(threadIdx.x) % it.tiling.lanes;
+  const int y = static_cast<int>(threadIdx.x) / it.tiling.lanes;
+  const int ys = static_cast<int>(blockDim.x) / it.tiling.lanes;
+  const int warps = it.tiling.lanes > kWarp ? it.tiling.lanes / kWarp : 1;
+  const int width = it.tiling.lanes < kWarp ? it.tiling.lanes : kWarp;
+  const int tile_rows = static_cast<int>(it.rows - static_cast<int64_t>(tile) * it.tiling.rows < it.tiling.rows
+                                             ? it.rows - static_cast<int64_t>(tile) * it.tiling.rows
+                                             : it.tiling.rows);
+  const int64_t rows = it.rows, cols = it.cols, first_row = static_cast<int64_t>(tile) * it.tiling.rows;
   bool bad = false;
-
-  HFAC_DEVICE Stats(const Arguments& a_, const DeviceItem& it_, int tile, StatsShared<T>& shared_)
-      : a(a_),
-        it(it_),
-        shared(shared_),
-        grad(it_.grad),
-        gradient(a_),
-        b2(a_.scalars.beta2, it_.index),
-        lanes(it_.tiling.lanes),
-        x(static_cast<int>(threadIdx.x) % it_.tiling.lanes),
-        y(static_cast<int>(threadIdx.x) / it_.tiling.lanes),
-        ys(static_cast<int>(blockDim.x) / it_.tiling.lanes),
-        warps(it_.tiling.lanes > kWarp ? it_.tiling.lanes / kWarp : 1),
-        width(it_.tiling.lanes < kWarp ? it_.tiling.lanes : kWarp),
-        tile_rows(static_cast<int>(it_.rows - static_cast<int64_t>(tile) * it_.tiling.rows < it_.tiling.rows
-                                       ? it_.rows - static_cast<int64_t>(tile) * it_.tiling.rows
-                                       : it_.tiling.rows)),
-        rows(it_.rows),
-        cols(it_.cols),
-        first_row(static_cast<int64_t>(tile) * it_.tiling.rows) {}
 
   HFAC_DEVICE typename A::Grad load(int row, int64_t col, int count) const {
     return A::grad(grad, a.layouts, (first_row + row) * cols + col, count, false);
@@ -127,7 +116,7 @@ __global__ void __launch_bounds__(kVectors == 1 ? kStatsThreads : kLongThreads, 
   __shared__ StatsShared<T> shared;
   if (skipped(a) || unclipped(a)) return;
   const Tile tile = tile_of(a);
-  Stats<A> s(a, a.items[tile.item], tile.index, shared);
+  Stats<A> s{a, a.items[tile.item], shared, tile.index};
   T sums[kVectors][kSums][kVector];
   HFAC_UNROLLED (k, kVectors * kSums * kVector) {
     sums[k / (kSums * kVector)][k / kVector % kSums][k % kVector] = T(0);
@@ -207,7 +196,7 @@ __global__ void __launch_bounds__(kLongThreads, 1) hfac_stats_wide(Arguments a) 
   __shared__ StatsShared<T> shared;
   if (skipped(a) || unclipped(a)) return;
   const Tile tile = tile_of(a);
-  Stats<A> s(a, a.items[tile.item], tile.index, shared);
+  Stats<A> s{a, a.items[tile.item], shared, tile.index};
   T* out = HfacSpace<T>(s.it, a.workspace).cols + static_cast<int64_t>(tile.index) * kSums * s.cols;
   for (int base = 0; base < s.tile_rows; base += kWideRows) {
     for (int first = 0; first < kWideRows; first += kRowsInFlight) {

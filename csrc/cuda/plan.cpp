@@ -16,8 +16,7 @@ int64_t state_bytes(const DeviceItem& it) { return is_double(it) ? 8 : 4; }
 int64_t elements(const DeviceItem& it) { return it.rows * it.cols; }
 int64_t grad_bytes(const DeviceItem& it) { return elements(it) * size_of(it.grad.dtype); }
 int64_t param_bytes(const DeviceItem& it) {
-  const Low low = it.storage.low.kind;
-  return elements(it) * (size_of(it.param.dtype) + (low == Low::kInt16 ? 2 : low == Low::kInt8 ? 1 : 0));
+  return elements(it) * (size_of(it.param.dtype) + static_cast<int64_t>(it.storage.low.kind));
 }
 
 int64_t runs(const DeviceItem& it) { return ceil_quotient(elements(it), kRun); }

@@ -204,6 +204,14 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
   }
 }
 
+// The sum of row or column k over all tiles that have a part of it, in their order, from sums [tiles, 2, length].
+template <class T>
+HFAC_DEVICE T sum_tiles(const T* sums, int tiles, int moment, int64_t length, int64_t k) {
+  T sum = T(0);
+  for (int t = 0; t < tiles; ++t) sum = sum + sums[(t * 2 + moment) * length + k];
+  return sum;
+}
+
 // (SMMF, Algorithm 4) n >= m, so the columns' factors carry the normalisation; the rows' are sums as they stand.
 template <class T>
 __global__ void __launch_bounds__(kTileThreads) smmf_fold(Arguments a) {
@@ -220,16 +228,9 @@ __global__ void __launch_bounds__(kTileThreads) smmf_fold(Arguments a) {
   T* const col_factor[2] = {static_cast<T*>(it.first_col), static_cast<T*>(it.second_col)};
 
   for (int moment = a.options.first_moment ? 0 : 1; moment < 2; ++moment) {
-    if (k < rows) {
-      T sum = T(0);
-      for (int t = 0; t < it.tiling.col_tiles; ++t) sum = sum + space.rows[(t * 2 + moment) * rows + k];
-      row_factor[moment][k] = sum;
-    }
-    T sum = T(0);
-    if (k < cols) {
-      for (int t = 0; t < it.tiling.row_tiles; ++t) sum = sum + space.cols[(t * 2 + moment) * cols + k];
-      col_factor[moment][k] = sum;
-    }
+    if (k < rows) row_factor[moment][k] = sum_tiles(space.rows, it.tiling.col_tiles, moment, rows, k);
+    const T sum = k < cols ? sum_tiles(space.cols, it.tiling.row_tiles, moment, cols, k) : T(0);
+    if (k < cols) col_factor[moment][k] = sum;
     const T total = block_sum(sum, shared);
     if (threadIdx.x == 0) space.totals[tile.index * 2 + moment] = total;
   }
@@ -267,14 +268,10 @@ __global__ void __launch_bounds__(kTileThreads) smmf_sums_fold(Arguments a) {
       const DeviceShard& block = shards[b];
       const int64_t i = (k - block.row_at) / block.row_step, j = k - block.col_at;
       if (k >= block.row_at && i < it.rows && block.row_at + i * block.row_step == k) {
-        T sum = T(0);
-        for (int t = 0; t < it.tiling.col_tiles; ++t) sum = sum + space.rows[(t * 2 + moment) * it.rows + i];
-        row = row + sum;
+        row = row + sum_tiles(space.rows, it.tiling.col_tiles, moment, it.rows, i);
       }
       if (j >= 0 && j < it.cols) {
-        T sum = T(0);
-        for (int t = 0; t < it.tiling.row_tiles; ++t) sum = sum + space.cols[(t * 2 + moment) * it.cols + j];
-        col = col + sum;
+        col = col + sum_tiles(space.cols, it.tiling.row_tiles, moment, it.cols, j);
       }
     }
     if (k < rows) row_total[k] = row;

@@ -26,14 +26,8 @@ Operand operand(const TensorRef& tensor, std::vector<int64_t>& layouts) {
 }
 
 DeviceStorage stored(const Storage& from, std::vector<int64_t>& layouts) {
-  const Low low = from.low_bytes == 2 ? Low::kInt16 : from.low_bytes == 1 ? Low::kInt8 : Low::kNone;
-  DeviceStorage s{};
-  s.low = {from.low, low, laid_out(from.low_strided, layouts)};
-  s.first = from.bits.first;
-  s.position = from.bits.position;
-  s.layout = laid_out(from.bits.strided, layouts);
-  s.stochastic = from.stochastic;
-  return s;
+  const LowerPiece low{from.low, static_cast<Low>(from.low_bytes), laid_out(from.low_strided, layouts)};
+  return {low, from.bits.first, from.bits.position, laid_out(from.bits.strided, layouts), from.stochastic};
 }
 
 // Can kernels read and write whole vectors?

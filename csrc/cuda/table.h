@@ -34,8 +34,8 @@ struct Operand {
   int32_t layout;  // offset of {dimensions, sizes, strides} among the layouts, or -1: contiguous
 };
 
-// Type of what a bfloat16 parameter lacks of its master weight (hfac/rounding.py).
-enum class Low : int32_t { kNone, kInt16, kInt8 };
+// Type of what a bfloat16 parameter lacks of its master weight (hfac/rounding.py), by its bytes.
+enum class Low : int32_t { kNone = 0, kInt8 = 1, kInt16 = 2 };
 
 struct LowerPiece {
   void* data;

@@ -3,7 +3,8 @@
 A backend registers itself (`register`). What it loads, a module or an object, has ``has(op)``, whether it has the op,
 and one function for all of them: ``bind(operands)`` takes `Operands` and returns a call, (grads, nonfinite=None,
 **numbers) -> None, that computes what the function of the op's name in `hfac.reference` does. ``numbers`` are the op's
-numbers and vectors by name, where bits are drawn ``seed`` and ``step``, and ``watched``. A call may have, besides,
+numbers and vectors by name, where bits are drawn ``seed`` and ``step``, and ``watched``. Gradients lie in memory as
+their strides say (`hfac.memory`), unless the backend has ``READS_MEMORY`` False. A call may have, besides,
 
 * of an op that ``reads_twice``, ``statistics(grads, nonfinite, **numbers)``, which gives `Statistics`; it then takes
   them by that name together with ``clip``, what gradients are multiplied by;
@@ -52,6 +53,7 @@ class Backend:
         why_not: (device) -> None where the backend serves it, else the reason and what to do, as one sentence or two.
         load: what has ``bind``; called only where why_not gave None.
         automatic: whether "auto" may take it.
+        missing: steps of which it has no kernels yet, though of all others: "auto" takes the next backend for them.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Backend:
     why_not: Callable[[torch.device], str | None]
     load: Callable[[], Any]
     automatic: bool = True
+    missing: tuple[Op, ...] = ()
 
 
 #: Backends by name, best first.
@@ -79,8 +82,8 @@ def names() -> tuple[str, ...]:
     return ("auto", *TABLE)
 
 
-register(Backend("cuda", "fused CUDA kernels", cuda.why_not, lambda: cuda.KERNELS))
-register(Backend("triton", "fused Triton kernels", triton.why_not, lambda: triton))
+register(Backend("cuda", "fused CUDA kernels", cuda.why_not, lambda: cuda.KERNELS, missing=cuda.MISSING))
+register(Backend("triton", "fused Triton kernels", triton.why_not, lambda: triton, missing=triton.MISSING))
 register(Backend("cpu", "fused C++ kernels", cpu.why_not, lambda: cpu))
 register(Backend("reference", "plain torch, any device", lambda device: None, lambda: plain.FORMULAS))
 
@@ -113,11 +116,20 @@ def resolve(name: str, device: torch.device, op: Op | None = None) -> Any:
         )
     backend = TABLE[name].load()
     if op is not None and not backend.has(op):
-        what = "update shards, the pieces of parameters that one rank has" if op.shard else "make this step"
+        what = "update shards, the pieces of parameters that one rank has" if op.shard else f"make {_step(op)}"
         raise RuntimeError(
             f"backend={name!r} was asked for, but it cannot {what} ({op.name}). Use backend='auto' or 'reference'."
         )
     return backend
+
+
+def options_of(op: Op) -> str:
+    """The options that choose an op, as they are written."""
+    return ", ".join(f"{name}={value!r}" for name, value in op.chosen_by)
+
+
+def _step(op: Op) -> str:
+    return f"the step of {options_of(op)}" if op.chosen_by else "this step"
 
 
 def found(name: str, device: torch.device, op: Op) -> Any:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rounding import BitOffset
 from ..spec import COLS, ROWS, SIGNS
 from .contract import Operands
 
@@ -38,36 +37,32 @@ def strides(tensors: Iterable[Tensor]) -> list[tuple[int, ...] | None]:
     return [None if tensor.is_contiguous() else tensor.stride() for tensor in tensors]
 
 
-def of_grads(grads: Tensors, shapes: bool = False) -> tuple[Tensors, dict[str, Any]]:
-    """Gradients that are no views that negate, which the caller holds while the extension reads, and what it is told of
-    them. Strides need shapes, a parameter's (``shapes``) as well as a gradient's."""
-    found: dict[str, Any] = {}
+def shapes(tensors: Iterable[Tensor]) -> list[tuple[int, ...]]:
+    """What strides need with them."""
+    return [tuple(tensor.shape) for tensor in tensors]
+
+
+def of_grads(grads: Tensors) -> dict[str, Any]:
+    found: dict[str, Any] = {"grads": addresses(grads), "grad_dtypes": codes(grads)}
     if not all(map(Tensor.is_contiguous, grads)):
-        grads = [grad.resolve_neg() for grad in grads]
-        found["grad_strides"] = strides(grads)
-    if found or shapes:
-        found["shapes"] = [tuple(grad.shape) for grad in grads]
-    return grads, found | {"grads": addresses(grads), "grad_dtypes": codes(grads)}
-
-
-def of_params(params: Tensors) -> dict[str, Any]:
-    found: dict[str, Any] = {"params": addresses(params), "numels": numels(params), "param_dtypes": codes(params)}
-    if not all(map(Tensor.is_contiguous, params)):
-        found["param_strides"] = strides(params)
+        found.update(grad_strides=strides(grads), shapes=shapes(grads))
     return found
 
 
 def of_operands(operands: Operands) -> dict[str, Any]:
-    """Parameters, an op's lists, None for those that it goes without, the sizes of its matrices, and how sign bits
-    lie."""
-    op, lists = operands.op, operands.lists
+    """Parameters and how they are stored, an op's lists, None for those that it goes without, the sizes of its
+    matrices, and how sign bits lie."""
+    op, lists, params = operands.op, operands.lists, operands.params
     found: dict[str, Any] = {
         operand.name: addresses(lists[operand.name]) if operand.name in lists else None for operand in op.operands
     }
+    found["numels"] = numels(params)
     if op.updates:
-        found |= of_params(operands.params)
+        found |= {"params": addresses(params), "param_dtypes": codes(params)} | of_storage(operands)
+        if not all(map(Tensor.is_contiguous, params)):
+            found["param_strides"] = strides(params)
     else:
-        found.update(numels=numels(operands.params), state_dtypes=codes(next(iter(lists.values()))))
+        found["state_dtypes"] = codes(next(iter(lists.values())))
     for size in (ROWS, COLS) if op.updates else (ROWS,):
         one = next((operand.name for operand in op.operands if operand.size == size and operand.name in lists), None)
         if one is not None:
@@ -79,13 +74,19 @@ def of_operands(operands: Operands) -> dict[str, Any]:
             found["sign_slices"] = None if signs is None else [sign.shape[0] for sign in signs]
     for name, entries in operands.counts.items():
         found[f"whole_{name}" if name in (ROWS, COLS) else name] = entries
+    if not found.keys().isdisjoint(("param_strides", "low_strides", "places")):
+        found["shapes"] = shapes(params)
     return found
 
 
-def of_places(places: Sequence[BitOffset]) -> dict[str, Any]:
-    """Where random bits come from, as the C++ kernels take it."""
-    found: dict[str, Any] = {"positions": [place.position for place in places]}
-    found["place_firsts"] = [place.first for place in places]
-    if any(place.strides is not None for place in places):
-        found["place_strides"] = [place.strides for place in places]
+def of_storage(operands: Operands) -> dict[str, Any]:
+    """Lower pieces of master weights, and where random bits come from."""
+    found: dict[str, Any] = {}
+    lows = operands.lows
+    if lows is not None:
+        found.update(master_lows=addresses(lows), low_bytes=lows[0].element_size())
+        if not all(map(Tensor.is_contiguous, lows)):
+            found["low_strides"] = strides(lows)
+    if operands.places is not None:
+        found["places"] = list(operands.places)
     return found

@@ -36,14 +36,6 @@ class Operands:
     def written(self) -> Sequence[Tensor]:
         return self.params if self.op.updates else ()
 
-    def by_name(self) -> dict[str, Any]:
-        """As arguments of the function of `hfac.reference`, None for lists that the op goes without."""
-        found: dict[str, Any] = {operand.name: self.lists.get(operand.name) for operand in self.op.operands}
-        found |= {**self.lists, **self.counts}
-        if self.op.updates:
-            found.update(params=self.params, places=self.places)
-        return found
-
 
 @dataclass(frozen=True)
 class Statistics:

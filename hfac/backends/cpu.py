@@ -61,19 +61,6 @@ class CpuCall:
     def __init__(self, operands: Operands) -> None:
         self._name, self._written = operands.op.name.removesuffix("_"), operands.written
         self._operands = addresses.of_operands(operands)
-        if self._operands.get("sign_bytes") is not None:
-            # A plain bit stream, and one element per byte, show in the number of bytes alone.
-            sizes = zip(self._operands["sign_bytes"], self._operands["numels"], strict=True)
-            if not any(8 * nbytes != numel != nbytes for nbytes, numel in sizes):
-                self._operands["sign_slices"] = None
-        lows = operands.lows
-        if lows:
-            self._operands.update(master_lows=addresses.addresses(lows), low_bytes=lows[0].element_size())
-            if not all(map(Tensor.is_contiguous, lows)):
-                self._operands["low_strides"] = addresses.strides(lows)
-        if operands.places is not None:
-            self._operands |= addresses.of_places(operands.places)
-        self._shapes = not self._operands.keys().isdisjoint(("param_strides", "low_strides", "place_strides"))
 
     def __call__(
         self,
@@ -108,7 +95,7 @@ class CpuCall:
         return found
 
     def _run(self, grads: Tensors, nonfinite: Tensor | None, numbers: dict[str, Any]) -> None:
-        grads, given = addresses.of_grads(grads, self._shapes)
+        given = addresses.of_grads(grads)
         if 0 in given["grads"]:  # empty, or zeros without memory
             grads = memory.without_zerotensors(grads)
             given["grads"] = addresses.addresses(grads)
@@ -117,8 +104,7 @@ class CpuCall:
             flags = nonfinite.contiguous()
             given["nonfinite"] = flags.data_ptr()
         getattr(_C, self._name)(
-            **self._operands,
-            **given,
+            **(self._operands | given),
             **{name: value.tolist() if isinstance(value, Tensor) else value for name, value in numbers.items()},
             threads=torch.get_num_threads(),
         )
@@ -132,9 +118,8 @@ bind = CpuCall
 def squares(grads: Tensors) -> Tensor:
     """The sum of squares of every tensor, [len(grads)] in float64: its bits do not depend on the number of threads."""
     found = torch.zeros(len(grads), dtype=torch.float64, device="cpu")
-    grads, given = addresses.of_grads(grads)
     _C.squares(
-        **given,
+        **addresses.of_grads(grads),
         numels=addresses.numels(grads),
         sums=found.data_ptr() if len(grads) else 0,
         threads=torch.get_num_threads(),

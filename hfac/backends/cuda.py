@@ -8,22 +8,23 @@ Everything here is written over a platform, which knows the module with the laun
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version  # tells autograd of writes that it cannot see
 
-from ..spec import COLS, ROWS, WHOLE, Op
+from ..spec import HFAC_INT8_STEP, Op
 from . import addresses, cpu
 from .contract import Operands, Statistics
 from .planned import Cuda, Planned, launch_arguments, scalar
 
 Tensors = Sequence[Tensor]
 
-#: Codes of the kernels' Low (csrc/cuda/table.h).
-_LOWS = {torch.int16: 1, torch.int8: 2}
+#: Steps of which there are no CUDA kernels yet.
+MISSING = (HFAC_INT8_STEP,)
 
 
 def why_not(device: torch.device) -> str | None:
@@ -70,25 +71,14 @@ class CudaCall:
     unscales = True
 
     def __init__(self, platform: Cuda, operands: Operands) -> None:
-        self.params = params = list(operands.params)
-        found, device = addresses.of_operands(operands), params[0].device
-        arguments = {name: found[name] for name in ("params", "numels", "param_dtypes")}
-        arguments.update(op=operands.op.name.removesuffix("_"), l2_bytes=platform.l2_bytes(device))
-        arguments.update(rows=found["numels"], cols=[1] * len(params), first_cols=None, second_cols=None)
-        arguments |= {name: found[name] for name in (ROWS, COLS, "sign_bytes", "sign_slices") if found.get(name)}
-        for state in operands.op.states:  # by the names that the kernels have for both moments, of factors and whole
-            side = {ROWS: "rows", WHOLE: "rows", COLS: "cols"}.get(state.size)
-            name = state.name if side is None else f"{('first', 'second')[state.moment - 1]}_{side}"
-            arguments[name] = found[state.name]
-        stored = _storage(operands)
-        if stored or "param_strides" in found:
-            shapes = [tuple(p.shape) for p in params]
-            arguments.update(shapes=shapes, param_strides=addresses.strides(params), **stored)
+        self.params = list(operands.params)
+        device = self.params[0].device
+        make = partial(_maker(platform, operands), l2_bytes=platform.l2_bytes(device))
         #: What a CUDA graph reads in every replay, and nobody may change or free. Only captures add to it; whoever
         #: keeps this replaces the list by one of its own, which then outlives it.
         self.captured: list[Any] = []
         self._lock = threading.Lock()
-        self._new = lambda **more: Planned(platform, device, platform.native.CudaStep(**arguments, **more))
+        self._new = lambda **more: Planned(platform, device, make(**more))
         self._plain = self._new()
         #: of H-Fac's matrices: a plan whose statistics are taken before the norm of all gradients is known. Where all
         #: steps clip, the plain plan takes no memory.
@@ -108,12 +98,12 @@ class CudaCall:
         they are taken again, and ``nonfinite`` with them; either way the bits are those of a step without."""
         increment_version(self.params)
         with self._lock:
-            plan, workspace, read = self._plain, None, grads
+            plan, workspace = self._plain, None
             if statistics is not None:
                 assert self._split is not None
-                plan, (workspace, read) = self._split, statistics.memory
-            read = plan.look(read, nonfinite, numbers.get("clip_threshold"))
-            plan.launch(nonfinite, self._captured_with(grads, read), workspace, {"clip": clip}, numbers)
+                plan, workspace = self._split, statistics.memory
+            plan.look(grads, nonfinite, numbers.get("clip_threshold"))
+            plan.launch(nonfinite, self.captured, workspace, {"clip": clip}, numbers)
             if statistics is not None:  # whose memory the next ones have
                 plan.workspace, plan.squares = workspace, statistics.squares
 
@@ -125,18 +115,12 @@ class CudaCall:
             if self._split is None:
                 self._split = self._new(norm=True)
             plan = self._split
-            read = plan.look(grads, nonfinite, numbers.get("clip_threshold"))
+            plan.look(grads, nonfinite, numbers.get("clip_threshold"))
             squares = plan.squares_room(len(grads))
-            plan.launch(nonfinite, self._captured_with(grads, read), None, {"squares": squares}, numbers)
-            found = Statistics(squares, (plan.workspace, read))
+            plan.launch(nonfinite, self.captured, None, {"squares": squares}, numbers)
+            found = Statistics(squares, plan.workspace)
             plan.workspace = plan.squares = None  # others that take statistics have memory of their own
             return found
-
-    def _captured_with(self, grads: Tensors, read: Tensors) -> list[Any]:
-        """What a capture adds to, with copies of gradients, which are read in their place."""
-        if read is not grads and self.capturing():
-            self.captured += [mine for mine, grad in zip(read, grads, strict=True) if mine is not grad]
-        return self.captured
 
     def capturing(self) -> bool:
         """Whether a graph is being captured, in whose replays what is launched now will run."""
@@ -157,18 +141,16 @@ class CudaCall:
 
 
 class CudaShardCall:
-    """One call of an op on shards, whose table is for this once."""
+    """An op on shards, whose table is made anew in every call. ``grad_scale`` as for `CudaCall`."""
+
+    unscales = True
 
     def __init__(self, platform: Cuda, operands: Operands) -> None:
         self._platform, self._operands = platform, operands
-        self._make = getattr(platform.native.CudaParts, operands.op.name.removesuffix("_"))
-        stored = _storage(operands)
-        self._told = addresses.of_operands(operands) | stored
-        self._shapes = bool(stored) or "param_strides" in self._told
+        self._make = _maker(platform, operands)
 
     def __call__(self, grads: Tensors, nonfinite: None = None, **numbers: Any) -> None:
-        grads, given = addresses.of_grads(grads, self._shapes)
-        plan = self._make(**self._told, **given)
+        plan = self._make(**addresses.of_grads(grads))
         if plan.table_bytes:
             self._launch(plan, numbers)
         if self._operands.written:
@@ -183,6 +165,7 @@ class CudaShardCall:
                 "CUDA graph that is being captured. Step sharded parameters outside of graphs."
             )
         device = self._operands.params[0].device
+        memory: dict[str, Tensor | None] = {"grad_scale": numbers.pop("grad_scale", None)}
         end = -(-plan.table_bytes // 8) * 8
         found: dict[str, Any] = {}
         held: list[Tensor] = []
@@ -204,20 +187,14 @@ class CudaShardCall:
         table.copy_(host, non_blocking=True)
         workspace = torch.empty(max(plan.workspace_bytes, 1), dtype=torch.uint8, device=device)
         self._platform.before_launch(workspace)
-        memory = {"table": table, "workspace": workspace, "counters": None}
+        memory |= {"table": table, "workspace": workspace, "counters": None}
         plan.launch(**launch_arguments(self._platform.stream(device), device, memory, found))
 
 
-def _storage(operands: Operands) -> dict[str, Any]:
-    """What the kernels are told of how parameters are stored; they need shapes with it."""
-    found: dict[str, Any] = {}
-    lows = operands.lows
-    if lows is not None:
-        found.update(master_lows=addresses.addresses(lows), master_low_dtypes=[_LOWS[low.dtype] for low in lows])
-        found.update(master_low_strides=addresses.strides(lows))
-    if operands.places is not None:
-        found.update(places=list(operands.places))
-    return found
+def _maker(platform: Cuda, operands: Operands) -> Callable[..., Any]:
+    """What makes the op's plan over these operands, of the arguments that are still missing."""
+    make = getattr(platform.native.CudaStep, operands.op.name.removesuffix("_"))
+    return partial(make, **addresses.of_operands(operands))
 
 
 class Kernels:
@@ -227,9 +204,7 @@ class Kernels:
         self.platform = platform
 
     def has(self, op: Op) -> bool:
-        native = self.platform.native
-        known = native.CudaParts if op.shard else cpu._C
-        return hasattr(known, op.name.removesuffix("_"))
+        return op not in MISSING and hasattr(self.platform.native.CudaStep, op.name.removesuffix("_"))
 
     def bind(self, operands: Operands) -> CudaCall | CudaShardCall:
         return (CudaShardCall if operands.op.shard else CudaCall)(self.platform, operands)

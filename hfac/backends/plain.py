@@ -36,13 +36,20 @@ class Formulas:
         raise AttributeError(f"there is no function {name} for this op")
 
     def bind(self, operands: Operands) -> Callable[..., None]:
-        step = partial(self.function(operands.op.name), **_told(operands.by_name()))
-        return lambda grads, nonfinite=None, **numbers: step(grads=grads, **_told({"nonfinite": nonfinite}), **numbers)
+        op = operands.op
+        given: dict[str, Any] = {operand.name: None for operand in op.operands}  # what the op goes without
+        given |= {**operands.lists, **operands.counts}
+        if op.updates:
+            given["params"] = operands.params
+        if operands.places is not None:  # of which functions that draw no bits need not know
+            given["places"] = operands.places
+        step = partial(self.function(op.name), **given)
 
+        def call(grads: Any, nonfinite: Any = None, **numbers: Any) -> None:
+            flags = {} if nonfinite is None else {"nonfinite": nonfinite}
+            step(grads=grads, **flags, **numbers)
 
-def _told(named: dict[str, Any]) -> dict[str, Any]:
-    """Without what functions need not know of where it is not used."""
-    return {name: value for name, value in named.items() if value is not None or name not in ("nonfinite", "places")}
+        return call
 
 
 FORMULAS = Formulas(reference)

@@ -21,18 +21,12 @@ _MEMORY = ("grad_scale", "found_inf", "watched")
 class Cuda:
     """The platform that kernels run on: the extension's module, and the GPU through torch's allocators and streams."""
 
-    def __init__(self) -> None:
-        self._l2_bytes: dict[int, int] = {}
-
     @property
     def native(self) -> Any:
         return cpu._C
 
     def l2_bytes(self, device: torch.device) -> int:
-        index = index_of(device)
-        if index not in self._l2_bytes:
-            self._l2_bytes[index] = getattr(torch.cuda.get_device_properties(index), "L2_cache_size", 0)
-        return self._l2_bytes[index]
+        return getattr(torch.cuda.get_device_properties(index_of(device)), "L2_cache_size", 0)
 
     def stream(self, device: torch.device) -> Any:
         """The current one: its address, or an object that has it as ``cuda_stream``."""
@@ -124,13 +118,12 @@ class Planned:
         kept = (self.table, self.workspace, self.counters)
         return sum(tensor.numel() for tensor in kept if tensor is not None)
 
-    def look(self, grads: Tensors, nonfinite: Tensor | None, clip_threshold: float | None) -> Tensors:
-        """Tells the plan what this step brings, and returns the gradients as the kernels read them."""
-        grads, given = addresses.of_grads(grads)
+    def look(self, grads: Tensors, nonfinite: Tensor | None, clip_threshold: float | None) -> None:
+        """Tells the plan what this step brings."""
+        given = addresses.of_grads(grads)
         changed = self.step.prepare(**given, clip=clip_threshold is not None, nonfinite=nonfinite is not None)
         if changed:  # until the table is written, whatever may fail before
             self.stale = True
-        return grads
 
     def check_room(self) -> None:
         """That a graph can be captured of what `look` has seen.

@@ -10,11 +10,22 @@ from collections.abc import Callable
 
 import torch
 
-from ..spec import HFAC_APPLY, HFAC_DENSE_STEP, HFAC_STEP, HFAC_SUMS, SMMF_DENSE_STEP, SMMF_STEP, SMMF_SUMS_STEP, Op
+from ..spec import (
+    HFAC_APPLY,
+    HFAC_DENSE_STEP,
+    HFAC_INT8_STEP,
+    HFAC_STEP,
+    HFAC_SUMS,
+    SMMF_DENSE_STEP,
+    SMMF_STEP,
+    SMMF_SUMS_STEP,
+    Op,
+)
 from .contract import Operands
 
 DEVICES = ("cuda", "xpu")
-#: Ops of which there are kernels.
+#: Steps of which there are no kernels yet, and ops of which there are.
+MISSING = (HFAC_INT8_STEP,)
 OPS = {HFAC_STEP, HFAC_DENSE_STEP, HFAC_SUMS, HFAC_APPLY, SMMF_STEP, SMMF_DENSE_STEP, SMMF_SUMS_STEP}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from hfac import SMMF, HFac, parity
+from hfac import SMMF, HFac, backends, parity
 
 #: Scalars, vectors, a single row, primes, odd numbers of sign bytes, more columns than a block has, five dimensions, an
 #: empty tensor, and a matrix large enough for several threads and tiles.
@@ -44,6 +44,7 @@ CASES: tuple[tuple[str, torch.dtype, dict[str, Any]], ...] = (
     ("bfloat16", torch.bfloat16, {}),
     ("bfloat16, rounding='stochastic'", torch.bfloat16, {"rounding": "stochastic"}),
     ("bfloat16, master='split'", torch.bfloat16, {"master": "split"}),
+    ("bfloat16, first_moment='int8'", torch.bfloat16, {"first_moment": "int8"}),
     ("bfloat16, capturable=True, nonfinite='skip'", torch.bfloat16, {"nonfinite": "skip", "capturable": True}),
 )
 STEPS = 2
@@ -61,10 +62,12 @@ def check(device: torch.device, names: list[str]) -> Iterator[dict[str, Any]]:
     steps agree. After an error that leaves a GPU unusable, a last row says so and the check ends.
     """
     for name in names:
-        interpreted = name == "triton" and device.type == "cpu"
+        interpreted, lacks = name == "triton" and device.type == "cpu", backends.TABLE[name].missing
         for optimizer in OPTIMIZERS:
             row = {"device": str(device), "backend": name, "optimizer": optimizer.__name__}
             for case, dtype, options in CASES:
+                if any(set(op.chosen_by) <= set(options.items()) for op in lacks) or not takes(optimizer, options):
+                    continue
                 shapes = INTERPRETED if interpreted else SHAPES
                 found = parity.differences(
                     optimizer, shapes, dtype, device, name, **{**COMMON, **options, "steps": STEPS}
@@ -74,6 +77,11 @@ def check(device: torch.device, names: list[str]) -> Iterator[dict[str, Any]]:
                     rest = f"not checked: the error before has left {device} unusable until Python is restarted"
                     yield {**row, "case": "all further cases", "differences": [rest]}
                     return
+
+
+def takes(optimizer: type[HFac] | type[SMMF], options: dict[str, Any]) -> bool:
+    """Whether an optimizer has these options."""
+    return optimizer is HFac or "first_moment" not in options
 
 
 def rates(device: torch.device, names: list[str]) -> Iterator[dict[str, Any]]:

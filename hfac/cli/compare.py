@@ -15,7 +15,7 @@ from hfac.cli.checkpoint import FILE_NAME, cannot_continue, load_checkpoint
 from hfac.cli.corpus import load_corpus
 from hfac.cli.errors import FAILED, INTERRUPTED, DamagedCheckpoint, OutputError, UsageError
 from hfac.cli.foreign import told
-from hfac.cli.optimizers import CHOICES
+from hfac.cli.optimizers import CHOICES, USUAL
 from hfac.cli.plot import write_plot
 from hfac.cli.progress import make_progress
 from hfac.cli.report import best_runs, environment, print_table, write_json
@@ -32,7 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `hfac compare`."""
     add = parser.add_argument_group("what to compare").add_argument
     names = ", ".join(CHOICES)
-    _setting(add, "optimizers", arguments.optimizer_names, f"any of {names}", shown="all", nargs="+", metavar="NAME")
+    _setting(
+        add,
+        "optimizers",
+        arguments.optimizer_names,
+        f"any of {names}",
+        shown=" ".join(USUAL),
+        nargs="+",
+        metavar="NAME",
+    )
     meaning = "peak learning rate: one for all, or NAME=LR pairs"
     _setting(add, "lr", arguments.learning_rates, meaning, shown="one for each optimizer", nargs="+", metavar="LR")
     meaning = "train at each of these multiples of the learning rate, and report each optimizer at its best one"

@@ -133,12 +133,12 @@ class Factored(Optimizer):
 
     MOST = 1 << 42  # the launch plan has an entry for each tile
 
-    def __init__(self, name: str, title: str, cls: type[hfac.HFac] | type[hfac.SMMF]) -> None:
-        self.name, self.title = name, title
+    def __init__(self, name: str, title: str, cls: type[hfac.HFac] | type[hfac.SMMF], **more: str) -> None:
+        self.name, self.title, self.more = name, title, tuple(more.items())
         self.cls: Any = cls
 
     def pieces(self, shape: Shape, dtype: torch.dtype, options: Options = PLAIN) -> dict[str, Piece]:
-        return _asked(self.cls, shape, dtype, options)
+        return _asked(self.cls, shape, dtype, options, self.more)
 
     def sent_bytes(self, load: Load, rank: Rank) -> int:
         """The all-reduced buffer: 3 numbers for every column under H-Fac, all factors under SMMF, and a few for every
@@ -161,6 +161,9 @@ class Factored(Optimizer):
     def transient(self, load: Load, rank: Rank) -> Transient:
         if cpu._C is None:
             return Transient(None, "unknown", "hfac._C, which plans the kernels, is not built: see hfac doctor")
+        if self.more:
+            why = "there are no CUDA kernels for it yet: plain torch makes the step there, with copies of a parameter"
+            return Transient(None, "unknown", why)
         if load.elements(rank) > self.MOST:
             return Transient(None, "unknown", f"launches are not planned for more than {self.MOST:,} elements")
         sums = self._partial_sums(load, rank)
@@ -212,10 +215,12 @@ class Factored(Optimizer):
 
 
 @lru_cache(maxsize=4096)
-def _asked(cls: Any, shape: Shape, dtype: torch.dtype, options: Options) -> dict[str, Piece]:
+def _asked(
+    cls: Any, shape: Shape, dtype: torch.dtype, options: Options, more: tuple[tuple[str, str], ...]
+) -> dict[str, Piece]:
     """The state that an optimizer of hfac creates for a parameter on the meta device."""
     param = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
-    optimizer = cls([{"params": [param], **options._asdict()}])
+    optimizer = cls([{"params": [param], **options._asdict()}], **dict(more))
     layout = optimizer._layout(param, optimizer.param_groups[0])
     found = {}
     for key, value in optimizer.state[param].items():
@@ -235,6 +240,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         AdamW("adamw-bf16", "AdamW, bf16 state", torch.bfloat16),
         Adam8bit(),
         Adafactor(),
+        Factored("hfac-int8", "H-Fac, int8 moment", hfac.HFac, first_moment="int8"),
         Factored("hfac", "H-Fac", hfac.HFac),
         Factored("smmf", "SMMF", hfac.SMMF),
     )

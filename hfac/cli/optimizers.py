@@ -19,6 +19,10 @@ class Choice:
     learning_rate: float
 
 
+def _int8(groups: list[dict], lr: float) -> torch.optim.Optimizer:
+    return hfac.HFac(groups, lr=lr, first_moment="int8")
+
+
 def _smmf(groups: list[dict], lr: float) -> torch.optim.Optimizer:
     return hfac.SMMF(groups, lr=lr, decay_rate=-0.8)  # SMMF's authors advise -0.8 for Transformers, -0.5 for CNNs
 
@@ -30,11 +34,14 @@ CHOICES = {
     "adafactor": Choice("Adafactor (PyTorch)", torch.optim.Adafactor, 4e-2),
     "hfac": Choice("HFac", hfac.HFac, 2.5e-3),
     "smmf": Choice("SMMF", _smmf, 4e-3),
+    "hfac-int8": Choice("HFac, int8 moment", _int8, 3.5e-3),
 }
+#: Those that are compared where none are named.
+USUAL = ("adamw", "adafactor", "hfac", "smmf")
 
 
 #: Those that can round bfloat16 weights stochastically or keep master weights.
-STORING = ("hfac", "smmf")
+STORING = ("hfac", "smmf", "hfac-int8")
 
 
 def build_optimizer(

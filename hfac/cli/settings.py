@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 import torch
 
 from hfac.cli.errors import DamagedCheckpoint, UsageError
-from hfac.cli.optimizers import CHOICES
+from hfac.cli.optimizers import CHOICES, USUAL
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SCHEDULES = ("cosine", "linear", "constant")
@@ -22,7 +22,7 @@ class Settings:
     `None` means a tenth of the steps, for warmup and between evaluations.
     """
 
-    optimizers: tuple[str, ...] = tuple(CHOICES)
+    optimizers: tuple[str, ...] = USUAL
     lr: tuple[tuple[str, float], ...] = ()
     lr_factors: tuple[float, ...] = (1.0,)
     text: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import matricize, reference
+from .. import codes, matricize, reference
 from ..optim import SMMF, HFac
 from ..optim.state import EXECUTION, LOW
 from .sources import SOURCES, Entry, Moments, Source, slices, smmf_weight, source_of, tensor
@@ -19,6 +19,8 @@ from .sources import SOURCES, Entry, Moments, Source, slices, smmf_weight, sourc
 TARGETS = {"hfac": HFac, "smmf": SMMF}
 #: A learning rate of less than this share of the one a schedule began with is that of its end.
 _ENDED = 0.02
+#: What the largest code of a first moment in 8 bits stands for, in roots of the second.
+_MOST = 127**2 / (127.5**2 - 127**2)
 
 
 @torch.no_grad()
@@ -98,6 +100,7 @@ def convert(state_dict: Mapping[str, Any], params: Any = None, *, to: str = "hfa
 
     state: dict[Hashable, dict[str, Tensor]] = {}
     without_low: list[Hashable] = []
+    saturated = 0
     for i, new_group in enumerate(target.param_groups):
         for key in groups[i]["params"]:
             entry = source["state"].get(key)
@@ -106,7 +109,8 @@ def convert(state_dict: Mapping[str, Any], params: Any = None, *, to: str = "hfa
             param, where = placeholders[key], f"convert: state of parameter {key!r}"
             moments = reader.read(where, entry, groups[i], tuple(param.shape))
             _check_moments(where, reader.name, moments)
-            state[key] = _written(target, param, new_group, moments)
+            state[key], more = _written(target, param, new_group, moments)
+            saturated += more
             if LOW in entry:
                 low = tensor(where, entry, LOW, param.shape)
                 if low.dtype == target._low_dtype(param, new_group):
@@ -125,6 +129,12 @@ def convert(state_dict: Mapping[str, Any], params: Any = None, *, to: str = "hfa
             stacklevel=3,  # above no_grad
         )
 
+    if saturated:
+        warnings.warn(
+            f"convert: {saturated} elements have a first moment of more than {_MOST:.0f} times the root of the second, "
+            "the most that 8 bits stand for; they are taken to be that.",
+            stacklevel=3,  # above no_grad
+        )
     packed = target.state_dict()["param_groups"]
     new_groups = []
     for group, new in zip(groups, packed, strict=True):
@@ -178,33 +188,42 @@ def _warn_of_rates(
         )
 
 
-def _written(target: HFac | SMMF, param: Tensor, group: Mapping[str, Any], moments: Moments) -> dict[str, Tensor]:
-    """The target's state of one parameter."""
+def _written(
+    target: HFac | SMMF, param: Tensor, group: Mapping[str, Any], moments: Moments
+) -> tuple[dict[str, Tensor], int]:
+    """The target's state of one parameter, and how many elements of the first moment are too large for it."""
     layout, batch = target._layout(param, group), group["batch_dims"]
     device, wide = moments.second.device, next(dtype for _, dtype, _ in layout.values() if dtype.is_floating_point)
     state = {key: torch.zeros(shape, dtype=dtype, device=device) for key, (shape, dtype, _) in layout.items()}
     step = torch.tensor(moments.step, dtype=torch.float32, device="cpu")
     if moments.step == 0 or param.numel() == 0:
-        return {**state, "step": step}
+        return {**state, "step": step}, 0
     V = moments.second.to(wide)
     M = torch.zeros_like(V) if moments.first is None else moments.first.to(wide)
     pieces = {key: slices(value, batch) for key, value in state.items() if key != LOW}
+    saturated = 0
     for i, (first, second) in enumerate(zip(slices(M, batch), slices(V, batch), strict=True)):
         parts = {key: values[i] for key, values in pieces.items()}
         values = (_hfac_state if isinstance(target, HFac) else _smmf_state)(parts, group, first, second, moments.step)
         for key, part in parts.items():
             part.copy_(values[key].reshape(part.shape))
-    return {**state, "step": step}
+        saturated += int(values.get("saturated", 0))
+    return {**state, "step": step}, saturated
 
 
 def _hfac_state(kept: Entry, group: Mapping[str, Any], M: Tensor, V: Tensor, step: float) -> dict[str, Tensor]:
     """Of one slice, at the keys of ``kept``, whose values are of the right shapes."""
     V = V + group["eps"]
-    if "exp_avg_row" not in kept:
+    if "exp_avg_sq_row" not in kept:
         return {"exp_avg": M, "exp_avg_sq": V}
-    rows = kept["exp_avg_row"].numel()
+    rows = kept["exp_avg_sq_row"].numel()
     M, V = M.reshape(rows, -1), V.reshape(rows, -1)
-    return {"exp_avg_row": M.mean(1), "exp_avg_col": M.mean(0), "exp_avg_sq_row": V.sum(1), "exp_avg_sq_col": V.sum(0)}
+    r, s = V.sum(1), V.sum(0)
+    found = {"exp_avg_row": M.mean(1), "exp_avg_col": M.mean(0), "exp_avg_sq_row": r, "exp_avg_sq_col": s}
+    if "exp_avg_q" in kept:
+        X = M / s.sqrt() * (r.sum().sqrt() / r.sqrt())[:, None]
+        found.update(exp_avg_q=codes.encode(X), saturated=(X.abs() > _MOST).sum())
+    return found
 
 
 def _smmf_state(kept: Entry, group: Mapping[str, Any], M: Tensor, V: Tensor, step: float) -> dict[str, Tensor]:

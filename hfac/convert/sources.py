@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .. import matricize, reference
+from .. import codes, matricize, reference
 from ..optim.state import LOW
 from .strangers import refusal
 
@@ -112,18 +112,31 @@ def _smmf(where: str, entry: Entry, group: Mapping[str, Any], shape: tuple[int, 
 
 
 def _hfac(where: str, entry: Entry, group: Mapping[str, Any], shape: tuple[int, ...]) -> Moments:
-    """The matrices that have these row and column means, and these row and column sums, and nothing else."""
+    """The matrices that have these row and column means, and these row and column sums, and nothing else. Codes stand
+    for the first in units of the root of the second."""
     t = float(entry["step"])
     if "exp_avg" in entry:
         M, V = tensor(where, entry, "exp_avg", shape), tensor(where, entry, "exp_avg_sq", shape)
     else:
         k = matricize.cut(shape, group["matricize"]) or 0
-        u, r = (tensor(where, entry, f"{name}_row", shape[:k]).reshape(-1, 1) for name in ("exp_avg", "exp_avg_sq"))
-        v, s = (tensor(where, entry, f"{name}_col", shape[k:]).reshape(1, -1) for name in ("exp_avg", "exp_avg_sq"))
+        kept = ("exp_avg_sq",) if "exp_avg_q" in entry else ("exp_avg", "exp_avg_sq")
+        *u, r = (tensor(where, entry, f"{name}_row", shape[:k]).reshape(-1, 1) for name in kept)
+        *v, s = (tensor(where, entry, f"{name}_col", shape[k:]).reshape(1, -1) for name in kept)
         total = r.sum()
-        M = (u + v - v.mean()).reshape(shape)
         V = (r / torch.where(total == 0, 1, total) * s).reshape(shape)
+        if "exp_avg_q" in entry:
+            M = codes.decode(_codes(where, entry, shape), V.dtype) * V.sqrt()
+        else:
+            M = (u[0] + v[0] - v[0].mean()).reshape(shape)
     return Moments(M, (V - group["eps"]).clamp(min=0), t)
+
+
+def _codes(where: str, entry: Entry, shape: tuple[int, ...]) -> Tensor:
+    q = tensor(where, entry, "exp_avg_q", shape)
+    if q.dtype != torch.int8 or bool((q == -128).any()):
+        what = "holds -128, which stands for nothing" if q.dtype == torch.int8 else f"has dtype {q.dtype}"
+        raise ValueError(f"{where}: 'exp_avg_q' must be int8 codes from -127 to 127, and {what}. It is damaged.")
+    return q
 
 
 def _by_slice(read: Read) -> Read:
@@ -214,7 +227,7 @@ def _hfac_options(group: Mapping[str, Any], to: str) -> dict[str, Any]:
     found = _pick(group, _OURS)
     if to == "smmf":
         return {**found, "beta": group["betas"][0]}
-    return {**found, **_pick(group, ("betas", "eps", "clip_threshold", "matricize"))}
+    return {**found, **_pick(group, ("betas", "eps", "clip_threshold", "matricize", "first_moment"))}
 
 
 def _decoupled(found: dict[str, Any], coupled: bool) -> dict[str, Any]:
@@ -251,6 +264,11 @@ def _sides(whole: str, row: str, col: str, keepdim: bool) -> Shape:
     return shape
 
 
+def _hfac_shape(entry: Entry, group: Mapping[str, Any]) -> tuple[int, ...] | None:
+    sides = _sides("exp_avg", "exp_avg_row", "exp_avg_col", keepdim=False)
+    return _whole("exp_avg_q")(entry, group) or sides(entry, group)
+
+
 def _without_last(entry: Entry, group: Mapping[str, Any]) -> tuple[int, ...] | None:
     """The shape of a moment, or of means over the last and over the last but one dimension."""
     if isinstance(entry.get("exp_avg_sq"), Tensor):
@@ -268,9 +286,7 @@ SOURCES = {
         "transformers' Adafactor", _transformers_adafactor, _without_last, _transformers_adafactor_options
     ),
     "published": Source("the authors' SMMF", _published, _whole("momentum_v"), _smmf_options),
-    "hfac": Source(
-        "HFac", _by_slice(_hfac), _sides("exp_avg", "exp_avg_row", "exp_avg_col", keepdim=False), _hfac_options
-    ),
+    "hfac": Source("HFac", _by_slice(_hfac), _hfac_shape, _hfac_options),
     "smmf": Source("SMMF", _by_slice(_smmf), _whole("exp_avg_sq"), _smmf_options),
 }
 
@@ -305,7 +321,7 @@ _ADAM = ("exp_avg", "exp_avg_sq", "step")
 _NOT_ADAM = {"growth_rate", "d", "d0", "d_coef", "k", "clip_exp", "clip_lambda", "initial_accumulator"}
 _OUR_STATE = {
     *("step", "skipped", LOW, "exp_avg", "exp_avg_sq", "exp_avg_row", "exp_avg_col", "exp_avg_sign"),
-    *("exp_avg_sq_row", "exp_avg_sq_col"),
+    *("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_q"),
 }
 _PUBLISHED = {"step", "sign", "momentum_m", "momentum_v", "effective_shape"}
 
@@ -330,7 +346,7 @@ def tensor(where: str, entry: Entry, name: str, shape: Sequence[int]) -> Tensor:
         what = "complex" if value.is_complex() else "without values (meta)" if value.is_meta else str(value.layout)
         raise ValueError(f"{where}: {name!r} must be a dense tensor of real numbers, and is {what}. Give one that is.")
     if not value.is_floating_point():
-        if "sign" not in name and name != LOW:  # bits, bools and pieces of a master weight
+        if "sign" not in name and name not in (LOW, "exp_avg_q"):  # bits, bools, pieces of master weights, our codes
             raise ValueError(
                 f"{where}: {name!r} has dtype {value.dtype}, codes without the table that says what they stand for. "
                 "Give the moments as floating-point tensors."

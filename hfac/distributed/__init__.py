@@ -5,18 +5,17 @@ each rank updates its shard. See docs/distributed.md.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from operator import attrgetter
 
 from torch import Tensor
 
-from .. import clipping
 from . import hfac, layout, norm, schedule, smmf
-from .bucket import Bucket, Entry, Options
+from .bucket import Bucket, Entries, Entry, Options
+from .gradients import Gradients
 from .norm import Found, Total
-from .schedule import Sent
+from .schedule import Collective, Sent
 
-__all__ = ["Entry", "Found", "Options", "Sent", "Sharded", "Total", "layout"]
+__all__ = ["Entry", "Found", "Gradients", "Options", "Sent", "Sharded", "Total", "layout"]
 
 
 class Sharded:
@@ -25,17 +24,22 @@ class Sharded:
     Args:
         algorithm: "hfac" or "smmf".
         entries: in the optimizer's order, which is that of every rank.
+        gradients: the optimizer's.
     """
 
-    def __init__(self, algorithm: str, entries: Sequence[Entry]) -> None:
+    def __init__(self, algorithm: str, entries: Sequence[Entry], gradients: Gradients) -> None:
         self._shards: list[smmf.Shards] = smmf.buckets(entries) if algorithm == "smmf" else []
         self._buckets: Sequence[Bucket] = self._shards or hfac.buckets(entries)
-        self._entries = list(entries)
+        self._sendings = smmf.sendings(self._shards)
+        self._entries, self._gradients_of = list(entries), gradients.of
         states = [value for entry in entries for value in entry.state.values() if layout.is_dtensor(value)]
         self._dtensors = [*(entry.param for entry in entries), *states]
         self._addresses = self._addresses_now()
         self._norms: list[norm.Norms] | None = None
-        self._ready: list[Callable[[], None]] | None = None
+        #: what the rooms of the buckets were made for, and the collectives that they are in
+        self._planned: tuple[list[bool], list[Collective]] | None = None
+        #: of the step that is being prepared, by entry
+        self._grads: dict[Entry, Tensor | None] | None = None
 
     def is_valid(self) -> bool:
         """Whether the shards of parameters and states are still in the same memory."""
@@ -44,86 +48,117 @@ class Sharded:
     def _addresses_now(self) -> list[int]:
         return list(map(Tensor.data_ptr, map(_LOCAL, self._dtensors)))
 
-    def norms(self, options: Mapping[int, Options]) -> list[tuple[int, Tensor]]:
-        """(group, norm of the whole gradient) of every parameter. Every rank must ask for them.
+    def settle(self) -> None:
+        """Checks of the last step what no one has waited for, before the next.
 
-        H-Fac has them from the numbers that a step adds up anyway; that step is then ready but for clipping. SMMF takes
-        one all-reduce for each mesh.
+        Raises:
+            RuntimeError: ranks did not agree on which parameters have a gradient.
         """
-        if self._shards:
-            return [
-                (entry.group, value)
-                for mesh in self._by_mesh()
-                for entry, value in zip(mesh.entries, mesh.of(), strict=True)
-            ]
-        self._ready = self._run({group: replace(mine, norm=True) for group, mine in options.items()})
-        return [
-            (bucket.group, square)
-            for bucket in self._buckets
-            for square in clipping.roots(bucket.squares_found.double(), bucket.dtype).unbind()
-        ]
+        self._grads = None
+        everything: list[Entries] = [*self._buckets, *(self._norms or ())]
+        checks = [check for each in everything for check in each.unverified]
+        for each in everything:
+            each.unverified = []  # what is wrong is said once
+        for check in checks:
+            check()
+
+    def norms(self, options: Mapping[int, Options]) -> list[tuple[Tensor, bool]]:
+        """The norms of whole gradients, and whether those that are not finite are left out. Every rank must ask for
+        them: one all-reduce for each mesh."""
+        grads = self._gradients()
+        found = []
+        for mesh in self._by_mesh():
+            norms = mesh.of([grads[entry] for entry in mesh.entries])
+            for skip in (False, True):
+                mine = [i for i, entry in enumerate(mesh.entries) if options[entry.group].skip == skip]
+                if mine:
+                    found.append((mesh.members(mine).numbers(norms), skip))
+        return found
+
+    def _gradients(self) -> dict[Entry, Tensor | None]:
+        """This rank's shards of the gradients, redistributed as their parameters are, once in a step."""
+        if self._grads is None:
+            self._grads = {entry: self._gradients_of(entry.param, entry.label) for entry in self._entries}
+        return self._grads
 
     def _by_mesh(self) -> list[norm.Norms]:
         if self._norms is None:
             self._norms = norm.by_mesh(self._entries)
         return self._norms
 
-    def _run(self, options: Mapping[int, Options]) -> list[Callable[[], None]]:
-        each = [(bucket, options[bucket.group]) for bucket in self._buckets]
-        jobs = [bucket.job(bucket.gradients(), mine) for bucket, mine in each]
-        return schedule.run(jobs, [bucket.needs(mine.skip, mine.norm) for bucket, mine in each])
+    def _collectives(self, skips: Sequence[bool]) -> list[Collective]:
+        """Those of a step but for what SMMF sends off."""
+        needs = [bucket.needs(skip) for bucket, skip in zip(self._buckets, skips, strict=True)]
+        return schedule.collectives(needs)
 
-    def _scale_(self, factor: Tensor) -> None:
-        """Multiplies the gradients in place, however they are placed."""
-        grads = [entry.param.grad for entry in self._entries]
-        clipping.scaled([layout.local(grad) for grad in grads if grad is not None], factor)
+    def _plan(self, options: Mapping[int, Options]) -> list[Collective]:
+        """The collectives of a step with these options, and memory for what they send."""
+        skips = [options[bucket.group].skip for bucket in self._buckets]
+        if self._planned is None or self._planned[0] != skips:
+            planned = self._collectives(skips)
+            for sending in self._sendings:
+                sending.make()
+            for bucket, rooms in zip(self._buckets, schedule.rooms_of(planned, len(self._buckets)), strict=True):
+                bucket.use(rooms)
+            self._planned = skips, planned
+        return self._planned[1]
 
-    def prepare(
-        self, options: Mapping[int, Options], norm_coefficient: Tensor | None = None
-    ) -> Callable[[], Callable[[], None]]:
-        """Adds up over the ranks what the step needs, checks it, and returns a function that begins the step. That one
-        returns another, which completes the step and must be called in any case.
+    def prepare(self, options: Mapping[int, Options]) -> Callable[[], Callable[[], None]]:
+        """Adds up over the ranks what the step needs and returns a function that begins the step. That one returns
+        another, which completes the step and must be called in any case. Neither waits for the device, except with
+        nonfinite="skip".
 
         Args:
             options: by group.
-            norm_coefficient: what the gradients are multiplied by, the same number on every rank. Where it is 1, the
-                sums that `norms` added up are used; it is read on the host, which waits for H-Fac's sums anyway.
 
         Raises:
-            RuntimeError: ranks do not agree on which parameters have a gradient; nothing has been written. SMMF finds
-                out here only where it adds up something before the step (``norm_coefficient``, nonfinite="skip"), and
-                otherwise when the step is completed: `smmf.Shards.take`.
+            RuntimeError: ranks do not agree on which parameters have a gradient. On the CPU it is raised before
+                anything is written; elsewhere it may be found when the step has been made (`settle`), and of SMMF,
+                which sends its sums off during the step, when that is completed (`smmf.Shards.take`).
         """
-        ready, self._ready = self._ready, None
-        if ready is None or norm_coefficient is None or norm_coefficient.item() != 1:
-            if norm_coefficient is not None:
-                self._scale_(norm_coefficient)
-            ready = self._run(options)
+        grads = self._gradients()
+        self._grads = None
+        planned = self._plan(options)
+        jobs = [
+            bucket.job(bucket.turned([grads[entry] for entry in bucket.entries]), options[bucket.group])
+            for bucket in self._buckets
+        ]
+        steps = dict(zip(self._buckets, schedule.run(jobs, planned), strict=True))
 
         def begin() -> Callable[[], None]:
-            pending = smmf.send(self._shards)
-            for finish in ready:
-                finish()
-            return lambda: smmf.take(pending)
+            works = []
+            for sending in self._sendings:
+                sending.clear()
+                for shards in sending.shards:
+                    steps.pop(shards)()
+                works.append(sending.send())
+            for step in steps.values():
+                step()
+
+            def complete() -> None:
+                pending = zip(self._sendings, works, strict=True)
+                errors = [error for sending, work in pending for error in sending.take(work)]
+                if errors:
+                    raise errors[0]
+
+            return complete
 
         return begin
 
     def collectives(self, skip: Mapping[int, bool], clips: bool) -> tuple[list[Sent], list[Sent]]:
         """The collectives of a step, with the bytes of each: until the norms of the gradients are known, and
-        afterwards. Where H-Fac's gradients turn out to need clipping, those of a step without ``clips`` are the latter.
+        afterwards.
 
         Args:
             skip: by group, whether nonfinite="skip".
             clips: whether the norm of the gradients is needed.
         """
-        norms = self._by_mesh() if clips and self._shards else []
-        first = [(stage, mesh.bytes) for mesh in norms for stage in mesh.joint.stages]
-        needs = [bucket.needs(skip[bucket.group], clips) for bucket in self._buckets]
-        planned, sent = (
-            [(collective.stage, collective.bytes) for collective in found]
-            for found in (schedule.collectives(needs), smmf.sends(self._shards))
-        )
-        return (planned, sent) if clips and not self._shards else (first, planned + sent)
+        norms = self._by_mesh() if clips else []
+        first = [Sent(stage, mesh.bytes, mesh.dtype) for mesh in norms for stage in mesh.joint.stages]
+        sent = [each.sent() for each in self._collectives([skip[bucket.group] for bucket in self._buckets])]
+        sent += [sending.collective.sent(stage) for sending in self._sendings for stage in sending.sums]
+        sent += [sending.collective.sent(stage) for sending in self._sendings for stage in sending.copies]
+        return first, sent
 
 
 _LOCAL = attrgetter("_local_tensor")

@@ -2,24 +2,25 @@
 
 from __future__ import annotations  # not every torch has the types that are named here
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import ops, spec
-from ..functional import pick
+from .. import clipping, ops, schedules, spec
 from ..rounding import BitOffset
+from ..staging import Fetched
 from . import layout
+from .lists import Members
 from .schedule import Job, Needs, Stage, stages
 
 #: state key of the lower bits of a master weight
 LOW = str(spec.MASTER_LOW.key)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
     """A sharded parameter of an optimizer.
 
@@ -49,12 +50,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Options:
-    """What one group passes at every step; ``norm``: of H-Fac, whether the step also finds the gradients' norms."""
+    """What one group passes at every step; ``clip``: what gradients are multiplied by, 0-d, which is not read."""
 
     scalars: Mapping[str, Any]
     skip: bool
     backend: str
-    norm: bool = False
+    clip: Tensor | None = None
 
 
 class Joint:
@@ -71,111 +72,196 @@ class Joint:
         self.contributes = [all(coordinate[d] == 0 for d in dims if d not in mine) for mine in own]
 
 
-class Bucket:
-    """Entries of one group with the same types and process groups. Subclasses say what is summed."""
+class Entries:
+    """Sharded parameters whose gradients the same ranks must have.
+
+    Args:
+        dtype: of what is added up over the ranks.
+
+    Attributes:
+        unverified: what is left to be checked of the last step; calls raise RuntimeError where ranks disagreed.
+    """
+
+    def __init__(self, entries: Sequence[Entry], dtype: torch.dtype, device: torch.device) -> None:
+        self.entries, self.dtype, self.device = list(entries), dtype, device
+        self.ranks = [ranks_that_share(entry.param) for entry in entries]
+        self.unverified: list[Callable[[], object]] = []
+        self._members: list[Members] = []
+
+    def members(self, index: Sequence[int]) -> Members:
+        """The same ones as in the last steps, where those were of the same entries."""
+        found = next((known for known in self._members if known.index == index), None)
+        if found is None:
+            found = Members(index, len(self.entries), self.dtype, self.device)
+            self._members = [*self._members[-7:], found]
+        return found
+
+    def with_gradient(self, grads: Sequence[Tensor | None]) -> tuple[Members, list[Tensor]]:
+        who = self.members([i for i, grad in enumerate(grads) if grad is not None])
+        return who, [grad for grad in grads if grad is not None]
+
+    def verify(self, numbers: Fetched, who: Members, now: str = "Nothing was updated.") -> None:
+        """Checks that ranks agree on who has a gradient, given on how many there is one: at once where that lies on the
+        host, else before the next step, when the step will have been made. ``now``: how the message ends at once."""
+
+        def check(outcome: str = f"This was found after the step. {OUTCOME}") -> None:
+            agreed(self.entries, numbers.read(), self.ranks, who.index, outcome)
+
+        if numbers.is_here:
+            check(now)
+        else:
+            self.unverified.append(check)
+
+
+class Bucket(Entries):
+    """Entries of one group with the same types and process groups. Subclasses say what is summed.
+
+    Nothing of a step waits for the device: buffers, and what depends on who has a gradient, stay from step to step
+    (`Members`), and what the host must know comes to it behind the sums (`Fetched`).
+    """
 
     algorithm: str
-    #: by entry, sums of squares of the gradients over all ranks, after a job with `Options.norm`
-    squares_found: Tensor
 
     def __init__(self, entries: Sequence[Entry]) -> None:
-        self.entries = list(entries)
-        self.group = entries[0].group
         self.params = [layout.local(entry.param) for entry in entries]
-        self.elements = [entry.param.numel() for entry in entries]
-        self.ranks = [ranks_that_share(entry.param) for entry in entries]
-        self.dtype = ops.state_dtype(entries[0].param.dtype)
-        self.device = self.params[0].device
+        super().__init__(entries, ops.state_dtype(entries[0].param.dtype), self.params[0].device)
+        self.group = entries[0].group
         low, stochastic = entries[0].storage
         self.lows = None if low is None else [entry.local_state(LOW) for entry in entries]
         self.bit_offsets = [entry.bit_offset for entry in entries] if stochastic else None
+        #: by name, an op with lists and counts that have one entry for each of the bucket's
+        self.ops: dict[str, tuple[spec.Op, Mapping[str, Sequence[Any]]]] = {}
+        self.sizes = self.on_device([entry.param.numel() for entry in entries])
 
-    def requests(self, skip: bool, norm: bool) -> list[tuple[Stage, int]]:
+    def on_device(self, numbers: Sequence[float]) -> Tensor:
+        """Numbers that do not change from step to step."""
+        return torch.tensor(numbers, dtype=schedules.step_dtype(self.device), device="cpu").to(self.device)
+
+    def requests(self, skip: bool) -> list[tuple[Stage, int]]:
         """`schedule.Needs.requests` of a step."""
         raise NotImplementedError
 
-    def needs(self, skip: bool, norm: bool) -> Needs:
-        return Needs(self.requests(skip, norm), self.dtype, self.device)
+    def needs(self, skip: bool) -> Needs:
+        return Needs(self.requests(skip), self.dtype, self.device)
+
+    def use(self, rooms: Sequence[Tensor]) -> None:
+        """Takes the rooms of these requests, for all steps until others are given."""
+        self._members = []
 
     def job(self, grads: list[Tensor | None], options: Options) -> Job:
         """A step with these gradients, to be run by `schedule.run`."""
         raise NotImplementedError
 
-    def gradients(self) -> list[Tensor | None]:
-        """This rank's shards of the gradients, redistributed as their parameters are."""
-        return [layout.gradient(entry.param, entry.label) for entry in self.entries]
+    def turned(self, shards: Sequence[Any]) -> list[Any]:
+        """Shards, or None, as parameters are seen here."""
+        return list(shards)
 
-    def decays(self, options: Options) -> tuple[Tensor | None, Tensor]:
-        """beta1 and beta2 of the next step, one entry per parameter."""
-        found = spec.ALGORITHMS[self.algorithm].decays(_steps(self.entries) + 1, options.scalars)
-        return found["beta1"], found["beta2"]
+    def steps(self, who: Members) -> tuple[list[Tensor], Any]:
+        """Their counts of steps, and what reads and advances these."""
+        if "steps" not in who.bound:
+            steps = [entry.state["step"] for entry in who.of(self.entries)]
+            who.bound["steps"] = steps, ops.counters_of(steps)
+        return who.bound["steps"]
 
-    def call(
+    def decays(self, who: Members, options: Options) -> dict[str, Any]:
+        """beta1 and beta2 of the next step, and "step", its number: numbers, or, where members have made different
+        numbers of steps, one entry for each on the host."""
+        steps, counters = self.steps(who)
+        made = counters.read_steps(steps) if steps else [0.0]
+        t: Any = made[0] + 1
+        if made.count(made[0]) != len(made):
+            t = torch.tensor(made, dtype=torch.float64, device="cpu") + 1
+        return {**spec.ALGORITHMS[self.algorithm].decays(t, options.scalars), "step": t}
+
+    def advance(self, who: Members) -> None:
+        steps, counters = self.steps(who)
+        if steps:
+            counters.advance_steps_(steps)
+
+    def call(self, name: str, who: Members, backend: str) -> ops.OpCall:
+        """One of `ops`, bound to members."""
+        found = who.bound.get(name)
+        if found is None:
+            op, lists = self.ops[name]
+            given = {key: who.of(entries) for key, entries in lists.items()}
+            counts = {key: given.pop(key) for key in op.counts}
+            stored = op.updates and self.bit_offsets is not None
+            if op.updates and self.lows is not None:
+                given[spec.MASTER_LOW.name] = who.of(self.lows)
+            places = who.of(self.bit_offsets or ()) if stored else None
+            found = ops.OpCall(op.name, who.of(self.params), given, counts=counts, places=places, backend=backend)
+            who.bound[name] = found
+        return found
+
+    def clipped(self, call: ops.OpCall, grads: list[Tensor], options: Options) -> tuple[list[Tensor], Tensor | None]:
+        """Gradients multiplied by ``options.clip`` in place; or as they are, and what is left to multiply them by, for
+        kernels that do it as they read them."""
+        if options.clip is None or call.unscales:
+            return grads, options.clip
+        return clipping.scaled(grads, options.clip), None
+
+    def run(
         self,
-        op: spec.Op,
-        going: Sequence[int],
-        grads: Sequence[Tensor | None],
-        lists: Mapping[str, Sequence[Any]],
+        call: ops.OpCall,
+        grads: list[Tensor],
+        clip: Tensor | None,
         options: Options,
-        decays: tuple[Tensor | None, Tensor],
-        backend: str,
-        **vectors: Tensor,
+        numbers: Mapping[str, Any],
     ) -> None:
-        """Calls an op on the parameters in ``going``, with its lists and counts that have one entry for each of the
-        bucket's, and its vectors."""
-        if not going:
-            return
-        numbers = {**options.scalars, **spec.ALGORITHMS[self.algorithm].scalars(options.scalars)}
-        numbers["beta1"], numbers["beta2"] = (None if beta is None else beta[list(going)] for beta in decays)
-        given = {number.name: numbers[number.name] for number in op.numbers}
-        given |= {name: pick(entries, going) for name, entries in lists.items()}
-        if self.lows is not None:
-            given[spec.MASTER_LOW.name] = pick(self.lows, going)
-        if self.bit_offsets is not None:
-            steps = _steps(pick(self.entries, going))
-            given.update(places=pick(self.bit_offsets, going), seed=options.scalars["seed"], step=steps + 1)
-        given |= {name: vector[list(going)] for name, vector in vectors.items()}
-        ops.run(op.name, pick(self.params, going), pick(grads, going), **given, backend=backend)
+        """Makes a call on gradients that are yet to be multiplied by ``clip``. ``numbers``: of this step, beside those
+        of the group's options."""
+        taken = self.numbers(call.op, options, numbers)
+        inputs = call.prepare(grads, **taken)
+        if clip is not None and not inputs.unscales:  # gradients that the kernels cannot read
+            inputs, clip = call.prepare([grad * clip for grad in grads], **taken), None
+        call.apply(inputs, clip=clip)
 
-    def flags(self, here: Sequence[int], grads: Sequence[Tensor | None], options: Options) -> Tensor:
-        """With nonfinite="skip", 1 at the parameters in ``here`` whose shard of the gradient is not finite; else 0."""
-        flags = torch.zeros(len(self.entries), dtype=self.dtype, device=self.device)
-        if options.skip and here:
-            found = ops.nonfinite([g for g in grads if g is not None], [self.elements[i] for i in here])
-            flags[list(here)] = found.to(self.dtype)
+    def numbers(self, op: spec.Op, options: Options, more: Mapping[str, Any]) -> dict[str, Any]:
+        """An op's, of the group's options and ``more``."""
+        known = {**options.scalars, **spec.ALGORITHMS[self.algorithm].scalars(options.scalars), **more}
+        names = [*(number.name for number in op.numbers), *op.vectors, *op.shard_vectors, "seed", "step"]
+        return {name: known[name] for name in names if name in known}
+
+    def flags(self, who: Members, grads: list[Tensor], clip: Tensor | None, options: Options) -> Tensor:
+        """With nonfinite="skip", 1 at members whose shard of the gradient is not finite, once multiplied by ``clip``;
+        else 0."""
+        flags = torch.zeros_like(who.flags)
+        if options.skip and who.index:
+            who.put(flags, ops.nonfinite(grads, who.numbers(self.sizes), clip))
         return flags
 
-    def at(self, here: Sequence[int]) -> Tensor:
-        """1 at the entries in ``here``, 0 elsewhere."""
-        ones = torch.zeros(len(self.entries), dtype=self.dtype, device=self.device)
-        ones[list(here)] = 1
-        return ones
+    def going(self, refused: Tensor, who: Members, options: Options) -> Callable[[], Members]:
+        """Who steps, given how many ranks refuse each gradient; to be called once, when the host must know. With
+        nonfinite="skip" it then waits for the sums, and counts who is skipped."""
+        if not options.skip:
+            return lambda: who
+        numbers = Fetched(refused)
 
-    def count_skipped(self, refused: Sequence[int]) -> None:
-        for i in refused:
-            self.entries[i].state["skipped"].add_(1)
+        def going() -> Members:
+            left = numbers.read()
+            for i in who.index:
+                if left[i]:
+                    self.entries[i].state["skipped"].add_(1)
+            return self.members([i for i in who.index if not left[i]])
 
-    def advance(self, going: Sequence[int]) -> None:
-        if going:
-            steps = [self.entries[i].state["step"] for i in going]
-            ops.counters_of(steps).advance_steps_(steps)
-
-    def who_goes(self, present: Tensor, refused: Tensor, here: Sequence[int]) -> tuple[list[int], list[int]]:
-        """From sums over all ranks: the parameters that step, and those whose gradient is not finite. ``here``: those
-        that have a gradient on this rank."""
-        with_gradient = who(self.entries, present.tolist(), self.ranks, here)
-        flags = refused.tolist()
-        return [i for i in with_gradient if not flags[i]], [i for i in with_gradient if flags[i]]
+        return going
 
 
-def who(
+#: how the message ends that ranks disagree on a parameter, where the step has been made meanwhile
+OUTCOME = (
+    "The step was made of all other parameters. Of this one, the ranks that had a gradient have updated their shards; "
+    "go back to the last checkpoint."
+)
+
+
+def agreed(
     entries: Sequence[Entry],
     counts: Sequence[float],
     expected: Sequence[int],
     here: Sequence[int],
     outcome: str = "Nothing was updated.",
-) -> list[int]:
-    """The parameters that have a gradient, on all ranks that share them.
+) -> None:
+    """Checks that parameters have a gradient on all ranks that share them, or on none.
 
     Args:
         counts: by entry, on how many ranks there is a gradient; of replicas, the first's.
@@ -202,13 +288,6 @@ def who(
                 "parameter in its loss (a zero times its output will do), or set requires_grad to False on all. "
                 f"{outcome}"
             )
-    return [i for i, count in enumerate(counts) if count]
-
-
-def _steps(entries: Sequence[Entry]) -> Tensor:
-    """The steps made so far, on the host in double."""
-    steps = [entry.state["step"] for entry in entries]
-    return torch.tensor(ops.counters_of(steps).read_steps(steps), dtype=torch.float64, device="cpu")
 
 
 def ranks_that_share(param: Tensor) -> int:

@@ -14,18 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import clipping, ops, spec
-from ..functional import pick
+from .. import ops, spec
 from ..rounding import BitOffset
 from ..schedules import Scalar
+from ..staging import Fetched
 from . import layout
 from .bucket import Bucket, Entry, Options
+from .lists import Joined, Members, Pieces, joined
 from .schedule import Job, Stage, reduced, stages
 
-Numbers = list[Tensor]
-#: state keys of the two moments: rows and columns of the first, then of the second; and both whole
+#: state keys of the two moments: rows and columns of the first, then of the second; the first whole in 8 bits; and both
+#: whole
 _KEYS = [str(state.key) for state in spec.HFAC_STEP.states]
+_CODES = str(spec.HFAC_INT8_STEP.states[0].key)
 _DENSE_KEYS = [str(state.key) for state in spec.HFAC_DENSE_STEP.states]
+
+#: elements of vectors that are stepped together
+TOGETHER = 2**20
 
 
 def buckets(entries: Sequence[Entry]) -> list[Bucket]:
@@ -34,14 +39,14 @@ def buckets(entries: Sequence[Entry]) -> list[Bucket]:
     vectors: dict[tuple[object, ...], list[Entry]] = {}
     for entry in entries:
         names = tuple(tuple(stage.name for stage in each) for each in _stages(entry))
-        key = entry.group, entry.param.dtype, entry.storage, names, _transposed(entry)
+        key = entry.group, entry.param.dtype, entry.storage, names, _transposed(entry), _CODES in entry.state
         (vectors if _cut(entry) is None else matrices).setdefault(key, []).append(entry)
     return [Matrices(mine) for mine in matrices.values()] + [Vectors(mine) for mine in vectors.values()]
 
 
 def _cut(entry: Entry) -> int | None:
     """How many of the parameter's dimensions make the rows; None where moments are whole."""
-    row = entry.state.get(_KEYS[0])
+    row = entry.state.get(_KEYS[2])
     return None if row is None else row.ndim
 
 
@@ -78,7 +83,8 @@ def _stages(entry: Entry) -> tuple[list[Stage], list[Stage], list[Stage]]:
 
 class Matrices(Bucket):
     """Matrices [m, n] of which a rank has some rows and some columns. "Rows" are those whose sums come first: where
-    columns come first, everything is transposed here."""
+    columns come first, everything is transposed here. A first moment that is whole is sharded as its parameter is, and
+    needs no sums of gradients."""
 
     algorithm = "hfac"
 
@@ -87,21 +93,45 @@ class Matrices(Bucket):
         self.transposed = _transposed(entries[0])
         self.row_stages, self.col_stages, self.number_stages = _stages(entries[0])
         keys = [_KEYS[i] for i in ((1, 0, 3, 2) if self.transposed else (0, 1, 2, 3))]
-        self.u, self.v, self.r, self.s = ([entry.local_state(key).view(-1) for entry in entries] for key in keys)
-        self.rows, self.cols = ([entry.state[key].numel() for entry in entries] for key in keys[:2])
-        self.params = [self._turned(i, param) for i, param in enumerate(self.params)]
+        self.r, self.s = ([entry.local_state(key).view(-1) for entry in entries] for key in keys[2:])
+        self.rows, self.cols = ([entry.state[key].numel() for entry in entries] for key in keys[2:])
+        self.has_codes = _CODES in entries[0].state
+        if self.has_codes:
+            self.first = [self.turned([entry.local_state(_CODES) for entry in entries])]
+        else:
+            self.first = [[entry.local_state(key).view(-1) for entry in entries] for key in keys[:2]]
+        self.params = self.turned(self.params)
         if self.lows is not None:
-            self.lows = [self._turned(i, low) for i, low in enumerate(self.lows)]
+            self.lows = self.turned(self.lows)
         if self.transposed and self.bit_offsets is not None:
             self.bit_offsets = [self._turned_offset(i, offset) for i, offset in enumerate(self.bit_offsets)]
 
+        count = len(entries)
+        self.row_pieces, self.col_pieces = (
+            Pieces([t.numel() for t in state], self.device) for state in (self.r, self.s)
+        )
+        m, n, sums = self.row_pieces.sizes, self.col_pieces.sizes, not self.has_codes
+        #: lists in a room of rows, of this rank's: sums of gradients, unless they are not needed, and of squares; after
+        #: them who has a gradient, and whose is refused
+        self.row_lists = sums + 1
+        self.row_room = [*m * self.row_lists, count, count]
+        #: in one of columns: likewise, and sums of ratios; after them the sum of r, and of r as it was where that is
+        #: needed, who has a gradient, and whose is refused
+        self.col_lists = sums + 2
+        self.col_room = [*n * self.col_lists, *[count] * (self.has_codes + 3)]
+        self.whole = self.on_device([a * b for a, b in zip(self.rows, self.cols, strict=True)])
+        self._eps: tuple[float, Tensor, Tensor] | None = None
+
     def _order(self, i: int) -> list[int]:
         """The parameter's dimensions, those of its columns first."""
-        k = self.entries[i].state[_KEYS[0]].ndim
-        return [*range(k, self.params[i].ndim), *range(k)]
+        entry = self.entries[i]
+        k = entry.state[_KEYS[2]].ndim
+        return [*range(k, entry.param.ndim), *range(k)]
 
-    def _turned(self, i: int, shard: Tensor) -> Tensor:
-        return shard.permute(self._order(i)) if self.transposed else shard
+    def turned(self, shards: Sequence[Any]) -> list[Any]:
+        if not self.transposed:
+            return list(shards)
+        return [None if shard is None else shard.permute(self._order(i)) for i, shard in enumerate(shards)]
 
     def _turned_offset(self, i: int, offset: BitOffset | None) -> BitOffset:
         assert offset is not None
@@ -109,90 +139,133 @@ class Matrices(Bucket):
         strides = offset.strides or tuple(shape[d + 1 :].numel() for d in range(len(shape)))
         return offset._replace(strides=tuple(strides[d] for d in self._order(i)))
 
-    def requests(self, skip: bool, norm: bool) -> list[tuple[Stage, int]]:
-        count = len(self.entries)
-        rows, cols = (sum(t.numel() for t in state) for state in (self.u, self.v))
-        by_row = [(stage, 2 * rows + 2 * count) for stage in self.row_stages]
-        by_col = [(stage, 3 * cols + 3 * count) for stage in self.col_stages]
-        return [*by_row, *by_col, *((stage, (1 + norm) * count) for stage in self.number_stages)]
+    def requests(self, skip: bool) -> list[tuple[Stage, int]]:
+        by_row = [(stage, sum(self.row_room)) for stage in self.row_stages]
+        by_col = [(stage, sum(self.col_room)) for stage in self.col_stages]
+        return [*by_row, *by_col, *((stage, len(self.entries)) for stage in self.number_stages)]
 
-    def gradients(self) -> list[Tensor | None]:
-        return [None if g is None else self._turned(i, g) for i, g in enumerate(super().gradients())]
+    def use(self, rooms: Sequence[Tensor]) -> None:
+        super().use(rooms)
+        i, j = len(self.row_stages), len(self.row_stages) + len(self.col_stages)
+        self.row_rooms, self.col_rooms, self.number_rooms = rooms[:i], rooms[i:j], rooms[j:]
+        count, m, n = len(self.entries), self.row_pieces, self.col_pieces
+
+        def lists(room: Tensor, sizes: Sequence[int], times: int) -> list[Sequence[Tensor]]:
+            pieces = room.split(sizes)
+            return [pieces[k * count : (k + 1) * count] for k in range(times)]
+
+        def kept(pieces: Pieces) -> tuple[Tensor, Sequence[Tensor]]:
+            flat = torch.zeros(pieces.total, dtype=self.dtype, device=self.device)
+            return flat, flat.split(pieces.sizes)
+
+        (_, row_sums), (self.new_rows, new_rows), (self.new_cols, new_cols) = kept(m), kept(m), kept(n)
+        (_, col_sums) = kept(n)
+        reading = [self.r, row_sums, new_rows]
+        if self.row_stages:
+            *sums, squares = lists(self.row_rooms[0], self.row_room, self.row_lists)
+            self.ops["rows"] = _with_lists(spec.HFAC_SUMS, [self.r, *(sums or [row_sums]), squares], self)
+            # The second read must leave the rows' complete moments unchanged, so its decay is 1. What it finds of rows
+            # is unused.
+            reading = [new_rows, row_sums, kept(m)[1]]
+            row_sums, *_ = lists(self.row_rooms[-1], self.row_room, self.row_lists)
+        *sums, squares, ratios = lists(self.col_rooms[0], self.col_room, self.col_lists)
+        self.ops["cols"] = _with_lists(spec.HFAC_SUMS, [*reading, *(sums or [col_sums]), squares, ratios], self)
+        if self.has_codes:
+            op, found = spec.HFAC_INT8_APPLY, [new_rows, new_cols]
+        else:
+            col_sums, *_ = lists(self.col_rooms[-1], self.col_room, self.col_lists)
+            op, found = spec.HFAC_APPLY, [row_sums, new_rows, col_sums, new_cols]
+        self.ops["apply"] = _with_lists(op, [*self.first, self.r, self.s, *found], self)
+
+    def eps_sums(self, eps: float) -> tuple[Tensor, Tensor]:
+        """What eps adds to the sum of squares of every whole row, and of every whole column."""
+        if self._eps is None or self._eps[0] != eps:
+            rows, cols = (
+                pieces.spread(self.on_device([length * eps for length in lengths]).to(self.dtype))
+                for pieces, lengths in ((self.row_pieces, self.cols), (self.col_pieces, self.rows))
+            )
+            self._eps = eps, rows, cols
+        return self._eps[1:]
+
+    def average(self, to: Tensor, old: Sequence[Tensor], sums: Tensor, beta2: Scalar, who: Members, of: Pieces) -> None:
+        """beta2 old + (1 - beta2) sums, of every row or column. ``sums`` is overwritten."""
+        keep: Scalar
+        rest: Scalar
+        if isinstance(beta2, Tensor):
+            keep, rest = (
+                of.spread(who.from_host(numbers, fill, self.device).to(self.dtype))
+                for numbers, fill in ((beta2, 1.0), (1 - beta2, 0.0))
+            )
+        else:
+            keep, rest = beta2, 1 - beta2
+        torch.mul(torch.cat(list(old)), keep, out=to).add_(sums.mul_(rest))
 
     def job(self, grads: list[Tensor | None], options: Options) -> Job:
-        count, eps = len(self.entries), options.scalars["eps"]
-        here = [i for i, grad in enumerate(grads) if grad is not None]
-        decays = self.decays(options)
-        beta2 = decays[1]
-        b2: list[float] = beta2.tolist()
-        present, refused = self.at(here), self.flags(here, grads, options)
-        m, n = ([t.numel() for t in state] for state in (self.u, self.v))
+        who, here = self.with_gradient(grads)
+        decays, backend = self.decays(who, options), options.backend
+        here, clip = self.clipped(self.call("apply", who, backend), here, options)
+        beta2, eps = decays["beta2"], options.scalars["eps"]
+        row_eps, col_eps = self.eps_sums(eps)
+        reading = {"beta2": beta2, "eps": eps}
 
-        def read(rows: tuple[Numbers, ...], cols: tuple[Numbers, ...], beta2: Scalar, eps: float) -> None:
-            """One read of the gradients, with lists of row and column numbers as `hfac.reference.hfac_sums`."""
-            lists = {**_lists(spec.HFAC_SUMS, (*rows, *cols)), "cols": self.cols}
-            mine: dict[str, Any] = {name: pick(entries, here) for name, entries in lists.items()}
-            ops.run("hfac_sums", None, pick(grads, here), **mine, beta2=beta2, eps=eps, backend=options.backend)
-
-        row_sums, new_rows = _split(torch.zeros(2 * sum(m), dtype=self.dtype, device=self.device), m, 2)
-        row_lists: tuple[Numbers, ...] = (self.r, row_sums, new_rows)
         if self.row_stages:
+            m = self.row_pieces.total * (self.row_lists - 1)
 
-            def fill_rows(room: Tensor) -> None:
-                sums, squares, there, skipped = _split(room, m, 2, 2)
+            def fill_rows() -> None:
+                _, there, left = self.row_rooms[0].split(_ends(self.row_room, 2))
+                there.copy_(who.flags)
+                if options.skip:
+                    left.copy_(self.flags(who, here, clip, options))
+                self.run(self.call("rows", who, backend), here, clip, options, {"beta2": 0.0, "eps": 0.0})
+
+            yield from reduced(self.row_rooms, fill_rows)
+            squares = self.row_rooms[-1][m : m + self.row_pieces.total]
+            self.average(self.new_rows, self.r, squares + row_eps, beta2, who, self.row_pieces)
+            reading = {"beta2": 1.0, "eps": 0.0}
+
+        def fill_cols() -> None:
+            _, *old_totals, totals, there, left = self.col_rooms[0].split(_ends(self.col_room, 3 + self.has_codes))
+            for old in old_totals:
+                old.copy_(self.row_pieces.sums(torch.cat(self.r)))
+            if self.row_stages:
+                _, present, refused = self.row_rooms[-1].split(_ends(self.row_room, 2))
                 there.copy_(present)
-                skipped.copy_(refused)
-                read((self.r, sums, squares), (), 0.0, 0.0)
+                left.copy_(refused)
+            else:
+                there.copy_(who.flags)
+                if options.skip:
+                    left.copy_(self.flags(who, here, clip, options))
+            self.run(self.call("cols", who, backend), here, clip, options, reading)
+            totals.copy_(self.row_pieces.sums(self.new_rows))
 
-            room = yield from reduced(len(self.row_stages), fill_rows)
-            row_sums, squares, present, refused = _split(room, m, 2, 2)
-            # The second read must leave the rows' complete moments unchanged, so its decay is 1. The row sums that it
-            # finds are of this shard only, and unused.
-            new_rows = _averaged(self.r, squares, b2, [cols * eps for cols in self.cols])
-            row_lists = (new_rows, *row_lists[1:])
-
-        def fill_cols(room: Tensor) -> None:
-            *sums, totals, there, skipped = _split(room, n, 3, 3)
-            there.copy_(present)
-            skipped.copy_(refused)
-            decay = torch.ones(len(here), dtype=torch.float64, device="cpu") if self.row_stages else beta2[here]
-            read(row_lists, tuple(sums), decay, eps)
-            for total, rows in zip(pick(totals, here), pick(new_rows, here), strict=True):
-                torch.sum(rows, 0, out=total)
-
-        room = yield from reduced(len(self.col_stages), fill_cols)
-        col_sums, col_squares, ratios, totals, present, refused = _split(room, n, 3, 3)
-        numbers = [torch.stack([square.sum() for square in col_squares])] if options.norm else []
-        new_cols = _averaged(self.s, col_squares, b2, [rows * eps for rows in self.rows])
-        torch._foreach_div_(ratios, new_cols)
-        numbers = [torch.stack([ratio.sum() for ratio in ratios]), *numbers]
-        if self.number_stages:
-            room = yield from reduced(len(self.number_stages), lambda room: room.copy_(torch.cat(numbers)))
-            numbers = list(room.split(count))
-        norms = numbers[0]
-        if options.norm:
-            self.squares_found = numbers[1]
-
-        going, left = self.who_goes(present, refused, here)
-        # In double, where no intermediate result overflows.
-        elements = [a * b for a, b in zip(self.rows, self.cols, strict=True)]
-        whole = torch.tensor(elements, dtype=torch.float64, device=self.device)
-        mean_squares = (totals.double() * norms.double() / whole).to(self.dtype)
+        yield from reduced(self.col_rooms, fill_cols)
+        _, *old_totals, totals, present, refused = self.col_rooms[-1].split(_ends(self.col_room, 3 + self.has_codes))
+        n = self.col_pieces.total
+        *_, squares, ratios = self.col_rooms[-1][: self.col_lists * n].split(n)
+        self.average(self.new_cols, self.s, squares + col_eps, beta2, who, self.col_pieces)
+        norms = self.col_pieces.sums(ratios.div_(self.new_cols))
+        if self.number_rooms:
+            yield from reduced(self.number_rooms, lambda: self.number_rooms[0].copy_(norms))
+            norms = self.number_rooms[-1].to(norms.dtype)
+        self.verify(Fetched(present), who)
+        going = self.going(refused, who, options)
+        mean_squares = (totals * norms / self.whole).to(self.dtype)
 
         def apply() -> None:
-            self.count_skipped(left)
-            values = (self.u, self.v, self.r, self.s, row_sums, new_rows, col_sums, new_cols)
-            lists = {**_lists(spec.HFAC_APPLY, values), "rows": self.rows, "cols": self.cols}
-            vectors = dict(totals=totals, mean_squares=mean_squares)
-            self.call(spec.HFAC_APPLY, going, grads, lists, options, decays, options.backend, **vectors)
-            self.advance(going)
+            members = going()
+            numbers = decays if members is who else self.decays(members, options)
+            vectors = {"totals": members.numbers(totals), "mean_squares": members.numbers(mean_squares)}
+            vectors |= dict(zip(("old_totals",), map(members.numbers, old_totals), strict=False))
+            call, taken = self.call("apply", members, backend), who.part(here, members)
+            self.run(call, taken, clip, options, numbers | vectors)
+            self.advance(members)
 
         return apply
 
 
 class Vectors(Bucket):
-    """Parameters whose moments are whole and sharded as they are: ranks share one number for the clip of each, and one
-    for the gradient's norm where that is needed."""
+    """Parameters whose moments are whole and sharded as they are: ranks share one number for the clip of each. They are
+    stepped in plain torch with every backend: those that are not small are few."""
 
     algorithm = "hfac"
 
@@ -201,61 +274,80 @@ class Vectors(Bucket):
         self.stages = _stages(entries[0])[1]
         self.averages, self.squares = ([entry.local_state(key) for entry in entries] for key in _DENSE_KEYS)
 
-    def requests(self, skip: bool, norm: bool) -> list[tuple[Stage, int]]:
-        return [(stage, (3 + norm) * len(self.entries)) for stage in self.stages]
+    def requests(self, skip: bool) -> list[tuple[Stage, int]]:
+        return [(stage, 3 * len(self.entries)) for stage in self.stages]
+
+    def use(self, rooms: Sequence[Tensor]) -> None:
+        super().use(rooms)
+        self.rooms = rooms
+
+    def joined(self, who: Members) -> list[Joined]:
+        """The members' moments, parameters, and lower pieces of weights, if there are any; small ones together."""
+        if "joined" not in who.bound:
+            lists = [self.averages, self.squares, self.params, *([] if self.lows is None else [self.lows])]
+            limit = TOGETHER if self.bit_offsets is None else -1  # the random bits of a parameter are its own
+            who.bound["joined"] = joined([who.of(tensors) for tensors in lists], limit, self.device)
+        return who.bound["joined"]
 
     def job(self, grads: list[Tensor | None], options: Options) -> Job:
         count = len(self.entries)
-        here = [i for i, grad in enumerate(grads) if grad is not None]
-        decays = self.decays(options)
+        who, here = self.with_gradient(grads)
+        decays, eps = self.decays(who, options), options.scalars["eps"]
 
-        def fill(room: Tensor) -> None:
-            norms, present, refused, *squares = room.split(count)
-            present.copy_(self.at(here))
-            refused.copy_(self.flags(here, grads, options))
-            if squares and here:
-                squares[0][here] = torch.stack(clipping.norms(pick(grads, here))).to(self.dtype).square()
-            if here and options.scalars["clip_threshold"] is not None:
-                beta2, eps = decays[1][here], options.scalars["eps"]
-                sums = ops.hfac_dense_squares(pick(grads, here), pick(self.squares, here), beta2=beta2, eps=eps)
-                norms[here] = torch.stack(sums)
+        def gradient(of: Joined, taken: Sequence[Tensor]) -> Tensor:
+            grad = of.one(taken[of.members]).to(self.dtype)
+            return grad if options.clip is None else grad * options.clip
 
-        room = yield from reduced(len(self.stages), fill)
-        norms, present, refused, *squares = room.split(count)
-        if squares:
-            (self.squares_found,) = squares
-        going, left = self.who_goes(present, refused, here)
-        mean_squares = norms / torch.tensor(self.elements, dtype=self.dtype, device=self.device)
+        def fill() -> None:
+            norms, there, left = self.rooms[0].split(count)
+            there.copy_(who.flags)
+            if options.skip:
+                left.copy_(self.flags(who, here, options.clip, options))
+            if not here or options.scalars["clip_threshold"] is None:
+                return
+            sums = []
+            for each in self.joined(who):
+                _, squares, *_ = each.lists
+                beta2 = each.spread(decays["beta2"])
+                found = ops.hfac_dense_squares(gradient(each, here), each.one(squares), beta2=beta2, eps=eps)
+                sums.append(each.pieces.sums(found.view(-1)))
+            who.put(norms, torch.cat(sums))
+
+        yield from reduced(self.rooms, fill)
+        norms, present, refused = self.rooms[-1].split(count)
+        self.verify(Fetched(present), who)
+        going = self.going(refused, who, options)
+        mean_squares = (norms / self.sizes).to(self.dtype)
 
         def apply() -> None:
-            self.count_skipped(left)
-            op, lists = spec.HFAC_DENSE_STEP, _lists(spec.HFAC_DENSE_STEP, (self.averages, self.squares))
-            # In plain torch with every backend: vectors are few.
-            self.call(op, going, grads, lists, options, decays, "reference", mean_squares=mean_squares)
-            self.advance(going)
+            members = going()
+            numbers = decays if members is who else self.decays(members, options)
+            taken = who.part(here, members)
+            vector = {"mean_squares": members.numbers(mean_squares)}
+            numbers = self.numbers(spec.HFAC_DENSE_STEP, options, numbers | vector)
+            places = None if self.bit_offsets is None else members.of(self.bit_offsets)
+            for each in self.joined(members):
+                given = {name: each.spread(value, True) for name, value in numbers.items()}
+                average, square, param, *low = tensors = [each.one(tensors) for tensors in each.lists]
+                lists = zip((*spec.HFAC_DENSE_STEP.operands, spec.MASTER_LOW), (average, square, *low), strict=False)
+                given |= {operand.name: [tensor] for operand, tensor in lists}
+                if places is not None:
+                    given["places"] = places[each.members]
+                ops.run("hfac_dense_step_", [param], [gradient(each, taken)], **given, backend="reference")
+                each.put_back(tensors)
+            self.advance(members)
 
         return apply
 
 
-def _lists(op: spec.Op, values: Sequence[Sequence[Tensor]]) -> dict[str, Sequence[Tensor]]:
-    """An op's lists by name, from as many of them as are given, in its order."""
-    return {operand.name: each for operand, each in zip(op.operands, values, strict=False)}
+def _with_lists(
+    op: spec.Op, values: Sequence[Sequence[Tensor]], of: Matrices
+) -> tuple[spec.Op, dict[str, Sequence[Any]]]:
+    """An op and its lists by name, from as many of them as are given, in its order; and its counts."""
+    found: dict[str, Sequence[Any]] = {operand.name: each for operand, each in zip(op.operands, values, strict=False)}
+    return op, found | {name: getattr(of, name) for name in op.counts}
 
 
-def _split(room: Tensor, sizes: Sequence[int], times: int, vectors: int = 0) -> list[Any]:
-    """``times`` lists of tensors of these sizes, then so many vectors with one number for each of the sizes."""
-    count = len(sizes)
-    pieces = room.split([*sizes] * times + [count] * vectors)
-    lists = (list(pieces[k * count : (k + 1) * count]) for k in range(times))
-    return [*lists, *pieces[times * count :]]
-
-
-def _averaged(
-    old: Sequence[Tensor], squares: Sequence[Tensor], decays: Sequence[float], eps: Sequence[float]
-) -> list[Tensor]:
-    """decay old + (1 - decay) (squares + eps), for every entry."""
-    new = torch._foreach_mul(list(old), list(decays))
-    fresh = torch._foreach_add(list(squares), list(eps))
-    torch._foreach_mul_(fresh, [1 - decay for decay in decays])
-    torch._foreach_add_(new, fresh)
-    return list(new)
+def _ends(sizes: Sequence[int], count: int) -> list[int]:
+    """Sizes of a room's beginning, and of each of so many vectors at its end."""
+    return [sum(sizes[:-count]), *sizes[-count:]]

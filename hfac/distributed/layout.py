@@ -49,9 +49,12 @@ def local(tensor: Tensor) -> Tensor:
 def gradient(param: Tensor, label: str) -> Tensor | None:
     """This rank's shard of a parameter's gradient, redistributed as the parameter is; None without a gradient."""
     grad = param.grad
-    if grad is None or not is_dtensor(param):
-        return grad
-    if not is_dtensor(grad):
+    return grad if grad is None or not is_dtensor(param) else gradient_shard(param, grad, label)
+
+
+def gradient_shard(param: Tensor, grad: Tensor, label: str) -> Tensor:
+    """`gradient` of a DTensor that has one."""
+    if not hasattr(grad, "_local_tensor"):
         raise RuntimeError(
             f"the gradient of {label} must be a DTensor like its parameter, got a plain tensor of shape "
             f"{tuple(grad.shape)}"
@@ -59,7 +62,8 @@ def gradient(param: Tensor, label: str) -> Tensor | None:
     placements = param.placements  # type: ignore[attr-defined]
     if grad.placements != placements:  # type: ignore[attr-defined]
         grad = grad.redistribute(placements=placements)  # type: ignore[attr-defined]
-    return local(grad)
+    shard: Tensor = grad._local_tensor
+    return shard.wait() if hasattr(shard, "wait") else shard
 
 
 def sharded_by(tensor: Tensor) -> list[list[int]]:

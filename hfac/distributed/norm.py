@@ -14,46 +14,43 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import clipping, schedules
+from ..staging import Fetched
 from . import layout
-from .bucket import Entry, Joint, ranks_that_share, who
+from .bucket import Entries, Entry, Joint
 from .schedule import Sent, Stage
 
 
-class Norms:
+class Norms(Entries):
     """The norms of the gradients of parameters on one mesh."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
-        self.entries = list(entries)
+        device = layout.local(entries[0].param).device
+        super().__init__(entries, schedules.step_dtype(device), device)  # squares overflow before norms do
         self.joint = Joint([entry.param for entry in entries])
-        self.ranks = [ranks_that_share(entry.param) for entry in entries]
-        self.device = layout.local(entries[0].param).device
-        #: of sums of squares, which overflow before norms do
-        self.dtype = schedules.step_dtype(self.device)
 
     @property
     def bytes(self) -> int:
         return 2 * len(self.entries) * self.dtype.itemsize
 
-    def of(self) -> list[Tensor]:
+    def of(self, grads: Sequence[Tensor | None]) -> Tensor:
         """By parameter, the same on every rank; 0 where there is no gradient.
 
         Raises:
             RuntimeError: ranks do not agree on which parameters have a gradient.
         """
-        grads = [layout.gradient(entry.param, entry.label) for entry in self.entries]
-        here = [i for i, contributes in enumerate(self.joint.contributes) if contributes and grads[i] is not None]
+        who, _ = self.with_gradient(grads)
+        mine = self.members([i for i in who.index if self.joint.contributes[i]])
         numbers = torch.zeros(2, len(grads), dtype=self.dtype, device=self.device)
         squares, present = numbers
-        if here:
-            norms = clipping.norms([grad for i in here if (grad := grads[i]) is not None])
-            squares[here] = torch.stack([norm.to(self.dtype) for norm in norms]).square()
-            present[here] = 1
+        if mine.index:
+            norms = clipping.norms([grad for i in mine.index if (grad := grads[i]) is not None])
+            mine.put(squares, clipping.stacked(norms, self.dtype).square())
+            present.copy_(mine.flags)
         for stage in self.joint.stages:
             stage.run(numbers)
-        with_gradient = [i for i, grad in enumerate(grads) if grad is not None]
-        who(self.entries, present.tolist(), self.ranks, with_gradient)
+        self.verify(Fetched(present), who)
         double = any(entry.param.dtype == torch.float64 for entry in self.entries)
-        return list(clipping.roots(squares, torch.float64 if double else torch.float32).unbind())
+        return clipping.roots(squares, torch.float64 if double else torch.float32)
 
 
 def by_mesh(entries: Sequence[Entry]) -> list[Norms]:
@@ -167,9 +164,9 @@ class Total:
 
     def collectives(self) -> list[Sent]:
         """What `of` sends beside what the norms of sharded parameters have been added up with."""
-        size = schedules.step_dtype(self._device).itemsize
-        sums = [(stage, size) for stages in self._stages for stage in stages]
-        return sums + [(stage, self._dtype.itemsize) for stage in self._agreement]
+        wide = schedules.step_dtype(self._device)
+        sums = [Sent(stage, wide.itemsize, wide) for stages in self._stages for stage in stages]
+        return sums + [Sent(stage, self._dtype.itemsize, self._dtype) for stage in self._agreement]
 
 
 def _agreement(params: Sequence[Tensor], declared: Sequence[dist.ProcessGroup]) -> list[Stage]:

@@ -5,6 +5,7 @@ from __future__ import annotations  # not every torch has the types that are nam
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-#: A job yields where it needs sums over ranks, is sent a zeroed 1-d tensor ("room") of the size that it planned, fills
-#: it, yields, and resumes when the tensor has passed the stage. It returns what is left to do once all jobs have come
-#: this far.
-Job = Generator[None, Tensor | None, Callable[[], None]]
+#: A job needs sums over ranks of what it puts into its part of a collective's buffer: a 1-d tensor ("room"), the same
+#: one in every step, which is zero when the job is to fill it. The job yields until then, fills it, yields, and goes on
+#: when the room has passed the stage. It returns what is left to do once all jobs have come this far.
+Job = Generator[None, None, Callable[[], None]]
 
 
 class Stage(NamedTuple):
@@ -38,8 +39,12 @@ class Stage(NamedTuple):
         return dist.all_reduce(numbers, group=self.group, async_op=async_op)
 
 
-#: a stage of a step, and how many bytes pass it
-Sent = tuple[Stage, int]
+class Sent(NamedTuple):
+    """What passes a stage in a step."""
+
+    stage: Stage
+    bytes: int
+    dtype: torch.dtype
 
 
 def stages(mesh: DeviceMesh, summed: Iterable[int], same: Iterable[int]) -> list[Stage]:
@@ -76,14 +81,18 @@ class Collective:
     jobs: list[int]
     sizes: list[int]
 
-    @property
-    def bytes(self) -> int:
-        return sum(self.sizes) * self.dtype.itemsize
+    def sent(self, stage: Stage | None = None) -> Sent:
+        """What passes this stage, or another that the buffer passes after it."""
+        return Sent(stage or self.stage, sum(self.sizes) * self.dtype.itemsize, self.dtype)
 
-    def rooms(self) -> tuple[Tensor, list[Tensor]]:
-        """A zeroed buffer, and each job's room in it."""
-        buffer = torch.zeros(sum(self.sizes), dtype=self.dtype, device=self.device)
-        return buffer, list(buffer.split(self.sizes))
+    @cached_property
+    def buffer(self) -> Tensor:
+        """What is sent, kept from step to step."""
+        return torch.zeros(sum(self.sizes), dtype=self.dtype, device=self.device)
+
+    def rooms(self) -> list[Tensor]:
+        """Each job's room in the buffer."""
+        return list(self.buffer.split(self.sizes))
 
 
 def collectives(needs: Sequence[Needs]) -> list[Collective]:
@@ -102,46 +111,51 @@ def collectives(needs: Sequence[Needs]) -> list[Collective]:
     return found
 
 
-def run(jobs: Sequence[Job], needs: Sequence[Needs]) -> list[Callable[[], None]]:
-    """Runs the jobs, each with its needs, and returns what they return.
+def run(jobs: Sequence[Job], planned: Sequence[Collective]) -> list[Callable[[], None]]:
+    """Runs jobs with the `collectives` of their needs, and returns what they return.
 
     Every rank of a group must call it with jobs that ask the group for the same sums.
     """
-    rest: list[Callable[[], None]] = []
+    rest: dict[int, Callable[[], None]] = {}
 
     def advance(i: int) -> None:
         try:
             next(jobs[i])
         except StopIteration as end:
-            rest.append(end.value)
+            rest[i] = end.value
 
     for i in range(len(jobs)):
         advance(i)
-    for collective in collectives(needs):
-        buffer, rooms = collective.rooms()
-        for i, room in zip(collective.jobs, rooms, strict=True):
-            jobs[i].send(room)
-        collective.stage.run(buffer)
+    for collective in planned:
+        collective.buffer.zero_()
+        for i in collective.jobs:
+            next(jobs[i])
+        collective.stage.run(collective.buffer)
         for i in collective.jobs:
             advance(i)
     assert len(rest) == len(jobs), "a job asks for more sums than it planned"
-    return rest
+    return [rest[i] for i in range(len(jobs))]
 
 
-def reduced(times: int, fill: Callable[[Tensor], object]) -> Generator[None, Tensor | None, Tensor]:
-    """The steps of a job whose numbers pass several stages, one after the other."""
-    sums: Tensor | None = None
-    for _ in range(times):
-        room = yield
-        assert room is not None
-        if sums is None:
-            fill(room)
-        else:
-            room.copy_(sums)
-        sums = room
+def rooms_of(planned: Sequence[Collective], jobs: int) -> list[list[Tensor]]:
+    """By job, the rooms that it fills, in order."""
+    found: list[list[Tensor]] = [[] for _ in range(jobs)]
+    for collective in planned:
+        for i, room in zip(collective.jobs, collective.rooms(), strict=True):
+            found[i].append(room)
+    return found
+
+
+def reduced(rooms: Sequence[Tensor], fill: Callable[[], object]) -> Generator[None, None, None]:
+    """The steps of a job whose numbers pass several stages, one after the other: ``fill`` puts them into the first
+    room, and the last one has the result."""
+    for k, room in enumerate(rooms):
         yield
-    assert sums is not None
-    return sums
+        if k == 0:
+            fill()
+        else:
+            room.copy_(rooms[k - 1])
+        yield
 
 
 def merged(sequences: Sequence[Sequence[Stage]]) -> list[Stage]:

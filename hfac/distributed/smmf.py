@@ -8,7 +8,6 @@ other meshes and types, and of unsharded parameters), and at the end of the step
 from __future__ import annotations  # not every torch has the types that are named here
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import spec
+from ..staging import Fetched
 from . import layout
-from .bucket import Bucket, Entry, Joint, Options, who
+from .bucket import OUTCOME, Bucket, Entry, Joint, Options
+from .lists import Members, Pieces
 from .schedule import Collective, Job, Stage, reduced
 
 
@@ -49,11 +50,6 @@ class Shards(Bucket):
     """
 
     algorithm = "smmf"
-    #: how the message ends in a step in which ranks turned out to disagree on a parameter
-    OUTCOME = (
-        "The step was made of all other parameters. Of this one, the ranks that had a gradient have updated their "
-        "shards; go back to the last checkpoint."
-    )
 
     def __init__(self, entries: Sequence[Entry], op: object, mesh_dims: Sequence[int]) -> None:
         super().__init__(entries)
@@ -64,149 +60,140 @@ class Shards(Bucket):
             for state in self.op.states
             if state.key is not None and state.key in entries[0].state
         }
-        self.counts = {name: [layout.blocks(entry.param) for entry in entries] for name in self.op.counts}  # type: ignore[arg-type]
-        #: (factor, its sums) of rows and columns of the second moment, then of the first
-        self.pairs = [
-            (state.name, sums.name)
+        #: rows' and columns' factors of the second moment, then of the first, and of each the list of its sums
+        self.factors = [
+            (self.states[state.name], sums.name)
             for moment in (2, 1)
             for sums in self.op.operands
             if sums.key is None and sums.moment == moment
             if (state := self.op.operand(moment, sums.size)) is not None and state.name in self.states
         ]
-        self._sizes = [factor.numel() for name, _ in self.pairs for factor in self.states[name]]
-        #: how many numbers a step sends off
-        self.size = sum(self._sizes) + len(entries)
+        self.pieces = [Pieces([factor.numel() for factor in mine], self.device) for mine, _ in self.factors]
+        #: how many numbers a step sends off: sums, and on how many ranks each parameter has been stepped
+        self.size = sum(pieces.total for pieces in self.pieces) + len(entries)
 
-    def _split(self, room: Tensor) -> tuple[dict[str, list[Tensor]], Tensor]:
-        """The lists of sums, and on how many ranks each parameter has been stepped."""
-        count = len(self.entries)
-        *pieces, present = room.split([*self._sizes, count])
-        return {name: pieces[i * count : (i + 1) * count] for i, (_, name) in enumerate(self.pairs)}, present
+    def send_from(self, room: Tensor) -> None:
+        """Takes the room that every step fills with what it sends off."""
+        sizes = [pieces.total for pieces in self.pieces]
+        *self.sums, self.present = room.split([*sizes, len(self.entries)])
+        self.sums_of = [flat.split(pieces.sizes) for flat, pieces in zip(self.sums, self.pieces, strict=True)]
+        lists: dict[str, Sequence[Any]] = {**self.states}
+        for (_, name), pieces in zip(self.factors, self.sums_of, strict=True):
+            # What a rank finds that does not contribute goes nowhere.
+            lists[name] = [
+                sums if contributes else torch.zeros_like(sums)
+                for sums, contributes in zip(pieces, self.joint.contributes, strict=True)
+            ]
+        lists |= {name: [layout.blocks(entry.param) for entry in self.entries] for name in self.op.counts}  # type: ignore[arg-type]
+        self.ops["step"] = self.op, lists
 
-    def step(self, room: Tensor, going: Sequence[int], grads: Sequence[Tensor | None], options: Options) -> None:
-        """Steps the shards of the parameters in ``going`` and adds what is to be sent off to ``room``."""
-        sums, present = self._split(room)
-        lists: dict[str, Sequence[Any]] = {**self.states, **sums, **self.counts}
-        self.call(self.op, going, grads, lists, options, self.decays(options), options.backend)
-        for i, contributes in enumerate(self.joint.contributes):
-            if not contributes:
-                for values in sums.values():
-                    values[i].zero_()
-        present.copy_(self.contributed(going))
+    def contributed(self, who: Members) -> Tensor:
+        """1 at the members that this rank contributes to the sums, 0 elsewhere."""
+        return self.members([i for i in who.index if self.joint.contributes[i]]).flags
 
-    def contributed(self, going: Sequence[int]) -> Tensor:
-        """1 at the parameters in ``going`` that this rank contributes to the sums, 0 elsewhere."""
-        return self.at([i for i in going if self.joint.contributes[i]])
+    def requests(self, skip: bool) -> list[tuple[Stage, int]]:
+        return [(stage, 2 * len(self.entries)) for stage in self.joint.stages] if skip else []
 
-    def take(self, room: Tensor) -> None:
+    def use(self, rooms: Sequence[Tensor]) -> None:
+        super().use(rooms)
+        self.rooms = rooms
+
+    def job(self, grads: list[Tensor | None], options: Options) -> Job:
+        who, here = self.with_gradient(grads)
+        here, clip = self.clipped(self.call("step", who, options.backend), here, options)
+        going = None
+        if self.rooms:
+
+            def fill() -> None:
+                flags, present = self.rooms[0].split(len(self.entries))
+                flags.copy_(self.flags(who, here, clip, options))
+                present.copy_(self.contributed(who))
+
+            yield from reduced(self.rooms, fill)
+            refused, present = self.rooms[-1].split(len(self.entries))
+            self.verify(Fetched(present), who)
+            going = self.going(refused, who, options)
+
+        def step() -> None:
+            self.stepped = members = who if going is None else going()
+            call, taken = self.call("step", members, options.backend), who.part(here, members)
+            self.run(call, taken, clip, options, self.decays(members, options))
+            self.present.copy_(self.contributed(members))
+
+        return step
+
+    def take(self) -> None:
         """Completes the step with the sums over all shards, and counts it.
 
         Raises:
             RuntimeError: ranks do not agree on which parameters have a gradient; the step is complete for all others.
         """
-        sums, present = self._split(room)
-        counts = present.tolist()
-        going = [i for i in self._stepped if counts[i] == self.ranks[i]]
-        factors = [(self.states[name], sums[new]) for name, new in self.pairs]
-        for (rows, new_rows), (cols, new_cols) in zip(factors[::2], factors[1::2], strict=True):
-            for i in going:
-                rows[i].copy_(new_rows[i])
-                total = new_cols[i].sum()
-                cols[i].copy_(new_cols[i] / torch.where(total == 0, 1, total))
-        self.advance(going)
-        who(self.entries, counts, self.ranks, self._stepped, self.OUTCOME)
-
-    def requests(self, skip: bool, norm: bool) -> list[tuple[Stage, int]]:
-        return [(stage, 2 * len(self.entries)) for stage in self.joint.stages] if skip else []
-
-    def job(self, grads: list[Tensor | None], options: Options) -> Job:
-        here = [i for i, grad in enumerate(grads) if grad is not None]
-        left: set[int] = set()
-        if options.skip:
-
-            def fill(room: Tensor) -> None:
-                flags, present = room.split(len(self.entries))
-                flags.copy_(self.flags(here, grads, options))
-                present.copy_(self.contributed(here))
-
-            flags, present = (yield from reduced(len(self.joint.stages), fill)).split(len(self.entries))
-            _, refused = self.who_goes(present, flags, here)
-            left.update(refused)
-        going = [i for i in here if i not in left]
-        self._stepped = going
-        self._call = lambda room: self.step(room, going, grads, options)
-        return lambda: self.count_skipped([i for i in here if i in left])
-
-    def send(self, room: Tensor) -> None:
-        """Makes the step of the last job."""
-        self._call(room)
-        del self._call  # and the gradients with it
+        who = self.stepped
+        counts = Fetched(self.present)
+        if counts.is_here:
+            found = counts.read()
+            who = self.members([i for i in who.index if found[i] == self.ranks[i]])
+        for k in range(0, len(self.factors), 2):
+            (rows, _), (cols, _) = self.factors[k : k + 2]
+            total = self.pieces[k + 1].sums(self.sums[k + 1])
+            self.sums[k + 1].div_(self.pieces[k + 1].spread(total.masked_fill_(total == 0, 1).to(self.dtype)))
+            for factor, sums in ((rows, self.sums_of[k]), (cols, self.sums_of[k + 1])):
+                if who.index:
+                    torch._foreach_copy_(list(who.of(factor)), list(who.of(sums)))
+        self.advance(who)
+        self.verify(counts, self.stepped, now=OUTCOME)
 
 
-@dataclass
-class Pending:
-    """Numbers on their way: an all-reduce of them, the stages that follow it, and each bucket's room in them."""
+class Sending:
+    """The sums of a step of some shards, which pass the same stages in one buffer.
 
-    buffer: Tensor
-    work: dist.Work
-    left: Sequence[Stage]
-    rooms: list[tuple[Shards, Tensor]]
+    Attributes:
+        sums: stages of which the last is under way while other steps are made.
+        copies: those after it.
+    """
+
+    def __init__(self, shards: Sequence[Shards]) -> None:
+        first, *_ = self.shards = list(shards)
+        stages = first.joint.stages
+        last = max(i for i, stage in enumerate(stages) if not stage.copies)
+        self.sums, self.copies = stages[: last + 1], stages[last + 1 :]
+        self.collective = Collective(stages[0], first.dtype, first.device, [], [each.size for each in shards])
+
+    def make(self) -> None:
+        """Memory for the sums, for all steps."""
+        for each, room in zip(self.shards, self.collective.rooms(), strict=True):
+            each.send_from(room)
+
+    def clear(self) -> None:
+        self.collective.buffer.zero_()
+
+    def send(self) -> dist.Work:
+        """Sends off the sums of a step that has been made."""
+        *before, last = self.sums
+        for stage in before:
+            stage.run(self.collective.buffer)
+        work = last.run(self.collective.buffer, async_op=True)
+        assert work is not None
+        return work
+
+    def take(self, work: dist.Work) -> list[RuntimeError]:
+        """Completes the step; returns what ranks disagree on. On a GPU nothing here blocks the host."""
+        work.wait()
+        for stage in self.copies:
+            stage.run(self.collective.buffer)
+        errors = []
+        for each in self.shards:
+            try:
+                each.take()
+            except RuntimeError as error:
+                errors.append(error)
+        return errors
 
 
-def sends(shards: Sequence[Shards]) -> list[Collective]:
-    """The collectives of a step's sums, in order."""
-    return [
-        Collective(stage, mine[0].dtype, mine[0].device, [], [each.size for each in mine])
-        for mine in _together(shards)
-        for stage in mine[0].joint.stages
-    ]
-
-
-def _together(shards: Sequence[Shards]) -> list[list[Shards]]:
+def sendings(shards: Sequence[Shards]) -> list[Sending]:
     """Those whose sums pass the same stages share a buffer."""
     found: dict[tuple[object, ...], list[Shards]] = {}
     for each in shards:
         key = tuple(stage.name for stage in each.joint.stages), each.dtype, each.device
         found.setdefault(key, []).append(each)
-    return list(found.values())
-
-
-def send(shards: Sequence[Shards]) -> list[Pending]:
-    """Makes the planned steps and sends off their sums."""
-    pending = []
-    for mine in _together(shards):
-        first, *_ = mine
-        sizes = [each.size for each in mine]
-        buffer = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
-        rooms = list(zip(mine, buffer.split(sizes), strict=True))
-        for bucket, room in rooms:
-            bucket.send(room)
-        stages = first.joint.stages
-        last = max(i for i, stage in enumerate(stages) if not stage.copies)
-        for stage in stages[:last]:
-            stage.run(buffer)
-        work = stages[last].run(buffer, async_op=True)
-        assert work is not None
-        pending.append(Pending(buffer, work, stages[last + 1 :], rooms))
-    return pending
-
-
-def take(pending: Sequence[Pending]) -> None:
-    """Completes the steps that were sent off. On a GPU `wait` blocks the stream, not the host, which then reads who had
-    a gradient.
-
-    Raises:
-        RuntimeError: as `Shards.take`, once everything else is complete.
-    """
-    errors = []
-    for each in pending:
-        each.work.wait()
-        for stage in each.left:
-            stage.run(each.buffer)
-        for bucket, room in each.rooms:
-            try:
-                bucket.take(room)
-            except RuntimeError as error:
-                errors.append(error)
-    if errors:
-        raise errors[0]
+    return list(map(Sending, found.values()))

@@ -11,7 +11,6 @@ Errors of every op:
     RuntimeError: a sparse or complex tensor; tensors on different devices; a backend that cannot serve them.
 """
 
-from ..memory import address, is_fake, sharing
 from .call import Inputs, OpCall, Statistics, run, whereabouts
 from .checks import PARAM_DTYPES, check_grads, check_length, check_tensor, check_writable, state_dtype
 from .counters import counters_of, hfac_dense_squares, nonfinite
@@ -21,17 +20,14 @@ __all__ = [
     "OpCall",
     "PARAM_DTYPES",
     "Statistics",
-    "address",
     "check_grads",
     "check_length",
     "check_tensor",
     "check_writable",
     "counters_of",
     "hfac_dense_squares",
-    "is_fake",
     "nonfinite",
     "run",
-    "sharing",
     "state_dtype",
     "whereabouts",
 ]

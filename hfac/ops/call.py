@@ -139,6 +139,11 @@ class OpCall:
             check_length(name, entries, len(self._params))
         return found
 
+    @property
+    def unscales(self) -> bool:
+        """Whether gradients that lie in memory are multiplied as they are read, and stay as they are."""
+        return getattr(self._call, "unscales", False)
+
     def workspace_bytes(self) -> int:
         """Bytes on the device that the backend keeps from step to step."""
         return getattr(self._call, "workspace_bytes", lambda: 0)()
@@ -309,11 +314,19 @@ class OpCall:
             check_grads(self._params, grads)
 
 
-def run(op: str, params: Tensors | None, grads: Tensors, nonfinite: Tensor | None = None, **arguments: Any) -> None:
-    """Makes one call of an op on tensors that are not the same in every step, as shards are not.
+def run(
+    op: str,
+    params: Tensors | None,
+    grads: Tensors,
+    nonfinite: Tensor | None = None,
+    clip: Tensor | None = None,
+    **arguments: Any,
+) -> None:
+    """Makes one call of an op on tensors that are not the same in every step.
 
     Args:
         params: None for an op that updates none.
+        clip: as `OpCall.apply` takes it.
         arguments: the op's lists, counts, vectors and numbers by name (`hfac.spec.OPS`), how parameters are stored
             (``master_lows``, ``places``, ``seed``, ``step``), and ``backend``.
     """
@@ -323,14 +336,12 @@ def run(op: str, params: Tensors | None, grads: Tensors, nonfinite: Tensor | Non
     first = {o.name for o in described.operands if o.moment == 1} if arguments.get("beta1") is not None else ()
     lists = {name: tensors for name, tensors in lists.items() if tensors is not None or name in first}
     if params is None:
-        if any(map(Tensor._is_zerotensor, grads)):
-            grads = memory.without_zerotensors(grads)
-        params = grads
+        params = grads = memory.without_zerotensors(grads)
     counts = {name: arguments.pop(name) for name in described.counts}
     for name, entries in (counts | {name: arguments.get(name) for name in described.vectors}).items():
         check_length(name, entries, len(params))
     call = OpCall(op, params, lists, counts=counts, **bound)
-    call.apply(call.prepare(grads, nonfinite, **arguments))
+    call.apply(call.prepare(grads, nonfinite, **arguments), clip=clip)
 
 
 def _unscaled(inputs: Inputs) -> list[Tensor] | None:
@@ -344,7 +355,7 @@ def _unscaled(inputs: Inputs) -> list[Tensor] | None:
     if scale is None:
         return inputs.grads
     grads = memory.writable(inputs.grads)
-    if inputs.negated:  # torch takes no lists of tensors that negate
+    if any(map(Tensor.is_neg, grads)):  # torch takes no lists of tensors that negate
         for grad in grads:
             grad.div_(scale)
     else:

@@ -118,7 +118,7 @@ def _check_lists(op: Op, given: Sequence[Operand], i: int, param: Tensor, lists:
             raise ValueError(f"{where} must be {wanted} for a {param.dtype} parameter, got {tensor.dtype}")
         if tensor.device != param.device:
             raise RuntimeError(f"{where} must be on {param.device} like its parameter, got {tensor.device}")
-        if not tensor.is_contiguous():
+        if not tensor.is_contiguous() and not (op.shard and operand.size == WHOLE):  # parts are turned as matrices are
             raise ValueError(f"{where} must be contiguous, got strides {tensor.stride()}")
     _check_factors(op, given, i, param, lists)
     for operand in given:

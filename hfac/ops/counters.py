@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import backends, memory
 from ..schedules import Scalar
+from ..staging import to_device
 from .checks import Tensors, state_dtype
 
 _HOST = torch.device("cpu")
@@ -38,18 +39,30 @@ def advance_steps_(steps: Tensors) -> None:
         torch._foreach_add_(list(steps), one, alpha=1)
 
 
-def hfac_dense_squares(grads: Tensors, exp_avg_sqs: Tensors, *, beta2: Scalar, eps: float) -> list[Tensor]:
-    """Sums of U^2 over shards of vectors. In plain torch with every backend: vectors are few."""
-    squares = backends.plain.FORMULAS.function("hfac_dense_squares")
-    return squares(grads, exp_avg_sqs, beta2=beta2, eps=eps)
+def hfac_dense_squares(grad: Tensor, exp_avg_sq: Tensor, *, beta2: Scalar, eps: float) -> Tensor:
+    """U^2 of every element of vectors, in plain torch with every backend: vectors are few."""
+    return backends.plain.FORMULAS.function("hfac_dense_squares")(grad, exp_avg_sq, beta2=beta2, eps=eps)
 
 
-def nonfinite(grads: Tensors, elements: Sequence[int]) -> Tensor:
-    """int32 [len(grads)]: 1 where a gradient that is a shard of a tensor of so many elements must be refused, by the
-    rule of `hfac.reference`. Nothing of a gradient's size is made."""
-    flags = torch.zeros(len(grads), dtype=torch.int32, device=grads[0].device if grads else _HOST)
+def nonfinite(grads: Tensors, elements: Sequence[int] | Tensor, clip: Tensor | None = None) -> Tensor:
+    """int32 [len(grads)]: 1 where a gradient, multiplied by ``clip``, must be refused by the rule of `hfac.reference`.
+    Nothing of a gradient's size is made.
+
+    Args:
+        elements: of each tensor that a gradient is a shard of; of a step that must not wait, a tensor on the device.
+    """
+    device = grads[0].device if grads else _HOST
+    flags = torch.zeros(len(grads), dtype=torch.int32, device=device)
+    kinds: dict[torch.dtype, list[int]] = {}
     for i, grad in enumerate(grads):
         if grad.numel():
-            largest = torch.stack(torch.aminmax(grad)).to(state_dtype(grad.dtype))
-            flags[i] = ~(largest * largest * elements[i]).isfinite().all()
+            kinds.setdefault(grad.dtype, []).append(i)
+    sizes = elements if isinstance(elements, Tensor) else torch.tensor(elements, dtype=torch.float64, device="cpu")
+    for dtype, index in kinds.items():
+        largest = torch.stack(torch._foreach_norm([grads[i] for i in index], torch.inf)).to(state_dtype(dtype))
+        if clip is not None:
+            largest = largest * clip
+        # Where all take part, as in nearly every step, nothing comes from the host.
+        mine = slice(None) if len(index) == len(grads) else to_device(torch.tensor(index, device="cpu"), device)
+        flags[mine] = (~(largest * largest * sizes.to(device, largest.dtype)[mine]).isfinite()).to(torch.int32)
     return flags

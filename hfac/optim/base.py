@@ -1,6 +1,7 @@
 """The step of both optimizers: statistics of gradients, sums over ranks, the norm of all gradients, the update."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import repeat
 from operator import is_not
 from typing import Any
@@ -36,6 +37,8 @@ class FactoredOptimizer(ReportingOptimizer):
     _single: dict[Tensor, SingleParamCache]
     #: the sharded parameters, bound; None where there are none, or they must be bound again
     _sharded: distributed.Sharded | None = None
+    #: how gradients are placed on the ranks
+    _gradients: distributed.Gradients
     #: the norm of all gradients; None where each rank has it by itself
     _total: distributed.Total | None = None
     _norm_group: Any = None
@@ -48,12 +51,15 @@ class FactoredOptimizer(ReportingOptimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._captured = []
+        self._gradients = distributed.Gradients()
         self._forget()
         super().__init__(params, self._checked(defaults))
         _keep_uncompiled(type(self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.setdefault("_captured", [])  # a copy has none; an optimizer that loads state keeps its own
+        # A copy has none; an optimizer that loads state keeps its own.
+        self.__dict__.setdefault("_captured", [])
+        self.__dict__.setdefault("_gradients", distributed.Gradients())
         super().__setstate__(state)
         _keep_uncompiled(type(self))
 
@@ -102,9 +108,12 @@ class FactoredOptimizer(ReportingOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._settle()
         cache = self._validated()  # kept in a local: another thread's step may replace it
         limit = self.max_grad_norm
-        grads = [cache.gradients(index) for index in range(len(self.param_groups))]
+        if cache.dtensors:
+            self._gradients.agree(cache.dtensors, self._label)
+        grads = [cache.gradients(index, self._gradients) for index in range(len(self.param_groups))]
         steps = [self._prepare(index, group, grads[index], cache) for index, group in enumerate(self.param_groups)]
         sharded = self._sharded
         shared = {} if sharded is None else {i: self._shared(group) for i, group in enumerate(self.param_groups)}
@@ -113,7 +122,8 @@ class FactoredOptimizer(ReportingOptimizer):
             self._grad_norm = None
         else:
             norm_coefficient = self._clip(steps, grads, cache, shared, limit)
-        begin = None if sharded is None else sharded.prepare(shared, norm_coefficient)
+            shared = {i: replace(options, clip=norm_coefficient) for i, options in shared.items()}
+        begin = None if sharded is None else sharded.prepare(shared)
         for step in steps:
             if step is not None:
                 step.check_capture(norm_coefficient)
@@ -143,7 +153,7 @@ class FactoredOptimizer(ReportingOptimizer):
         """What all gradients are multiplied by so that their norm is at most ``limit``; None where there are none."""
         skips = [group["nonfinite"] == "skip" for group in self.param_groups]
         local = [[] if step is None else step.norms() for step in steps]
-        norms = [] if self._sharded is None else [(norm, skips[i]) for i, norm in self._sharded.norms(shared)]
+        norms = [] if self._sharded is None else self._sharded.norms(shared)
         if self._total is None:
             own = [(norm, skip) for skip, each in zip(skips, local, strict=True) for norm in each]
             total = clipping.total([*own, *norms])
@@ -348,7 +358,7 @@ class FactoredOptimizer(ReportingOptimizer):
                 f"groups scaled, but {entries[0].label} is sharded, and steps do not unscale sharded gradients. Leave "
                 "amp_scaling=False in all groups, or put sharded parameters into an optimizer of their own."
             )
-        return distributed.Sharded(self._algorithm, entries) if entries else None
+        return distributed.Sharded(self._algorithm, entries, self._gradients) if entries else None
 
     def _bind_total(self, cache: StepCache) -> distributed.Total | None:
         everything = [p for group in self.param_groups for p in group["params"]]
@@ -363,6 +373,10 @@ class FactoredOptimizer(ReportingOptimizer):
         declared = [(group, [p for p in plain if names[p] == name]) for name, group in groups.items()]
         total = distributed.Total(everything, alone, declared)
         return None if total.is_local else total
+
+    def _settle(self) -> None:
+        if self._sharded is not None:
+            self._sharded.settle()
 
     def _forget(self) -> None:
         self._sharded = None
@@ -390,7 +404,7 @@ class FactoredOptimizer(ReportingOptimizer):
 
     def collectives(self) -> list[tuple[int, int]]:
         """The all-reduces and broadcasts of a step, in order: (ranks, bytes) of each."""
-        return [(stage.group.size(), size) for stage, size in self._collectives()]
+        return [(sent.stage.group.size(), sent.bytes) for sent in self._collectives()]
 
     def _collectives(self) -> list[distributed.Sent]:
         self._validated()

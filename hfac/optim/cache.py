@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import functional, spec
-from ..distributed import layout
+from ..distributed import Gradients, layout
 from .state import EXECUTION, has_state, is_at, needs_reduction, own_keys
 
 Groups = list[dict[str, Any]]
@@ -33,7 +33,8 @@ class StepCache:
         self.local = [[p for p in group["params"] if not needs_reduction(p, group)] for group in groups]
         #: of every parameter, its position among all of the optimizer's
         self.positions = {param: i for i, (param, _) in enumerate(everything)}
-        self._dtensors = [param for param, _ in everything if layout.is_dtensor(param)]
+        #: in the optimizer's order
+        self.dtensors = [param for param, _ in everything if layout.is_dtensor(param)]
         #: sharded parameters without state, which all ranks create when the first gradient arrives
         self._without_state = [p for p, group in everything if needs_reduction(p, group) and not has_state(state, p)]
         self._objects: list[Collection[Any]] = list(map(list, self._collect(groups, state)))
@@ -54,13 +55,13 @@ class StepCache:
         self._objects[:2] = [list(states), values]  # a wrapper has replaced entries of its own
         return True
 
-    def gradients(self, group_index: int) -> list[Any]:
+    def gradients(self, group_index: int, found: Gradients) -> list[Any]:
         """This rank's gradients of the parameters in ``local``; None where there is none."""
         params = self.local[group_index]
-        if not self._dtensors:
+        if not self.dtensors:
             return [param.grad for param in params]
         label = f"a parameter of group {group_index}"
-        return [layout.gradient(param, label) for param in params]
+        return [found.of(param, label) for param in params]
 
     def _collect(self, groups: Groups, state: States) -> list[Collection[Any]]:
         """All objects that must stay the same: states, their values, local tensors, and each group's parameters."""
@@ -69,7 +70,7 @@ class StepCache:
             values = list(chain.from_iterable(map(dict.values, states)))
         except TypeError:  # a wrapper's entry that belongs to no parameter
             values = [value for entry in states if isinstance(entry, dict) for value in entry.values()]
-        shards = [param._local_tensor for param in self._dtensors]
+        shards = [param._local_tensor for param in self.dtensors]
         params: list[Collection[Any]] = [group["params"] for group in groups]
         return [states, values, shards, *params]
 

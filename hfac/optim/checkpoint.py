@@ -1,7 +1,7 @@
 """Saving and loading optimizer state, checked before anything is changed."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -18,9 +18,22 @@ from .state import EXECUTION, HOST, LOW, StatefulOptimizer, counter, is_trained
 class CheckpointedOptimizer(StatefulOptimizer):
     """State dicts of the optimizer, and float32 state dicts of its model."""
 
+    def _settle(self) -> None:
+        """Waits for what of the last step is not known on the host.
+
+        Raises:
+            RuntimeError: ranks did not agree on which parameters had a gradient.
+        """
+
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim: {"state": {index: {key: tensor}}, "param_groups": [...]}. Tensors share memory with the
-        state. Entries that wrappers of the optimizer keep in its state are included."""
+        state. Entries that wrappers of the optimizer keep in its state are included.
+
+        Raises:
+            RuntimeError: in the last step a sharded parameter had a gradient on some ranks only, which a GPU tells the
+                host after the step.
+        """
+        self._settle()
         self._sync_state()
         return super().state_dict()
 
@@ -39,7 +52,8 @@ class CheckpointedOptimizer(StatefulOptimizer):
         if not isinstance(state_dict, Mapping):
             self._checked_state(state_dict)
         loaded: dict[Any, Any] = {}
-        execution = [{name: group[name] for name in EXECUTION} for group in self.param_groups]
+        keep = (*EXECUTION, *self._state_options)
+        execution = [{name: group[name] for name in keep} for group in self.param_groups]
 
         # The user's hooks may rewrite the state dict, so their result is what must be checked and copied: the first of
         # these two hooks runs after all other pre-hooks, the second before all other post-hooks.
@@ -159,7 +173,9 @@ class CheckpointedOptimizer(StatefulOptimizer):
                     f"{name}: group {index} of the state dict has no {self._own_option!r}: it was saved by another "
                     "optimizer"
                 )
-        merged = [{**self.defaults, **self._checked(saved)} for saved in saved_groups]
+        checked_groups = [{**self._state_options, **self._checked(saved)} for saved in saved_groups]
+        self._check_state_options(checked_groups)
+        merged = [{**self.defaults, **saved} for saved in checked_groups]
         self._common_limit(merged)
         owners = [(param, group) for group, target in zip(merged, groups, strict=True) for param in target["params"]]
         positions = {key: i for i, key in enumerate(key for g in saved_groups for key in g["params"])}
@@ -179,6 +195,19 @@ class CheckpointedOptimizer(StatefulOptimizer):
             if state:
                 checked[positions[key]] = self._checked_entry(positions[key], *owners[positions[key]], state)
         return checked
+
+    def _check_state_options(self, saved_groups: Sequence[Mapping[str, Any]]) -> None:
+        """That the state is of the kind that this optimizer keeps: a state dict's options replace its own, and would
+        undo without a word what it was constructed with."""
+        for index, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
+            for name in self._state_options:
+                if saved[name] != group[name]:
+                    raise ValueError(
+                        f"{type(self).__name__}: group {index} of the state dict was saved with {name}={saved[name]!r},"
+                        f" this optimizer's has {name}={group[name]!r}, which keeps another state. Translate it with "
+                        f"hfac.convert(state_dict, params, {name}={group[name]!r}), or construct the optimizer with "
+                        f"{name}={saved[name]!r}."
+                    )
 
     def _checked_entry(
         self, index: int, param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
@@ -212,6 +241,13 @@ class CheckpointedOptimizer(StatefulOptimizer):
                 value.dtype != dtype and not dtype.is_floating_point
             ):
                 raise ValueError(f"{where}: '{key}' must be {dtype}, got {value.dtype}")
+            least = next((own.least for own in self._spec.states if own.key == key), None)
+            here = layout.local(value)
+            if least is not None and not here.is_meta and bool((here < least).any()):
+                raise ValueError(
+                    f"{where}: '{key}' has a code of {int(here.min())}; they go from {least} to {-least}. The state "
+                    "dict is damaged, or another optimizer's."
+                )
             try:
                 entry[key] = layout.placed(param, value.to(dtype), follows)
             except ValueError as error:

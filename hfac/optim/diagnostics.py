@@ -2,7 +2,8 @@
 
 A step that was not watched costs nothing until somebody asks. After it, before gradients are cleared, its update is a
 function of the gradient, the new state and the new parameter; before it, after the backward pass, of the old ones. The
-exception is SMMF's factored first moment, whose old signs a step overwrites: after the step it is estimated.
+exceptions are SMMF's factored first moment, whose old signs a step overwrites, so that after the step it is estimated,
+and H-Fac's in 8 bits, of which a step leaves codes.
 
 What is computed here is plain torch on pieces of whole rows, of at most `CHUNK` elements (or one row): some ten
 temporaries of that size, and some of the size of the factors. A tensor that is not contiguous is copied whole (of a
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import matricize, rounding, schedules, spec
+from .. import codes, matricize, rounding, schedules, spec
 from ..distributed import layout
 from ..functional import slices
 from .state import COUNTERS, LOW
@@ -160,7 +161,8 @@ class _View:
         self.n = self.state(2, spec.COLS).numel() if self.factored else 1
         self._W, self._G = (tensor.reshape(self.m, self.n) for tensor in (self.param, self.grad))
         self._low = self.states[LOW].reshape(self.m, self.n) if LOW in self.states else None
-        self.lr, self.weight_decay = (_scalar(self.group[name]) for name in ("lr", "weight_decay"))
+        given = (self.group[name] for name in ("lr", "weight_decay"))
+        self.lr, self.weight_decay = (x.reshape(()) if isinstance(x, Tensor) else x for x in given)
 
     def W(self, rows: slice) -> Tensor:
         return self._W[rows].to(self.dtype) if self._low is None else rounding.join(self._W[rows], self._low[rows])
@@ -238,21 +240,35 @@ def _hfac(view: _View) -> Metrics:
         return G(rows).square() + group["eps"]
 
     if view.factored:
-        u, v, r, s = (view.state(moment, size) for moment in (1, 2) for size in (spec.ROWS, spec.COLS))
-        row_mean, col_mean = view.sums(G)
-        row_mean, col_mean = row_mean / n, col_mean / m
+        r_old, s_old = r, s = view.state(2, spec.ROWS), view.state(2, spec.COLS)
         if view.ahead:
             row_sq, col_sq = view.sums(square)
-            u, v = b1 * u + (1 - b1) * row_mean, b1 * v + (1 - b1) * col_mean
             r, s = b2 * r + (1 - b2) * row_sq, b2 * s + (1 - b2) * col_sq
-        phi, psi = b1 * (u - row_mean) / (r / n).sqrt(), b1 * (v - col_mean) / (s / m).sqrt()
         row, col = r.sum().sqrt() * (1 / r.sqrt()), 1 / s.sqrt()
 
         def U(rows: slice) -> Tensor:
             return G(rows) * col * row[rows, None]
 
-        def D(rows: slice) -> Tensor:
-            return (phi[rows, None] + psi) / 2 + U(rows) / factor
+        if view.op is spec.HFAC_INT8_STEP:
+            q = view.state(1, spec.WHOLE).view(m, n)
+            rho, sigma = codes.unit_change(r_old, r, r_old.sum(), r.sum()), s_old.sqrt() / s.sqrt()
+
+            def D(rows: slice) -> Tensor:
+                X = codes.decode(q[rows], view.dtype)
+                if view.ahead:
+                    X = (b1 * rho[rows])[:, None] * sigma * X + (1 - b1) * U(rows)
+                return (b1 * X + (1 - b1) * U(rows)) * (1 / factor)
+
+        else:
+            u, v = view.state(1, spec.ROWS), view.state(1, spec.COLS)
+            row_mean, col_mean = view.sums(G)
+            row_mean, col_mean = row_mean / n, col_mean / m
+            if view.ahead:
+                u, v = b1 * u + (1 - b1) * row_mean, b1 * v + (1 - b1) * col_mean
+            phi, psi = b1 * (u - row_mean) / (r / n).sqrt(), b1 * (v - col_mean) / (s / m).sqrt()
+
+            def D(rows: slice) -> Tensor:
+                return (phi[rows, None] + psi) / 2 + U(rows) / factor
 
     else:
         M, V = view.dense(1, b1, G), view.dense(2, b2, square)
@@ -347,7 +363,3 @@ def _signs(view: _View) -> _Signed:
         return torch.where((bits & 1).bool().view(-1, n), value, -value)
 
     return signed
-
-
-def _scalar(value: Any) -> Any:
-    return value.reshape(()) if isinstance(value, Tensor) else value

@@ -12,6 +12,8 @@ from . import options
 from .base import FactoredOptimizer
 from .state import Side
 
+FIRST_MOMENT = ("factored", "int8")
+
 
 class HFac(FactoredOptimizer):
     r"""H-Fac: Adam's two moments as rank-1 factors, from factorized Hamiltonian descent.
@@ -19,6 +21,8 @@ class HFac(FactoredOptimizer):
     Nguyen, Chen, Liu, Liu, *Memory-Efficient Optimization with Factorized Hamiltonian Descent*, AISTATS 2025,
     arXiv 2406.09958, Algorithm 1. For a parameter viewed as a matrix of m rows and n columns the state is m + n
     numbers for each moment; vectors, scalars and matrices with one row or column keep both moments whole.
+    ``first_moment="int8"`` keeps the first moment of matrices whole, in one byte per element, and m + n numbers for the
+    second: Adam's step with a rank-1 second moment.
 
     Args:
         params: tensors, (name, tensor) pairs, or groups (dicts with "params" and any option below). float16, bfloat16,
@@ -28,13 +32,18 @@ class HFac(FactoredOptimizer):
         betas: decays of the first and second moment, each in [0, 1) (default (0.9, 0.999)).
         eps: added to every squared gradient, > 0 (default 1e-30).
         clip_threshold: d of the clip factor c = 1 / max(1, rms(U) / d), U = G / sqrt(V), > 0, or None for no clipping
-            (default 1.0). It multiplies the whole direction where moments are whole, and U alone where they are
+            (default 1.0). It multiplies the whole direction where the first moment is whole, and U alone where it is
             factored, as in the paper: there, a step may go against a gradient whose rows or columns are all alike and
             which is larger than those before (docs/clipping.md).
         weight_decay: decoupled, as in AdamW: subtracts lr * weight_decay * W; >= 0, a number or a 0-d tensor
             (default 0).
         matricize: "balanced" splits a tensor's dimensions in two so that rows + columns are fewest; "flatten" takes
             the first dimension as rows (default "balanced"). Cannot change once state exists.
+        first_moment: of matrices, "factored", or "int8": a code for every element, which stands for the moment divided
+            by the root of the second, so that no scales are kept. It costs 1 byte per parameter and trains better than
+            the factored one (docs/choosing.md). Vectors, and with ``dense`` everything, keep whole moments either way.
+            Kernels for it: "cpu", of parameters that are not sharded; elsewhere "auto" takes the reference (default
+            "factored"). Cannot change once state exists; `hfac.convert` translates state dicts.
         dense: keep both moments whole for any shape (default False). Cannot change once state exists.
         batch_dims: number of leading dimensions that index slices (stacked experts E x a x b: 1). Each slice is
             factored and clipped like a parameter of its own (default 0). With nonfinite="skip" only slices whose
@@ -75,13 +84,14 @@ class HFac(FactoredOptimizer):
             time. Not for sharded parameters (default False).
 
     State of a parameter (k is `hfac.matricize.cut` of its shape): ``exp_avg_row``, ``exp_avg_sq_row`` of shape
-    p.shape[:k], ``exp_avg_col``, ``exp_avg_sq_col`` of shape p.shape[k:]; or ``exp_avg``, ``exp_avg_sq`` of p.shape;
-    and ``step``. With ``batch_dims``, factors and moments are those of one slice with p.shape[:batch_dims] in front.
+    p.shape[:k], ``exp_avg_col``, ``exp_avg_sq_col`` of shape p.shape[k:]; with first_moment="int8" ``exp_avg_q``, int8
+    of p.shape, in the place of ``exp_avg_row`` and ``exp_avg_col``; or ``exp_avg``, ``exp_avg_sq`` of p.shape; and
+    ``step``. With ``batch_dims``, factors and moments are those of one slice with p.shape[:batch_dims] in front.
     With ``master`` also ``master_low``, int16 or int8 of p.shape.
 
     Raises:
         TypeError, ValueError: an invalid option or parameter; the message says what is required.
-        RuntimeError: a sparse or complex tensor; an unavailable backend.
+        RuntimeError: a sparse or complex tensor; an unavailable backend, or one that lacks a step that is needed.
     """
 
     _algorithm = "hfac"
@@ -91,7 +101,9 @@ class HFac(FactoredOptimizer):
         "eps": options.number(0.0, open_low=True),
         "clip_threshold": options.number(0.0, open_low=True, none="no clipping"),
         "matricize": options.choice(*matricize.MATRICIZE),
+        "first_moment": options.choice(*FIRST_MOMENT),
     }
+    _state_options = {"first_moment": "factored"}
 
     def __init__(
         self,
@@ -103,6 +115,7 @@ class HFac(FactoredOptimizer):
         weight_decay: Scalar = 0.0,
         *,
         matricize: str = "balanced",
+        first_moment: str = "factored",
         dense: bool = False,
         batch_dims: int = 0,
         maximize: bool = False,

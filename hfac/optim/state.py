@@ -66,6 +66,9 @@ class StatefulOptimizer(Optimizer):
     _rules: ClassVar[dict[str, options.Rule]] = {}
     #: an option that every version of the subclass has and no other optimizer, which identifies its state dicts
     _own_option: ClassVar[str]
+    #: the subclass's own options on which the keys of its state depend, which no state dict may change, with the values
+    #: of optimizers and state dicts of earlier versions, which lack them
+    _state_options: ClassVar[dict[str, Any]] = {}
     #: where each parameter was when last looked up: the index of its group, and its index there
     _index: dict[Tensor, tuple[int, int]]
 
@@ -120,6 +123,11 @@ class StatefulOptimizer(Optimizer):
         """Row and column factors of a slice of ``shape``; None where it cannot be factored."""
         raise NotImplementedError
 
+    def _op(self, param: Tensor, group: Mapping[str, Any]) -> spec.Op:
+        """The op that steps a parameter which is not sharded."""
+        shape = tuple(param.shape[group["batch_dims"] :])
+        return self._spec.op_for(not group["dense"] and self._sides(shape, group) is not None, group)
+
     def _layout(self, param: Tensor, group: Mapping[str, Any]) -> Layout:
         """Layout of a parameter's factors or moments, the same at every step: that of one slice, after the batch
         dimensions; and of its master weight's lower bits."""
@@ -130,7 +138,7 @@ class StatefulOptimizer(Optimizer):
         sizes: dict[str, Side] = {spec.WHOLE: (shape, tuple(range(len(shape))))}
         if sides is not None:
             sizes |= {spec.ROWS: sides[0], spec.COLS: sides[1], spec.SIGNS: (matricize.sign_shape(shape), (0, 1))}
-        op = next(op for op in self._spec.ops if (op.matrix is None) == (sides is None))
+        op = self._spec.op_for(sides is not None, group)
         found: Layout = {}
         for state in (*op.states, spec.MASTER_LOW):
             master = state is spec.MASTER_LOW
@@ -156,7 +164,7 @@ class StatefulOptimizer(Optimizer):
         """Completes optimizers pickled by an older version: options that it lacked, and steps kept as numbers."""
         super().__setstate__(state)
         self._forget()
-        for name, value in _ADDED.items():
+        for name, value in {**_ADDED, **self._state_options}.items():
             self.defaults.setdefault(name, value)
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -232,6 +240,8 @@ class StatefulOptimizer(Optimizer):
         self._check_layout(where, param, group)
         if layout.is_dtensor(param):
             self._check_dtensor(where, param, group)
+        if not needs_reduction(param, group):
+            backends.resolve(group["backend"], param.device, self._op(param, group))
 
     def _check_layout(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
         """Checks batch dimensions, and the options that exclude sharding, which may come after construction."""
@@ -282,7 +292,7 @@ class StatefulOptimizer(Optimizer):
             return
         if not self._spec.shard_ops:
             raise ValueError(f"{where} is sharded, which {self._algorithm} does not support. Replicate it.")
-        for op in self._spec.shard_ops:
+        for op in spec.chosen(self._spec.shard_ops, group):
             backends.resolve(group["backend"], param.device, op)
         reason = layout.group_refusal(param)
         if reason is not None:

@@ -73,8 +73,8 @@ class Arena {
     for (int64_t k = 0; k < count; ++k) {
       const float x = number(k, scale) + plus;
       wide.push_back(x);
-      narrow.push_back(dtype == DType::kFloat16 ? hfac::common::narrow_float16(x).bits
-                                                : hfac::common::narrow_bfloat16(x).bits);
+      narrow.push_back(dtype == DType::kFloat16 ? hfac::common::narrow(x, hfac::Float16()).bits
+                                                : hfac::common::narrow(x, hfac::BFloat16()).bits);
     }
     if (dtype != DType::kFloat32) return put(narrow);
     floats_.push_back(buffers_.size());

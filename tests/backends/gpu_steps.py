@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from cases import OPTIONS, SHAPES, gradient
+from cases import OPTIONS, SHAPES, gradient, on_gpus
 from rehearsal import HAS_GPU
 from running import bits, parameters
 from test_parity import params_agree, states_agree
@@ -70,7 +70,7 @@ TYPES = [
     for name, rows in OPTIONS.items()
     for key in rows
     for dtype in DTYPES
-    if HAS_GPU or key == "all" or dtype == DTYPES[0]
+    if on_gpus(rows[key]) and (HAS_GPU or key == "all" or dtype == DTYPES[0])
 ]
 
 

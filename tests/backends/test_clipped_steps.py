@@ -6,14 +6,21 @@ Where Triton's kernels are interpreted, tests/backends/test_triton.py runs this 
 import emulated
 import pytest
 import torch
-from suites import BF16, F16, F32, F64, KERNELS, KINDS, OPS, SEVERAL, SMALLER, Run, cases, laid_out, same
+from suites import ALL_OPS, BF16, F16, F32, F64, KERNELS, KINDS, SEVERAL, SMALLER, TWICE, Run, cases, laid_out, same
 from test_parity import ieee_square_roots, params_agree, states_agree, truncated_agree
 
 __all__ = ["ieee_square_roots"]  # a fixture of every test here
 pytestmark = pytest.mark.usefixtures("all_orders")
 EACH = pytest.mark.parametrize("backend", KERNELS, indirect=True)
-EACH_OP = pytest.mark.parametrize("op", OPS)
+EACH_OP = pytest.mark.parametrize("op", ALL_OPS)
 NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(params=TWICE)
+def op(request):
+    """Of H-Fac's matrices, unless a test is parametrized with some."""
+    return request.param
+
 
 #: Several tiles or chunks and one, rows that registers hold, that are read again and that are longer; whole vectors and
 #: none.
@@ -48,8 +55,8 @@ def close(squares, grads, scale=1.0):
 @pytest.mark.parametrize("clip", [1.0, 0.3, NAN])
 @pytest.mark.parametrize("these", LISTS.values(), ids=LISTS)
 @EACH
-def test_a_clipped_step_has_the_bits_of_a_plain_one(backend, these, clip):
-    one, other = Run("hfac_step_", these, backend), Run("hfac_step_", these, backend)
+def test_a_clipped_step_has_the_bits_of_a_plain_one(op, backend, these, clip):
+    one, other = Run(op, these, backend), Run(op, these, backend)
     for t in range(2):
         squares = both(one, other, t, 1.0 if t == 0 else clip)
         assert close(squares, one.grads(t)) and one.agrees(other)
@@ -58,11 +65,11 @@ def test_a_clipped_step_has_the_bits_of_a_plain_one(backend, these, clip):
 @pytest.mark.parametrize("threshold", [0.7, None])
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
 @EACH
-def test_a_clipped_step_has_the_bits_of_one_of_smaller_gradients(backend, dtype, threshold):
+def test_a_clipped_step_has_the_bits_of_one_of_smaller_gradients(op, backend, dtype, threshold):
     """Multiplied before, by what rounds nothing. The norms have the arithmetic's type."""
     found = []
     for times, clip in ((2, 0.5), (1, None), (2, None)):
-        run = Run("hfac_step_", cases([(24, 16), (5, 7), (0, 5), (130, 7)], dtype), backend)
+        run = Run(op, cases([(24, 16), (5, 7), (0, 5), (130, 7)], dtype), backend)
         grads = [grad * times for grad in run.grads()]
         taken = run.step(grads, clip=clip and torch.tensor(clip), norm=clip is not None, clip_threshold=threshold)
         if taken is not None:
@@ -76,8 +83,8 @@ def test_a_clipped_step_has_the_bits_of_one_of_smaller_gradients(backend, dtype,
 @pytest.mark.parametrize("scale", [8.0, 3.0])
 @pytest.mark.parametrize("clip", [1.0, 0.3])
 @EACH
-def test_squares_are_of_unscaled_gradients(backend, clip, scale):
-    one, other = Run("hfac_step_", SMALLER, backend), Run("hfac_step_", SMALLER, backend)
+def test_squares_are_of_unscaled_gradients(op, backend, clip, scale):
+    one, other = Run(op, SMALLER, backend), Run(op, SMALLER, backend)
     squares = both(one, other, 0, clip, grad_scale=torch.tensor(scale))
     assert one.agrees(other)
     if backend != "cpu":  # which divides gradients in place, where 16 bits round them
@@ -87,8 +94,8 @@ def test_squares_are_of_unscaled_gradients(backend, clip, scale):
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("threshold", [None, 0.1])
 @EACH
-def test_other_options(backend, threshold, maximize):
-    one, other = Run("hfac_step_", SMALL, backend), Run("hfac_step_", SMALL, backend)
+def test_other_options(op, backend, threshold, maximize):
+    one, other = Run(op, SMALL, backend), Run(op, SMALL, backend)
     now = dict(clip_threshold=threshold, maximize=maximize, lr=torch.tensor(0.3, dtype=F64))
     for t, clip in enumerate((1.0, 0.3)):
         both(one, other, t, clip, **now)
@@ -97,19 +104,20 @@ def test_other_options(backend, threshold, maximize):
 
 @pytest.mark.parametrize("kind", ["stochastic", "split stochastic", "split8 stochastic"])
 @EACH
-def test_parameters_that_are_stored_otherwise(backend, kind):
+def test_parameters_that_are_stored_otherwise(op, backend, kind):
     small = [(shape, BF16, BF16, how) for shape, *_, how in SMALL]
-    one, other = (Run("hfac_step_", small, backend, kind=KINDS[kind]) for _ in range(2))
+    one, other = (Run(op, small, backend, kind=KINDS[kind]) for _ in range(2))
     for t, clip in enumerate((1.0, 0.3)):
         both(one, other, t, clip, step=float(t))
         assert one.agrees(other)
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.5])
+@pytest.mark.parametrize("op", ["hfac_step_"])  # whose states hang on the statistics alone
 @EACH
-def test_statistics_are_taken_again_only_where_it_clips(backend, clip):
+def test_statistics_are_taken_again_only_where_it_clips(op, backend, clip):
     """The gradient is changed in between: whose statistics are they?"""
-    one, other = Run("hfac_step_", SMALL, backend), Run("hfac_step_", SMALL, backend)
+    one, other = Run(op, SMALL, backend), Run(op, SMALL, backend)
     given, after = one.grads(0), one.grads(1)
     inputs = one.call.prepare(given, **one.numbers)
     found = one.call.statistics(inputs)
@@ -136,9 +144,9 @@ def spoilt(grads):
 @pytest.mark.parametrize("skips", [True, False], ids=["skip", "propagate"])
 @pytest.mark.parametrize("clip", [1.0, 0.3, 1e-15, NAN])
 @EACH
-def test_refused_parameters(backend, clip, skips):
+def test_refused_parameters(op, backend, clip, skips):
     """Flags are those of the gradients as they are stepped, and what is refused keeps every bit."""
-    one, other = Run("hfac_step_", SEVERAL, backend), Run("hfac_step_", SEVERAL, backend)
+    one, other = Run(op, SEVERAL, backend), Run(op, SEVERAL, backend)
     before, flags = one.kept(), (one.flags(), other.flags()) if skips else (None, None)
     squares = both(one, other, 0, clip, spoilt, flags, grad_scale=torch.tensor(3.0))
     assert one.agrees(other)
@@ -152,8 +160,8 @@ def test_refused_parameters(backend, clip, skips):
 
 
 @EACH
-def test_flags_that_are_not_contiguous(backend):
-    run = Run("hfac_step_", SMALL, backend)
+def test_flags_that_are_not_contiguous(op, backend):
+    run = Run(op, SMALL, backend)
     for clip in (1.0, 0.5):
         grads = run.grads()
         grads[0][3, 4] = INF
@@ -164,8 +172,8 @@ def test_flags_that_are_not_contiguous(backend):
 
 @pytest.mark.parametrize("clip", [1.0, 0.5, NAN])
 @EACH
-def test_found_inf_keeps_every_bit_of_a_clipped_step(backend, clip):
-    one, other = Run("hfac_step_", SMALL, backend), Run("hfac_step_", SMALL, backend)
+def test_found_inf_keeps_every_bit_of_a_clipped_step(op, backend, clip):
+    one, other = Run(op, SMALL, backend), Run(op, SMALL, backend)
     for t, skip in enumerate((0.0, 1.0, 0.0)):
         before, flags = one.kept(), torch.zeros(4, dtype=torch.int32)
         now = torch.tensor(clip if skip else 1.0)
@@ -180,8 +188,8 @@ def test_found_inf_keeps_every_bit_of_a_clipped_step(backend, clip):
 
 
 @EACH
-def test_gradients_at_other_addresses_and_plain_steps_between(backend):
-    one, other = Run("hfac_step_", SMALL, backend), Run("hfac_step_", SMALL, backend)
+def test_gradients_at_other_addresses_and_plain_steps_between(op, backend):
+    one, other = Run(op, SMALL, backend), Run(op, SMALL, backend)
     for t, clip in enumerate((1.0, None, 0.3, 1.0, None, None, 0.3)):
         alike = (lambda grads: grads) if t % 2 else (lambda grads: [grad.double() for grad in grads])
         if clip is None:
@@ -193,9 +201,9 @@ def test_gradients_at_other_addresses_and_plain_steps_between(backend):
 
 
 @EACH
-def test_copies_of_gradients_live_until_the_step(backend):
+def test_copies_of_gradients_live_until_the_step(op, backend):
     """A view that negates is copied, and the step reads where the statistics have read."""
-    one, other = Run("hfac_step_", SMALL, backend), Run("hfac_step_", SMALL, backend)
+    one, other = Run(op, SMALL, backend), Run(op, SMALL, backend)
     inputs = one.call.prepare([torch._neg_view(-grad) for grad in one.grads()], **one.numbers)
     found = one.call.statistics(inputs)
     litter = [torch.full_like(grad, NAN) for grad in one.grads() for _ in range(20)]
@@ -215,8 +223,8 @@ def norm_and_step(run, grads, limit):
 
 
 @EACH
-def test_the_norm_decides(backend):
-    one, other = Run("hfac_step_", SMALL, backend), Run("hfac_step_", SMALL, backend)
+def test_the_norm_decides(op, backend):
+    one, other = Run(op, SMALL, backend), Run(op, SMALL, backend)
     limit = 10 * sum(float(grad.double().square().sum()) for grad in one.grads()) ** 0.5
     for t in range(4):
         louder = 100.0 if t % 2 else 1.0

@@ -7,7 +7,7 @@ import emulated
 import pytest
 import test_parity
 import torch
-from cases import DTYPES, OPTIONS, SHAPES, gradient, shape_id
+from cases import DTYPES, OPTIONS, SHAPES, gradient, on_gpus, shape_id
 from suites import laid_out
 from test_parity import ieee_square_roots  # noqa: F401  (a fixture for every test here)
 
@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.usefixtures("emulated_backend"),
 ]
 
-ROWS = [(name, key) for name, rows in OPTIONS.items() for key in rows]
+ROWS = [(name, key) for name, rows in OPTIONS.items() for key, options in rows.items() if on_gpus(options)]
 #: Beyond the common table: borders of tiles, rows that no register holds, and both paths of each.
 LARGE = [(300, 2100), (2100, 300), (300, 2104), (2104, 304), (5, 9000), (20, 14344), (3, 17001)]
 

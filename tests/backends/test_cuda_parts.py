@@ -69,6 +69,10 @@ def test_smmf_parts_make_the_whole(options, dtype):
     test_parts.test_smmf_parts_make_the_whole(3, dtype, options, **HERE)
 
 
+def test_gradients_are_clipped():
+    test_parts.test_gradients_are_clipped(**HERE)
+
+
 def test_the_order_of_blocks_changes_no_bit_of_a_part(monkeypatch):
     found = []
     for order in emulated.ORDERS:
@@ -145,7 +149,7 @@ def bad_calls():
 
 def test_bad_calls_are_refused():
     for op, good, cases in bad_calls():
-        call = getattr(emulated.native.CudaParts, op)
+        call = getattr(emulated.native.CudaStep, op)
         call(**good)
         for argument, value in cases:
             with pytest.raises(ValueError, match=r"[a-z_]+: "):
@@ -154,7 +158,7 @@ def test_bad_calls_are_refused():
 
 def launches(op, **lists):
     """The kernels of an op on parts that lie nowhere: a plan asks for sizes alone."""
-    return [launch["kernel"] for launch in getattr(emulated.native.CudaParts, op)(**lists).plan()]
+    return [launch["kernel"] for launch in getattr(emulated.native.CudaStep, op)(**lists).plan()]
 
 
 @pytest.mark.parametrize(("rank", "ranks"), [(0, 8), (3, 64)])

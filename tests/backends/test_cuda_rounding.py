@@ -39,9 +39,9 @@ def test_others_have_any(op, kind, layouts):
     assert pair.accesses() == {"any stored" if moved or scattered else kind.bulk[0]}
 
 
-STEP = dict(op="smmf_dense_step", numels=[12], rows=[12], cols=[1], first_cols=None, second_cols=None, param_dtypes=1)
-STEP |= dict.fromkeys(("params", "first_rows", "second_rows"), [4096]) | dict(shapes=[(3, 4)])
-LOW = dict(master_lows=[4096], master_low_dtypes=[1])
+STEP = dict(numels=[12], param_dtypes=1, shapes=[(3, 4)])
+STEP |= dict.fromkeys(("params", "exp_avgs", "exp_avg_sqs"), [4096])
+LOW = dict(master_lows=[4096], low_bytes=[2])
 LAUNCH = dict(table=4096, workspace=4096, counters=4096, lr=0.1, weight_decay=0.0, beta1=0.5, beta2=0.5, eps=1e-8)
 LAUNCH |= dict(clip_threshold=None, maximize=False, coupled=False)
 
@@ -52,10 +52,10 @@ LAUNCH |= dict(clip_threshold=None, maximize=False, coupled=False)
         (LOW | dict(param_dtypes=0), "master_lows: .*no bfloat16"),
         (LOW | dict(master_lows=[0]), "master_lows: .*null"),
         (LOW | dict(master_lows=[4096, 4096]), "master_lows: 2 entries"),
-        (LOW | dict(master_low_dtypes=[3]), "master_low_dtypes: .*unknown code"),
-        (LOW | dict(master_low_dtypes=None), "master_low_dtypes: "),
-        (LOW | dict(master_low_strides=[(1,)]), "master_low_strides: .*dimensions"),
-        (LOW | dict(master_low_strides=[(4, 1)], shapes=None), "shapes: needed"),
+        (LOW | dict(low_bytes=[3]), "low_bytes: .*1 or 2 is needed"),
+        (LOW | dict(low_bytes=None), "low_bytes: "),
+        (LOW | dict(low_strides=[(1,)]), "low_strides: .*dimensions"),
+        (LOW | dict(low_strides=[(4, 1)], shapes=None), "shapes: needed"),
         (dict(places=[(1, 0, None)], param_dtypes=0), "places: .*only bfloat16 and float16"),
         (dict(places=[]), "places: 0 entries"),
         (dict(places=[(1, 0)]), "places: .*position, first, strides"),
@@ -72,9 +72,9 @@ LAUNCH |= dict(clip_threshold=None, maximize=False, coupled=False)
     ],
 )
 def test_bad_calls_are_refused(given, message):
-    emulated.native.CudaStep(**STEP, **LOW, places=[(1, 0, (4, 1))])
+    emulated.native.CudaStep.smmf_dense_step(**STEP, **LOW, places=[(1, 0, (4, 1))])
     with pytest.raises(ValueError, match=message):
-        emulated.native.CudaStep(**STEP | given)
+        emulated.native.CudaStep.smmf_dense_step(**STEP | given)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,6 @@ def test_bad_calls_are_refused(given, message):
     ],
 )
 def test_a_launch_without_seed_or_step_is_refused(given, message):
-    step = emulated.native.CudaStep(**STEP, places=[(1, 0, None)])
+    step = emulated.native.CudaStep.smmf_dense_step(**STEP, places=[(1, 0, None)])
     with pytest.raises(ValueError, match=message):
         step.launch(**LAUNCH, **given)

@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from cases import DTYPES, gradient
+from cases import DTYPES, gradient, on_gpus
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from suites import KERNELS
@@ -75,6 +75,7 @@ def options(name):
             "eps": st.sampled_from([1e-30, 1e-12, 1e-6]),
             "clip_threshold": st.none() | st.floats(0.1, 3.0),
             "matricize": st.sampled_from(["balanced", "flatten"]),
+            "first_moment": st.sampled_from(["factored", "int8"]),
         }
     else:
         own = {
@@ -154,6 +155,8 @@ def agrees(backend, problem):
         cpu._C.set_isa(problem["isa"])
     torch.set_num_threads(problem["threads"])
     tensors = problem["tensors"]
+    if backend != "cpu" and not on_gpus(kwargs):
+        kwargs = {**kwargs, "first_moment": "factored"}
     if problem["stored"] is not None:
         # Of other types than the option's are those that it leaves alone, and float16, which has no master weights.
         wanted, more = STORED[problem["stored"]]

@@ -23,6 +23,8 @@ from test_parts import BLOCK_PARTS, HFAC_OPTIONS, MATRIX_PARTS, SMMF_OPTIONS, Bl
 from torch.nn import Parameter
 
 import hfac
+from bench import sharded_host
+from bench.sharding import imagined_ranks
 from hfac import backends
 from hfac.rounding import BitOffset, join
 
@@ -248,3 +250,25 @@ def test_a_step_of_stored_parameters_does_not_wait_for_the_device(name, stored):
     optimizer = getattr(hfac, name)(params, backend="cuda", capturable=True, **stored)
     gradients_on_device(params, 0)
     does_not_wait(optimizer.step)
+
+
+@pytest.mark.parametrize("mode", sharded_host.MODES)
+@BOTH
+def test_a_sharded_step_does_not_wait_for_the_device(name, backend, mode):
+    """With other ranks that are imagined. Of refused gradients the host is told behind the sums."""
+    with imagined_ranks(sharded_host.RANKS), sharded_host.equal_ranks():
+        options = sharded_host.MODES[mode]
+        optimizer = sharded_host.optimizer_of(name, 5, device="cuda", backend=backend, **options)
+        does_not_wait(optimizer.step)
+
+
+@BOTH
+def test_that_ranks_disagree_is_found_after_the_step(name, backend):
+    """Before the next one, and before the state is saved: the other ranks, which do nothing, have no gradient."""
+    with imagined_ranks(sharded_host.RANKS):
+        optimizer = sharded_host.optimizer_of(name, 5, device="cuda", backend=backend)
+        for look in (optimizer.step, optimizer.state_dict):
+            optimizer.step()
+            with pytest.raises(RuntimeError, match=r"on 1 of the 8 ranks.*found after the step.*last checkpoint"):
+                look()
+        optimizer.state_dict()  # it is said once

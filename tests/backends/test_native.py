@@ -20,7 +20,10 @@ _C = pytest.importorskip("hfac._C", reason="the extension is not built: hfac doc
 
 #: One row, one column, no multiple of a vector or of a byte, several chunks, one-byte signs, five dimensions.
 SHAPES = [(7,), (1024,), (30522,), (17, 19), (3, 4097), (4097, 6), (640, 520), (1030, 130), (2, 3, 5, 7, 2), (31, 8)]
-OPS = ["hfac_step_", "hfac_dense_step_", "smmf_step_", "smmf_dense_step_"]
+OPS = ["hfac_step_", "hfac_dense_step_", "smmf_step_", "smmf_dense_step_", "hfac_int8_step_"]
+
+
+DRAWS = torch.Generator().manual_seed(4)
 
 
 class Call:
@@ -28,7 +31,7 @@ class Call:
 
     def __init__(self, op, shapes, dtype, grad_dtype=None, **options):
         self.op, wide = op, ops.state_dtype(dtype)
-        if op == "hfac_step_":
+        if op in ("hfac_step_", "hfac_int8_step_"):
             shapes = [shape for shape in shapes if cut(shape)]
         self.params = [gradient(shape, i, dtype) for i, shape in enumerate(shapes)]
         self.grads = [gradient(shape, 100 + i, grad_dtype or dtype) for i, shape in enumerate(shapes)]
@@ -39,6 +42,9 @@ class Call:
             sizes = [self.sizes(shape) for shape in shapes]
             rows, cols = zip(*sizes, strict=True)
             self.states = [[positive(n) for n in side] for side in (rows, cols, rows, cols)]
+        if op == "hfac_int8_step_":
+            codes = [torch.randint(-127, 128, shape, dtype=torch.int8, generator=DRAWS) for shape in shapes]
+            self.states[:2] = [codes]
         if op == "smmf_step_":
             self.states.insert(2, [torch.zeros(sign_shape(shape), dtype=torch.uint8) for shape in shapes])
         clip = {} if op.startswith("smmf") else {"clip_threshold": 0.7}
@@ -166,7 +172,7 @@ def test_nonfinite_is_a_matter_of_single_elements(op):
 @pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1024, 1024), (4096, 1024), (1024, 4096), (2048, 2048)], ids=shape_id)
-@pytest.mark.parametrize("op", ["hfac_step_", "smmf_step_"])
+@pytest.mark.parametrize("op", ["hfac_step_", "smmf_step_", "hfac_int8_step_"])
 def test_workspace_is_at_most_two_percent(op, shape, dtype, monkeypatch):
     held = []
     native = getattr(_C, op.rstrip("_"))
@@ -225,10 +231,12 @@ GOOD = {
         rows=[3], cols=[2], exp_avg_rows=[HERE], exp_avg_cols=[HERE], exp_avg_sq_rows=[HERE], exp_avg_sq_cols=[HERE]
     ),
     "whole": dict(exp_avgs=[HERE], exp_avg_sqs=[HERE]),
+    "codes": dict(rows=[3], cols=[2], exp_avg_qs=[HERE], exp_avg_sq_rows=[HERE], exp_avg_sq_cols=[HERE]),
     "signs": dict(exp_avg_signs=[HERE], sign_bytes=[6], sign_slices=None),
 }
 NATIVE = {
     "hfac_step": ("operands scalars matrix", dict(clip_threshold=1.0, stage="statistics", kept=HERE, squares=HERE)),
+    "hfac_int8_step": ("operands scalars codes", dict(clip_threshold=1.0, stage="statistics", kept=HERE, squares=HERE)),
     "hfac_dense_step": ("operands scalars whole", dict(clip_threshold=None)),
     "smmf_step": ("operands scalars matrix signs", dict(decoupled_weight_decay=True)),
     "smmf_dense_step": ("operands scalars whole", dict(decoupled_weight_decay=True)),
@@ -257,6 +265,8 @@ BAD = [
     ("exp_avgs", [0]),
     ("exp_avg_sqs", [0]),
     ("exp_avg_signs", [0]),
+    ("exp_avg_qs", [0]),
+    ("exp_avg_qs", []),
     ("sign_bytes", [2]),
     ("beta1", [0.1, 0.2]),
     ("beta2", ["x"]),

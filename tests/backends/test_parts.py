@@ -97,12 +97,12 @@ class MatrixParts:
             self.rows.append(shape[0])
             self.cols.append(shape[1])
 
-    def sums(self, backend, columns=True, beta2=0.9):
+    def sums(self, backend, columns=True, beta2=0.9, **more):
         old = self.by_row["exp_avg_sq_rows"]
         fresh = [[torch.zeros_like(s) for s in old] for _ in range(2)]
         if columns:
             fresh += [[torch.zeros_like(s) for s in self.by_col["exp_avg_sq_cols"]] for _ in range(3)]
-        calls.hfac_sums(self.grads, old, *fresh, cols=self.cols, beta2=beta2, eps=1e-6, backend=backend)
+        calls.hfac_sums(self.grads, old, *fresh, cols=self.cols, beta2=beta2, eps=1e-6, backend=backend, **more)
         return fresh
 
     def known(self):
@@ -360,6 +360,30 @@ def test_smmf_sums(part, dtype, transposed, options, backend="cpu"):
     ours, theirs = (parts.step(each, **SMMF_OPTIONS[options]) for each in (backend, "reference"))
     assert ours[0][0].stride() == parts.params[0].stride()
     smmf_agrees(parts, ours, theirs)
+
+
+def test_gradients_are_clipped(backend="cpu"):
+    """As gradients that have been multiplied: by a power of two, of which no bit is lost. Kernels that multiply as they
+    read write no gradient."""
+    clip, dtypes = torch.tensor(0.25, dtype=torch.float64), [torch.float32, torch.bfloat16, torch.float64]
+    matrices, blocks_ = MatrixParts(["rows", "odd tile", "no rows"], dtypes), BlockParts(list(BLOCK_PARTS)[3:6], dtypes)
+    known = matrices.known()
+    calls = [
+        (matrices, lambda **more: sum(matrices.sums(backend, **more), [])),
+        (matrices, lambda **more: matrices.apply(backend, known, **HFAC_OPTIONS["clipped"], **more)),
+        (blocks_, lambda **more: blocks_.step(backend, **SMMF_OPTIONS["coupled"], **more)),
+    ]
+    for parts, call in calls:
+        grads = parts.grads
+        found = []
+        for factor, more in ((1, {"clip": clip}), (0.25, {})):
+            parts.grads = [grad * factor for grad in grads]
+            given = [grad.clone() for grad in parts.grads]
+            results = call(**more)
+            found.append(results if isinstance(results, list) else [*results[0], *sum(results[1].values(), [])])
+            assert backend == "cpu" or same_bits(parts.grads, given)
+        parts.grads = grads
+        assert same_bits(*found)
 
 
 def test_the_table_has_blocks_of_every_kind():

@@ -5,7 +5,23 @@ Where Triton's kernels are interpreted, tests/backends/test_triton.py runs this 
 
 import pytest
 import torch
-from suites import BF16, F16, F32, F64, KERNELS, KINDS, OPS, SEVERAL, SMALLER, Kind, Run, cases, laid_out, same
+from suites import (
+    ALL_OPS,
+    BF16,
+    F16,
+    F32,
+    F64,
+    KERNELS,
+    KINDS,
+    SEVERAL,
+    SMALLER,
+    TWICE,
+    Kind,
+    Run,
+    cases,
+    laid_out,
+    same,
+)
 from test_parity import ieee_square_roots
 
 from hfac import ops, reference, rounding
@@ -13,7 +29,7 @@ from hfac import ops, reference, rounding
 __all__ = ["ieee_square_roots"]  # a fixture of every test here
 pytestmark = pytest.mark.usefixtures("all_orders")
 EACH = pytest.mark.parametrize("backend", KERNELS, indirect=True)
-EACH_OP = pytest.mark.parametrize("op", OPS)
+EACH_OP = pytest.mark.parametrize("op", ALL_OPS)
 PLAIN = {"float32": Kind(F32), "bfloat16": Kind(BF16), "nearest float16": Kind(F16), "float64": Kind(F64)}
 EVERY = PLAIN | KINDS
 EACH_KIND = pytest.mark.parametrize("kind", EVERY.values(), ids=EVERY)
@@ -80,7 +96,7 @@ class Watched(Run):
             moved = (fresh - weight).square().double().sum()
             still = (self.nearest(fresh, k) == weight).sum()
             found = [moved, still, self.direction(k, grad, weight.double(), before, now).square().sum(), 0, 0]
-            if self.op == "hfac_step_" and grad.numel():
+            if self.op in TWICE and grad.numel():
                 matrix = grad.reshape(self.sides(grad.shape))
                 found[3:] = [(matrix == 0).all(1).sum(), (matrix == 0).all(0).sum()]
             rows.append(torch.tensor([float(number) for number in found], dtype=F64))
@@ -90,7 +106,7 @@ class Watched(Run):
     def direction(self, k, grad, weight, before, now):
         """G / sqrt(V), of the new V, or M / (sqrt(V) + eps)."""
         after = {name: states[k].double() for name, states in self.twin.states.items() if "signs" not in name}
-        if self.op == "hfac_step_":
+        if self.op in TWICE:
             r, s = after["exp_avg_sq_rows"], after["exp_avg_sq_cols"]
             return grad.reshape(len(r), len(s)) / (r[:, None] * s / r.sum()).sqrt()
         if self.op == "hfac_dense_step_":
@@ -141,7 +157,7 @@ def test_the_numbers_are_those_of_torch(backend, op, kind, grad_dtype):
         assert run.agrees(untold)
     full = [k for k, param in enumerate(run.params) if param.numel()]
     assert watched[:, 1].sum() < sum(p.numel() for p in run.params) and watched[full][:, [0, 2]].min() > 0
-    assert not watched[1].any() and (watched[full, 3:] > 0).all() == (op == "hfac_step_")
+    assert not watched[1].any() and (watched[full, 3:] > 0).all() == (op in TWICE)
 
 
 @pytest.mark.parametrize("maximize", [False, True])
@@ -177,7 +193,7 @@ OF_SMMF = (dict(decoupled_weight_decay=True, weight_decay=0.5), dict(beta1=None)
     ("op", "options"),
     [
         pytest.param(op, options, id=f"{op}-{next(iter(options))}")
-        for op in OPS
+        for op in ALL_OPS
         for options in (*EVERYWHERE, *(OF_SMMF if op.startswith("smmf") else (dict(clip_threshold=None),)))
     ],
 )
@@ -236,17 +252,18 @@ def test_nothing_is_added_for_what_keeps_every_bit(backend, op, bad):
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.25])
+@pytest.mark.parametrize("op", TWICE)
 @EACH
-def test_a_step_after_its_norm(backend, clip):
+def test_a_step_after_its_norm(backend, op, clip):
     """Statistics that are taken twice are told of once."""
-    one, other = (Watched("hfac_step_", SMALLER, backend) for _ in range(2))
+    one, other = (Watched(op, SMALLER, backend) for _ in range(2))
     watched, expected, clip = one.table(), one.table(), torch.tensor(clip)
     one.step(one.zeroed(), clip=clip, norm=True, watched=watched)
     other.step(other.zeroed(), clip=clip, watched=expected)
     assert one.agrees(other) and torch.allclose(watched, expected, rtol=1e-12)
     assert (watched[:-1, 3:] > 0).any(1).all()
     scaled = [grad * clip for grad in one.zeroed()]
-    again = Watched("hfac_step_", SMALLER, backend)
+    again = Watched(op, SMALLER, backend)
     agree(watched, again.watch(scaled, again.table()), again, backend)
 
 

@@ -11,8 +11,9 @@ import os
 
 import calls
 import pytest
+import test_parts
 import torch
-from cases import DTYPES, OPTIONS, SHAPES, gradient, shape_id
+from cases import DTYPES, OPTIONS, SHAPES, gradient, on_gpus, shape_id
 from suites import laid_out
 from test_parity import (
     SUMS,
@@ -47,6 +48,7 @@ def rows(shapes, taken, *marks):
         pytest.param(name, options, dtype, shapes, id=f"{name}-{options}-{str(dtype)[6:]}-{size}", marks=marks)
         for name, table in OPTIONS.items()
         for options in table
+        if on_gpus(table[options])
         for dtype in DTYPES
         if taken(options == "all", dtype == torch.float32)
     ]
@@ -661,6 +663,10 @@ def test_smmf_on_parts(options, dtype):
     (ours, our_buffer), (theirs, their_buffer) = found
     assert torch.equal(our_buffer.isnan(), their_buffer.isnan())
     smmf_agree(ours, theirs, arguments)
+
+
+def test_gradients_of_parts_are_clipped():
+    test_parts.test_gradients_are_clipped("triton")
 
 
 @pytest.mark.slow

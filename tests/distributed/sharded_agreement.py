@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from sharded_steps import difference, part_of, run_all, whole
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import hfac
 
@@ -165,6 +165,37 @@ def _worst(errors):
     values = torch.tensor(list(errors.values()), dtype=torch.float64)
     dist.all_reduce(values, dist.ReduceOp.MAX)
     return dict(zip(errors, values.tolist(), strict=True))
+
+
+def redistributed(cases):
+    return run_all(cases, _redistributed)
+
+
+def _redistributed(name, place, how, fails_in):
+    """What the steps say, of all ranks, and whether the failing one wrote anything, where a gradient is Partial and one
+    rank has none ("missing"), or one that is placed as its parameter ("otherwise"), or all is well ("fine")."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    params = [torch.nn.Parameter(part_of(torch.ones(8, 16), mesh, [S0]))]
+    params += [torch.nn.Parameter(part_of(torch.ones(8, 16), mesh, [place]))]
+    optimizer = getattr(hfac, name)(params, lr=LR)
+    said, changed = [], 0
+    for step in range(3):
+        before = [p.detach().to_local().clone() for p in params]
+        full = torch.full((8, 16), 1.0 + step)
+        wrong = step == fails_in and dist.get_rank() == 1
+        params[0].grad = part_of(full, mesh, [S0])
+        params[1].grad = DTensor.from_local(full / mesh.size(), mesh, [Partial()], run_check=False)
+        if wrong and how != "fine":
+            params[1].grad = None if how == "missing" else part_of(full, mesh, [place])
+        try:
+            optimizer.step()
+            said.append("")
+        except RuntimeError as error:
+            said.append(str(error))
+            changed += sum(not torch.equal(p.detach().to_local(), old) for p, old in zip(params, before, strict=True))
+    everyone = [None] * mesh.size()
+    dist.all_gather_object(everyone, (said, changed))
+    return everyone
 
 
 def norm_where_one_rank_has_more(name):

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 BEFORE, AFTER = 3, 2
-NAMES = ("HFac", "SMMF")
+NAMES = ("HFac", "SMMF", "HFac-int8")
 FORMATS = (False, True)  # flattened optimizer state
 SAVED_ON = ("fsdp", "fsdp-tp")
 CHECKPOINTS = tuple(itertools.product(SAVED_ON, NAMES, FORMATS))

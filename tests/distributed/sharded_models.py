@@ -16,6 +16,7 @@ import hfac
 OPTIMIZERS = {
     "HFac": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1),
     "SMMF": dict(lr=0.01, weight_decay=0.1, decay_rate=-0.8),
+    "HFac-int8": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, first_moment="int8"),
 }
 
 
@@ -87,7 +88,7 @@ def wrap(kind, net):
 
 
 def optimizer_of(name, net, **kwargs):
-    return getattr(hfac, name)(net.parameters(), **OPTIMIZERS[name], **kwargs)
+    return getattr(hfac, name.split("-")[0])(net.parameters(), **OPTIMIZERS[name], **kwargs)
 
 
 def loss_of(net, step):

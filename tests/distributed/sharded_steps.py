@@ -47,6 +47,10 @@ OPTIONS = {
         "unclipped": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, clip_threshold=None, maximize=True),
         "skip": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, clip_threshold=0.7, nonfinite="skip"),
         "limit": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, nonfinite="skip", max_grad_norm=0.5),
+        "int8": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, clip_threshold=0.7, first_moment="int8"),
+        "int8-limit": dict(
+            lr=0.01, betas=(0.8, 0.95), first_moment="int8", nonfinite="skip", max_grad_norm=0.5, maximize=True
+        ),
     },
     "SMMF": {
         "all": dict(lr=0.01, weight_decay=0.1, decay_rate=-0.8),
@@ -169,13 +173,16 @@ def along_grown_gradient(larger, steps=20):
 
 
 def difference(ours, theirs, spare_signs=0):
-    """The largest, relative to the largest entry of ``theirs``; of packed signs how many are others, above those that
-    may be, because a number is within rounding of 0."""
+    """The largest, relative to the largest entry of ``theirs``; of packed signs and codes how many are others, above
+    those that may be, because a number is within rounding of a border."""
     if not theirs.numel():
         return 0.0
     if theirs.dtype == torch.uint8:
         others = sum(((ours ^ theirs) >> bit & 1).sum().item() for bit in range(8))
         return float(max(0, others - spare_signs))
+    if theirs.dtype == torch.int8:  # codes: equal or neighbours
+        off = (ours.int() - theirs.int()).abs()
+        return float(max(int(off.max()) - 1, int(off.sum()) - max(spare_signs, theirs.numel() // 1000), 0))
     return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)).item()
 
 

@@ -6,6 +6,7 @@ import pytest
 from processes import Forked
 from sharded import on_ranks
 from test_sharded import agree
+from torch.distributed.tensor import Replicate, Shard
 
 NAMES = ("HFac", "SMMF")
 
@@ -67,3 +68,22 @@ def test_a_process_group_that_cannot_reach_the_shards_is_refused_at_construction
 def test_a_rank_without_plain_parameters_has_part_in_the_norm_of_those_of_others():
     for largest, least, wanted in on_ranks(2, *(("sharded_agreement:norm_where_one_rank_has_more", n) for n in NAMES)):
         assert largest == least == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("how", ["fine", "missing", "otherwise"])
+def test_ranks_find_out_together_whether_all_can_redistribute(how):
+    """In the first step and later; of a parameter of which ranks have shards, and of one of which they have copies."""
+    steps = (0,) if how == "otherwise" else (0, 2)
+    cases = [(name, place, how, step) for name in NAMES for place in (Shard(0), Replicate()) for step in steps]
+    (found,) = on_ranks(2, ("sharded_agreement:redistributed", cases))
+    for case, ranks in found.items():
+        for said, changed in ranks:
+            assert changed == 0, case
+            *_, fails_in = case
+            for step, message in enumerate(said):
+                if how == "fine" or step != fails_in:
+                    assert message == "", case
+                elif how == "missing":
+                    assert "must be redistributed as" in message and "2 ranks" in message, case
+                else:
+                    assert "on one rank and" in message and "Nothing was updated" in message, case

@@ -1,15 +1,19 @@
-"""The order of a step's collectives on every rank of large meshes, planned over process groups that do not exist."""
+"""The order of a step's collectives on every rank of large meshes, planned and made over process groups that do not
+exist."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
+from test_host import unread
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import hfac
+from bench import sharded_host
 
 S0, S1, R = Shard(0), Shard(1), Replicate()
 STAGES = "stages"  # two halves of the ranks, each with a mesh of its own
@@ -29,8 +33,9 @@ ONLY_FIRST = "pipeline-tp"
 _CALLS = itertools.count()
 
 
-def sequence(name, rank, world, cls, options):
-    """(ranks of the group, whether it copies, bytes) of a step's collectives, in this rank's order."""
+def sequence(name, rank, world, cls, options, made=()):
+    """(ranks of the group, whether it copies, bytes, type) of a step's collectives, in this rank's order. They are
+    those of steps that are ``made``, whoever has a gradient in them."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     call = next(_CALLS)
 
@@ -57,12 +62,42 @@ def sequence(name, rank, world, cls, options):
                 part = DTensor.from_local(local, mesh, places, run_check=False)
                 groups.append({"params": [torch.nn.Parameter(part)], "batch_dims": batch_dims})
         optimizer = cls(groups, **options)
-        return [
-            (tuple(dist.get_process_group_ranks(stage.group)), stage.copies, size)
-            for stage, size in optimizer._collectives()
+        planned = [
+            (ranks_of(sent.stage.group), sent.stage.copies, sent.bytes, sent.dtype) for sent in optimizer._collectives()
         ]
+        for which in made:
+            assert stepped(optimizer, which) == planned, which
+        return planned
     finally:
         dist.destroy_process_group()
+
+
+def stepped(optimizer, which):
+    """What a step sends, of which some parameters have a gradient: "all", "none", "first" or "last"."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    some = {"all": params, "none": [], "first": params[:1], "last": params[-1:]}[which]
+    for p in params:
+        p.grad = torch.zeros_like(p) if any(p is one for one in some) else None
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def count(tensor, *args, group=None, copies, **kwargs):
+            calls.append((ranks_of(group), copies, tensor.numel() * tensor.itemsize, tensor.dtype))
+            return Done()
+
+        patch.setattr(dist, "all_reduce", partial(count, copies=False))
+        patch.setattr(dist, "broadcast", partial(count, copies=True))
+        optimizer.step()
+    return calls
+
+
+class Done:
+    def wait(self):
+        return True
+
+
+def ranks_of(group):
+    return tuple(dist.get_process_group_ranks(group))
 
 
 def carried_out(sequences):
@@ -82,22 +117,30 @@ def carried_out(sequences):
     return {rank: sequence[::-1] for rank, sequence in left.items() if sequence}
 
 
+#: who has a gradient in a step
+WHO = ("all", "none", "first", "last", "all")
 OPTIONS = [{}, {"max_grad_norm": 1.0}, {"nonfinite": "skip"}, {"max_grad_norm": 1.0, "nonfinite": "skip"}]
 
 
 @pytest.mark.parametrize("cls", [hfac.HFac, hfac.SMMF], ids=["hfac", "smmf"])
 @pytest.mark.parametrize("name", [pytest.param("fsdp", marks=pytest.mark.slow), *list(LAYOUTS)[1:]])
-def test_no_rank_waits_for_another_for_ever(name, cls):
-    """Every rank of a group sends it the same, in the same order. A step that clips makes the collectives of a plain
-    one after those that found the norm, and all ranks clip or none (test_agreement.py)."""
+def test_no_rank_waits_for_another_for_ever(name, cls, monkeypatch):
+    """Every rank of a group sends it the same, in the same order, whoever has a gradient; and nothing else changes what
+    a step sends: one that clips sends what one does that need not."""
     world = {"fsdp": 1024, "hsdp": 32, "hsdp-tp": 32}.get(name, 16)
     batched = any(batch_dims for _, params in LAYOUTS[name] for _, batch_dims in params)
-    for options in OPTIONS if world < 1024 else OPTIONS[1:2]:
-        if batched and "nonfinite" in options:
-            continue  # refused
-        sequences = [sequence(name, rank, world, cls, options) for rank in range(world)]
-        assert carried_out(sequences) == {}, options
-        assert any(sequences)
+    unread(monkeypatch)
+    with sharded_host.idle_kernels() as backend:
+        for options in OPTIONS if world < 1024 else OPTIONS[1:2]:
+            if batched and "nonfinite" in options:
+                continue  # refused
+            made = {0: WHO, world - 1: WHO}
+            sequences = [
+                sequence(name, rank, world, cls, options | {"backend": backend}, made.get(rank, WHO[:1]))
+                for rank in range(world)
+            ]
+            assert carried_out(sequences) == {}, options
+            assert any(sequences)
 
 
 def test_a_rank_that_waits_for_ever_is_seen():

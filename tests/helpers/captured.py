@@ -6,6 +6,7 @@ It knows no devices: tests/helpers/rehearsal.py does, and Triton's kernels take 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -216,8 +217,8 @@ def _found(value: Any) -> Any:
 class Step:
     """`CudaStep`, whose launches a capture notes; a graph keeps those of then, whatever the plan is told later."""
 
-    def __init__(self, device: Device, **arguments: Any) -> None:
-        self.device, self.arguments, self.step = device, arguments, emulated.native.CudaStep(**arguments)
+    def __init__(self, device: Device, make: Any, **arguments: Any) -> None:
+        self.device, self.make, self.step = device, partial(make, **arguments), make(**arguments)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.step, name)
@@ -232,9 +233,9 @@ class Step:
             self.device.launched(self.device.named(arguments.get(name) for name in _HIDDEN))
             self.step.launch(**arguments)
             return
-        step = emulated.native.CudaStep(**self.arguments)
+        step = self.make()
         step.prepare(**self.prepared)
-        lists = [value for value in self.arguments.values() if isinstance(value, list)]
+        lists = [value for value in self.make.keywords.values() if isinstance(value, list)]
         numbers = [x for value in lists for x in value if isinstance(x, int)] + list(map(arguments.get, _ADDRESSES))
         blocks = self.device.named([*numbers, *(v[0] for v in arguments.values() if isinstance(v, tuple))])
         graph.append(lambda: ([block.look() for block in blocks], step.launch(**arguments)))
@@ -245,7 +246,10 @@ class Host(emulated.Host):
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self.native = SimpleNamespace(CudaStep=lambda **a: Step(device, **a), CudaParts=emulated.native.CudaParts)
+        steps = emulated.native.CudaStep
+        makers = {op: getattr(steps, op) for op in emulated.native.slots() if hasattr(steps, op)}
+        found = {op: partial(Step, device, make) for op, make in makers.items()}
+        self.native = SimpleNamespace(CudaStep=SimpleNamespace(**found))
         self.host_table = device.on_host(super().host_table)
 
     def stream(self, device: torch.device) -> int:

@@ -97,9 +97,9 @@ def registered() -> Iterator[None]:
         backends.unregister(NAME)
 
 
-#: Lists of addresses among the arguments of `CudaStep` and `CudaParts`, and single ones among those of a launch.
+#: Lists of addresses among the arguments of `CudaStep`'s functions, and single ones among those of a launch.
 LISTS = {
-    *("params", "grads", "first_rows", "first_cols", "second_rows", "second_cols", "master_lows"),
+    *("params", "grads", "master_lows", "exp_avgs", "exp_avg_sqs"),
     *(f"exp_avg_{what}" for what in ("rows", "cols", "signs", "sq_rows", "sq_cols")),
     *("old_rows", "row_sums", "new_rows", "col_sums", "col_squares", "col_ratios", "new_cols"),
     *("new_sq_rows", "new_sq_cols"),
@@ -114,7 +114,7 @@ class Plan:
 
     def __init__(self, gpu: Any, make: Callable[..., Any], **arguments: Any) -> None:
         self.gpu, self.make, self.arguments = gpu, make, arguments
-        self.what = arguments.get("op", make.__name__)
+        self.what = make.__name__
         self.memories = self._found(arguments)
         self._plan = make(**arguments)
         self.prepared: dict[str, Any] | None = None
@@ -201,9 +201,8 @@ class Kernels:
 
     def __init__(self, gpu: Any) -> None:
         self._gpu = gpu
-        self.CudaStep = partial(Plan, gpu, native.CudaStep)
-        parts = ("hfac_sums", "hfac_apply", "smmf_sums_step")
-        self.CudaParts = SimpleNamespace(**{op: partial(Plan, gpu, getattr(native.CudaParts, op)) for op in parts})
+        ops = [op for op in native.slots() if hasattr(native.CudaStep, op)]
+        self.CudaStep = SimpleNamespace(**{op: partial(Plan, gpu, getattr(native.CudaStep, op)) for op in ops})
 
     def __getattr__(self, name: str) -> Any:
         return getattr(native, name)

@@ -96,8 +96,8 @@ class Gpu:
         return None if tag is None else tag.memory
 
     def kind(self, tensor: Tensor) -> str | None:
-        """CUDA, PINNED or None."""
-        memory = self.memory(tensor)
+        """CUDA, PINNED or None; of a DTensor what its shard is."""
+        memory = self.memory(getattr(tensor, "_local_tensor", tensor))
         return None if memory is None else memory.kind
 
     def own(self, tensor: Tensor, kind: str) -> None:

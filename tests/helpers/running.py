@@ -8,6 +8,7 @@ from cases import OPTIONS
 from torch.nn import Parameter
 
 import hfac
+from hfac import HFac
 
 #: (class, options), every row of `cases.OPTIONS`
 VARIANTS = [
@@ -15,6 +16,14 @@ VARIANTS = [
     for name, rows in OPTIONS.items()
     for label, row in rows.items()
 ]
+
+
+class Int8(HFac):
+    """With a whole first moment in 8 bits, for suites over classes."""
+
+    def __init__(self, params, *args, **options):
+        super().__init__(params, *args, **{"first_moment": "int8", **options})
+
 
 SHAPES = [(4, 6), (5,), (3, 2, 4), (), (1, 3), (7,), (17, 19), (12,)]
 

@@ -68,6 +68,15 @@ KINDS = {
     "split8 stochastic": Kind(low=torch.int8, drawn=True, bulk=("bfloat16+int8", "bfloat16+int8/float32")),
 }
 OPS = ["hfac_step_", "hfac_dense_step_", "smmf_step_", "smmf_dense_step_"]
+#: With those of which only some backends have kernels: a test of an ``op`` and the fixture `backend` skips the others.
+ALL_OPS = [*OPS, "hfac_int8_step_"]
+#: That begin with a read of the gradients.
+TWICE = ["hfac_step_", "hfac_int8_step_"]
+
+
+def has(backend, op):
+    return backends.TABLE[backend].load().has(spec.OPS[op])
+
 
 #: Of a parameter its shape, its type, its gradient's, and how both lie: several tiles of rows and of columns, rows that
 #: are read twice, odd ones, one row, nothing.
@@ -137,6 +146,8 @@ class Run:
             packed = torch.zeros(matricize.sign_shape(shape), dtype=torch.uint8)
             return reference.pack_signs(signs) if signs.numel() else packed
         size = shape if "dense" in self.op else (self.sides(shape)["cols" in name],)
+        if name == "exp_avg_qs":
+            return torch.randint(-127, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
         values = gradient(size, seed, dtype)
         return values.abs() + 1e-3 if "sq" in name or self.op == "smmf_step_" else values
 

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from running import AMBIENT, bits, gradients, parameters
+from running import AMBIENT, Int8, bits, gradients, parameters
 from torch.nn import Parameter
 
 from hfac import SMMF, HFac, convert, param_groups, release_gradients
 
-BOTH = pytest.mark.parametrize("cls", [HFac, SMMF], ids=["hfac", "smmf"])
+BOTH = pytest.mark.parametrize("cls", [HFac, SMMF, Int8], ids=["hfac", "smmf", "int8"])
 IN_EACH = pytest.mark.parametrize("around", AMBIENT.values(), ids=AMBIENT.keys())
 #: those in which a step is no other than outside
 STEPPED = {name: around for name, around in AMBIENT.items() if name != "inference"}

@@ -4,7 +4,7 @@ sharded gradients are in test_sharded.py."""
 import emulated
 import pytest
 import torch
-from running import bits, gradients, parameters
+from running import Int8, bits, gradients, parameters
 from suites import KERNELS
 from torch import nn
 from torch.nn import Parameter
@@ -13,11 +13,12 @@ from torch.utils._pytree import tree_leaves
 
 from hfac import SMMF, HFac, backends, clipping
 
-BOTH = pytest.mark.parametrize("cls", [HFac, SMMF], ids=["hfac", "smmf"])
+BOTH = pytest.mark.parametrize("cls", [HFac, SMMF, Int8], ids=["hfac", "smmf", "int8"])
 OPTIONS = {
     HFac: dict(lr=0.02, betas=(0.8, 0.95), eps=1e-12, clip_threshold=0.7, weight_decay=0.1),
     SMMF: dict(lr=0.02, beta=0.8, eps=1e-6, weight_decay=0.1, decay_rate=-0.8, growth_rate=0.95),
 }
+OPTIONS[Int8] = OPTIONS[HFac]
 NAN, INF = float("nan"), float("inf")
 LIMIT = 5.0
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 1e-6}
@@ -379,5 +380,5 @@ def test_clipping_makes_nothing_of_a_gradients_size(cls, dtype, monkeypatch):
         with Sizes() as sizes:
             optimizer.step()
         # of the first read, kept until the norm is known, behind the sums of squares
-        statistics = 64 + 4 * (2 * 64 + 3 * 48) if cls is HFac else 0
+        statistics = 64 + 4 * (2 * 64 + 3 * 48) if issubclass(cls, HFac) else 0
     assert 0 < sizes.largest <= max(4 * 64, statistics)

@@ -13,18 +13,19 @@ import warnings
 
 import pytest
 import torch
-from running import AMBIENT, bits, gradients, parameters, train
+from running import AMBIENT, Int8, bits, gradients, parameters, train
 from torch.nn import Parameter
 from torch.optim import lr_scheduler as lrs
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from hfac import SMMF, HFac
 
-BOTH = pytest.mark.parametrize("cls", [HFac, SMMF], ids=["hfac", "smmf"])
+BOTH = pytest.mark.parametrize("cls", [HFac, SMMF, Int8], ids=["hfac", "smmf", "int8"])
 OPTIONS = {
     HFac: dict(lr=0.02, betas=(0.8, 0.95), eps=1e-12, clip_threshold=0.7, weight_decay=0.1),
     SMMF: dict(lr=0.02, beta=0.8, eps=1e-6, weight_decay=0.1, decay_rate=-0.8, growth_rate=0.95),
 }
+OPTIONS[Int8] = OPTIONS[HFac]
 # Options of a single group, all away from their defaults, for each class
 GROUP_OPTIONS = [
     (HFac, "lr", 0.5),

@@ -31,7 +31,7 @@ def stepped(optimizer, params, step, ahead):
 
 def estimated(cls, param, options, ahead):
     """SMMF's factored first moment, once a step has been made, and weight decay through the gradient."""
-    if cls is HFac or ahead or matricize.square(param.numel())[1] == 1:
+    if issubclass(cls, HFac) or ahead or matricize.square(param.numel())[1] == 1:
         return False
     whole = not options.get("vector_reshape", True) and sum(side > 1 for side in param.shape) == 1
     return not whole and (options.get("beta", 0.9) is not None or options.get("weight_decay_mode") == "adam")
@@ -46,7 +46,7 @@ def rms(value):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_update_rms_is_that_of_the_change(cls, options, dtype, ahead):
     """To 1e-5 in float32 (weights near zero, where their own rounding is less), 1e-7 in float64; SMMF's estimate
-    within 15 percent."""
+    within 15 percent, what codes of 8 bits tell within 1."""
     params = parameters(SHAPES, dtype)
     for param in params:
         param.detach().mul_(1e-3)
@@ -57,6 +57,8 @@ def test_update_rms_is_that_of_the_change(cls, options, dtype, ahead):
             tolerance = 1e-5 if dtype == torch.float32 else 1e-7
             if estimated(cls, param, options, ahead):
                 tolerance = 0.15
+            if options.get("first_moment") == "int8" and not ahead:
+                tolerance = 0.01
             actual = found[index]["update_rms"]
             torch.testing.assert_close(
                 actual.double(), rms(param.detach() - old), rtol=tolerance, atol=1e-12, msg=f"{step} {index}"

@@ -6,7 +6,7 @@ import copy
 import calls
 import pytest
 import torch
-from running import bits
+from running import Int8, bits
 from suites import KERNELS
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from hfac import SMMF, HFac, memory, ops
 
-BOTH = pytest.mark.parametrize("cls", [HFac, SMMF], ids=["hfac", "smmf"])
+BOTH = pytest.mark.parametrize("cls", [HFac, SMMF, Int8], ids=["hfac", "smmf", "int8"])
 SHAPES = [(12, 8), (9,), (3, 4, 5)]
 
 
@@ -66,9 +66,10 @@ def test_gradients_that_negate(cls, kind, backend, limit):
 
 
 @BOTH
-def test_a_negated_gradient_of_autograd_that_is_scaled(cls):
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_negated_gradient_of_autograd_that_is_scaled(cls, backend):
     re, im = (Parameter(torch.tensor(0.5)) for _ in range(2))
-    optimizer = cls([re, im], lr=0.02, amp_scaling=True)
+    optimizer = cls([re, im], lr=0.02, amp_scaling=True, backend=backend)
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)
     for _ in range(150):
         optimizer.zero_grad()

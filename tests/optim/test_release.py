@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from running import bits, gradients, parameters
+from running import Int8, bits, gradients, parameters
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
@@ -15,11 +15,12 @@ from torch.nn import Parameter
 import hfac
 from hfac import SMMF, HFac, functional
 
-BOTH = pytest.mark.parametrize("cls", [HFac, SMMF], ids=["hfac", "smmf"])
+BOTH = pytest.mark.parametrize("cls", [HFac, SMMF, Int8], ids=["hfac", "smmf", "int8"])
 OPTIONS = {
     HFac: dict(lr=0.02, betas=(0.8, 0.95), eps=1e-12, clip_threshold=0.7, weight_decay=0.1),
     SMMF: dict(lr=0.02, beta=0.8, eps=1e-6, weight_decay=0.1, decay_rate=-0.8, growth_rate=0.95),
 }
+OPTIONS[Int8] = OPTIONS[HFac]
 NAN = float("nan")
 
 

@@ -9,6 +9,8 @@ import hfac
 from hfac import functional, reference, spec
 
 POSITIONAL, KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+#: Lists that functional forms have had since a later version.
+LATER = ("exp_avg_qs",)
 #: What `Algorithm.options` leaves to all functional forms alike.
 SHARED = ("lr", "weight_decay", "maximize", "places", "seed", "capturable", "backend", "batch_dims")
 
@@ -60,8 +62,9 @@ def test_what_may_be_none_is_what_the_reference_lets_be_none(op):
 @pytest.mark.parametrize("algorithm", spec.ALGORITHMS.values(), ids=lambda algorithm: algorithm.name)
 def test_an_algorithm_is_what_its_functional_form_takes(algorithm):
     function = getattr(functional, algorithm.name)
-    lists = [state.name for state in algorithm.states]
-    expected = ["params", "grads", *lists, "state_steps", "skipped", spec.MASTER_LOW.name]
+    lists = [state.name for state in algorithm.states if state.name not in LATER]
+    later = [state.name for state in algorithm.states if state.name in LATER]
+    expected = ["params", "grads", *lists, "state_steps", "skipped", spec.MASTER_LOW.name, *later]
     assert names(function, POSITIONAL) == expected
     assert set(names(function, KEYWORD)) == {*algorithm.options, *SHARED}
 
@@ -94,14 +97,16 @@ def test_an_op_is_found_by_the_states_that_are_there():
     assert algorithm.op_of(["exp_avg_sqs"]) is spec.SMMF_DENSE_STEP
 
 
-def test_a_whole_first_moment_beside_factors_can_be_said():
-    """As a later op will have it: int8 of the parameter's shape beside the rank-1 second moment."""
-    codes = spec.Operand("exp_avg_qs", spec.WHOLE, 1, "exp_avg_q", torch.int8)
-    op = spec.Op("hfac_int8_step_", (codes, *spec.HFAC_STEP.states[2:]), spec.HFAC_STEP.numbers, matrix="cut")
-    hfac_ = spec.ALGORITHMS["hfac"]
-    algorithm = spec.Algorithm("hfac", (*hfac_.ops, op), (), hfac_.options, hfac_.decays, hfac_.scalars)
-    assert algorithm.op_of(["exp_avg_q", "exp_avg_sq_row", "exp_avg_sq_col", "step"]) is op
-    assert algorithm.op_of(["exp_avg_row", "exp_avg_col", "exp_avg_sq_row", "exp_avg_sq_col"]) is spec.HFAC_STEP
-    assert algorithm.op_of(["exp_avg", "exp_avg_sq"]) is spec.HFAC_DENSE_STEP
-    assert algorithm.keys == (*hfac_.keys, "exp_avg_q")
-    assert op.operand(1, spec.WHOLE) is codes and op.operand(1, spec.ROWS) is None
+def test_options_choose_the_op_and_its_states_tell_it():
+    algorithm, op = spec.ALGORITHMS["hfac"], spec.HFAC_INT8_STEP
+    for mode, found in (("factored", spec.HFAC_STEP), ("int8", op)):
+        assert algorithm.op_for(True, {"first_moment": mode}) is found
+        assert algorithm.op_for(False, {"first_moment": mode}) is spec.HFAC_DENSE_STEP
+        assert algorithm.op_of([*(state.key for state in found.states), "step"]) is found
+    assert spec.ALGORITHMS["smmf"].op_for(True, {}) is spec.SMMF_STEP
+    assert op.operand(1, spec.WHOLE) is op.states[0] and op.operand(1, spec.ROWS) is None
+
+
+def test_lists_that_came_later_stand_last_in_the_functional_form():
+    """Calls by position go on to mean what they meant."""
+    assert names(functional.hfac, POSITIONAL)[8:] == ["state_steps", "skipped", spec.MASTER_LOW.name, "exp_avg_qs"]

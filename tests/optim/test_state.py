@@ -11,19 +11,20 @@ import io
 import numpy as np
 import pytest
 import torch
-from running import SHAPES, bits, gradients, parameters, train
+from running import SHAPES, Int8, bits, gradients, parameters, train
 from torch import nn
 from torch.nn import Parameter
 
 from hfac import SMMF, HFac, matricize
 
-BOTH = pytest.mark.parametrize("cls", [HFac, SMMF], ids=["hfac", "smmf"])
+BOTH = pytest.mark.parametrize("cls", [HFac, SMMF, Int8], ids=["hfac", "smmf", "int8"])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INF, NAN = float("inf"), float("nan")
 OPTIONS = {
     HFac: dict(lr=0.02, betas=(0.8, 0.95), eps=1e-12, clip_threshold=0.7, weight_decay=0.1),
     SMMF: dict(lr=0.02, beta=0.8, eps=1e-6, weight_decay=0.1, decay_rate=-0.8, growth_rate=0.95),
 }
+OPTIONS[Int8] = OPTIONS[HFac]
 VARIANTS = [
     pytest.param(cls, options, id=f"{cls.__name__.lower()}-{name}")
     for cls, name, options in [
@@ -224,7 +225,7 @@ def test_loading_into_parameters_of_another_type(cls, saved_type, loaded_type):
     wide = torch.float64 if loaded_type == "float64" else torch.float32
     for p, q in zip(params, others, strict=True):
         for key, value in optimizer.state[p].items():
-            wanted = value.to(wide) if key.startswith("exp_avg") and key != "exp_avg_sign" else value
+            wanted = value.to(wide) if key.startswith("exp_avg") and key not in ("exp_avg_sign", "exp_avg_q") else value
             assert bits(target.state[q][key]) == bits(wanted)
     train(target, others, 1)
 
@@ -455,7 +456,7 @@ def test_model_moved_to_another_type(cls, begin, end, after):
     optimizer.state_dict()
     for param, state in zip(params, before, strict=True):
         for key, value in optimizer.state[param].items():
-            moved = key.startswith("exp_avg") and key != "exp_avg_sign"
+            moved = key.startswith("exp_avg") and key not in ("exp_avg_sign", "exp_avg_q")
             assert bits(value) == bits(state[key].to(wide) if moved else state[key]), key
     if after == 0:
         others = [Parameter(param.detach().clone()) for param in params]

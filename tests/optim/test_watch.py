@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 from cases import gradient, shape_id
-from running import VARIANTS, bits, gradients, parameters, train
+from running import VARIANTS, Int8, bits, gradients, parameters, train
 from suites import BACKENDS
 from torch import nn
 from torch.nn import Parameter
@@ -15,7 +15,7 @@ from hfac import SMMF, HFac, ops
 
 #: see test_estimates.py
 pytestmark = pytest.mark.filterwarnings("ignore:hfac.SMMF.diagnostics:FutureWarning")
-BOTH = pytest.mark.parametrize("cls", [HFac, SMMF], ids=["hfac", "smmf"])
+BOTH = pytest.mark.parametrize("cls", [HFac, SMMF, Int8], ids=["hfac", "smmf", "int8"])
 SHAPES = [(24, 18), (7,), (24,), (6, 4, 3, 3), (31, 8), (300, 40), (1, 64), (), (0, 3), (5, 0)]
 NAN = float("nan")
 

@@ -10,14 +10,14 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from running import bits, gradients, parameters, train
+from running import Int8, bits, gradients, parameters, train
 from torch import nn
 from torch.nn import Parameter
 
 from hfac import SMMF, HFac, release_gradients
 from hfac.optim.state import StatefulOptimizer
 
-BOTH = pytest.mark.parametrize("cls", [HFac, SMMF], ids=["hfac", "smmf"])
+BOTH = pytest.mark.parametrize("cls", [HFac, SMMF, Int8], ids=["hfac", "smmf", "int8"])
 SHAPES = [(4, 6), (5,), (3, 4, 4)]
 
 

@@ -233,8 +233,8 @@ FAULTS = [
     Fault(
         "a step is counted twice",
         "hfac",
-        "ops.counters_of(steps).advance_steps_(steps)",
-        "ops.counters_of(steps).advance_steps_(list(steps) * 2)",
+        "            counters.advance_steps_(steps)",
+        "            counters.advance_steps_(list(steps) * 2)",
         f"{SHARDED} -k every_placement",
     ),
     Fault(
@@ -324,10 +324,17 @@ FAULTS = [
         f"{SHARDED} -k every_wrapper",
     ),
     Fault(
+        "the host waits in a sharded step",
+        "hfac",
+        "totals.copy_(self.row_pieces.sums(self.new_rows))",
+        "totals.copy_(self.row_pieces.sums(self.new_rows)).tolist()",
+        "tests/distributed/test_host.py",
+    ),
+    Fault(
         "copies of a part are all added up",
         "hfac",
-        "s[i].zero_()",
-        "s[i].abs_()",
+        "sums if contributes else torch.zeros_like(sums)",
+        "sums if contributes else sums",
         f"{SHARDED} -k every_placement",
     ),
     Fault(

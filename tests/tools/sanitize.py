@@ -20,6 +20,7 @@ TESTS = [
     "tests/backends/test_stored_steps.py",
     "tests/backends/test_fuzz.py",
     "tests/optim/test_clipping.py",
+    "tests/optim/test_int8.py",
     "tests/optim/test_watch.py",
     "tests/optim/test_memory.py",
 ]

@@ -443,7 +443,7 @@ def test_options_are_planned_and_told(capsys):
     assert "master=split, rounding=stochastic, dense for 1 tensor, batch_dims for 12 tensors" in text
     bare = json.loads(plan(capsys, "gpt2", "--json"))
     for shown, plain in zip(*(entry["world_sizes"][0]["optimizers"] for entry in (found, bare)), strict=True):
-        ours = shown["optimizer"] in ("hfac", "smmf")
+        ours = shown["optimizer"] in ("hfac-int8", "hfac", "smmf")
         assert (shown["state_bytes"] > plain["state_bytes"] + 2 * 124_439_808 - 1) == ours
 
 
@@ -484,7 +484,7 @@ def test_json_has_every_byte_and_the_text_the_same(capsys):
             [line] = [
                 line
                 for line in text.split("under FSDP2:")[entry["world_size"] > 1].splitlines()
-                if line.startswith(row.optimizer.title) and "measured" not in line and "  " in line
+                if line.startswith(f"{row.optimizer.title} ") and "measured" not in line and "  " in line
             ]
             assert line.split("  ")[0] == row.optimizer.title
             assert [cell.strip() for cell in line.split("  ")[1:] if cell] == [memory.human(n) for n in numbers]
@@ -674,6 +674,7 @@ def test_bytes_of_every_optimizer_are_counted_by_hand():
         "adamw-bf16": (4 * part + 4, 4 * numel + 4),
         "adam-8bit": (8 * part, 8 * numel),  # a part is below 4096 elements
         "adafactor": (2 * (64 + 96) + 4, 2 * (64 + 96) + 4),
+        "hfac-int8": (part + 4 * (16 + 96) + 4, numel + 4 * (64 + 96) + 4),
         "hfac": (2 * 4 * (16 + 96) + 4, 2 * 4 * (64 + 96) + 4),
         "smmf": (2 * 4 * (96 + 64) + part // 8 + 4, 2 * 4 * (96 + 64) + numel // 8 + 4),
     }

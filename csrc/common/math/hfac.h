@@ -32,6 +32,13 @@ HFAC_HD V hfac_update_by_lr(V w, V g, V half_phi, V half_psi, V col_scale, V row
   return w - (((half_phi + half_psi) + g * col_scale * row_scale) + decay * w);
 }
 
+// W - lr (c (b1 x + (1 - b1) U) + wd W) with the moment x in units of sqrt(V), of which the new gradient's share
+// `fresh` is (1 - b1) U; `step` is lr c, `decay` lr wd.
+template <class V>
+HFAC_HD V hfac_int8_update(V w, V x, V fresh, V beta1, V step, V decay) {
+  return w - (step * (beta1 * x + fresh) + decay * w);
+}
+
 // W - lr (c (b1 m + (1 - b1) g) / sqrt(q) + wd W) where both moments are whole: the clip factor c scales the whole
 // direction. Divided first, so that no product of small numbers underflows.
 template <class V>

@@ -51,14 +51,16 @@ HFAC_HD float widen(Float16 x) {
   return float_of(sign | ((exponent + 112) << 23) | (mantissa << 13));
 }
 
-// Round to nearest even; every NaN becomes the one quiet NaN.
-HFAC_HD BFloat16 narrow_bfloat16(float x) {
+// Rounded to the nearest even; every NaN becomes a quiet one. The last argument says the type only.
+HFAC_HD float narrow(float x, float) { return x; }
+HFAC_HD double narrow(double x, double) { return x; }
+HFAC_HD BFloat16 narrow(float x, BFloat16) {
   const uint32_t u = bits_of(x);
   if ((u & 0x7fffffffu) > 0x7f800000u) return BFloat16{0x7fc0};
   return BFloat16{static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
 }
 
-HFAC_HD Float16 narrow_float16(float x) {
+HFAC_HD Float16 narrow(float x, Float16) {
   const uint32_t u = bits_of(x);
   const uint32_t sign = (u >> 16) & 0x8000u;
   const uint32_t magnitude = u & 0x7fffffffu;
@@ -74,24 +76,20 @@ HFAC_HD Float16 narrow_float16(float x) {
   return Float16{static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
 }
 
-template <class S>
-struct Narrow;
-template <>
-struct Narrow<float> {
-  static HFAC_HD float from(float x) { return x; }
-};
-template <>
-struct Narrow<double> {
-  static HFAC_HD double from(double x) { return x; }
-};
-template <>
-struct Narrow<BFloat16> {
-  static HFAC_HD BFloat16 from(float x) { return narrow_bfloat16(x); }
-};
-template <>
-struct Narrow<Float16> {
-  static HFAC_HD Float16 from(float x) { return narrow_float16(x); }
-};
+// Calls body with a value of the type that is stored.
+template <class Body>
+HFAC_HD void as_stored(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kBFloat16:
+      return body(BFloat16{});
+    case DType::kFloat16:
+      return body(Float16{});
+    case DType::kFloat64:
+      return body(double{});
+  }
+}
 
 }  // namespace HFAC_LEVEL
 }  // namespace hfac
