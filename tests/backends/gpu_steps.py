@@ -64,11 +64,18 @@ def compared(name, backend, kwargs, shapes, dtype, steps, layout=lambda x: x):
             states_agree(name, ours, reference.state[twin], twin.grad, slack)
 
 
+#: Of a rehearsal, whose kernels tests/backends/test_cuda_emulated.py compares in every type, bfloat16 with one row.
+TYPES = [
+    pytest.param(name, key, dtype, marks=pytest.mark.slow if dtype == DTYPES[2] else (), id=f"{name}-{key}-{dtype}")
+    for name, rows in OPTIONS.items()
+    for key in rows
+    for dtype in DTYPES
+    if on_gpus(rows[key]) and (HAS_GPU or key == "all" or dtype == DTYPES[0])
+]
+
+
 @pytest.mark.parity
-@pytest.mark.parametrize("dtype", [*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize(
-    ("name", "options"), [(name, key) for name, rows in OPTIONS.items() for key in rows if on_gpus(rows[key])]
-)
+@pytest.mark.parametrize(("name", "options", "dtype"), TYPES)
 def test_parity(name, options, dtype, backend):
     compared(name, backend, OPTIONS[name][options], [*SHAPES, *LARGE], dtype, steps=sized(4, 2))
 

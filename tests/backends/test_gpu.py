@@ -83,6 +83,7 @@ def test_parts_of_hfac(dtype, layout):
 
 
 @pytest.mark.parity
+@pytest.mark.pairwise
 @pytest.mark.parametrize("options", sized(list(SMMF_OPTIONS), ["coupled", "no first moment"]))
 @pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "transposed"])
 @OF_PARTS
