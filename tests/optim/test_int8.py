@@ -128,6 +128,78 @@ def test_codes_go_towards_zero_where_nothing_comes():
     assert torch.equal(codes.encode(1.0001 * values, every, values), every)
 
 
+# ---- over many steps -------------------------------------------------------------------------------------------------
+
+
+class Exact:
+    """The same steps with a first moment that is not rounded to codes, in float64; and with lr 1, no decay."""
+
+    def __init__(self, shape, betas, eps=1e-30):
+        self.W, self.X = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+        self.r, self.s = (torch.zeros(n, dtype=torch.float64) for n in shape)
+        self.betas, self.eps, self.t = betas, eps, 0
+
+    def step(self, grad):
+        self.t += 1
+        b1, b2 = (beta * (1 - beta ** (self.t - 1)) / (1 - beta**self.t) for beta in self.betas)
+        squares, before = grad.double() ** 2 + self.eps, (self.r, self.s, self.r.sum())
+        self.r = b2 * self.r + (1 - b2) * squares.sum(1)
+        self.s = b2 * self.s + (1 - b2) * squares.sum(0)
+        root = (torch.outer(self.r, self.s) / self.r.sum()).sqrt()
+        if self.t > 1:
+            self.X = self.X * (torch.outer(*before[:2]) / before[2]).sqrt() / root
+        U = grad.double() / root
+        self.X = b1 * self.X + (1 - b1) * U
+        self.W = self.W - (b1 * self.X + (1 - b1) * U) / max(1.0, float(U.square().mean().sqrt()))
+
+
+@pytest.mark.parametrize("idle", [1000, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("beta1", [0.9, 0.95, 0.98])
+def test_an_idle_row_drifts_no_further_than_with_a_float_moment(beta1, idle):
+    """As an embedding's row does whose token does not come: nearest rounding alone would keep its last codes for ever,
+    and carry it on with every step."""
+    shape, draws = (8, 24), torch.Generator().manual_seed(5)
+    param, exact = Parameter(torch.zeros(shape)), Exact(shape, (beta1, 0.999))
+    optimizer = HFac([param], lr=1.0, betas=(beta1, 0.999), first_moment="int8")
+    for t in range(60 + idle):
+        param.grad = torch.randn(shape, generator=draws) + 0.3
+        if t >= 60:
+            param.grad[3] = 0
+        if t == 60:
+            before = param.detach()[3].double(), exact.W[3]
+        optimizer.step()
+        exact.step(param.grad)
+    drift, wanted = (param.detach()[3] - before[0]).abs().mean(), (exact.W[3] - before[1]).abs().mean()
+    assert wanted > 1 and drift <= 1.5 * wanted
+    assert not optimizer.state[param]["exp_avg_q"][3].any()
+
+
+@pytest.mark.parametrize(("beta1", "share"), [(0.9, 0.99), (0.95, 0.97), (0.98, 0.9)])
+def test_the_momentum_of_a_constant_gradient_stays(beta1, share):
+    param = Parameter(torch.zeros(8, 12))
+    optimizer = HFac([param], betas=(beta1, 0.999), first_moment="int8")
+    for _ in range(300):
+        param.grad = torch.full((8, 12), 0.37)
+        optimizer.step()
+    momentum = codes.decode(optimizer.state[param]["exp_avg_q"])
+    assert (momentum >= share).all() and (momentum <= 2 - share).all()
+
+
+@pytest.mark.parametrize("times", [2.0, 5.0, 20.0, 100.0])
+@pytest.mark.parametrize("threshold", [1.0, 0.3, None])
+@EACH
+def test_a_step_never_goes_against_a_larger_gradient_of_the_same_kind(backend, threshold, times):
+    """Nor does any element's against its own."""
+    param, grad = Parameter(torch.zeros(12, 20)), torch.randn(12, 20, generator=torch.Generator().manual_seed(2))
+    optimizer = HFac([param], first_moment="int8", clip_threshold=threshold, backend=backend)
+    for t in range(12):
+        before = param.detach().clone()
+        param.grad = grad * (times if t == 10 else 1.0)
+        optimizer.step()
+        along = (before - param.detach()) * grad
+        assert along.sum() > 0 and along.min() >= 0, t
+
+
 # ---- the option ------------------------------------------------------------------------------------------------------
 
 
