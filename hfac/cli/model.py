@@ -10,11 +10,11 @@ VOCABULARY = 256  # one token per byte value, so any text at all can be trained 
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: causal self-attention, then an MLP four times as wide."""
+    """Pre-norm transformer block: self-attention, causal by default, then an MLP four times as wide."""
 
-    def __init__(self, d_model: int, heads: int) -> None:
+    def __init__(self, d_model: int, heads: int, causal: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.attention_norm = nn.LayerNorm(d_model)
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.attention_out = nn.Linear(d_model, d_model, bias=False)
@@ -27,9 +27,18 @@ class Block(nn.Module):
         batch, time, d_model = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(batch, time, 3, self.heads, d_model // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [batch, heads, time, d_model / heads]
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         x = x + self.attention_out(attended.transpose(1, 2).reshape(batch, time, d_model))
         return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)), approximate="tanh"))
+
+
+def initialize(model: nn.Module, d_model: int, layers: int) -> None:
+    """Draw all matrices of a transformer of so many `Block`s, with a standard deviation of d_model^-0.5."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            # GPT-2 shrinks what is added to the residual stream, which has two additions per layer.
+            residual = name.endswith(("attention_out.weight", "mlp_out.weight"))
+            nn.init.normal_(parameter, std=(d_model * 2 * layers if residual else d_model) ** -0.5)
 
 
 class ByteGPT(nn.Module):
@@ -45,11 +54,7 @@ class ByteGPT(nn.Module):
         self.position_embedding = nn.Embedding(context, d_model)
         self.blocks = nn.ModuleList(Block(d_model, heads) for _ in range(layers))
         self.final_norm = nn.LayerNorm(d_model)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                # GPT-2 shrinks what is added to the residual stream, which has two additions per layer.
-                residual = name.endswith(("attention_out.weight", "mlp_out.weight"))
-                nn.init.normal_(parameter, std=(d_model * 2 * layers if residual else d_model) ** -0.5)
+        initialize(self, d_model, layers)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Map bytes `[batch, time]` (int64) to the logits of each next byte, `[batch, time, 256]`."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from hfac.cli.corpus import Corpus, training_batch, validation_batches
 from hfac.cli.errors import DamagedCheckpoint
@@ -37,6 +39,8 @@ class TrainingRun:
     """A model, its optimizer, and all that is needed to continue bit for bit from any step.
 
     Runs of the same settings start from the same weights and see the same batches, whatever their optimizer.
+    `bench.quality` trains other models on other data by overriding `new_model`, `new_optimizer`, `next_batch`,
+    `held_out` and `state_bytes`.
     """
 
     def __init__(self, settings: Settings, corpus: Corpus, optimizer: str, lr: float) -> None:
@@ -44,12 +48,9 @@ class TrainingRun:
         self.device = torch.device(settings.device)
         torch.manual_seed(settings.seed)
         # Initialized in float32 on the CPU: every device and dtype starts from the same (rounded) weights.
-        model = ByteGPT(settings.d_model, settings.layers, settings.heads, settings.context)
-        self.model = model.to(self.device, DTYPES[settings.dtype])
+        self.model = self.new_model().to(self.device, DTYPES[settings.dtype])
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.optimizer = build_optimizer(
-            optimizer, self.model, lr, settings.weight_decay, rounding=settings.rounding, master=settings.master
-        )
+        self.optimizer = self.new_optimizer()
         self.train_data, self.validation_data = corpus.train.to(self.device), corpus.validation.to(self.device)
         self.batches = torch.Generator().manual_seed(settings.seed)
         self.step = 0
@@ -60,6 +61,30 @@ class TrainingRun:
         self.total_ms: list[float] = []
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+
+    def new_model(self) -> ByteGPT:
+        """The model to train, with a method `loss(inputs, targets)`; torch's generator has just been seeded."""
+        settings = self.settings
+        return ByteGPT(settings.d_model, settings.layers, settings.heads, settings.context)
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer over the parameters of `self.model`."""
+        settings = self.settings
+        stored = {"rounding": settings.rounding, "master": settings.master}
+        return build_optimizer(self.name, self.model, self.lr, settings.weight_decay, **stored)
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the next step, drawn with the generator `self.batches`."""
+        return training_batch(self.train_data, self.settings.batch_size, self.settings.context, self.batches)
+
+    def held_out(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """The batches of an evaluation, the same at every call."""
+        settings = self.settings
+        return validation_batches(self.validation_data, settings.batch_size, settings.context, settings.eval_batches)
+
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer's state."""
+        return state_bytes(self.optimizer)
 
     @property
     def diverged(self) -> bool:
@@ -77,7 +102,7 @@ class TrainingRun:
         begin = self._now()
         for group in self.optimizer.param_groups:
             group["lr"] = scheduled_lr(settings, self.lr, self.step)
-        loss = self.model.loss(*training_batch(self.train_data, settings.batch_size, settings.context, self.batches))
+        loss = self.model.loss(*self.next_batch())
         loss.backward()
         if settings.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip)
@@ -94,11 +119,8 @@ class TrainingRun:
     @torch.no_grad()
     def evaluate(self) -> float:
         """Validation loss in nats per byte on the fixed batches, appended to the history."""
-        settings = self.settings
         total, count = 0.0, 0
-        for inputs, targets in validation_batches(
-            self.validation_data, settings.batch_size, settings.context, settings.eval_batches
-        ):
+        for inputs, targets in self.held_out():
             total += self.model.loss(inputs, targets).item() * len(inputs)  # the last batch may be smaller
             count += len(inputs)
         val_loss = total / count
@@ -110,7 +132,7 @@ class TrainingRun:
     def result(self, status: str) -> dict:
         """What is known so far, as plain values. Times are medians, so a busy moment of the machine counts little."""
         val_loss = self.history[-1]["val_loss"] if self.history else math.nan
-        size = state_bytes(self.optimizer)
+        size = self.state_bytes()
         cuda = self.device.type == "cuda"
         return {
             "optimizer": self.name,
