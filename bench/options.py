@@ -43,13 +43,15 @@ CLIPPED: dict[str, dict[str, Any]] = {
     "max_grad_norm, clipped": dict(max_grad_norm=ALWAYS),
 }
 WATCHED: dict[str, dict[str, Any]] = {"watch": dict(watch=True)}
+MOMENT: dict[str, dict[str, Any]] = {"first_moment int8": dict(first_moment="int8")}
 BY_HAND = "clip_grad_norm_ and step"
 AFTERWARDS = "step and diagnostics()"
 
 
-def options_of(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """Those that parameters of this type can have."""
-    return {**(STORED if dtype == torch.bfloat16 else {}), **CLIPPED, **WATCHED}
+def options_of(name: str, dtype: torch.dtype, backend: str) -> dict[str, dict[str, Any]]:
+    """Those that an optimizer with parameters of this type can have, and of which the backend has kernels."""
+    moment = MOMENT if name == "HFac" and not backends.TABLE[backend].missing else {}
+    return {**(STORED if dtype == torch.bfloat16 else {}), **CLIPPED, **WATCHED, **moment}
 
 
 def contestants(
@@ -88,7 +90,7 @@ def contestants(
         return step
 
     calls: dict[str, Callable[[], object]] = {"plain": made().step}
-    for how, options in options_of(dtype).items():
+    for how, options in options_of(name, dtype, backend).items():
         if how in red:
             continue
         always = options.get("max_grad_norm") == ALWAYS
@@ -119,7 +121,8 @@ def rows(
         if plain:
             say(f"PARITY GATE RED: {name}, {short}: {plain[0]}. It gets no numbers.")
             continue
-        reasons = {how: why_red(name, options, backend, dtype, device) for how, options in options_of(dtype).items()}
+        asked = options_of(name, dtype, backend)
+        reasons = {how: why_red(name, options, backend, dtype, device) for how, options in asked.items()}
         for how, reason in reasons.items():
             if reason is not None:
                 say(f"PARITY GATE RED: {name} with {how}, {short}: {reason}. It gets no numbers.")

@@ -39,6 +39,20 @@ FAULTS = [
         f"{PARITY} -k HFac",
     ),
     Fault(
+        "codes of 8 bits never come to rest",
+        "hfac",
+        "(q == old) & (magnitude < X_old.abs())",
+        "(q == old) & (magnitude < 0)",
+        "tests/optim/test_int8.py -k 'towards or idle'",
+    ),
+    Fault(
+        "codes of 8 bits keep the unit of the step before",
+        "csrc",
+        "if (kCodes) at.col_sum[j] = root(old) / root(s[j]);",
+        "if (kCodes) at.col_sum[j] = T(1);",
+        "tests/optim/test_int8.py -k definition",
+    ),
+    Fault(
         "a vector's division lacks eps",
         "csrc",
         "quotient[r] = first[r] / (root_second[r] + splat.eps);",

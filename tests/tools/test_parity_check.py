@@ -49,6 +49,12 @@ FAULTS = {
     "factor": ("hfac_step_", {}, lambda params, states: add(states["exp_avg_sq_cols"], 1e-3), "exp_avg_sq_col"),
     "moment": ("hfac_dense_step_", {}, lambda params, states: add(states["exp_avgs"], 0.1), "exp_avg is off"),
     "weight": ("hfac_step_", {}, lambda params, states: add(params, 1e-2), "the parameter is off"),
+    "codes": (
+        "hfac_int8_step_",
+        {"first_moment": "int8"},
+        lambda params, states: [codes.copy_(codes // 2) for codes in states["exp_avg_qs"]],
+        "codes of exp_avg_q are off",
+    ),
     "signs": ("smmf_step_", {}, lambda params, states: flip(states["exp_avg_signs"]), "signs of the first moment"),
     "low piece": (
         "hfac_step_",
