@@ -118,9 +118,23 @@ def _dense_embeddings(model: nn.Module, lr: float, weight_decay: float, task: Ta
 def _eight_bit(package: str) -> Callable[..., Optimizer]:
     def build(model: nn.Module, lr: float, weight_decay: float, task: Task) -> Optimizer:
         cls = importlib.import_module(f"{package}.optim").AdamW8bit
-        return cls(_decayed(model.parameters(), weight_decay), lr=lr)
+        return with_its_rates(cls(_decayed(model.parameters(), weight_decay), lr=lr))
 
     return build
+
+
+def with_its_rates(optimizer: Optimizer) -> Optimizer:
+    """The optimizer; where its learning rates are tensors (torchao's, for its compiled step) they stay tensors when a
+    schedule sets numbers in their place."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+
+    def restore(optimizer: Optimizer, *_: Any) -> None:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            if isinstance(rate, Tensor) and not isinstance(group["lr"], Tensor):
+                group["lr"] = rate.fill_(group["lr"])
+
+    optimizer.register_step_pre_hook(restore)
+    return optimizer
 
 
 def _unless_installed(package: str) -> str:

@@ -51,6 +51,18 @@ class Spec:
         return json.loads(json.dumps(asdict(self) | {"settings": self.settings().as_dict()}))
 
 
+class InBfloat16(nn.Module):
+    """A model whose arithmetic is bfloat16 where torch's autocast has it so, with its weights as they are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(inputs.device.type, torch.bfloat16):
+            return self.model.loss(inputs, targets)
+
+
 class StudyRun(TrainingRun):
     """A run of `hfac compare` with the task's model and data, and any optimizer."""
 
@@ -62,15 +74,7 @@ class StudyRun(TrainingRun):
 
     def new_model(self) -> nn.Module:
         model = self.task.model(self.settings)
-        if self.spec.autocast:
-            loss, device = model.loss, torch.device(self.settings.device).type
-
-            def in_bfloat16(inputs: Tensor, targets: Tensor) -> Tensor:
-                with torch.autocast(device, torch.bfloat16):
-                    return loss(inputs, targets)
-
-            model.loss = in_bfloat16
-        return model
+        return InBfloat16(model) if self.spec.autocast else model
 
     def new_optimizer(self) -> Any:
         return CONTENDERS[self.name].build(self.model, self.lr, self.settings.weight_decay, self.task)
