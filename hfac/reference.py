@@ -371,8 +371,8 @@ def hfac_dense_step_(
 
 
 def hfac_dense_squares(grad: Tensor, exp_avg_sq: Tensor, *, beta2: Scalar, eps: float) -> Tensor:
-    """U^2 of every element of the step that `hfac_dense_step_` would make with this gradient."""
-    G = grad.to(exp_avg_sq.dtype)
+    """U^2 of every element of the step that `hfac_dense_step_` would make with this gradient, 1-d."""
+    G = grad.reshape(-1).to(exp_avg_sq.dtype)
     return G * G / _hfac_dense_square(exp_avg_sq, G, beta2, eps)
 
 

@@ -310,7 +310,7 @@ class Vectors(Bucket):
                 _, squares, *_ = each.lists
                 beta2 = each.spread(decays["beta2"])
                 found = ops.hfac_dense_squares(gradient(each, here), each.one(squares), beta2=beta2, eps=eps)
-                sums.append(each.pieces.sums(found.view(-1)))
+                sums.append(each.pieces.sums(found))
             who.put(norms, torch.cat(sums))
 
         yield from reduced(self.rooms, fill)

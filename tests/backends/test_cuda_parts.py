@@ -130,7 +130,7 @@ def test_autograd_notices_the_write_of_a_part():
     test_parts.test_autograd_notices_the_write_of_a_part(**HERE)
 
 
-@pytest.mark.parametrize("op", [op for op in spec.OPS.values() if op.shard])
+@pytest.mark.parametrize("op", [op for op in spec.OPS.values() if op.shard and op is not spec.HFAC_INT8_APPLY])
 def test_the_backend_has_every_op_on_parts(op):
     assert backends.resolve(emulated.NAME, torch.device("cpu"), op) is emulated.ops
 

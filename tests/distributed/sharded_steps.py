@@ -47,6 +47,7 @@ OPTIONS = {
         "unclipped": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, clip_threshold=None, maximize=True),
         "skip": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, clip_threshold=0.7, nonfinite="skip"),
         "limit": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, nonfinite="skip", max_grad_norm=0.5),
+        "dense": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, clip_threshold=0.7, dense=True),
         "int8": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, clip_threshold=0.7, first_moment="int8"),
         "int8-limit": dict(
             lr=0.01, betas=(0.8, 0.95), first_moment="int8", nonfinite="skip", max_grad_norm=0.5, maximize=True

@@ -75,7 +75,7 @@ TWICE = ["hfac_step_", "hfac_int8_step_"]
 
 
 def has(backend, op):
-    return backends.TABLE[backend].load().has(spec.OPS[op])
+    return backend == "auto" or backends.TABLE[backend].load().has(spec.OPS[op])
 
 
 #: Of a parameter its shape, its type, its gradient's, and how both lie: several tiles of rows and of columns, rows that

@@ -233,7 +233,7 @@ def test_a_launch_that_reads_freed_memory_is_refused():
     grads, (bound, states) = [torch.ones(3, device="cuda")], a_bound_op()
     bound(grads, **SCALARS)
     states["exp_avg_sqs"] = []
-    with pytest.raises(AssertionError, match=r"second_rows\[0\] has been freed"):
+    with pytest.raises(AssertionError, match=r"exp_avg_sqs\[0\] has been freed"):
         bound(grads, **SCALARS)
 
 
