@@ -109,6 +109,20 @@ void advance_floats(const py::object& addresses) {
   for (py::ssize_t i = 0; i < list.size(); ++i) *static_cast<float*>(list.address(i, true)) += 1.0f;
 }
 
+void copy_memory(const py::object& to, const py::object& from, const py::object& bytes) {
+  const List targets(to, "to", -1), sources(from, "from", -1), sizes(bytes, "bytes", -1);
+  if (targets.size() != sizes.size() || sources.size() != sizes.size())
+    refuse("to, from, bytes", "lists of one length are needed");
+  for (const bool writes : {false, true}) {  // all of them are looked at before the first is written
+    for (py::ssize_t i = 0; i < targets.size(); ++i) {
+      const size_t count = static_cast<size_t>(sizes.count(i));
+      void* const target = targets.address(i, count > 0);
+      const void* const source = sources.address(i, count > 0);
+      if (writes && count > 0) std::memcpy(target, source, count);
+    }
+  }
+}
+
 }  // namespace
 
 void define_cpu(py::module_& m) {
@@ -127,6 +141,8 @@ void define_cpu(py::module_& m) {
   m.def("hfac_kept", &hfac_kept, "Bytes that H-Fac's matrices keep between stage='statistics' and stage='rest'.");
   m.def("read_floats", &read_floats, py::arg("addresses"), "The float at each address.");
   m.def("advance_floats", &advance_floats, py::arg("addresses"), "Adds one to the float at each address.");
+  m.def("copy_memory", &copy_memory, py::arg("to"), py::arg("from"), py::arg("bytes"),
+        "Copies so many bytes from each address to another, which do not overlap.");
 }
 
 }  // namespace bindings

@@ -143,5 +143,6 @@ def _resolved(name: str, device: torch.device, op: Op, rows: tuple[Backend, ...]
 
 
 def host_counters() -> ModuleType | None:
-    """The module that reads and advances many steps on the host at once; None where the extension is not built."""
+    """The module that reads, advances and copies many small tensors on the host at once; None where the extension is
+    not built."""
     return cpu if TABLE["cpu"].why_not(torch.device("cpu")) is None else None

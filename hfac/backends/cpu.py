@@ -5,7 +5,7 @@ except the list comprehensions that read what the extension is told.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -136,3 +136,17 @@ def advance_steps_(steps: Sequence[Tensor]) -> None:
     """Adds one to 0-d float32 tensors."""
     increment_version(steps)
     _C.advance_floats(addresses.addresses(steps))
+
+
+def copier(to: Sequence[Tensor], from_: Sequence[Tensor], ours: bool) -> Callable[[], None]:
+    """What copies each of some contiguous tensors to another of its size and type, for as long as they lie where they
+    are. ``ours``: no one else sees what it is copied to, so autograd need not be told."""
+    bytes_ = [tensor.numel() * tensor.element_size() for tensor in to]
+    targets, sources = addresses.addresses(to), addresses.addresses(from_)
+
+    def copy() -> None:
+        if not ours:
+            increment_version(to)
+        _C.copy_memory(targets, sources, bytes_)
+
+    return copy

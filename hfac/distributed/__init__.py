@@ -10,6 +10,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
+from ..functional import pick
 from . import hfac, layout, norm, schedule, smmf
 from .bucket import Bucket, Entries, Entry, Options
 from .gradients import Gradients
@@ -32,7 +33,7 @@ class Sharded:
         self._shards: list[smmf.Shards] = smmf.buckets(entries) if algorithm == "smmf" else []
         self._buckets: Sequence[Bucket] = self._shards or hfac.buckets(entries)
         self._sendings = smmf.sendings(self._shards)
-        self._entries, self._gradients_of = list(entries), gradients.of
+        self._entries, self._gradients_of = list(entries), gradients.of_all
         states = [value for entry in entries for value in entry.state.values() if layout.is_dtensor(value)]
         self._dtensors = [*(entry.param for entry in entries), *states]
         self._addresses = self._addresses_now()
@@ -40,8 +41,10 @@ class Sharded:
         self._norms: list[norm.Norms] | None = None
         #: what the rooms of the buckets were made for, and the collectives that they are in
         self._planned: tuple[list[bool], list[Collective]] | None = None
+        #: which of the entries those of a bucket are, or of a mesh
+        self._places: dict[Entries, list[int]] = {}
         #: of the step that is being prepared, by entry
-        self._grads: dict[Entry, Tensor | None] | None = None
+        self._grads: list[Tensor | None] | None = None
 
     def is_valid(self) -> bool:
         """Whether the shards of parameters and states are still in the same memory, and steps on the same stream: a
@@ -74,28 +77,27 @@ class Sharded:
     def norms(self, options: Mapping[int, Options]) -> list[tuple[Tensor, bool]]:
         """The norms of whole gradients, and whether those that are not finite are left out. Every rank must ask for
         them: one all-reduce for each mesh."""
-        grads = self._gradients()
         found = []
         for mesh in self._by_mesh():
-            norms = mesh.of([grads[entry] for entry in mesh.entries])
+            norms = mesh.of(self._of(mesh))
             for skip in (False, True):
                 mine = [i for i, entry in enumerate(mesh.entries) if options[entry.group].skip == skip]
                 if mine:
                     found.append((mesh.members(mine).numbers(norms), skip))
         return found
 
-    def _gradients(self) -> dict[Entry, Tensor | None]:
-        """This rank's shards of the gradients, redistributed as their parameters are, once in a step."""
+    def _gradients(self) -> list[Tensor | None]:
+        """By entry, this rank's shards of the gradients, redistributed as their parameters are, once in a step."""
         if self._grads is None:
-            self._grads = {}
-            for entry in self._entries:
-                grad = entry.param.grad
-                if grad is not None:  # as nearly every one is, it is placed as its parameter, and there
-                    shard = getattr(grad, "_local_tensor", None)
-                    as_is = type(shard) is Tensor and grad.placements == entry.placements  # type: ignore[attr-defined]
-                    grad = shard if as_is else self._gradients_of(entry.param, entry.label)
-                self._grads[entry] = grad
+            self._grads = self._gradients_of(self._entries)
         return self._grads
+
+    def _of(self, each: Entries) -> list[Tensor | None]:
+        """The gradients of some of the entries."""
+        if each not in self._places:
+            place = {entry: i for i, entry in enumerate(self._entries)}
+            self._places[each] = [place[entry] for entry in each.entries]
+        return pick(self._gradients(), self._places[each])
 
     def _by_mesh(self) -> list[norm.Norms]:
         if self._norms is None:
@@ -132,13 +134,9 @@ class Sharded:
                 anything is written; elsewhere it may be found when the step has been made (`settle`), and of SMMF,
                 which sends its sums off during the step, when that is completed (`smmf.Shards.take`).
         """
-        grads = self._gradients()
-        self._grads = None
         planned = self._plan(options)
-        jobs = [
-            bucket.job(bucket.turned([grads[entry] for entry in bucket.entries]), options[bucket.group])
-            for bucket in self._buckets
-        ]
+        jobs = [bucket.job(bucket.turned(self._of(bucket)), options[bucket.group]) for bucket in self._buckets]
+        self._grads = None
         steps = dict(zip(self._buckets, schedule.run(jobs, planned), strict=True))
 
         def begin() -> Callable[[], None]:

@@ -5,13 +5,16 @@ from __future__ import annotations  # not every torch has the types that are nam
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..functional import pick
 from . import layout
+from .bucket import Entry
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -82,6 +85,26 @@ class Gradients:
         if hasattr(grad, "placements") and grad.placements != param.placements:  # type: ignore[attr-defined]
             self._moved.add(param)
         return layout.gradient_shard(param, grad, label)
+
+    def of_all(self, entries: Sequence[Entry]) -> list[Tensor | None]:
+        """`of` the parameters of entries."""
+        grads: list[Tensor | None] = [entry.param.grad for entry in entries]
+        index = [i for i, grad in enumerate(grads) if grad is not None]
+        mine, here = pick(entries, index), pick(grads, index)
+        try:
+            shards = list(map(_SHARD, here))
+            # as nearly every one is, it is placed as its parameter, and there
+            as_is = {Tensor}.issuperset(map(type, shards)) and list(map(_PLACED, here)) == list(map(_PLACES, mine))
+        except AttributeError:  # a plain tensor
+            as_is = False
+        if not as_is:
+            shards = [self.of(entry.param, entry.label) for entry in mine]
+        for i, shard in zip(index, shards, strict=True):
+            grads[i] = shard
+        return grads
+
+
+_SHARD, _PLACED, _PLACES = map(attrgetter, ("_local_tensor", "_spec.placements", "placements"))
 
 
 def _of_all_ranks(mesh: DeviceMesh, params: Sequence[Tensor]) -> list[tuple[int, int, int]]:

@@ -9,6 +9,7 @@ clip's, of which each rank then knows its columns' share.
 from __future__ import annotations  # not every torch has the types that are named here
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ..schedules import Scalar
 from ..staging import Fetched
 from . import layout
 from .bucket import Bucket, Entry, Options
-from .lists import Joined, Members, Pieces, joined
+from .lists import Flat, Joined, Members, Pieces, joined
 from .schedule import Job, Stage, reduced, stages
 
 #: state keys of the two moments: rows and columns of the first, then of the second; the first whole in 8 bits; and both
@@ -160,6 +161,8 @@ class Matrices(Bucket):
 
         (_, row_sums), (self.new_rows, new_rows), (self.new_cols, new_cols) = kept(m), kept(m), kept(n)
         (_, col_sums) = kept(n)
+        self.old_rows, self.old_cols = Flat(self.r, self.new_rows), Flat(self.s, self.new_cols)
+        self.rows_before = Flat(self.r, kept(m)[0]) if self.has_codes else None
         reading = [self.r, row_sums, new_rows]
         if self.row_stages:
             *sums, squares = lists(self.row_rooms[0], self.row_room, self.row_lists)
@@ -187,8 +190,9 @@ class Matrices(Bucket):
             self._eps = eps, rows, cols
         return self._eps[1:]
 
-    def average(self, to: Tensor, old: Sequence[Tensor], sums: Tensor, beta2: Scalar, who: Members, of: Pieces) -> None:
-        """beta2 old + (1 - beta2) sums, of every row or column. ``sums`` is overwritten."""
+    def average(self, old: Flat, sums: Tensor, beta2: Scalar, who: Members, of: Pieces) -> None:
+        """beta2 old + (1 - beta2) sums, of every row or column, to where the old ones are read. ``sums`` is
+        overwritten."""
         keep: Scalar
         rest: Scalar
         if isinstance(beta2, Tensor):
@@ -198,7 +202,7 @@ class Matrices(Bucket):
             )
         else:
             keep, rest = beta2, 1 - beta2
-        torch.mul(torch.cat(list(old)), keep, out=to).add_(sums.mul_(rest))
+        old.read().mul_(keep).add_(sums.mul_(rest))
 
     def job(self, grads: list[Tensor | None], options: Options) -> Job:
         who, here = self.with_gradient(grads)
@@ -220,13 +224,13 @@ class Matrices(Bucket):
 
             yield from reduced(self.row_rooms, fill_rows)
             squares = self.row_rooms[-1][m : m + self.row_pieces.total]
-            self.average(self.new_rows, self.r, squares + row_eps, beta2, who, self.row_pieces)
+            self.average(self.old_rows, squares + row_eps, beta2, who, self.row_pieces)
             reading = {"beta2": 1.0, "eps": 0.0}
 
         def fill_cols() -> None:
             _, *old_totals, totals, there, left = self.col_rooms[0].split(_ends(self.col_room, 3 + self.has_codes))
-            for old in old_totals:
-                old.copy_(self.row_pieces.sums(torch.cat(self.r)))
+            if self.rows_before is not None:
+                old_totals[0].copy_(self.row_pieces.sums(self.rows_before.read()))
             if self.row_stages:
                 _, present, refused = self.row_rooms[-1].split(_ends(self.row_room, 2))
                 there.copy_(present)
@@ -242,7 +246,7 @@ class Matrices(Bucket):
         _, *old_totals, totals, present, refused = self.col_rooms[-1].split(_ends(self.col_room, 3 + self.has_codes))
         n = self.col_pieces.total
         *_, squares, ratios = self.col_rooms[-1][: self.col_lists * n].split(n)
-        self.average(self.new_cols, self.s, squares + col_eps, beta2, who, self.col_pieces)
+        self.average(self.old_cols, squares + col_eps, beta2, who, self.col_pieces)
         norms = self.col_pieces.sums(ratios.div_(self.new_cols))
         if self.number_rooms:
             yield from reduced(self.number_rooms, lambda: self.number_rooms[0].copy_(norms))
@@ -272,7 +276,16 @@ class Vectors(Bucket):
     def __init__(self, entries: Sequence[Entry]) -> None:
         super().__init__(entries)
         self.stages = _stages(entries[0])[1]
-        self.averages, self.squares = ([entry.local_state(key) for entry in entries] for key in _DENSE_KEYS)
+        moments = [[entry.local_state(key) for entry in entries] for key in _DENSE_KEYS]
+        self.lists = [*moments, self.params, *([] if self.lows is None else [self.lows])]
+
+    @cached_property
+    def joining_rooms(self) -> list[Tensor]:
+        """For each of the lists memory in which some of its tensors lie one after the other."""
+        if self.bit_offsets is not None:
+            return []  # the random bits of a parameter are its own
+        count = min(TOGETHER, sum(param.numel() for param in self.params))
+        return [torch.empty(count, dtype=tensors[0].dtype, device=self.device) for tensors in self.lists]
 
     def requests(self, skip: bool) -> list[tuple[Stage, int]]:
         return [(stage, 3 * len(self.entries)) for stage in self.stages]
@@ -284,9 +297,8 @@ class Vectors(Bucket):
     def joined(self, who: Members) -> list[Joined]:
         """The members' moments, parameters, and lower pieces of weights, if there are any; small ones together."""
         if "joined" not in who.bound:
-            lists = [self.averages, self.squares, self.params, *([] if self.lows is None else [self.lows])]
-            limit = TOGETHER if self.bit_offsets is None else -1  # the random bits of a parameter are its own
-            who.bound["joined"] = joined([who.of(tensors) for tensors in lists], limit, self.device)
+            lists = [who.of(tensors) for tensors in self.lists]
+            who.bound["joined"] = joined(lists, self.joining_rooms, self.device)
         return who.bound["joined"]
 
     def job(self, grads: list[Tensor | None], options: Options) -> Job:
@@ -307,9 +319,8 @@ class Vectors(Bucket):
                 return
             sums = []
             for each in self.joined(who):
-                _, squares, *_ = each.lists
                 beta2 = each.spread(decays["beta2"])
-                found = ops.hfac_dense_squares(gradient(each, here), each.one(squares), beta2=beta2, eps=eps)
+                found = ops.hfac_dense_squares(gradient(each, here), each.read(1), beta2=beta2, eps=eps)
                 sums.append(each.pieces.sums(found))
             who.put(norms, torch.cat(sums))
 
@@ -328,13 +339,13 @@ class Vectors(Bucket):
             places = None if self.bit_offsets is None else members.of(self.bit_offsets)
             for each in self.joined(members):
                 given = {name: each.spread(value, True) for name, value in numbers.items()}
-                average, square, param, *low = tensors = [each.one(tensors) for tensors in each.lists]
+                average, square, param, *low = map(each.read, range(len(self.lists)))
                 lists = zip((*spec.HFAC_DENSE_STEP.operands, spec.MASTER_LOW), (average, square, *low), strict=False)
                 given |= {operand.name: [tensor] for operand, tensor in lists}
                 if places is not None:
                     given["places"] = places[each.members]
                 ops.run("hfac_dense_step_", [param], [gradient(each, taken)], **given, backend="reference")
-                each.put_back(tensors)
+                each.write()
             self.advance(members)
 
         return apply

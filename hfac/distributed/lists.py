@@ -1,12 +1,13 @@
 """Lists of which one operation of torch serves all entries: pieces of a flat tensor, and entries that take part."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import schedules
+from .. import ops, schedules
 from ..functional import pick
 from ..staging import to_device
 
@@ -88,33 +89,62 @@ class Members:
         return to_device(every, device)
 
 
+class Flat:
+    """Some tensors of one type and one 1-d tensor ``flat``, which holds them one after the other once they are `read`;
+    `write` brings it back to where they are. Each is one operation, for as long as all lie where they are.
+
+    Args:
+        room: memory for ``flat``, of at least as many elements.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], room: Tensor) -> None:
+        sizes = [tensor.numel() for tensor in tensors]
+        self.flat = room[: sum(sizes)]
+        pieces = zip(self.flat.split(sizes), tensors, strict=True)
+        self._tensors, self._pieces = list(tensors), [piece.view(tensor.shape) for piece, tensor in pieces]
+        self._read = ops.copier(self._pieces, self._tensors, ours=True)
+
+    def read(self) -> Tensor:
+        self._read()
+        return self.flat
+
+    @cached_property
+    def write(self) -> Callable[[], object]:
+        return ops.copier(self._tensors, self._pieces)
+
+
 class Joined:
     """Some tensors, one after the other, that torch's operations take as one; the same places of several lists.
 
     Args:
         members: which of the lists' entries they are.
         lists: whole lists.
+        rooms: for each list memory for what is joined of it.
     """
 
-    def __init__(self, members: slice, lists: Sequence[Sequence[Tensor]], device: torch.device) -> None:
+    def __init__(
+        self, members: slice, lists: Sequence[Sequence[Tensor]], rooms: Sequence[Tensor], device: torch.device
+    ) -> None:
         self.members = members
         self._alone = members.stop == members.start + 1
-        self.lists = [tensors[members] for tensors in lists]
-        self.pieces = Pieces([tensor.numel() for tensor in self.lists[0]], device)
+        self._lists = [tensors[members] for tensors in lists]
+        self._flats = [] if self._alone else list(map(Flat, self._lists, rooms))
+        self.pieces = Pieces([tensor.numel() for tensor in self._lists[0]], device)
 
     def one(self, tensors: Sequence[Tensor]) -> Tensor:
-        """A list's tensors as one: the tensor itself, or a copy of all, 1-d."""
+        """Other tensors of these sizes as one: the tensor itself, or a copy of all, 1-d."""
         if self._alone:
             return tensors[0]
         return torch.cat([tensor if tensor.ndim == 1 else tensor.reshape(-1) for tensor in tensors])
 
-    def put_back(self, changed: Sequence[Tensor]) -> None:
+    def read(self, k: int) -> Tensor:
+        """A list's tensors as one, as they are now."""
+        return self._lists[k][0] if self._alone else self._flats[k].read()
+
+    def write(self) -> None:
         """What became of the lists' tensors, each list as one, back to where they are."""
-        if not self._alone:
-            for tensors, one in zip(self.lists, changed, strict=True):
-                pieces = zip(tensors, one.split(self.pieces.sizes), strict=True)
-                news = [new if old.ndim == 1 else new.view(old.shape) for old, new in pieces]
-                torch._foreach_copy_(list(tensors), news)
+        for flat in self._flats:
+            flat.write()
 
     def spread(self, numbers: Any, row: bool = False) -> Any:
         """Of a number for each of the lists' entries, those of these tensors' elements, 1-d; where they are one tensor,
@@ -127,15 +157,16 @@ class Joined:
         return found[None] if row else found
 
 
-def joined(lists: Sequence[Sequence[Tensor]], limit: int, device: torch.device) -> list[Joined]:
-    """Lists in pieces of at most so many elements, or of one tensor, as those are that are not contiguous."""
+def joined(lists: Sequence[Sequence[Tensor]], rooms: Sequence[Tensor], device: torch.device) -> list[Joined]:
+    """Lists in pieces for which there is room, or of one tensor, as those are that are not contiguous, and all of them
+    without rooms."""
     starts: list[int] = []
-    room = limit
+    limit = left = min(map(len, rooms), default=-1)
     for i, tensors in enumerate(zip(*lists, strict=True)):
         contiguous, count = all(tensor.is_contiguous() for tensor in tensors), tensors[0].numel()
-        if not starts or not contiguous or count > room:
+        if not starts or not contiguous or count > left:
             starts.append(i)
-            room = limit if contiguous else -1
-        room -= count
+            left = limit if contiguous else -1
+        left -= count
     ends = [*starts[1:], len(lists[0])] if starts else []
-    return [Joined(slice(start, end), lists, device) for start, end in zip(starts, ends, strict=True)]
+    return [Joined(slice(start, end), lists, rooms, device) for start, end in zip(starts, ends, strict=True)]

@@ -7,14 +7,14 @@ other meshes and types, and of unsharded parameters), and at the end of the step
 
 from __future__ import annotations  # not every torch has the types that are named here
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import spec
+from .. import ops, spec
 from ..staging import Fetched
 from . import layout
 from .bucket import OUTCOME, Bucket, Entry, Joint, Options
@@ -122,6 +122,13 @@ class Shards(Bucket):
 
         return step
 
+    def copies_of(self, who: Members) -> Callable[[], object]:
+        """What brings members' factors from the room to their states."""
+        if "copies" not in who.bound:
+            factors = [factor for mine, _ in self.factors for factor in who.of(mine)]
+            who.bound["copies"] = ops.copier(factors, [sums for mine in self.sums_of for sums in who.of(mine)])
+        return who.bound["copies"]
+
     def take(self) -> None:
         """Completes the step with the sums over all shards, and counts it.
 
@@ -134,12 +141,9 @@ class Shards(Bucket):
             found = counts.read()
             who = self.members([i for i in who.index if found[i] == self.ranks[i]])
         for k in range(0, len(self.factors), 2):
-            (rows, _), (cols, _) = self.factors[k : k + 2]
             total = self.pieces[k + 1].sums(self.sums[k + 1])
             self.sums[k + 1].div_(self.pieces[k + 1].spread(total.masked_fill_(total == 0, 1).to(self.dtype)))
-            for factor, sums in ((rows, self.sums_of[k]), (cols, self.sums_of[k + 1])):
-                if who.index:
-                    torch._foreach_copy_(list(who.of(factor)), list(who.of(sums)))
+        self.copies_of(who)()
         self.advance(who)
         self.verify(counts, self.stepped, now=OUTCOME)
 

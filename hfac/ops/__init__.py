@@ -13,7 +13,7 @@ Errors of every op:
 
 from .call import Inputs, OpCall, Statistics, run, whereabouts
 from .checks import PARAM_DTYPES, check_grads, check_length, check_tensor, check_writable, state_dtype
-from .counters import counters_of, hfac_dense_squares, nonfinite
+from .counters import copier, counters_of, hfac_dense_squares, nonfinite
 
 __all__ = [
     "Inputs",
@@ -24,6 +24,7 @@ __all__ = [
     "check_length",
     "check_tensor",
     "check_writable",
+    "copier",
     "counters_of",
     "hfac_dense_squares",
     "nonfinite",

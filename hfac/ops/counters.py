@@ -1,7 +1,7 @@
 """Step counters, and what sharded parameters need in plain torch beside the ops."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,17 @@ def advance_steps_(steps: Tensors) -> None:
             step.add_(one)
     else:
         torch._foreach_add_(list(steps), one, alpha=1)
+
+
+def copier(to: Tensors, from_: Tensors, *, ours: bool = False) -> Callable[[], object]:
+    """What copies each of some tensors to another of its shape and type, all of them in one operation, for as long as
+    they lie where they are. ``ours``: no one else sees what it is copied to."""
+    native = backends.host_counters()
+    if native is not None and all(
+        tensor.is_cpu and tensor.is_contiguous() and memory.why_not(tensor) is None for tensor in (*to, *from_)
+    ):
+        return native.copier(to, from_, ours)
+    return lambda: torch._foreach_copy_(list(to), list(from_)) if to else None
 
 
 def hfac_dense_squares(grad: Tensor, exp_avg_sq: Tensor, *, beta2: Scalar, eps: float) -> Tensor:

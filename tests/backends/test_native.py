@@ -505,6 +505,40 @@ def test_an_empty_part_needs_no_addresses():
     _C.smmf_sums_step(**(PARTS["smmf_sums_step"] | dict(params=[0], grads=[0], numels=[0], blocks=[[]])))
 
 
+@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
+@pytest.mark.parametrize("ours", [False, True])
+def test_copies_of_many_tensors(strided, ours):
+    """One copy of all; what lies in memory in another order is left to torch."""
+    shapes = [(3, 4), (0,), (7,), ()]
+    to, from_ = ([torch.randn(shape, dtype=dtype) for shape in shapes for dtype in DTYPES] for _ in range(2))
+    if strided:
+        to[0] = to[0].t().contiguous().t()
+    versions = [tensor._version for tensor in to]
+    copy = ops.copier(to, from_, ours=ours)
+    from_[0].add_(1)  # as it is when it is copied
+    copy()
+    assert all(map(torch.equal, to, from_))
+    told = [tensor._version > version for tensor, version in zip(to, versions, strict=True)]
+    assert all(told) or ours
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [("to", [0, 0]), ("from", [0, 0]), ("bytes", [8, -1]), ("to", [1]), ("bytes", [8]), ("from", 1), ("bytes", ["8"])],
+)
+def test_bad_copies_are_refused(place, value):
+    to, from_ = torch.zeros(2), torch.ones(2)
+    first, second = to.data_ptr(), from_.data_ptr()
+    given = {"to": [first, first + 4], "from": [second, second + 4], "bytes": [4, 4]}
+    if value == [0, 0]:
+        value = [given[place][0], 0]  # the first is good, and must not be copied either
+    with pytest.raises(ValueError, match=place):
+        _C.copy_memory(**(given | {place: value}))
+    assert to.tolist() == [0, 0]
+    _C.copy_memory(**given)
+    assert to.tolist() == [1, 1]
+
+
 def test_an_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match="isa.*available: plain"):
         _C.set_isa("avx9")
