@@ -73,6 +73,7 @@ class FactoredOptimizer(ReportingOptimizer):
 
         Raises (when set):
             TypeError: it is none of these.
+            ValueError: a key is no parameter of this optimizer.
         """
         return self._norm_group
 
@@ -83,6 +84,13 @@ class FactoredOptimizer(ReportingOptimizer):
                 raise TypeError(
                     f"{type(self).__name__}: norm_group must be a torch.distributed process group, a dict from "
                     f"parameters to process groups, or None, got {each!r}"
+                )
+        for key in group if isinstance(group, dict) else ():
+            if not isinstance(key, Tensor) or self._find(key) is None:
+                given = f"a tensor of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
+                raise ValueError(
+                    f"{type(self).__name__}: the keys of norm_group must be parameters of this optimizer, and {given} "
+                    "is in none of its groups. Pass the parameters themselves, once they have been added."
                 )
         self._norm_group = group
         self._forget()

@@ -339,7 +339,7 @@ def test_release_refuses(cls):
     net = Net()
     optimizer = cls(net.parameters())
     shared_norm = cls(net.parameters(), max_grad_norm=1.0)
-    shared_norm.norm_group = SimpleNamespace(size=lambda: 2, group_name="0")
+    shared_norm.norm_group = world = SimpleNamespace(size=lambda: 2, group_name="0")
     for act, error, pattern in [
         (lambda: hfac.release_gradients(list(net.parameters()), optimizer), TypeError, r"torch.nn.Module, got list"),
         (lambda: hfac.release_gradients(net, torch.optim.SGD(net.parameters())), TypeError, r"HFac or .* got SGD"),
@@ -347,6 +347,14 @@ def test_release_refuses(cls):
         (lambda: hfac.release_gradients(net, cls(net.parameters(), amp_scaling=True)), RuntimeError, r"bfloat16"),
         (lambda: hfac.release_gradients(net, shared_norm), RuntimeError, r"norm_group=None or max_grad_norm=None"),
         (lambda: setattr(optimizer, "norm_group", "world"), TypeError, r"norm_group must be .*, got 'world'"),
+        *(
+            (
+                lambda key=key: setattr(optimizer, "norm_group", {key: world}),
+                ValueError,
+                r"keys .* and .*(w|\(2,\)).* is",
+            )
+            for key in ("net.w", torch.zeros(2))
+        ),
         *(
             (lambda k=k: hfac.release_gradients(net, optimizer, k), ValueError, r"accumulate must be .* >= 1, got")
             for k in (0, -1, 1.5, True, None)
