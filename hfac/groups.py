@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .optim import SMMF, HFac
+
 #: names of classes and their bases: nn.LayerNorm, nn.BatchNorm1d, LlamaRMSNorm; nn.EmbeddingBag, ViTEmbeddings
 _CLASS = re.compile(r".*(Norm([123]d)?|Embedding(s|Bag)?)")
 #: a parameter's own name: bias, in_proj_bias, bias_k; pos_embed, position_embeddings; q_norm
@@ -57,12 +59,14 @@ def param_groups(
     Raises:
         ValueError: a pattern matches no parameter of the model, a stack has too few dimensions, no parameter requires a
             gradient, or a lazy module has not been initialized.
-        TypeError: ``model`` is not a module, ``batch_dims`` not a mapping, or ``more`` has "params".
+        TypeError: ``model`` is not a module, ``batch_dims`` not a mapping, or ``more`` has "params" or what is
+            no option of either optimizer.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups needs the model, whose modules say what decays, got {type(model).__name__}")
     if "params" in more:
         raise TypeError("param_groups takes 'params' from the model; pass only options that apply to every group")
+    _check_options(more)
     if batch_dims is not None and not isinstance(batch_dims, Mapping):
         raise TypeError(
             "batch_dims must be a mapping from patterns of parameters to numbers of dimensions, as in "
@@ -98,6 +102,19 @@ def param_groups(
         decay = 0.0 if undecayed else weight_decay
         found_groups.append({"params": params, "weight_decay": decay, "dense": is_dense, "batch_dims": batch, **more})
     return found_groups
+
+
+def _check_options(given: Mapping[str, Any]) -> None:
+    """Optimizers leave keys of groups alone that they do not know, as schedulers and trainers add some. Here they are
+    mistakes."""
+    known = {name: None for cls in (HFac, SMMF) for name in cls._all_rules()}
+    for name in given:
+        if name not in known:
+            initials = "".join(word[:1] for word in name.split("_"))  # learning_rate
+            nearest = initials if initials in known else _nearest(name, known, 3)
+            raise TypeError(
+                f"param_groups takes options of hfac.HFac and hfac.SMMF, got {name!r}; the nearest of them: {nearest}"
+            )
 
 
 class _Parameters:

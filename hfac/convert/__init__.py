@@ -1,10 +1,10 @@
-"""State dicts of other optimizers as state dicts of `hfac.HFac` and `hfac.SMMF`: a running training can switch.
+"""State dicts of other optimizers as state dicts of `hfac.HFac` and `hfac.SMMF`, and these as AdamW's: a running
+training can switch.
 
 Every source is read as moments: the average of the gradient and of its square whose weights add up to 1, whole, one
 parameter at a time. Every target keeps these moments in its own way. docs/convert.md says what is exact.
 """
 
-import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -13,10 +13,14 @@ from torch import Tensor
 
 from .. import codes, matricize, reference
 from ..optim import SMMF, HFac
+from ..optim.options import unadvised, warn
 from ..optim.state import EXECUTION, LOW
 from .sources import SOURCES, Entry, Moments, Source, slices, smmf_weight, source_of, tensor
 
 TARGETS = {"hfac": HFac, "smmf": SMMF}
+ADAMW = "adamw"
+#: of AdamW's options those that HFac has in the same meaning
+_SHARED = ("lr", "betas", "weight_decay", "maximize")
 #: A learning rate of less than this share of the one a schedule began with is that of its end.
 _ENDED = 0.02
 #: What the largest code of a first moment in 8 bits stands for, in roots of the second.
@@ -25,7 +29,8 @@ _MOST = 127**2 / (127.5**2 - 127**2)
 
 @torch.no_grad()
 def convert(state_dict: Mapping[str, Any], params: Any = None, *, to: str = "hfac", **options: Any) -> dict[str, Any]:
-    """A state dict of another optimizer as one that `hfac.HFac` or `hfac.SMMF` loads and goes on from.
+    """A state dict of another optimizer as one that `hfac.HFac` or `hfac.SMMF` loads and goes on from, or that
+    `torch.optim.AdamW` does.
 
     Sources: torch.optim.Adam, AdamW and Adafactor, torchao's Adam and AdamW in 8 and 4 bits, transformers' Adafactor,
     SMMF as its authors published it, `hfac.HFac` and `hfac.SMMF`. The step is carried over, and so are the options that
@@ -38,7 +43,8 @@ def convert(state_dict: Mapping[str, Any], params: Any = None, *, to: str = "hfa
         params: the parameters in the optimizer's order: tensors, (name, tensor) pairs, groups, or a dict from names to
             tensors; only their shapes and types are read. Factors of SMMF do not tell the parameter's shape and need
             it, a ``master`` that the source does not have needs the type; None (default) where the state tells both.
-        to: "hfac" (default) or "smmf".
+        to: "hfac" (default), "smmf" or "adamw". AdamW keeps both moments whole, of which factors are an approximation
+            (docs/convert.md); masters of the weights do not go along.
         **options: options of the target for all groups, in place of what is carried over or the target's default.
             ``capturable``, ``backend`` and ``amp_scaling`` are the loading optimizer's own affair.
 
@@ -52,8 +58,10 @@ def convert(state_dict: Mapping[str, Any], params: Any = None, *, to: str = "hfa
             shapes that do not fit or are missing, moments that are not finite or averages of squares below zero,
             options that cannot be.
     """
+    if to == ADAMW:
+        return _adamw(state_dict, params, options)
     if to not in TARGETS:
-        raise ValueError(f"convert: to must be one of {', '.join(map(repr, TARGETS))}, got {to!r}")
+        raise ValueError(f"convert: to must be one of {', '.join(map(repr, (*TARGETS, ADAMW)))}, got {to!r}")
     for name in EXECUTION:
         if name in options:
             raise TypeError(
@@ -76,27 +84,26 @@ def convert(state_dict: Mapping[str, Any], params: Any = None, *, to: str = "hfa
         )
     reader = SOURCES[found.pop()]
     if any("max_exp_avg_sq" in entry for _, entry, _ in _entries(source)):
-        warnings.warn(
+        warn(
             "convert: amsgrad's max_exp_avg_sq has no counterpart and is left out; the averages themselves are taken",
-            stacklevel=3,  # above no_grad
         )
     wanted = [{**reader.options(group, to), **options} for group in groups]
     if "lr" not in options:
         _warn_of_rates(groups, wanted, reader.name, to)
     # Without parameters at first: what the options say is what must be known of these.
-    empty = TARGETS[to]([{"params": [], **each} for each in wanted], **options)
+    with unadvised():
+        empty = TARGETS[to]([{"params": [], **each} for each in wanted], **options)
     placeholders = {
         key: _placeholder(key, source["state"].get(key), shaped, reader, group, new_group)
         for group, new_group in zip(groups, empty.param_groups, strict=True)
         for key in group["params"]
     }
-    target = TARGETS[to](
-        [
-            {"params": [placeholders[key] for key in group["params"]], **each}
-            for group, each in zip(groups, wanted, strict=True)
-        ],
-        **options,
-    )
+    filled = [
+        {"params": [placeholders[key] for key in group["params"]], **each}
+        for group, each in zip(groups, wanted, strict=True)
+    ]
+    with unadvised():
+        target = TARGETS[to](filled, **options)
 
     state: dict[Hashable, dict[str, Tensor]] = {}
     without_low: list[Hashable] = []
@@ -122,18 +129,16 @@ def convert(state_dict: Mapping[str, Any], params: Any = None, *, to: str = "hfa
                     entry["skipped"], device=getattr(entry["skipped"], "device", "cpu")
                 ).clone()
     if without_low:
-        warnings.warn(
+        warn(
             f"convert: {LOW} of {len(without_low)} parameter(s), the first being {without_low[0]!r}, is left out: "
             "the target has another master for them, or they are not bfloat16. It holds what the bfloat16 values lack: "
             "the source's fp32_state_dict gives the weights in full, and the target's load_fp32_state_dict takes them.",
-            stacklevel=3,  # above no_grad
         )
 
     if saturated:
-        warnings.warn(
+        warn(
             f"convert: {saturated} elements have a first moment of more than {_MOST:.0f} times the root of the second, "
             "the most that 8 bits stand for; they are taken to be that.",
-            stacklevel=3,  # above no_grad
         )
     packed = target.state_dict()["param_groups"]
     new_groups = []
@@ -146,6 +151,36 @@ def convert(state_dict: Mapping[str, Any], params: Any = None, *, to: str = "hfa
         new_groups.append(new)
     converted = {"state": state, "param_groups": new_groups}
     target._checked_state(converted)
+    return _flattened(converted) if flat else converted
+
+
+def _adamw(state_dict: Mapping[str, Any], params: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """A state dict of AdamW: whole moments, with the weights that its averages have after so many steps from zero."""
+    try:
+        defaults = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(0))], **options).state_dict()["param_groups"][0]
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"convert: options that torch.optim.AdamW refuses ({error})") from error
+    flat = _is_flat(state_dict)
+    source = _unflattened(state_dict) if flat else _checked(state_dict)
+    shared = {name: options[name] for name in _SHARED if name in options}
+    whole = {"dense": True, "batch_dims": 0, "master": None, "rounding": "nearest", "nonfinite": "propagate"}
+    found = convert(source, params, to="hfac", **whole, **shared)
+    groups = []
+    for old, group in zip(source["param_groups"], found["param_groups"], strict=True):
+        if "beta" in old and "betas" not in options:  # SMMF's
+            group["betas"] = (0.0 if old["beta"] is None else old["beta"], group["betas"][1])
+        for key in group["params"]:
+            entry = found["state"].get(key)
+            if entry is None:
+                continue
+            entry.pop("skipped", None)
+            t = float(entry["step"])
+            entry["exp_avg_sq"].sub_(group["eps"]).clamp_(min=0)
+            for name, beta in zip(("exp_avg", "exp_avg_sq"), group["betas"], strict=True):
+                entry[name].mul_(1 - beta**t)
+        more = {name: group[name] for name in ("params", "param_names", "initial_lr", *_SHARED) if name in group}
+        groups.append({**defaults, **more})
+    converted = {"state": found["state"], "param_groups": groups}
     return _flattened(converted) if flat else converted
 
 
@@ -172,19 +207,17 @@ def _warn_of_rates(
         rate, start = new.get("lr"), group.get("initial_lr")
         if rate is not None and (rate == 0 or (start is not None and rate < _ENDED * start)):
             began = "" if start is None else f" (it began at {float(start):g})"
-            warnings.warn(
+            warn(
                 f"convert: the learning rate of group {index}, {float(rate):g}, is carried over{began}: that of the "
                 "end of a schedule, at which nothing more is learned. Give convert(..., lr=...) one to go on with.",
-                stacklevel=4,
             )
             return
     theirs = source in (SOURCES["smmf"].name, SOURCES["published"].name)
     if to == "smmf" and not theirs and any("lr" in new for new in wanted):
-        warnings.warn(
+        warn(
             f"convert: {source}'s learning rate is carried over to SMMF, whose best one is 1.4 to 2 times AdamW's on "
             "Transformers and up to 4 times on convolutional networks; at AdamW's it learns more slowly. Give "
             "convert(..., lr=...).",
-            stacklevel=4,
         )
 
 

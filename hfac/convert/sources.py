@@ -1,7 +1,6 @@
 """Reads the states of the optimizers that `hfac.convert` knows: each as moments, one parameter at a time."""
 
 import math
-import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import codes, matricize, reference
+from ..optim.options import warn
 from ..optim.state import LOW
 from .strangers import refusal
 
@@ -232,10 +232,9 @@ def _hfac_options(group: Mapping[str, Any], to: str) -> dict[str, Any]:
 
 def _decoupled(found: dict[str, Any], coupled: bool) -> dict[str, Any]:
     if coupled and found.get("weight_decay"):
-        warnings.warn(
+        warn(
             f"convert: the source adds weight_decay={found['weight_decay']} times W to the gradient, HFac takes it off "
             "W as AdamW does; it is left at 0. Give convert(..., weight_decay=...) to choose one.",
-            stacklevel=4,
         )
     return {name: value for name, value in found.items() if not (coupled and name == "weight_decay")}
 

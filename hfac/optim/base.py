@@ -1,6 +1,6 @@
 """The step of both optimizers: statistics of gradients, sums over ranks, the norm of all gradients, the update."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import repeat
 from operator import is_not
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from .. import clipping, distributed, functional, ops, rounding, schedules, spec
 from ..distributed import layout
 from ..rounding import BitOffset
+from . import options
 from .cache import SingleParamCache, StepCache
 from .report import ReportingOptimizer
 from .state import has_state, is_trained, needs_reduction
@@ -52,9 +53,25 @@ class FactoredOptimizer(ReportingOptimizer):
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._captured = []
         self._gradients = distributed.Gradients()
+        self._known = options.Known(self._all_rules())
         self._forget()
         super().__init__(params, self._checked(defaults))
         _keep_uncompiled(type(self))
+        for advice in self._advice():
+            options.advise(f"{type(self).__name__}: {advice}")
+
+    def _advice(self) -> Iterator[str]:
+        """What is allowed and yet hardly meant."""
+        for name, usual, dtypes in (("rounding", "nearest", rounding.DTYPES), ("master", None, (torch.bfloat16,))):
+            groups = [group for group in self.param_groups if group[name] != usual]
+            params = [param for group in groups for param in group["params"]]
+            if params and not any(param.dtype in dtypes for param in params):
+                given = ", ".join(sorted({repr(group[name]) for group in groups}))
+                kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+                yield (
+                    f"{name}={given} does nothing here: it is for {kinds} parameters, and none is. Leave it out, or "
+                    "convert the model first."
+                )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy has none; an optimizer that loads state keeps its own.
@@ -112,6 +129,8 @@ class FactoredOptimizer(ReportingOptimizer):
                 not fit together; nothing has been updated.
         """
         self._check_graph_capture()
+        for index in range(len(self.param_groups)):
+            self._check_changes(index)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -206,6 +225,7 @@ class FactoredOptimizer(ReportingOptimizer):
         single = self._single.get(param) if isinstance(param, Tensor) else None
         if single is None or not single.is_valid(self.param_groups, self.state):
             single = self._single_of(param)
+        self._check_changes(single.group_index)
         if group is not None and group is not single.group:
             raise ValueError(
                 f"{type(self).__name__}.step_param: {single.label} was given with another group. Pass its own entry of "

@@ -99,12 +99,12 @@ class SingleParamCache:
         self.group, self.label = groups[group_index], f"parameter {index} of group {group_index}"
         self.param: Tensor = self.group["params"][index]
         self.bound: functional.Group | None = None
-        self._group_index, self._index = group_index, index
+        self.group_index, self._index = group_index, index
         self._algorithm, self._own_keys = algorithm, own_keys(algorithm)
 
     def is_valid(self, groups: Groups, state: States) -> bool:
         """Whether the parameter still has its index in its group. Drops ``bound`` where that is stale."""
-        if not is_at(groups, self.param, self._group_index, self._index) or groups[self._group_index] is not self.group:
+        if not is_at(groups, self.param, self.group_index, self._index) or groups[self.group_index] is not self.group:
             return False
         if self.bound is not None and not self._bound_is_valid(groups, state):
             self.bound = None
@@ -114,7 +114,7 @@ class SingleParamCache:
         """The parameter's position among all of the optimizer's, which its random bits depend on; 0 without."""
         if self.group["rounding"] == "nearest":
             return 0
-        return sum(map(len, map(itemgetter("params"), groups[: self._group_index]))) + self._index
+        return sum(map(len, map(itemgetter("params"), groups[: self.group_index]))) + self._index
 
     def keep(self, bound: functional.Group, groups: Groups, state: States) -> None:
         """Keeps the bound parameter until any of what it was made of changes."""

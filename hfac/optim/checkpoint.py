@@ -171,7 +171,7 @@ class CheckpointedOptimizer(StatefulOptimizer):
             if self._own_option not in saved:
                 raise ValueError(
                     f"{name}: group {index} of the state dict has no {self._own_option!r}: it was saved by another "
-                    "optimizer"
+                    f"optimizer. hfac.convert(state_dict, params, to={self._algorithm!r}) translates what it knows."
                 )
         checked_groups = [{**self._state_options, **self._checked(saved)} for saved in saved_groups]
         self._check_state_options(checked_groups)
@@ -229,7 +229,7 @@ class CheckpointedOptimizer(StatefulOptimizer):
         if not needed <= own or not own <= {*needed, "skipped"}:
             raise ValueError(
                 f"{where} must have the keys {sorted(needed)}, got {sorted(map(str, state))}. It was saved by another "
-                "optimizer, or with options that give another state."
+                "optimizer, or with options that give another state; hfac.convert translates both."
             )
         for key, (shape, dtype, follows) in needed_layout.items():
             value = state[key]

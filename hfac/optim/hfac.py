@@ -1,6 +1,6 @@
 """H-Fac as a torch optimizer."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from .base import FactoredOptimizer
 from .state import Side
 
 FIRST_MOMENT = ("factored", "int8")
+#: a larger one is noticeable where gradients are smaller than 1e-6
+LARGEST_USUAL_EPS = 1e-12
 
 
 class HFac(FactoredOptimizer):
@@ -105,15 +107,19 @@ class HFac(FactoredOptimizer):
     }
     _state_options = {"first_moment": "factored"}
 
+    @options.positional_to(
+        "eps",
+        "pass weight_decay, AdamW's next, and clip_threshold, which was the next here, by name.",
+    )
     def __init__(
         self,
         params: Any,
         lr: Scalar = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-30,
+        *,
         clip_threshold: float | None = 1.0,
         weight_decay: Scalar = 0.0,
-        *,
         matricize: str = "balanced",
         first_moment: str = "factored",
         dense: bool = False,
@@ -130,6 +136,16 @@ class HFac(FactoredOptimizer):
         watch: bool = False,
     ) -> None:
         super().__init__(params, locals())
+
+    def _advice(self) -> Iterator[str]:
+        yield from super()._advice()
+        largest = max(group["eps"] for group in self.param_groups)
+        if largest > LARGEST_USUAL_EPS:
+            yield (
+                f"eps={largest:g} is added to every squared gradient, where AdamW adds its own to the root of their "
+                f"average: it weighs as much as gradients of {largest**0.5:.1g}, and makes updates smaller where they "
+                "are no larger. Leave it out for the usual 1e-30."
+            )
 
     def _check_param(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
         super()._check_param(where, param, group)

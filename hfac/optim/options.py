@@ -6,15 +6,23 @@ a command line ("0.9", "(0.9,0.95)", "true", "none"). Anything else raises, sayi
 a TypeError for a value of the wrong type, a ValueError for one out of range and for a string that cannot be parsed.
 """
 
+import functools
+import inspect
 import math
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any
+import sys
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import FrameType
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 Rule = Callable[[str, Any], Any]
 _NONE = ("none", "null")
+_Init = TypeVar("_Init", bound=Callable[..., None])
 
 
 def number(
@@ -123,3 +131,78 @@ def _read(text: str, kind: Callable[[str], Any]) -> Any:
         return kind(text)
     except ValueError:
         return text
+
+
+def positional_to(last: str, hint: str) -> Callable[[_Init], _Init]:
+    """Has a constructor refuse further positional arguments, which would mean something else to another optimizer.
+
+    Args:
+        last: its last argument that may be given by position.
+        hint: how the error's message ends.
+    """
+
+    def decorate(init: _Init) -> _Init:
+        most = list(inspect.signature(init).parameters).index(last) + 1  # with self
+
+        @functools.wraps(init)
+        def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+            if len(args) >= most:
+                name, positional = type(self).__name__, f"{most - 1} positional arguments (to {last})"
+                raise TypeError(f"{name} takes at most {positional}, got {len(args)}: {hint}")
+            init(self, *args, **kwargs)
+
+        return checked  # type: ignore[return-value]
+
+    return decorate
+
+
+class Known:
+    """The options of an optimizer's groups as they were last checked: users and schedulers write into groups."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names, self._get = tuple(names), operator.itemgetter(*names)
+        self._groups: dict[int, tuple[Mapping[str, Any], tuple[Any, ...]]] = {}
+
+    def keep(self, index: int, group: Mapping[str, Any]) -> None:
+        self._groups[index] = group, self._get(group)
+
+    def changed(self, index: int, group: Mapping[str, Any]) -> dict[str, Any]:
+        """By name, the former values of the options that are other objects now. Of a group that is not known, all, with
+        their present values."""
+        now = self._get(group)
+        known, before = self._groups.get(index, (None, now))
+        if known is not group:
+            return dict(zip(self._names, now, strict=True))
+        if all(map(operator.is_, now, before)):
+            return {}
+        pairs = zip(self._names, now, before, strict=True)
+        return {name: old for name, new, old in pairs if new is not old}
+
+
+#: whether optimizers are made here that the user does not
+_internal: ContextVar[bool] = ContextVar("internal", default=False)
+
+
+@contextmanager
+def unadvised() -> Iterator[None]:
+    """Optimizers that are made inside do not warn of what is allowed and yet hardly meant."""
+    token = _internal.set(True)
+    try:
+        yield
+    finally:
+        _internal.reset(token)
+
+
+def advise(message: str) -> None:
+    """Warns of what is allowed and yet hardly meant."""
+    if not _internal.get():
+        warn(message)
+
+
+def warn(message: str) -> None:
+    """Warns of what the caller of the package does."""
+    level = 1
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("hfac", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

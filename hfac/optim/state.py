@@ -71,6 +71,8 @@ class StatefulOptimizer(Optimizer):
     _state_options: ClassVar[dict[str, Any]] = {}
     #: where each parameter was when last looked up: the index of its group, and its index there
     _index: dict[Tensor, tuple[int, int]]
+    #: the groups' options as they were last checked
+    _known: options.Known
 
     def _forget(self) -> None:
         """Drops everything that was cached from earlier steps."""
@@ -164,6 +166,7 @@ class StatefulOptimizer(Optimizer):
         """Completes optimizers pickled by an older version: options that it lacked, and steps kept as numbers."""
         super().__setstate__(state)
         self._forget()
+        self._known = options.Known(self._all_rules())
         for name, value in {**_ADDED, **self._state_options}.items():
             self.defaults.setdefault(name, value)
         for group in self.param_groups:
@@ -174,6 +177,8 @@ class StatefulOptimizer(Optimizer):
                 param_state = self.state.get(param, {})
                 if "step" in param_state and not isinstance(param_state["step"], Tensor):
                     param_state["step"] = counter(param_state["step"], torch.float32, HOST)
+        for index, group in enumerate(self.param_groups):
+            self._known.keep(index, group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, which may override any option, and creates the state of its parameters.
@@ -199,17 +204,47 @@ class StatefulOptimizer(Optimizer):
                     self._check_param(f"{type(self).__name__}: parameter {index} of the group", param, group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        self._known.keep(len(self.param_groups) - 1, group)
         for param in group["params"]:
             self._sync_param(param, group)
 
     def _checked(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The options among ``values``, each checked and converted by its rule."""
-        rules = {**COMMON_RULES, **self._rules}
+        rules = self._all_rules()
         return {
             name: rules[name](f"{type(self).__name__}: {name}", value)
             for name, value in values.items()
             if name in rules
         }
+
+    @classmethod
+    def _all_rules(cls) -> dict[str, options.Rule]:
+        """By the names of all options that groups may have."""
+        return {**COMMON_RULES, **cls._rules}
+
+    def _check_changes(self, index: int) -> None:
+        """Checks the options that have been changed in a group since they were last checked.
+
+        Raises:
+            TypeError, ValueError: as for the constructor; or an option was changed on which the keys and shapes of the
+                state depend, once there is state.
+        """
+        group = self.param_groups[index]
+        before = self._known.changed(index, group)
+        if not before:
+            return
+        now = self._checked({name: group[name] for name in before})
+        for name, old in before.items():
+            fixed = name in ("dense", "batch_dims", self._own_option, *self._state_options) and now[name] != old
+            changes_keys = self._spec.has_first(group) != self._spec.has_first({**group, name: old})
+            if (fixed or changes_keys) and any(has_state(self.state, param) for param in group["params"]):
+                raise ValueError(
+                    f"{type(self).__name__}: {name} of group {index} cannot change once state exists, which depends on "
+                    f"it: it was {old!r} and is {now[name]!r} now. Set it back, or make an optimizer with the new "
+                    "value (hfac.convert translates state dicts)."
+                )
+        group.update(now)
+        self._known.keep(index, group)
 
     def _check_param(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
         """Checks a parameter that is to be trained, once it has a shape; messages begin with ``where``."""

@@ -338,7 +338,7 @@ ROWS = [
     ("load-adamw", BOTH, other(AdamW), ValueError, r"saved by another optimizer"),
     ("load-adamw-never-stepped", BOTH, other(AdamW, steps=0), ValueError, r"saved by another optimizer"),
     ("load-smmf-into-hfac", H, other(SMMF), ValueError,
-     r"group 0 .* no 'matricize': it was saved by another optimizer"),
+     r"group 0 .* no 'matricize': it was saved by another optimizer. hfac.convert\(.*to='hfac'\) translates"),
     ("load-hfac-into-smmf", S, other(HFac), ValueError,
      r"group 0 .* no 'vector_reshape': it was saved by another optimizer"),
     ("load-vectors-of-another", H, other(SMMF, [(5,), (7,), (3,), (1,)]), ValueError, r"saved by another optimizer"),

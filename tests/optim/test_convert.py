@@ -641,6 +641,66 @@ def test_moments_in_eight_bits(to, cls):
     assert bits(hfac.convert(held, to=to, **options)) == bits(hfac.convert(plain, to=to, **options))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"dense": True}, {"dense": True, "batch_dims": 1, "nonfinite": "skip"}, {"clip_threshold": None}],
+    ids=str,
+)
+def test_back_to_adamw(options):
+    """Whole moments are AdamW's; of factors, the sums of squares over rows and columns are."""
+    dense = options.pop("dense", False)
+    shapes = [(3, 4, 5), (7, 6), (5, 2)] if "batch_dims" in options else SHAPES4
+    ours, params = ran(lambda params: HFac(params, lr=0.25, weight_decay=0.5, dense=dense, **options), shapes=shapes)
+    adamw, _ = ran(lambda params: torch.optim.AdamW(params, lr=0.25, weight_decay=0.5), shapes=shapes)
+    converted = hfac.convert(ours.state_dict(), params, to="adamw")
+    found = loaded(torch.optim.AdamW, converted, params)
+    if dense:
+        assert_states(found, adamw)
+    else:
+        for state, expected in zip(found.state.values(), adamw.state.values(), strict=True):
+            k = matricize.cut(expected["exp_avg_sq"].shape) or 0
+            for dims in (range(k), range(k, expected["exp_avg_sq"].ndim)):
+                sums = [
+                    each["exp_avg_sq"].sum(list(dims)) if dims else each["exp_avg_sq"] for each in (state, expected)
+                ]
+                torch.testing.assert_close(*sums, **EXACT)
+    for group, expected in zip(found.param_groups, adamw.param_groups, strict=True):
+        assert {**group, "params": 0} == {**expected, "params": 0}
+    gradients(params, 8)
+    found.step()
+
+
+def test_to_hfac_and_back_to_adamw():
+    """Of factors nothing remains; whole moments do, and so do options, names, and the form of the state dict."""
+    adamw, params = ran(lambda params: torch.optim.AdamW(params, lr=0.5, betas=(0.8, 0.9), eps=1e-3, maximize=True))
+    there = hfac.convert(adamw.state_dict(), params, dense=True)
+    back = hfac.convert(there, params, to="adamw", eps=1e-3, amsgrad=True)
+    assert_states(loaded(torch.optim.AdamW, back), adamw)
+    (group,) = back["param_groups"]
+    assert (group["lr"], group["betas"], group["eps"]) == (0.5, (0.8, 0.9), 1e-3)
+    assert group["maximize"] and group["amsgrad"]
+    int8 = hfac.convert(hfac.convert(adamw.state_dict(), params, first_moment="int8"), params, to="adamw")
+    for index, state in adamw.state_dict()["state"].items():
+        first = int8["state"][index]["exp_avg"]
+        torch.testing.assert_close(
+            first.sign() * state["exp_avg"].sign() >= 0, torch.ones(first.shape, dtype=torch.bool)
+        )
+        if first.numel() > 1:
+            assert (first - state["exp_avg"]).norm() < 0.02 * state["exp_avg"].norm()
+
+
+@pytest.mark.parametrize("beta", [0.8, None])
+def test_smmf_to_adamw_under_a_constant_gradient(beta):
+    shapes = [(5,), (7,)]  # whole moments
+    smmf, params = ran(lambda params: SMMF(params, beta=beta), shapes=shapes, grads=constant)
+    converted = hfac.convert(smmf.state_dict(), params, to="adamw")
+    betas = (beta or 0.0, 0.999)
+    adamw, _ = ran(lambda params: torch.optim.AdamW(params, betas=betas), shapes=shapes, grads=constant)
+    assert converted["param_groups"][0]["betas"] == betas
+    only = (lambda key: True) if beta else (lambda key: key != "exp_avg")
+    assert_states(loaded(torch.optim.AdamW, converted, shapes=shapes), adamw, only=only)
+
+
 def test_a_rate_of_the_end_of_a_schedule_is_said(recwarn):
     adam, params = ran(torch.optim.AdamW, shapes=[(4, 6)])
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(adam, 10)
@@ -719,7 +779,7 @@ def shard(saved):
 
 
 BAD = [
-    ("target", lambda: hfac.convert(adam_dict(), to="lion"), ValueError, "one of 'hfac', 'smmf', got 'lion'"),
+    ("target", lambda: hfac.convert(adam_dict(), to="lion"), ValueError, "one of 'hfac', 'smmf', 'adamw', got 'lion'"),
     ("option", lambda: hfac.convert(adam_dict(), decay=1), TypeError, "decay"),
     ("value", lambda: hfac.convert(adam_dict(), lr=-1.0), ValueError, "lr must be"),
     ("execution", lambda: hfac.convert(adam_dict(), backend="cpu"), TypeError, "backend says how a step is"),
@@ -778,6 +838,10 @@ BAD = [
      r"parameter 0, slice 0: 'exp_avg_row' must have shape \(5,\).*got \(4,\)"),
     ("slice-missing", lambda: hfac.convert(changed_low(exp_avg_row=None), low_dict(None)[1]), ValueError,
      "parameter 0 has no tensor 'exp_avg_row'"),
+    ("adamw-option", lambda: hfac.convert(adam_dict(), to="adamw", clip_threshold=1.0), TypeError,
+     "options that torch.optim.AdamW refuses .*clip_threshold"),
+    ("adamw-value", lambda: hfac.convert(adam_dict(), to="adamw", lr=-1.0), ValueError,
+     "AdamW refuses .*learning rate"),
     ("low", lambda: hfac.convert(changed_low(master_low=torch.zeros(4, 6, dtype=torch.int16))), ValueError,
      r"parameter 0: 'master_low' must have shape \(3, 4, 6\).*got \(4, 6\)"),
     ("low-missing", lambda: hfac.convert(changed_low(master_low=None)), ValueError, "has no tensor 'master_low'"),
