@@ -25,7 +25,8 @@ class SMMF(FactoredOptimizer):
             float32 or float64; gradients may have another of these types. Arithmetic and state are float32 (float64 for
             float64 parameters).
         lr: learning rate >= 0, a number or a 0-d tensor (default 1e-3).
-        beta: decay of the first moment in [0, 1), or None for no first moment (default 0.9).
+        beta: decay of the first moment in [0, 1), or None for no first moment (default 0.9). Groups also have it as
+            "momentum", where torch's `OneCycleLR` and `CyclicLR` read and write it.
         eps: added to the root of the second moment, >= 0 (default 1e-8).
         weight_decay: >= 0, a number or a 0-d tensor (default 0).
         decay_rate: the second moment decays by 1 - t^decay_rate, in [-1, 0]. The authors recommend -0.5 for CNNs and
@@ -88,6 +89,22 @@ class SMMF(FactoredOptimizer):
         watch: bool = False,
     ) -> None:
         super().__init__(params, locals())
+        self.defaults["momentum"] = self.defaults["beta"]  # which torch's schedulers look for
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["momentum"] = group["beta"]
+
+    def _check_changes(self, index: int) -> None:
+        # Schedulers that cycle momentum write "momentum", which is no option here. Who writes both means beta.
+        group = self.param_groups[index]
+        if group.get("momentum", group["beta"]) is not group["beta"] and "beta" not in self._known.changed(
+            index, group
+        ):
+            group["beta"] = group["momentum"]
+        super()._check_changes(index)
+        group["momentum"] = group["beta"]
 
     def _sides(self, shape: tuple[int, ...], group: Mapping[str, Any]) -> tuple[Side, Side] | None:
         n, m = matricize.square(math.prod(shape))

@@ -157,3 +157,42 @@ def test_what_fixes_the_state_may_change_before_there_is_any():
     param.requires_grad_().grad = torch.ones_like(param)
     optimizer.step()
     assert "exp_avg" in optimizer.state[param]
+
+
+@BOTH
+@pytest.mark.parametrize("saved", [False, True])
+def test_schedulers_that_cycle_momentum(cls, saved):
+    """The first moment's decay follows them as AdamW's does, also in a run that is resumed."""
+    one_cycle = torch.optim.lr_scheduler.OneCycleLR
+    optimizer, adamw = cls(params_of()), torch.optim.AdamW(params_of(), betas=(0.9, 0.999))
+    schedules = [one_cycle(each, 0.1, total_steps=9, pct_start=0.4) for each in (optimizer, adamw)]
+    for step in range(8):
+        for each, schedule in zip((optimizer, adamw), schedules, strict=True):
+            each.step()
+            schedule.step()
+        if saved and step == 4:
+            other = cls(params_of())
+            schedule = one_cycle(other, 0.1, total_steps=9, pct_start=0.4)
+            other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            schedule.load_state_dict(schedules[0].state_dict())
+            optimizer, schedules[0] = other, schedule
+        optimizer.step()  # sees what has been written
+        group = optimizer.param_groups[0]
+        decay = group["beta"] if cls is SMMF else group["betas"][0]
+        assert decay == adamw.param_groups[0]["betas"][0]
+
+
+def test_smmfs_beta_and_momentum_are_one():
+    optimizer = SMMF([{"params": params_of()[:1], "beta": 0.5}, {"params": params_of()[1:]}], beta=0.8)
+    assert [group["momentum"] for group in optimizer.param_groups] == [0.5, 0.8]
+    optimizer.param_groups[0]["beta"] = 0.6
+    optimizer.param_groups[1]["momentum"] = 0.7
+    optimizer.step()
+    assert [(group["beta"], group["momentum"]) for group in optimizer.param_groups] == [(0.6, 0.6), (0.7, 0.7)]
+    optimizer.param_groups[0]["momentum"] = 1.5
+    with pytest.raises(ValueError, match="beta must be a number"):
+        optimizer.step()
+    del optimizer.param_groups[0]["momentum"]  # as in optimizers and state dicts of earlier versions
+    optimizer.param_groups[0]["beta"] = 0.6
+    optimizer.step()
+    assert optimizer.param_groups[0]["momentum"] == 0.6
