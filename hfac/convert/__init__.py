@@ -6,7 +6,7 @@ parameter at a time. Every target keeps these moments in its own way. docs/conve
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,9 @@ _MOST = 127**2 / (127.5**2 - 127**2)
 
 
 @torch.no_grad()
-def convert(state_dict: Mapping[str, Any], params: Any = None, *, to: str = "hfac", **options: Any) -> dict[str, Any]:
+def convert(
+    state_dict: Mapping[str, Any], params: Any = None, *, to: Literal["hfac", "smmf", "adamw"] = "hfac", **options: Any
+) -> dict[str, Any]:
     """A state dict of another optimizer as one that `hfac.HFac` or `hfac.SMMF` loads and goes on from, or that
     `torch.optim.AdamW` does.
 

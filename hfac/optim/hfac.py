@@ -1,10 +1,11 @@
 """H-Fac as a torch optimizer."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from .. import matricize, ops
 from ..schedules import Scalar
@@ -113,25 +114,25 @@ class HFac(FactoredOptimizer):
     )
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: Scalar = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-30,
         *,
         clip_threshold: float | None = 1.0,
         weight_decay: Scalar = 0.0,
-        matricize: str = "balanced",
-        first_moment: str = "factored",
+        matricize: Literal["balanced", "flatten"] = "balanced",
+        first_moment: Literal["factored", "int8"] = "factored",
         dense: bool = False,
         batch_dims: int = 0,
         maximize: bool = False,
         capturable: bool = False,
         backend: str = "auto",
-        nonfinite: str = "propagate",
+        nonfinite: Literal["propagate", "skip"] = "propagate",
         amp_scaling: bool = False,
-        rounding: str = "nearest",
+        rounding: Literal["nearest", "stochastic"] = "nearest",
         seed: int = 0,
-        master: str | None = None,
+        master: Literal["split", "split8"] | None = None,
         max_grad_norm: float | None = None,
         watch: bool = False,
     ) -> None:

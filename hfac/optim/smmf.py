@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
+
+from torch.optim.optimizer import ParamsT
 
 from .. import matricize
 from ..schedules import Scalar
@@ -65,7 +67,7 @@ class SMMF(FactoredOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: Scalar = 1e-3,
         beta: float | None = 0.9,
         eps: float = 1e-8,
@@ -73,18 +75,18 @@ class SMMF(FactoredOptimizer):
         decay_rate: float = -0.5,
         growth_rate: float = 0.999,
         vector_reshape: bool = True,
-        weight_decay_mode: str = "adamw",
+        weight_decay_mode: Literal["adamw", "adam"] = "adamw",
         *,
         dense: bool = False,
         batch_dims: int = 0,
         maximize: bool = False,
         capturable: bool = False,
         backend: str = "auto",
-        nonfinite: str = "propagate",
+        nonfinite: Literal["propagate", "skip"] = "propagate",
         amp_scaling: bool = False,
-        rounding: str = "nearest",
+        rounding: Literal["nearest", "stochastic"] = "nearest",
         seed: int = 0,
-        master: str | None = None,
+        master: Literal["split", "split8"] | None = None,
         max_grad_norm: float | None = None,
         watch: bool = False,
     ) -> None:
