@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import clipping, functional
+from .. import clipping, functional, rounding
 from ..distributed import layout
-from . import diagnostics
+from . import diagnostics, options
 from .checkpoint import CheckpointedOptimizer
 from .state import has_state
 
@@ -22,6 +22,7 @@ class ReportingOptimizer(CheckpointedOptimizer):
     _watched: dict[Tensor, Tensor]
     #: what the last step multiplied gradients by as it read them, without writing them
     _norm_coefficient: Tensor | None = None
+    _said_what_is_lost = False
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._watched = {}
@@ -94,12 +95,16 @@ class ReportingOptimizer(CheckpointedOptimizer):
             All but the last three are NaN where no step was made, or nonfinite="skip" skipped it; of a watched step,
             ``zero_rows`` and ``zero_cols`` are NaN then, too.
 
+        Warns once where a step moved no weight of a bfloat16 or float16 parameter, because its update is lost in
+        rounding to nearest; to know it, the host reads their ``unmoved`` and waits for the device.
+
         Raises:
             RuntimeError: a parameter is sharded.
         """
         self._sync_state()
         coefficient = self._coefficient_ahead() if ahead else self._norm_coefficient
         found: dict[int | str, dict[str, Tensor]] = {}
+        rounded: list[dict[str, Tensor]] = []
         estimated = False
         position = 0
         for group in self.param_groups:
@@ -108,10 +113,26 @@ class ReportingOptimizer(CheckpointedOptimizer):
                 estimated |= is_estimate
                 if metrics is not None:
                     found[group["param_names"][i] if "param_names" in group else position] = metrics
+                    if param.dtype in rounding.DTYPES and group["rounding"] == "nearest" and group["master"] is None:
+                        rounded.append(metrics)
                 position += 1
         if estimated:
             _warn_of_estimate()
+        if rounded and not self._said_what_is_lost:
+            self._say_what_is_lost(rounded)
         return found
+
+    def _say_what_is_lost(self, rounded: list[dict[str, Tensor]]) -> None:
+        """Warns once where 16-bit weights did not move at all, because rounding to nearest lost the whole update."""
+        lost = [((each["unmoved"] == 1) & (each["direction_rms"] > 0)).any() for each in rounded]
+        count = int(torch.stack([each.cpu() for each in lost]).sum())
+        if count:
+            self._said_what_is_lost = True
+            options.warn(
+                f"{type(self).__name__}: the step moved no weight of {count} of {len(rounded)} 16-bit parameters: "
+                "their updates are smaller than half the distance between two values of the type, and rounding to nearest "
+                "loses them. rounding='stochastic' keeps them on average, master='split' exactly (docs/bf16.md)."
+            )
 
     def _metrics(
         self, param: Tensor, group: Mapping[str, Any], ahead: bool, norm_coefficient: Tensor | None

@@ -196,3 +196,28 @@ def test_smmfs_beta_and_momentum_are_one():
     optimizer.param_groups[0]["beta"] = 0.6
     optimizer.step()
     assert optimizer.param_groups[0]["momentum"] == 0.6
+
+
+@BOTH
+@pytest.mark.parametrize("how", ["watched", "computed", "ahead"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_updates_that_rounding_loses(cls, how, dtype):
+    """Said once, where nothing moves though the gradient is not zero, and the type is rounded to nearest."""
+
+    def told(lr, scale=1.0, **options):
+        params = params_of(dtype)
+        for param in params:
+            param.data += 4
+            param.grad *= scale
+        optimizer = cls(params, lr=lr, watch=how == "watched", **options)
+        if how != "ahead":
+            optimizer.step()
+        found = [warned(lambda: optimizer.diagnostics(ahead=how == "ahead")) for _ in range(2)]
+        return [[text for text in each if "16-bit" in text] for each in found]
+
+    first, second = told(1e-5)
+    assert len(first) == 1 and "moved no weight of 2 of 2 16-bit parameters" in first[0] and "stochastic" in first[0]
+    assert second == []
+    assert told(0.1) == told(1e-5, rounding="stochastic") == told(1e-5, scale=0.0) == [[], []]
+    if dtype == torch.bfloat16:
+        assert told(1e-5, master="split") == [[], []]
