@@ -130,8 +130,9 @@ class ReportingOptimizer(CheckpointedOptimizer):
             self._said_what_is_lost = True
             options.warn(
                 f"{type(self).__name__}: the step moved no weight of {count} of {len(rounded)} 16-bit parameters: "
-                "their updates are smaller than half the distance between two values of the type, and rounding to nearest "
-                "loses them. rounding='stochastic' keeps them on average, master='split' exactly (docs/bf16.md)."
+                "their updates are smaller than half the distance between two values of the type, and rounding to "
+                "nearest loses them. rounding='stochastic' keeps them on average, master='split' exactly "
+                "(docs/bf16.md)."
             )
 
     def _metrics(
