@@ -6,6 +6,7 @@ reported: sanitizers that are not there find nothing.
 """
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -44,8 +45,8 @@ _C.smmf_dense_step(params=[param.data_ptr()], grads=[grad.data_ptr()], numels=[1
 
 
 def library(name: str) -> str:
-    compiler = os.environ.get("CXX", "g++")
-    found = subprocess.run([compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True)
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    found = subprocess.run([*compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True)
     return found.stdout.strip()
 
 
