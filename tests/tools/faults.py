@@ -254,7 +254,7 @@ FAULTS = [
     Fault(
         "a cache does not notice that it is stale",
         "hfac",
-        "groups[self._group_index] is not self.group",
+        "groups[self.group_index] is not self.group",
         "groups is None",
         "tests/optim/test_release.py -k follows_every_change",
     ),
