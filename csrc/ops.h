@@ -10,7 +10,18 @@
 
 namespace hfac {
 
-enum class OpKind { kHfac, kHfacDense, kSmmf, kSmmfDense, kHfacSums, kHfacApply, kSmmfSums, kSquares, kHfacInt8 };
+enum class OpKind {
+  kHfac,
+  kHfacDense,
+  kSmmf,
+  kSmmfDense,
+  kHfacSums,
+  kHfacApply,
+  kSmmfSums,
+  kSquares,
+  kHfacInt8,
+  kHfacInt8Apply
+};
 
 // What all parameters of a call share, beside scalars that may be tensors.
 struct Options {
@@ -34,6 +45,8 @@ struct Shard {
   void *row_sum, *row_square;
   void *col_sum, *col_square, *col_ratio;
   double total, mean_square;  // H-Fac on the CPU: the sum of r over all rows; the mean of U^2
+  double old_total;           // where the first moment is in 8 bits, also the sum of r as it was
+  const Strided* codes;       // how that lies; null: contiguous
   std::vector<Block> blocks;  // SMMF: the shard's elements
 };
 

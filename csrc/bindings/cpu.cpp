@@ -29,8 +29,8 @@ CpuOptions options_of(const OpSlots& op, Keywords& k) {
     o.squares = k.address<double>("sums");
     return o;
   }
-  const bool sums = op.kind == OpKind::kHfacSums, apply = op.kind == OpKind::kHfacApply;
-  if (!apply) o.eps = k.number("eps");
+  const bool sums = op.kind == OpKind::kHfacSums;
+  if (!op.applies()) o.eps = k.number("eps");
   if (!sums) {
     o.lr = k.number("lr");
     o.weight_decay = k.number("weight_decay");
@@ -131,7 +131,7 @@ void define_cpu(py::module_& m) {
       {OpKind::kSmmf, smmf_step},          {OpKind::kSmmfDense, smmf_dense_step},
       {OpKind::kHfacSums, hfac_sums},      {OpKind::kHfacApply, hfac_step},
       {OpKind::kSmmfSums, smmf_sums_step}, {OpKind::kSquares, squares},
-      {OpKind::kHfacInt8, hfac_int8_step},
+      {OpKind::kHfacInt8, hfac_int8_step}, {OpKind::kHfacInt8Apply, hfac_int8_step},
   };
   for (const std::pair<OpKind, CpuOp*>& op : ops) {
     m.def(

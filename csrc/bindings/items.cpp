@@ -39,6 +39,9 @@ Slots hfac_known() {
           {"col_sums", kCols, kAlways, &Shard::col_sum},
           {"new_cols", kCols, kAlways, &Shard::col_square}};
 }
+Slots hfac_int8_known() {
+  return {{"new_rows", kRows, kAlways, &Shard::row_square}, {"new_cols", kCols, kAlways, &Shard::col_square}};
+}
 Slots smmf_sums() {
   return {{"new_rows", kRows, kFirst, &Shard::row_sum},
           {"new_cols", kCols, kFirst, &Shard::col_sum},
@@ -56,6 +59,7 @@ const OpSlots kOps[] = {
     {"smmf_sums_step", OpKind::kSmmfSums, Sizes::kBlocks, first(kFirst) + signs(kFirst) + second() + smmf_sums()},
     {"squares", OpKind::kSquares, Sizes::kElements, {}},
     {"hfac_int8_step", OpKind::kHfacInt8, Sizes::kMatrix, codes() + second()},
+    {"hfac_int8_apply", OpKind::kHfacInt8Apply, Sizes::kMatrix, codes() + second() + hfac_int8_known()},
 };
 
 // Where the `numel` elements of a shard lie in a matrix of `rows` rows and `cols` columns: 7 numbers for each block.
@@ -204,16 +208,20 @@ ItemLists::ItemLists(const OpSlots& op, Keywords& k, bool on_cpu, bool gradients
   if (op.kind == OpKind::kHfacApply || op.kind == OpKind::kHfacSums) whole_cols_ = list("whole_cols");
   if (op.kind == OpKind::kHfacSums) state_dtypes_ = each("state_dtypes");
   if (op.sizes == Sizes::kBlocks) blocks_ = list("blocks");
-  if (on_cpu && op.kind == OpKind::kHfacApply) {
+  if (on_cpu && op.applies()) {
     totals_ = list("totals");
     mean_squares_ = list("mean_squares");
+  }
+  if (op.kind == OpKind::kHfacInt8Apply) {
+    code_strides_ = k.optional_list("code_strides", size());
+    if (on_cpu) old_totals_ = list("old_totals");
   }
   if (on_cpu && op.kind != OpKind::kHfacSums && op.kind != OpKind::kSquares) {
     const py::object beta1 = k.take("beta1");
     first_moment_ = !op.smmf() || !beta1.is_none();
     if (first_moment_) beta1_ = List::each(beta1, "beta1", size());
   }
-  if (on_cpu && op.kind != OpKind::kHfacApply && op.kind != OpKind::kSquares) beta2_ = each("beta2");
+  if (on_cpu && !op.applies() && op.kind != OpKind::kSquares) beta2_ = each("beta2");
   for (const Slot& slot : op.slots) {
     const py::object given = slot.need == Need::kOptional ? k.optional(slot.name) : k.take(slot.name);
     if (!on_cpu && lists_.empty() && slot.need != Need::kAlways) first_moment_ = !given.is_none();
@@ -252,6 +260,7 @@ void ItemLists::put_shard(py::ssize_t i, int64_t numel, Item& item, Shard& shard
   shard.cols = whole_cols_ ? whole_cols_->count(i) : item.cols;
   if (totals_) shard.total = totals_->number(i);
   if (mean_squares_) shard.mean_square = mean_squares_->number(i);
+  if (old_totals_) shard.old_total = old_totals_->number(i);
   if (blocks_) shard.blocks = read_blocks((*blocks_)[i], numel, item.rows, item.cols);
   item.shard = &shard;
 }
@@ -264,7 +273,7 @@ std::vector<Item> ItemLists::items() {
     Item item{};
     item.index = i;
     measure(i, numel, item);
-    if (op_.kind == OpKind::kHfacApply ? item.rows == 0 && item.cols == 0 : numel == 0) continue;
+    if (op_.applies() ? item.rows == 0 && item.cols == 0 : numel == 0) continue;
     if (grads_) item.grad = grads_->at(i, numel, shapes_, kept_);
     if (params_) {
       item.param = params_->at(i, numel, shapes_, kept_);
@@ -279,6 +288,7 @@ std::vector<Item> ItemLists::items() {
     if (beta2_) item.beta2 = beta2_->number(i);
     Shard* shard = op_.on_shards() ? &kept_.shards.emplace_back() : nullptr;
     if (shard) put_shard(i, numel, item, *shard);
+    if (shard && numel > 0) shard->codes = kept_.layout(code_strides_, i, numel, shapes_);
     for (size_t k = 0; k < lists_.size(); ++k) {
       if (!lists_[k]) continue;
       const Slot& slot = op_.slots[k];

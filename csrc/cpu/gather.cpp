@@ -200,4 +200,11 @@ void scatter(const TensorRef& to, int64_t first, int64_t count, const double* va
   scatter_any(to, first, count, values);
 }
 
+void gather(const int8_t* from, const Strided& lie, int64_t first, int64_t count, int8_t* out) {
+  collected(from, &lie, first, count, out);
+}
+void scatter(int8_t* to, const Strided& lie, int64_t first, int64_t count, const int8_t* values) {
+  each_element(to, &lie, first, count, [&](int8_t& x, int64_t k) { x = values[k]; });
+}
+
 }  // namespace hfac

@@ -14,4 +14,8 @@ void gather(const TensorRef& from, int64_t first, int64_t count, double* out);
 void scatter(const TensorRef& to, int64_t first, int64_t count, const float* values);
 void scatter(const TensorRef& to, int64_t first, int64_t count, const double* values);
 
+// Bytes that lie apart.
+void gather(const int8_t* from, const Strided& lie, int64_t first, int64_t count, int8_t* out);
+void scatter(int8_t* to, const Strided& lie, int64_t first, int64_t count, const int8_t* values);
+
 }  // namespace hfac

@@ -145,6 +145,9 @@ class HfacOp : public HfacReader<T> {
  public:
   HfacOp(std::vector<Item> items, const CpuOptions& options) : Base(std::move(items), options) {
     if (kCodes) clips_.assign(this->items_.size(), T(1));
+    for (size_t i = 0; i < this->items_.size(); ++i) {
+      if (codes_apart(this->items_[i])) this->routes_[i].scattered = true;
+    }
     for (int64_t i = 0; options.stage == HfacStage::kRest && options.nonfinite && i < this->items(); ++i) {
       this->refused(i) = options.nonfinite[item(i).index] != 0;
     }
@@ -174,15 +177,32 @@ class HfacOp : public HfacReader<T> {
   void finish(int64_t i, int phase, void* workspace) override {
     if (!this->tell(i, phase) || phase > 0) return;
     const Item& it = item(i);
-    if (it.shard) {
-      const Shard& all = *it.shard;
-      step(it, space(it, workspace), sums_of<T>(all), all.rows, all.cols, all.total, all.mean_square);
+    const Sums<T> at = space(it, workspace);
+    if (!it.shard) return fold(i, at);
+    const Shard& all = *it.shard;
+    const Sums<T> known = sums_of<T>(all);
+    if constexpr (kCodes) {
+      T* const s = static_cast<T*>(it.second_col);
+      for (int64_t j = 0; j < it.cols; ++j) at.col_sum[j] = root(s[j]) / root(known.col_square[j]);
+      std::copy_n(known.col_square, it.cols, s);
+      std::copy_n(known.row_square, it.rows, at.row_square);
+      step_units(it, at, static_cast<T>(all.old_total), static_cast<T>(all.total));
+      clips_[static_cast<size_t>(i)] = divisor_of(all.mean_square);
     } else {
-      fold(i, space(it, workspace));
+      step(it, at, known, all.rows, all.cols, all.total, all.mean_square);
+    }
+  }
+
+  void reserve(Scratch& scratch) const override {
+    Base::reserve(scratch);
+    for (const Item& it : this->items_) {
+      if (!codes_apart(it)) continue;
+      scratch.reserve<int8_t>(Scratch::kCodes, std::min(it.rows, staged_rows(it.cols, true)) * it.cols);
     }
   }
 
  private:
+  static const Strided* codes_apart(const Item& it) { return kCodes && it.shard ? it.shard->codes : nullptr; }
   static bool known(const Item& it) { return it.shard || it.kept; }
   static Sums<T> space(const Item& it, void* workspace) { return sums_in<T>(it.kept ? it.kept : workspace, it); }
   static int64_t update_rows(const Item& it) {
@@ -214,7 +234,8 @@ class HfacOp : public HfacReader<T> {
     const double mean_square = total * norm / (static_cast<double>(m) * static_cast<double>(n));
     if (watched) watched->direction = total * norm;
     if constexpr (kCodes) {
-      step_units(it, at, static_cast<T>(total));
+      const T* const r = static_cast<const T*>(it.second_row);
+      step_units(it, at, static_cast<T>(std::accumulate(r, r + m, 0.0)), static_cast<T>(total));
       clips_[static_cast<size_t>(i)] = divisor_of(mean_square);
     } else {
       step(it, at, {at.row_sum, at.row_square, at.col_sum, s, nullptr}, m, n, total, mean_square);
@@ -227,12 +248,11 @@ class HfacOp : public HfacReader<T> {
 
   // The second moment's step, whose columns have made theirs, and of each row and column the change of the unit and the
   // scale.
-  void step_units(const Item& it, Sums<T> at, T total) const {
+  void step_units(const Item& it, Sums<T> at, T total_old, T total) const {
     const Scalars<T> s = scalars<T>(options_, it);
     const T* const col_square = static_cast<const T*>(it.second_col);
     for (int64_t j = 0; j < it.cols; ++j) at.col_square[j] = T(1) / root(col_square[j]);
     T* const row_square = static_cast<T*>(it.second_row);
-    const T total_old = static_cast<T>(std::accumulate(row_square, row_square + it.rows, 0.0));
     const T scale = (s.negate ? -s.rest1 : s.rest1) * root(total), growth = root(total) / root(total_old);
     for (int64_t k = 0; k < it.rows; ++k) {
       const T fresh = at.row_square[k];
@@ -288,7 +308,9 @@ class HfacOp : public HfacReader<T> {
       a.beta1 = s.beta1;
       a.step = s.lr * (T(1) / clips_[static_cast<size_t>(i)]);
     }
-    const int64_t step = to.stage_param || to.stage_grad ? staged_rows(it.cols, to.scattered) : end - first;
+    const Strided* const apart = codes_apart(it);
+    const bool staged = to.stage_param || to.stage_grad || apart;
+    const int64_t step = staged ? staged_rows(it.cols, to.scattered) : end - first;
     for (int64_t r = first; r < end; r += step) {
       a.rows = std::min(step, end - r);
       const DenseRun<T> run = operands(to, it, r * it.cols, a.rows * it.cols, scratch);
@@ -296,7 +318,12 @@ class HfacOp : public HfacReader<T> {
       a.param = run.param;
       a.row_first = at.row_sum + r;
       a.row_scale = at.row_square + r;
-      if (kCodes) a.codes = static_cast<int8_t*>(it.codes) + r * it.cols;
+      int8_t* const codes = static_cast<int8_t*>(it.codes);
+      a.codes = kCodes ? codes + r * it.cols : nullptr;
+      if (apart) {
+        a.codes = scratch.at<int8_t>(Scratch::kCodes, run.count);
+        gather(codes, *apart, r * it.cols, run.count, a.codes);
+      }
       const T* old = watched ? old_weights<T>(run.param, run.count, scratch) : nullptr;
       (kCodes ? to.pair->hfac_int8 : to.pair->hfac_update)(a);
       if (watched) {
@@ -304,6 +331,7 @@ class HfacOp : public HfacReader<T> {
         watch_rows(static_cast<const T*>(run.grad), a.rows, it.cols, *watched);
       }
       if (to.stage_param) scatter(it.param, r * it.cols, run.count, static_cast<const T*>(run.param));
+      if (apart) scatter(codes, *apart, r * it.cols, run.count, a.codes);
     }
   }
 

@@ -1,5 +1,6 @@
 // H-Fac with a whole first moment in 8 bits on contiguous rows: the update, a second read of the gradient after
-// `hfac_stats`. Two divisions and a root per element beside the 8 bytes that a bfloat16 parameter takes here.
+// `hfac_stats`. Arithmetic limits it: a division, a root and some thirty operations per element beside the 8 bytes that
+// a bfloat16 parameter takes here.
 #pragma once
 
 #include "../common/math/hfac.h"
@@ -47,17 +48,24 @@ struct Codes {
     return q;
   }
 
+  // The lowest byte of each.
   HFAC_HD void store(int8_t* p) const {
 #if defined(__x86_64__)
     if constexpr (sizeof(T) == 4) {
 #if defined(__AVX512F__)
       const __m128i all = _mm512_cvtepi32_epi8((__m512i)part[0]);
 #elif defined(__AVX2__)
-      const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)part[0], (__m256i)part[1]), 0xd8);
-      const __m128i all = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+      const __m256i low = _mm256_setr_epi32(0x0c080400, -1, -1, -1, 0x0c080400, -1, -1, -1);
+      const __m256i high = _mm256_setr_epi32(-1, 0x0c080400, -1, -1, -1, 0x0c080400, -1, -1);
+      const __m256i fours =
+          _mm256_or_si256(_mm256_shuffle_epi8((__m256i)part[0], low), _mm256_shuffle_epi8((__m256i)part[1], high));
+      const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 0, 0, 0, 0);
+      const __m128i all = _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(fours, order));
 #else
-      const __m128i all = _mm_packs_epi16(_mm_packs_epi32((__m128i)part[0], (__m128i)part[1]),
-                                          _mm_packs_epi32((__m128i)part[2], (__m128i)part[3]));
+      const __m128i byte = _mm_set1_epi32(0xff);
+      const __m128i all = _mm_packus_epi16(
+          _mm_packs_epi32(_mm_and_si128((__m128i)part[0], byte), _mm_and_si128((__m128i)part[1], byte)),
+          _mm_packs_epi32(_mm_and_si128((__m128i)part[2], byte), _mm_and_si128((__m128i)part[3], byte)));
 #endif
       _mm_storeu_si128(reinterpret_cast<__m128i*>(p), all);
       return;
@@ -76,20 +84,20 @@ struct Codes {
   }
 };
 
-// |what codes stand for|: q^2 / (127.5^2 - q^2).
-template <class T>
-HFAC_HD Vec<T> decoded_size(Vec<T> q) {
-  const Vec<T> square = q * q;
-  return square / (Vec<T>(T(127.5 * 127.5)) - square);
-}
-
 // `size` with the sign of `sign`.
 template <class T>
 HFAC_HD Vec<T> with_sign(Vec<T> size, Vec<T> sign) {
   using V = Vec<T>;
+  using Int = typename V::IntPart;
   HFAC_EACH_PART {
-    const auto bit = (typename V::IntPart)sign.part[k] & sign_bit<T>();
-    size.part[k] = (typename V::Part)((typename V::IntPart)size.part[k] | bit);
+#if defined(__AVX512F__)  // one instruction, which compilers do not find
+    const Int mask = sign_bit<T>() - Int{};
+    size.part[k] = (typename V::Part)_mm512_ternarylogic_epi64((__m512i)mask, (__m512i)sign.part[k],
+                                                               (__m512i)size.part[k], 0b11101010);
+#else
+    const auto bit = (Int)sign.part[k] & sign_bit<T>();
+    size.part[k] = (typename V::Part)((Int)size.part[k] | bit);
+#endif
   }
   return size;
 }
@@ -103,34 +111,63 @@ HFAC_HD Part lesser(Part a, Part b) {
   return a < b ? a : b;
 }
 
-// Where |x| lies among the codes, before it is rounded to one: y^2, of which 127.5 times the root is the code.
+// |y|, but at most 2^60, whose product with what it is divided by stays finite; of NaN also 2^60.
 template <class T>
-HFAC_HD Vec<T> squared_level(Vec<T> x) {
-  const Vec<T> size = magnitude(x);
-  return size / (Vec<T>(T(1)) + size);
+HFAC_HD Vec<T> limited(Vec<T> y) {
+  constexpr T kMost = T(int64_t{1} << 60);
+#if defined(__AVX512DQ__)
+  if constexpr (sizeof(T) == 4) {
+    y.part[0] = (typename Vec<T>::Part)_mm512_range_ps(y.part[0], _mm512_set1_ps(kMost), 0b1010);
+    return y;
+  }
+#endif
+  y = magnitude(y);
+  HFAC_EACH_PART y.part[k] = lesser(y.part[k], kMost - typename Vec<T>::Part{});
+  return y;
 }
 
-// The codes of `x`, whose squared level is given, after `q`, which stood for a number of the size `was`. Where a code
-// would stay although |x| is smaller it goes one towards zero.
+// To the nearest whole number, ties to even; what is no number becomes one whose lowest byte is 0.
 template <class T>
-HFAC_HD Codes<T> encoded(Vec<T> x, Vec<T> level, Vec<T> q, Vec<T> was) {
+HFAC_HD typename Vec<T>::IntPart nearest(typename Vec<T>::Part x) {
+  using Int = typename Vec<T>::IntPart;
+#if defined(__x86_64__)
+  if constexpr (sizeof(T) == 4) return (Int)HFAC_INTRINSIC(cvtps_epi32)(x);
+#endif
+  // Adding 1.5 times the first number whose neighbours are whole leaves whole numbers in the lowest bits.
+  const typename Vec<T>::Part whole = T(sizeof(T) == 4 ? T(12582912) : T(6755399441055744)) - typename Vec<T>::Part{};
+  const auto sum = x + whole;
+  return ((Int)sum - (Int)whole) & (Int)(sum == sum);
+}
+
+// The most that the code of y / (127.5^2 - q^2) may be, beside its sign: 127, or, where x has q's sign and is smaller
+// than what q stands for, one less than |q|. `growth` is |y| - q^2.
+template <class T>
+HFAC_HD Vec<T> largest_code(Vec<T> y, Vec<T> q, Vec<T> growth) {
   using Part = typename Vec<T>::Part;
   using Int = typename Vec<T>::IntPart;
-  // Adding 1.5 times the first number whose neighbours are whole leaves whole numbers, rounded to the nearest, ties to
-  // even, in the lowest bits.
-  const Vec<T> whole(sizeof(T) == 4 ? T(12582912) : T(6755399441055744));
-  const Vec<T> size = magnitude(x), kept = q + whole, scaled = Vec<T>(T(127.5)) * level;
-  Codes<T> out;
+  Vec<T> most(T(127));
+  const Vec<T> less = magnitude(q) - Vec<T>(T(1));
   HFAC_EACH_PART {
-    const Int sign = (Int)x.part[k] & sign_bit<T>();
-    const Part at_most = lesser(T(127) - Part{}, scaled.part[k]);
-    Part code = (Part)((Int)at_most | sign) + whole.part[k];
-    const Int stays = (Int)(code == kept.part[k]) & (Int)(size.part[k] < was.part[k]);
-    code -= (Part)(((Int)(T(1) - Part{}) | sign) & stays);
-    out.part[k] = ((Int)code - (Int)whole.part[k]) & (Int)(code == code);  // 0 for NaN
+#if defined(__AVX512DQ__)
+    const __m512i shrinks =
+        _mm512_ternarylogic_epi64((__m512i)growth.part[k], (__m512i)y.part[k], (__m512i)q.part[k], 0b10010000);
+    if constexpr (sizeof(T) == 4) {
+      most.part[k] =
+          (Part)_mm512_mask_mov_ps((__m512)most.part[k], _mm512_movepi32_mask(shrinks), (__m512)less.part[k]);
+    } else {
+      most.part[k] =
+          (Part)_mm512_mask_mov_pd((__m512d)most.part[k], _mm512_movepi64_mask(shrinks), (__m512d)less.part[k]);
+    }
+#else
+    const Int shrinks = (Int)growth.part[k] & ~((Int)y.part[k] ^ (Int)q.part[k]);
+    most.part[k] = shrinks < 0 ? less.part[k] : most.part[k];
+#endif
   }
-  return out;
+  return most;
 }
+
+// Rows on their way at once.
+constexpr int64_t kCodeRows = HFAC_REGISTER > 32 ? 4 : 2;
 
 // How far on a prefetch is, in bytes, where `left` elements of its row are left: past the row's end it is for the row R
 // further on.
@@ -139,34 +176,46 @@ HFAC_HD int64_t ahead(int64_t left, int64_t stride, int64_t bytes) {
   return kAhead + (left > kAhead / bytes ? 0 : (R - 1) * stride * bytes);
 }
 
-// R vectors of as many rows at once. Each step of the way is taken for all of them before the next: what follows a
-// division or a root waits for it, and a processor looks only so far ahead.
+// A vector of each of R rows on its way through a step, in three parts that end with the start of a division, of a
+// root, and the codes: what follows a division or a root waits for it, and a processor looks only so far ahead.
+//
+// With y = x D, D = 127.5^2 - q^2, what is held of x is q |q| / D and |x| / (1 + |x|) is |y| / (D + |y|), so that one
+// division serves both, by the product of D and D + |y|.
 template <class T, int R>
 struct HfacInt8 {
-  Vec<T> g[R], w[R];
+  Vec<T> g[R], w[R], y[R], most[R], rest[R], ratio[R], sum[R];
   Codes<T> codes[R];
 
-  HFAC_HD void step(const T* first, const T* row_scale, Vec<T> unit, Vec<T> scale, const HfacUpdate<T>& a) {
-    const Vec<T> beta1(a.beta1), lr(a.step), decay(a.decay);
-    Vec<T> q[R], was[R], x[R], level[R];
+  static constexpr T kSquare = T(127.5 * 127.5);
+
+  HFAC_HD void begin(const T* first, const T* row_scale, Vec<T> unit, Vec<T> scale) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      q[r] = codes[r].numbers();
-      was[r] = decoded_size(q[r]);
+      const Vec<T> q = codes[r].numbers(), square = q * q, whole(kSquare);
+      rest[r] = whole - square;
       g[r] = g[r] * scale * Vec<T>(row_scale[r]);
+      y[r] = Vec<T>(first[r]) * unit * with_sign(square, q) + g[r] * rest[r];
+      const Vec<T> growth = limited(y[r]) - square;
+      sum[r] = growth + whole;
+      ratio[r] = whole / (rest[r] * sum[r]);
+      most[r] = largest_code(y[r], q, growth);
     }
+  }
+  HFAC_HD void update(Vec<T> held, Vec<T> step, Vec<T> decay) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      x[r] = Vec<T>(first[r]) * unit * with_sign(was[r], q[r]) + g[r];
-      level[r] = squared_level(x[r]);
+      ratio[r] = y[r] * ratio[r];
+      rest[r] = root(magnitude(ratio[r] * rest[r]));
+      w[r] = w[r] - ((held * (ratio[r] * sum[r]) + step * g[r]) + decay * w[r]);
     }
+  }
+  HFAC_HD void encode() {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      level[r] = root(level[r]);
-      w[r] = hfac_int8_update(w[r], x[r], g[r], beta1, lr, decay);
+      HFAC_EACH_PART rest[r].part[k] = lesser(most[r].part[k], rest[r].part[k]);
+      const Vec<T> code = with_sign(rest[r], y[r]);
+      HFAC_EACH_PART codes[r].part[k] = nearest<T>(code.part[k]);
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) codes[r] = encoded(x[r], level[r], q[r], was[r]);
   }
 };
 
@@ -185,10 +234,9 @@ HFAC_HD void hfac_int8_rows(const HfacUpdate<T>& given, int64_t i) {
     first[r] = a.row_first[i + r];
     row_scale[r] = a.row_scale[i + r];
   }
-  HfacInt8<T, R> x;
-  int64_t j = 0;
-  for (; j + L <= a.cols; j += L) {
-    // All loads before the first store: of rows that lie 4096 bytes apart one would wait for a store to the other.
+  const Vec<T> held(a.beta1 * a.step / HfacInt8<T, R>::kSquare), step(a.step), decay(a.decay);
+  const auto read = [&](int64_t j, HfacInt8<T, R>& x) __attribute__((always_inline)) {
+  // All loads before the first store: of rows that lie 4096 bytes apart one would wait for a store to the other.
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       __builtin_prefetch(reinterpret_cast<const char*>(g[r] + j) + ahead<R>(a.cols - j, a.grad_stride, sizeof(Sg)));
@@ -198,13 +246,43 @@ HFAC_HD void hfac_int8_rows(const HfacUpdate<T>& given, int64_t i) {
       x.w[r] = load(static_cast<const Sw*>(w[r] + j));
       x.codes[r] = Codes<T>::load(q[r] + j);
     }
-    x.step(first, row_scale, load(a.col_first + j), load(a.col_scale + j), a);
+  };
+  const auto write = [&](int64_t j, HfacInt8<T, R>& x) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       store(w[r] + j, x.w[r]);
       x.codes[r].store(q[r] + j);
     }
+  };
+  HfacInt8<T, R> x;
+  int64_t j = 0;
+#if HFAC_REGISTER > 32  // 32 registers hold two vectors on their way
+  if (j + L <= a.cols) {
+    read(j, x);
+    x.begin(first, row_scale, load(a.col_first + j), load(a.col_scale + j));
+    for (; j + 2 * L <= a.cols; j += L) {
+      HfacInt8<T, R> next;
+      read(j + L, next);
+      x.update(held, step, decay);
+      next.begin(first, row_scale, load(a.col_first + j + L), load(a.col_scale + j + L));
+      x.encode();
+      write(j, x);
+      x = next;
+    }
+    x.update(held, step, decay);
+    x.encode();
+    write(j, x);
+    j += L;
   }
+#else
+  for (; j + L <= a.cols; j += L) {
+    read(j, x);
+    x.begin(first, row_scale, load(a.col_first + j), load(a.col_scale + j));
+    x.update(held, step, decay);
+    x.encode();
+    write(j, x);
+  }
+#endif
   if (const int64_t left = a.cols - j; left > 0) {
     int8_t lanes[L] = {};
     for (int r = 0; r < R; ++r) {
@@ -213,7 +291,9 @@ HFAC_HD void hfac_int8_rows(const HfacUpdate<T>& given, int64_t i) {
       memcpy(lanes, q[r] + j, static_cast<size_t>(left));
       x.codes[r] = Codes<T>::load(lanes);
     }
-    x.step(first, row_scale, load_part<T>(a.col_first + j, left), load_part<T>(a.col_scale + j, left), a);
+    x.begin(first, row_scale, load_part<T>(a.col_first + j, left), load_part<T>(a.col_scale + j, left));
+    x.update(held, step, decay);
+    x.encode();
     for (int r = 0; r < R; ++r) {
       store_part(w[r] + j, x.w[r], left);
       x.codes[r].store(lanes);
@@ -225,7 +305,7 @@ HFAC_HD void hfac_int8_rows(const HfacUpdate<T>& given, int64_t i) {
 template <class T, class Sw, class Sg>
 void hfac_int8(const HfacUpdate<T>& a) {
   int64_t i = 0;
-  for (; i + kRowsAtOnce <= a.rows; i += kRowsAtOnce) hfac_int8_rows<T, Sw, Sg, kRowsAtOnce>(a, i);
+  for (; i + kCodeRows <= a.rows; i += kCodeRows) hfac_int8_rows<T, Sw, Sg, kCodeRows>(a, i);
   for (; i < a.rows; ++i) hfac_int8_rows<T, Sw, Sg, 1>(a, i);
 }
 

@@ -11,21 +11,25 @@ constexpr int64_t kAhead = 512;
 
 template <class T>
 HFAC_HD Vec<T> load(const T* p) {
-  Vec<T> a;
-  memcpy(a.part, p, 64);
+  Vec<T> a;  // register by register: a copy of 64 bytes may go through the stack
+  HFAC_EACH_PART memcpy(&a.part[k], p + k * Vec<T>::kPartLanes, HFAC_REGISTER);
   return a;
 }
 
 template <class T>
 HFAC_HD void store(T* p, Vec<T> a) {
-  memcpy(p, a.part, 64);
+  HFAC_EACH_PART memcpy(p + k * Vec<T>::kPartLanes, &a.part[k], HFAC_REGISTER);
 }
 
 HFAC_HD Vec<float> load(const BFloat16* p) {
   Vec<float> a;
 #if defined(__AVX512F__)
-  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  a.part[0] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+  // Every number to the upper half of a lane by one permutation, which widening and shifting would do by two
+  // instructions.
+  const __m512i raw = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  const __m512i lanes = _mm512_setr_epi32(0, 0x10000, 0x20000, 0x30000, 0x40000, 0x50000, 0x60000, 0x70000, 0x80000,
+                                          0x90000, 0xa0000, 0xb0000, 0xc0000, 0xd0000, 0xe0000, 0xf0000);
+  a.part[0] = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, lanes, raw));
 #elif defined(__AVX2__)
   for (int k = 0; k < 2; ++k) {
     const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * k));
@@ -47,8 +51,15 @@ HFAC_HD Vec<float> load(const BFloat16* p) {
 HFAC_HD typename Vec<float>::IntPart bfloat16_bits(typename Vec<float>::Part x) {
   using Bits = typename Vec<float>::IntPart;
   typedef uint32_t Unsigned __attribute__((vector_size(HFAC_REGISTER)));
-  const Unsigned u = (Unsigned)x;
-  const Bits rounded = (Bits)(u + 0x7fffu + ((u >> 16) & 1u));
+  const Unsigned u = (Unsigned)x, upper = u >> 16, negative = 0xffff8000u - Unsigned{};
+  // Less -0x8000 where the last bit kept is 1, less -0x7fff where it is 0.
+#if defined(__AVX512F__)  // in one instruction, which compilers do not find
+  const Unsigned less =
+      (Unsigned)_mm512_ternarylogic_epi32((__m512i)upper, (__m512i)negative, _mm512_set1_epi32(1), 0b11001110);
+#else
+  const Unsigned less = (~upper & 1u) | negative;
+#endif
+  const Bits rounded = (Bits)(u - less);
   const Bits nan = (x != x);
   return nan ? 0x7fc00000 - Bits{} : rounded;
 }

@@ -330,6 +330,11 @@ PARTS = {
     | dict(whole_rows=[6], whole_cols=[4], totals=[1.0], mean_squares=[1.0], beta1=0.9, lr=0.1)
     | dict(clip_threshold=1.0, weight_decay=0.0, maximize=False)
     | dict.fromkeys(("row_sums", "new_rows", "col_sums", "new_cols"), [HERE]),
+    "hfac_int8_apply": GOOD["operands"]
+    | GOOD["codes"]
+    | dict(old_totals=[1.0], totals=[1.0], mean_squares=[1.0], beta1=0.9, lr=0.1)
+    | dict(clip_threshold=1.0, weight_decay=0.0, maximize=False)
+    | dict.fromkeys(("new_rows", "new_cols"), [HERE]),
     "squares": dict(grads=[HERE], numels=[6], grad_dtypes=0, sums=HERE),
     "smmf_sums_step": GOOD["operands"]
     | GOOD["scalars"]
@@ -386,6 +391,23 @@ BAD_PARTS = {
         ("mean_squares", [1.0, 1.0]),
         ("beta1", []),
         ("threads", -1),
+    ],
+    "hfac_int8_apply": [
+        ("numels", [5]),
+        ("rows", [2]),
+        ("exp_avg_qs", [0]),
+        ("exp_avg_sq_rows", []),
+        ("exp_avg_sq_cols", [0]),
+        ("new_rows", [0]),
+        ("new_cols", []),
+        ("code_strides", []),
+        ("code_strides", [(1, 3)]),
+        ("old_totals", ["x"]),
+        ("old_totals", []),
+        ("totals", []),
+        ("mean_squares", [1.0, 1.0]),
+        ("beta1", []),
+        ("threads", 0),
     ],
     "squares": [
         ("grads", [0]),
@@ -453,6 +475,8 @@ BAD_BLOCKS = [
 NAMED = {
     ("hfac_apply", "numels"): "rows",
     ("hfac_apply", "cols"): "rows",
+    ("hfac_int8_apply", "numels"): "rows",
+    ("hfac_int8_apply", "code_strides"): "code_strides|shapes",  # which are needed with strides
     ("smmf_sums_step", "numels"): "blocks|sign_bytes",
     ("smmf_sums_step", "rows"): "rows|blocks",
     ("smmf_sums_step", "cols"): "blocks",

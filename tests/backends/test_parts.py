@@ -7,7 +7,7 @@ from dataclasses import replace
 import calls
 import pytest
 import torch
-from cases import DTYPES, gradient
+from cases import DTYPES, codes_agree, gradient
 from test_parity import SUMS, ieee_square_roots, params_agree  # noqa: F401
 
 from hfac import ops, reference, spec
@@ -83,13 +83,16 @@ class MatrixParts:
 
     def __init__(self, names, dtypes, grad_dtype=None, layout="contiguous"):
         self.cases = [MATRIX_PARTS[name] for name in names]
-        self.params, self.grads, self.rows, self.cols = [], [], [], []
+        self.params, self.grads, self.codes, self.rows, self.cols = [], [], [], [], []
         self.by_row = {name: [] for name in ("exp_avg_rows", "exp_avg_sq_rows")}
         self.by_col = {name: [] for name in ("exp_avg_cols", "exp_avg_sq_cols")}
         for i, ((shape, rows, cols), dtype) in enumerate(zip(self.cases, dtypes, strict=True)):
             wide, part = ops.state_dtype(dtype), (slice(*rows), slice(*cols))
             self.params.append(LAYOUTS[layout](gradient(shape, i, dtype)[part]))
             self.grads.append(LAYOUTS[layout](gradient(shape, 100 + i, grad_dtype or dtype)[part]))
+            draws = torch.Generator().manual_seed(200 + i)
+            codes = torch.randint(-127, 128, shape, generator=draws).to(torch.int8)
+            self.codes.append(LAYOUTS[layout](codes[part]))
             m, n = self.params[-1].shape
             for k, (lists, count) in enumerate(((self.by_row, m), (self.by_col, n))):
                 for name, entries in lists.items():
@@ -131,6 +134,17 @@ class MatrixParts:
         )
         return params, states
 
+    def apply_codes(self, backend, known, beta1=0.8, **options):
+        """As `apply`, where the first moment is in 8 bits: codes are one of the states."""
+        params = [copy_of(p) for p in self.params]
+        states = {"exp_avg_qs": [copy_of(q) for q in self.codes]}
+        states["exp_avg_sq_rows"] = [s.clone() for s in self.by_row["exp_avg_sq_rows"]]
+        states["exp_avg_sq_cols"] = [s.clone() for s in self.by_col["exp_avg_sq_cols"]]
+        known = {name: known[name] for name in ("new_rows", "new_cols", "totals", "mean_squares")}
+        known["old_totals"] = known["totals"] * torch.linspace(0.5, 1.5, len(params), dtype=torch.float64)
+        calls.hfac_int8_apply_(params, self.grads, **states, **known, lr=0.02, beta1=beta1, backend=backend, **options)
+        return params, states
+
 
 @pytest.mark.pairwise
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -165,6 +179,61 @@ def test_hfac_apply(part, dtype, layout, options, backend="cpu"):
         close(mine, others[name][0], scale)
 
 
+@pytest.mark.pairwise
+@pytest.mark.parametrize("options", HFAC_OPTIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("part", MATRIX_PARTS)
+def test_hfac_int8_apply(part, dtype, layout, options, backend="cpu"):
+    grad_dtype = torch.bfloat16 if dtype == torch.float32 and layout == "cut out" else dtype
+    parts = MatrixParts([part], [dtype], grad_dtype, layout)
+    known, options = parts.known(), HFAC_OPTIONS[options]
+    (param,), states = parts.apply_codes(backend, known, **options)
+    (twin,), others = parts.apply_codes("reference", known, **options)
+    (codes,), (wanted,) = states.pop("exp_avg_qs"), others.pop("exp_avg_qs")
+    assert param.stride() == parts.params[0].stride() and codes.stride() == parts.codes[0].stride()
+    params_agree("HFac", param, twin, parts.params[0], 0.02)
+    assert not codes.numel() or codes_agree(codes, wanted)
+    for name, (mine,) in states.items():
+        assert torch.equal(mine, others[name][0])
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("options", HFAC_OPTIONS)
+@pytest.mark.parametrize("grid", [(1, 1), (3, 1), (1, 2), (2, 3)], ids=lambda grid: "x".join(map(str, grid)))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hfac_parts_with_codes_make_the_whole(dtype, grid, options, backend="cpu"):
+    (m, n), wide, eps, beta2, options = (130, 96), ops.state_dtype(dtype), 1e-6, 0.95, HFAC_OPTIONS[options]
+    param, grad = gradient((m, n), 0, dtype), gradient((m, n), 1, dtype)
+    codes = torch.randint(-127, 128, (m, n), generator=torch.Generator().manual_seed(2)).to(torch.int8)
+    r, s = (positive(count, wide, seed) for seed, count in enumerate((m, n)))
+    squares = grad.to(wide) ** 2 + eps
+    new_r, new_s = (beta2 * old + (1 - beta2) * squares.sum(dim) for old, dim in ((r, 1), (s, 0)))
+    mean_square = new_r.sum() * (grad.to(wide) ** 2 / new_r[:, None] / new_s).sum() / (m * n)
+    rows, cols = ([k * size // parts for k in range(parts + 1)] for size, parts in zip((m, n), grid, strict=True))
+    at = [(slice(*rows[a : a + 2]), slice(*cols[b : b + 2])) for a in range(grid[0]) for b in range(grid[1])]
+    params, mine = [param[part].clone() for part in at], [codes[part].clone() for part in at]
+    numbers = dict(lr=0.02, beta1=0.8, backend=backend, **options)
+    calls.hfac_int8_apply_(
+        params,
+        [grad[part] for part in at],
+        mine,
+        [r[a].clone() for a, _ in at],
+        [s[b].clone() for _, b in at],
+        [new_r[a].clone() for a, _ in at],
+        [new_s[b].clone() for _, b in at],
+        *(total.double().expand(len(at)) for total in (r.sum(), new_r.sum(), mean_square)),
+        **numbers,
+    )
+    before = param.clone()
+    calls.hfac_int8_step_([param], [grad], [codes], [r], [s], beta2=beta2, eps=eps, **numbers)
+    joined = torch.empty_like(codes)
+    for part, ours, q in zip(at, params, mine, strict=True):
+        params_agree("HFac", ours, param[part], before[part], 0.02)
+        joined[part] = q
+    assert codes_agree(joined, codes)
+
+
 def test_hfac_takes_a_list_of_both_arithmetics(backend="cpu"):
     names = list(MATRIX_PARTS)
     dtypes = [DTYPES[k % len(DTYPES)] for k in range(len(names))]
@@ -180,6 +249,19 @@ def test_hfac_takes_a_list_of_both_arithmetics(backend="cpu"):
         mine = {name: entries[k : k + 1] for name, entries in known.items()}
         again, kept = one.apply(backend, mine, beta1=beta[k].item(), **HFAC_OPTIONS["clipped"])
         assert same_bits([params[k]] + [s[k] for s in states.values()], again + [s[0] for s in kept.values()])
+
+
+def test_hfac_int8_takes_a_list_of_both_arithmetics(backend="cpu"):
+    names = list(MATRIX_PARTS)
+    parts = MatrixParts(names, [DTYPES[k % len(DTYPES)] for k in range(len(names))])
+    known, beta = parts.known(), torch.linspace(0.5, 0.95, len(names), dtype=torch.float64)
+    ours, theirs = (
+        parts.apply_codes(each, known, beta1=beta, **HFAC_OPTIONS["clipped"]) for each in (backend, "reference")
+    )
+    for k, name in enumerate(names):
+        params_agree("HFac", ours[0][k], theirs[0][k], parts.params[k], 0.02)
+        mine, wanted = (found[1]["exp_avg_qs"][k] for found in (ours, theirs))
+        assert not mine.numel() or codes_agree(mine, wanted), name
 
 
 @pytest.mark.pairwise
@@ -445,7 +527,7 @@ def test_smmf_parts_make_the_whole(pieces, dtype, options, backend="cpu"):
 
 
 def everything(dtype, grad_dtype=None, backend="cpu"):
-    """All that the three ops leave behind on all parts of both tables."""
+    """All that the ops leave behind on all parts of both tables."""
     parts = MatrixParts(list(MATRIX_PARTS), [dtype] * len(MATRIX_PARTS), grad_dtype)
     params, states = parts.apply(backend, parts.known(), **HFAC_OPTIONS["clipped"])
     found = [
@@ -453,6 +535,9 @@ def everything(dtype, grad_dtype=None, backend="cpu"):
         *(s for side in states.values() for s in side),
         *(s for side in parts.sums(backend) for s in side),
     ]
+    if backend == "cpu":  # CUDA has no kernels for these
+        params, states = parts.apply_codes(backend, parts.known(), **HFAC_OPTIONS["clipped"])
+        found += [*params, *(s for side in states.values() for s in side)]
     square_parts = BlockParts(list(BLOCK_PARTS), [dtype] * len(BLOCK_PARTS), grad_dtype)
     params, states = square_parts.step(backend, **SMMF_OPTIONS["decoupled"])
     return [*found, *params, *(s for side in states.values() for s in side)]
@@ -476,7 +561,7 @@ def test_bits_of_parts_do_not_depend_on_the_instruction_set(dtype):
     assert all(same_bits(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize("op", [op for op in spec.OPS.values() if op.shard and op is not spec.HFAC_INT8_APPLY])
+@pytest.mark.parametrize("op", [op for op in spec.OPS.values() if op.shard])
 def test_the_backend_has_every_op_on_parts(op):
     assert cpu.has(op) and not cpu.has(replace(op, name="hfac_unheard_of"))
 
