@@ -14,6 +14,8 @@ from .cuda_check import ROOT, find_cuobjdump
 
 #: where compiled code and what was found out about it is kept, so that a second run takes seconds
 CACHE = ROOT / "build" / "launch-plan"
+#: of a listing: names of kernels and instructions, without their encoding
+_KEPT = re.compile(r"Function : \S+|/\*[0-9a-f]{4,}\*/\s+[^;\n]*;")
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 
 
@@ -121,6 +123,6 @@ def compiled(source: Path, arch: str, flags: Sequence[str] = ()) -> list[Code]:
         if done.returncode:
             raise SystemExit(f"nvcc failed on {source.name} for sm_{arch}: {done.stderr.strip().splitlines()[-1]}")
         dump = subprocess.run([cuobjdump, "-sass", str(partial)], capture_output=True, text=True, check=True)
-        target.with_suffix(".sass").write_text(dump.stdout)
+        target.with_suffix(".sass").write_text("\n".join(_KEPT.findall(dump.stdout)))
         partial.rename(target)
     return codes(target.read_bytes(), target.with_suffix(".sass").read_text())

@@ -30,6 +30,7 @@ _CHUNKS = ("hfac_fold", "smmf_fold")
 #: kernels of which the last block to be done for a tensor goes on alone
 _LAST = ("hfac_fold", "smmf_fold", "dense_look")
 _COUNTS = ("instructions", "mufu", "shuffles", "barriers", "loaded", "stored", "wide", "local", "in_flight")
+_VECTOR = 8  # elements of a row that a thread has
 _OPERANDS = {"any": "any, float32", "float64": "any, float64"}
 
 
@@ -271,6 +272,18 @@ class Model:
         )
         return one.between(two, (rows - few) / few)
 
+    def _alike(
+        self, image: dict, cut: str, item: int, threads: int, shape: tuple[int, int], rows: int | None
+    ) -> list[object]:
+        """Which warps of a block with rows of several warps do the same: those that have columns for all threads. The
+        first two finish rows and are walked in any case."""
+        _, columns, _, _, lanes = self._tiling(image, cut, item)
+        warps, of_row, ys = threads // LANES, lanes // LANES, max(1, threads // lanes)
+        if of_row < 4 or (rows or 0) % (4 * ys):
+            return list(range(warps))
+        full = min(columns, shape[1]) // (LANES * _VECTOR)
+        return [w if w < 2 or w % of_row >= full else -1 for w in range(warps)]
+
     def _walk(
         self, code: Code, image: dict, k: int, launch: dict, item: int, shape: tuple[int, int], position: int,
         rows: int | None, last: bool, residents: set[int],
@@ -295,9 +308,9 @@ class Model:
             block = launch["blocks"] - 1 - position if launch["backward"] else position
             blocks = int((np.frombuffer(image["tiles"], np.int32).reshape(-1, 2)[
                 launch["first_tile"] : launch["first_tile"] + launch["blocks"], 0] == item).sum())  # fmt: skip
-            return walker.block(
-                image["arguments"][k], launch["threads"], launch["blocks"], block, blocks if last else 0
-            )
+            alike = self._alike(image, cut, item, launch["threads"], shape, rows) if cut else ()
+            counted = blocks if last else 0
+            return walker.block(image["arguments"][k], launch["threads"], launch["blocks"], block, counted, alike)
 
         return self.walks.walk(self.gpu, code, of, make, sorted(residents))
 

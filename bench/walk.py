@@ -105,9 +105,20 @@ class Walker:
                 ins.reads.append(ins.predicate[0])
 
     def block(
-        self, arguments: bytes, threads: int, blocks: int, index: int = 0, last: int = 0, limit: int = 3_000_000
+        self,
+        arguments: bytes,
+        threads: int,
+        blocks: int,
+        index: int = 0,
+        last: int = 0,
+        alike: Sequence[object] = (),
+        limit: int = 3_000_000,
     ) -> list[Warp]:
-        """The warps of block ``index`` of a grid. ``last``: so many blocks count up to there, and it is the last."""
+        """The warps of block ``index`` of a grid.
+
+        ``last``: so many blocks count up to there, and it is the last. ``alike``: a key for each warp; of those with
+        the same key only the first is walked, and stands for the others.
+        """
         base = self.code.constants - len(arguments) if self.code.constants else 0x210
         constants = bytearray(base + len(arguments))
         constants[base:] = arguments
@@ -118,7 +129,12 @@ class Walker:
         self._shared: dict[int, Value] = {}
         self._atom = last - 1 if last else 0
         self._limit = limit
-        return [self._warp(w, index) for w in range((threads + LANES - 1) // LANES)]
+        walked: dict[object, Warp] = {}
+        keys = alike or range((threads + LANES - 1) // LANES)
+        for number, key in enumerate(keys):
+            if key not in walked:
+                walked[key] = self._warp(number, index)
+        return [walked[key] for key in keys]
 
     def _warp(self, number: int, index: int) -> Warp:
         registers = self.registers
