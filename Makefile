@@ -36,9 +36,10 @@ planted: $(EMULATED) ## plant faults in a copy of this checkout and see whether 
 test-emulated: $(EMULATED) ## run all tests of the CUDA kernels on the host (no GPU needed)
 	$(BIN)/python -m pytest -m "" tests/backends/test_cuda_*.py tests/backends/test_*_steps.py $(ARGS)
 
-cuda-check: $(INSTALLED) ## compile the CUDA kernels and check registers, spills and accesses (needs nvcc, no GPU)
+cuda-check: $(INSTALLED) ## compile the CUDA kernels, check registers, spills, accesses and budgets (needs nvcc, no GPU)
 	$(BIN)/python -m bench.launch_plan --write
 	$(BIN)/python -m bench.cuda_check $(ARGS)
+	$(BIN)/python -m bench.launch_plan --check
 
 sanitize: $(INSTALLED) ## run the parity table on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python tests/tools/sanitize.py $(ARGS)

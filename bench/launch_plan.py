@@ -1,52 +1,49 @@
-"""What a step on the GPU consists of, counted from the plan that the launcher follows; needs no GPU.
+"""What a step on the GPU consists of and how long it would take: a model, which needs no GPU.
 
-`python -m bench.launch_plan` prints, for each list of parameters, optimizer and type: launches, bytes per parameter
-that go through the GPU's memory, and the time that takes at the rate of a copy. `make cuda-check` writes the same to
-docs/launch-plan.md.
+`python -m bench.launch_plan` prints, for each list of parameters, optimizer and type, its launches, bytes and predicted
+time, and a line for each kernel; `--json` gives the same as JSON, `--write` writes docs/launch-plan.md, and `--check`
+ends with status 1 where a kernel exceeds its budget (bench/budgets.py). Launches come from the plan that the launcher
+follows, instructions from the machine code that nvcc makes of this checkout (bench/launch_model.py).
 """
 
 import argparse
+import json
 import math
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from hfac.matricize import cut, square
 
+from .launch_model import Model, Predicted, by_instance, by_kernel
+from .multiprocessor import GPUS, LAUNCH_GAP, Gpu
 from .shapes import Shape, gpt2, llama3_8b, resnet50
 
 #: bytes per second of a device copy
-COPY_RATES = {"H200": 4.3e12, "A100": 1.9e12}
-LISTS = {
-    "Llama-3-8B": llama3_8b,
-    "GPT-2 124M": gpt2,
-    "ResNet-50": resnet50,
-    "2,000 of 64x64": lambda: [(64, 64)] * 2000,
+COPY_RATES = {gpu.name: gpu.copy for gpu in GPUS.values()}
+LISTS: dict[str, Callable[[], list[Shape]]] = {
+    "llama-3-8b": llama3_8b,
+    "gpt2": gpt2,
+    "resnet50": resnet50,
+    "2000x64x64": lambda: [(64, 64)] * 2000,
 }
-DOCUMENT = Path(__file__).parent.parent / "docs" / "launch-plan.md"
-HEAD = """# What a step on a GPU consists of
-
-Written by `python -m bench.launch_plan --write` from the plan that the launcher follows, for an L2 cache of 50 MB.
-Bytes are per parameter (element) and go through the GPU's memory; a gradient that is read again from the L2 cache
-(`grad_from_cache`) is not among them. The times are arithmetic, those bytes at the rate of a copy (4.3 and 1.9 TB/s):
-nothing here has been measured.
-"""
-NORM = """## H-Fac with `max_grad_norm`
-
-The norm of all gradients is made of the statistics that a step takes anyway, all of them before the first update. Bytes
-per parameter below, with the norm read apart and an ordinary step after it; where the norm is within the limit; and
-where it is not, so that each group takes its statistics again (there the second read of a gradient is counted as one
-from memory unless all fit the cache, though it has some of each group). Gradients of vectors are read for their norm in
-any case. The workspace holds 2 numbers per row and 5 per column of every matrix, and the tiles' sums of as many as fit
-the cache.
-"""
-_CODES = {"float32": 0, "bfloat16": 1}
+OPTIMIZERS = {"HFac": "hfac", "SMMF": "smmf"}
+DTYPES = ("bfloat16", "float32")
+CODES = {"float32": 0, "bfloat16": 1}
+#: of a kernel in `--json`
+_COLUMNS = (
+    *("kernel", "launches", "blocks_least", "blocks_median", "registers", "resident", "in_flight_kb"),
+    *("instructions_per_element", "bound", "ms"),
+)
 #: what a launch's bytes are made of; of these the first reaches the kernel from the L2 cache
 PARTS = ("grad_from_cache", "grad", "param_read", "param_written", "signs", "partial", "states")
 
 
-def _native() -> Any:
+def native() -> Any:
     for name in ("hfac._C", "hfac._emulated"):
         try:
             return import_module(name)
@@ -55,10 +52,13 @@ def _native() -> Any:
     raise SystemExit("required is hfac._C (make install) or hfac._emulated (make test-emulated); neither is built")
 
 
-def plan(algorithm: str, shapes: Sequence[Shape], dtype: str, **options: Any) -> list[dict[str, Any]]:
-    """The launches of one step, in order; ``options`` as `hfac._C.cuda_plan` takes them."""
+def plans(
+    algorithm: str, shapes: Sequence[Shape], dtype: str, **options: Any
+) -> list[tuple[dict[str, Any], list[tuple[int, int]]]]:
+    """The plans of one step, matrices' and vectors', with the rows and columns of their tensors, those without elements
+    left out; ``options`` as `hfac._C.cuda_plan` takes them."""
     factored: list[tuple[int, int, int]] = []
-    whole: list[int] = []
+    whole: list[tuple[int, int]] = []
     for shape in shapes:
         numel = math.prod(shape)
         if algorithm == "hfac":
@@ -68,24 +68,27 @@ def plan(algorithm: str, shapes: Sequence[Shape], dtype: str, **options: Any) ->
             rows, cols = square(numel)
         if cols > 1:
             factored.append((rows, cols, math.prod(shape[1:])))
-        else:
-            whole.append(numel)
-    code = _CODES[dtype]
+        elif numel:
+            whole.append((numel, 1))
+    code = CODES[dtype]
     types = dict(param_dtypes=code, grad_dtypes=code)
-    launches = []
-    native = _native()
+    extension, found = native(), []
     if factored:
-        rows, cols, slices = (list(column) for column in zip(*factored, strict=True))
-        signs = dict(slices=slices) if algorithm == "smmf" else {}
-        launches += native.cuda_plan(op=f"{algorithm}_step", rows=rows, cols=cols, **types, **signs, **options)[
-            "launches"
-        ]
+        sizes = dict(zip(("rows", "cols", "slices"), map(list, zip(*factored, strict=True)), strict=True))
+        if algorithm != "smmf":
+            del sizes["slices"]  # of signs
+        matrices = extension.cuda_plan(op=f"{algorithm}_step", **sizes, **types, **options)
+        found.append((matrices, [(m, n) for m, n, _ in factored if m * n]))
     if whole:
-        ones = [1] * len(whole)
-        launches += native.cuda_plan(op=f"{algorithm}_dense_step", rows=whole, cols=ones, **types, **options)[
-            "launches"
-        ]
-    return launches
+        sizes = dict(rows=[rows for rows, _ in whole], cols=[1] * len(whole))
+        vectors = extension.cuda_plan(op=f"{algorithm}_dense_step", **sizes, **types, **options)
+        found.append((vectors, whole))
+    return found
+
+
+def plan(algorithm: str, shapes: Sequence[Shape], dtype: str, **options: Any) -> list[dict[str, Any]]:
+    """The launches of one step, in order; ``options`` as `hfac._C.cuda_plan` takes them."""
+    return [launch for found, _ in plans(algorithm, shapes, dtype, **options) for launch in found["launches"]]
 
 
 def summary(launches: Sequence[dict[str, Any]], shapes: Sequence[Shape]) -> dict[str, float]:
@@ -96,89 +99,172 @@ def summary(launches: Sequence[dict[str, Any]], shapes: Sequence[Shape]) -> dict
     return {"launches": len(launches), "bytes": total / elements, **seconds}
 
 
-def table() -> str:
-    """All lists, as Markdown."""
+def shapes_of(name: str) -> list[Shape]:
+    """The list of that name, or the matrix ``ROWSxCOLUMNS``.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if name in LISTS:
+        return LISTS[name]()
+    matrix = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name)
+    if matrix is None:
+        raise ValueError(f"required is one of {', '.join(LISTS)}, or ROWSxCOLUMNS such as 4096x4096; got {name!r}")
+    return [(int(matrix[1]), int(matrix[2]))]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step, predicted."""
+
+    parameters: str
+    optimizer: str
+    dtype: str
+    gpu: Gpu
+    bytes_per_param: float
+    launched: list[Predicted]
+
+    @property
+    def launches(self) -> int:
+        return sum(launch.launches for launch in self.launched)
+
+    @property
+    def milliseconds(self) -> float:
+        return 1e3 * (sum(launch.seconds * launch.launches for launch in self.launched) + self.launches * LAUNCH_GAP)
+
+    @property
+    def of_bytes(self) -> float:
+        """Milliseconds that the bytes take at the rate of a copy."""
+        return 1e3 * sum(launch.times["bytes"] * launch.launches for launch in self.launched)
+
+    def row(self) -> dict[str, Any]:
+        """As `--json` has it."""
+        return {
+            "parameters": self.parameters,
+            "optimizer": self.optimizer,
+            "dtype": self.dtype,
+            "gpu": self.gpu.name.lower(),
+            "launches": self.launches,
+            "bytes_per_param": self.bytes_per_param,
+            "ms": self.milliseconds,
+            "kernels": [{name: row[name] for name in _COLUMNS} for row in by_kernel(self.launched)],
+        }
+
+
+def predicted(parameters: str, optimizer: str, dtype: str, gpu: Gpu, model: Model | None = None) -> Step:
+    """One step of ``optimizer`` over the list or matrix ``parameters`` on ``gpu``."""
+    model = model or Model(gpu)
+    shapes = shapes_of(parameters)
+    found, launched = plans(OPTIMIZERS[optimizer], shapes, dtype, image=True, l2_bytes=gpu.l2_bytes), []
+    for one, matrices in found:
+        launched += list(model.launches(one, matrices))
+    total = sum(launch["bytes"] for one, _ in found for launch in one["launches"])
+    return Step(parameters, optimizer, dtype, gpu, total / sum(map(math.prod, shapes)), launched)
+
+
+def steps(
+    parameters: Sequence[str],
+    gpus: Sequence[Gpu],
+    optimizers: Sequence[str] = tuple(OPTIMIZERS),
+    dtypes: Sequence[str] = DTYPES,
+) -> list[Step]:
+    """All of them, by GPU, list, optimizer and type."""
+    out = []
+    for gpu in gpus:
+        model = Model(gpu)
+        for name in parameters:
+            out += [predicted(name, optimizer, dtype, gpu, model) for optimizer in optimizers for dtype in dtypes]
+    return out
+
+
+def table(found: Sequence[Step]) -> str:
+    """Steps, as Markdown."""
     lines = [
-        f"| parameters | optimizer | type | launches | bytes per parameter | {' | '.join(COPY_RATES)} |",
-        "| --- | --- | --- | --- | --- |" + " --- |" * len(COPY_RATES),
+        "| parameters | optimizer | type | GPU | launches | bytes per parameter | bytes alone | predicted "
+        "| share of copy rate |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name, make in LISTS.items():
-        shapes = make()
-        for algorithm, title in (("hfac", "HFac"), ("smmf", "SMMF")):
-            for dtype in ("bfloat16", "float32"):
-                found = summary(plan(algorithm, shapes, dtype), shapes)
-                times = " | ".join(f"{found[gpu] * 1e3:.3g} ms" for gpu in COPY_RATES)
-                lines.append(f"| {name} | {title} | {dtype} | {found['launches']} | {found['bytes']:.2f} | {times} |")
+    for step in found:
+        lines.append(
+            f"| {step.parameters} | {step.optimizer} | {step.dtype} | {step.gpu.name} | {step.launches} "
+            f"| {step.bytes_per_param:.2f} | {step.of_bytes:.3g} ms | {step.milliseconds:.3g} ms "
+            f"| {step.of_bytes / step.milliseconds:.0%} |"
+        )
     return "\n".join(lines)
 
 
-def kernels() -> str:
-    """Bytes per parameter of each kernel, all its launches together, as Markdown."""
+def instances(found: Sequence[Step]) -> str:
+    """Every kernel of steps, as Markdown, by types and row lengths."""
     lines = [
-        f"| parameters | kernel | launches | {' | '.join(PARTS)} |",
-        "| --- | --- | ---: |" + " ---: |" * len(PARTS),
+        "| parameters | type | kernel | launches | blocks | waves | registers, blocks | KB in flight | instructions "
+        "| MUFU | shuffles | barriers | bytes | bytes / issue / latency / waves, ms | binds | ms |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
     ]
-    for name, make in LISTS.items():
-        shapes = make()
-        elements = sum(map(math.prod, shapes))
-        for algorithm in ("hfac", "smmf"):
-            by_kernel: dict[str, list[dict[str, Any]]] = {}
-            for launch in plan(algorithm, shapes, "bfloat16"):
-                by_kernel.setdefault(launch["kernel"], []).append(launch)
-            for kernel, found in by_kernel.items():
-                parts = [sum(launch[part] for launch in found) / elements for part in PARTS]
-                cells = " | ".join(f"{part:.3f}" if part else "" for part in parts)
-                lines.append(f"| {name} | {kernel} | {len(found)} | {cells} |")
-    return "\n".join(lines)
-
-
-def clipped() -> str:
-    """Launches, bytes per parameter and MiB of workspace with the norm from statistics and without, as Markdown."""
-    lines = [
-        "| parameters | type | read apart | within the limit | beyond it | launches | workspace | without the norm |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for name, make in LISTS.items():
-        shapes = make()
-        elements = sum(map(math.prod, shapes))
-        matrices = [(math.prod(shape[:k]), math.prod(shape[k:])) for shape in shapes if (k := cut(shape)) is not None]
-        rows, cols = (list(sizes) for sizes in zip(*(sizes for sizes in matrices if sizes[1] > 1), strict=True))
-        vectors = elements - sum(map(math.prod, zip(rows, cols, strict=True)))
-        for dtype, size in (("bfloat16", 2), ("float32", 4)):
-            types = dict(param_dtypes=_CODES[dtype], grad_dtypes=_CODES[dtype])
-            kept = [
-                _native().cuda_plan(op="hfac_step", rows=rows, cols=cols, **types, norm=norm)["workspace_bytes"]
-                for norm in (True, False)
-            ]
-            plain, norm = (plan("hfac", shapes, dtype, norm=norm) for norm in (False, True))
-            bytes_ = [
-                sum(launch["bytes"] for launch in plain) + size * elements,
-                sum(launch["bytes"] for launch in norm if not launch["conditional"]) + size * vectors,
-                sum(launch["bytes"] for launch in norm) + size * vectors,
-            ]
-            cells = " | ".join(f"{count / elements:.2f}" for count in bytes_)
-            spaces = " | ".join(f"{count / 2**20:.1f} MiB" for count in kept)
-            lines.append(f"| {name} | {dtype} | {cells} | {len(norm)} | {spaces} |")
+    for step in found:
+        for row in by_instance(step.launched):
+            times = " / ".join(f"{ms:.3g}" for ms in row["times_ms"].values())
+            lines.append(
+                f"| {step.parameters} | {step.dtype} | {row['kernel']} | {row['launches']} "
+                f"| {row['blocks_least']}, {row['blocks_median']} | {row['waves']:.2f} "
+                f"| {row['registers']}, {row['resident']} | {row['in_flight_kb']:.1f} "
+                f"| {row['instructions_per_element']:.1f} | {row['mufu_per_element']:.2f} "
+                f"| {row['shuffles_per_element']:.2f} | {row['barriers_per_element']:.3f} "
+                f"| {row['bytes_per_element']:.2f} | {times} | {row['bound']} | {row['ms']:.3g} |"
+            )
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.launch_plan", description=__doc__.splitlines()[0])
-    parser.add_argument("--launches", choices=LISTS, help="every launch of one list, in bfloat16")
+    parser.add_argument("parameters", nargs="*", help=f"of {', '.join(LISTS)} or ROWSxCOLUMNS (default: the lists)")
+    parser.add_argument("--gpu", nargs="+", choices=GPUS, default=["h200"])
+    parser.add_argument(
+        "--optimizer", nargs="+", choices=[*OPTIMIZERS, "HFac-int8"], default=[*OPTIMIZERS, "HFac-int8"]
+    )
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="rows as JSON, to stdout or a file")
+    parser.add_argument("--launches", choices=LISTS, help="every launch of one list's plan, in bfloat16")
     parser.add_argument("--write", action="store_true", help="write docs/launch-plan.md instead")
+    parser.add_argument("--check", action="store_true", help="status 1 where a kernel exceeds its budget")
     args = parser.parse_args()
+    if args.launches is not None:
+        for algorithm in OPTIMIZERS.values():
+            for launch in plan(algorithm, LISTS[args.launches](), "bfloat16"):
+                parts = " ".join(f"{part}={launch[part]}" for part in PARTS if launch[part])
+                print(
+                    f"{launch['kernel']:12} {launch['access']:17} {launch['blocks']:7} x {launch['threads']}  {parts}"
+                )
+        return
+    if args.check:
+        from . import budgets
+
+        faults = list(budgets.faults())
+        print(f"{len(budgets.BUDGETS)} budgets, {len(faults)} exceeded", *faults, sep="\n")
+        sys.exit(1 if faults else 0)
     if args.write:
-        by_kernel = f"## Kernel by kernel, in bfloat16\n\n{kernels()}"
-        DOCUMENT.write_text(f"{HEAD}\n{table()}\n\n{by_kernel}\n\n{NORM}\n{clipped()}\n")
-        print(f"written to {DOCUMENT}")
+        gpus = list(GPUS.values())
+        from . import launch_document
+
+        launch_document.write(steps([*LISTS, "4096x4096"], gpus))
         return
-    if args.launches is None:
-        print(table())
+    try:
+        for name in args.parameters:
+            shapes_of(name)
+    except ValueError as error:
+        parser.error(str(error))
+    optimizers = [name for name in args.optimizer if name in OPTIMIZERS]
+    for name in args.optimizer:
+        if name not in OPTIMIZERS:
+            print(f"{name} is left out: it has no CUDA kernels yet", file=sys.stderr)
+    found = steps(args.parameters or list(LISTS), [GPUS[name] for name in args.gpu], optimizers, args.dtype)
+    if args.json is None:
+        print(table(found), instances(found), sep="\n\n")
         return
-    for algorithm in ("hfac", "smmf"):
-        for launch in plan(algorithm, LISTS[args.launches](), "bfloat16"):
-            parts = " ".join(f"{part}={launch[part]}" for part in PARTS if launch[part])
-            print(f"{launch['kernel']:12} {launch['access']:17} {launch['blocks']:7} x {launch['threads']}  {parts}")
+    rows = json.dumps([step.row() for step in found], indent=2)
+    if args.json == "-":
+        print(rows)
+    else:
+        Path(args.json).write_text(rows + "\n")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 
 #include <pybind11/stl.h>
 
+#include <cstddef>
 #include <memory>
 
 #include "../cuda/device.h"
@@ -46,6 +47,7 @@ py::list described(const Plan& plan) {
     d["conditional"] = launch.conditional;
     d["backward"] = launch.backward;
     d["blocks"] = launch.tiles;
+    d["first_tile"] = launch.first_tile;
     d["threads"] = launch.threads;
     d["bytes"] = launch.bytes.from_memory();
     d["grad"] = launch.bytes.grad;
@@ -60,6 +62,56 @@ py::list described(const Plan& plan) {
   return out;
 }
 
+py::bytes bytes_of(const void* data, size_t size) { return py::bytes(static_cast<const char*>(data), size); }
+
+// What a plan's kernels find in memory and among their arguments, at addresses where nothing is: for bench/walk.py,
+// which follows their machine code. Every operand has 2^36 bytes to itself.
+py::dict image(std::vector<DeviceItem> items, const Plan& plan, const PlanOptions& options) {
+  constexpr uintptr_t kArea = uintptr_t{1} << 40, kOperand = uintptr_t{1} << 36;
+  const auto address = [](size_t area, size_t operand) {
+    return reinterpret_cast<void*>(kArea * area + kOperand * operand);
+  };
+  Arguments a{};
+  a.items = static_cast<const DeviceItem*>(address(1, 0));
+  a.tiles = static_cast<const Tile*>(address(1, 1));
+  a.workspace = static_cast<char*>(address(1, 2));
+  a.counters = static_cast<int32_t*>(address(1, 3));
+  a.nonfinite = options.nonfinite ? static_cast<int32_t*>(address(1, 4)) : nullptr;
+  a.scalars.lr.value = a.scalars.weight_decay.value = 0.01;
+  a.scalars.beta1.value = 0.9;
+  a.scalars.beta2.value = 0.999;
+  a.options = {1e-30, 1, options.clip, false, false, options.first_moment};
+  for (size_t i = 0; i < items.size(); ++i) {
+    DeviceItem& it = items[i];
+    size_t operand = 0;
+    for (void** data : {&it.param.data, &it.grad.data, &it.first_row, &it.first_col, &it.second_row, &it.second_col}) {
+      *data = address(i + 2, operand++);
+    }
+    it.signs.data = static_cast<uint8_t*>(address(i + 2, operand));
+    it.codes = address(i + 2, operand + 1);
+    it.param.layout = it.grad.layout = it.storage.low.layout = it.storage.layout = -1;
+  }
+  py::list arguments;
+  for (const Launch& launch : plan.launches) {
+    a.tiles = static_cast<const Tile*>(address(1, 1)) + launch.first_tile;
+    a.backward = launch.backward;
+    arguments.append(bytes_of(&a, sizeof(a)));
+  }
+  py::dict d;
+  d["items"] = bytes_of(items.data(), items.size() * sizeof(DeviceItem));
+  d["items_at"] = reinterpret_cast<uintptr_t>(a.items);
+  d["tiles"] = bytes_of(plan.tiles.data(), plan.tiles.size() * sizeof(Tile));
+  d["tiles_at"] = reinterpret_cast<uintptr_t>(address(1, 1));
+  d["count"] = items.size();
+  d["operands_at"] = reinterpret_cast<uintptr_t>(address(2, 0));
+  d["counters_at"] = reinterpret_cast<uintptr_t>(a.counters);
+  d["arguments"] = arguments;
+  // Offsets in an item of how it is cut, each five int32: rows, cols, row_tiles, col_tiles, lanes.
+  d["tiling"] = offsetof(DeviceItem, tiling);
+  d["update"] = offsetof(DeviceItem, update);
+  return d;
+}
+
 py::dict cuda_plan(const py::kwargs& given) {
   Keywords k(given);
   PlanOptions options = plan_options(op_kind(k.text("op")), k);
@@ -70,6 +122,7 @@ py::dict cuda_plan(const py::kwargs& given) {
   options.first_moment = k.flag("first", py::bool_(true));
   options.clip = k.flag("clip", py::bool_(true));
   options.nonfinite = k.flag("nonfinite", py::bool_(false));
+  const bool with_image = k.flag("image", py::bool_(false));
   k.done();
   std::vector<DeviceItem> items;
   for (py::ssize_t i = 0; i < rows.size(); ++i) {
@@ -89,6 +142,7 @@ py::dict cuda_plan(const py::kwargs& given) {
   py::dict d;
   d["launches"] = described(plan);
   d["workspace_bytes"] = plan.workspace_bytes;
+  if (with_image) d["image"] = image(std::move(items), plan, options);
   return d;
 }
 

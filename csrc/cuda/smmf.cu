@@ -284,7 +284,11 @@ __global__ void __launch_bounds__(kTileThreads) smmf_sums_fold(Arguments a) {
 KernelFunction smmf_tiles_kernel(const Launch& l, const Arguments& a) {
   return kernel_for(l.access, PairAccesses(), [&](auto access) -> KernelFunction {
     using A = decltype(access);
-    return a.shards ? smmf_tiles<A, true, false> : a.watched ? smmf_tiles<A, false, true> : smmf_tiles<A, false, false>;
+    if constexpr (!kPlainStep) {
+      if (a.shards) return smmf_tiles<A, true, false>;
+      if (a.watched) return smmf_tiles<A, false, true>;
+    }
+    return smmf_tiles<A, false, false>;
   });
 }
 KernelFunction smmf_fold_kernel(const Launch& l, const Arguments&) { HFAC_BY_STATE(l, smmf_fold); }

@@ -293,15 +293,28 @@ using AnyFloat = Case<Access::kAny, AnyAccess<float>>;
 using AnyDouble = Case<Access::kDouble, AnyAccess<double>>;
 using AnyStored = Case<Access::kStored, StoredAccess>;
 
+#if defined(HFAC_PLAIN_STEP)
+// What a plain step of float32 or bfloat16 runs, for bench/launch_plan.py, which has no use for minutes of compiling.
+constexpr bool kPlainStep = true;
+using AnyAccesses = CaseList<AnyFloat>;
+using GradAccesses = CaseList<Brain, Float, AnyFloat>;
+using PairAccesses = GradAccesses;
+#else
+constexpr bool kPlainStep = false;
 using AnyAccesses = CaseList<AnyFloat, AnyDouble, AnyStored>;
 using GradAccesses = CaseList<HFAC_CASES_OF_16_BITS(Brain, Half, ) Float, AnyFloat, AnyDouble>;
 using PairAccesses = CaseList<HFAC_CASES_OF_16_BITS(Brain, Half, BrainFloat, FloatBrain, Drawn, Split, Split8, ) Float,
                               DrawnFloat, SplitFloat, Split8Float, AnyFloat, AnyDouble, AnyStored>;
+#endif
 
 // Kernels that write parameters, watched and not.
-#define HFAC_BY_ACCESS(launch, arguments, accesses, kernel)                                        \
-  return kernel_for((launch).access, accesses(), [&](auto access) -> KernelFunction {              \
-    return (arguments).watched ? kernel<decltype(access), true> : kernel<decltype(access), false>; \
+#define HFAC_BY_ACCESS(launch, arguments, accesses, kernel)                           \
+  return kernel_for((launch).access, accesses(), [&](auto access) -> KernelFunction { \
+    using A = decltype(access);                                                       \
+    if constexpr (!kPlainStep) {                                                      \
+      if ((arguments).watched) return kernel<A, true>;                                \
+    }                                                                                 \
+    return kernel<A, false>;                                                          \
   })
 // Kernels that touch states alone, of double or float.
 #define HFAC_BY_STATE(launch, kernel) return (launch).access == Access::kDouble ? kernel<double> : kernel<float>

@@ -8,7 +8,7 @@ from bench import launch_plan
 from bench.shapes import gpt2, llama3_8b
 
 try:
-    native = launch_plan._native()
+    native = launch_plan.native()
 except SystemExit as error:
     pytest.skip(str(error), allow_module_level=True)
 

@@ -1,0 +1,109 @@
+"""The walk of the path that a block executes (bench/walk.py), on a kernel whose counts are known by hand."""
+
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+
+from bench import cubin
+from bench.cubin import Code
+from bench.walk import L2_CYCLES, Load, Memory, Wait, Walker
+
+DATA = Path(__file__).parent.parent / "data" / "walk"
+#: of constant bank 0 on sm_90 before a kernel's arguments
+BASE = 0x210
+
+
+def arguments(rows: int, lanes: int, vectors: int, scale: int = 0) -> bytes:
+    return struct.pack("<QQQiiixxxx", 1 << 40, 1 << 41, scale, rows, lanes, vectors)
+
+
+def listed() -> Code:
+    """The kernel of sample.cu as it was compiled for sm_90 once."""
+    text = (DATA / "sample.sass").read_text()
+    return Code("_Z6sample9Arguments", 20, 1280, BASE + 40, text)
+
+
+def walked(code, *given, blocks=1, **more):
+    memory = Memory([], operands=1 << 40)
+    return Walker(code, memory).block(arguments(*given, **more), threads=64, blocks=blocks)
+
+
+def test_every_instruction_of_the_executed_path_is_counted():
+    """8 threads a row, 6 of which have a vector; 8 rows at a time: 4 turns of the loop.
+
+    In sample.sass: 38 up to the first branch, 18 to the choice of a loop, 4 before it; a turn is 3 up to the lanes
+    without a vector, 16 for those that have one (their root's slow end left out), 5 from where they meet; then 21 to
+    the quotient's slow end, which is left out, and 7 to the end. MUFU: one for 64 / lanes, a root a turn, quotient and
+    its check.
+    """
+    warps = walked(listed(), 32, 8, 6)
+    assert len(warps) == 2
+    for warp in warps:
+        assert warp.instructions == 38 + 18 + 4 + 4 * (3 + 16 + 5) + 21 + 7
+        assert (warp.mufu, warp.shuffles, warp.barriers) == (1 + 4 + 2, 1, 1)
+        assert (warp.loaded, warp.wide, warp.stored) == (4 * 24 * 16, 4 * 24 * 16, 32 * 4)
+        assert not warp.undecided and not warp.local
+
+
+def test_an_option_that_is_on_is_walked_through():
+    """With a scale there is another loop, of which a turn takes 3 more, and 3 more around it."""
+    plain, scaled = walked(listed(), 32, 8, 6), walked(listed(), 32, 8, 6, scale=1 << 42)
+    assert [warp.instructions for warp in scaled] == [warp.instructions + 3 * 4 + 3 for warp in plain]
+    assert scaled[0].loaded == plain[0].loaded + 4 * 24 * 4
+
+
+def test_lanes_that_leave_a_loop_wait_for_the_others():
+    """Five rows: of the second warp's four rows only the first is there, and its lanes go through the loop alone."""
+    first, second = walked(listed(), 5, 8, 6)
+    assert first.instructions == second.instructions == 38 + 18 + 4 + 24 + 21 + 7
+    assert (first.loaded, second.loaded) == (24 * 16, 6 * 16)
+    assert (first.stored, second.stored) == (128, 128)
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 7, 64])
+def test_integer_division_is_exact(lanes):
+    """Rows of a thread are threadIdx.x / lanes and then every (64 / lanes)-th: as many loads as there are."""
+    rows = 11
+    wanted = sum(
+        len(range(thread // lanes, rows, 64 // lanes)) for thread in range(64) if thread % lanes < min(lanes, 2)
+    )
+    assert sum(warp.loaded for warp in walked(listed(), rows, lanes, 2)) == wanted * 16
+
+
+def test_events_are_loads_waits_and_barriers():
+    (warp, _) = walked(listed(), 32, 8, 6)
+    loads = [event for event in warp.events if isinstance(event, Load)]
+    barriers = [event for event in warp.events if isinstance(event, Wait) and event.token == -1]
+    assert [load.bytes for load in loads] == [24 * 16] * 4 and len(barriers) == 1
+    assert warp.in_flight == 24 * 16  # no turn begins before the last one's load was used
+    assert sum(event.issued for event in warp.events) == warp.instructions
+    assert {load.latency for load in loads} == {None}
+
+
+def test_what_lies_below_the_tensors_comes_from_l2():
+    memory = Memory([], operands=1 << 50)
+    warp = Walker(listed(), memory).block(arguments(32, 8, 6), threads=64, blocks=1)[0]
+    assert [event.latency for event in warp.events if isinstance(event, Load)] == [L2_CYCLES] * 4
+    assert warp.loaded == warp.in_flight == 0
+
+
+def test_known_memory_is_read():
+    memory = Memory([(100, b"\1\0\0\0\2\0\0\0")])
+    assert (memory.read(100, 4), memory.read(104, 4), memory.read(105, 4), memory.read(96, 4)) == (1, 2, None, None)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
+def test_a_fresh_compilation_has_the_same_loads_and_roots(tmp_path, monkeypatch):
+    """Whatever nvcc makes of it: a load and a root a turn, and their vectors are those of the source."""
+    monkeypatch.setattr(cubin, "CACHE", tmp_path)
+    try:
+        (code,) = cubin.compiled(DATA / "sample.cu", "90")
+    except SystemExit as missing:
+        pytest.skip(str(missing))
+    assert code.constants == BASE + 40 and code.shared >= 256 and 0 < code.registers <= 64
+    warps = walked(code, 32, 8, 6)
+    assert {warp.loaded for warp in warps} == {4 * 24 * 16} and {warp.shuffles for warp in warps} == {1}
+    assert all(warp.mufu >= 4 + 2 and warp.barriers == 1 and not warp.undecided for warp in warps)
+    assert cubin.compiled(DATA / "sample.cu", "90")[0] == code  # from the cache
