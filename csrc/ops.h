@@ -10,7 +10,18 @@
 
 namespace hfac {
 
-enum class OpKind { kHfac, kHfacDense, kSmmf, kSmmfDense, kHfacSums, kHfacApply, kSmmfSums, kSquares, kHfacInt8 };
+enum class OpKind {
+  kHfac,
+  kHfacDense,
+  kSmmf,
+  kSmmfDense,
+  kHfacSums,
+  kHfacApply,
+  kSmmfSums,
+  kSquares,
+  kHfacInt8,
+  kHfacInt8Apply
+};
 
 // What all parameters of a call share, beside scalars that may be tensors.
 struct Options {
@@ -42,7 +53,7 @@ struct Shard {
 struct Moments {
   int64_t rows, cols;
   void *first_row, *first_col, *second_row, *second_col;  // null where an op has none
-  void* codes;  // int8, row-major: the first moment where H-Fac keeps it whole in 8 bits
+  void* codes;                                            // int8: the first moment where H-Fac keeps it whole in 8 bits
   Signs signs;
 };
 
@@ -50,9 +61,10 @@ struct Moments {
 struct Item : Moments {
   int64_t index;  // in the caller's list
   TensorRef param, grad;
-  double beta1, beta2;           // on a GPU they arrive with the launch
-  const Shard* shard = nullptr;  // null: the parameter is whole
-  void* kept = nullptr;          // H-Fac on the CPU: memory for the statistics of a step in two calls
+  double beta1, beta2;                     // on a GPU they arrive with the launch
+  const Shard* shard = nullptr;            // null: the parameter is whole
+  void* kept = nullptr;                    // H-Fac on the CPU: memory for the statistics of a step in two calls
+  const Strided* codes_strided = nullptr;  // null: row-major
 };
 
 }  // namespace hfac

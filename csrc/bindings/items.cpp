@@ -39,6 +39,9 @@ Slots hfac_known() {
           {"col_sums", kCols, kAlways, &Shard::col_sum},
           {"new_cols", kCols, kAlways, &Shard::col_square}};
 }
+Slots second_known() {
+  return {{"new_rows", kRows, kAlways, &Shard::row_square}, {"new_cols", kCols, kAlways, &Shard::col_square}};
+}
 Slots smmf_sums() {
   return {{"new_rows", kRows, kFirst, &Shard::row_sum},
           {"new_cols", kCols, kFirst, &Shard::col_sum},
@@ -56,6 +59,7 @@ const OpSlots kOps[] = {
     {"smmf_sums_step", OpKind::kSmmfSums, Sizes::kBlocks, first(kFirst) + signs(kFirst) + second() + smmf_sums()},
     {"squares", OpKind::kSquares, Sizes::kElements, {}},
     {"hfac_int8_step", OpKind::kHfacInt8, Sizes::kMatrix, codes() + second()},
+    {"hfac_int8_apply", OpKind::kHfacInt8Apply, Sizes::kMatrix, codes() + second() + second_known()},
 };
 
 // Where the `numel` elements of a shard lie in a matrix of `rows` rows and `cols` columns: 7 numbers for each block.
@@ -204,6 +208,7 @@ ItemLists::ItemLists(const OpSlots& op, Keywords& k, bool on_cpu, bool gradients
   if (op.kind == OpKind::kHfacApply || op.kind == OpKind::kHfacSums) whole_cols_ = list("whole_cols");
   if (op.kind == OpKind::kHfacSums) state_dtypes_ = each("state_dtypes");
   if (op.sizes == Sizes::kBlocks) blocks_ = list("blocks");
+  if (op.kind == OpKind::kHfacInt8Apply) code_strides_ = k.optional_list("code_strides", size());
   if (on_cpu && op.kind == OpKind::kHfacApply) {
     totals_ = list("totals");
     mean_squares_ = list("mean_squares");
@@ -264,7 +269,7 @@ std::vector<Item> ItemLists::items() {
     Item item{};
     item.index = i;
     measure(i, numel, item);
-    if (op_.kind == OpKind::kHfacApply ? item.rows == 0 && item.cols == 0 : numel == 0) continue;
+    if (op_.applies() ? item.rows == 0 && item.cols == 0 : numel == 0) continue;
     if (grads_) item.grad = grads_->at(i, numel, shapes_, kept_);
     if (params_) {
       item.param = params_->at(i, numel, shapes_, kept_);
@@ -275,6 +280,7 @@ std::vector<Item> ItemLists::items() {
         refuse("state_dtypes", "float32 or float64 is needed");
       }
     }
+    item.codes_strided = kept_.layout(code_strides_, i, numel, shapes_);
     if (beta1_) item.beta1 = beta1_->number(i);
     if (beta2_) item.beta2 = beta2_->number(i);
     Shard* shard = op_.on_shards() ? &kept_.shards.emplace_back() : nullptr;

@@ -36,10 +36,9 @@ struct OpSlots {
 
   bool params() const { return kind != OpKind::kHfacSums && kind != OpKind::kSquares; }
   bool smmf() const { return kind == OpKind::kSmmf || kind == OpKind::kSmmfDense || kind == OpKind::kSmmfSums; }
+  bool applies() const { return kind == OpKind::kHfacApply || kind == OpKind::kHfacInt8Apply; }
   bool reads_twice() const { return kind == OpKind::kHfac || kind == OpKind::kHfacInt8; }
-  bool on_shards() const {
-    return kind == OpKind::kHfacSums || kind == OpKind::kHfacApply || kind == OpKind::kSmmfSums;
-  }
+  bool on_shards() const { return kind == OpKind::kHfacSums || applies() || kind == OpKind::kSmmfSums; }
 };
 
 const OpSlots& slots_of(OpKind kind);
@@ -85,7 +84,7 @@ class ItemLists {
   const OpSlots& op_;
   std::optional<Tensors> params_, grads_;
   std::optional<List> numels_, rows_, cols_, whole_rows_, whole_cols_, blocks_, totals_, mean_squares_;
-  std::optional<List> sign_bytes_, sign_slices_, shapes_, state_dtypes_, beta1_, beta2_;
+  std::optional<List> sign_bytes_, sign_slices_, code_strides_, shapes_, state_dtypes_, beta1_, beta2_;
   std::optional<StorageLists> storage_;
   std::vector<std::optional<List>> lists_;
   bool first_moment_ = true;
