@@ -3,8 +3,8 @@
 `python -m bench.cuda_check` compiles csrc/cuda for each architecture (`--arch`), reads ptxas' report, the machine code
 (cuobjdump, from the CUDA toolkit or from triton's wheel) and the PTX, and writes a table to docs/cuda-check.md. Exit
 status 1: a bulk kernel spills, uses local memory, has no 16-byte accesses, or more registers than its bound; or a
-kernel adds floats atomically, other than for what a watched step tells (hfac_fold: counts, exact in any order). 2: a
-tool is missing.
+kernel adds floats atomically, other than for what a watched step tells (H-Fac's folds: counts, exact in any order). 2:
+a tool is missing.
 """
 
 import argparse
@@ -20,15 +20,17 @@ from json import dumps, loads
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("smmf", "hfac", "hfac_stats", "dense")
+SOURCES = ("smmf", "hfac", "hfac_int8", "hfac_stats", "dense")
 ARCHS = ("80", "90", "100")
 #: kernel -> the registers that its number of threads leaves; kernels with no entry are bound by the architecture's 255
-BOUNDS = {"smmf_tiles": 128, "hfac_update_tiles": 128, "hfac_stats, 1 vectors": 128}
+BOUNDS = {"smmf_tiles": 128, "hfac_update_tiles": 128, "hfac_int8_tiles": 128, "hfac_stats, 1 vectors": 128}
 _TYPES = {"f": "float32", "d": "float64", "BFloat16": "bfloat16", "Float16": "float16"}
 #: accesses of csrc/cuda/stored.cuh -> what they make of a parameter
 _STORED = {"Drawn": "bfloat16 stochastically", "Split": "bfloat16 and int16", "Split8": "bfloat16 and int8"}
 #: elements that a thread of a tile kernel has in one pass of its loop: kVector * kRowsInFlight
 _LOOP_ELEMENTS = 32
+#: folds that add doubles atomically for what a watched step tells
+_COUNTING = ("hfac_fold", "hfac_int8_fold")
 
 
 @dataclass
@@ -54,12 +56,19 @@ class Kernel:
         return self.operands.startswith("bulk")
 
     @property
+    def loop_elements(self) -> int:
+        """Elements that a thread has in one pass of the loop; with codes of 8 bits two rows where an element's loads
+        take 4 bytes and more, else four."""
+        wide = "float32" in self.operands or "and int" in self.operands
+        return _LOOP_ELEMENTS // 2 if self.name == "hfac_int8_tiles" and wide else _LOOP_ELEMENTS
+
+    @property
     def watched(self) -> bool:
         return self.operands.endswith(", watched")
 
     def faults(self) -> Iterable[str]:
         """What is wrong with it, as clauses."""
-        if self.float_atomics and not self.watched and self.name != "hfac_fold":
+        if self.float_atomics and not self.watched and self.name not in _COUNTING:
             yield f"{self.float_atomics} atomic additions of floats"
         if not self.bulk:
             return
@@ -73,7 +82,7 @@ class Kernel:
             yield f"{self.registers} registers, more than {bound}"
         if not self.loads:
             yield "no 16-byte loads"
-        if self.name in ("smmf_tiles", "hfac_update_tiles") and not self.stores:
+        if self.name.endswith("_tiles") and not self.stores:
             yield "no 16-byte stores"
 
 
@@ -81,7 +90,8 @@ def describe(symbol: str) -> tuple[str, str]:
     """(kernel, operands) of a mangled name."""
     name = re.search(
         r"\d(smmf_tiles|smmf_fold|smmf_sums_fold|hfac_stats_wide|hfac_stats|hfac_collect|hfac_unflag|hfac_fold|"
-        r"hfac_sums_fold|hfac_apply_fold|hfac_update_tiles|look|dense_look|hfac_dense|smmf_dense)[IE]",
+        r"hfac_int8_fold|hfac_sums_fold|hfac_apply_fold|hfac_int8_apply_fold|hfac_update_tiles|hfac_int8_tiles|look|"
+        r"dense_look|hfac_dense|smmf_dense)[IE]",
         symbol,
     )
     if name is None:
@@ -172,13 +182,13 @@ def compile_one(nvcc: str, cuobjdump: str, source: str, arch: str) -> list[Kerne
 
 def differences(kernels: Iterable[Kernel]) -> Iterable[str]:
     """Rows that say what a stored parameter costs beside a plain one."""
-    loops = {(k.name, k.operands, k.arch): k.loop for k in kernels}
+    loops = {(k.name, k.operands, k.arch): k.loop / k.loop_elements for k in kernels}
     for arch in sorted({k.arch for k in kernels}, key=int):
-        for name in ("smmf_tiles", "hfac_update_tiles"):
+        for name in ("smmf_tiles", "hfac_update_tiles", "hfac_int8_tiles"):
             plain = loops.get((name, "bulk, bfloat16 with bfloat16 gradients", arch))
             if plain:
                 each = [loops[name, f"bulk, {what} with bfloat16 gradients", arch] for what in _STORED.values()]
-                yield f"| {name} | {arch} | {' | '.join(f'{(n - plain) / _LOOP_ELEMENTS:.1f}' for n in each)} |"
+                yield f"| {name} | {arch} | {' | '.join(f'{n - plain:.1f}' for n in each)} |"
 
 
 def table(kernels: Iterable[Kernel]) -> str:
@@ -190,9 +200,10 @@ def table(kernels: Iterable[Kernel]) -> str:
         "are those for aligned, contiguous tensors; they must not spill. The others take any layout, and are there to",
         "be right. No kernel adds floats atomically, but for what a watched step tells, which has kernels of its own.",
         "",
-        "Instructions per element are those of the loop over rows that writes parameters, for each of the 32",
-        "elements that a thread has in it. They count what is seldom or never run too (options, unscaling, NaN, the",
-        "slow ends of roots and quotients), so the differences between rows say more than the rows. What a bfloat16",
+        "Instructions per element are those of the loop over rows that writes parameters, for each of the elements",
+        "that a thread has in it, 32 or, with codes of 8 bits, 16 of some operands. They count what is seldom or never",
+        "run too (options, unscaling, NaN, the slow ends of roots and quotients), so the differences between rows say",
+        "more than the rows: kernels.md has the executed path of hfac_int8_tiles. What a bfloat16",
         "parameter takes more when it is stored in another way (of int8 both roundings stand there, and one is run);",
         "Philox is 5 of it, two wide multiplications and two xors a round for eight elements, with its keys among",
         "the launch's constants:",
@@ -207,7 +218,7 @@ def table(kernels: Iterable[Kernel]) -> str:
     for k in sorted(kernels, key=lambda k: (not k.bulk, k.name, k.operands, int(k.arch))):
         lines.append(
             f"| {k.name} | {k.operands} | {k.arch} | {k.registers} | {k.stack} | {k.spilled} | {k.shared} "
-            f"| {k.loads} | {k.stores} | {k.local} | {f'{k.loop / _LOOP_ELEMENTS:.1f}' if k.loop else ''} |"
+            f"| {k.loads} | {k.stores} | {k.local} | {f'{k.loop / k.loop_elements:.1f}' if k.loop else ''} |"
         )
     return "\n".join(lines) + "\n"
 

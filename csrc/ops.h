@@ -46,7 +46,6 @@ struct Shard {
   void *col_sum, *col_square, *col_ratio;
   double total, mean_square;  // H-Fac on the CPU: the sum of r over all rows; the mean of U^2
   double old_total;           // where the first moment is in 8 bits, also the sum of r as it was
-  const Strided* codes;       // how that lies; null: contiguous
   std::vector<Block> blocks;  // SMMF: the shard's elements
 };
 
@@ -55,7 +54,7 @@ struct Shard {
 struct Moments {
   int64_t rows, cols;
   void *first_row, *first_col, *second_row, *second_col;  // null where an op has none
-  void* codes;  // int8, row-major: the first moment where H-Fac keeps it whole in 8 bits
+  void* codes;                                            // int8: the first moment where H-Fac keeps it whole in 8 bits
   Signs signs;
 };
 
@@ -63,9 +62,10 @@ struct Moments {
 struct Item : Moments {
   int64_t index;  // in the caller's list
   TensorRef param, grad;
-  double beta1, beta2;           // on a GPU they arrive with the launch
-  const Shard* shard = nullptr;  // null: the parameter is whole
-  void* kept = nullptr;          // H-Fac on the CPU: memory for the statistics of a step in two calls
+  double beta1, beta2;                     // on a GPU they arrive with the launch
+  const Shard* shard = nullptr;            // null: the parameter is whole
+  void* kept = nullptr;                    // H-Fac on the CPU: memory for the statistics of a step in two calls
+  const Strided* codes_strided = nullptr;  // null: row-major
 };
 
 }  // namespace hfac

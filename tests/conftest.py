@@ -98,7 +98,7 @@ def backend(request):
             pytest.skip(emulated.WHY_NOT)
         request.getfixturevalue("emulated_backend")
     op, options, cls = map(request.node.callspec.params.get, ("op", "options", "cls"))
-    if cls is running.Int8 or (isinstance(options, dict) and not cases.on_gpus(options)):
+    if cls is running.Int8 or (isinstance(options, dict) and cases.in_codes(options)):
         op = op or "hfac_int8_step_"
     if isinstance(op, str) and not suites.has(request.param, op):
         pytest.skip(f"{request.param} has no kernels of {op}")

@@ -20,10 +20,12 @@ namespace bindings {
 namespace {
 
 OpKind op_kind(const std::string& op) {
-  for (const OpKind kind : {OpKind::kHfac, OpKind::kHfacDense, OpKind::kSmmf, OpKind::kSmmfDense}) {
+  std::string known;
+  for (const OpKind kind : {OpKind::kHfac, OpKind::kHfacInt8, OpKind::kHfacDense, OpKind::kSmmf, OpKind::kSmmfDense}) {
     if (op == slots_of(kind).name) return kind;
+    known += (known.empty() ? "" : ", ") + std::string(slots_of(kind).name);
   }
-  refuse("op", "hfac_step, hfac_dense_step, smmf_step or smmf_dense_step is needed, not '" + op + "'");
+  refuse("op", "one of " + known + " is needed, not '" + op + "'");
 }
 
 // What a plan depends on beside lists.
@@ -212,6 +214,7 @@ class CudaStep {
     a.scalars.beta2 = scalar(k.take("beta2"), "beta2");
     a.scalars.totals = scalar(k.take("totals", py::float_(0.0)), "totals");
     a.scalars.mean_squares = scalar(k.take("mean_squares", py::float_(0.0)), "mean_squares");
+    a.scalars.old_totals = scalar(k.take("old_totals", py::float_(0.0)), "old_totals");
     const std::optional<double> threshold = k.optional_number("clip_threshold");
     const double eps = k.number("eps");
     const bool maximize = k.flag("maximize"), coupled = k.flag("coupled");
@@ -297,7 +300,7 @@ void define_cuda(py::module_& m) {
       .def_property_readonly("workspace_bytes", [](const CudaStep& s) { return s.step().workspace_bytes(); })
       .def_property_readonly("counter_bytes", [](const CudaStep& s) { return s.step().counter_bytes(); });
   for (const OpKind op : {OpKind::kHfac, OpKind::kHfacDense, OpKind::kSmmf, OpKind::kSmmfDense, OpKind::kHfacSums,
-                          OpKind::kHfacApply, OpKind::kSmmfSums}) {
+                          OpKind::kHfacApply, OpKind::kSmmfSums, OpKind::kHfacInt8, OpKind::kHfacInt8Apply}) {
     step.def_static(
         slots_of(op).name, [op](const py::kwargs& given) { return CudaStep(op, given); },
         "The op bound to the addresses of parameters and lists; to those of gradients where it is one on shards.");

@@ -39,7 +39,7 @@ Slots hfac_known() {
           {"col_sums", kCols, kAlways, &Shard::col_sum},
           {"new_cols", kCols, kAlways, &Shard::col_square}};
 }
-Slots hfac_int8_known() {
+Slots second_known() {
   return {{"new_rows", kRows, kAlways, &Shard::row_square}, {"new_cols", kCols, kAlways, &Shard::col_square}};
 }
 Slots smmf_sums() {
@@ -59,7 +59,7 @@ const OpSlots kOps[] = {
     {"smmf_sums_step", OpKind::kSmmfSums, Sizes::kBlocks, first(kFirst) + signs(kFirst) + second() + smmf_sums()},
     {"squares", OpKind::kSquares, Sizes::kElements, {}},
     {"hfac_int8_step", OpKind::kHfacInt8, Sizes::kMatrix, codes() + second()},
-    {"hfac_int8_apply", OpKind::kHfacInt8Apply, Sizes::kMatrix, codes() + second() + hfac_int8_known()},
+    {"hfac_int8_apply", OpKind::kHfacInt8Apply, Sizes::kMatrix, codes() + second() + second_known()},
 };
 
 // Where the `numel` elements of a shard lie in a matrix of `rows` rows and `cols` columns: 7 numbers for each block.
@@ -208,14 +208,12 @@ ItemLists::ItemLists(const OpSlots& op, Keywords& k, bool on_cpu, bool gradients
   if (op.kind == OpKind::kHfacApply || op.kind == OpKind::kHfacSums) whole_cols_ = list("whole_cols");
   if (op.kind == OpKind::kHfacSums) state_dtypes_ = each("state_dtypes");
   if (op.sizes == Sizes::kBlocks) blocks_ = list("blocks");
+  if (op.kind == OpKind::kHfacInt8Apply) code_strides_ = k.optional_list("code_strides", size());
   if (on_cpu && op.applies()) {
     totals_ = list("totals");
     mean_squares_ = list("mean_squares");
   }
-  if (op.kind == OpKind::kHfacInt8Apply) {
-    code_strides_ = k.optional_list("code_strides", size());
-    if (on_cpu) old_totals_ = list("old_totals");
-  }
+  if (on_cpu && op.kind == OpKind::kHfacInt8Apply) old_totals_ = list("old_totals");
   if (on_cpu && op.kind != OpKind::kHfacSums && op.kind != OpKind::kSquares) {
     const py::object beta1 = k.take("beta1");
     first_moment_ = !op.smmf() || !beta1.is_none();
@@ -284,11 +282,11 @@ std::vector<Item> ItemLists::items() {
         refuse("state_dtypes", "float32 or float64 is needed");
       }
     }
+    if (numel > 0) item.codes_strided = kept_.layout(code_strides_, i, numel, shapes_);
     if (beta1_) item.beta1 = beta1_->number(i);
     if (beta2_) item.beta2 = beta2_->number(i);
     Shard* shard = op_.on_shards() ? &kept_.shards.emplace_back() : nullptr;
     if (shard) put_shard(i, numel, item, *shard);
-    if (shard && numel > 0) shard->codes = kept_.layout(code_strides_, i, numel, shapes_);
     for (size_t k = 0; k < lists_.size(); ++k) {
       if (!lists_[k]) continue;
       const Slot& slot = op_.slots[k];

@@ -36,9 +36,8 @@ struct OpSlots {
 
   bool params() const { return kind != OpKind::kHfacSums && kind != OpKind::kSquares; }
   bool smmf() const { return kind == OpKind::kSmmf || kind == OpKind::kSmmfDense || kind == OpKind::kSmmfSums; }
-  bool reads_twice() const { return kind == OpKind::kHfac || kind == OpKind::kHfacInt8; }
-  // The rest of a step of H-Fac, from sums over whole matrices.
   bool applies() const { return kind == OpKind::kHfacApply || kind == OpKind::kHfacInt8Apply; }
+  bool reads_twice() const { return kind == OpKind::kHfac || kind == OpKind::kHfacInt8; }
   bool on_shards() const { return kind == OpKind::kHfacSums || kind == OpKind::kSmmfSums || applies(); }
 };
 

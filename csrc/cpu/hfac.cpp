@@ -202,7 +202,7 @@ class HfacOp : public HfacReader<T> {
   }
 
  private:
-  static const Strided* codes_apart(const Item& it) { return kCodes && it.shard ? it.shard->codes : nullptr; }
+  static const Strided* codes_apart(const Item& it) { return kCodes ? it.codes_strided : nullptr; }
   static bool known(const Item& it) { return it.shard || it.kept; }
   static Sums<T> space(const Item& it, void* workspace) { return sums_in<T>(it.kept ? it.kept : workspace, it); }
   static int64_t update_rows(const Item& it) {

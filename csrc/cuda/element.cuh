@@ -260,6 +260,11 @@ struct BulkAccess {
   static HFAC_DEVICE T nearest(const Target&, T x) {
     return hfac::nearest(x, Sw());
   }
+  // May what is not stored in the parameter be approximate? (Of a parameter of 16 bits without a master weight.)
+  template <class Target>
+  static HFAC_DEVICE bool rough(const Target&) {
+    return sizeof(Sw) == 2;
+  }
   static HFAC_DEVICE unsigned signs(const Signs& s, int64_t at, int) { return global(s.data)[at / 8]; }
   static HFAC_DEVICE void store(const Signs& s, int64_t at, int, unsigned, unsigned fresh) {
     global(s.data)[at / 8] = static_cast<uint8_t>(fresh);
@@ -300,6 +305,7 @@ struct AnyAccess {
     if (o.dtype == DType::kFloat16) return hfac::nearest(x, Float16());
     return x;
   }
+  static HFAC_DEVICE bool rough(const Operand& o) { return o.dtype == DType::kBFloat16 || o.dtype == DType::kFloat16; }
   static HFAC_DEVICE unsigned signs(const Signs& s, int64_t at, int count) { return load_signs(s, at, count); }
   static HFAC_DEVICE void store(const SharedSigns& s, int64_t at, int count, unsigned old, unsigned fresh) {
     store_signs(s, at, count, old, fresh);

@@ -1,11 +1,10 @@
 // H-Fac on matrices in three launches: sums from one read of the gradient (hfac_stats.cu), a fold of O(rows + columns),
-// and the update with a second read.
+// and the update with a second read (hfac_update.cuh; of a first moment in codes of 8 bits in hfac_int8.cu).
 //
 // Where gradients are clipped by the norm of them all, the first launch comes in a phase of its own: the norm is made
 // of its column sums, which `hfac_collect` adds up over the tiles to outlast the other groups. Then each group goes on
 // from there; where the coefficient is not 1 it takes the statistics again, because r_i depends on it.
-#include "../common/math/hfac.h"
-#include "stored.cuh"
+#include "hfac_update.cuh"
 
 namespace hfac {
 namespace {
@@ -13,7 +12,6 @@ namespace {
 using common::hfac_average;
 using common::hfac_clip_divisor;
 using common::hfac_half_drift;
-using common::hfac_update;
 using common::root;
 
 // The sums of column k over all tiles of rows, in their order; each(j, sum) sees those of a tile.
@@ -99,8 +97,26 @@ HFAC_DEVICE T clip_divisor(const Options& o, T mean_square) {
   return o.clip ? hfac_clip_divisor(root(mean_square), o.clip_threshold) : T(1);
 }
 
+// Stores the new second moment of row (or column) k, and returns the root of what it was, divided by its root.
 template <class T>
-__global__ void __launch_bounds__(kTileThreads) hfac_fold(Arguments a) {
+HFAC_DEVICE T step_unit(void* second, int64_t k, T square) {
+  T* const at = static_cast<T*>(second) + k;
+  const T old = root(*at);
+  *at = square;
+  return old / root(square);
+}
+
+// By one thread: what `update_tile` reads of a whole matrix; `mean_square`: of U.
+template <class T, bool kCodes>
+HFAC_DEVICE void put_scales(const HfacSpace<T>& space, const Options& o, double total, double old, double mean_square) {
+  *space.scale = root(static_cast<T>(total));
+  *space.divisor = clip_divisor(o, static_cast<T>(mean_square));
+  if (kCodes) *space.growth = old == 0 ? T(0) : root(static_cast<T>(total)) / root(static_cast<T>(old));
+}
+
+// `kCodes`: the first moment is whole, in 8 bits, whose unit changes with the second moment.
+template <class T, bool kCodes>
+HFAC_DEVICE void fold(const Arguments& a) {
   __shared__ double shared[kTileThreads];
   if (skipped(a)) return;
   const Tile tile = tile_of(a);
@@ -112,14 +128,20 @@ __global__ void __launch_bounds__(kTileThreads) hfac_fold(Arguments a) {
   const Decay<T> b1(a.scalars.beta1, it.index), b2(a.scalars.beta2, it.index);
   const int64_t k = static_cast<int64_t>(tile.index) * kFoldChunk + threadIdx.x;
 
-  // In double, where no partial result can overflow.
-  double total = 0, norm = 0;
+  // Sums of r, of w_j / s_j and, of codes, of r as it was: in double, where no partial result can overflow.
+  constexpr int kTotals = kCodes ? kFoldTotals : 2;
+  double totals[kTotals] = {};
   double zeros[2] = {0, 0};  // rows and columns of zeros alone
   if (k < m) {
     const T sum = space.row_sum[k], r = space.row_square[k];
     zeros[0] = is_minus_zero(sum) ? 1 : 0;
-    space.row_sum[k] = step_moments(it.first_row, it.second_row, k, sign * (sum + T(0)) / cols, r, cols, b1);
-    total = static_cast<double>(r);
+    totals[0] = static_cast<double>(r);
+    if constexpr (kCodes) {
+      totals[2] = static_cast<double>(static_cast<const T*>(it.second_row)[k]);
+      space.row_sum[k] = step_unit(it.second_row, k, r);
+    } else {
+      space.row_sum[k] = step_moments(it.first_row, it.second_row, k, sign * (sum + T(0)) / cols, r, cols, b1);
+    }
   }
   if (k < n) {
     T sums[kSums];
@@ -127,9 +149,13 @@ __global__ void __launch_bounds__(kTileThreads) hfac_fold(Arguments a) {
     const T old = static_cast<const T*>(it.second_col)[k];
     const T square = sums[1] + static_cast<T>(static_cast<double>(m) * a.options.eps);
     const T s = hfac_average(b2.beta, old, b2.rest, square);
-    space.half_psi[k] = step_moments(it.first_col, it.second_col, k, sign * sums[0] / rows, s, rows, b1);
+    if constexpr (kCodes) {
+      space.col_first[k] = step_unit(it.second_col, k, s);
+    } else {
+      space.col_first[k] = step_moments(it.first_col, it.second_col, k, sign * sums[0] / rows, s, rows, b1);
+    }
     space.col_scale[k] = T(1) / root(s);
-    norm = static_cast<double>(sums[2]) / static_cast<double>(s);
+    totals[1] = static_cast<double>(sums[2]) / static_cast<double>(s);
     zeros[1] = sums[0] == T(0) && sums[1] == T(0) ? 1 : 0;
   }
   double* const watched = a.watched ? a.watched + int64_t{it.index} * kWatchedNumbers : nullptr;
@@ -139,27 +165,34 @@ __global__ void __launch_bounds__(kTileThreads) hfac_fold(Arguments a) {
       if (threadIdx.x == 0 && count > 0) atomicAdd(watched + kZeroRows + j, count);
     }
   }
-  total = block_sum(total, shared);
-  norm = block_sum(norm, shared);
-  if (threadIdx.x == 0) {
-    space.norms[tile.index * 2] = total;
-    space.norms[tile.index * 2 + 1] = norm;
+  HFAC_UNROLLED (j, kTotals) {
+    const double sum = block_sum(totals[j], shared);
+    if (threadIdx.x == 0) space.norms[tile.index * kFoldTotals + j] = sum;
   }
 
   const int64_t chunks = fold_chunks(it);
   if (!last_block(a.counters + it.counter, chunks)) return;
-  total = norm = 0;
-  for (int64_t c = threadIdx.x; c < chunks; c += kTileThreads) {
-    total += load_fresh(space.norms + c * 2);
-    norm += load_fresh(space.norms + c * 2 + 1);
+  HFAC_UNROLLED (j, kTotals) {
+    totals[j] = 0;
+    for (int64_t c = threadIdx.x; c < chunks; c += kTileThreads) {
+      totals[j] += load_fresh(space.norms + c * kFoldTotals + j);
+    }
+    totals[j] = block_sum(totals[j], shared);
   }
-  total = block_sum(total, shared);
-  norm = block_sum(norm, shared);
   if (threadIdx.x > 0) return;
-  if (watched) watched[kDirection] += total * norm;
-  const double mean_square = total * norm / (static_cast<double>(m) * static_cast<double>(n));
-  *space.scale = root(static_cast<T>(total));
-  *space.divisor = clip_divisor(a.options, static_cast<T>(mean_square));
+  const double norm = totals[0] * totals[1];
+  if (watched) watched[kDirection] += norm;
+  put_scales<T, kCodes>(space, a.options, totals[0], kCodes ? totals[kTotals - 1] : 0.0,
+                        norm / (static_cast<double>(m) * static_cast<double>(n)));
+}
+
+template <class T>
+__global__ void __launch_bounds__(kTileThreads) hfac_fold(Arguments a) {
+  fold<T, false>(a);
+}
+template <class T>
+__global__ void __launch_bounds__(kTileThreads) hfac_int8_fold(Arguments a) {
+  fold<T, true>(a);
 }
 
 // The statistics of a shard, for the other ranks: the end of `hfac_sums`.
@@ -180,10 +213,10 @@ __global__ void __launch_bounds__(kTileThreads) hfac_sums_fold(Arguments a) {
   HFAC_UNROLLED (j, kSums) static_cast<T*>(shard.col[j])[k] = sums[j];
 }
 
-// What `hfac_fold` leaves to the update, of sums over whole rows and columns that are known: the moments go on, also
-// those of a shard that has rows and no columns, or columns and no rows.
-template <class T>
-__global__ void __launch_bounds__(kTileThreads) hfac_apply_fold(Arguments a) {
+// What `fold` leaves to the update, of sums over whole rows and columns that are known: the moments go on, also those
+// of a shard that has rows and no columns, or columns and no rows.
+template <class T, bool kCodes>
+HFAC_DEVICE void apply_fold(const Arguments& a) {
   const Tile tile = tile_of(a);
   const DeviceItem& it = a.items[tile.item];
   const DeviceShard& shard = a.shards[tile.item];
@@ -193,94 +226,43 @@ __global__ void __launch_bounds__(kTileThreads) hfac_apply_fold(Arguments a) {
   const Decay<T> b1(a.scalars.beta1, it.index);
   const int64_t k = static_cast<int64_t>(tile.index) * kFoldChunk + threadIdx.x;
   if (k < it.rows) {
-    const T sum = static_cast<const T*>(shard.row[0])[k], r = static_cast<const T*>(shard.row[1])[k];
-    space.row_sum[k] = step_moments(it.first_row, it.second_row, k, sign * sum / cols, r, cols, b1);
+    const T r = static_cast<const T*>(shard.row[1])[k];
+    if constexpr (kCodes) {
+      space.row_sum[k] = step_unit(it.second_row, k, r);
+    } else {
+      const T sum = static_cast<const T*>(shard.row[0])[k];
+      space.row_sum[k] = step_moments(it.first_row, it.second_row, k, sign * sum / cols, r, cols, b1);
+    }
   }
   if (k < it.cols) {
-    const T sum = static_cast<const T*>(shard.col[0])[k], s = static_cast<const T*>(shard.col[1])[k];
-    space.half_psi[k] = step_moments(it.first_col, it.second_col, k, sign * sum / rows, s, rows, b1);
+    const T s = static_cast<const T*>(shard.col[1])[k];
+    if constexpr (kCodes) {
+      space.col_first[k] = step_unit(it.second_col, k, s);
+    } else {
+      const T sum = static_cast<const T*>(shard.col[0])[k];
+      space.col_first[k] = step_moments(it.first_col, it.second_col, k, sign * sum / rows, s, rows, b1);
+    }
     space.col_scale[k] = T(1) / root(s);
   }
   if (k > 0) return;
-  *space.scale = root(static_cast<T>(value_of(a.scalars.totals, it.index)));
-  *space.divisor = clip_divisor(a.options, static_cast<T>(value_of(a.scalars.mean_squares, it.index)));
+  put_scales<T, kCodes>(space, a.options, value_of(a.scalars.totals, it.index),
+                        kCodes ? value_of(a.scalars.old_totals, it.index) : 0.0,
+                        value_of(a.scalars.mean_squares, it.index));
 }
 
-// No root and no division in the loop: a tile's rows are prepared in shared memory, its columns in registers.
+template <class T>
+__global__ void __launch_bounds__(kTileThreads) hfac_apply_fold(Arguments a) {
+  apply_fold<T, false>(a);
+}
+template <class T>
+__global__ void __launch_bounds__(kTileThreads) hfac_int8_apply_fold(Arguments a) {
+  apply_fold<T, true>(a);
+}
+
 // Watched, a kernel of its own: the plain one has no register for it.
 template <class A, bool kWatched>
 __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) hfac_update_tiles(Arguments a) {
-  using T = typename A::T;
-  __shared__ T shared_phi[kRowsInFlight * kTileThreads], shared_scale[kRowsInFlight * kTileThreads];
-  if (skipped(a)) return;
-  const Tile tile = tile_of(a);
-  const DeviceItem& it = a.items[tile.item];
-  if (refused(a, it)) return;
-  const Tiling tiling = it.update;
-  const HfacSpace<T> space(it, a.workspace);
-  const int64_t rows = it.rows, cols = it.cols;
-  const int row_tile = tile.index / tiling.col_tiles, col_tile = tile.index % tiling.col_tiles;
-  const int x = static_cast<int>(threadIdx.x) % tiling.lanes, y = static_cast<int>(threadIdx.x) / tiling.lanes;
-  const int ys = kTileThreads / tiling.lanes;
-  const int64_t first_row = static_cast<int64_t>(row_tile) * tiling.rows;
-  const int tile_rows = static_cast<int>(rows - first_row < tiling.rows ? rows - first_row : tiling.rows);
-  const int64_t tile_end = static_cast<int64_t>(col_tile + 1) * tiling.cols;
-  const int64_t col = static_cast<int64_t>(col_tile) * tiling.cols + x * kVector;
-  const int count = vector_count(col, tile_end < cols ? tile_end : cols);
-
-  const T scale = *space.scale, divisor = *space.divisor;
-  const T* r = static_cast<const T*>(it.second_row);
-  for (int k = static_cast<int>(threadIdx.x); k < tile_rows; k += kTileThreads) {
-    shared_phi[k] = space.row_sum[first_row + k];
-    shared_scale[k] = scale * (T(1) / root(r[first_row + k])) / divisor;
-  }
-  T half_psi[kVector], col_scale[kVector];
-  HFAC_UNROLLED (k, kVector) {
-    half_psi[k] = k < count ? space.half_psi[col + k] : T(0);
-    col_scale[k] = k < count ? space.col_scale[col + k] : T(0);
-  }
-  const Operand grad = it.grad;
-  const auto param = A::target(a, it);
-  const Gradient<T> gradient(a);
-  const T lr = static_cast<T>(value_of(a.scalars.lr, 0));
-  const T weight_decay = static_cast<T>(value_of(a.scalars.weight_decay, 0));
-  __syncthreads();
-  if (!kWatched && !count) return;
-
-  Watch<A> watch;
-  for (int base = 0; base < (kWatched && !count ? 0 : tile_rows); base += ys * kRowsInFlight) {
-    typename A::Grad g_raw[kRowsInFlight];
-    typename A::Param w_raw[kRowsInFlight];
-    HFAC_UNROLLED (k, kRowsInFlight) {
-      const int row = base + k * ys + y;
-      if (row >= tile_rows) continue;
-      const int64_t at = (first_row + row) * cols + col;
-      g_raw[k] = A::grad(grad, a.layouts, at, count, true);
-      w_raw[k] = A::param(param, a.layouts, at, count);
-    }
-    HFAC_UNROLLED (k, kRowsInFlight) {
-      const int row = base + k * ys + y;
-      if (row >= tile_rows) continue;
-      T g[kVector], w[kVector];
-      A::widen(g_raw[k], g);
-      A::widen(w_raw[k], w);
-      gradient(g);
-      const T half_phi = shared_phi[row], row_scale = shared_scale[row];
-      HFAC_UNROLLED (j, kVector) {
-        w[j] = hfac_update(w[j], g[j], half_phi, half_psi[j], col_scale[j], row_scale, lr, weight_decay);
-      }
-      if constexpr (kWatched) {
-        T old[kVector];
-        A::widen(w_raw[k], old);
-        watch.add(param, old, w, count);
-      }
-      A::store(param, a.layouts, (first_row + row) * cols + col, count, w);
-    }
-  }
-  if constexpr (kWatched) {
-    __shared__ double shared[kTileThreads];
-    watch.finish(a, it, shared);
-  }
+  update_tile<A, kWatched, false>(a);
 }
 
 }  // namespace
@@ -289,6 +271,10 @@ KernelFunction hfac_collect_kernel(const Launch& l, const Arguments&) { HFAC_BY_
 KernelFunction hfac_fold_kernel(const Launch& l, const Arguments&) { HFAC_BY_STATE(l, hfac_fold); }
 KernelFunction hfac_sums_fold_kernel(const Launch& l, const Arguments&) { HFAC_BY_STATE(l, hfac_sums_fold); }
 KernelFunction hfac_apply_fold_kernel(const Launch& l, const Arguments&) { HFAC_BY_STATE(l, hfac_apply_fold); }
+KernelFunction hfac_int8_fold_kernel(const Launch& l, const Arguments&) { HFAC_BY_STATE(l, hfac_int8_fold); }
+KernelFunction hfac_int8_apply_fold_kernel(const Launch& l, const Arguments&) {
+  HFAC_BY_STATE(l, hfac_int8_apply_fold);
+}
 KernelFunction hfac_update_kernel(const Launch& l, const Arguments& a) {
   HFAC_BY_ACCESS(l, a, PairAccesses, hfac_update_tiles);
 }

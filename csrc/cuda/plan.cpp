@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kWorkspaceCap = 64 << 20;  // of SMMF's and of shards' partial sums: longer lists are taken in groups
 constexpr int64_t kFewBytes = 512ll << 20;   // of gradients; up to here the number of launches matters more than L2
 constexpr int64_t kFewGroups = 6;
+constexpr int32_t kCodeRows = 32;  // of a tile of the update of codes, which has no partial sums
 
 int64_t state_bytes(const DeviceItem& it) { return is_double(it) ? 8 : 4; }
 int64_t elements(const DeviceItem& it) { return it.rows * it.cols; }
@@ -31,19 +32,19 @@ int32_t power_of_two(int64_t at_least) {
 
 // Rows per tile: partial sums cost 1/32 byte per element and statistic at 256 rows; smaller matrices, whose partial
 // sums stay in the L2 cache, take fewer, to make enough blocks. At least what the block has in flight at once.
-int32_t tile_rows(int64_t elements, int threads, int32_t lanes) {
-  const int32_t rows = elements < (4 << 20) ? 64 : elements < (16 << 20) ? 128 : 256;
+int32_t tile_rows(int32_t asked, int64_t elements, int threads, int32_t lanes) {
+  const int32_t rows = asked ? asked : elements < (4 << 20) ? 64 : elements < (16 << 20) ? 128 : 256;
   return std::max(rows, threads / lanes * kRowsInFlight);
 }
 
 // Columns are divided evenly, so that no tile of a row of tiles leaves most of its threads idle.
-Tiling cut(const DeviceItem& it, bool whole_rows) {
+Tiling cut(const DeviceItem& it, bool whole_rows, int32_t at_least = 0) {
   Tiling t;
   t.col_tiles = whole_rows ? 1 : static_cast<int32_t>(ceil_quotient(it.cols, kTileCols));
   const int64_t vectors = ceil_quotient(ceil_quotient(it.cols, t.col_tiles), kVector);
   t.cols = static_cast<int32_t>(vectors * kVector);
   t.lanes = whole_rows && it.cols > kStatsNarrow ? kLongThreads : power_of_two(vectors);
-  t.rows = tile_rows(elements(it), whole_rows ? kStatsThreads : kTileThreads, t.lanes);
+  t.rows = tile_rows(at_least, elements(it), whole_rows ? kStatsThreads : kTileThreads, t.lanes);
   t.row_tiles = static_cast<int32_t>(ceil_quotient(it.rows, t.rows));
   return t;
 }
@@ -60,11 +61,12 @@ class Planner {
       it.counter = static_cast<int32_t>(i) * kCounters;
       if (elements(it) == 0) continue;  // a shard that has moments, and no tiles
       if (smmf_matrices()) it.tiling = cut(it, false);
-      if (options_.op == OpKind::kHfac || options_.op == OpKind::kHfacSums) it.tiling = cut(it, true);
-      if (options_.op == OpKind::kHfac || options_.op == OpKind::kHfacApply) it.update = cut(it, false);
+      if (whole_hfac() || options_.op == OpKind::kHfacSums) it.tiling = cut(it, true);
+      if (whole_hfac() || applies()) it.update = cut(it, false, codes() ? kCodeRows : 0);
     }
     switch (options_.op) {
       case OpKind::kHfac:
+      case OpKind::kHfacInt8:
         options_.norm ? hfac_after_norm() : hfac();
         break;
       case OpKind::kHfacSums:
@@ -72,6 +74,9 @@ class Planner {
         break;
       case OpKind::kHfacApply:
         in_groups(Kernel::hfac_apply_fold, Kernel::hfac_update);
+        break;
+      case OpKind::kHfacInt8Apply:
+        in_groups(Kernel::hfac_int8_apply_fold, Kernel::hfac_int8_update);
         break;
       case OpKind::kSmmf:
         in_groups(Kernel::smmf_tiles, Kernel::smmf_fold);
@@ -97,6 +102,9 @@ class Planner {
   }
 
   bool smmf_matrices() const { return options_.op == OpKind::kSmmf || options_.op == OpKind::kSmmfSums; }
+  bool whole_hfac() const { return options_.op == OpKind::kHfac || options_.op == OpKind::kHfacInt8; }
+  bool applies() const { return options_.op == OpKind::kHfacApply || options_.op == OpKind::kHfacInt8Apply; }
+  bool codes() const { return options_.op == OpKind::kHfacInt8 || options_.op == OpKind::kHfacInt8Apply; }
   bool dense_op() const { return options_.op == OpKind::kHfacDense || options_.op == OpKind::kSmmfDense; }
 
   int64_t workspace_of(const DeviceItem& item) const {
@@ -133,6 +141,7 @@ class Planner {
       case Kernel::hfac_stats:
         return {grad_access(it, bulk), tiles(it.tiling)};
       case Kernel::hfac_update:
+      case Kernel::hfac_int8_update:
         return {pair_access(it, bulk), tiles(it.update)};
       case Kernel::hfac_dense:
       case Kernel::smmf_dense:
@@ -184,8 +193,9 @@ class Planner {
         b.partial += number * 3 * (it.tiling.row_tiles + 1) * it.cols;
         break;
       case Kernel::hfac_fold:
+      case Kernel::hfac_int8_fold:
         b.partial += options_.norm ? number * (3 * it.cols + 2 * it.rows) : statistics;
-        b.states += number * (3 * it.rows + 4 * it.cols);
+        b.states += codes() ? 2 * numbers : number * (3 * it.rows + 4 * it.cols);
         break;
       case Kernel::hfac_sums_fold:
         b.partial += statistics;
@@ -194,6 +204,12 @@ class Planner {
       case Kernel::hfac_apply_fold:
         b.states += 6 * numbers;
         break;
+      case Kernel::hfac_int8_apply_fold:
+        b.states += 4 * numbers;
+        break;
+      case Kernel::hfac_int8_update:
+        b.states += 2 * elements(it);
+        [[fallthrough]];
       case Kernel::hfac_update: {
         const auto again = static_cast<int64_t>(cached_ * static_cast<double>(grad));
         b.grad += grad - again;
@@ -300,10 +316,10 @@ class Planner {
   }
 
   void fold_and_update(const Group& group) {
-    emit(Kernel::hfac_fold, group);
+    emit(codes() ? Kernel::hfac_int8_fold : Kernel::hfac_fold, group);
     // What is left in the cache of a group that does not fit is its end, so the update begins there.
     next_.backward = gradients(group) > cache();
-    emit(Kernel::hfac_update, group);
+    emit(codes() ? Kernel::hfac_int8_update : Kernel::hfac_update, group);
     next_.backward = false;
     ++next_.group;
   }

@@ -21,7 +21,10 @@ namespace hfac {
   KERNEL(hfac_collect)       \
   KERNEL(hfac_fold)          \
   KERNEL(hfac_sums_fold)     \
-  KERNEL(hfac_apply_fold) KERNEL(hfac_update) KERNEL(dense_look) KERNEL(hfac_dense) KERNEL(smmf_dense)
+  KERNEL(hfac_apply_fold)    \
+  KERNEL(hfac_update)        \
+  KERNEL(hfac_int8_fold)     \
+  KERNEL(hfac_int8_apply_fold) KERNEL(hfac_int8_update) KERNEL(dense_look) KERNEL(hfac_dense) KERNEL(smmf_dense)
 #define HFAC_ENUMERATOR(name) name,
 enum class Kernel { HFAC_KERNELS(HFAC_ENUMERATOR) };
 #undef HFAC_ENUMERATOR

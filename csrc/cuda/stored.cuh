@@ -114,6 +114,7 @@ struct SplitAccess : BulkAccess<float, BFloat16, Sg> {
     store_chunk(global(t.low) + at, low);
   }
   static HFAC_DEVICE float nearest(const Target&, float x) { return x; }
+  static HFAC_DEVICE bool rough(const Target&) { return false; }
 };
 
 // A bfloat16 and 8 of the bits that it lacks of a float, rounded to the nearest even or stochastically.
@@ -167,6 +168,7 @@ struct Split8Access : BulkAccess<float, BFloat16, Sg> {
         make_uint2(second_bytes(u[0], u[1], u[2], u[3]), second_bytes(u[4], u[5], u[6], u[7]));
   }
   static HFAC_DEVICE float nearest(const Target&, float x) { return common::nearest_of_24_bits(x); }
+  static HFAC_DEVICE bool rough(const Target&) { return false; }
 };
 
 HFAC_DEVICE_APART Random draw_apart(uint64_t block, uint32_t step, uint32_t position, uint64_t seed) {
@@ -194,6 +196,8 @@ struct StoredAccess : AnyAccess<float> {
     if (t.storage.low.kind == Low::kInt8) return common::nearest_of_24_bits(x);
     return Base::nearest(t.param, x);
   }
+
+  static HFAC_DEVICE bool rough(const Target& t) { return t.storage.low.kind == Low::kNone; }
 
   static HFAC_DEVICE int64_t offset_in(int32_t layout, const int64_t* layouts, int64_t at) {
     return layout < 0 ? at : offset_of(layouts + layout, at);

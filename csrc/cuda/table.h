@@ -64,6 +64,7 @@ struct Operands {
 // One parameter, or one block of a shard of SMMF's.
 struct DeviceItem : Operands, Moments {
   int64_t sign_bytes;     // of all slices
+  int32_t codes_layout;   // as an operand's
   int64_t workspace;      // bytes from its start
   int64_t partials;       // as `workspace`: tiles' sums, where they are collected; 0: they follow the rest
   int32_t index;          // in the caller's list
@@ -100,7 +101,8 @@ struct Keys {
 
 struct Scalars {
   Scalar lr, weight_decay, beta1, beta2;
-  Scalar totals, mean_squares;  // of whole parameters, to H-Fac's shards: sum of r, mean of U^2
+  // Of whole parameters, to H-Fac's shards: sum of r, mean of U^2; where there are codes the sum of r as it was.
+  Scalar totals, mean_squares, old_totals;
 };
 
 // Statistics of a watched step, for each parameter: the sum of (new - old)^2, before the new one is rounded; elements
@@ -157,25 +159,27 @@ struct SmmfSpace {
   }
 };
 
-constexpr int kSums = 3;  // of a column, for H-Fac: g, g^2, g^2 / r_i
+constexpr int kSums = 3;        // of a column, for H-Fac: g, g^2, g^2 / r_i
+constexpr int kFoldTotals = 3;  // of a chunk of its fold
 
 template <class T>
 struct HfacSpace {
-  double* norms;            // [chunks, 2] sum of r; sum of w_j / s_j
-  T *scale, *divisor;       // sqrt(R); what U is divided by
-  T *row_sum, *row_square;  // [rows] sum of the gradient, then phi / 2; the new r
-  T *half_psi, *col_scale;  // [cols]
-  T* collected;             // [3, cols] `cols` added up, where that outlasts its group; else null
-  T* cols;                  // [row_tiles, 3, cols] sums of g, g^2, g^2 / r_i
+  double* norms;                // [chunks, 3] sum of r; sum of w_j / s_j; of codes the sum of r as it was
+  T *scale, *divisor, *growth;  // sqrt(R); what U is divided by; of codes how sqrt(R) has grown, 0 where it was 0
+  T *row_sum, *row_square;      // [rows] sum of the gradient, then phi / 2, of codes sqrt(r_old / r); the new r
+  T *col_first, *col_scale;     // [cols] psi / 2, of codes sqrt(s_old / s); 1 / sqrt(s)
+  T* collected;                 // [3, cols] `cols` added up, where that outlasts its group; else null
+  T* cols;                      // [row_tiles, 3, cols] sums of g, g^2, g^2 / r_i
   T* end;
   HFAC_HD HfacSpace(const DeviceItem& it, char* workspace) {
     norms = reinterpret_cast<double*>(workspace + it.workspace);
-    scale = reinterpret_cast<T*>(norms + fold_chunks(it) * 2);
+    scale = reinterpret_cast<T*>(norms + fold_chunks(it) * kFoldTotals);
     divisor = scale + 1;
-    row_sum = scale + 2;
+    growth = scale + 2;
+    row_sum = scale + 3;
     row_square = row_sum + it.rows;
-    half_psi = row_square + it.rows;
-    col_scale = half_psi + it.cols;
+    col_first = row_square + it.rows;
+    col_scale = col_first + it.cols;
     T* const rest = col_scale + it.cols;
     collected = it.partials ? rest : nullptr;
     cols = it.partials ? reinterpret_cast<T*>(workspace + it.partials) : rest;

@@ -82,7 +82,7 @@ def names() -> tuple[str, ...]:
     return ("auto", *TABLE)
 
 
-register(Backend("cuda", "fused CUDA kernels", cuda.why_not, lambda: cuda.KERNELS, missing=cuda.MISSING))
+register(Backend("cuda", "fused CUDA kernels", cuda.why_not, lambda: cuda.KERNELS))
 register(Backend("triton", "fused Triton kernels", triton.why_not, lambda: triton, missing=triton.MISSING))
 register(Backend("cpu", "fused C++ kernels", cpu.why_not, lambda: cpu))
 register(Backend("reference", "plain torch, any device", lambda device: None, lambda: plain.FORMULAS))

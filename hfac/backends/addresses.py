@@ -51,7 +51,7 @@ def of_grads(grads: Tensors) -> dict[str, Any]:
 
 def of_operands(operands: Operands) -> dict[str, Any]:
     """Parameters and how they are stored, an op's lists, None for those that it goes without, the sizes of its
-    matrices, and how sign bits lie."""
+    matrices, and how sign bits and codes lie."""
     op, lists, params = operands.op, operands.lists, operands.params
     found: dict[str, Any] = {
         operand.name: addresses(lists[operand.name]) if operand.name in lists else None for operand in op.operands
@@ -72,7 +72,7 @@ def of_operands(operands: Operands) -> dict[str, Any]:
             signs = lists.get(operand.name)
             found["sign_bytes"] = None if signs is None else numels(signs)
             found["sign_slices"] = None if signs is None else [sign.shape[0] for sign in signs]
-        elif operand.size == WHOLE and not all(map(Tensor.is_contiguous, lists[operand.name])):  # codes of shards
+        elif operand.size == WHOLE and op.shard and not all(map(Tensor.is_contiguous, lists[operand.name])):
             found["code_strides"] = strides(lists[operand.name])
     for name, entries in operands.counts.items():
         found[f"whole_{name}" if name in (ROWS, COLS) else name] = entries

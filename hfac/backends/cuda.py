@@ -16,15 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version  # tells autograd of writes that it cannot see
 
-from ..spec import HFAC_INT8_STEP, Op
+from ..spec import Op
 from . import addresses, cpu
 from .contract import Operands, Statistics
 from .planned import Cuda, Planned, launch_arguments, scalar
 
 Tensors = Sequence[Tensor]
-
-#: Steps of which there are no CUDA kernels yet.
-MISSING = (HFAC_INT8_STEP,)
 
 
 def why_not(device: torch.device) -> str | None:
@@ -204,7 +201,7 @@ class Kernels:
         self.platform = platform
 
     def has(self, op: Op) -> bool:
-        return op not in MISSING and hasattr(self.platform.native.CudaStep, op.name.removesuffix("_"))
+        return hasattr(self.platform.native.CudaStep, op.name.removesuffix("_"))
 
     def bind(self, operands: Operands) -> CudaCall | CudaShardCall:
         return (CudaShardCall if operands.op.shard else CudaCall)(self.platform, operands)

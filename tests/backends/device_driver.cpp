@@ -139,6 +139,7 @@ struct Problem : Arena {
     items.back().signs = {bytes(static_cast<size_t>(slices * each), 0, offset), slice, each};
     if (fault == "signs" && slices == 1) items.back().signs.slice_bytes += 3;
   }
+  void codes(int64_t count) { items.back().codes = bytes(static_cast<size_t>(count), 0x31); }
   // Of a whole of so many rows and columns, with sums that others have made.
   hfac::Shard& shard(int64_t rows, int64_t cols, float scale, float plus) {
     const Item& item = items.back();
@@ -207,6 +208,7 @@ Result run(OpKind op, const std::vector<Matrix>& matrices, const Options& how = 
     const int64_t count = m.rows * m.cols;
     problem.item(m.rows, m.cols, count, &how.ways[problem.items.size() % how.ways.size()], dense);
     if (op == OpKind::kSmmf) problem.signs(m.slices, count / m.slices, how.offset);
+    if (op == OpKind::kHfacInt8) problem.codes(count);
     problem.grad(count, how.grad);
   }
   const size_t parameters = matrices.size();
@@ -281,6 +283,7 @@ Result run_shards(OpKind op, const Way& way = kPlain) {
     for (const Matrix& m : std::vector<Matrix>{{24, 16, 1}, {19, 17, 1}, {300, 9, 1}, {0, 300, 1}}) {
       if (sums && m.rows == 0) continue;
       problem.item(m.rows, m.cols, m.rows * m.cols, sums ? nullptr : &way);
+      if (op == OpKind::kHfacInt8Apply) problem.codes(m.rows * m.cols);
       // What is given must be positive, where it is a sum of squares.
       hfac::Shard& shard = problem.shard(m.rows + 3, m.cols + 5, 0.1f, 1.0f);
       shard.col_ratio = problem.numbers(m.cols, 0.1f, 1.0f);
@@ -292,6 +295,7 @@ Result run_shards(OpKind op, const Way& way = kPlain) {
   Passing passing(step, nullptr, 5);
   passing.arguments.scalars.totals.value = 2.0;
   passing.arguments.scalars.mean_squares.value = 4.0;
+  passing.arguments.scalars.old_totals.value = 3.0;
   launch(step, passing);
   Result result;
   result.finite = problem.all_finite();
@@ -327,9 +331,14 @@ std::vector<Case> cases() {
       {"hfac dense, stored", kQuick, op(OpKind::kHfacDense, vectors, stored)},
       {"smmf parts, stored", kQuick, [] { return run_shards(OpKind::kSmmfSums, kSplit8Drawn); }},
       {"hfac apply, stored", kQuick, [] { return run_shards(OpKind::kHfacApply, kSplit); }},
+      {"hfac int8, stored", kQuick, op(OpKind::kHfacInt8, both, stored)},
+      {"hfac int8 apply, stored", kFull, [] { return run_shards(OpKind::kHfacInt8Apply, kSplit8Drawn); }},
       {"smmf", kQuick, op(OpKind::kSmmf, small)},
       {"hfac", kQuick, op(OpKind::kHfac, small)},
       {"hfac, norm", kQuick, op(OpKind::kHfac, small, norm)},
+      {"hfac int8", kQuick, op(OpKind::kHfacInt8, small)},
+      {"hfac int8, norm", kFull, op(OpKind::kHfacInt8, small, norm)},
+      {"hfac int8 apply", kFull, [] { return run_shards(OpKind::kHfacInt8Apply); }},
       {"hfac, norm, stored", kFull, op(OpKind::kHfac, both, stored_norm)},
       {"smmf dense", kFull, op(OpKind::kSmmfDense, {{24, 1, 1}, {8200, 1, 1}})},
       {"hfac dense", kFull, op(OpKind::kHfacDense, {{24, 1, 1}, {8200, 1, 1}})},
@@ -351,8 +360,8 @@ std::vector<Case> cases() {
   half.grad = DType::kFloat16;
   Options wide;
   wide.ways = {brain_way};
-  for (const OpKind kind : {OpKind::kHfac, OpKind::kSmmf}) {
-    const std::string name = kind == OpKind::kHfac ? "hfac" : "smmf";
+  for (const OpKind kind : {OpKind::kHfac, OpKind::kSmmf, OpKind::kHfacInt8}) {
+    const std::string name = kind == OpKind::kHfac ? "hfac" : kind == OpKind::kSmmf ? "smmf" : "hfac int8";
     all.push_back({name + ", bfloat16", kQuick, op(kind, six, brain)});
     all.push_back({name + ", float and bfloat16", kFull, op(kind, small, mixed)});
     all.push_back({name + ", bfloat16 and float", kFull, op(kind, small, wide)});

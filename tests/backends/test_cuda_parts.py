@@ -3,12 +3,13 @@ orders, one bit for all; few launches, and nothing read on the host."""
 
 import itertools
 
+import calls
 import emulated
 import pytest
 import test_parts
 import torch
-from cases import DTYPES
-from test_parity import ieee_square_roots  # noqa: F401  (a fixture for every test here)
+from cases import DTYPES, codes_agree
+from test_parity import ieee_square_roots, params_agree  # noqa: F401  (a fixture for every test here)
 from test_parts import BLOCK_PARTS, HFAC_OPTIONS, LAYOUTS, MATRIX_PARTS, SMMF_OPTIONS, BlockParts, MatrixParts
 
 from bench.shapes import llama3_8b
@@ -37,6 +38,33 @@ def test_hfac_sums(part, wide):
 def test_hfac_apply(part, dtype):
     for layout, options in itertools.product(LAYOUTS, HFAC_OPTIONS):
         test_parts.test_hfac_apply(part, dtype, layout, options, **HERE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("part", MATRIX_PARTS)
+def test_hfac_int8_apply(part, dtype):
+    """With codes that lie as the part does, of a matrix in the middle of a run and at its beginning."""
+    for (layout, lay), options in itertools.product(LAYOUTS.items(), HFAC_OPTIONS):
+        old_total = 30.0 if options == "clipped" else 0.0
+        parts = MatrixParts([part], [dtype], layout=layout)
+        known = parts.known() | dict(old_totals=torch.tensor([old_total], dtype=torch.float64))
+        known = {name: known[name] for name in ("new_rows", "new_cols", "old_totals", "totals", "mean_squares")}
+        shape, rows, cols = parts.cases[0]
+        draws = torch.Generator().manual_seed(3)
+        whole = torch.randint(-127, 128, shape, dtype=torch.int8, generator=draws)
+        codes = lay(whole[slice(*rows), slice(*cols)])
+        found = []
+        for backend in (emulated.NAME, "reference"):
+            param, q = (test_parts.copy_of(tensor) for tensor in (parts.params[0], codes))
+            second = parts.by_row["exp_avg_sq_rows"], parts.by_col["exp_avg_sq_cols"]
+            states = [[q], *([entries[0].clone()] for entries in second)]
+            numbers = dict(lr=0.02, beta1=0.8, backend=backend) | HFAC_OPTIONS[options]
+            calls.hfac_int8_apply_([param], parts.grads, *states, **known, **numbers)
+            found.append((param, q, *(state[0] for state in states[1:])))
+        ours, theirs = found
+        params_agree("HFac", ours[0], theirs[0], parts.params[0], 0.02)
+        assert not ours[1].numel() or codes_agree(ours[1], theirs[1])
+        assert ours[1].stride() == codes.stride() and test_parts.same_bits(ours[2:], theirs[2:])
 
 
 def test_hfac_takes_a_list_of_both_arithmetics():
@@ -130,7 +158,7 @@ def test_autograd_notices_the_write_of_a_part():
     test_parts.test_autograd_notices_the_write_of_a_part(**HERE)
 
 
-@pytest.mark.parametrize("op", [op for op in spec.OPS.values() if op.shard and op is not spec.HFAC_INT8_APPLY])
+@pytest.mark.parametrize("op", [op for op in spec.OPS.values() if op.shard])
 def test_the_backend_has_every_op_on_parts(op):
     assert backends.resolve(emulated.NAME, torch.device("cpu"), op) is emulated.ops
 

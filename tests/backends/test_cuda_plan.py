@@ -36,6 +36,31 @@ def test_every_element_is_counted_once(algorithm):
     assert sum(launch["param_read"] for launch in launches) == bytes_
 
 
+def plan_of_codes(shapes, dtype):
+    """Of matrices whose first moment is whole, in 8 bits."""
+    rows, cols = zip(*shapes, strict=True)
+    return native.cuda_plan(op="hfac_int8_step", rows=rows, cols=cols, param_dtypes=dtype, grad_dtypes=dtype)[
+        "launches"
+    ]
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(1, 10), (0, 18)], ids=["bfloat16", "float32"])
+def test_codes_of_8_bits_move_few_bytes(dtype, least):
+    """The gradient twice, of which the cache has some, parameters and codes read and written; sums are the rest."""
+    matrices = [shape for shape in llama3_8b() if len(shape) > 1]
+    found, numel = plan_of_codes(matrices, dtype), sum(map(math.prod, matrices))
+    assert least <= sum(launch["bytes"] + launch["grad_from_cache"] for launch in found) / numel <= least + 0.2
+    assert {launch["kernel"] for launch in found} == {"hfac_stats", "hfac_int8_fold", "hfac_int8_update"}
+    for part in ("param_read", "param_written"):
+        assert sum(launch[part] for launch in found) == numel * (least - 2) // 4
+
+
+def test_codes_of_8_bits_occupy_every_multiprocessor():
+    """Of an H200, 132, with two blocks each, by one matrix alone."""
+    found = plan_of_codes([(4096, 4096)], 1)
+    assert [launch["blocks"] for launch in found if launch["kernel"] == "hfac_int8_update"] == [256]
+
+
 def test_two_thousand_small_matrices_take_few_launches():
     shapes = [(64, 64)] * 2000
     assert len(launch_plan.plan("hfac", shapes, "bfloat16")) == 3
@@ -88,5 +113,5 @@ def test_what_lasts_for_the_norm_is_a_few_numbers_per_row_and_column():
 
 
 def test_an_unknown_op_is_refused():
-    with pytest.raises(ValueError, match="hfac_step, hfac_dense_step, smmf_step or smmf_dense_step is needed"):
+    with pytest.raises(ValueError, match="one of hfac_step, .*smmf_dense_step is needed, not 'adam'"):
         native.cuda_plan(op="adam", rows=[2], cols=[2], param_dtypes=0, grad_dtypes=0)

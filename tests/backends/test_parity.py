@@ -9,7 +9,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, OPTIONS, SHAPES, codes_agree, gradient, on_gpus, shape_id
+from cases import DTYPES, OPTIONS, SHAPES, codes_agree, gradient, shape_id
+from suites import lacks
 
 import hfac
 from hfac import backends
@@ -84,7 +85,7 @@ def truncated_agree(name, ours, theirs, before, lr):
 @pytest.mark.parametrize(("name", "options"), [(name, key) for name, rows in OPTIONS.items() for key in rows])
 def test_twenty_steps(backend, name, options, shape, dtype):
     kwargs = OPTIONS[name][options]
-    if backend != "cpu" and not on_gpus(kwargs):
+    if lacks(backend, kwargs):
         pytest.skip(f"{backend} has no kernels for this")
     param = torch.nn.Parameter(gradient(shape, 0, dtype))
     optimizer = getattr(hfac, name)([param], **kwargs, backend=backend)

@@ -9,8 +9,8 @@ import itertools
 import calls
 import pytest
 import torch
-from cases import OPTIONS, gradient, on_gpus
-from suites import BACKENDS, BF16, F16, F32, KERNELS, KINDS, OPS, laid_out, same
+from cases import OPTIONS, gradient
+from suites import BACKENDS, BF16, F16, F32, KERNELS, KINDS, OPS, lacks, laid_out, same
 from test_parity import ieee_square_roots, states_agree
 from test_rounding import stored_agree, value_of, without_low
 
@@ -360,7 +360,7 @@ def test_a_list_of_all_kinds_agrees_with_the_reference(backend, first, capturabl
     untouched, and some parameters begin later. Steps from the same state."""
     groups = {key: group for key, group in GROUPS.items() if key != "plain" or backend != "triton"}  # which truncates
     name, moments = ("SMMF", {}) if first == "smmf" else ("HFac", {"first_moment": first})
-    if backend != "cpu" and not on_gpus(moments):
+    if lacks(backend, moments):
         pytest.skip(f"{backend} has no kernels for this")
     options = OPTIONS[name]["skip"] | dict(seed=2**64 - 3, capturable=capturable) | moments
     optimizers = []

@@ -13,7 +13,7 @@ import calls
 import pytest
 import test_parts
 import torch
-from cases import DTYPES, OPTIONS, SHAPES, gradient, on_gpus, shape_id
+from cases import DTYPES, OPTIONS, SHAPES, gradient, in_codes, shape_id
 from suites import laid_out
 from test_parity import (
     SUMS,
@@ -48,7 +48,7 @@ def rows(shapes, taken, *marks):
         pytest.param(name, options, dtype, shapes, id=f"{name}-{options}-{str(dtype)[6:]}-{size}", marks=marks)
         for name, table in OPTIONS.items()
         for options in table
-        if on_gpus(table[options])
+        if not in_codes(table[options])
         for dtype in DTYPES
         if taken(options == "all", dtype == torch.float32)
     ]

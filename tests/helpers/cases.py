@@ -4,7 +4,7 @@ import torch
 
 from hfac.parity import gradient
 
-__all__ = ["DTYPES", "OPTIONS", "SHAPES", "codes_agree", "gradient", "on_gpus", "shape_id"]
+__all__ = ["DTYPES", "OPTIONS", "SHAPES", "codes_agree", "gradient", "in_codes", "shape_id"]
 
 #: Hostile shapes: scalars, one row, one column, primes, odd byte counts, powers of two and one beyond, five
 #: dimensions, empty.
@@ -64,9 +64,9 @@ OPTIONS = {
 }
 
 
-def on_gpus(options: dict) -> bool:
-    """Whether CUDA's and Triton's kernels make all steps with these options."""
-    return options.get("first_moment") != "int8"
+def in_codes(options: dict) -> bool:
+    """Whether matrices have a first moment in codes of 8 bits, of which not all backends have kernels."""
+    return options.get("first_moment") == "int8"
 
 
 def codes_agree(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

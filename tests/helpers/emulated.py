@@ -102,12 +102,12 @@ def registered() -> Iterator[None]:
 #: Lists of addresses among the arguments of `CudaStep`'s functions, and single ones among those of a launch.
 LISTS = {
     *("params", "grads", "master_lows", "exp_avgs", "exp_avg_sqs"),
-    *(f"exp_avg_{what}" for what in ("rows", "cols", "signs", "sq_rows", "sq_cols")),
+    *(f"exp_avg_{what}" for what in ("rows", "cols", "signs", "qs", "sq_rows", "sq_cols")),
     *("old_rows", "row_sums", "new_rows", "col_sums", "col_squares", "col_ratios", "new_cols"),
     *("new_sq_rows", "new_sq_cols"),
 }
 MEMORY = ("table", "workspace", "counters", "nonfinite", "grad_scale", "found_inf", "clip", "squares", "watched")
-SCALARS = ("lr", "weight_decay", "beta1", "beta2", "step", "totals", "mean_squares")
+SCALARS = ("lr", "weight_decay", "beta1", "beta2", "step", "totals", "mean_squares", "old_totals")
 
 
 class Plan:

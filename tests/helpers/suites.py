@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import calls
 import emulated
 import torch
-from cases import gradient
+from cases import gradient, in_codes
 
 from hfac import backends, matricize, ops, reference, rounding, spec
 
@@ -76,6 +76,11 @@ TWICE = ["hfac_step_", "hfac_int8_step_"]
 
 def has(backend, op):
     return backend == "auto" or backends.TABLE[backend].load().has(spec.OPS[op])
+
+
+def lacks(backend, options):
+    """Whether it has no kernels of a step with these options of an optimizer."""
+    return in_codes(options) and not has(backend, "hfac_int8_step_")
 
 
 #: Of a parameter its shape, its type, its gradient's, and how both lie: several tiles of rows and of columns, rows that

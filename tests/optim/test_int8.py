@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import suites
 import torch
 import torch.distributed as dist
 from cases import codes_agree, gradient, shape_id
@@ -17,11 +18,11 @@ from torch.nn import Parameter
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import hfac
-from hfac import HFac, codes, functional
-from hfac.backends import cpu
+from hfac import HFac, backends, codes, functional, reference, spec
+from hfac.backends.plain import Formulas
 
-BACKENDS = ["reference", *(["cpu"] if cpu._C is not None else [])]
-EACH = pytest.mark.parametrize("backend", BACKENDS)
+BACKENDS = [name for name in suites.BACKENDS if name != "triton"]  # which has no kernels of it
+EACH = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 OPTIONS = dict(lr=0.02, betas=(0.8, 0.95), eps=1e-12, clip_threshold=0.7, weight_decay=0.1, first_moment="int8")
 
 
@@ -126,6 +127,32 @@ def test_codes_go_towards_zero_where_nothing_comes():
         assert fresh[127] == 0
     assert torch.equal(codes.encode(values, every, values), every)
     assert torch.equal(codes.encode(1.0001 * values, every, values), every)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@EACH
+def test_the_codes_of_numbers_that_are_not_usual(backend, dtype):
+    """Elements too small to be told from zero, of which some are subnormal, and one too large for any code; where one
+    is not finite no element's moment is."""
+    grad = torch.full((24, 32), 1000.0, dtype=dtype)
+    grad[3] = torch.tensor([1e-45, 1e-40, -1e-38, 1e-30] * 8, dtype=dtype)
+    grad[:, 5], grad[7] = 0, 0
+    grad[7, 5] = -1
+    for value in (None, math.nan, math.inf, -math.inf):
+        given, found = grad.clone(), []
+        if value is not None:
+            given[8, 9] = value
+        for name in (backend, "reference"):
+            param = Parameter(torch.ones_like(grad))
+            optimizer = HFac([param], first_moment="int8", backend=name)
+            param.grad = given
+            optimizer.step()
+            found.append(optimizer.state[param]["exp_avg_q"])
+        assert codes_agree(*found), value
+        if value is None:
+            assert found[0][7, 5] == -127 and not found[0][3].any() and (found[0][4] != 0).sum() == 31
+        else:
+            assert not found[0].any()
 
 
 # ---- over many steps -------------------------------------------------------------------------------------------------
@@ -267,11 +294,17 @@ def test_the_functional_form_makes_the_same_step(backend):
 KEYS = ("exp_avg_q", "exp_avg_sq_row", "exp_avg_sq_col")
 
 
-def test_a_backend_that_lacks_the_step_is_refused_at_construction(emulated_backend):
+def test_a_backend_that_lacks_the_step_is_refused_at_construction(monkeypatch):
+    class Without(Formulas):
+        def has(self, op):
+            return op is not spec.HFAC_INT8_STEP and super().has(op)
+
+    backend = backends.Backend("without", "", lambda device: None, lambda: Without(reference), automatic=False)
+    monkeypatch.setitem(backends.TABLE, "without", backend)
     (param,) = parameters([(4, 6)])
-    with pytest.raises(RuntimeError, match=r"backend='cuda-emulated' was asked for, but .*hfac_int8_step_"):
-        HFac([param], first_moment="int8", backend="cuda-emulated")
-    HFac([param], first_moment="int8", dense=True, backend="cuda-emulated")
+    with pytest.raises(RuntimeError, match=r"backend='without' was asked for, but .*hfac_int8_step_"):
+        HFac([param], first_moment="int8", backend="without")
+    HFac([param], first_moment="int8", dense=True, backend="without")
 
 
 def test_sharded_parameters_have_codes_of_their_shards():

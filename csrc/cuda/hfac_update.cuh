@@ -1,0 +1,127 @@
+// H-Fac's second read of a gradient, which updates a tile of the parameter: of both forms of the first moment.
+#pragma once
+
+#include "../common/math/hfac.h"
+#include "codes.cuh"
+
+namespace hfac {
+
+// What the update reads of a row: the fold's number and the factor of the gradient.
+template <class T>
+struct UpdateRows {
+  T first[kRowsInFlight * kTileThreads], scale[kRowsInFlight * kTileThreads];
+};
+// And of the moment's codes what they stand for.
+template <class T>
+struct CodeRows : UpdateRows<T> {
+  CodeTable<T> table;
+};
+
+// No root and no division in the loop but those of codes: a tile's rows are prepared in shared memory, its columns in
+// registers. `kCodes`: the first moment is whole, in 8 bits.
+template <class A, bool kWatched, bool kCodes>
+HFAC_DEVICE void update_tile(const Arguments& a) {
+  using T = typename A::T;
+  __shared__ std::conditional_t<kCodes, CodeRows<T>, UpdateRows<T>> shared;
+  if (skipped(a)) return;
+  const Tile tile = tile_of(a);
+  const DeviceItem& it = a.items[tile.item];
+  if (refused(a, it)) return;
+  const Tiling tiling = it.update;
+  const HfacSpace<T> space(it, a.workspace);
+  const int64_t rows = it.rows, cols = it.cols;
+  const int row_tile = tile.index / tiling.col_tiles, col_tile = tile.index % tiling.col_tiles;
+  const int x = static_cast<int>(threadIdx.x) % tiling.lanes, y = static_cast<int>(threadIdx.x) / tiling.lanes;
+  const int ys = kTileThreads / tiling.lanes;
+  const int64_t first_row = static_cast<int64_t>(row_tile) * tiling.rows;
+  const int tile_rows = static_cast<int>(rows - first_row < tiling.rows ? rows - first_row : tiling.rows);
+  const int64_t tile_end = static_cast<int64_t>(col_tile + 1) * tiling.cols;
+  const int64_t col = static_cast<int64_t>(col_tile) * tiling.cols + x * kVector;
+  const int count = vector_count(col, tile_end < cols ? tile_end : cols);
+
+  const T scale = *space.scale, divisor = *space.divisor;
+  const Gradient<T> gradient(a);
+  const T lr = static_cast<T>(value_of(a.scalars.lr, 0));
+  const T weight_decay = static_cast<T>(value_of(a.scalars.weight_decay, 0));
+  const T* r = static_cast<const T*>(it.second_row);
+  [[maybe_unused]] T beta1 = T(0), step = T(0), decay = T(0);
+  if constexpr (kCodes) {
+    // Sign, clip and lr are in factors of rows and of the tile.
+    const Decay<T> b1(a.scalars.beta1, it.index);
+    const T growth = *space.growth, part = (gradient.negate ? -b1.rest : b1.rest) * scale;
+    beta1 = b1.beta;
+    step = lr * (T(1) / divisor);
+    decay = lr * weight_decay;
+    make_table(shared.table);
+    for (int k = static_cast<int>(threadIdx.x); k < tile_rows; k += kTileThreads) {
+      shared.first[k] = growth == T(0) ? T(0) : beta1 * (space.row_sum[first_row + k] * growth);
+      shared.scale[k] = part * (T(1) / root(r[first_row + k]));
+    }
+  } else {
+    for (int k = static_cast<int>(threadIdx.x); k < tile_rows; k += kTileThreads) {
+      shared.first[k] = space.row_sum[first_row + k];
+      shared.scale[k] = scale * (T(1) / root(r[first_row + k])) / divisor;
+    }
+  }
+  T col_first[kVector], col_scale[kVector];
+  HFAC_UNROLLED (k, kVector) {
+    col_first[k] = k < count ? space.col_first[col + k] : T(0);
+    col_scale[k] = k < count ? space.col_scale[col + k] : T(0);
+  }
+  const Operand grad = it.grad;
+  const auto param = A::target(a, it);
+  [[maybe_unused]] const CodesAt<A> codes_at(a, it);
+  __syncthreads();
+  if (!kWatched && !count) return;
+
+  // Codes are worked on in many registers, of which loads of 4 bytes an element and more leave too few.
+  constexpr int kTogether = kCodes && A::kRows == 1 ? 2 : kRowsInFlight;
+  Watch<A> watch;
+  for (int base = 0; base < (kWatched && !count ? 0 : tile_rows); base += ys * kTogether) {
+    typename A::Grad g_raw[kTogether];
+    typename A::Param w_raw[kTogether];
+    [[maybe_unused]] Codes codes[kTogether];
+    HFAC_UNROLLED (k, kTogether) {
+      const int row = base + k * ys + y;
+      if (row >= tile_rows) continue;
+      const int64_t at = (first_row + row) * cols + col;
+      g_raw[k] = A::grad(grad, a.layouts, at, count, true);
+      w_raw[k] = A::param(param, a.layouts, at, count);
+      if constexpr (kCodes) codes[k] = codes_at.load(at, count);
+    }
+    HFAC_UNROLLED (k, kTogether) {
+      const int row = base + k * ys + y;
+      if (row >= tile_rows) continue;
+      const int64_t at = (first_row + row) * cols + col;
+      T g[kVector], w[kVector];
+      A::widen(g_raw[k], g);
+      A::widen(w_raw[k], w);
+      const T first = shared.first[row], row_scale = shared.scale[row];
+      if constexpr (kCodes) {
+        gradient.unscale(g);
+        T moment[kVector];
+        HFAC_UNROLLED (j, kVector) g[j] = g[j] * col_scale[j] * row_scale;
+        step_codes(codes[k], shared.table, first, col_first, g, A::rough(param), moment);
+        HFAC_UNROLLED (j, kVector) w[j] = common::hfac_int8_update(w[j], moment[j], g[j], beta1, step, decay);
+        codes_at.store(at, count, codes[k]);
+      } else {
+        gradient(g);
+        HFAC_UNROLLED (j, kVector) {
+          w[j] = common::hfac_update(w[j], g[j], first, col_first[j], col_scale[j], row_scale, lr, weight_decay);
+        }
+      }
+      if constexpr (kWatched) {
+        T old[kVector];
+        A::widen(w_raw[k], old);
+        watch.add(param, old, w, count);
+      }
+      A::store(param, a.layouts, at, count, w);
+    }
+  }
+  if constexpr (kWatched) {
+    __shared__ double sums[kTileThreads];
+    watch.finish(a, it, sums);
+  }
+}
+
+}  // namespace hfac
