@@ -15,12 +15,11 @@ from torch.optim import Optimizer
 import hfac
 from bench import bytes as traffic
 from bench.quality.tasks import Task
+from hfac.cli.optimizers import ADVISED
 
 #: parameters of the byte-GPT, the ViT and larger models that look up or project tokens, by `fnmatch`
 EMBEDDINGS = ("*embedding*", "lm_head*")
 _NOT_FOR_MUON = re.compile("embedding|head")
-#: torch's Adafactor multiplies its rate by the RMS of the parameter, about a tenth, but not the decay
-ADAFACTOR_RELATIVE = 10.0
 
 
 @dataclass(frozen=True)
@@ -147,8 +146,8 @@ CONTENDERS = {
     "nadam": Contender("NAdam", _plain(torch.optim.NAdam, decoupled_weight_decay=True)),
     "adafactor": Contender(
         "Adafactor (PyTorch)",
-        _plain(torch.optim.Adafactor, 1 / ADAFACTOR_RELATIVE),
-        (ADAFACTOR_RELATIVE, ADAFACTOR_RELATIVE),
+        _plain(torch.optim.Adafactor, 1 / ADVISED["adafactor"][0]),  # the rate is relative to parameters, the decay not
+        ADVISED["adafactor"],
     ),
     "muon": Contender(
         "Muon + AdamW",
@@ -159,14 +158,14 @@ CONTENDERS = {
     "adam8bit-bnb": Contender(
         "8-bit AdamW (bitsandbytes)", _eight_bit("bitsandbytes"), missing=_unless_installed("bitsandbytes")
     ),
-    "smmf": Contender("SMMF", _smmf, (1.6, 2.5)),
-    "hfac": Contender("HFac", _plain(hfac.HFac), (0.7, 0.7)),
+    "smmf": Contender("SMMF", _smmf, ADVISED["smmf"]),
+    "hfac": Contender("HFac", _plain(hfac.HFac), ADVISED["hfac"]),
     "hfac-dense": Contender("HFac, dense embeddings", _dense_embeddings, (0.8, 0.8), tasks=("gpt", "vit", "scale")),
-    "hfac-int8": Contender("HFac, int8 moment", _plain(hfac.HFac, first_moment="int8"), (1.1, 1.1)),
+    "hfac-int8": Contender("HFac, int8 moment", _plain(hfac.HFac, first_moment="int8"), ADVISED["hfac-int8"]),
     "hfac-int8-bf16": Contender(
         "HFac, int8 moment, bfloat16 weights",
         _plain(hfac.HFac, first_moment="int8", rounding="stochastic"),
-        (1.1, 1.1),
+        ADVISED["hfac-int8"],
         settings={"dtype": "bfloat16", "rounding": "stochastic"},
         tasks=("gpt",),
     ),

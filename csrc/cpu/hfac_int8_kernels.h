@@ -166,8 +166,8 @@ HFAC_HD Vec<T> largest_code(Vec<T> y, Vec<T> q, Vec<T> growth) {
   return most;
 }
 
-// Rows on their way at once.
-constexpr int64_t kCodeRows = HFAC_REGISTER > 32 ? 4 : 2;
+// Rows on their way at once: with four, most of what is on its way would lie on the stack.
+constexpr int64_t kCodeRows = 2;
 
 // How far on a prefetch is, in bytes, where `left` elements of its row are left: past the row's end it is for the row R
 // further on.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import hfac
+from hfac import backends, spec
 from hfac.backends import addresses, cpu
 from hfac.cli.memory import ALONE, PLAIN, STEP, Load, Optimizer, Options, Piece, Rank, Shape, Transient
 
@@ -136,13 +137,15 @@ class Factored(Optimizer):
     def __init__(self, name: str, title: str, cls: type[hfac.HFac] | type[hfac.SMMF], **more: str) -> None:
         self.name, self.title, self.more = name, title, tuple(more.items())
         self.cls: Any = cls
+        #: the step of matrices
+        self.op = spec.ALGORITHMS[cls._algorithm].op_for(True, {"first_moment": "factored", **more})
 
     def pieces(self, shape: Shape, dtype: torch.dtype, options: Options = PLAIN) -> dict[str, Piece]:
         return _asked(self.cls, shape, dtype, options, self.more)
 
     def sent_bytes(self, load: Load, rank: Rank) -> int:
-        """The all-reduced buffer: 3 numbers for every column under H-Fac, all factors under SMMF, and a few for every
-        tensor."""
+        """The all-reduced buffer: 3 numbers for every column under H-Fac, 2 where its first moment is whole, all
+        factors under SMMF, and a few for every tensor."""
         if rank.world == 1:
             return 0
         total = 0
@@ -151,7 +154,9 @@ class Factored(Optimizer):
                 continue
             pieces = self.pieces(shape, load.dtype, options)
             if self.cls is hfac.HFac:
-                numbers = 3 + 3 * math.prod(pieces["exp_avg_col"].shape) if "exp_avg_col" in pieces else 3
+                whole_first = "exp_avg_q" in pieces  # no sums of gradients, but that of the old r
+                cols = math.prod(pieces["exp_avg_sq_col"].shape) if "exp_avg_sq_col" in pieces else 0
+                numbers = (4 + 2 * cols) if whole_first else (3 + 3 * cols)
             else:
                 factors = [piece for key, piece in pieces.items() if key.endswith(("_row", "_col"))]
                 numbers = 1 + sum(math.prod(piece.shape) for piece in factors)
@@ -161,9 +166,8 @@ class Factored(Optimizer):
     def transient(self, load: Load, rank: Rank) -> Transient:
         if cpu._C is None:
             return Transient(None, "unknown", "hfac._C, which plans the kernels, is not built: see hfac doctor")
-        if self.more:
-            why = "there are no CUDA kernels for it yet: plain torch makes the step there, with copies of a parameter"
-            return Transient(None, "unknown", why)
+        if self.op in backends.TABLE["cuda"].missing:
+            return self._in_plain_torch(load, rank)
         if load.elements(rank) > self.MOST:
             return Transient(None, "unknown", f"launches are not planned for more than {self.MOST:,} elements")
         sums = self._partial_sums(load, rank)
@@ -174,6 +178,21 @@ class Factored(Optimizer):
             "estimated",
             "the all-reduced buffer, counted, and partial sums planned as for whole matrices of the shards' size",
         )
+
+    def _in_plain_torch(self, load: Load, rank: Rank) -> Transient:
+        """Matrices are stepped one after the other, which takes most for the largest."""
+        most = 0
+        for shape, options in load.kinds:
+            part = rank.part(shape)[options.batch_dims :]
+            if not math.prod(rank.part(shape)) or "exp_avg_q" not in self.pieces(shape, load.dtype, options):
+                continue
+            most = max(most, math.prod(part) * _bytes_in_plain_torch(load.dtype, options))
+        why = "plain torch makes the step, for lack of CUDA kernels yet"
+        if rank.world == 1:
+            return Transient(most, "measured", f"copies of the largest matrix: {why}")
+        sent = self.sent_bytes(load, rank)
+        how = f"the all-reduced buffer, counted, and copies of the largest shard: {why}"
+        return Transient(most + sent, "estimated", how)
 
     def _partial_sums(self, load: Load, rank: Rank) -> int:
         """Workspace of the CUDA kernels on a rank's shards: a call for each group of options."""
@@ -207,11 +226,21 @@ class Factored(Optimizer):
         if factored:
             heights, widths, slices = (list(column) for column in zip(*factored, strict=True))
             signs = {"slices": slices} if algorithm == "smmf" else {}
-            total += plan(op=f"{algorithm}_step", rows=heights, cols=widths, **types, **signs)["workspace_bytes"]
+            total += plan(op=self.op.name.removesuffix("_"), rows=heights, cols=widths, **types, **signs)[
+                "workspace_bytes"
+            ]
         if whole:
             dense = plan(op=f"{algorithm}_dense_step", rows=whole, cols=[1] * len(whole), **types)
             total += dense["workspace_bytes"]
         return total
+
+
+def _bytes_in_plain_torch(dtype: torch.dtype, options: Options) -> int:
+    """Per element of a matrix, what `hfac.reference.hfac_int8_step_` holds at most: nine float32 numbers; eleven where
+    the parameter is widened; more where it is joined of two pieces, or random bits are drawn."""
+    if options.rounding == "stochastic":
+        return 157
+    return 64 if options.master else 44 if dtype.itemsize == 2 else 36
 
 
 @lru_cache(maxsize=4096)

@@ -27,15 +27,33 @@ def _smmf(groups: list[dict], lr: float) -> torch.optim.Optimizer:
     return hfac.SMMF(groups, lr=lr, decay_rate=-0.8)  # SMMF's authors advise -0.8 for Transformers, -0.5 for CNNs
 
 
-# The learning rates come from sweeps at the default size with seed 0; --sweep shows how close each is to its best.
-# Adafactor's is larger because it is relative: PyTorch multiplies it by the RMS of the parameter being updated.
-CHOICES = {
-    "adamw": Choice("AdamW", torch.optim.AdamW, 4e-3),
-    "adafactor": Choice("Adafactor (PyTorch)", torch.optim.Adafactor, 4e-2),
-    "hfac": Choice("HFac", hfac.HFac, 2.5e-3),
-    "smmf": Choice("SMMF", _smmf, 4e-3),
-    "hfac-int8": Choice("HFac, int8 moment", _int8, 3.5e-3),
+#: The learning rate that is advised for each, relative to AdamW's best: for Transformers, and for convolutional
+#: networks (docs/choosing.md). Adafactor's is larger because PyTorch multiplies it by the RMS of the parameter that is
+#: updated, about a tenth. The study of losses (bench/quality) begins its sweeps there.
+ADVISED = {
+    "adamw": (1.0, 1.0),
+    "adafactor": (10.0, 10.0),
+    "hfac": (0.7, 0.7),
+    "smmf": (1.6, 2.5),
+    "hfac-int8": (1.1, 1.1),
 }
+#: AdamW's best at the default size with seed 0; --sweep shows how close each optimizer's rate is to its best.
+ADAMW_RATE = 4e-3
+
+
+def _choice(name: str, title: str, build: Callable[..., torch.optim.Optimizer]) -> tuple[str, Choice]:
+    return name, Choice(title, build, ADAMW_RATE * ADVISED[name][0])
+
+
+CHOICES = dict(
+    (
+        _choice("adamw", "AdamW", torch.optim.AdamW),
+        _choice("adafactor", "Adafactor (PyTorch)", torch.optim.Adafactor),
+        _choice("hfac", "HFac", hfac.HFac),
+        _choice("smmf", "SMMF", _smmf),
+        _choice("hfac-int8", "HFac, int8 moment", _int8),
+    )
+)
 #: Those that are compared where none are named.
 USUAL = ("adamw", "adafactor", "hfac", "smmf")
 

@@ -13,12 +13,13 @@ import tracemalloc
 import pytest
 import torch
 
+from bench.quality.contenders import CONTENDERS
 from hfac.cli import checkpoint as checkpoint_module
 from hfac.cli import main
 from hfac.cli.checkpoint import load_checkpoint, save_checkpoint
 from hfac.cli.corpus import load_corpus, training_batch, validation_batches
 from hfac.cli.model import ByteGPT
-from hfac.cli.optimizers import CHOICES, build_optimizer, state_bytes
+from hfac.cli.optimizers import ADVISED, CHOICES, build_optimizer, state_bytes
 from hfac.cli.report import best_runs, learning_rate_lines
 from hfac.cli.runner import Comparison
 from hfac.cli.settings import Settings, shown
@@ -464,6 +465,15 @@ def test_schedule():
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert scheduled_lr(Settings(steps=110, warmup_steps=0, schedule="constant"), 2.0, 109) == 2.0
     assert scheduled_lr(Settings(steps=100, warmup_steps=0, schedule="linear"), 2.0, 50) == pytest.approx(1.1)
+
+
+def test_learning_rates_are_the_advised_ones():
+    """As docs/choosing.md has them, relative to AdamW's; the study of losses begins its sweeps at the same."""
+    for name, least, most in (("hfac", 0.6, 0.9), ("hfac-int8", 1.0, 1.25), ("smmf", 1.4, 2.0), ("adafactor", 10, 10)):
+        assert least <= CHOICES[name].learning_rate / CHOICES["adamw"].learning_rate <= most, name
+    assert CHOICES["adamw"].learning_rate == 4e-3 and ADVISED.keys() == CHOICES.keys()
+    assert {name: CONTENDERS[name].relative for name in ADVISED} == ADVISED
+    assert CONTENDERS["smmf"].relative == (1.6, 2.5)
 
 
 def test_every_step_takes_its_learning_rate_from_the_schedule(text):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import emulated
@@ -35,6 +36,8 @@ REAL = {
     ("adafactor", "bf16"): torch.optim.Adafactor,
     ("hfac", "fp32"): hfac.HFac,
     ("hfac", "bf16"): hfac.HFac,
+    ("hfac-int8", "fp32"): partial(hfac.HFac, first_moment="int8"),
+    ("hfac-int8", "bf16"): partial(hfac.HFac, first_moment="int8"),
     ("smmf", "fp32"): hfac.SMMF,
     ("smmf", "bf16"): hfac.SMMF,
 }
@@ -173,7 +176,7 @@ def test_shards_are_torchs(world, index):
             _, load = modeled(module, "fp32")
             fully_shard(module, mesh=mesh)
             assert load.weight_bytes(rank) == sum(map(on_this_rank, module.parameters()))
-            for name in ("adamw-fp32", "adafactor", "hfac", "smmf"):
+            for name in ("adamw-fp32", "adafactor", "hfac", "hfac-int8", "smmf"):
                 params = with_gradients(module)
                 assert load.gradient_bytes(rank) == sum(on_this_rank(param.grad) for param in params)
                 optimizer = REAL[name, "fp32"](params)
@@ -182,7 +185,7 @@ def test_shards_are_torchs(world, index):
                 if name == "adafactor":
                     make_state(optimizer)
                 assert footprints.OPTIMIZERS[name].load_bytes(load, rank) == state_bytes(optimizer), name
-                if name in ("hfac", "smmf"):
+                if name in ("hfac", "hfac-int8", "smmf"):
                     sent = footprints.OPTIMIZERS[name].sent_bytes(load, rank)
                     assert sent == sum(size for _, size in optimizer.collectives())
 
@@ -215,7 +218,7 @@ def grouped(module, everywhere, some, dtype):
 
 
 @pytest.mark.parametrize("label", OPTIONS)
-@pytest.mark.parametrize("name", ["hfac", "smmf"])
+@pytest.mark.parametrize("name", ["hfac", "hfac-int8", "smmf"])
 def test_bytes_under_options_are_those_of_real_tensors(name, label):
     everywhere, some, dtype = OPTIONS[label]
     module = stacks().to(memory.DTYPES[dtype])
@@ -237,8 +240,8 @@ def test_shards_under_options_are_torchs(label, world):
         load, _ = grouped(module, everywhere, some, dtype)
         fully_shard(module, mesh=mesh)
         _, groups = grouped(module, everywhere, some, dtype)
-        for name in ("hfac", "smmf"):
-            optimizer = REAL[name, dtype](groups)
+        for name in ("hfac", "hfac-int8", "smmf"):
+            optimizer = REAL[name, dtype]([dict(group) for group in groups])  # which take each optimizer's options
             planned = footprints.OPTIMIZERS[name]
             assert planned.load_bytes(load, memory.Rank(1, world)) == state_bytes(optimizer), name
             sent = sum(size for _, size in optimizer.collectives())
@@ -290,6 +293,26 @@ def test_transient_bytes_said_to_be_measured_are(name, dtype, sizes):
     said = footprints.OPTIMIZERS[row].transient(load, memory.ALONE)
     assert said.basis == "measured"
     assert peak_transient_bytes(optimizer.step, torch.device("cpu")) == pytest.approx(said.bytes, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [("fp32", {}), ("bf16", {}), ("bf16", {"master": "split"}), ("bf16", {"rounding": "stochastic"})],
+)
+def test_transient_bytes_of_the_int8_moment_in_plain_torch_are(dtype, stored):
+    sizes = [(300, 400), (96, 80), (200,)]
+    load = memory.Load(listed(*sizes)[0], memory.DTYPES[dtype], **stored)
+    params = with_gradients(nn.ParameterList(nn.Parameter(torch.randn(s).to(load.dtype)) for s in sizes))
+    optimizer = hfac.HFac(params, first_moment="int8", backend="reference", **stored)
+    optimizer.step()
+    planned = footprints.OPTIMIZERS["hfac-int8"]
+    said = planned.transient(load, memory.ALONE)
+    assert said.basis == "measured"
+    assert peak_transient_bytes(optimizer.step, torch.device("cpu")) == pytest.approx(said.bytes, rel=0.01)
+    parts = memory.Rank(0, 4)
+    said, whole = planned.transient(load, parts), said.bytes
+    assert said.basis == "estimated" and said.bytes - planned.sent_bytes(load, parts) == whole / 4
+    assert planned.sent_bytes(load, parts) == 4 * (2 * (80 + 400) + 4 * 2 + 3)
 
 
 @pytest.mark.skipif(emulated.native is None, reason=emulated.WHY_NOT)
