@@ -22,7 +22,8 @@ scale. A launch is taken to last as long as the largest of four times:
 * issue: the instructions of all warps, where a multiprocessor issues 75 % of four in a cycle;
 * latency: what multiprocessors take that hold as many blocks as they can, when a load from memory takes 0.8
   microseconds and one from L2 300 cycles, instructions wait for results that they need, and warps wait for each other
-  at barriers. So it is never below the issue time; at most 3 % above it, the launch is said to be bound by issue;
+  at barriers. Warps take turns in the better of two orders. This is never below the issue time; where it is at most
+  3 % above, the launch is said to be bound by issue;
 * waves: the same for the blocks that there are: a multiprocessor takes whole blocks, and a fold's last block finishes a
   tensor alone.
 

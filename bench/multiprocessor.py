@@ -62,56 +62,59 @@ GPUS = {
 def cycles(blocks: Sequence[Sequence[Warp]], memory_cycles: float) -> float:
     """Cycles that one multiprocessor takes for blocks that begin together, if memory had no limit but its latency.
 
-    Warps are shared out among the schedulers. What a warp does between two events takes its turn, and takes as long as
-    its instructions depend on each other.
+    Warps are shared out among the schedulers. Whether these let the oldest warp that is ready issue, or all in turn, is
+    not known: it is the better of both. Between two events a warp takes as long as its instructions depend on each
+    other.
     """
-    free = [0.0] * SCHEDULERS
-    queue: list[tuple[float, int]] = []
-    warps: list[tuple[int, Sequence]] = []
-    for block, members in enumerate(blocks):
-        for member in members:
-            queue.append((0.0, len(warps)))
-            warps.append((block, member.events))
-    heapq.heapify(queue)
-    left = [len(members) for members in blocks]
-    waiting: list[list[tuple[float, int]]] = [[] for _ in blocks]
+    return min(_cycles(blocks, memory_cycles, oldest) for oldest in (True, False))
+
+
+def _cycles(blocks: Sequence[Sequence[Warp]], memory_cycles: float, oldest: bool) -> float:
+    warps = [(block, member.events) for block, members in enumerate(blocks) for member in members]
+    mine = [range(scheduler, len(warps), SCHEDULERS) for scheduler in range(SCHEDULERS)]
+    ready, free = [0.0] * len(warps), [0.0] * SCHEDULERS
     position, done = [0] * len(warps), [0] * len(warps)
     arrived: list[dict[int, float]] = [{} for _ in warps]
-    end = 0.0
-    while queue:
-        now, warp = heapq.heappop(queue)
+    left = [len(members) for members in blocks]
+    waiting: list[list[tuple[float, int]]] = [[] for _ in blocks]
+    never, end = math.inf, 0.0
+    while True:
+        starts = [max(free[s], min((ready[w] for w in mine[s]), default=never)) for s in range(SCHEDULERS)]
+        begin = min(starts)
+        if begin == never:
+            return end
+        scheduler = starts.index(begin)
+        able = [w for w in mine[scheduler] if ready[w] <= begin]
+        warp = able[0] if oldest else min(able, key=ready.__getitem__)
         block, events = warps[warp]
         event = events[position[warp]]
         turn = min(_TURN, event.issued - done[warp])
-        scheduler = warp % SCHEDULERS
-        begin = max(now, free[scheduler])
         busy = turn / ISSUE_SHARE
         free[scheduler] = begin + busy
         at = begin + max(busy, event.cycles * turn / event.issued if event.issued else event.cycles)
         done[warp] += turn
+        ready[warp] = at
         if done[warp] < event.issued:
-            heapq.heappush(queue, (at, warp))
             continue
         position[warp] += 1
         done[warp] = 0
         if isinstance(event, Load):
             arrived[warp][event.token] = at + (memory_cycles if event.latency is None else event.latency)
-        elif event.token >= 0:
-            at = max(at, arrived[warp].pop(event.token, 0.0))
-        else:
-            if event.token == -1:
-                waiting[block].append((at, warp))
-            else:
-                left[block] -= 1
-                end = max(end, at)
-            if waiting[block] and len(waiting[block]) >= left[block]:
-                together = max(when for when, _ in waiting[block])
-                for _, other in waiting[block]:
-                    heapq.heappush(queue, (together, other))
-                waiting[block] = []
             continue
-        heapq.heappush(queue, (at, warp))
-    return end
+        if event.token >= 0:
+            ready[warp] = max(at, arrived[warp].pop(event.token, 0.0))
+            continue
+        ready[warp] = never
+        if event.token == -1:
+            waiting[block].append((at, warp))
+        else:
+            left[block] -= 1
+            end = max(end, at)
+        if waiting[block] and len(waiting[block]) >= left[block]:
+            together = max(at, *(when for when, _ in waiting[block]))
+            for _, other in waiting[block]:
+                ready[other] = together
+            waiting[block] = []
 
 
 def makespan(durations: Sequence[tuple[int, float]], slots: int) -> float:

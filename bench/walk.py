@@ -380,13 +380,11 @@ def _next_group(
     """The lanes that are furthest behind, with all others that are there too."""
     if pc >= 0 and mask.any():
         others.append([pc, mask, None])
-    for group in others:
-        if group[2] is not None:
-            here = group[1].copy()
-            for other in others:
-                if other[2] == group[2]:
-                    here |= other[1]
-            if not (barriers.get(group[2], here) & alive & ~here).any():
+    for barrier in {group[2] for group in others} - {None}:
+        there = [group for group in others if group[2] == barrier]
+        here = np.logical_or.reduce([group[1] for group in there])
+        if not (barriers.get(barrier, here) & alive & ~here).any():
+            for group in there:
                 group[2] = None
     runnable = [group for group in others if group[2] is None and (group[1] & alive).any()]
     if not runnable:

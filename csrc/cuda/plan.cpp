@@ -31,20 +31,22 @@ int32_t power_of_two(int64_t at_least) {
 }
 
 // Rows per tile: partial sums cost 1/32 byte per element and statistic at 256 rows; smaller matrices, whose partial
-// sums stay in the L2 cache, take fewer, to make enough blocks. At least what the block has in flight at once.
-int32_t tile_rows(int32_t asked, int64_t elements, int threads, int32_t lanes) {
-  const int32_t rows = asked ? asked : elements < (4 << 20) ? 64 : elements < (16 << 20) ? 128 : 256;
-  return std::max(rows, threads / lanes * kRowsInFlight);
-}
+// sums stay in the L2 cache, take fewer, to make enough blocks.
+int32_t summed_rows(int64_t elements) { return elements < (4 << 20) ? 64 : elements < (16 << 20) ? 128 : 256; }
 
-// Columns are divided evenly, so that no tile of a row of tiles leaves most of its threads idle.
-Tiling cut(const DeviceItem& it, bool whole_rows, int32_t at_least = 0) {
+// The update has no partial sums, so it takes few rows, by the elements that are launched together: 16 M make 256
+// blocks of 32 rows. With more blocks than that, rows read their columns' factors less often.
+int32_t updated_rows(int64_t launched) { return launched < (8 << 20) ? 16 : launched < (32 << 20) ? 32 : 64; }
+
+// Columns are divided evenly, so that no tile of a row of tiles leaves most of its threads idle. At least as many rows
+// as the block has in flight at once.
+Tiling cut(const DeviceItem& it, bool whole_rows, int32_t rows) {
   Tiling t;
   t.col_tiles = whole_rows ? 1 : static_cast<int32_t>(ceil_quotient(it.cols, kTileCols));
   const int64_t vectors = ceil_quotient(ceil_quotient(it.cols, t.col_tiles), kVector);
   t.cols = static_cast<int32_t>(vectors * kVector);
   t.lanes = whole_rows && it.cols > kStatsNarrow ? kLongThreads : power_of_two(vectors);
-  t.rows = tile_rows(at_least, elements(it), whole_rows ? kStatsThreads : kTileThreads, t.lanes);
+  t.rows = std::max(rows, (whole_rows ? kStatsThreads : kTileThreads) / t.lanes * kRowsInFlight);
   t.row_tiles = static_cast<int32_t>(ceil_quotient(it.rows, t.rows));
   return t;
 }
@@ -56,13 +58,18 @@ class Planner {
       : items_(items), bulk_(bulk), options_(options), shards_(shards) {}
 
   Plan make() {
+    int64_t of_list = 0;
+    for (const DeviceItem& it : items_) of_list += elements(it);
     for (size_t i = 0; i < items_.size(); ++i) {
       DeviceItem& it = items_[i];
       it.counter = static_cast<int32_t>(i) * kCounters;
       if (elements(it) == 0) continue;  // a shard that has moments, and no tiles
-      if (smmf_matrices()) it.tiling = cut(it, false);
-      if (whole_hfac() || options_.op == OpKind::kHfacSums) it.tiling = cut(it, true);
-      if (whole_hfac() || applies()) it.update = cut(it, false, codes() ? kCodeRows : 0);
+      const int64_t cached = cache() / size_of(it.grad.dtype),
+                    launched = std::max(elements(it), std::min(of_list, cached));
+      const int32_t summed = summed_rows(elements(it)), updated = updated_rows(launched);
+      if (smmf_matrices()) it.tiling = cut(it, false, summed);
+      if (whole_hfac() || options_.op == OpKind::kHfacSums) it.tiling = cut(it, true, summed);
+      if (whole_hfac() || applies()) it.update = cut(it, false, codes() ? kCodeRows : updated);
     }
     switch (options_.op) {
       case OpKind::kHfac:

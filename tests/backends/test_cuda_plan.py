@@ -81,6 +81,18 @@ def test_a_gradient_larger_than_the_cache_is_updated_from_its_end():
     assert update["l"]["backward"] and 0 < update["l"]["grad_from_cache"] < update["l"]["grad"]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [(4096, 1024), (4096, 4096), (14336, 4096), (4096, 14336), (65536, 64)])
+def test_an_update_has_blocks_for_all_multiprocessors(shape, dtype):
+    """Alone two for nearly each of 132; beside others in a list, a launch of which is what the cache holds, one."""
+    alone, listed, many = (
+        [la["blocks"] for la in launch_plan.plan("hfac", shapes, dtype) if la["kernel"] == "hfac_update"]
+        for shapes in ([shape], [shape] * 4, [(64, 64)] * 2000)
+    )
+    assert min(alone) >= 256 and min(listed) >= 128, (alone, listed)
+    assert sum(many) == 2000
+
+
 def test_statistics_for_the_norm_come_first_and_again_where_it_clips():
     for shapes in (gpt2(), llama3_8b(), [(16384, 8192)], [(64, 64)] * 2000):
         matrices = [shape for shape in shapes if len(shape) > 1]

@@ -49,9 +49,9 @@ def test_a_load_is_waited_for_where_it_is_used():
 
 def test_warps_meet_at_a_barrier():
     """The second warp has nothing to do until the first is there; they have a scheduler each."""
-    first, second = warp(Wait(75, 75, -1), Wait(3, 3, -2)), warp(Wait(0, 0, -1), Wait(3, 3, -2))
-    assert cycles([[first, second]], 0) == 100 + 4
-    assert cycles([[first], [second]], 0) == 100 + 4  # another block does not wait, but the first is as long
+    first, second = warp(Wait(75, 75, -1), Wait(3, 3, -2)), warp(Wait(0, 0, -1), Wait(30, 30, -2))
+    assert cycles([[first, second]], 0) == 100 + 40
+    assert cycles([[first], [second]], 0) == 100 + 4  # another block does not wait
 
 
 def test_warps_of_one_scheduler_take_turns():

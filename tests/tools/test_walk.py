@@ -62,6 +62,24 @@ def test_lanes_that_leave_a_loop_wait_for_the_others():
     assert (first.stored, second.stored) == (128, 128)
 
 
+def test_lanes_wait_where_their_ways_meet():
+    """24 lanes go out of line and come back from further on: the other 8 wait at BSYNC, and go on with them."""
+    text = """/*0000*/ S2R R0, SR_TID.X ;
+        /*0010*/ ISETP.GT.AND P0, PT, R0, 0x7, PT ;
+        /*0020*/ BSSY B0, 0x60 ;
+        /*0030*/ @P0 BRA 0x90 ;
+        /*0040*/ MOV R1, 0x1 ;
+        /*0050*/ BSYNC B0 ;
+        /*0060*/ BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0070*/ SHFL.BFLY PT, R2, R1, 0x1, 0x1f ;
+        /*0080*/ EXIT ;
+        /*0090*/ MOV R1, 0x2 ;
+        /*00a0*/ BRA 0x50 ;"""
+    (warp,) = Walker(Code("apart", 8, 0, BASE, text), Memory([])).block(b"", threads=32, blocks=1)
+    assert warp.instructions == 4 + (1 + 1) + (2 + 1) + 3
+    assert (warp.barriers, warp.shuffles) == (1, 1)
+
+
 @pytest.mark.parametrize("lanes", [1, 3, 7, 64])
 def test_integer_division_is_exact(lanes):
     """Rows of a thread are threadIdx.x / lanes and then every (64 / lanes)-th: as many loads as there are."""
