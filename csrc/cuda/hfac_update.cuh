@@ -40,21 +40,13 @@ HFAC_DEVICE void update_tile(const Arguments& a) {
   const int count = vector_count(col, tile_end < cols ? tile_end : cols);
 
   const T scale = *space.scale, divisor = *space.divisor;
-  const Gradient<T> gradient(a);
-  const T lr = static_cast<T>(value_of(a.scalars.lr, 0));
-  const T weight_decay = static_cast<T>(value_of(a.scalars.weight_decay, 0));
   const T* r = static_cast<const T*>(it.second_row);
-  [[maybe_unused]] T beta1 = T(0), step = T(0), decay = T(0);
+  const Decay<T> b1(a.scalars.beta1, it.index);
   if constexpr (kCodes) {
-    // Sign, clip and lr are in factors of rows and of the tile.
-    const Decay<T> b1(a.scalars.beta1, it.index);
-    const T growth = *space.growth, part = (gradient.negate ? -b1.rest : b1.rest) * scale;
-    beta1 = b1.beta;
-    step = lr * (T(1) / divisor);
-    decay = lr * weight_decay;
     make_table(shared.table);
+    const T growth = *space.growth, part = (a.options.maximize ? -b1.rest : b1.rest) * scale;
     for (int k = static_cast<int>(threadIdx.x); k < tile_rows; k += kTileThreads) {
-      shared.first[k] = growth == T(0) ? T(0) : beta1 * (space.row_sum[first_row + k] * growth);
+      shared.first[k] = growth == T(0) ? T(0) : b1.beta * (space.row_sum[first_row + k] * growth);
       shared.scale[k] = part * (T(1) / root(r[first_row + k]));
     }
   } else {
@@ -71,6 +63,10 @@ HFAC_DEVICE void update_tile(const Arguments& a) {
   const Operand grad = it.grad;
   const auto param = A::target(a, it);
   [[maybe_unused]] const CodesAt<A> codes_at(a, it);
+  const Gradient<T> gradient(a);
+  const T lr = static_cast<T>(value_of(a.scalars.lr, 0));
+  const T weight_decay = static_cast<T>(value_of(a.scalars.weight_decay, 0));
+  [[maybe_unused]] const T step = lr * (T(1) / divisor), decay = lr * weight_decay;
   __syncthreads();
   if (!kWatched && !count) return;
 
@@ -96,16 +92,19 @@ HFAC_DEVICE void update_tile(const Arguments& a) {
       T g[kVector], w[kVector];
       A::widen(g_raw[k], g);
       A::widen(w_raw[k], w);
-      const T first = shared.first[row], row_scale = shared.scale[row];
       if constexpr (kCodes) {
-        gradient.unscale(g);
+        gradient.unscale(g);  // the sign is in the row's factor
+      } else {
+        gradient(g);
+      }
+      const T first = shared.first[row], row_scale = shared.scale[row];  // here: earlier, some kernels would spill
+      if constexpr (kCodes) {
         T moment[kVector];
         HFAC_UNROLLED (j, kVector) g[j] = g[j] * col_scale[j] * row_scale;
         step_codes(codes[k], shared.table, first, col_first, g, A::rough(param), moment);
-        HFAC_UNROLLED (j, kVector) w[j] = common::hfac_int8_update(w[j], moment[j], g[j], beta1, step, decay);
+        HFAC_UNROLLED (j, kVector) w[j] = common::hfac_int8_update(w[j], moment[j], g[j], b1.beta, step, decay);
         codes_at.store(at, count, codes[k]);
       } else {
-        gradient(g);
         HFAC_UNROLLED (j, kVector) {
           w[j] = common::hfac_update(w[j], g[j], first, col_first[j], col_scale[j], row_scale, lr, weight_decay);
         }
