@@ -196,7 +196,7 @@ struct HfacInt8 {
       g[r] = g[r] * scale * Vec<T>(row_scale[r]);
       y[r] = Vec<T>(first[r]) * unit * with_sign(square, q) + g[r] * rest[r];
       const Vec<T> growth = limited(y[r]) - square;
-      sum[r] = growth + whole;
+      sum[r] = growth + (y[r] * Vec<T>(T(0)) + whole);  // NaN where y is infinite: what is not finite has code 0
       ratio[r] = whole / (rest[r] * sum[r]);
       most[r] = largest_code(y[r], q, growth);
     }

@@ -61,9 +61,10 @@ class CheckpointedOptimizer(StatefulOptimizer):
             loaded.update(self._checked_state(final))
 
         def restore(optimizer: Optimizer) -> None:
-            for group, kept in zip(self.param_groups, execution, strict=True):
+            for index, (group, kept) in enumerate(zip(self.param_groups, execution, strict=True)):
                 group.update(self._checked(group))
                 group.update(kept)
+                self._known.keep(index, group)
             params = [param for group in self.param_groups for param in group["params"]]
             self.state.clear()
             with torch.inference_mode(False), torch.no_grad():
