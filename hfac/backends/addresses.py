@@ -72,7 +72,7 @@ def of_operands(operands: Operands) -> dict[str, Any]:
             signs = lists.get(operand.name)
             found["sign_bytes"] = None if signs is None else numels(signs)
             found["sign_slices"] = None if signs is None else [sign.shape[0] for sign in signs]
-        elif operand.size == WHOLE and op.shard and not all(map(Tensor.is_contiguous, lists[operand.name])):
+        elif operand.size == WHOLE and op.shard and not all(map(Tensor.is_contiguous, lists.get(operand.name, ()))):
             found["code_strides"] = strides(lists[operand.name])
     for name, entries in operands.counts.items():
         found[f"whole_{name}" if name in (ROWS, COLS) else name] = entries

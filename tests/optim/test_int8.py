@@ -19,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import hfac
 from hfac import HFac, backends, codes, functional, reference, spec
+from hfac.backends import cpu
 from hfac.backends.plain import Formulas
 
 BACKENDS = [name for name in suites.BACKENDS if name != "triton"]  # which has no kernels of it
@@ -225,6 +226,31 @@ def test_a_step_never_goes_against_a_larger_gradient_of_the_same_kind(backend, t
         optimizer.step()
         along = (before - param.detach()) * grad
         assert along.sum() > 0 and along.min() >= 0, t
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@EACH
+def test_a_gradient_that_is_no_number_leaves_codes_of_zero(backend, dtype):
+    """Its payload is no part of them, whatever the registers' width. (nonfinite="skip" would leave the codes as they
+    are.)"""
+    usable = cpu._C.info()["isa_usable"] if backend == "cpu" else [""]
+    try:
+        for isa in usable:
+            if isa:
+                cpu._C.set_isa(isa)
+            param = Parameter(gradient((5, 37), 0, dtype))
+            optimizer = HFac([param], first_moment="int8", backend=backend)
+            for t in (1, 2):
+                param.grad = gradient((5, 37), t, dtype)
+                if t == 2:
+                    assert optimizer.state[param]["exp_avg_q"].any()
+                    ones = torch.full((1,), -1, dtype={2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
+                    param.grad[1, 3] = ones.view(dtype)[0]
+                optimizer.step()
+            assert not optimizer.state[param]["exp_avg_q"].any(), isa
+    finally:
+        if backend == "cpu":
+            cpu._C.set_isa("")
 
 
 # ---- the option ------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ ALLOWED = {
     "release": {"optim", "distributed", "clipping"},
     "parity": {"spec", "ops", "reference", "rounding", "schedules"},
     "triton_kernels": {"spec", "staging"},
-    "cli": {"", "_startup", "_version", "backends", "groups", "matricize", "optim", "parity"},
+    "cli": {"", "_startup", "_version", "backends", "groups", "matricize", "optim", "parity", "spec"},
 }
 
 
