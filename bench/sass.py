@@ -31,6 +31,14 @@ def wrapped(x: Value) -> Value:
     return ((x + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63) if isinstance(x, int) else x
 
 
+def scaled(get: Callable[[], Value], by: int) -> Callable[[], Value]:
+    def value() -> Value:
+        x = get()
+        return None if x is None else x * by
+
+    return value
+
+
 def choose(by: Value, yes: Value, no: Value) -> Value:
     if isinstance(by, (bool, np.bool_)):
         return yes if by else no
@@ -171,8 +179,9 @@ class Operands:
             wide = part.endswith(".64")
             if part.startswith("UR") and ".64" in inside and len(inside.split("+")) > 1:
                 wide = True
-            get, read = self.get(part.removesuffix(".64").removesuffix(".U32"), wide)
-            getters.append(get)
+            scale = re.search(r"\.X(4|8|16)$", part)
+            get, read = self.get(re.sub(r"\.(64|U32|X4|X8|X16)$", "", part), wide)
+            getters.append(scaled(get, int(scale[1])) if scale else get)
             names += read
 
         def total() -> Value:

@@ -237,6 +237,14 @@ class Walker:
                 warp.events.append(Wait(issued, clock - since, -1))
                 issued, since = 0, clock
                 continue
+            if base == "CALL" and ins.predicate is not None and does is not None:  # a jump, as sm_80 has them
+                target = self._numbers[ins.target]
+                if isinstance(does, np.ndarray):
+                    others.append([target, mask & does, None])
+                    mask = mask & ~does
+                else:
+                    pc = target
+                continue
             if base == "CALL":
                 warp.undecided[ins.at] += 1
                 continue
