@@ -16,7 +16,7 @@ ALLOWED = {
     "__main__": {"cli"},
     "_startup": set(),
     "_version": set(),
-    "groups": set(),
+    "groups": {"optim"},
     "matricize": set(),
     "schedules": set(),
     "spec": {"schedules"},
