@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import hfac
-from hfac import backends, spec
+from hfac import spec
 from hfac.backends import addresses, cpu
 from hfac.cli.memory import ALONE, PLAIN, STEP, Load, Optimizer, Options, Piece, Rank, Shape, Transient
 
@@ -166,8 +166,6 @@ class Factored(Optimizer):
     def transient(self, load: Load, rank: Rank) -> Transient:
         if cpu._C is None:
             return Transient(None, "unknown", "hfac._C, which plans the kernels, is not built: see hfac doctor")
-        if self.op in backends.TABLE["cuda"].missing:
-            return self._in_plain_torch(load, rank)
         if load.elements(rank) > self.MOST:
             return Transient(None, "unknown", f"launches are not planned for more than {self.MOST:,} elements")
         sums = self._partial_sums(load, rank)
@@ -178,21 +176,6 @@ class Factored(Optimizer):
             "estimated",
             "the all-reduced buffer, counted, and partial sums planned as for whole matrices of the shards' size",
         )
-
-    def _in_plain_torch(self, load: Load, rank: Rank) -> Transient:
-        """Matrices are stepped one after the other, which takes most for the largest."""
-        most = 0
-        for shape, options in load.kinds:
-            part = rank.part(shape)[options.batch_dims :]
-            if not math.prod(rank.part(shape)) or "exp_avg_q" not in self.pieces(shape, load.dtype, options):
-                continue
-            most = max(most, math.prod(part) * _bytes_in_plain_torch(load.dtype, options))
-        why = "plain torch makes the step, for lack of CUDA kernels yet"
-        if rank.world == 1:
-            return Transient(most, "measured", f"copies of the largest matrix: {why}")
-        sent = self.sent_bytes(load, rank)
-        how = f"the all-reduced buffer, counted, and copies of the largest shard: {why}"
-        return Transient(most + sent, "estimated", how)
 
     def _partial_sums(self, load: Load, rank: Rank) -> int:
         """Workspace of the CUDA kernels on a rank's shards: a call for each group of options."""
@@ -233,14 +216,6 @@ class Factored(Optimizer):
             dense = plan(op=f"{algorithm}_dense_step", rows=whole, cols=[1] * len(whole), **types)
             total += dense["workspace_bytes"]
         return total
-
-
-def _bytes_in_plain_torch(dtype: torch.dtype, options: Options) -> int:
-    """Per element of a matrix, what `hfac.reference.hfac_int8_step_` holds at most: nine float32 numbers; eleven where
-    the parameter is widened; more where it is joined of two pieces, or random bits are drawn."""
-    if options.rounding == "stochastic":
-        return 157
-    return 64 if options.master else 44 if dtype.itemsize == 2 else 36
 
 
 @lru_cache(maxsize=4096)

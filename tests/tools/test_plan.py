@@ -295,30 +295,10 @@ def test_transient_bytes_said_to_be_measured_are(name, dtype, sizes):
     assert peak_transient_bytes(optimizer.step, torch.device("cpu")) == pytest.approx(said.bytes, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "stored"),
-    [("fp32", {}), ("bf16", {}), ("bf16", {"master": "split"}), ("bf16", {"rounding": "stochastic"})],
-)
-def test_transient_bytes_of_the_int8_moment_in_plain_torch_are(dtype, stored):
-    sizes = [(300, 400), (96, 80), (200,)]
-    load = memory.Load(listed(*sizes)[0], memory.DTYPES[dtype], **stored)
-    params = with_gradients(nn.ParameterList(nn.Parameter(torch.randn(s).to(load.dtype)) for s in sizes))
-    optimizer = hfac.HFac(params, first_moment="int8", backend="reference", **stored)
-    optimizer.step()
-    planned = footprints.OPTIMIZERS["hfac-int8"]
-    said = planned.transient(load, memory.ALONE)
-    assert said.basis == "measured"
-    assert peak_transient_bytes(optimizer.step, torch.device("cpu")) == pytest.approx(said.bytes, rel=0.01)
-    parts = memory.Rank(0, 4)
-    said, whole = planned.transient(load, parts), said.bytes
-    assert said.basis == "estimated" and said.bytes - planned.sent_bytes(load, parts) == whole / 4
-    assert planned.sent_bytes(load, parts) == 4 * (2 * (80 + 400) + 4 * 2 + 3)
-
-
 @pytest.mark.skipif(emulated.native is None, reason=emulated.WHY_NOT)
 @pytest.mark.usefixtures("emulated_backend")
 @pytest.mark.parametrize("dtype", memory.DTYPES)
-@pytest.mark.parametrize("name", ["hfac", "smmf"])
+@pytest.mark.parametrize("name", ["hfac", "hfac-int8", "smmf"])
 def test_transient_bytes_said_to_be_counted_are_what_the_kernels_keep(name, dtype):
     sizes = [(300, 200), (96, 80), (16, 3, 3, 3), (200,), (4001,)]
     _, load = listed(*sizes, dtype=dtype)
@@ -336,7 +316,7 @@ def test_transient_bytes_said_to_be_counted_are_what_the_kernels_keep(name, dtyp
 @pytest.mark.skipif(emulated.native is None, reason=emulated.WHY_NOT)
 @pytest.mark.usefixtures("emulated_backend")
 @pytest.mark.parametrize("label", ["dense", "stacks"])
-@pytest.mark.parametrize("name", ["hfac", "smmf"])
+@pytest.mark.parametrize("name", ["hfac", "hfac-int8", "smmf"])
 def test_transient_bytes_under_options_are_what_the_kernels_keep(name, label):
     everywhere, some, dtype = OPTIONS[label]
     module = stacks()
