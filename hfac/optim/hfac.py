@@ -45,8 +45,8 @@ class HFac(FactoredOptimizer):
         first_moment: of matrices, "factored", or "int8": a code for every element, which stands for the moment divided
             by the root of the second, so that no scales are kept. It costs 1 byte per parameter and trains better than
             the factored one (docs/choosing.md). Vectors, and with ``dense`` everything, keep whole moments either way.
-            Kernels for it: "cuda", and "cpu" for parameters that are not sharded; elsewhere "auto" takes the reference
-            (default "factored"). Cannot change once state exists; `hfac.convert` translates state dicts.
+            Kernels for it: "cuda" and "cpu"; elsewhere "auto" takes the reference (default "factored"). Cannot change
+            once state exists; `hfac.convert` translates state dicts.
         dense: keep both moments whole for any shape (default False). Cannot change once state exists.
         batch_dims: number of leading dimensions that index slices (stacked experts E x a x b: 1). Each slice is
             factored and clipped like a parameter of its own (default 0). With nonfinite="skip" only slices whose
