@@ -46,7 +46,7 @@ class Budget:
 
 
 def _both(parameters: str, kernel: str, bf16: tuple[Any, ...], f32: tuple[Any, ...]) -> Iterable[Budget]:
-    optimizer = "SMMF" if kernel.startswith("smmf") else "HFac"
+    optimizer = "SMMF" if kernel.startswith("smmf") else "HFac-int8" if "int8" in kernel else "HFac"
     for dtype, (instructions, *rest) in (("bfloat16", bf16), ("float32", f32)):
         yield Budget(parameters, optimizer, dtype, kernel, instructions, *rest)
 
@@ -61,6 +61,7 @@ BUDGETS: Sequence[Budget] = (
     *_both("4096x1024", "hfac_update", ((19.0, 15.5), (65.5, 40), (256, 264)), ((18.0, 31), (65.5, 40), (256, 264))),
     *_both("4096x4096", "hfac_update", ((16.4, 15.5), (65.5, 40), (256, 264)), ((15.3, 31), (65.5, 40), (256, 264))),
     *_both("4096x14336", "hfac_update", ((16.0, 15.5), (65.5, 40), (448, 264)), ((14.9, 31), (65.5, 40), (448, 264))),
+    *_both("4096x4096", "hfac_int8_update", ((39.1, 40), (81.9, 40), (256, 264)), ((47.6, 72), (40.9, 40), (256, 264))),
     *_both("4096x4096", "smmf_tiles", ((55.1, 33), (41.9, 40), (32, 264)), ((55.0, 65), (25.0, 40), (32, 264))),
     *_both("4194304x1", "hfac_dense", ((105.1, 60), (4.0, 40), (512, 264)), ((105.1, 60), (4.0, 40), (512, 264))),
     *_both("4194304x1", "dense_look", ((58, 60), (4.0, 40), (512, 264)), ((58, 60), (4.0, 40), (512, 264))),

@@ -24,11 +24,11 @@ from .walk import LANES, Memory, Walker
 #: what a launch's time may be, in the order in which the first that is as good as the largest is said to bind
 TIMES = ("bytes", "issue", "latency", "waves")
 #: kernels of which a block takes a tile of rows and columns -> where its item says how it is cut
-_CUT = {"hfac_stats": "tiling", "smmf_tiles": "tiling", "hfac_update": "update"}
+_CUT = {"hfac_stats": "tiling", "smmf_tiles": "tiling", "hfac_update": "update", "hfac_int8_update": "update"}
 #: kernels of which a block takes as many rows, and as many columns, as it has threads
-_CHUNKS = ("hfac_fold", "smmf_fold")
+_CHUNKS = ("hfac_fold", "hfac_int8_fold", "smmf_fold")
 #: kernels of which the last block to be done for a tensor goes on alone
-_LAST = ("hfac_fold", "smmf_fold", "dense_look")
+_LAST = ("hfac_fold", "hfac_int8_fold", "smmf_fold", "dense_look")
 _COUNTS = ("instructions", "mufu", "shuffles", "barriers", "loaded", "stored", "wide", "local", "in_flight")
 _VECTOR = 8  # elements of a row that a thread has
 _OPERANDS = {"any": "any, float32", "float64": "any, float64"}
@@ -70,7 +70,9 @@ def kernels_of(arch: str) -> dict[tuple[str, str], Code]:
 
 def code_of(launch: dict[str, Any], arch: str) -> Code:
     """The kernel that a plan's launch runs."""
-    name = launch["kernel"] + {"hfac_update": "_tiles"}.get(launch["kernel"], "")
+    name = {"hfac_update": "hfac_update_tiles", "hfac_int8_update": "hfac_int8_tiles"}.get(
+        launch["kernel"], launch["kernel"]
+    )
     access, width = launch["access"], launch["width"]
     operands = _OPERANDS.get(access) or f"bulk, {access} with {access} gradients"
     if width == "wide":

@@ -31,7 +31,8 @@ LISTS: dict[str, Callable[[], list[Shape]]] = {
     "resnet50": resnet50,
     "2000x64x64": lambda: [(64, 64)] * 2000,
 }
-OPTIMIZERS = {"HFac": "hfac", "SMMF": "smmf"}
+#: by name, the step of matrices
+OPTIMIZERS = {"HFac": "hfac", "HFac-int8": "hfac_int8", "SMMF": "smmf"}
 DTYPES = ("bfloat16", "float32")
 CODES = {"float32": 0, "bfloat16": 1}
 #: of a kernel in `--json`
@@ -59,9 +60,10 @@ def plans(
     left out; ``options`` as `hfac._C.cuda_plan` takes them."""
     factored: list[tuple[int, int, int]] = []
     whole: list[tuple[int, int]] = []
+    family = algorithm.removesuffix("_int8")  # whose vectors are those of the same optimizer
     for shape in shapes:
         numel = math.prod(shape)
-        if algorithm == "hfac":
+        if family == "hfac":
             k = cut(shape)
             rows, cols = (numel, 1) if k is None else (math.prod(shape[:k]), math.prod(shape[k:]))
         else:
@@ -81,7 +83,7 @@ def plans(
         found.append((matrices, [(m, n) for m, n, _ in factored if m * n]))
     if whole:
         sizes = dict(rows=[rows for rows, _ in whole], cols=[1] * len(whole))
-        vectors = extension.cuda_plan(op=f"{algorithm}_dense_step", **sizes, **types, **options)
+        vectors = extension.cuda_plan(op=f"{family}_dense_step", **sizes, **types, **options)
         found.append((vectors, whole))
     return found
 
@@ -218,9 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.launch_plan", description=__doc__.splitlines()[0])
     parser.add_argument("parameters", nargs="*", help=f"of {', '.join(LISTS)} or ROWSxCOLUMNS (default: the lists)")
     parser.add_argument("--gpu", nargs="+", choices=GPUS, default=["h200"])
-    parser.add_argument(
-        "--optimizer", nargs="+", choices=[*OPTIMIZERS, "HFac-int8"], default=[*OPTIMIZERS, "HFac-int8"]
-    )
+    parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="rows as JSON, to stdout or a file")
     parser.add_argument("--launches", choices=LISTS, help="every launch of one list's plan, in bfloat16")
@@ -252,11 +252,7 @@ def main() -> None:
             shapes_of(name)
     except ValueError as error:
         parser.error(str(error))
-    optimizers = [name for name in args.optimizer if name in OPTIMIZERS]
-    for name in args.optimizer:
-        if name not in OPTIMIZERS:
-            print(f"{name} is left out: it has no CUDA kernels yet", file=sys.stderr)
-    found = steps(args.parameters or list(LISTS), [GPUS[name] for name in args.gpu], optimizers, args.dtype)
+    found = steps(args.parameters or list(LISTS), [GPUS[name] for name in args.gpu], args.optimizer, args.dtype)
     if args.json is None:
         print(table(found), instances(found), sep="\n\n")
         return
