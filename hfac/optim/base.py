@@ -17,7 +17,7 @@ from ..rounding import BitOffset
 from . import options
 from .cache import SingleParamCache, StepCache
 from .report import ReportingOptimizer
-from .state import has_state, is_trained, needs_reduction
+from .state import KnownOptions, has_state, is_trained, needs_reduction
 
 
 class FactoredOptimizer(ReportingOptimizer):
@@ -53,7 +53,7 @@ class FactoredOptimizer(ReportingOptimizer):
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._captured = []
         self._gradients = distributed.Gradients()
-        self._known = options.Known(self._all_rules())
+        self._known = KnownOptions(self._all_rules())
         self._forget()
         super().__init__(params, self._checked(defaults))
         _keep_uncompiled(type(self))

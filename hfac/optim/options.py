@@ -12,7 +12,7 @@ import math
 import operator
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
@@ -154,29 +154,6 @@ def positional_to(last: str, hint: str) -> Callable[[_Init], _Init]:
         return checked  # type: ignore[return-value]
 
     return decorate
-
-
-class Known:
-    """The options of an optimizer's groups as they were last checked: users and schedulers write into groups."""
-
-    def __init__(self, names: Collection[str]) -> None:
-        self._names, self._get = tuple(names), operator.itemgetter(*names)
-        self._groups: dict[int, tuple[Mapping[str, Any], tuple[Any, ...]]] = {}
-
-    def keep(self, index: int, group: Mapping[str, Any]) -> None:
-        self._groups[index] = group, self._get(group)
-
-    def changed(self, index: int, group: Mapping[str, Any]) -> dict[str, Any]:
-        """By name, the former values of the options that are other objects now. Of a group that is not known, all, with
-        their present values."""
-        now = self._get(group)
-        known, before = self._groups.get(index, (None, now))
-        if known is not group:
-            return dict(zip(self._names, now, strict=True))
-        if all(map(operator.is_, now, before)):
-            return {}
-        pairs = zip(self._names, now, before, strict=True)
-        return {name: old for name, new, old in pairs if new is not old}
 
 
 #: whether optimizers are made here that the user does not

@@ -1,6 +1,7 @@
 """Options of both optimizers, and state that follows the parameters; both are checked before anything is kept."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from operator import is_, itemgetter
 from typing import Any, ClassVar
 
 import torch
@@ -72,7 +73,7 @@ class StatefulOptimizer(Optimizer):
     #: where each parameter was when last looked up: the index of its group, and its index there
     _index: dict[Tensor, tuple[int, int]]
     #: the groups' options as they were last checked
-    _known: options.Known
+    _known: "KnownOptions"
 
     def _forget(self) -> None:
         """Drops everything that was cached from earlier steps."""
@@ -166,7 +167,7 @@ class StatefulOptimizer(Optimizer):
         """Completes optimizers pickled by an older version: options that it lacked, and steps kept as numbers."""
         super().__setstate__(state)
         self._forget()
-        self._known = options.Known(self._all_rules())
+        self._known = KnownOptions(self._all_rules())
         for name, value in {**_ADDED, **self._state_options}.items():
             self.defaults.setdefault(name, value)
         for group in self.param_groups:
@@ -401,6 +402,29 @@ class StatefulOptimizer(Optimizer):
                 state[key] = layout.zeros(param, shape, follows, dtype, param.device)
         for key, (dtype, device) in counters.items():
             state[key] = counter(state.get(key, 0), dtype, device)
+
+
+class KnownOptions:
+    """The options of an optimizer's groups as they were last checked: users and schedulers write into groups."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names, self._get = tuple(names), itemgetter(*names)
+        self._groups: dict[int, tuple[Mapping[str, Any], tuple[Any, ...]]] = {}
+
+    def keep(self, index: int, group: Mapping[str, Any]) -> None:
+        self._groups[index] = group, self._get(group)
+
+    def changed(self, index: int, group: Mapping[str, Any]) -> dict[str, Any]:
+        """By name, the former values of the options that are other objects now. Of a group that is not known, all, with
+        their present values."""
+        now = self._get(group)
+        known, before = self._groups.get(index, (None, now))
+        if known is not group:
+            return dict(zip(self._names, now, strict=True))
+        if all(map(is_, now, before)):
+            return {}
+        pairs = zip(self._names, now, before, strict=True)
+        return {name: old for name, new, old in pairs if new is not old}
 
 
 def needs_reduction(param: Tensor, group: Mapping[str, Any]) -> bool:
