@@ -28,8 +28,8 @@ def planned(run):
 
 @pytest.mark.parametrize(("l2_bytes", "shares", "groups"), [(1, 9, 9), (60_000, 4, 5), (0, 1, 1)])
 def test_groups_share_the_memory_of_their_tiles(l2_bytes, shares, groups, monkeypatch):
-    """Of an item 2 numbers per row and 5 per column last, and 3 doubles for every 256 rows or columns; the sums of tiles
-    are in memory for one share of the list."""
+    """Of an item 2 numbers per row and 5 per column last, and 3 doubles for every 256 of these; the tiles' sums are
+    in memory for one share of the list."""
     monkeypatch.setattr(emulated.Host, "l2_bytes", lambda host, device: l2_bytes)
     shapes = [(300, 264), (24, 16), (19, 17), (200, 40), (0, 5), (5, 4104), (9, 4100), (64, 64), (33, 8), (8, 33)]
     one, other = made(cases(shapes)), made(cases(shapes))
