@@ -193,10 +193,11 @@ class Walker:
                     does = bool(does) ^ negated
             base = ins.base
             pc += 1
-            if base == "BRA":
+            # a jump, or a call with a predicate, which sm_80 has in its place
+            if base == "BRA" or (base == "CALL" and ins.predicate is not None and does is not None):
                 if ins.has("DIV") or does is False:
                     continue
-                if len(ins.operands) > 1:
+                if base == "BRA" and len(ins.operands) > 1:
                     does = combined("AND", does, self._decoder.predicate(ins.operands[0])())
                     if does is False:
                         continue
@@ -236,14 +237,6 @@ class Walker:
                 warp.barriers += 1
                 warp.events.append(Wait(issued, clock - since, -1))
                 issued, since = 0, clock
-                continue
-            if base == "CALL" and ins.predicate is not None and does is not None:  # a jump, as sm_80 has them
-                target = self._numbers[ins.target]
-                if isinstance(does, np.ndarray):
-                    others.append([target, mask & does, None])
-                    mask = mask & ~does
-                else:
-                    pc = target
                 continue
             if base == "CALL":
                 warp.undecided[ins.at] += 1

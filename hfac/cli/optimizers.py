@@ -41,19 +41,14 @@ ADVISED = {
 ADAMW_RATE = 4e-3
 
 
-def _choice(name: str, title: str, build: Callable[..., torch.optim.Optimizer]) -> tuple[str, Choice]:
-    return name, Choice(title, build, ADAMW_RATE * ADVISED[name][0])
-
-
-CHOICES = dict(
-    (
-        _choice("adamw", "AdamW", torch.optim.AdamW),
-        _choice("adafactor", "Adafactor (PyTorch)", torch.optim.Adafactor),
-        _choice("hfac", "HFac", hfac.HFac),
-        _choice("smmf", "SMMF", _smmf),
-        _choice("hfac-int8", "HFac, int8 moment", _int8),
-    )
-)
+_BUILT: dict[str, tuple[str, Callable[..., torch.optim.Optimizer]]] = {
+    "adamw": ("AdamW", torch.optim.AdamW),
+    "adafactor": ("Adafactor (PyTorch)", torch.optim.Adafactor),
+    "hfac": ("HFac", hfac.HFac),
+    "smmf": ("SMMF", _smmf),
+    "hfac-int8": ("HFac, int8 moment", _int8),
+}
+CHOICES = {name: Choice(*built, ADAMW_RATE * ADVISED[name][0]) for name, built in _BUILT.items()}
 #: Those that are compared where none are named.
 USUAL = ("adamw", "adafactor", "hfac", "smmf")
 

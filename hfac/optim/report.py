@@ -1,6 +1,5 @@
 """Reports on steps: the norm of all gradients, and what a step did to each parameter."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -184,10 +183,9 @@ class ReportingOptimizer(CheckpointedOptimizer):
 def _warn_of_estimate() -> None:
     # A FutureWarning, as torch's own deprecations are: Python hides a DeprecationWarning from everybody but the code in
     # __main__, and here a trainer's callback is the usual caller.
-    warnings.warn(
+    options.warn(
         "hfac.SMMF.diagnostics() after a step estimates the update where the first moment is factored, and is off by a "
         "tenth or so. The estimate is deprecated: construct the optimizer with watch=True, whose steps sum up exact "
         "metrics, or call diagnostics(ahead=True) before the step.",
         FutureWarning,
-        stacklevel=4,  # this function, the method, no_grad's wrapper
     )
