@@ -100,10 +100,13 @@ def _plain(cls: Callable[..., Optimizer], decay: float = 1.0, **options: Any) ->
     )
 
 
-def _smmf(model: nn.Module, lr: float, weight_decay: float, task: Task) -> Optimizer:
-    # as its authors advise for convolutional networks and for Transformers
-    rate = -0.5 if task.convolutional else -0.8
-    return hfac.SMMF(_decayed(model.parameters(), weight_decay), lr=lr, decay_rate=rate)
+def _smmf(**options: Any) -> Callable[..., Optimizer]:
+    def build(model: nn.Module, lr: float, weight_decay: float, task: Task) -> Optimizer:
+        # as its authors advise for convolutional networks and for Transformers
+        rate = -0.5 if task.convolutional else -0.8
+        return hfac.SMMF(_decayed(model.parameters(), weight_decay), lr=lr, decay_rate=rate, **options)
+
+    return build
 
 
 def _dense_embeddings(model: nn.Module, lr: float, weight_decay: float, task: Task) -> Optimizer:
@@ -158,7 +161,12 @@ CONTENDERS = {
     "adam8bit-bnb": Contender(
         "8-bit AdamW (bitsandbytes)", _eight_bit("bitsandbytes"), missing=_unless_installed("bitsandbytes")
     ),
-    "smmf": Contender("SMMF", _smmf, ADVISED["smmf"]),
+    "smmf": Contender("SMMF", _smmf(), ADVISED["smmf"]),
+    # its momentum fades by growth_rate^t: does that matter in long runs?
+    "smmf-0.9": Contender("SMMF, beta 0.9 throughout", _smmf(growth_rate=1.0), (0.8, 0.8), tasks=("gpt",)),
+    "smmf-0.5": Contender(
+        "SMMF, beta 0.5 throughout", _smmf(beta=0.5, growth_rate=1.0), ADVISED["smmf"], tasks=("gpt",)
+    ),
     "hfac": Contender("HFac", _plain(hfac.HFac), ADVISED["hfac"]),
     "hfac-dense": Contender("HFac, dense embeddings", _dense_embeddings, (0.8, 0.8), tasks=("gpt", "vit", "scale")),
     "hfac-int8": Contender("HFac, int8 moment", _plain(hfac.HFac, first_moment="int8"), ADVISED["hfac-int8"]),
