@@ -4,8 +4,6 @@ PYTHON ?= python3
 VENV ?= .venv
 # Named first, so that pip does not choose another build while it resolves the rest.
 TORCH ?= torch==2.13.0
-# For the GPU that is here; a checkout serves its own machine. Wheels are built for all (setup.py).
-export HFAC_CUDA_ARCHS ?= $(or $(subst .,,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1)),90)
 # Registers and spills are the compiler's: docs/triton-check.md is of this one.
 TRITON ?= triton==3.7.1
 BIN := $(VENV)/bin
@@ -71,6 +69,9 @@ lint: $(INSTALLED) ## check style with ruff and clang-format, types with mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(shell git ls-files csrc 'tests/*.cpp' 'tests/*.h')
 	$(BIN)/mypy
+
+wheels: $(INSTALLED) ## build sdist and wheels into dist/, and step with each in an environment without compilers (ARGS="--archs 80;90")
+	$(BIN)/python tests/tools/wheels.py $(ARGS)
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build dist *.egg-info hfac/*.so hfac/_build_info.json

@@ -2,12 +2,13 @@
 
 `triton_kernels/` is installed as `hfac.triton_kernels` and never under its own name, which belongs to another project.
 
-The extension links neither torch nor a CUDA driver. Where it cannot be built the install goes on without it and
-hfac/_build_info.json says why (`hfac doctor` shows it). Switches, all environment variables:
+The extension links neither torch nor a CUDA driver. Where it cannot be built the install goes on without it,
+hfac/_build_info.json says why (`hfac doctor` shows it), and a wheel has the tag of pure Python. Switches, all
+environment variables:
 
-    HFAC_NATIVE=0           do not build the extension
+    HFAC_NATIVE=0 | 1       do not build the extension | fail where it cannot be built
     HFAC_CUDA=0 | 1         leave the CUDA part out | fail where it cannot be built (default: built where nvcc is found)
-    HFAC_CUDA_ARCHS=80;90   compute capabilities to compile for
+    HFAC_CUDA_ARCHS=80;90   compute capabilities to compile for (default: this machine's GPU; without one 90)
     HFAC_CUDA_OBJECTS=DIR   link what `python -m bench.gpu_objects` compiled into DIR, if sources and flags are the same
     HFAC_EMULATION=1        build_ext makes hfac._emulated instead: the CUDA kernels for the host (make test-emulated)
     HFAC_DEBUG=1            -O1 -g and assertions
@@ -32,6 +33,11 @@ from pathlib import Path
 import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # an older setuptools, which can build the extension in place and nothing else
+    bdist_wheel = None
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
@@ -80,20 +86,22 @@ class Distribution(setuptools.Distribution):
         super().parse_config_files(filenames, **options)
 
 
+if not CSRC.is_dir():
+    sys.exit(f"{ROOT} has no folder csrc/, which the extension is built from: take a whole checkout or sdist of hfac")
 EMULATION = switch("HFAC_EMULATION") == "1"
 if switch("HFAC_CUDA") == "1" and find_nvcc() is None:
     sys.exit("HFAC_CUDA=1, but no nvcc was found: install the CUDA toolkit, set CUDA_HOME, or set HFAC_CUDA=0")
 
 
 class BuildNative(build_ext):
-    """Compiles through ninja where there is one; a failure is recorded, not raised."""
+    """Compiles through ninja where there is one; a failure is recorded, and raised only where a switch says so."""
 
     def run(self) -> None:
         self.in_source = self.inplace or self.editable_mode  # setuptools clears `inplace` while it builds
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        info = {"native": False, "why_not": None, "cuda": False, "cuda_why_not": None}
+        info = {"native": False, "why_not": None, "cuda": False, "cuda_why_not": None, "said": None}
         target = Path(self.get_ext_fullpath(ext.name))
         stale = [target, ROOT / "hfac" / target.name] if self.in_source else [target]
         for old in stale:  # must not outlive a failure
@@ -104,10 +112,11 @@ class BuildNative(build_ext):
             else:
                 info |= self.compile(target)
         except (OSError, subprocess.CalledProcessError, ImportError) as error:
-            info["why_not"] = explain(error)
-            print(f"hfac: the extension was not built: {info['why_not']}", file=sys.stderr)
-            if switch("HFAC_CUDA") == "1":
+            info |= {"why_not": explain(error), "said": said_by(error)}
+            print(f"hfac: the extension was not built: {info['why_not']}\n{info['said']}", file=sys.stderr)
+            if switch("HFAC_CUDA") == "1" or switch("HFAC_NATIVE") == "1":
                 raise
+        self.distribution.is_native = info["native"]
         folder = ROOT / "hfac" if self.in_source else Path(self.build_lib) / "hfac"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
@@ -117,6 +126,7 @@ class BuildNative(build_ext):
         version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True).stdout
         nvcc = find_nvcc() if switch("HFAC_CUDA") != "0" else None
         why_not = None if nvcc else "HFAC_CUDA=0" if switch("HFAC_CUDA") == "0" else "no nvcc was found"
+        said = None
         target.parent.mkdir(parents=True, exist_ok=True)
         if nvcc:
             try:
@@ -124,11 +134,12 @@ class BuildNative(build_ext):
             except subprocess.CalledProcessError as error:
                 if switch("HFAC_CUDA") == "1":
                     raise
-                nvcc, why_not = None, explain(error)
-                print(f"hfac: going on without CUDA: {why_not}", file=sys.stderr)
+                nvcc, why_not, said = None, explain(error), said_by(error)
+                print(f"hfac: going on without CUDA: {why_not}\n{said}", file=sys.stderr)
         if not nvcc:
             self.make(compiler, None, target)
-        return {"native": True, "cuda": bool(nvcc), "cuda_why_not": why_not, "compiler": version.splitlines()[0]}
+        built = {"native": True, "cuda": bool(nvcc), "cuda_why_not": why_not, "said": said}
+        return built | {"compiler": version.splitlines()[0]}
 
     def make(self, compiler: list[str], nvcc: str | None, target: Path) -> None:
         temp = Path(self.build_temp).resolve()
@@ -152,6 +163,19 @@ class BuildNative(build_ext):
         else:
             link = [*compiler, *shared, "-pthread", *objects, *ldflags]
         run(steps, [*link, "-o", str(target.resolve())], objects, target.resolve(), temp)
+
+
+class Wheel(bdist_wheel or setuptools.Command):
+    """Says by its tag whether it has the extension: without it, it serves every Python and platform."""
+
+    def run(self) -> None:
+        if not self.skip_build:
+            self.run_command("build")
+            self.skip_build = True
+        if not getattr(self.distribution, "is_native", True):
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
+        super().run()
 
 
 class BuildEmulated(build_ext):
@@ -264,13 +288,24 @@ def cuda_flags(nvcc: str, common: list[str], wanted: str | None = None) -> list[
     known = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout.split()
     asked = (wanted or switch("HFAC_CUDA_ARCHS")).replace(",", ";").replace(".", "").split(";")
     archs = [a.strip() for a in asked if a.strip()]
-    archs = archs or [a for a in ("80", "90", "100") if f"sm_{a}" in known]
+    archs = archs or [a for a in gpus_here() if f"sm_{a}" in known] or ["90"]
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     codes += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]  # for what comes after
     names = ",".join([*(f"sm_{a}" for a in archs), f"compute_{archs[-1]}"])
     codes += [f'-DHFAC_ARCHITECTURES="{names}"']  # so that a GPU which none of them serves is known as such
     host = [flag for flag in common if not flag.startswith(("-std", "-O"))]
     return ["-std=c++17", "-O3", "--fmad=false", *codes, *(f"-Xcompiler={flag}" for flag in host)]
+
+
+def gpus_here() -> list[str]:
+    """Compute capabilities of this machine's GPUs, ascending; none where there is no driver."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found = {line.strip().replace(".", "") for line in said.splitlines()}
+    return sorted((capability for capability in found if capability.isdecimal()), key=int)
 
 
 def run(steps: list, link: list[str], objects: list[str], target: Path, temp: Path) -> None:
@@ -282,7 +317,8 @@ def run(steps: list, link: list[str], objects: list[str], target: Path, temp: Pa
 
             ninja = str(Path(package.BIN_DIR) / "ninja")
         except ImportError:
-            for command, _, _ in steps:
+            for done, (command, source, _) in enumerate(steps):
+                print(f"hfac: [{done + 1}/{len(steps)}] {source.name}", flush=True)
                 subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
             if link:
                 subprocess.run(link, check=True, stderr=subprocess.PIPE, text=True)
@@ -291,16 +327,30 @@ def run(steps: list, link: list[str], objects: list[str], target: Path, temp: Pa
     def path(p: Path) -> str:
         return str(p).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-    lines = ["rule run", "  command = $cmd", "  depfile = $dep", "  deps = gcc", "rule link", "  command = $cmd"]
+    lines = ["rule run", "  command = $cmd", "  depfile = $dep", "  deps = gcc"]
+    lines += ["  description = $what", "rule link", "  command = $cmd", "  description = $what"]
     for command, source, out in steps:
         lines += [f"build {path(out)}: run {path(source)}", f"  dep = {out.with_suffix('.d')}"]
+        lines += [f"  what = {out.stem}"]
         lines += ["  cmd = " + shlex.join(command).replace("$", "$$")]
     if link:
         lines += [f"build {path(target)}: link {' '.join(path(Path(each)) for each in objects)}"]
-        lines += ["  cmd = " + shlex.join(link).replace("$", "$$")]
+        lines += [f"  what = {target.name}", "  cmd = " + shlex.join(link).replace("$", "$$")]
     (temp / "build.ninja").write_text("\n".join(lines) + "\n")
     jobs = switch("MAX_JOBS") or str(os.cpu_count() or 1)
-    subprocess.run([ninja, "-j", jobs, "-C", str(temp)], check=True, stdout=subprocess.PIPE, text=True)
+    told([ninja, "-j", jobs, "-C", str(temp)])
+
+
+def told(command: list[str]) -> None:
+    """Runs a command and passes on each line of its output at once; a failure holds them all."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("["):  # ninja's [done/all]; what compilers say follows a failure
+                print(f"hfac: {line}", end="", flush=True)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, "".join(lines))
 
 
 def explain(error: Exception) -> str:
@@ -312,6 +362,13 @@ def explain(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return f"no C++ compiler: {error.filename} was not found"
     return str(error)
+
+
+def said_by(error: Exception) -> str | None:
+    """The last lines that a compiler printed."""
+    if not isinstance(error, subprocess.CalledProcessError):
+        return None
+    return "\n".join(((error.stdout or "") + (error.stderr or "")).splitlines()[-40:])
 
 
 if __name__ == "__main__":  # bench/gpu_objects.py imports this file
@@ -330,5 +387,5 @@ if __name__ == "__main__":  # bench/gpu_objects.py imports this file
         package_data={"hfac": ["py.typed"]},
         ext_modules=[Extension("hfac._emulated" if EMULATION else "hfac._C", sources=[], optional=not EMULATION)],
         distclass=Distribution,
-        cmdclass={"build_ext": BuildEmulated if EMULATION else BuildNative},
+        cmdclass={"build_ext": BuildEmulated if EMULATION else BuildNative, "bdist_wheel": Wheel},
     )

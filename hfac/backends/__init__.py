@@ -17,9 +17,10 @@ their strides say (`hfac.memory`), unless the backend has ``READS_MEMORY`` False
 "auto" takes the first of `TABLE` that can serve the device; an explicit request is met or refused, never replaced.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -139,7 +140,18 @@ def found(name: str, device: torch.device, op: Op) -> Any:
 
 @lru_cache(maxsize=64)
 def _resolved(name: str, device: torch.device, op: Op, rows: tuple[Backend, ...]) -> Any:
-    return resolve(name, device, op)
+    chosen = resolve(name, device, op)
+    if name == "auto" and chosen is plain.FORMULAS and device.type in ("cpu", "cuda"):
+        _warn_unbuilt()
+    return chosen
+
+
+@cache
+def _warn_unbuilt() -> None:
+    """Once for each process: nobody chose to be slow."""
+    reason = TABLE["cpu"].why_not(torch.device("cpu"))
+    if reason is not None:
+        warnings.warn(f"hfac steps in plain torch, which is slow: {reason}", stacklevel=2)
 
 
 def host_counters() -> ModuleType | None:

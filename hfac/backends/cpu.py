@@ -44,11 +44,15 @@ def why_not(device: torch.device) -> str | None:
 
 
 def _build_failure() -> str:
+    return build_info().get("why_not") or _IMPORT_ERROR
+
+
+def build_info() -> dict[str, Any]:
+    """What the build wrote down of itself; empty where none did. ``said``: a compiler's last lines, where it failed."""
     try:
-        reason = json.loads(_BUILD_INFO.read_text())["why_not"]
-    except (OSError, ValueError, KeyError):
-        reason = None
-    return reason or _IMPORT_ERROR
+        return json.loads(_BUILD_INFO.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def has(op: Op) -> bool:

@@ -219,7 +219,7 @@ def _reference_details() -> dict[str, Any]:
 
 def _cpu_details() -> dict[str, Any]:
     if cpu._C is None:
-        return {}
+        return _compiler_said()
     info = cpu._C.info()
     return {
         "version": info["version"],
@@ -230,13 +230,18 @@ def _cpu_details() -> dict[str, Any]:
     }
 
 
+def _compiler_said() -> dict[str, Any]:
+    said = cpu.build_info().get("said")
+    return {"the_compiler_said": said} if said else {}
+
+
 def _cuda_details() -> dict[str, Any]:
     """What the extension reports about its CUDA kernels, compiled in or not."""
     if cpu._C is None:
         return {}
     info = cpu._C.cuda_info()
     if not info["compiled"]:
-        return {"extension": info["why_not"]}
+        return {"extension": info["why_not"]} | _compiler_said()
     return {
         **({"compiled_for": info["architectures"]} if "architectures" in info else {}),
         "runtime": _cuda_version(info["runtime_version"]),
@@ -289,4 +294,5 @@ def _cuda_version(number: int) -> str:
 
 
 def _shown(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return text.replace("\n", "\n      ")  # what a compiler said, below its name
