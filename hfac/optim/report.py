@@ -11,6 +11,7 @@ from ..distributed import layout
 from . import diagnostics, options
 from .checkpoint import CheckpointedOptimizer
 from .state import has_state
+from .table import Diagnostics
 
 
 class ReportingOptimizer(CheckpointedOptimizer):
@@ -55,7 +56,7 @@ class ReportingOptimizer(CheckpointedOptimizer):
                 self._watched[param] = row.view(*param.shape[:batch], -1)
 
     @torch.no_grad()
-    def diagnostics(self, *, ahead: bool = False) -> dict[int | str, dict[str, Tensor]]:
+    def diagnostics(self, *, ahead: bool = False) -> Diagnostics:
         """What the last step did to every parameter; empty parameters are left out.
 
         With ``watch=True`` the step's own kernels have summed it up, for every parameter they stepped: it is exact,
@@ -78,7 +79,8 @@ class ReportingOptimizer(CheckpointedOptimizer):
 
         Returns:
             By name, where parameters were given with names, else by position, a dict of metrics: 0-d tensors on the
-            parameter's device; of a stack, tensors of shape p.shape[:batch_dims] with one entry per slice.
+            parameter's device; of a stack, tensors of shape p.shape[:batch_dims] with one entry per slice. Printed it
+            is a table, in a notebook one with bars, and it has ``plot()`` (`hfac.optim.table.Diagnostics`).
 
             ``update_rms``: RMS of W's change, learning rate and decoupled weight decay included.
             ``direction_rms``: RMS of G / sqrt(V) before clipping (SMMF: of M / (sqrt(V) + eps)).
@@ -102,7 +104,7 @@ class ReportingOptimizer(CheckpointedOptimizer):
         """
         self._sync_state()
         coefficient = self._coefficient_ahead() if ahead else self._norm_coefficient
-        found: dict[int | str, dict[str, Tensor]] = {}
+        found = Diagnostics()
         rounded: list[dict[str, Tensor]] = []
         estimated = False
         position = 0

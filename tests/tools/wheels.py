@@ -35,7 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make wheels ARGS=...", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder for the files (default: dist)")
     parser.add_argument("--archs", default="80;90;100", help="GPUs to compile for (default: 80;90;100)")
-    parser.add_argument("--pythons", nargs="+", default=[sys.executable], help="interpreters (default: this one)")
+    parser.add_argument(
+        "--pythons",
+        type=lambda path: str(Path(path).absolute()),
+        nargs="+",
+        default=[sys.executable],
+        help="interpreters that have torch, setuptools and pybind11 (default: this one)",
+    )
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
