@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 EMULATED := $(VENV)/.emulated
 
 .DEFAULT_GOAL := help
-.PHONY: help install compare test test-all planted test-emulated cuda-check triton-check sanitize fuzz bench gpu-report gpu-objects plan doctor lint clean
+.PHONY: help install compare test test-all test-torch planted test-emulated cuda-check triton-check sanitize fuzz bench gpu-report gpu-objects plan doctor lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,17 @@ test: lint $(EMULATED) ## check style and run the tests, the CUDA kernels' among
 
 test-all: lint $(EMULATED) ## the same, and the tests that take too long for `make test` (22 minutes on 2 cores)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "" $(ARGS)
+
+# What another torch could break: numbers, state, conformance to torch.optim, sharding.
+TORCH_TESTS := $(addprefix tests/,backends/test_parity.py optim/test_state.py optim/test_conformance.py optim/test_vectors.py \
+	optim/test_compile.py distributed/test_sharded.py distributed/test_sharded_checkpoints.py distributed/test_agreement.py)
+OTHER := .venv-torch-$(VERSION)
+
+test-torch: $(INSTALLED) ## run the parity, state, conformance and sharded tests with another torch (VERSION=2.6.0)
+	$(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip install -q torch==$(VERSION)
+	$(OTHER)/bin/python -m pip install -q pytest pytest-xdist hypothesis numpy setuptools
+	$(OTHER)/bin/python -m pytest -n auto --dist worksteal $(TORCH_TESTS) $(ARGS)
 
 planted: $(EMULATED) ## plant faults in a copy of this checkout and see whether `make test` notices (ARGS="clip sharded" chooses)
 	$(BIN)/python tests/tools/planted.py $(ARGS)

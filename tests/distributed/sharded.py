@@ -50,4 +50,6 @@ def _rank(rank: int, world: int, folder: str, calls: tuple[tuple[Any, ...], ...]
     except BaseException:
         traceback.print_exc()
         os._exit(1)  # the others notice at once that the connection is gone
+    if torch.__version__ < "2.7":  # whose gloo may wait for ever here: its thread for the GIL, and this one for it
+        os._exit(0)
     dist.destroy_process_group()
