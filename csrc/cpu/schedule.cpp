@@ -21,8 +21,9 @@ Memory allocated(size_t bytes) { return Memory(::operator new(bytes, kLine)); }
 constexpr int64_t kSmall = 32768;
 constexpr int64_t kBatch = 16384;
 
-// Elements that are worth waking another thread for (some ten microseconds).
-constexpr int64_t kPerThread = 16384;
+// Elements that are worth handing to another thread, and those worth waking one for.
+constexpr int64_t kPerThread = 32768;
+constexpr int64_t kPerSleeper = 131072;
 
 struct Task {
   int64_t first, last;  // items [first, last) in all their phases, where phase < 0; else only `first`
@@ -88,7 +89,8 @@ class Run {
   Run(Op& op, int threads) : op_(op), progress_(static_cast<size_t>(op.items())) {
     int64_t elements = 0;
     for (int64_t i = 0; i < op.items(); ++i) elements += op.elements(i);
-    const int64_t useful = std::max<int64_t>(1, std::min<int64_t>(threads, elements / kPerThread + 1));
+    const int64_t share = threads > 1 && threads_are_awake() ? kPerThread : kPerSleeper;
+    const int64_t useful = std::max<int64_t>(1, std::min<int64_t>(threads, elements / share + 1));
     plan(useful, elements);
     const int count = static_cast<int>(std::min<int64_t>(useful, static_cast<int64_t>(tasks_.size())));
     scratch_ = std::vector<Scratch>(static_cast<size_t>(std::max(count, 1)));
@@ -185,11 +187,9 @@ class Run {
 
   // Tickets are taken in order and an item's earlier phases come first: whoever is waited for is at work.
   void await(Progress& p, int phase) {
-    for (int spin = 0; spin < 200; ++spin) {
+    for (int spin = 0; spin < 2000; ++spin) {  // for less time than it takes to wake up
       if (p.phase.load(std::memory_order_acquire) >= phase) return;
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
+      relax();
     }
     std::unique_lock<std::mutex> lock(mutex_);
     turned_.wait(lock, [&] { return p.phase.load(std::memory_order_acquire) >= phase || failed_.load(); });

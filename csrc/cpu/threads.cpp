@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cfenv>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -15,22 +16,39 @@
 namespace hfac {
 namespace {
 
+// To wake a thread that sleeps takes some ten microseconds, on a virtual machine more than fifty.
+constexpr std::chrono::microseconds kAwake{100};
+
+// Until `ready` or for as long as a thread stays awake for it.
+template <class Ready>
+void linger(const Ready& ready) {
+  const auto end = std::chrono::steady_clock::now() + kAwake;
+  do {
+    for (int k = 0; k < 32; ++k) {
+      if (ready()) return;
+      relax();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+}
+
 class Pool {
  public:
   const pid_t owner = getpid();
-  std::mutex busy;  // held by the one call that uses the pool
+  std::mutex busy;            // held by the one call that uses the pool
+  std::atomic<int> awake{0};  // workers that have no work and do not sleep yet
 
   void run(int threads, const std::function<void(int)>& body) {
     std::unique_lock<std::mutex> lock(mutex_);
     while (workers_ < threads - 1 && start_worker()) ++workers_;
     body_ = &body;
-    wanted_ = running_ = std::min(threads - 1, workers_);
+    running_ = wanted_ = std::min(threads - 1, workers_);
     std::fegetenv(&environment_);
     error_ = nullptr;
     ++generation_;
     lock.unlock();
     start_.notify_all();
     guarded(body, 0);
+    linger([this] { return running_ == 0; });
     lock.lock();
     done_.wait(lock, [this] { return running_ == 0; });
     body_ = nullptr;
@@ -41,7 +59,7 @@ class Pool {
   // False where the system has no thread left, as in a container with a limit: those that are there do the work.
   bool start_worker() {
     try {
-      std::thread(&Pool::work, this, workers_ + 1, generation_).detach();
+      std::thread(&Pool::work, this, workers_ + 1, generation_.load()).detach();
       return true;
     } catch (const std::exception&) {
       return false;
@@ -51,6 +69,13 @@ class Pool {
   void work(int index, unsigned long seen) {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
+      if (generation_ == seen) {
+        lock.unlock();
+        ++awake;
+        linger([&] { return generation_ != seen; });
+        --awake;
+        lock.lock();
+      }
       start_.wait(lock, [&] { return generation_ != seen; });
       seen = generation_;
       if (index > wanted_) continue;
@@ -78,8 +103,10 @@ class Pool {
   const std::function<void(int)>* body_ = nullptr;
   std::exception_ptr error_;
   std::fenv_t environment_;  // the caller's: how to round, and whether what is denormal is zero
-  unsigned long generation_ = 0;
-  int workers_ = 0, wanted_ = 0, running_ = 0;
+  // These two are written under the mutex and read without it by who lingers.
+  std::atomic<unsigned long> generation_{0};
+  std::atomic<int> running_{0};
+  int workers_ = 0, wanted_ = 0;
 };
 
 // A fork copies the pool but none of its threads, and perhaps a locked mutex: the child makes a new one and leaves the
@@ -101,6 +128,11 @@ Pool* pool() {
 }
 
 }  // namespace
+
+bool threads_are_awake() {
+  Pool* const shared = pool();
+  return shared && shared->awake > 0;
+}
 
 void parallel(int threads, const std::function<void(int)>& body) {
   if (threads <= 1) return body(0);
