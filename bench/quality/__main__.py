@@ -46,7 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--optimizers",
         type=_names(CONTENDERS),
         metavar="LIST",
-        help=f"of {','.join(CONTENDERS)} (default: all that are here; of --scale: {','.join(scale.USUAL)})",
+        help=f"of {','.join(CONTENDERS)} (default: all that are here but smmf-0.9 and smmf-0.5; of --scale: "
+        f"{','.join(scale.USUAL)})",
     )
     add(
         "--steps",
@@ -89,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
     """The study of small models on the CPU, or the larger one's."""
     stem = scale.TASK if args.scale else "quality"
     outputs.check_folder("--out", args.out, (f"{stem}.json", f"{stem}.md"))
-    given = args.optimizers or list(scale.USUAL if args.scale else CONTENDERS)
+    usual = scale.USUAL if args.scale else [name for name, contender in CONTENDERS.items() if contender.usual]
+    given = args.optimizers or list(usual)
     left_out = {name: f"requires {CONTENDERS[name].missing}" for name in given if CONTENDERS[name].missing}
     for name, why in left_out.items():
         print(f"Left out: {name}, which {why}.")

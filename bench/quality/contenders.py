@@ -33,6 +33,7 @@ class Contender:
         settings: of the run, where they differ from the task's.
         tasks: those that it is meant for; None for all.
         missing: what has to be installed for it; "" where it can be built.
+        usual: whether a study that names no optimizers has it.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Contender:
     settings: dict[str, Any] = field(default_factory=dict)
     tasks: tuple[str, ...] | None = None
     missing: str = ""
+    usual: bool = True
 
     def rate(self, task: Task) -> float:
         """The learning rate where its sweep begins."""
@@ -163,10 +165,8 @@ CONTENDERS = {
     ),
     "smmf": Contender("SMMF", _smmf(), ADVISED["smmf"]),
     # its momentum fades by growth_rate^t: does that matter in long runs?
-    "smmf-0.9": Contender("SMMF, beta 0.9 throughout", _smmf(growth_rate=1.0), (0.8, 0.8), tasks=("gpt",)),
-    "smmf-0.5": Contender(
-        "SMMF, beta 0.5 throughout", _smmf(beta=0.5, growth_rate=1.0), ADVISED["smmf"], tasks=("gpt",)
-    ),
+    "smmf-0.9": Contender("SMMF, beta 0.9 throughout", _smmf(growth_rate=1.0), (0.8, 0.8), usual=False),
+    "smmf-0.5": Contender("SMMF, beta 0.5 throughout", _smmf(beta=0.5, growth_rate=1.0), ADVISED["smmf"], usual=False),
     "hfac": Contender("HFac", _plain(hfac.HFac), ADVISED["hfac"]),
     "hfac-dense": Contender("HFac, dense embeddings", _dense_embeddings, (0.8, 0.8), tasks=("gpt", "vit", "scale")),
     "hfac-int8": Contender("HFac, int8 moment", _plain(hfac.HFac, first_moment="int8"), ADVISED["hfac-int8"]),
