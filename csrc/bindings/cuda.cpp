@@ -140,7 +140,7 @@ py::dict cuda_plan(const py::kwargs& given) {
     }
     if (product(item.rows, item.cols, "rows") > 0) items.push_back(item);
   }
-  const Plan plan = make_plan(items, assumed_bulk(items), options);
+  const Plan plan = make_plan(items, assumed_bulk(items, options.op), options);
   py::dict d;
   d["launches"] = described(plan);
   d["workspace_bytes"] = plan.workspace_bytes;

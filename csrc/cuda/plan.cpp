@@ -112,7 +112,6 @@ class Planner {
   bool whole_hfac() const { return options_.op == OpKind::kHfac || options_.op == OpKind::kHfacInt8; }
   bool applies() const { return options_.op == OpKind::kHfacApply || options_.op == OpKind::kHfacInt8Apply; }
   bool codes() const { return options_.op == OpKind::kHfacInt8 || options_.op == OpKind::kHfacInt8Apply; }
-  bool dense_op() const { return options_.op == OpKind::kHfacDense || options_.op == OpKind::kSmmfDense; }
 
   int64_t workspace_of(const DeviceItem& item) const {
     DeviceItem it = item;
@@ -121,7 +120,7 @@ class Planner {
     const auto end_of = [&](auto zero) {
       using T = decltype(zero);
       if (smmf_matrices()) return reinterpret_cast<char*>(SmmfSpace<T>(it, base).end) - base;
-      if (dense_op()) return reinterpret_cast<char*>(DenseSpace<T>(it, base).end) - base;
+      if (is_dense(options_.op)) return reinterpret_cast<char*>(DenseSpace<T>(it, base).end) - base;
       return reinterpret_cast<char*>(HfacSpace<T>(it, base).end) - base;
     };
     return is_double(it) ? end_of(double()) : end_of(float());
@@ -152,10 +151,10 @@ class Planner {
         return {pair_access(it, bulk), tiles(it.update)};
       case Kernel::hfac_dense:
       case Kernel::smmf_dense:
-        return {is_stored(it) ? Access::kStored : state_access(it), runs(it)};
+        return {pair_access(it, bulk), runs(it)};
       case Kernel::look:
       case Kernel::dense_look:
-        return {state_access(it), runs(it)};
+        return {grad_access(it, bulk), runs(it)};
       case Kernel::hfac_collect:
         return {state_access(it), collect_chunks(it)};
       case Kernel::smmf_sums_fold: {
@@ -409,9 +408,17 @@ Plan make_plan(std::vector<DeviceItem>& items, const std::vector<bool>& bulk, co
   return Planner(items, bulk, options, shards).make();
 }
 
-std::vector<bool> assumed_bulk(const std::vector<DeviceItem>& items) {
+bool is_dense(OpKind op) { return op == OpKind::kHfacDense || op == OpKind::kSmmfDense; }
+
+bool in_vectors(const DeviceItem& it, OpKind op) {
+  // What is left of a parameter that is one run of elements is taken one by one, and rounded to the nearest.
+  if (is_dense(op)) return !is_stored(it) || elements(it) % kVector == 0;
+  return it.cols % kVector == 0 && it.signs.slice % kVector == 0;
+}
+
+std::vector<bool> assumed_bulk(const std::vector<DeviceItem>& items, OpKind op) {
   std::vector<bool> bulk;
-  for (const DeviceItem& it : items) bulk.push_back(it.cols % kVector == 0 && it.signs.slice % kVector == 0);
+  for (const DeviceItem& it : items) bulk.push_back(in_vectors(it, op));
   return bulk;
 }
 

@@ -73,8 +73,14 @@ struct Plan {
 Plan make_plan(std::vector<DeviceItem>& items, const std::vector<bool>& bulk, const PlanOptions& options,
                const std::vector<DeviceShard>& shards = {});
 
+// Are both moments whole?
+bool is_dense(OpKind op);
+
+// Do an item's rows, and its signs, consist of whole vectors?
+bool in_vectors(const DeviceItem& it, OpKind op);
+
 // For a list that exists in shapes only: everything contiguous and aligned.
-std::vector<bool> assumed_bulk(const std::vector<DeviceItem>& items);
+std::vector<bool> assumed_bulk(const std::vector<DeviceItem>& items, OpKind op);
 
 const char* name_of(Kernel kernel);
 const char* name_of(Phase phase);

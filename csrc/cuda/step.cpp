@@ -31,12 +31,12 @@ DeviceStorage stored(const Storage& from, std::vector<int64_t>& layouts) {
 }
 
 // Can kernels read and write whole vectors?
-bool is_bulk(const DeviceItem& it, const DeviceShard& shard) {
+bool is_bulk(const DeviceItem& it, const DeviceShard& shard, OpKind op) {
   const uintptr_t low_bytes = it.storage.low.kind == Low::kInt16 ? 16 : 8;
   return it.storage.low.layout < 0 && aligned(it.storage.low.data, low_bytes) && it.param.layout < 0 &&
          it.grad.layout < 0 && aligned(it.param.data) && aligned(it.grad.data) && it.codes_layout < 0 &&
-         aligned(it.codes, kVector) && it.cols % kVector == 0 && shard.first % kVector == 0 &&
-         shard.stride % kVector == 0 && it.signs.slice % kVector == 0;
+         aligned(it.codes, kVector) && in_vectors(it, op) && shard.first % kVector == 0 &&
+         shard.stride % kVector == 0 && (!is_dense(op) || (aligned(it.first_row) && aligned(it.second_row)));
 }
 
 }  // namespace
@@ -89,7 +89,7 @@ bool Step::prepare(const std::vector<TensorRef>& grads, bool clip, bool nonfinit
     it.grad = operand(grads[from_[k]], layouts);
     it.codes_layout = laid_out(items_[from_[k]].codes_strided, layouts);
     it.storage = stored(param.storage ? *param.storage : Storage{}, layouts);
-    bulk.push_back(is_bulk(it, shards_.empty() ? DeviceShard{} : shards_[k]));
+    bulk.push_back(is_bulk(it, shards_.empty() ? DeviceShard{} : shards_[k], options_.op));
     replan = replan || bulk[k] != bulk_[k] || it.grad.dtype != table_[k].grad.dtype;
     changed = changed || replan || !same(it.grad, table_[k].grad) || !same(it.param, table_[k].param);
   }

@@ -269,6 +269,46 @@ def test_codes_at_any_address(dtype):
     assert all(map(torch.equal, results[0], results[1])) and all(map(torch.equal, results[0], results[2]))
 
 
+def placed(values, offset):
+    """A copy that begins ``offset`` elements behind an aligned address, and all the memory around it."""
+    around = torch.full((offset + values.numel() + 9,), 77, dtype=values.dtype)
+    around[offset : offset + values.numel()] = values
+    return around[offset : offset + values.numel()], around
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("numel", [5, 64, 776, 2040, 8192, 8197, 20001])
+@pytest.mark.parametrize("clip", [0.7, None])
+@pytest.mark.parametrize("op", ["hfac_dense_step", "smmf_dense_step"])
+def test_whole_moments_at_any_address(op, clip, numel, dtype):
+    """Aligned tensors are read and written in vectors of eight, whose threads exchange what they store, and the rest of
+    them one by one; others are all read one by one. Both give the same bits, and write nothing else."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    scalars = dict(lr=0.02, beta1=0.8, beta2=0.9, eps=1e-8, weight_decay=0.1, maximize=False)
+    scalars |= dict(clip_threshold=clip) if op[0] == "h" else dict(decoupled_weight_decay=clip is None)
+    results = []
+    for shifted in (None, "param", "grad", "exp_avgs", "exp_avg_sqs"):
+        param, *rest = placed(gradient((numel,), 1, dtype), shifted == "param")
+        states = {}
+        for name in ("exp_avgs", "exp_avg_sqs"):
+            states[name], around = placed(torch.zeros(numel, dtype=wide), shifted == name)
+            rest.append(around)
+        step = calls.bind(emulated.ops, op, [param], {name: [state] for name, state in states.items()})
+        for k in range(2):
+            grad, around = placed(gradient((numel,), 2 + k, dtype), shifted == "grad")
+            step([grad], **scalars)
+        access = {launch["access"] for launch in step._plain.step.plan() if launch["kernel"] == op[:-5]}
+        name = str(dtype).removeprefix("torch.")
+        assert access == {name if shifted is None or dtype == torch.float64 else "any"}
+        mine = [param, *states.values()]
+        assert all((around[-9:] == 77).all() and (around[: len(around) - 9 - numel] == 77).all() for around in rest)
+        results.append([tensor.clone() for tensor in mine])
+    assert results[0][1].any()
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
 @pytest.mark.parametrize("offset", range(4))
 @pytest.mark.parametrize("shape", [(3, 7), (5, 3), (1, 50), (4, 13), (9, 5), (6, 4, 3), (7, 9)], ids=shape_id)
 def test_signs_of_any_size_at_any_address(shape, offset):
