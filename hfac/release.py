@@ -25,7 +25,7 @@ class _Clipping:
 
     While there is a handle, the function of torch that it calls to multiply gradients looks at the parameters first:
     nothing else tells that they were looked for, the public functions stay what they are, also where a script has
-    imported them by name, and without handles torch is as it was. Where a version of torch has no such function,
+    imported them by name, and when the last handle is removed torch is as it was. Where a version of torch has no such function,
     nothing is said.
     """
 
@@ -38,7 +38,6 @@ class _Clipping:
 
     def begin(self, handle: "ReleasedGradients") -> None:
         self.handles.add(handle)
-        weakref.finalize(handle, self._restore)  # of one that is dropped with its model
         self._torch = getattr(clip_grad, self.NAME, None) if self._ours is None else self._torch
         if self._ours is None and self._torch is not None:
             self._ours = self._around(self._torch)
@@ -46,9 +45,6 @@ class _Clipping:
 
     def end(self, handle: "ReleasedGradients") -> None:
         self.handles.discard(handle)
-        self._restore()
-
-    def _restore(self) -> None:
         if not list(self.handles) and getattr(clip_grad, self.NAME, None) is self._ours is not None:
             setattr(clip_grad, self.NAME, self._torch)
             self._ours = None

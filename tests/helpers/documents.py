@@ -4,7 +4,7 @@ An HTML comment in the line above a fence says how its block is run:
 
     <!-- run after: imports, model -->       executed, after the preambles of these names (below)
     <!-- run -->                             executed; it needs nothing
-    <!-- part of: tests/some_file.py -->     its lines stand in that file, in this order; that is run
+    <!-- part of: FILE -->                  its lines stand in that file, in this order; that is run
     <!-- not run: needs LIBRARY -->          only while LIBRARY is not installed; it has to compile
 """
 
