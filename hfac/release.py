@@ -25,8 +25,8 @@ class _Clipping:
 
     While there is a handle, the function of torch that it calls to multiply gradients looks at the parameters first:
     nothing else tells that they were looked for, the public functions stay what they are, also where a script has
-    imported them by name, and when the last handle is removed torch is as it was. Where a version of torch has no such function,
-    nothing is said.
+    imported them by name, and when the last handle is removed torch is as it was. Where a version of torch has
+    no such function, nothing is said.
     """
 
     NAME = "_clip_grads_with_norm_"
