@@ -1,19 +1,67 @@
 """Steps parameters and frees their gradients during the backward pass, so that all gradients never exist at once."""
 
+import functools
 import threading
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import clip_grad
 
 from . import clipping
 from .distributed import layout
+from .optim import options
 from .optim.base import FactoredOptimizer
 
 _released: "weakref.WeakSet[FactoredOptimizer]" = weakref.WeakSet()
+
+
+class _Clipping:
+    """Notices `torch.nn.utils.clip_grad_norm_` of parameters that handles release, which finds no gradient left.
+
+    While there is a handle, the function of torch that it calls to multiply gradients looks at the parameters first:
+    nothing else tells that they were looked for, the public functions stay what they are, also where a script has
+    imported them by name, and when the last handle is removed torch is as it was. Where a version of torch has
+    no such function, nothing is said.
+    """
+
+    NAME = "_clip_grads_with_norm_"
+
+    def __init__(self) -> None:
+        self.handles: weakref.WeakSet[ReleasedGradients] = weakref.WeakSet()
+        self._torch: Callable[..., Any] | None = None
+        self._ours: Callable[..., Any] | None = None
+
+    def begin(self, handle: "ReleasedGradients") -> None:
+        self.handles.add(handle)
+        self._torch = getattr(clip_grad, self.NAME, None) if self._ours is None else self._torch
+        if self._ours is None and self._torch is not None:
+            self._ours = self._around(self._torch)
+            setattr(clip_grad, self.NAME, self._ours)
+
+    def end(self, handle: "ReleasedGradients") -> None:
+        self.handles.discard(handle)
+        if not list(self.handles) and getattr(clip_grad, self.NAME, None) is self._ours is not None:
+            setattr(clip_grad, self.NAME, self._torch)
+            self._ours = None
+
+    def _around(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(inner)
+        def look_and_clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+                for handle in self.handles:
+                    handle._look(parameters)
+            return inner(parameters, *args, **kwargs)
+
+        return look_and_clip
+
+
+_clipping = _Clipping()
 
 
 def release_gradients(
@@ -45,6 +93,8 @@ def release_gradients(
     loop's. Norms are collected as gradients pass, and are complete at `optimizer.step()`, or when a parameter passes
     again; `optimizer.grad_norm` is the last complete one. It is in the handle's `state_dict()`: a run resumed without
     that makes its first step unclipped.
+
+    `torch.nn.utils.clip_grad_norm_` of released parameters finds no gradients; a warning says so, once for a handle.
 
     A tied parameter is stepped once, with its whole gradient. *Reentrant* checkpointing (``use_reentrant=True``) has
     autograd deliver it in pieces, each of which would be a step: use ``use_reentrant=False``. After a backward pass
@@ -88,7 +138,9 @@ class ReleasedGradients:
             if param.requires_grad and not is_lazy(param):
                 self._hooks[param] = param.register_post_accumulate_grad_hook(self._hook)
         self._ending = optimizer.register_step_pre_hook(self._end)
+        self._said = False
         _released.add(optimizer)
+        _clipping.begin(self)
 
     def remove(self) -> None:
         """Removes the hooks: gradients accumulate again and `optimizer.step()` steps. Gradients that were kept for
@@ -100,6 +152,7 @@ class ReleasedGradients:
         self._counts.clear()
         self._passed.clear()
         _released.discard(self._optimizer)
+        _clipping.end(self)
 
     def reset(self) -> None:
         """Drops all gradients and restarts the count of micro-batches, to go on after a backward pass that raised."""
@@ -138,6 +191,16 @@ class ReleasedGradients:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+    def _look(self, parameters: list[Tensor]) -> None:
+        """Says once that these are clipped in vain: some are released here, and no gradient is left of any."""
+        if not self._said and any(p in self._hooks for p in parameters) and all(p.grad is None for p in parameters):
+            self._said = True
+            options.warn(
+                "clip_grad_norm_ finds no gradients and clips nothing: hfac.release_gradients has stepped and freed "
+                "them in the backward pass. Leave the call out; max_grad_norm in the optimizer clips released "
+                "gradients, by the norm of the step before."
+            )
 
     def _shared(self) -> list[Tensor]:
         mine = {id(param) for param in self._model.parameters()}

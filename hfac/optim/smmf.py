@@ -20,34 +20,46 @@ class SMMF(FactoredOptimizer):
     bit per element.
 
     Park, Lee, *SMMF: Square-Matricized Momentum Factorization for Memory-Efficient Optimization*, AAAI 2025,
-    arXiv 2412.08894, Algorithm 1. Argument names and defaults are the authors'.
+    arXiv 2412.08894, Algorithm 1. Argument names and defaults are the authors'. docs/optimizers.md has each option at
+    length; any of them may be a group's own.
 
-    Args:
-        params: tensors, (name, tensor) pairs, or groups (dicts with "params" and any option below). float16, bfloat16,
-            float32 or float64; gradients may have another of these types. Arithmetic and state are float32 (float64 for
-            float64 parameters).
+    What it optimizes, and by which step:
+        params: tensors, (name, tensor) pairs, or groups (dicts with "params"); float16, bfloat16, float32 or float64.
         lr: learning rate >= 0, a number or a 0-d tensor (default 1e-3).
-        beta: decay of the first moment in [0, 1), or None for no first moment (default 0.9). Groups also have it as
-            "momentum", where torch's `OneCycleLR` and `CyclicLR` read and write it.
+        beta: decay of the first moment in [0, 1), or None for no first moment; whether it is None cannot change once
+            state exists (default 0.9). Schedulers that cycle "momentum" move it.
         eps: added to the root of the second moment, >= 0 (default 1e-8).
         weight_decay: >= 0, a number or a 0-d tensor (default 0).
-        decay_rate: the second moment decays by 1 - t^decay_rate, in [-1, 0]. The authors recommend -0.5 for CNNs and
-            -0.8 for Transformers (default -0.5).
-        growth_rate: beta is multiplied by growth_rate^(t-1); in [0, 1] (default 0.999).
-        vector_reshape: False keeps both moments whole where exactly one dimension is larger than 1 (default True).
-            Cannot change once state exists, nor can whether beta is None.
+        decay_rate: the second moment decays by 1 - t^decay_rate, in [-1, 0]; -0.8 for Transformers (default -0.5).
+        growth_rate: in step t beta is multiplied by growth_rate^(t-1); in [0, 1] (default 0.999).
         weight_decay_mode: "adamw" multiplies W by 1 - lr * weight_decay, "adam" adds weight_decay * W to the gradient
-            (default "adamw"). The authors' code computes the latter and then ignores it; here it is used.
-        dense, batch_dims, maximize, capturable, backend, nonfinite, amp_scaling, rounding, seed, master, max_grad_norm,
-        watch:
-            as for `hfac.HFac`; each slice of ``batch_dims`` has a square matrix of its own. The norm for
-            ``max_grad_norm`` takes one more read of the gradients, and across ranks an all-reduce of two numbers per
-            parameter for each mesh.
+            (default "adamw").
+        max_grad_norm: clips by the norm of all gradients, > 0, or None (default None; docs/release.md).
+        maximize: ascend (default False).
+        nonfinite: "propagate" lets inf and NaN in gradients through; "skip" leaves such a parameter and its state
+            unchanged, and counts it in ``state[p]["skipped"]`` (default "propagate").
+        amp_scaling: the step does what a `torch.amp.GradScaler` would do before it (default False).
 
-    State of a parameter (n, m = `hfac.matricize.square` of its number of elements): ``exp_avg_row``,
-    ``exp_avg_sq_row`` of shape (n,), ``exp_avg_col``, ``exp_avg_sq_col`` of shape (m,), ``exp_avg_sign`` uint8 of
-    `hfac.matricize.sign_shape`; where m = 1 (a prime number of elements) ``exp_avg`` and ``exp_avg_sq`` of p.shape;
-    and ``step``. With ``batch_dims``, factors and moments are those of one slice with p.shape[:batch_dims] in front.
+    How it is stored (the first three cannot change once state exists):
+        vector_reshape: False keeps both moments whole where exactly one dimension is larger than 1 (default True).
+        dense: both moments whole, for any shape (default False).
+        batch_dims: leading dimensions that index slices, each with a square matrix of its own; experts of shape
+            E x a x b: 1 (default 0; docs/parameter-policy.md).
+        rounding: "nearest", or "stochastic" for bfloat16 and float16 parameters (default "nearest"; docs/bf16.md).
+        seed: of the random bits of rounding, in [0, 2^64) (default 0).
+        master: of bfloat16 parameters, None, "split" or "split8": the bits that a float32 has beyond them, in 2 or 1
+            bytes per element (default None; docs/bf16.md).
+
+    Where it runs:
+        backend: "auto", "reference", "cpu", "triton" or "cuda" (default "auto"; docs/backends.md).
+        capturable: for CUDA graphs; ``step`` stays on the device (default False; docs/compile-and-graphs.md).
+        watch: the step records what `diagnostics` reports (default False; docs/diagnostics.md).
+
+    State of a parameter, float32 (float64 of float64 parameters); n, m = `hfac.matricize.square` of its elements:
+        ``exp_avg_row``, ``exp_avg_sq_row`` of shape (n,), ``exp_avg_col``, ``exp_avg_sq_col`` of shape (m,),
+        ``exp_avg_sign``, uint8 of `hfac.matricize.sign_shape`; where moments are whole, as with m = 1 (a prime number
+        of elements), ``exp_avg``, ``exp_avg_sq`` of p.shape. And ``step``; with ``master``, ``master_low``, int16 or
+        int8 of p.shape. With ``batch_dims``, factors are those of one slice with p.shape[:batch_dims] in front.
 
     Raises:
         TypeError, ValueError: an invalid option or parameter; the message says what is required.

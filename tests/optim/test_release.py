@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 import weakref
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from torch.nn import Parameter
 
 import hfac
 from hfac import SMMF, HFac, functional
+from hfac.release import _clipping
 
 BOTH = pytest.mark.parametrize("cls", [HFac, SMMF, Int8], ids=["hfac", "smmf", "int8"])
 OPTIONS = {
@@ -551,3 +553,40 @@ def test_nothing_is_kept_alive():
     del handle, net
     gc.collect()
     assert left() is None
+
+
+def test_clipping_what_has_been_released_is_said_once():
+    clip, inner = nn.utils.clip_grad_norm_, nn.utils.clip_grad._clip_grads_with_norm_
+    net, other = Net(), nn.Linear(3, 2)
+    with hfac.release_gradients(net, SMMF(net.parameters())), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for seed in range(3):
+            loss_of(net, seed).backward()
+            other.weight.grad = torch.full((2, 3), 10.0)
+            assert clip(other.parameters(), 1.0) > 20 and abs(other.weight.grad.norm() - 1) < 1e-4
+            assert len(said) == (seed > 0)  # nothing was asked of the net before
+            assert clip(net.parameters(), 1.0) == 0
+        (only,) = said
+        assert "clip_grad_norm_ finds no gradients" in str(only.message) and only.filename == __file__
+        assert nn.utils.clip_grad_norm_ is clip
+    assert nn.utils.clip_grad._clip_grads_with_norm_ is inner
+
+
+def test_clipping_is_torchs_own_when_the_last_handle_has_gone():
+    for left in list(_clipping.handles):  # by other tests
+        left.remove()
+    inner = nn.utils.clip_grad._clip_grads_with_norm_
+    nets = [Net(), Net()]
+    handles = [hfac.release_gradients(net, SMMF(net.parameters())) for net in nets]
+    handles.pop().remove()
+    assert nn.utils.clip_grad._clip_grads_with_norm_ is not inner
+    handles.pop().remove()
+    assert nn.utils.clip_grad._clip_grads_with_norm_ is inner
+
+
+def test_accumulated_gradients_are_clipped_without_a_word(recwarn):
+    net = Net()
+    with hfac.release_gradients(net, SMMF(net.parameters()), accumulate=2):
+        loss_of(net, 0).backward()
+        assert nn.utils.clip_grad_norm_(net.parameters(), 1e-3) > 1e-3
+    assert not recwarn.list

@@ -1,9 +1,14 @@
 """README and docs/: every link and every file they name is there, and every page says what it answers."""
 
+import ast
+import inspect
+import pydoc
 import re
 from pathlib import Path
 
 import pytest
+
+import hfac
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -55,3 +60,21 @@ def test_pictures_say_what_they_show_to_those_who_cannot_see_them():
     for page in PAGES:
         for text in re.findall(r"!\[([^\]]*)\]\(", page.read_text()):
             assert len(text) > 60, (page.name, text)
+
+
+@pytest.mark.parametrize("cls", [hfac.HFac, hfac.SMMF])
+def test_help_fits_two_screens_and_describes_every_argument(cls):
+    """The signature and what comes before the methods, at 100 columns beside help's own margin."""
+    shown = pydoc.plain(pydoc.render_doc(cls)).partition("Method resolution order")[0].splitlines()
+    assert sum(max(1, -(-len(line) // 124)) for line in shown) <= 80
+    options = cls.__doc__.partition("State of a parameter")[0]
+    described = re.findall(r"^        (\w+):", options, re.M)
+    parameters = inspect.signature(cls).parameters.values()
+    assert sorted(described) == sorted(parameter.name for parameter in parameters)
+    for parameter in parameters:
+        if parameter.default is not parameter.empty:
+            said = re.search(rf"^        {parameter.name}: (.*?)(?=^        \w|\n\n)", options, re.M | re.S)[1]
+            default = re.search(r"\(default (\([^)]*\)|[^);]+)", said)[1]
+            assert ast.literal_eval(default) == parameter.default, parameter
+    for page in re.findall(r"docs/[\w-]+\.md", cls.__doc__):
+        assert (ROOT / page).is_file()
