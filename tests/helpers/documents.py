@@ -142,6 +142,15 @@ def optimizer(names: Names, block: Callable[[], None]) -> None:
     step(names)
 
 
+def writer(names: Names, block: Callable[[], None]) -> None:
+    """A stand-in for TensorBoard's, which is to be given finite numbers of every parameter."""
+    names.update(writer=mock.Mock(), step=1)
+    block()
+    given = {call.args[0]: float(call.args[1]) for call in names["writer"].add_scalar.call_args_list}
+    for name, _ in names["model"].named_parameters():
+        assert given[f"update_rms/{name}"] > 0
+
+
 def scheduler(names: Names, block: Callable[[], None]) -> None:
     """Of an optimizer that the block makes, and steps: a stand-in that counts."""
 
@@ -324,6 +333,7 @@ PREAMBLES: dict[str, Callable[[Names, Callable[[], None]], None]] = {
     "model in bfloat16": bfloat16,
     "optimizer": optimizer,
     "scheduler": scheduler,
+    "writer": writer,
     "checkpoint of AdamW": adamw_checkpoint,
     "model with labels": labelled,
     "stepping hooks": stepping_hooks,
