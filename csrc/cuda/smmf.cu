@@ -152,13 +152,13 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
   const Gradient<T> gradient(a);
   const bool coupled = a.options.coupled;
   int changed = gradient.scaled || gradient.negate || coupled;  // the gradient
-  int rough = A::rough(param) && a.options.eps >= kRoughEps;
   const Decay<T> b1(a.scalars.beta1, it.index), b2(a.scalars.beta2, it.index);
   const double lr_wide = value_of(a.scalars.lr, 0), decay_wide = value_of(a.scalars.weight_decay, 0);
   T lr = static_cast<T>(lr_wide), weight_decay = static_cast<T>(decay_wide), eps = static_cast<T>(a.options.eps);
   T shrink = coupled ? T(1) : static_cast<T>(1 - lr_wide * decay_wide), rest1 = b1.rest, rest2 = b2.rest;
   keep(lr);
   keep(eps);
+  int rough = A::rough(param) && eps >= static_cast<T>(kRoughEps);
   keep(shrink);
   keep(rest1);
   keep(rest2);
@@ -166,22 +166,16 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
   keep(rough);
 
   auto* const row_factors = reinterpret_cast<Both<T>*>(shared + 2 * warps * tiling.rows);
-#pragma unroll 1
   for (int k = static_cast<int>(threadIdx.x); k < tile_rows; k += kTileThreads) {
     const int64_t row = layout.row(first_row + k);
     row_factors[k] = {first ? b1.beta * global(static_cast<const T*>(it.first_row))[row] : T(0),
                       b2.beta * global(static_cast<const T*>(it.second_row))[row]};
   }
   T col_m[kVector], col_v[kVector], sum_m[kVector], sum_v[kVector];
-  HFAC_UNROLLED (k, kVector) col_m[k] = col_v[k] = sum_m[k] = sum_v[k] = T(0);
-  if (count) {
-    const T* const old_m = global(static_cast<const T*>(it.first_col)) + layout.col(col);
-    const T* const old_v = global(static_cast<const T*>(it.second_col)) + layout.col(col);
-    HFAC_UNROLLED (k, kVector) {
-      if (!A::kWhole && k >= count) continue;
-      if (first) col_m[k] = old_m[k];
-      col_v[k] = old_v[k];
-    }
+  HFAC_UNROLLED (k, kVector) {
+    col_m[k] = first && k < count ? global(static_cast<const T*>(it.first_col))[layout.col(col + k)] : T(0);
+    col_v[k] = k < count ? global(static_cast<const T*>(it.second_col))[layout.col(col + k)] : T(0);
+    sum_m[k] = sum_v[k] = T(0);
   }
   __syncthreads();
 
@@ -285,7 +279,6 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
   T* row_to = space.rows + (static_cast<int64_t>(col_tile) * 2 + odd) * rows + first_row;
   if (alone) row_to = static_cast<T*>(odd ? it.second_row : it.first_row);
   T of_tile = T(0);
-#pragma unroll 1
   for (int k = static_cast<int>(threadIdx.x); k < 2 * tile_rows; k += kTileThreads) {
     T sum = T(0);
     for (int w = 0; w < warps; ++w) sum = sum + shared[k * warps + w];
@@ -311,6 +304,13 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
     T* const to = global(moment ? col_to_v : col_to_m) + x * kVector + k % kVector;
     *to = alone ? normalised(sum, alternate_sum(tile_sums, moment)) : sum;
   };
+  if (ys == 1) {
+    HFAC_UNROLLED (k, kVector) {
+      put(k, sum_m[k]);
+      put(kVector + k, sum_v[k]);
+    }
+    return;
+  }
   // Threads of the same columns: their sums meet in shared memory, in the order of y.
   HFAC_UNROLLED (k, kVector) {
     shared[k * kTileThreads + static_cast<int>(threadIdx.x)] = sum_m[k];
