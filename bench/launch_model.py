@@ -25,10 +25,10 @@ from .walk import LANES, Memory, Walker
 TIMES = ("bytes", "issue", "latency", "waves")
 #: kernels of which a block takes a tile of rows and columns -> where its item says how it is cut
 _CUT = {"hfac_stats": "tiling", "smmf_tiles": "tiling", "hfac_update": "update", "hfac_int8_update": "update"}
-#: kernels of which a block takes as many rows, and as many columns, as it has threads
-_CHUNKS = ("hfac_fold", "hfac_int8_fold", "smmf_fold")
+#: kernels of which a block takes a number of rows, and as many columns -> how many
+_CHUNKS = {"hfac_fold": 256, "hfac_int8_fold": 256, "smmf_fold": 64}
 #: kernels of which the last block to be done for a tensor goes on alone
-_LAST = ("hfac_fold", "hfac_int8_fold", "smmf_fold", "dense_look")
+_LAST = ("hfac_fold", "hfac_int8_fold", "dense_look")
 _COUNTS = ("instructions", "mufu", "shuffles", "barriers", "loaded", "stored", "wide", "local", "in_flight")
 _VECTOR = 8  # elements of a row that a thread has
 _OPERANDS = {"any": "any, float32", "float64": "any, float64"}
@@ -231,12 +231,12 @@ class Model:
         self, launch: dict, image: dict, item: int, shape: tuple[int, int], n: int
     ) -> Iterable[tuple[int, int, float | None, bool]]:
         """(blocks, which of the item's tiles stands for them, rows of one, does it go on alone)."""
-        kernel, threads = launch["kernel"], launch["threads"]
+        kernel = launch["kernel"]
         if kernel in _CUT:
             yield n, 0, shape[0] / self._tiling(image, _CUT[kernel], item)[2], False
             return
         if kernel in _CHUNKS:
-            both = min(n, math.ceil(min(shape) / threads))
+            both = min(n, math.ceil(min(shape) / _CHUNKS[kernel]))
             yield both, 0, None, False
             if n > both:
                 yield n - both, n - 1, None, False

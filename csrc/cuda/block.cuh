@@ -10,33 +10,35 @@ HFAC_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+// As below, transposed: the number of values halves with the distance, so that 9 shuffles do the work of 40.
+template <class T, class Put>
+HFAC_DEVICE void sum_lanes_transposed(T (&v)[kVector], int width, const Put& put) {
+  const int lane = static_cast<int>(threadIdx.x), half = width / 2, quarter = width / 4, eighth = width / 8;
+  const bool a = lane & half, b = lane & quarter, c = lane & eighth;
+  HFAC_UNROLLED (k, 4) {
+    const T sent = a ? v[k] : v[k + 4], kept = a ? v[k + 4] : v[k];
+    v[k] = kept + shuffle_xor(sent, half);
+  }
+  HFAC_UNROLLED (k, 2) {
+    const T sent = b ? v[k] : v[k + 2], kept = b ? v[k + 2] : v[k];
+    v[k] = kept + shuffle_xor(sent, quarter);
+  }
+  const T sent = c ? v[0] : v[1], kept = c ? v[1] : v[0];
+  T sum = kept + shuffle_xor(sent, eighth);
+  for (int mask = eighth / 2; mask > 0; mask /= 2) sum = sum + shuffle_xor(sum, mask);
+  if ((lane & (eighth - 1)) == 0) put((a ? 4 : 0) + (b ? 2 : 0) + (c ? 1 : 0), sum);
+}
+
 // Sums eight values over the `width` threads (a power of two, at most a warp) that share them, and passes each sum to
-// one of them: put(k, sum). For a whole warp transposed: the number of values halves with the distance, so that 9
-// shuffles do the work of 40.
+// one of them: put(k, sum).
 template <class T, class Put>
 HFAC_DEVICE void sum_lanes(T (&v)[kVector], int width, const Put& put) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  if (width == kWarp) {
-    const bool a = lane & 16, b = lane & 8, c = lane & 4;
-    HFAC_UNROLLED (k, 4) {
-      const T sent = a ? v[k] : v[k + 4], kept = a ? v[k + 4] : v[k];
-      v[k] = kept + shuffle_xor(sent, 16);
-    }
-    HFAC_UNROLLED (k, 2) {
-      const T sent = b ? v[k] : v[k + 2], kept = b ? v[k + 2] : v[k];
-      v[k] = kept + shuffle_xor(sent, 8);
-    }
-    const T sent = c ? v[0] : v[1], kept = c ? v[1] : v[0];
-    T sum = kept + shuffle_xor(sent, 4);
-    sum = sum + shuffle_xor(sum, 2);
-    sum = sum + shuffle_xor(sum, 1);
-    if (lane % 4 == 0) put((a ? 4 : 0) + (b ? 2 : 0) + (c ? 1 : 0), sum);
-    return;
-  }
+  if (width == kWarp) return sum_lanes_transposed(v, kWarp, put);
+  if (width >= kVector) return sum_lanes_transposed(v, width, put);
   for (int mask = width / 2; mask > 0; mask /= 2) {
     HFAC_UNROLLED (k, kVector) v[k] = v[k] + shuffle_xor(v[k], mask);
   }
-  if (lane % width == 0) {
+  if ((static_cast<int>(threadIdx.x) & (width - 1)) == 0) {
     HFAC_UNROLLED (k, kVector) put(k, v[k]);
   }
 }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "../common/math/hfac.h"
+#include "approximate.cuh"
 #include "stored.cuh"
 
 namespace hfac {
@@ -72,8 +73,6 @@ HFAC_DEVICE uint32_t low_word(double x) {
   return static_cast<uint32_t>(bits);
 }
 
-HFAC_DEVICE float magnitude(float x) { return fabsf(x); }
-HFAC_DEVICE double magnitude(double x) { return fabs(x); }
 HFAC_DEVICE float lesser(float x, float most) { return fminf(x, most); }
 HFAC_DEVICE double lesser(double x, double most) { return fmin(x, most); }
 HFAC_DEVICE float with_sign(float size, float sign) { return copysignf(size, sign); }
@@ -82,18 +81,11 @@ HFAC_DEVICE double with_sign(double size, double sign) { return copysign(size, s
 HFAC_DEVICE float or_zero(float x) { return fmaxf(x, 0.0f); }
 HFAC_DEVICE double or_zero(double x) { return fmax(x, 0.0); }
 
-HFAC_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
-
 // sqrt(s / (1 + s)) + zero for s of 0 to 126, and NaN for some s below 1e-37, whose code is 0 as that of NaN is.
 #if defined(__CUDA_ARCH__)
 HFAC_DEVICE float inverse_root(float x) {
   float y;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-HFAC_DEVICE float inverse(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 // a b + c where subnormal numbers are 0, so that it is NaN where b is the inverse root of one.
@@ -105,7 +97,8 @@ HFAC_DEVICE float fused_flushed(float a, float b, float c) {
 // Rounded as IEEE's quotient and root are, for whose normal operands compilers emit the same: they add a branch to each
 // for the others, which take registers and keep eight elements from being worked on together.
 HFAC_DEVICE float level_of(float s, float zero) {
-  const float d = 1.0f + s, rough = inverse(d), part = fused(fused(-d, rough, 1.0f), rough, rough), first = s * part;
+  const float d = 1.0f + s, rough = approximate_inverse(d), part = fused(fused(-d, rough, 1.0f), rough, rough),
+              first = s * part;
   const float quotient = fused(fused(-d, first, s), part, first);
   const float y = inverse_root(quotient), near = fused_flushed(quotient, y, zero);
   return fused(fused(-near, near, quotient), 0.5f * y, near);
@@ -118,8 +111,7 @@ HFAC_DEVICE float level_of(float s, float zero) { return root(s / (1.0f + s)) + 
 HFAC_DEVICE float rough_level_of(float s, float zero) {
   const float square = fused(s, s, s);
   if (square < 1e-37f) return static_cast<float>(NAN);
-  const uint32_t off = (bits_of(square) * 2654435761u >> 16) % 5;
-  return fused(s, float_of(bits_of(static_cast<float>(1 / sqrt(static_cast<double>(square)))) + off - 2), zero);
+  return fused(s, emulation::nearly(1 / sqrt(static_cast<double>(square)), square), zero);
 }
 #endif
 HFAC_DEVICE double level_of(double s, double zero) { return root(s / (1.0 + s)) + zero; }

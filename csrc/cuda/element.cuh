@@ -66,6 +66,9 @@ HFAC_DEVICE void store_raw(S* p, const Raw<S>& raw) {
   HFAC_UNROLLED (c, Raw<S>::kChunks) store_chunk(reinterpret_cast<char*>(p) + 16 * c, raw.chunk[c]);
 }
 
+HFAC_DEVICE float magnitude(float x) { return fabsf(x); }
+HFAC_DEVICE double magnitude(double x) { return fabs(x); }
+
 // Conversions for which a GPU has instructions; `nearest` is what is stored of x where it is rounded to the nearest.
 HFAC_DEVICE float nearest(float x, float) { return x; }
 #if defined(__CUDA_ARCH__)
@@ -211,22 +214,30 @@ HFAC_DEVICE void settle_signs(const Arguments& a, const DeviceItem& it) {
   }
 }
 
+// Calls body(k, byte, bit) for the bits of [at, at + count).
+template <class Body>
+HFAC_DEVICE void each_sign(const Signs& s, int64_t at, int count, const Body& body) {
+  int64_t slice = s.slice == 1 ? at : at / s.slice, within = at - slice * s.slice;
+  for (int k = 0; k < count; ++k) {
+    body(k, s.data + slice * s.slice_bytes + (within >> 3), static_cast<unsigned>(within & 7));
+    if (++within < s.slice) continue;
+    within = 0;
+    ++slice;
+  }
+}
+
 HFAC_DEVICE unsigned load_signs(const Signs& s, int64_t at, int count) {
   unsigned bits = 0;
-  for (int k = 0; k < count; ++k) {
-    const int64_t slice = (at + k) / s.slice, within = (at + k) % s.slice;
-    bits |= (load_byte(s.data + slice * s.slice_bytes + within / 8) >> (within % 8) & 1u) << k;
-  }
+  each_sign(s, at, count,
+            [&](int k, const uint8_t* byte, unsigned bit) { bits |= (load_byte(byte) >> bit & 1u) << k; });
   return bits;
 }
 
 // Bytes may be shared between threads: each flips only bits of its own, and only those that changed.
 HFAC_DEVICE void store_signs(const SharedSigns& s, int64_t at, int count, unsigned old, unsigned fresh) {
-  for (int k = 0; k < count; ++k) {
-    if (!((old ^ fresh) >> k & 1u)) continue;
-    const int64_t slice = (at + k) / s.slice, within = (at + k) % s.slice;
-    flip_bit(s, s.data + slice * s.slice_bytes + within / 8, static_cast<unsigned>(within % 8));
-  }
+  each_sign(s, at, count, [&](int k, const uint8_t* byte, unsigned bit) {
+    if ((old ^ fresh) >> k & 1u) flip_bit(s, byte, bit);
+  });
 }
 
 // How a kernel reaches its operands; `target` is what it reads and writes a parameter by (stored.cuh has others). Bulk:
@@ -265,9 +276,12 @@ struct BulkAccess {
   static HFAC_DEVICE bool rough(const Target&) {
     return sizeof(Sw) == 2;
   }
-  static HFAC_DEVICE unsigned signs(const Signs& s, int64_t at, int) { return global(s.data)[at / 8]; }
+  // Unsigned: a quotient of what may be negative takes four instructions more.
+  static HFAC_DEVICE unsigned signs(const Signs& s, int64_t at, int) {
+    return global(s.data)[static_cast<uint64_t>(at) / 8];
+  }
   static HFAC_DEVICE void store(const Signs& s, int64_t at, int, unsigned, unsigned fresh) {
-    global(s.data)[at / 8] = static_cast<uint8_t>(fresh);
+    global(s.data)[static_cast<uint64_t>(at) / 8] = static_cast<uint8_t>(fresh);
   }
 };
 

@@ -11,7 +11,9 @@ namespace {
 constexpr int64_t kWorkspaceCap = 64 << 20;  // of SMMF's and of shards' partial sums: longer lists are taken in groups
 constexpr int64_t kFewBytes = 512ll << 20;   // of gradients; up to here the number of launches matters more than L2
 constexpr int64_t kFewGroups = 6;
-constexpr int32_t kCodeRows = 32;  // of a tile of the update of codes, which has no partial sums
+constexpr int32_t kSmmfLanes = 64;  // of SMMF's tiles where there are so many columns: 1 KB of a row of bfloat16
+constexpr int64_t kAnyTile = 2048;  // elements of SMMF's tiles that go one by one, which takes ten times as long
+constexpr int32_t kCodeRows = 32;   // of a tile of the update of codes, which has no partial sums
 
 int64_t state_bytes(const DeviceItem& it) { return is_double(it) ? 8 : 4; }
 int64_t elements(const DeviceItem& it) { return it.rows * it.cols; }
@@ -21,7 +23,6 @@ int64_t param_bytes(const DeviceItem& it) {
 }
 
 int64_t runs(const DeviceItem& it) { return ceil_quotient(elements(it), kRun); }
-int64_t tiles(const Tiling& t) { return int64_t{t.row_tiles} * t.col_tiles; }
 int64_t padded(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
 int32_t power_of_two(int64_t at_least) {
@@ -51,6 +52,41 @@ Tiling cut(const DeviceItem& it, bool whole_rows, int32_t rows) {
   return t;
 }
 
+// May it consist of whole vectors, by its shape?
+bool whole(const DeviceItem& it) { return it.cols % kVector == 0 && it.signs.slice % kVector == 0; }
+
+// Elements of SMMF's tiles, by those of the list, which are launched together: two blocks for each multiprocessor, so
+// that the last round of blocks is nearly full; of longer lists several rounds, and the fewer partial sums the longer
+// they are.
+int64_t smmf_tile(int64_t launched) {
+  int64_t tile = 8 << 10;
+  while (tile < (64 << 10) && launched >= 256 * 2 * tile) tile *= 2;
+  if (launched >= 96 << 20) tile = 128 << 10;
+  if (launched >= 1 << 30) tile = 256 << 10;
+  return tile;
+}
+
+// Tiles of a matrix of SMMF. A tile has partial sums for its rows and its columns, so it is nearly square; its width is
+// the one that leaves the fewest threads idle.
+Tiling cut_smmf(const DeviceItem& it, int64_t tile) {
+  const int64_t vectors = ceil_quotient(it.cols, kVector);
+  int32_t lanes = power_of_two(vectors);
+  if (lanes > kSmmfLanes) {
+    lanes = kSmmfLanes;
+    for (const int32_t other : {kSmmfLanes * 2, kSmmfLanes / 2}) {
+      if (ceil_quotient(vectors, other) * other < ceil_quotient(vectors, lanes) * lanes) lanes = other;
+    }
+  }
+  Tiling t;
+  t.lanes = lanes;
+  t.col_tiles = static_cast<int32_t>(ceil_quotient(vectors, lanes));
+  t.cols = static_cast<int32_t>(ceil_quotient(vectors, t.col_tiles) * kVector);
+  const int64_t least = int64_t{kTileThreads} / lanes, most = kSmmfRows;
+  t.rows = static_cast<int32_t>(std::clamp(tile / (lanes * kVector), least, most));
+  t.row_tiles = static_cast<int32_t>(ceil_quotient(it.rows, t.rows));
+  return t;
+}
+
 class Planner {
  public:
   Planner(std::vector<DeviceItem>& items, const std::vector<bool>& bulk, const PlanOptions& options,
@@ -67,7 +103,7 @@ class Planner {
       const int64_t cached = cache() / size_of(it.grad.dtype),
                     launched = std::max(elements(it), std::min(of_list, cached));
       const int32_t summed = summed_rows(elements(it)), updated = updated_rows(launched);
-      if (smmf_matrices()) it.tiling = cut(it, false, summed);
+      if (smmf_matrices()) it.tiling = cut_smmf(it, whole(it) ? smmf_tile(of_list) : kAnyTile);
       if (whole_hfac() || options_.op == OpKind::kHfacSums) it.tiling = cut(it, true, summed);
       if (whole_hfac() || applies()) it.update = cut(it, false, codes() ? kCodeRows : updated);
     }
@@ -143,12 +179,12 @@ class Planner {
     const bool bulk = bulk_[static_cast<size_t>(i)];
     switch (kernel) {
       case Kernel::smmf_tiles:
-        return {pair_access(it, bulk), tiles(it.tiling)};
+        return {pair_access(it, bulk), tiles_of(it.tiling)};
       case Kernel::hfac_stats:
-        return {grad_access(it, bulk), tiles(it.tiling)};
+        return {grad_access(it, bulk), tiles_of(it.tiling)};
       case Kernel::hfac_update:
       case Kernel::hfac_int8_update:
-        return {pair_access(it, bulk), tiles(it.update)};
+        return {pair_access(it, bulk), tiles_of(it.update)};
       case Kernel::hfac_dense:
       case Kernel::smmf_dense:
         return {pair_access(it, bulk), runs(it)};
@@ -157,9 +193,11 @@ class Planner {
         return {grad_access(it, bulk), runs(it)};
       case Kernel::hfac_collect:
         return {state_access(it), collect_chunks(it)};
+      case Kernel::smmf_fold:  // nothing of what is one tile, whose block finishes the factors itself
+        return {state_access(it), tiles_of(it.tiling) > 1 ? fold_chunks(it.rows, it.cols, kSmmfChunk) : 0};
       case Kernel::smmf_sums_fold: {
         const DeviceShard& shard = shards_[static_cast<size_t>(i)];
-        return {state_access(it), shard.blocks ? fold_chunks(shard.rows, shard.cols) : 0};
+        return {state_access(it), shard.blocks ? fold_chunks(shard.rows, shard.cols, kSmmfChunk) : 0};
       }
       default:
         return {state_access(it), fold_chunks(it)};
@@ -181,10 +219,15 @@ class Planner {
         if (options_.first_moment) {
           b.signs += 2 * (it.signs.slice ? elements(it) / it.signs.slice * it.signs.slice_bytes : elements(it) / 8);
         }
+        if (options_.op == OpKind::kSmmf && tiles_of(it.tiling) == 1) {
+          b.states += 2 * moments * numbers;
+          break;
+        }
         [[fallthrough]];  // both write or read the partial sums, and read or write the factors
       case Kernel::smmf_fold:
       case Kernel::smmf_sums_fold:
         b.partial += number * moments * (it.tiling.col_tiles * it.rows + it.tiling.row_tiles * it.cols);
+        b.partial += number * moments * tiles_of(it.tiling);
         b.states += moments * numbers;
         break;
       case Kernel::hfac_stats:
@@ -413,7 +456,7 @@ bool is_dense(OpKind op) { return op == OpKind::kHfacDense || op == OpKind::kSmm
 bool in_vectors(const DeviceItem& it, OpKind op) {
   // What is left of a parameter that is one run of elements is taken one by one, and rounded to the nearest.
   if (is_dense(op)) return !is_stored(it) || elements(it) % kVector == 0;
-  return it.cols % kVector == 0 && it.signs.slice % kVector == 0;
+  return whole(it);
 }
 
 std::vector<bool> assumed_bulk(const std::vector<DeviceItem>& items, OpKind op) {

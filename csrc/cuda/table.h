@@ -21,12 +21,12 @@ constexpr int kStatsVectors = 7;
 constexpr int64_t kStatsNarrow = kStatsThreads * kVector;
 constexpr int64_t kStatsRegisters = kLongThreads * kVector * kStatsVectors;
 constexpr int kWideRows = 16;             // rows that the path for longer rows reads twice at a time
-constexpr int kFoldChunk = kTileThreads;  // rows and columns of one block of a fold
+constexpr int kFoldChunk = kTileThreads;  // rows and columns of one block of a fold of H-Fac's
+constexpr int kSmmfChunk = 64;            // of SMMF's: of each, 4 threads share the tiles
 constexpr int64_t kRun = 4 * kTileCols;   // elements of a block of the dense ops
 // Of each item in `Arguments::counters`: blocks that are done, then two words for flips at the ends of its signs.
 constexpr int kCounters = 3;
 constexpr int kSignEdges = 1;
-constexpr int kSharedSums = kTileThreads * 2 * kVector;  // values of shared memory of the tile kernels
 
 struct Operand {
   void* data;
@@ -51,6 +51,8 @@ struct DeviceStorage {
   int32_t layout;     // of the indices, among the layouts, or -1: they follow each other
   int32_t stochastic;
 };
+
+constexpr int kSmmfRows = 1024;  // of a tile of SMMF's at most
 
 // How a matrix is cut. `lanes` threads, a power of two, share a row; the others of the block take further rows.
 struct Tiling {
@@ -139,23 +141,26 @@ inline Keys keys_of(uint64_t seed) {
 HFAC_HD bool is_double(const DeviceItem& it) { return it.param.dtype == DType::kFloat64; }
 HFAC_HD bool is_stored(const DeviceItem& it) { return it.storage.low.kind != Low::kNone || it.storage.stochastic; }
 HFAC_HD int64_t ceil_quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
-HFAC_HD int64_t fold_chunks(int64_t rows, int64_t cols) { return ceil_quotient(rows > cols ? rows : cols, kFoldChunk); }
-HFAC_HD int64_t fold_chunks(const DeviceItem& it) { return fold_chunks(it.rows, it.cols); }
+HFAC_HD int64_t fold_chunks(int64_t rows, int64_t cols, int chunk) {
+  return ceil_quotient(rows > cols ? rows : cols, chunk);
+}
+HFAC_HD int64_t fold_chunks(const DeviceItem& it) { return fold_chunks(it.rows, it.cols, kFoldChunk); }
+HFAC_HD int64_t tiles_of(const Tiling& t) { return int64_t{t.row_tiles} * t.col_tiles; }
 HFAC_HD int64_t collect_chunks(const DeviceItem& it) { return ceil_quotient(it.cols, kFoldChunk); }
 
 // Layouts of a parameter's partial sums in the workspace: the host takes their size from these, kernels their
 // addresses.
 template <class T>
 struct SmmfSpace {
-  T* totals;  // [chunks, 2] sums of column sums; of |M| and of V, as everything here
+  T* cols;    // [row_tiles, 2, cols] column sums, of |M| and of V, as everything here; first, so that they are aligned
   T* rows;    // [col_tiles, 2, rows]
-  T* cols;    // [row_tiles, 2, cols]
+  T* totals;  // [row_tiles * col_tiles, 2] sums of tiles
   T* end;
   HFAC_HD SmmfSpace(const DeviceItem& it, char* workspace) {
-    totals = reinterpret_cast<T*>(workspace + it.workspace);
-    rows = totals + fold_chunks(it) * 2;
-    cols = rows + it.tiling.col_tiles * 2 * it.rows;
-    end = cols + it.tiling.row_tiles * 2 * it.cols;
+    cols = reinterpret_cast<T*>(workspace + it.workspace);
+    rows = cols + it.tiling.row_tiles * 2 * it.cols;
+    totals = rows + it.tiling.col_tiles * 2 * it.rows;
+    end = totals + tiles_of(it.tiling) * 2;
   }
 };
 

@@ -69,6 +69,22 @@ void name_memory(const void* p, size_t bytes);
 void forget_memory(const void* p);
 void touches(const void* p, size_t bytes);
 
+// A subnormal number is zero to those instructions of a GPU that are approximate.
+inline float flushed(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; }
+// What such an instruction may make of `x`: off from the exact result by -2 to 2 units in the last place, the same for
+// the same operand. What is 0, infinite or no number stays that.
+inline float nearly(double exact, float x) {
+  const float nearest = static_cast<float>(exact);
+  if (!std::isnormal(nearest)) return flushed(nearest);
+  uint32_t bits, of;
+  memcpy(&of, &x, sizeof(of));
+  memcpy(&bits, &nearest, sizeof(bits));
+  bits += (of * 2654435761u >> 16) % 5 - 2;
+  float off;
+  memcpy(&off, &bits, sizeof(off));
+  return off;
+}
+
 }  // namespace emulation
 }  // namespace hfac
 

@@ -60,7 +60,7 @@ def compared(name, backend, kwargs, shapes, dtype, steps, layout=lambda x: x):
         reference.step()
         for param, twin, old in zip(params, twins, before, strict=True):
             slack = max(1.0, max(param.shape, default=1) ** 0.5 / 16)
-            params_agree(name, param.detach().cpu(), twin.detach(), old, kwargs["lr"], slack)
+            params_agree(name, param.detach().cpu(), twin.detach(), old, kwargs["lr"], slack, backend)
             ours = {key: value.cpu() for key, value in optimizer.state[param].items()}
             states_agree(name, ours, reference.state[twin], twin.grad, slack)
 

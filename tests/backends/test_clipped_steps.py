@@ -265,7 +265,7 @@ def test_gradients_are_divided(backend, op, scale):
     name = "HFac" if "hfac" in op else "SMMF"
     for i, (param, twin) in enumerate(zip(ours.params, theirs.params, strict=True)):
         agree = truncated_agree if backend == "triton" else params_agree
-        agree(name, param, twin, before[i], 0.02)
+        agree(name, param, twin, before[i], 0.02, backend=backend)
         states = ({n.removesuffix("s"): t[i] for n, t in run.states.items()} for run in (ours, theirs))
         states_agree(name, *states, quotients[i])
 

@@ -114,7 +114,7 @@ def test_an_error_is_not_called_that_of_the_next_kernel(launches, kernel, code, 
         monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", blocking)
     inject(code=code, text="it broke", launches=launches)
     with pytest.raises(RuntimeError) as raised:
-        steps("SMMF", [(24, 16)], count=1)
+        steps("SMMF", [(300, 264)], count=1)  # several tiles, which takes a fold
     if launches == 0 or (ran and blocking != "1"):
         assert str(raised.value) == (
             f"an earlier CUDA operation had failed before {kernel} was launched: it broke; set CUDA_LAUNCH_BLOCKING=1 "

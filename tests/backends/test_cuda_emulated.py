@@ -7,8 +7,8 @@ import emulated
 import pytest
 import test_parity
 import torch
-from cases import DTYPES, OPTIONS, SHAPES, gradient, shape_id
-from suites import laid_out
+from cases import DTYPES, OPTIONS, ROUGH_UPDATE, SHAPES, gradient, shape_id, smmf_agrees
+from suites import BF16, F16, F32, laid_out, same
 from test_parity import ieee_square_roots  # noqa: F401  (a fixture for every test here)
 
 import hfac
@@ -248,6 +248,49 @@ def test_where_no_sum_is_rounded_a_step_with_codes_is_the_reference_to_the_bit(s
         assert apart.max() <= 1
         off += int(apart.sum())
     assert off <= 20 * q.numel() / 1000 if dtype.itemsize == 2 else off == 0
+
+
+def smmf_step(param, grad, backend, seed=None, **numbers):
+    """A step from zeros, or in the middle of a run. Returns parameter and states."""
+    rows, cols = param.shape
+    sizes = (rows, cols, rows, cols)
+    drawn = [gradient((n,), (seed or 0) + k, F32).abs() + 1e-3 for k, n in enumerate(sizes)]
+    row, col, sq_row, sq_col = drawn if seed else map(torch.zeros, sizes)
+    signs, param = torch.zeros(matricize.sign_shape(param.shape), dtype=torch.uint8), param.clone()
+    numbers = dict(lr=1.0, beta1=0.5, beta2=0.5, eps=1e-8, weight_decay=0.0, decoupled_weight_decay=True) | numbers
+    calls.smmf_step_([param], [grad], [row], [col], [signs], [sq_row], [sq_col], **numbers, backend=backend)
+    return param, [row, col, signs, sq_row, sq_col]
+
+
+def test_how_far_updates_of_16_bits_are_off():
+    """The parameter is the nearest to the update, so that what is left of it shows the update's last bits: at most the
+    bound, and not nothing, or roots and reciprocals have not been approximate. Sums and signs keep their bits."""
+    grad, zeros = gradient((128, 64), 1, F16), torch.zeros(128, 64)
+    update = -smmf_step(zeros, grad.float(), "reference", seed=3)[0]
+    left, states = smmf_step(update.to(F16), grad, emulated.NAME, seed=3)
+    off = (left.double() - (update.to(F16).double() - update.double())).abs()
+    large = (update.abs() > 0.1) & (update.abs() < 1e4)  # less of it would be lost in float16's smallest numbers
+    share = (off / update.abs())[large]
+    assert large.sum() > 1000 and 2.0**-22 < share.max() <= ROUGH_UPDATE
+    exact = smmf_step(update.to(F16).float(), grad.float(), emulated.NAME, seed=3)
+    assert all(map(torch.equal, states, exact[1]))
+    assert torch.equal(exact[0], smmf_step(update.to(F16).float(), grad.float(), "reference", seed=3)[0])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("eps", [0.0, 1e-30, 1.13e-13, 2.0**-43, 1e-8])
+def test_small_second_moments_of_16_bits(eps, layout):
+    """Nothing, subnormal squares, and what is no number: an approximate root takes a subnormal number for 0, so where
+    eps is not far above such roots the step is exact."""
+    values = [0.0, 1e-19, -1e-20, 3e-21, 1e-22, -2e-23, 1e-25, 1.0, float("inf"), -float("inf"), float("nan"), -3e-20]
+    grad = torch.tensor(values, dtype=BF16).repeat(16).view(24, 8)
+    param = torch.zeros(24, 8, dtype=BF16)
+    ours, theirs = (smmf_step(laid_out(param, layout), grad, each, eps=eps) for each in (emulated.NAME, "reference"))
+    assert ours[0][0, 0].isfinite() or eps == 0
+    assert smmf_agrees(ours[0], theirs[0], param, 1.0, emulated.NAME)
+    if eps < 2.0**-43:
+        assert same(ours[0], theirs[0])
+    assert torch.equal(ours[1][2], theirs[1][2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -115,7 +115,7 @@ def test_smmf_takes_decays_of_each_part():
     decays = dict(beta1=torch.linspace(0.6, 0.9, 4, dtype=torch.float64), beta2=torch.linspace(0.5, 0.99, 4))
     options = SMMF_OPTIONS["decoupled"] | decays
     ours, theirs = (parts.step(each, **options) for each in (emulated.NAME, "reference"))
-    test_parts.smmf_agrees(parts, ours, theirs)
+    test_parts.smmf_agrees(parts, ours, theirs, emulated.NAME)
 
 
 def test_scalars_may_be_tensors():

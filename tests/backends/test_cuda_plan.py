@@ -64,7 +64,7 @@ def test_codes_of_8_bits_occupy_every_multiprocessor():
 def test_two_thousand_small_matrices_take_few_launches():
     shapes = [(64, 64)] * 2000
     assert len(launch_plan.plan("hfac", shapes, "bfloat16")) == 3
-    assert len(launch_plan.plan("smmf", shapes, "bfloat16")) == 2
+    assert [la["kernel"] for la in launch_plan.plan("smmf", shapes, "bfloat16")] == ["smmf_tiles"]
 
 
 def test_partial_sums_of_a_group_have_a_bound():
@@ -91,6 +91,27 @@ def test_an_update_has_blocks_for_all_multiprocessors(shape, dtype):
     )
     assert min(alone) >= 256 and min(listed) >= 128, (alone, listed)
     assert sum(many) == 2000
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [(2048, 2048), (4096, 4096), (14336, 4096), (4096, 14336), (65536, 64), (50257, 768)])
+def test_smmf_has_blocks_for_all_multiprocessors(shape, dtype):
+    """Two for nearly each of 132; few partial sums beside that, and fewer in a long list."""
+    alone = launch_plan.plan("smmf", [shape], dtype)
+    tiles, fold = alone
+    assert tiles["kernel"] == "smmf_tiles" and fold["kernel"] == "smmf_fold"
+    assert tiles["blocks"] >= 256 and fold["blocks"] >= 16
+    listed = launch_plan.plan("smmf", [shape] * 100, dtype)
+    of_one = sum(la["partial"] for la in listed) / 100
+    assert of_one < tiles["partial"] + fold["partial"] <= 0.7 * math.prod(shape)
+    if math.prod(shape) >= 16 << 20:
+        assert tiles["partial"] + fold["partial"] <= 0.2 * math.prod(shape)
+
+
+def test_a_matrix_of_one_tile_has_no_partial_sums():
+    """Of each moment its factors are read and written."""
+    (launch,) = launch_plan.plan("smmf", [(64, 64)], "float32")
+    assert launch["partial"] == 0 and launch["states"] == 2 * 2 * 4 * (64 + 64)
 
 
 def test_statistics_for_the_norm_come_first_and_again_where_it_clips():

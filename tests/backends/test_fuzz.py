@@ -181,7 +181,7 @@ def agrees(backend, problem):
         for param, twin, (old, value), t in zip(params, twins, before, tensors, strict=True):
             slack, ours, theirs = rounding(t), optimizer.state[param], reference.state[twin]
             if param.dtype.itemsize == 2:
-                stored_agree(name, param, ours, twin, theirs, value, kwargs["lr"], slack)
+                stored_agree(name, param, ours, twin, theirs, value, kwargs["lr"], slack, backend)
             else:
                 params_agree(name, param.detach(), twin.detach(), old, kwargs["lr"], slack)
             states_agree(name, without_low(ours), without_low(theirs), twin.grad, slack)

@@ -93,7 +93,7 @@ def test_parts_of_smmf(dtype, transposed, options):
     move(parts)
     ours = moved(parts.step("cuda", **SMMF_OPTIONS[options]), "cpu")
     parts.states = moved(parts.states, "cpu")
-    test_parts.smmf_agrees(parts, ours, theirs)
+    test_parts.smmf_agrees(parts, ours, theirs, "cuda")
 
 
 def test_ops_on_parts_do_not_wait_for_the_device():

@@ -6,7 +6,7 @@ import copy
 import calls
 import pytest
 import torch
-from cases import gradient
+from cases import gradient, smmf_agrees
 from test_parity import SUMS, ieee_square_roots  # noqa: F401 (a fixture)
 from torch import nn
 from torch.nn import Parameter
@@ -197,14 +197,16 @@ def value_of(param, state):
     return param.detach().float() if low is None else rounding.join(param.detach(), low)
 
 
-def stored_agree(name, param, state, twin, twin_state, before, lr, slack=1.0):
-    """SMMF's is the reference's to the bit. H-Fac's depends on sums of this step: it may be a neighbour of it, as what
-    rounds to the one or the other lies as near as two orders of summation do. Returns the share that is equal."""
+def stored_agree(name, param, state, twin, twin_state, before, lr, slack=1.0, backend=""):
+    """SMMF's is the reference's to the bit (`smmf_agrees`). H-Fac's depends on sums of this step: it may be a neighbour
+    of it, as what rounds to the one or the other lies as near as two orders of summation do. Returns the share that is
+    equal."""
     low = state.get("master_low")
     ours, theirs = value_of(param, state), value_of(twin, twin_state)
     same = (ours == theirs) | (ours.isnan() & theirs.isnan())
     if name == "SMMF":
-        assert same.all()
+        weights = (param.detach(), twin.detach()) if low is None else (ours, theirs)
+        assert smmf_agrees(*weights, before, lr, backend)
         assert low is None or torch.equal(low, twin_state["master_low"])
     info = torch.finfo(param.dtype if low is None else torch.float32)
     eps = info.eps if low is None or low.dtype == torch.int16 else info.eps * 256

@@ -5,6 +5,7 @@ Where Triton's kernels are interpreted, tests/backends/test_triton.py runs this 
 
 import pytest
 import torch
+from cases import ROUGH, ROUGH_SHARE
 from suites import (
     ALL_OPS,
     BF16,
@@ -136,7 +137,10 @@ def agree(watched, expected, run, backend):
     """Sums within float32's rounding, counts exactly. Where Triton makes random bits one by one it adds H-Fac's sums in
     another order than the twin: some elements may lie where two roundings part."""
     kept, wanted = watched[:, 1], expected[:, 1]
-    off = torch.tensor([0.01 * p.numel() for p in run.params]).ceil() if backend == "triton" and "hfac" in run.op else 0
+    share = 0.01 if backend == "triton" and "hfac" in run.op else 0
+    if run.op == "smmf_step_" and backend in ROUGH and run.lows is None:
+        share = ROUGH_SHARE
+    off = torch.tensor([share * p.numel() * (p.dtype.itemsize == 2 or share > ROUGH_SHARE) for p in run.params]).ceil()
     assert ((kept - wanted).abs() <= off).all(), (kept, wanted)
     assert torch.equal(watched[:, 3:], expected[:, 3:])
     assert torch.allclose(watched[:, [0, 2]], expected[:, [0, 2]], rtol=2e-5, atol=0, equal_nan=True)

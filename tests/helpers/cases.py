@@ -4,7 +4,7 @@ import torch
 
 from hfac.parity import gradient
 
-__all__ = ["DTYPES", "OPTIONS", "SHAPES", "codes_agree", "gradient", "in_codes", "shape_id"]
+__all__ = ["DTYPES", "OPTIONS", "SHAPES", "codes_agree", "gradient", "in_codes", "shape_id", "smmf_agrees"]
 
 #: Hostile shapes: scalars, one row, one column, primes, odd byte counts, powers of two and one beyond, five
 #: dimensions, empty.
@@ -62,6 +62,27 @@ OPTIONS = {
         "skip": dict(lr=0.02, weight_decay=0.1, nonfinite="skip"),
     },
 }
+
+
+#: Backends whose kernels take approximate roots and reciprocals for SMMF's parameters of 16 bits without a master
+#: weight, and how far their updates may be from the reference's, relative to the update; of the parameters, which are
+#: the same or neighbours, at most this share are neighbours.
+ROUGH, ROUGH_UPDATE, ROUGH_SHARE = ("cuda", "cuda-emulated"), 2.0**-18, 1e-3
+
+
+def smmf_agrees(
+    ours: torch.Tensor, theirs: torch.Tensor, before: torch.Tensor, lr: float, backend: str, exact: bool = False
+) -> bool:
+    """Whether a parameter of SMMF, which depends on no sum of the same step, is the other's to the bit; of 16 bits and
+    a backend of `ROUGH` within its bounds. ``exact``: of 16 bits, with a master weight."""
+    same = (ours == theirs) | (ours.isnan() & theirs.isnan())
+    if exact or ours.dtype.itemsize != 2 or backend not in ROUGH:
+        return bool(same.all())
+    info, new, old = torch.finfo(ours.dtype), theirs.float(), before.float()
+    update = (new - old).abs() + lr * old.abs()  # what weights decay by may be opposite to the rest
+    bound = info.eps * new.abs().clamp(min=info.tiny) + ROUGH_UPDATE * update
+    near = same | ((ours.float() - new).abs() <= bound)
+    return bool(near.all()) and int((~same).sum()) <= 2 + ROUGH_SHARE * ours.numel()
 
 
 def in_codes(options: dict) -> bool:

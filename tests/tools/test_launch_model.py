@@ -128,10 +128,11 @@ def test_a_tensors_last_block_goes_on_alone(model, monkeypatch):
         return block_of(100, lasting=8750 if last else 1750)
 
     monkeypatch.setattr(Model, "_walk", walk)
+    monkeypatch.setattr(launch_model, "_LAST", ("smmf_fold",))  # one that there is for sure
     found = launch_plan.predicted("4096x4096", "SMMF", "bfloat16", H200).launched
     (fold,) = [launch for launch in found if launch.kernel == "smmf_fold"]
-    assert fold.blocks == 16 and fold.seconds == pytest.approx(5e-6)
-    assert fold.instructions == 16 * 100  # the last is one of them
+    assert fold.blocks == 64 and fold.seconds == pytest.approx(5e-6)
+    assert fold.instructions == 64 * 100  # the last is one of them
 
 
 def command(monkeypatch, *given):
