@@ -229,7 +229,8 @@ def complaints(variant: Variant, report: Report, target: GPUTarget, shared: int)
     # those of indices and of divided gradients.
     none = variant.kernel is hfac.hfac_update and variant.constants.get("STOCHASTIC") != EIGHT_APART.value
     none = none and not variant.constants.get("SCALED", False)
-    if (target.backend == "cuda" or (bulk and none)) and (report.fused or report.rough):
+    rough = variant.constants.get("ROUGH", False)
+    if (target.backend == "cuda" or (bulk and none)) and not rough and (report.fused or report.rough):
         found.append(f"{report.fused} fused multiply-adds, {report.rough} rough roots or quotients")
     if exact:
         twin = Variant(variant.kernel, variant.constants | dict(W=tl.float32, G=tl.float32, LOW=0), variant.warps)

@@ -98,6 +98,7 @@ class Item:
             "LAYOUT": self.signs,
             "STOCHASTIC": self.stochastic,
             "LOW": self.low,
+            "ROUGH": not self.low and self.dtype.itemsize == 2,
             "WIDE": self.cols > STATS[-1][1],
         }
 
