@@ -35,7 +35,7 @@ TARGETS = {
 COUNTED = triton_cost.TARGET
 #: Bytes that a lane may spill in kernels that take all registers as it is: SMMF's tiles, where low bits add an address;
 #: H-Fac's statistics, where gradients are divided; and watched steps.
-SPARE = 32
+SPARE = 48
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 #: How most weights are stored, and names of the ways to draw random bits.
 _PLAIN = {"STOCHASTIC": NEAREST.value, "LOW": 0}
@@ -242,8 +242,9 @@ def complaints(variant: Variant, report: Report, target: GPUTarget, shared: int)
     signs = variant.constants.get("LAYOUT", NO_SIGNS.value) != NO_SIGNS.value
     if bulk and report.narrow and not signs:
         found.append(f"{report.narrow} narrow accesses")
-    if bulk and target.backend == "cuda" and variant.constants["T"] == tl.float32 and report.registers > REGISTERS:
-        found.append(f"{report.registers} registers, more than {REGISTERS}")
+    most = compile_options(variant.constants, variant.warps, target.backend).get("maxnreg", REGISTERS)
+    if bulk and target.backend == "cuda" and report.registers > most:
+        found.append(f"{report.registers} registers, more than {most}")
     return found
 
 

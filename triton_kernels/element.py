@@ -13,6 +13,7 @@ Pointer arguments of kernels are described by `table.MEMORY`. Compile-time argum
     STOCHASTIC    how random bits are drawn (`table.NEAREST` and so on)
     LOW           low bits of the weight that are stored apart: 0, 8 or 16
     ROUGH         SMMF's root and quotient may be approximate: weights of 16 bits alone
+    PIECES, APART how a tile of H-Fac's statistics lies in lanes (`plan`)
     WIDE          rows are longer than C
     COLUMNS       columns are summed, too
     FIRST         there is a first moment

@@ -9,7 +9,8 @@ A rank's shard of a matrix is some blocks of it, each with a record of its own. 
 are known.
 
 Which lane holds which element is Triton's choice, so sums are equal to the CUDA kernels' only within rounding; the
-parameter depends on no sum of its own step and is equal to the bit.
+parameter depends on no sum of its own step and is equal to the bit, but where it has 16 bits alone and the root and
+the quotient are approximate (`element.quotient`).
 """
 
 import triton
