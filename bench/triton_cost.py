@@ -61,7 +61,7 @@ class Budget:
 BUDGETS: Sequence[Budget] = (
     Budget("smmf_tiles", "smmf_step_", (4096, 4096), BF16, 42, 0, 256),
     Budget("smmf_tiles", "smmf_step_", (4096, 4096), F32, 74, 14, 256),
-    Budget("hfac_stats", "hfac_step_", (65536, 256), BF16, 14.4, 4, 256),
+    Budget("hfac_stats", "hfac_step_", (65536, 256), BF16, 14.2, 0, 256),
     Budget("hfac_stats", "hfac_step_", (4096, 1024), BF16, 12.2, 0, 64),
     Budget("hfac_stats", "hfac_step_", (4096, 4096), BF16, 18, 3, 64),
     Budget("hfac_stats", "hfac_step_", (4096, 14336), BF16, 16.7, 4, 32),

@@ -142,7 +142,8 @@ def hfac_stats(
         if WHOLE:  # of the first rows; then the next rows are under way while these are summed
             g_next, r_next = rows_of(grad, r_old, first_row, last_row, cols, R, PIECES, PIECE)
         for step in range(first_row, last_row, R):
-            i = step + tl.arange(0, R).to(tl.int64)
+            # Not to be taken for neighbours, by which compilers would choose which lanes store the rows' sums.
+            i = tl.max_contiguous(step + tl.arange(0, R).to(tl.int64), 1)
             in_rows = i < last_row
             mask = in_rows[None, :, None] & in_cols[:, None, :]
             if WHOLE:
