@@ -65,7 +65,7 @@ BUDGETS: Sequence[Budget] = (
     Budget("hfac_stats", "hfac_step_", (4096, 1024), BF16, 12.2, 0, 64),
     Budget("hfac_stats", "hfac_step_", (4096, 4096), BF16, 18, 3, 64),
     Budget("hfac_stats", "hfac_step_", (4096, 14336), BF16, 16.7, 4, 32),
-    Budget("hfac_stats", "hfac_step_", (4096, 1024), F32, 23.1, 10, 64),
+    Budget("hfac_stats", "hfac_step_", (4096, 1024), F32, 15.1, 10, 64),
     Budget("hfac_update", "hfac_step_", (4096, 4096), BF16, 15.1, 0, 256),
     Budget("hfac_update", "hfac_step_", (4096, 4096), F32, 15.1, 0, 256),
 )
