@@ -65,7 +65,7 @@ gpu-report: ## on a machine with a GPU, torch and nvcc, in seven minutes: tests,
 gpu-objects: $(INSTALLED) ## compile for gpu-report beforehand, into build/gpu-objects (needs nvcc, no GPU; ARGS="--arch 90")
 	$(BIN)/python -m bench.gpu_objects $(ARGS)
 
-triton-check: $(INSTALLED) ## compile the Triton kernels for four GPUs that need not be here; writes docs/triton-check.md
+triton-check: $(INSTALLED) ## compile the Triton kernels for four GPUs that need not be here, check their budgets; writes docs/triton-check.md
 	$(BIN)/python -m pip install -q $(TRITON)
 	$(BIN)/python -m bench.triton_check $(ARGS)
 

@@ -256,7 +256,7 @@ class Decoder(Operands):
             if left:
                 if not high:
                     return wrapped(a << by) & M32
-                return wrapped(wrapped(a | c << 32) << by) >> 32 & M32
+                return wrapped(wrapped(a | wrapped(c << 32)) << by) >> 32 & M32
             if high:
                 return (signed(c) if arithmetic else c) >> by & M32
             total = wrapped(a | (signed(c) if arithmetic else c) << 32)

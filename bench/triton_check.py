@@ -2,13 +2,12 @@
 
 For every kernel and target: 128-bit accesses and none of 8 or 16 bits of parameters and gradients on the aligned bulk,
 nothing spilled, shared memory within the target's, no fused multiply-adds in the arithmetic, correctly rounded roots
-and quotients. Needs no GPU; the result goes to docs/triton-check.md.
+and quotients; and on one target, what programs execute (bench/triton_cost.py) is within budget. Needs no GPU; the
+result goes to docs/triton-check.md. With ``--costs`` only the budgets are checked.
 """
 
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +16,13 @@ import torch
 import triton
 import triton.language as tl
 from hfac.triton_kernels import hfac, smmf
-from hfac.triton_kernels.plan import MAKERS, REGISTERS, STATS, Item, compile_options, make_plan
+from hfac.triton_kernels.plan import MAKERS, REGISTERS, STATS, Item, Launch, compile_options, make_plan
 from hfac.triton_kernels.table import EACH, EIGHT, EIGHT_APART, MEMORY, NEAREST, NO_SIGNS, RUN
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .cuda_check import ROOT, find_cuobjdump
+from . import triton_cost
+from .cuda_check import ROOT
 
 #: name -> (target, bytes of shared memory that a program may have)
 TARGETS = {
@@ -32,10 +32,10 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
 }
 #: Where instructions are counted.
-COUNTED = "sm_90"
+COUNTED = triton_cost.TARGET
 #: Bytes that a lane may spill in kernels that take all registers as it is: SMMF's tiles, where low bits add an address;
 #: H-Fac's statistics, where gradients are divided; and watched steps.
-SPARE = 32
+SPARE = 48
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 #: How most weights are stored, and names of the ways to draw random bits.
 _PLAIN = {"STOCHASTIC": NEAREST.value, "LOW": 0}
@@ -111,7 +111,6 @@ def _launched(
     """Launches of ops on parameters of a type; ``any_layout``: the type of gradients that are not on the bulk."""
     stochastic = options.pop("stochastic", NEAREST.value)
     whole = any_layout is None
-    on = dict(FIRST=True, CLIPPED=True) | options
     for op in ops:
         items = [
             Item(rows, cols, dtype, any_layout or dtype, whole, slice, stochastic=stochastic, low=low)
@@ -119,9 +118,15 @@ def _launched(
         ]
         plan = make_plan(op, items)
         for launch in (*plan.launches, *plan.squares):
-            yield Variant(
-                launch.kernel, launch.constants | {name: on.get(name, False) for name in launch.options}, launch.warps
-            )
+            yield _variant(launch, **options)
+
+
+def _variant(launch: Launch, **options: Any) -> Variant:
+    """A launch's kernel in a step with a first moment and clipping, and with these options; all others are off."""
+    on = dict(FIRST=True, CLIPPED=True) | options
+    return Variant(
+        launch.kernel, launch.constants | {name: on.get(name, False) for name in launch.options}, launch.warps
+    )
 
 
 def _matrices(op: str, whole: bool, dtype: torch.dtype) -> list[tuple[int, int, int]]:
@@ -186,20 +191,13 @@ def _sums(text: str) -> list[str]:
     return [f"{shape} {named[name]}" for shape, name in found]
 
 
-def _dump(cubin: bytes, what: str) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([find_cuobjdump(), what, file.name], check=True, capture_output=True, text=True).stdout
-
-
 def added(variant: Variant) -> float:
     """Instructions per element that storing otherwise than plainly adds, on COUNTED, those of a program's beginning
     among them."""
     target, _ = TARGETS[COUNTED]
     counts = []
     for one in (variant, Variant(variant.kernel, variant.constants | _PLAIN, variant.warps)):
-        text = _dump(compile_variant(one, target).asm["cubin"], "-sass")
+        text = triton_cost.dump(compile_variant(one, target).asm["cubin"], "-sass")
         counts.append(len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!\s|NOP|BRA `)", text, re.MULTILINE)))
     c = variant.constants
     elements = c["R"] * c["C"] if "R" in c else RUN.value
@@ -208,7 +206,7 @@ def added(variant: Variant) -> float:
 
 def _usage(cubin: bytes) -> tuple[int, int]:
     """Registers, and bytes of stack and local memory per lane."""
-    text = _dump(cubin, "-res-usage")
+    text = triton_cost.dump(cubin, "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     assert found is not None, text
     return int(found[1]), int(found[2]) + int(found[3])
@@ -231,7 +229,8 @@ def complaints(variant: Variant, report: Report, target: GPUTarget, shared: int)
     # those of indices and of divided gradients.
     none = variant.kernel is hfac.hfac_update and variant.constants.get("STOCHASTIC") != EIGHT_APART.value
     none = none and not variant.constants.get("SCALED", False)
-    if (target.backend == "cuda" or (bulk and none)) and (report.fused or report.rough):
+    rough = variant.constants.get("ROUGH", False)
+    if (target.backend == "cuda" or (bulk and none)) and not rough and (report.fused or report.rough):
         found.append(f"{report.fused} fused multiply-adds, {report.rough} rough roots or quotients")
     if exact:
         twin = Variant(variant.kernel, variant.constants | dict(W=tl.float32, G=tl.float32, LOW=0), variant.warps)
@@ -243,15 +242,31 @@ def complaints(variant: Variant, report: Report, target: GPUTarget, shared: int)
     signs = variant.constants.get("LAYOUT", NO_SIGNS.value) != NO_SIGNS.value
     if bulk and report.narrow and not signs:
         found.append(f"{report.narrow} narrow accesses")
-    if bulk and target.backend == "cuda" and variant.constants["T"] == tl.float32 and report.registers > REGISTERS:
-        found.append(f"{report.registers} registers, more than {REGISTERS}")
+    most = compile_options(variant.constants, variant.warps, target.backend).get("maxnreg", REGISTERS)
+    if bulk and target.backend == "cuda" and report.registers > most:
+        found.append(f"{report.registers} registers, more than {most}")
+    return found
+
+
+def costs() -> list[triton_cost.Cost]:
+    """What has a budget, printed as it is found."""
+    found = []
+    for budget in triton_cost.BUDGETS:
+        found.append(triton_cost.cost(budget, lambda launch: compile_variant(_variant(launch), TARGETS[COUNTED][0])))
+        print(found[-1].row(), flush=True)
     return found
 
 
 def main(names: list[str]) -> int:
+    counted = costs() if names in ([], ["--costs"]) or COUNTED in names else []
+    exceeded = sum(any(one.faults()) for one in counted)
+    if counted:
+        print(f"{len(counted)} budgets with triton {triton.__version__}: {exceeded} exceeded", flush=True)
+    if names == ["--costs"]:
+        return 1 if exceeded else 0
     names = names or list(TARGETS)
     todo = variants()
-    rows, failed = [], 0
+    rows, failed = [], exceeded
     for variant in todo:
         cells = []
         for name in names:
@@ -267,16 +282,16 @@ def main(names: list[str]) -> int:
     print(f"{len(todo)} variants for {', '.join(names)}: {failed} complaints")
     if names == list(TARGETS):
         stored = [x for x in todo if any(x.constants.get(name) for name in _PLAIN) and x.constants["WHOLE"]]
-        costs = [
+        stores = [
             f"| {x.kernel.fn.__name__} | {x.label} | {added(x):.1f} |"
             for x in stored
             if not (x.constants.get("SHARD") or x.constants["WATCH"])
         ]
-        _write(rows, len(todo), failed, costs)
+        _write(rows, len(todo), failed, stores, counted)
     return 1 if failed else 0
 
 
-def _write(rows: list[str], count: int, failed: int, costs: list[str]) -> None:
+def _write(rows: list[str], count: int, failed: int, stores: list[str], counted: list[triton_cost.Cost]) -> None:
     head = [
         "# What the Triton kernels compile to",
         "",
@@ -295,6 +310,10 @@ def _write(rows: list[str], count: int, failed: int, costs: list[str]) -> None:
     ]
     tail = [
         "",
+        "## What programs execute",
+        "",
+        *triton_cost.document(counted),
+        "",
         "## What storing otherwise adds",
         "",
         f"Instructions per element on {COUNTED} beyond those of the same kernel with a plain store, on the bulk; "
@@ -303,7 +322,7 @@ def _write(rows: list[str], count: int, failed: int, costs: list[str]) -> None:
         "| kernel | variant | instructions |",
         "| --- | --- | --- |",
     ]
-    (ROOT / "docs" / "triton-check.md").write_text("\n".join([*head, *rows, *tail, *costs]) + "\n")
+    (ROOT / "docs" / "triton-check.md").write_text("\n".join([*head, *rows, *tail, *stores]) + "\n")
 
 
 if __name__ == "__main__":

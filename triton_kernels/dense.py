@@ -11,12 +11,15 @@ from .element import (
     gradient,
     gradients,
     length,
+    moved,
     offsets,
     operand,
     pointer,
     program,
+    quotient,
     root,
     squares,
+    stretch,
     total_of,
     watch,
 )
@@ -75,6 +78,7 @@ def smmf_dense(
     WHOLE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     LOW: tl.constexpr,
+    ROUGH: tl.constexpr,
     FIRST: tl.constexpr,
     COUPLED: tl.constexpr,
     NEGATE: tl.constexpr,
@@ -110,8 +114,9 @@ def smmf_dense(
     second = operand(tl.load(record + SECOND_ROW), T, WHOLE) + at
     V = b2 * tl.load(second, mask, 0.0) + rest2 * (g * g)
     tl.store(second, V, mask)
-    direction = divide(M, root(V) + eps)
-    w = w - lr.to(T) * direction
+    up, down = stretch(eps)
+    direction = quotient(M, V, eps, up, down, ROUGH)
+    w = moved(w, lr.to(T), direction, ROUGH)
     if WATCH:
         watch_run(watched, item, w, before, direction, mask, W, T, LOW)
     bits = run_bits(record, scalars, item, index, STOCHASTIC)

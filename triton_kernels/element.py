@@ -12,6 +12,8 @@ Pointer arguments of kernels are described by `table.MEMORY`. Compile-time argum
     SHARD         the matrix is a block of a larger one
     STOCHASTIC    how random bits are drawn (`table.NEAREST` and so on)
     LOW           low bits of the weight that are stored apart: 0, 8 or 16
+    ROUGH         SMMF's root and quotient may be approximate: weights of 16 bits alone
+    PIECES, APART how a tile of H-Fac's statistics lies in lanes (`plan`)
     WIDE          rows are longer than C
     COLUMNS       columns are summed, too
     FIRST         there is a first moment
@@ -68,6 +70,36 @@ def divide(x, y):
     else:
         z = tl.div_rn(x, y)
     return z
+
+
+@triton.jit
+def stretch(eps):
+    """What `quotient` multiplies V and its root by. An approximate root takes what is below 2^-126 for 0, which beside
+    an eps of 2^-40 and more is nothing; with a smaller one V is brought above it."""
+    small = eps < 2.0**-40
+    return tl.where(small, 2.0**24, 1.0).to(eps.dtype), tl.where(small, 2.0**-12, 1.0).to(eps.dtype)
+
+
+@triton.jit
+def quotient(M, V, eps, up, down, ROUGH: tl.constexpr):
+    """M / (sqrt(V) + eps), each rounded as IEEE's; ROUGH: off by a few units in the last place, which a weight of 16
+    bits does not hold. Three instructions then divide: 1 / y is the square of 1 / sqrt(y), and y is not negative."""
+    if ROUGH:
+        inverse = tl.rsqrt(tl.fma(tl.sqrt(V * up), down, eps))
+        x = M * inverse * inverse
+    else:
+        x = divide(M, root(V) + eps)
+    return x
+
+
+@triton.jit
+def moved(w, lr, direction, ROUGH: tl.constexpr):
+    """w - lr direction; ROUGH: rounded once."""
+    if ROUGH:
+        w = tl.fma(direction, -lr, w)
+    else:
+        w = w - lr * direction
+    return w
 
 
 @triton.jit
@@ -136,9 +168,15 @@ def gradient(
     NEGATE: tl.constexpr = False,
 ):
     """Elements of the gradient as the step sees them."""
-    g = tl.load(grad + offsets(at, layout, WHOLE), mask, 0.0).to(T)
+    return seen(tl.load(grad + offsets(at, layout, WHOLE), mask, 0.0), scale, mask, T, SCALED, NEGATE)
+
+
+@triton.jit
+def seen(g, scale, mask, T: tl.constexpr, SCALED: tl.constexpr, NEGATE: tl.constexpr):
+    """Elements that have been loaded as the step sees them; 0 outside of the matrix."""
+    g = g.to(T)
     if SCALED:
-        g = divide(g, scale)
+        g = tl.where(mask, divide(g, scale), 0.0)
     if NEGATE:
         g = -g
     return g

@@ -36,6 +36,7 @@ from .element import (
     pointer,
     program,
     root,
+    seen,
     squares,
     tile_of,
     total_of,
@@ -58,6 +59,8 @@ def hfac_stats(
     R: tl.constexpr,
     C: tl.constexpr,
     WHOLE: tl.constexpr,
+    PIECES: tl.constexpr,
+    APART: tl.constexpr,
     WIDE: tl.constexpr,
     COLUMNS: tl.constexpr,
     LOOK: tl.constexpr,
@@ -66,14 +69,14 @@ def hfac_stats(
     WATCH: tl.constexpr,
 ):
     """A tile is a number of whole rows. Where a row fits the registers, a row's sum, its r_i and its share of the
-    columns' sums come from one read; longer rows are read again, from the cache, once their r_i are known."""
+    columns' sums come from one read; longer rows are read again once their r_i are known."""
     if AGAIN:
         if tl.load(scalars + COEFFICIENT) == 1:  # a NaN is not
             return
     item, record, row_tile = program(tiles, items)
     rows = tl.load(record + ROWS)
     cols = length(record, COLS, WHOLE)
-    tile_rows = tl.load(record + TILE_ROWS)
+    tile_rows = tl.load(record + STATS_ROWS)
     first_row = row_tile * tile_rows
     last_row = tl.minimum(first_row + tile_rows, rows)
     grad, layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED)
@@ -83,7 +86,7 @@ def hfac_stats(
     b1, rest1, b2, rest2 = decays(scalars, item, T)
     eps_sum = (tl.load(record + ALL_COLS).to(tl.float64) * tl.load(scalars + EPS)).to(T)
     count = rows * cols
-    bad = tl.zeros([R, C], tl.int32)
+    bad = tl.zeros([PIECES, R, C // PIECES], tl.int32)
     zero_rows = tl.zeros([R], tl.int32)
 
     if WIDE:
@@ -98,7 +101,7 @@ def hfac_stats(
                 at = i[:, None] * cols + j[None, :]
                 g = gradient(grad, at, layout, mask, scale, T, WHOLE, SCALED)
                 if LOOK:
-                    bad |= (finite(g, count) == 0).to(tl.int32)
+                    bad |= (finite(g, count) == 0).to(tl.int32)[None, :, :]
                 sum_g += g
                 sum_q += g * g
             old = tl.load(r_old + i, in_rows, 0.0)
@@ -112,50 +115,66 @@ def hfac_stats(
             for first_col in range(0, cols, C):
                 j = first_col + tl.arange(0, C).to(tl.int64)
                 in_cols = j < cols
-                sum_g = tl.zeros([R, C], T)
-                sum_q = tl.zeros([R, C], T)
-                sum_u = tl.zeros([R, C], T)
+                sum_g = tl.zeros([1, APART, C], T)
+                sum_q = tl.zeros([1, APART, C], T)
+                sum_u = tl.zeros([1, APART, C], T)
                 for step in range(first_row, last_row, R):
                     i = step + tl.arange(0, R).to(tl.int64)
                     in_rows = i < last_row
-                    mask = in_rows[:, None] & in_cols[None, :]
-                    at = i[:, None] * cols + j[None, :]
+                    mask = in_rows[None, :, None] & in_cols[None, None, :]
+                    at = i[None, :, None] * cols + j[None, None, :]
                     g = gradient(grad, at, layout, mask, scale, T, WHOLE, SCALED)
                     r = tl.load(row_square + i, in_rows, 1.0)
-                    sum_g += g
-                    sum_q += g * g
-                    sum_u += g * g * divide(tl.full([R], 1.0, T), r)[:, None]
-                store_columns(col_sums, cols, j, in_cols, sum_g, sum_q, sum_u)
+                    q = g * g
+                    sum_g += in_lane(g, APART)
+                    sum_q += in_lane(q, APART)
+                    sum_u += in_lane(q * divide(tl.full([R], 1.0, T), r)[None, :, None], APART)
+                store_columns(col_sums, cols, j[None, :], in_cols[None, :], sum_g, sum_q, sum_u)
     else:
-        j = tl.arange(0, C).to(tl.int64)
+        # Tensors are [PIECES, R, C / PIECES]; rows are given to warps, and all pieces of a row to one of them.
+        PIECE: tl.constexpr = C // PIECES
+        j = (PIECE * tl.arange(0, PIECES)[:, None] + tl.arange(0, PIECE)[None, :]).to(tl.int64)
         in_cols = j < cols
-        sum_g = tl.zeros([R, C], T)
-        sum_q = tl.zeros([R, C], T)
-        sum_u = tl.zeros([R, C], T)
+        sum_g = tl.zeros([PIECES, APART, PIECE], T)
+        sum_q = tl.zeros([PIECES, APART, PIECE], T)
+        sum_u = tl.zeros([PIECES, APART, PIECE], T)
+        to_row = tl.arange(0, PIECE // 8)[None, :]
+        if WHOLE:  # of the first rows; then the next rows are under way while these are summed
+            g_next, r_next = rows_of(grad, r_old, first_row, last_row, cols, R, PIECES, PIECE)
         for step in range(first_row, last_row, R):
-            i = step + tl.arange(0, R).to(tl.int64)
+            # Not to be taken for neighbours, by which compilers would choose which lanes store the rows' sums.
+            i = tl.max_contiguous(step + tl.arange(0, R).to(tl.int64), 1)
             in_rows = i < last_row
-            mask = in_rows[:, None] & in_cols[None, :]
-            at = i[:, None] * cols + j[None, :]
-            g = gradient(grad, at, layout, mask, scale, T, WHOLE, SCALED)
+            mask = in_rows[None, :, None] & in_cols[:, None, :]
+            if WHOLE:
+                g, old = g_next, r_next
+                g_next, r_next = rows_of(grad, r_old, step + R, last_row, cols, R, PIECES, PIECE)
+                g = seen(tl.reshape(g, [PIECES, R, PIECE]), scale, mask, T, SCALED, False)
+            else:
+                at = i[None, :, None] * cols + j[:, None, :]
+                g = gradient(grad, at, layout, mask, scale, T, WHOLE, SCALED)
+                old = tl.load(r_old + i, in_rows, 1.0)
             if LOOK:
                 bad |= (finite(g, count) == 0).to(tl.int32)
             q = g * g
-            r = b2 * tl.load(r_old + i, in_rows, 1.0) + rest2 * (tl.sum(q, 1) + eps_sum)
-            tl.store(row_sum + i, tl.sum(g, 1), in_rows)
-            tl.store(row_square + i, r, in_rows)
-            if WATCH:
-                zero_rows += zeros(tl.sum(g, 1), tl.sum(q, 1), in_rows)
             if COLUMNS:
-                sum_g += g
-                sum_q += q
+                sum_g += in_lane(g, APART)
+                sum_q += in_lane(q, APART)
+            of_g, of_q = row_sums(g, q, C > 1024)
+            r = b2 * old + rest2 * (of_q + eps_sum)
+            store_rows(row_sum, i, of_g, in_rows, to_row)
+            store_rows(row_square, i, r, in_rows, to_row)
+            if WATCH:
+                zero_rows += zeros(of_g, of_q, in_rows)
+            if COLUMNS:
                 # Where there are no more rows r may be 0.
-                sum_u += q * divide(tl.full([R], 1.0, T), tl.where(in_rows, r, 1.0))[:, None]
+                inverse = divide(tl.full([R], 1.0, T), tl.where(in_rows, r, 1.0))
+                sum_u += in_lane(q * inverse[None, :, None], APART)
         if COLUMNS:
             col_sums = pointer(record, SPACE_COLS, T) + row_tile * 3 * cols
             store_columns(col_sums, cols, j, in_cols, sum_g, sum_q, sum_u)
     if LOOK:
-        any_bad = tl.max(tl.max(bad, 1), 0)
+        any_bad = tl.max(tl.max(tl.max(bad, 2), 1), 0)
         tl.store(flags + item, any_bad, any_bad != 0)
     if WATCH:
         counts = pointer(record, SPACE_COLS, T) + tl.load(record + ROW_TILES) * 3 * cols
@@ -163,10 +182,49 @@ def hfac_stats(
 
 
 @triton.jit
+def rows_of(grad, r_old, first, last_row, cols, R: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr):
+    """Loads of R rows on the bulk, one piece of all of them after the other, and of their old r. As a matrix: of three
+    dimensions compilers deal warps out differently."""
+    i = first + tl.arange(0, R).to(tl.int64)
+    k = tl.arange(0, PIECES * R).to(tl.int64)
+    row = first + k % R
+    j = (k // R * PIECE)[:, None] + tl.arange(0, PIECE)[None, :]
+    g = tl.load(grad + row[:, None] * cols + j, (row < last_row)[:, None] & (j < cols), 0.0)
+    return g, tl.load(r_old + i, i < last_row, 1.0)
+
+
+@triton.jit
+def row_sums(g, q, TOGETHER: tl.constexpr):
+    """Sums of rows. Pieces of a row are a lane's own; where a row is several warps', both sums go from warp to warp
+    TOGETHER."""
+    g = tl.sum(g, 0)
+    q = tl.sum(q, 0)
+    if TOGETHER:
+        of_g, of_q = tl.split(tl.sum(tl.join(g, q), 1))
+    else:
+        of_g = tl.sum(g, 1)
+        of_q = tl.sum(q, 1)
+    return of_g, of_q
+
+
+@triton.jit
+def store_rows(to, i, sums, in_rows, lane):
+    """Rows' sums leave by one of the lanes that hold the row: no other warp needs to be told of them."""
+    sums = tl.broadcast_to(sums[:, None], [sums.shape[0], lane.shape[1]])
+    tl.store(to + i[:, None] + lane, sums, in_rows[:, None] & (lane == 0))
+
+
+@triton.jit
+def in_lane(x, APART: tl.constexpr):
+    """Sums of rows that one lane holds, of a tensor [pieces, rows, columns]."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // APART, APART, x.shape[2]]), 1)
+
+
+@triton.jit
 def store_columns(to, cols, j, in_cols, sum_g, sum_q, sum_u):
-    tl.store(to + j, tl.sum(sum_g, 0), in_cols)
-    tl.store(to + cols + j, tl.sum(sum_q, 0), in_cols)
-    tl.store(to + 2 * cols + j, tl.sum(sum_u, 0), in_cols)
+    tl.store(to + j, tl.sum(sum_g, 1), in_cols)
+    tl.store(to + cols + j, tl.sum(sum_q, 1), in_cols)
+    tl.store(to + 2 * cols + j, tl.sum(sum_u, 1), in_cols)
 
 
 @triton.jit
@@ -192,12 +250,19 @@ def hfac_add_squares(tiles, items, squares):
 
 @triton.jit
 def column_sums(record, n, row_tiles, k, in_cols, T: tl.constexpr):
-    """Sums of g, g^2 and g^2 / r over columns, from those of their tiles."""
-    sums = pointer(record, SPACE_COLS, T)
-    sum_g = partial_sums(sums, 3 * n, row_tiles, k, in_cols, T)
-    square = partial_sums(sums + n, 3 * n, row_tiles, k, in_cols, T)
-    ratio = partial_sums(sums + 2 * n, 3 * n, row_tiles, k, in_cols, T)
-    return sum_g, square, ratio
+    """Sums of g, g^2 and g^2 / r over columns, from those of their tiles, in one loop."""
+    start = pointer(record, SPACE_COLS, T)
+    sum_g = tl.zeros([MANY_AT_ONCE, CHUNK], T)
+    square = tl.zeros([MANY_AT_ONCE, CHUNK], T)
+    ratio = tl.zeros([MANY_AT_ONCE, CHUNK], T)
+    for first in range(0, row_tiles, MANY_AT_ONCE):
+        t = (first + tl.arange(0, MANY_AT_ONCE)).to(tl.int64)
+        keep = (t < row_tiles)[:, None] & in_cols[None, :]
+        at = start + t[:, None] * 3 * n + k[None, :]
+        sum_g += tl.load(at, keep, 0.0)
+        square += tl.load(at + n, keep, 0.0)
+        ratio += tl.load(at + 2 * n, keep, 0.0)
+    return tl.sum(sum_g, 0), tl.sum(square, 0), tl.sum(ratio, 0)
 
 
 @triton.jit

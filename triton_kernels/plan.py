@@ -27,8 +27,9 @@ WORKSPACE = 64 << 20
 #: H-Fac; and one warp holds whole rows of the tile, so that their sums need no shared memory.
 SMMF_TILES = ((32, 64, 8), (8, 256, 8))
 NARROW, BROAD = HFAC_TILES = ((64, 64, 8), (16, 256, 8))
-#: Of H-Fac's statistics, which hold whole rows. Rows beyond the last are read a second time.
-STATS = (NARROW, BROAD, (4, 1024, 8), (2, 4096, 16))
+#: Of H-Fac's statistics, which hold whole rows: up to 1024 columns one warp does, beyond that all of a program's. Rows
+#: beyond the last are read a second time.
+STATS = (NARROW, BROAD, (8, 1024, 8), (4, 4096, 16))
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Item:
         all_rows, all_cols: of the whole matrix, where this is a shard; else 0.
         stochastic: how its random bits are drawn (`table.NEAREST` and so on).
         low: low bits of its master weight that are stored apart; 0: none.
-        tile_rows, row_tiles, col_tiles, blocks: set by `make_plan`, see `table`.
+        tile_rows, row_tiles, col_tiles, stats_rows, blocks: set by `make_plan`, see `table`.
         spaces: where its partial sums begin in the workspace, in bytes, by field; set by `make_plan`.
     """
 
@@ -67,6 +68,7 @@ class Item:
     tile_rows: int = field(default=0, init=False)
     row_tiles: int = field(default=0, init=False)
     col_tiles: int = field(default=0, init=False)
+    stats_rows: int = field(default=0, init=False)
     blocks: int = field(default=0, init=False)
     spaces: dict[str, int] = field(default_factory=dict, init=False)
 
@@ -98,6 +100,7 @@ class Item:
             "LAYOUT": self.signs,
             "STOCHASTIC": self.stochastic,
             "LOW": self.low,
+            "ROUGH": not self.low and self.dtype.itemsize == 2,
             "WIDE": self.cols > STATS[-1][1],
         }
 
@@ -147,11 +150,13 @@ def compile_options(constants: dict[str, Any], warps: int, maker: str) -> dict[s
     """Triton's own options of a launch, for GPUs of ``maker``: "cuda", "hip" or another.
 
     A bound on registers lets two programs of 256 lanes run on a multiprocessor; without one ptxas aims at three of some
-    kernels and spills registers. AMD's waves have 64 lanes.
+    kernels and spills registers. A lane that holds the sums of several pieces of a row has twice as many, and one
+    program runs. AMD's waves have 64 lanes.
     """
     options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
     if maker == "cuda":
-        options["maxnreg"] = 2 * REGISTERS - 32 if constants.get("T") == tl.float64 else REGISTERS
+        many = constants.get("T") == tl.float64 or constants.get("PIECES", 1) > 2
+        options["maxnreg"] = 2 * REGISTERS - 32 if many else REGISTERS
     if maker == "hip":
         options["num_warps"] = max(1, warps // 2)
     return options
@@ -187,6 +192,14 @@ def prepare(op: str, items: Sequence[Item], device: torch.device) -> tuple[Plan,
     return plan, records, [table.to(device) for table in tiles]
 
 
+def _cut_stats(item: Item) -> None:
+    """Of H-Fac's statistics a program takes whole rows, so that a matrix has no more programs than tiles of rows, each
+    of which leaves three sums of every column: 12 bytes for as many elements as it has rows."""
+    least = 64 if item.elements < 32 << 20 else 128
+    item.stats_rows = max(least, min(256, 1 << max(0, (item.rows // 64).bit_length() - 1)))
+    item.row_tiles = -(-item.rows // item.stats_rows)
+
+
 def _cut(item: Item) -> None:
     """Rows per tile: partial sums of columns cost 1/32 byte per element and statistic at 256 rows; smaller matrices,
     whose partial sums stay in the cache, take fewer, to make enough programs."""
@@ -203,6 +216,15 @@ def _fit(shapes: tuple[Shape, ...], item: Item, fewer: int = 2) -> Shape:
     if item.stochastic == table.EACH.value:
         fewer *= 2
     return rows if item.whole else max(1, rows // fewer), cols, warps
+
+
+def _held(rows: int, cols: int, warps: int, wide: bool) -> dict[str, int]:
+    """How a tile of the statistics lies in lanes that hold 8 neighbours of 16 bits: PIECES of each row that are a
+    lane's own, and how many rows are APART, different lanes'; of those that are not, a lane adds up its own. Of rows of
+    256 a warp holds two, so that what is done once for a row is done for both."""
+    pieces = cols // 256 if 256 < cols <= 1024 else 2 if cols == 256 and not wide else 1
+    apart = 1 if cols > 1024 else 256 * warps // max(1, cols // pieces)
+    return {"PIECES": pieces, "APART": min(max(1, rows), apart)}
 
 
 def _launches(
@@ -233,7 +255,9 @@ def _launches(
         if not (items[i].elements or empty):
             continue
         rows, cols, warps = (0, 0, warps) if shape is None else shape(items[i])
-        given = items[i].constants | {"R": rows, "C": cols} | fixed
+        given = (
+            items[i].constants | {"R": rows, "C": cols} | _held(rows, cols, warps, items[i].constants["WIDE"]) | fixed
+        )
         constants = {name: given[name] for name in kernel.arg_names if name in given}
         key = warps, *constants.values()
         if key not in found:
@@ -259,7 +283,7 @@ def _runs(item: Item) -> int:
 
 
 def _tiles(item: Item) -> int:
-    return item.row_tiles * item.col_tiles
+    return -(-item.rows // item.tile_rows) * item.col_tiles
 
 
 def _look(items: Sequence[Item], of: Iterable[int] | None = None) -> list[Launch]:
@@ -337,6 +361,7 @@ def _hfac_spaces(items: Sequence[Item], *names: str) -> int:
     at = 0
     for item in items:
         _cut(item)
+        _cut_stats(item)
         size = item.wide.itemsize
         sizes = {
             "space_rows": item.rows * size,
@@ -356,7 +381,7 @@ def _hfac(items: Sequence[Item]) -> Plan:
     statistics = _hfac_stats(items, True)
     squares = _launches(hfac.hfac_squares, items, lambda item: _chunks(item.cols))
     squares += _launches(hfac.hfac_add_squares, items, lambda item: 1)
-    folds = _launches(hfac.hfac_fold, items, lambda item: _chunks(max(item.rows, item.cols)))
+    folds = _launches(hfac.hfac_fold, items, lambda item: _chunks(max(item.rows, item.cols)), warps=16)
     folds += _launches(hfac.hfac_scale, items, lambda item: _chunks(item.rows))
     return Plan([*statistics, *folds, *_hfac_updates(items)], workspace, len(statistics), squares)
 
@@ -364,7 +389,7 @@ def _hfac(items: Sequence[Item]) -> Plan:
 def _hfac_sums(items: Sequence[Item], columns: bool = True) -> Plan:
     """The rows' sums go where the caller has them, so the workspace is the columns'."""
     workspace = _hfac_spaces(items, *["space_cols"] * columns)
-    sums = _launches(hfac.hfac_shard_cols, items, lambda item: _chunks(item.cols)) if columns else []
+    sums = _launches(hfac.hfac_shard_cols, items, lambda item: _chunks(item.cols), warps=16) if columns else []
     return Plan([*_hfac_stats(items, columns), *sums], workspace)
 
 

@@ -148,10 +148,19 @@ def weights(record, W: tl.constexpr, WHOLE: tl.constexpr, LOW: tl.constexpr):
 def load(to, low, layout, at, mask, T: tl.constexpr, WHOLE: tl.constexpr, LOW: tl.constexpr):
     """Weights in the type of the arithmetic."""
     w = tl.load(to, mask, 0.0)
+    rest = w
+    if LOW != 0:
+        rest = tl.load(low + offsets(at, layout, WHOLE), mask, 0)
+    return widened(w, rest, T, LOW)
+
+
+@triton.jit
+def widened(w, rest, T: tl.constexpr, LOW: tl.constexpr):
+    """Weights, with their low bits where these are stored apart, in the type of the arithmetic."""
     if LOW == 0:
         w = w.to(T)
     else:
-        w = join(w, tl.load(low + offsets(at, layout, WHOLE), mask, 0), LOW)
+        w = join(w, rest, LOW)
     return w
 
 

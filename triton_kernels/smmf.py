@@ -9,7 +9,8 @@ A rank's shard of a matrix is some blocks of it, each with a record of its own. 
 are known.
 
 Which lane holds which element is Triton's choice, so sums are equal to the CUDA kernels' only within rounding; the
-parameter depends on no sum of its own step and is equal to the bit.
+parameter depends on no sum of its own step and is equal to the bit, but where it has 16 bits alone and the root and
+the quotient are approximate (`element.quotient`).
 """
 
 import triton
@@ -21,18 +22,21 @@ from .element import (
     gradient,
     gradients,
     length,
+    moved,
     offsets,
     operand,
     partial_sums,
     pointer,
     program,
-    root,
+    quotient,
+    seen,
     squares,
+    stretch,
     tile_of,
     total_of,
     watch,
 )
-from .rounding import calls, counter, kept, load, random_bits, store, weights
+from .rounding import calls, counter, kept, load, random_bits, store, weights, widened
 from .table import *
 
 
@@ -54,6 +58,7 @@ def smmf_tiles(
     SHARD: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     LOW: tl.constexpr,
+    ROUGH: tl.constexpr,
     COUPLED: tl.constexpr,
     NEGATE: tl.constexpr,
     SKIP: tl.constexpr,
@@ -89,6 +94,7 @@ def smmf_tiles(
     weight_decay = decay_wide.to(T)
     shrink = (1.0 - lr_wide * decay_wide).to(T)
     eps = tl.load(scalars + EPS).to(T)
+    up, down = stretch(eps)
 
     j = col_tile * C + tl.arange(0, C).to(tl.int64)
     if LOW == 16 and LAYOUT != BYTE_PER_ELEMENT:
@@ -97,12 +103,15 @@ def smmf_tiles(
     in_cols = j < cols
     c_V = tl.load(pointer(record, SECOND_COL, T) + j, in_cols, 0.0)
     sum_V = tl.zeros([R, C], T)
+    signs = operand(tl.load(record + SIGNS), tl.uint8, WHOLE)
     if LAYOUT != NO_SIGNS:
         c_M = tl.load(pointer(record, FIRST_COL, T) + j, in_cols, 0.0)
         sum_M = tl.zeros([R, C], T)
-        signs = operand(tl.load(record + SIGNS), tl.uint8, WHOLE)
+    jb = j
+    in_bytes = in_cols
     if LAYOUT == WHOLE_BYTES:
         jb = col_tile * (C // 8) + tl.arange(0, C // 8).to(tl.int64)
+        in_bytes = 8 * jb < cols
         k = tl.arange(0, 8)[None, None, :]
     calls_at = col_tile * C + calls(C, STOCHASTIC)
     if LAYOUT == SHARED_BYTES:
@@ -112,43 +121,66 @@ def smmf_tiles(
     change = tl.zeros([R], tl.float64)
     sum_D = tl.zeros([R], tl.float64)
     same = tl.zeros([R], tl.int32)
+    # A row's two sums leave as neighbours, by two lanes of those that hold the row: no other needs to be told of them.
+    pair = tl.arange(0, C // 8)[None, :]
 
+    if WHOLE:  # of the first rows; from then on what the next rows need is under way while these are worked on
+        g_next, w_next, low_next, bits_next, r_M_next, r_V_next = fetch(
+            first_row + tl.arange(0, R).to(tl.int64), last_row, in_cols, in_bytes, j, jb, start_at, stride, row_step,
+            grad, param, low, signs, r_M, r_V, LAYOUT, LOW,
+        )  # fmt: skip
     for step in range(first_row, last_row, R):
         i = step + tl.arange(0, R).to(tl.int64)
         in_rows = i < last_row
         mask = in_rows[:, None] & in_cols[None, :]
         at = start_at + i[:, None] * stride + j[None, :]
-        g = gradient(grad, at, grad_layout, mask, scale, T, WHOLE, SCALED, NEGATE)
         to = param + offsets(at, param_layout, WHOLE)
-        w = load(to, low, low_layout, at, mask, T, WHOLE, LOW)
+        byte_at = signs + start_at // 8 + i[:, None] * (stride // 8) + jb[None, :]
+        byte_mask = in_rows[:, None] & in_bytes[None, :]
+        if WHOLE:
+            g, w, rest, packed, row_M, row_V = g_next, w_next, low_next, bits_next, r_M_next, r_V_next
+            g_next, w_next, low_next, bits_next, r_M_next, r_V_next = fetch(
+                i + R, last_row, in_cols, in_bytes, j, jb, start_at, stride, row_step,
+                grad, param, low, signs, r_M, r_V, LAYOUT, LOW,
+            )  # fmt: skip
+            g = seen(g, scale, mask, T, SCALED, NEGATE)
+            w = widened(w, rest, T, LOW)
+        else:
+            g = gradient(grad, at, grad_layout, mask, scale, T, WHOLE, SCALED, NEGATE)
+            w = load(to, low, low_layout, at, mask, T, WHOLE, LOW)
+            row_V = tl.load(r_V + i * row_step, in_rows, 0.0)
+            row_M = row_V
+            if LAYOUT != NO_SIGNS:
+                row_M = tl.load(r_M + i * row_step, in_rows, 0.0)
         before = w
         if COUPLED:
             g = g + weight_decay * w
         else:
             w = w * shrink
 
+        # What lies outside of the matrix is read as 0, and so are its factors: it adds nothing to the sums.
         if LAYOUT == NO_SIGNS:
             M = g
         else:
             # M = b1 (+-) r_M c_M^T + (1 - b1) G  (SMMF, Algorithm 1; decompression is its Algorithm 3)
             if LAYOUT == WHOLE_BYTES:
-                in_bytes = in_rows[:, None] & (8 * jb < cols)[None, :]
-                byte_at = signs + start_at // 8 + i[:, None] * (stride // 8) + jb[None, :]
-                packed = tl.load(byte_at, in_bytes, 0).to(tl.int32)
-                bits = tl.reshape((packed[:, :, None] >> k) & 1, [R, C])
+                if not WHOLE:
+                    packed = tl.load(byte_at, byte_mask, 0)
+                bits = tl.reshape((packed.to(tl.int32)[:, :, None] >> k), [R, C])
             elif LAYOUT == BYTE_PER_ELEMENT:
-                bits = tl.load(signs + at, mask, 0).to(tl.int32) & 1
+                if not WHOLE:
+                    packed = tl.load(signs + at, mask, 0)
+                bits = packed.to(tl.int32)
             else:
                 outer = at // slice
                 within = at - outer * slice
                 byte = outer * slice_bytes + within // 8
-                bits = (tl.load(signs + byte, mask, 0).to(tl.int32) >> (within % 8).to(tl.int32)) & 1
-            old = (b1 * tl.load(r_M + i * row_step, in_rows, 0.0))[:, None] * c_M[None, :]
-            M = tl.where(bits != 0, old, -old) + rest1 * g
+                bits = tl.load(signs + byte, mask, 0).to(tl.int32) >> (within % 8).to(tl.int32)
+            M = signed((b1 * row_M)[:, None] * c_M[None, :], bits) + rest1 * g
             positive = (M > 0).to(tl.int32)
             if LAYOUT == WHOLE_BYTES:
                 packed = tl.sum(tl.reshape(positive, [R, C // 8, 8]) << k, 2)
-                tl.store(byte_at, packed.to(tl.uint8), in_bytes)
+                tl.store(byte_at, packed.to(tl.uint8), byte_mask)
             elif LAYOUT == BYTE_PER_ELEMENT:
                 tl.store(signs + at, positive.to(tl.uint8), mask)
             else:
@@ -157,14 +189,20 @@ def smmf_tiles(
                 address = start + byte
                 word = (address // 4 * 4).to(tl.pointer_type(tl.int32))
                 bit = (8 * (address % 4) + within % 8).to(tl.int32)
-                tl.atomic_xor(word, (positive ^ bits) << bit, mask & (positive != bits), sem="relaxed")
-            size = tl.where(mask, tl.abs(M), 0.0)
-            sum_M += size
-            tl.store(row_sums + i, tl.sum(size, 1), in_rows)
+                turned = positive ^ (bits & 1)
+                tl.atomic_xor(word, turned << bit, mask & (turned != 0), sem="relaxed")
+            sum_M += tl.abs(M)
 
-        V = (b2 * tl.load(r_V + i * row_step, in_rows, 0.0))[:, None] * c_V[None, :] + rest2 * (g * g)
-        direction = divide(M, root(V) + eps)
-        w = w - lr * direction
+        V = (b2 * row_V)[:, None] * c_V[None, :] + rest2 * (g * g)
+        sum_V += V
+        sums_at = row_sums + 2 * i[:, None] + pair
+        by_one = in_rows[:, None] & (pair == 0)
+        if LAYOUT != NO_SIGNS:
+            tl.store(sums_at, tl.broadcast_to(tl.sum(tl.abs(M), 1)[:, None], [R, C // 8]), by_one)
+        tl.store(sums_at + 1, tl.broadcast_to(tl.sum(V, 1)[:, None], [R, C // 8]), by_one)
+
+        direction = quotient(M, V, eps, up, down, ROUGH)
+        w = moved(w, lr, direction, ROUGH)
         if WATCH:
             change += squares(w - before, mask, 1)
             sum_D += squares(direction, mask, 1)
@@ -172,9 +210,6 @@ def smmf_tiles(
         drawn_at = start_at + i[:, None] * stride + calls_at[None, :]
         drawn = random_bits(seed, t, position, first, index_layout, drawn_at, STOCHASTIC)
         store(w, drawn, to, low, low_layout, at, mask, W, WHOLE, STOCHASTIC, LOW)
-        V = tl.where(mask, V, 0.0)
-        sum_V += V
-        tl.store(row_sums + rows + i, tl.sum(V, 1), in_rows)
 
     col_sums = pointer(record, SPACE_COLS, T) + row_tile * 2 * cols
     if LAYOUT != NO_SIGNS:
@@ -184,6 +219,43 @@ def smmf_tiles(
         watch(watched, item, CHANGE, tl.sum(change, 0))
         watch(watched, item, KEPT, tl.sum(same, 0))
         watch(watched, item, DIRECTION, tl.sum(sum_D, 0))
+
+
+@triton.jit
+def fetch(
+    i, last_row, in_cols, in_bytes, j, jb, start_at, stride, row_step, grad, param, low, signs, r_M, r_V,
+    LAYOUT: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """Loads of what rows on the bulk need: gradient, weights and their low bits, signs, and the rows' factors."""
+    in_rows = i < last_row
+    mask = in_rows[:, None] & in_cols[None, :]
+    at = start_at + i[:, None] * stride + j[None, :]
+    g = tl.load(grad + at, mask, 0.0)
+    w = tl.load(param + at, mask, 0.0)
+    rest = w
+    if LOW != 0:
+        rest = tl.load(low + at, mask, 0)
+    row_V = tl.load(r_V + i * row_step, in_rows, 0.0)
+    row_M = row_V
+    packed = w
+    if LAYOUT == WHOLE_BYTES:
+        byte_at = signs + start_at // 8 + i[:, None] * (stride // 8) + jb[None, :]
+        packed = tl.load(byte_at, in_rows[:, None] & in_bytes[None, :], 0)
+    elif LAYOUT == BYTE_PER_ELEMENT:
+        packed = tl.load(signs + at, mask, 0)
+    if LAYOUT != NO_SIGNS:
+        row_M = tl.load(r_M + i * row_step, in_rows, 0.0)
+    return g, w, rest, packed, row_M, row_V
+
+
+@triton.jit
+def signed(size, bits):
+    """``size``, which is not negative, or where the lowest of ``bits`` is 0 its negative."""
+    if size.dtype == tl.float64:
+        x = tl.where(bits & 1 != 0, size, -size)
+    else:
+        x = (size.to(tl.int32, bitcast=True) ^ ((bits ^ 1) << 31)).to(tl.float32, bitcast=True)
+    return x
 
 
 @triton.jit
@@ -209,7 +281,7 @@ def fold_moment(record, index, WHICH: tl.constexpr, ROW_FIELD: tl.constexpr, COL
     row_tiles = tl.load(record + ROW_TILES).to(tl.int32)
     col_tiles = tl.load(record + COL_TILES).to(tl.int32)
     k = index * CHUNK + tl.arange(0, CHUNK)
-    row = partial_sums(pointer(record, SPACE_ROWS, T) + WHICH * rows, 2 * rows, col_tiles, k, k < rows, T)
+    row = partial_sums(pointer(record, SPACE_ROWS, T) + WHICH, 2 * rows, col_tiles, 2 * k, k < rows, T)
     tl.store(pointer(record, ROW_FIELD, T) + k, row, k < rows)
     col = partial_sums(pointer(record, SPACE_COLS, T) + WHICH * cols, 2 * cols, row_tiles, k, k < cols, T)
     tl.store(pointer(record, COL_FIELD, T) + k, col, k < cols)
@@ -249,8 +321,8 @@ def smmf_shard_fold(tiles, items, T: tl.constexpr, FIRST: tl.constexpr):
             i = (k - row) // row_step
             mine = (k >= row) & (i < rows) & (row + i * row_step == k)
             if FIRST:
-                row_M += partial_sums(row_sums, 2 * rows, col_tiles, i, mine, T)
-            row_V += partial_sums(row_sums + rows, 2 * rows, col_tiles, i, mine, T)
+                row_M += partial_sums(row_sums, 2 * rows, col_tiles, 2 * i, mine, T)
+            row_V += partial_sums(row_sums + 1, 2 * rows, col_tiles, 2 * i, mine, T)
         if (col < low + CHUNK) & (col + cols > low):
             j = k - col
             mine = (j >= 0) & (j < cols)

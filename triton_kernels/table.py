@@ -27,8 +27,8 @@ ROWS, COLS = _fields(2)
 FIRST_ROW, FIRST_COL, SECOND_ROW, SECOND_COL, SIGNS = _fields(5)
 #: elements and bytes of one slice along the first dimension (`hfac.reference.pack_signs`)
 SLICE, SLICE_BYTES = _fields(2)
-#: tiling of the matrix
-TILE_ROWS, ROW_TILES, COL_TILES = _fields(3)
+#: tiling of the matrix; rows of a tile of H-Fac's statistics, of which there are ROW_TILES
+TILE_ROWS, ROW_TILES, COL_TILES, STATS_ROWS = _fields(4)
 #: addresses of partial sums, see each kernel; in a shard's record, lists that `hfac_sums` fills take the rows' place
 SPACE_ROWS, SPACE_SQUARES, SPACE_COLS, SPACE_PSI, SPACE_SCALE, SPACE_TOTALS = _fields(6)
 #: rows and columns of the whole matrix, of which a shard has some
@@ -80,11 +80,12 @@ MEMORY = {
 }
 
 #: Elements of one program of the kernels on whole moments, and of one that only tests for finite values; rows and
-#: columns of one program of a fold; tiles whose partial sums a fold loads at once.
+#: columns of one program of a fold; tiles whose partial sums a fold loads at once, and those of all three of H-Fac's.
 RUN = tl.constexpr(2048)
 LOOKED = tl.constexpr(16 * 2048)
 CHUNK = tl.constexpr(256)
 AT_ONCE = tl.constexpr(8)
+MANY_AT_ONCE = tl.constexpr(32)
 
 #: What a watched step reports of a parameter, in float64: the sum of squares of W's change; how many elements, rounded
 #: to nearest, keep their value; the sum of squares of the direction; how many rows and columns of the gradient are

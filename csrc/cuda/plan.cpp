@@ -55,15 +55,10 @@ Tiling cut(const DeviceItem& it, bool whole_rows, int32_t rows) {
 // May it consist of whole vectors, by its shape?
 bool whole(const DeviceItem& it) { return it.cols % kVector == 0 && it.signs.slice % kVector == 0; }
 
-// Elements of SMMF's tiles, by those of the list, which are launched together: two blocks for each multiprocessor, so
-// that the last round of blocks is nearly full; of longer lists several rounds, and the fewer partial sums the longer
-// they are.
-int64_t smmf_tile(int64_t launched) {
-  int64_t tile = 8 << 10;
-  while (tile < (64 << 10) && launched >= 256 * 2 * tile) tile *= 2;
-  if (launched >= 96 << 20) tile = 128 << 10;
-  if (launched >= 1 << 30) tile = 256 << 10;
-  return tile;
+// Elements of SMMF's tiles: two blocks for each multiprocessor where a matrix has 16 M elements, and fewer partial sums
+// where it has more. By the matrix alone, so that it steps to the same bits in any list and in gradient release.
+int64_t smmf_tile(int64_t elements) {
+  return elements < (8 << 20) ? 32 << 10 : elements < (32 << 20) ? 64 << 10 : 128 << 10;
 }
 
 // Tiles of a matrix of SMMF. A tile has partial sums for its rows and its columns, so it is nearly square; its width is
@@ -103,7 +98,7 @@ class Planner {
       const int64_t cached = cache() / size_of(it.grad.dtype),
                     launched = std::max(elements(it), std::min(of_list, cached));
       const int32_t summed = summed_rows(elements(it)), updated = updated_rows(launched);
-      if (smmf_matrices()) it.tiling = cut_smmf(it, whole(it) ? smmf_tile(of_list) : kAnyTile);
+      if (smmf_matrices()) it.tiling = cut_smmf(it, whole(it) ? smmf_tile(elements(it)) : kAnyTile);
       if (whole_hfac() || options_.op == OpKind::kHfacSums) it.tiling = cut(it, true, summed);
       if (whole_hfac() || applies()) it.update = cut(it, false, codes() ? kCodeRows : updated);
     }

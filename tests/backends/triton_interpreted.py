@@ -10,6 +10,7 @@ import copy
 import os
 
 import calls
+import numpy as np
 import pytest
 import test_parts
 import torch
@@ -32,7 +33,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/backends/test_trito
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from hfac.triton_kernels import plan, records, shards, step, table  # noqa: E402
+from hfac.triton_kernels import element, plan, records, shards, step, table  # noqa: E402
 from hfac.triton_kernels import rounding as kernels  # noqa: E402
 
 __all__ = ["ieee_square_roots", "test_autograd_notices_the_write"]
@@ -744,3 +745,90 @@ def test_autograd_notices_a_write_to_a_part():
         calls.hfac_apply_([leaf], [torch.ones(16, 24)], *states, one, one, rows=[16], cols=[24], **options)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.fixture
+def rough_roots(monkeypatch):
+    """Approximate roots as a GPU's: off by -2 to 2 units in the last place, and 0 for what is below 2^-126."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def off(exact):
+        def rough(self, arg):
+            x = np.where(np.abs(arg.data) < np.float32(2.0**-126), np.float32(0), arg.data)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                y = exact(x)
+            units = (x.view(np.int32) * 40503 >> 7) % 5 - 2
+            inside = np.isfinite(y) & (y != 0)
+            return TensorHandle(
+                np.where(inside, y.view(np.int32) + units, y.view(np.int32)).view(np.float32), arg.dtype
+            )
+
+        return rough
+
+    monkeypatch.setattr(InterpreterBuilder, "create_sqrt", off(np.sqrt))
+    monkeypatch.setattr(InterpreterBuilder, "create_rsqrt", off(lambda x: (1 / np.sqrt(x)).astype(np.float32)))
+
+
+@triton.jit
+def directions(M, V, out, epsilon, N: tl.constexpr):
+    i = tl.arange(0, N)
+    eps = tl.load(epsilon)
+    up, down = element.stretch(eps)
+    tl.store(out + i, element.quotient(tl.load(M + i), tl.load(V + i), eps, up, down, True))
+
+
+@pytest.mark.parametrize("eps", [1e-3, 1e-8, 1e-11, 1e-16, 1e-30, 0.0])
+def test_an_approximate_quotient(rough_roots, eps):
+    """Within 2^-18 of the exact one for all V that moments of gradients up to 2^50 have, subnormal ones among them; and
+    it is not finite only where that is not."""
+    powers = torch.arange(-149, 101).float()
+    V = torch.cat(
+        [torch.exp2(powers), 1.37 * torch.exp2(powers), torch.tensor([0.0, 1e-45, 1.1754942e-38, float("inf")])]
+    )
+    V = torch.cat([V, V, V, torch.zeros(1024 - 3 * len(V) % 1024)])[:1024]
+    M = torch.sqrt(V.double()).float() * gradient(V.shape, 3, torch.float32)
+    M[V == 0] = 0
+    out = torch.full_like(V, 7.0)
+    directions[(1,)](M, V, out, torch.tensor([eps]), 1024)
+    exact = M.double() / (torch.sqrt(V.double()) + torch.tensor(eps).double())
+    finite = exact.isfinite()
+    assert out[finite].isfinite().all()
+    error = (out.double() - exact).abs()[finite]
+    assert (error <= 2.0**-18 * exact.abs()[finite] + 2.0**-149).all(), (error / exact.abs()[finite]).max()
+    assert error.any(), "the roots were not approximate"
+
+
+def test_weights_of_16_bits_alone_are_approximate(rough_roots):
+    """Of these few elements are neighbours of the reference's (float16: the interpreter's stores of bfloat16 truncate),
+    and weights of more bits, split ones among them, have every bit of exact roots."""
+    shapes, optimizers = [(96, 80), (3000,), (17, 19)], {}
+    kinds = {
+        "rough": (torch.float16, {}),
+        "exact": (torch.float32, {}),
+        "split": (torch.bfloat16, dict(master="split8")),
+    }
+    for name, (of, options) in kinds.items():
+        for backend in ("triton", "reference"):
+            params = [torch.nn.Parameter(gradient(shape, i, of)) for i, shape in enumerate(shapes)]
+            optimizer = hfac.SMMF(params, lr=0.02, weight_decay=0.1, vector_reshape=False, backend=backend, **options)
+            optimizers[name, backend] = params, optimizer
+    for t in range(2):
+        for name in kinds:
+            (ours, mine), (theirs, his) = (optimizers[name, backend] for backend in ("triton", "reference"))
+            mine.load_state_dict(copy.deepcopy(his.state_dict()))
+            before = [p.detach().clone() for p in theirs]
+            for params in (ours, theirs):
+                for i, (p, old) in enumerate(zip(params, before, strict=True)):
+                    p.data.copy_(old)
+                    p.grad = gradient(tuple(p.shape), 10 * t + i + 50, p.dtype)
+            mine.step()
+            his.step()
+            for a, b, shape in zip(ours, theirs, shapes, strict=True):
+                if name != "rough":
+                    assert torch.equal(a, b), (name, shape)
+                    continue
+                apart = (a.detach().view(torch.int16).int() - b.detach().view(torch.int16).int()).abs()
+                assert apart.max() <= 1 and apart.sum() <= max(1, apart.numel() / 1000), (shape, int(apart.sum()))
+                for key, old in his.state[b].items():
+                    if key in ("exp_avg_sign", "exp_avg", "exp_avg_sq"):  # no sum of many numbers
+                        assert torch.equal(mine.state[a][key], old), (key, shape)

@@ -232,8 +232,8 @@ FAULTS = [
     Fault(
         "the scale of gradients is multiplied by",
         "triton_kernels",
-        "g = divide(g, scale)",
-        "g = g * scale",
+        "g = tl.where(mask, divide(g, scale), 0.0)",
+        "g = tl.where(mask, g * scale, 0.0)",
         "tests/backends/test_triton.py -k 'interpreter and steps'",
     ),
     # State and checkpoints.
