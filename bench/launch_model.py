@@ -82,7 +82,7 @@ def code_of(launch: dict[str, Any], arch: str) -> Code:
         fits = (
             vectors == ""
             if width in ("", "wide")
-            else "vectors" in vectors and (" 1 " in vectors) == (width == "narrow")
+            else vectors == f", {width}"
         )
         if kernel == name and of.startswith(operands) and fits:
             return code
@@ -190,7 +190,7 @@ class Model:
         code = code_of(launch, gpu.arch)
         threads, blocks = launch["threads"], launch["blocks"]
         reserved = 0 if gpu.arch >= "90" else 1024  # bytes of a block that the listing counts from sm_90 on
-        resident = gpu.resident(threads, code.registers, code.shared + reserved)
+        resident = gpu.resident(threads, code.registers, code.shared + launch["shared"] + reserved)
         few = min(resident, math.ceil(blocks / gpu.multiprocessors))
         found = Predicted(
             launch["kernel"], f"{launch['access']} {launch['width']}".strip(), 1, blocks,

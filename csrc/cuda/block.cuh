@@ -9,6 +9,11 @@ template <class T>
 HFAC_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+// The value of lane `source`.
+template <class T>
+HFAC_DEVICE T shuffle(T value, int source) {
+  return __shfl_sync(0xffffffffu, value, source);
+}
 
 // Sums eight values over the `width` threads (a power of two, at most a warp) that share them, and passes each sum to
 // one of them: put(k, sum). For a whole warp transposed: the number of values halves with the distance, so that 9

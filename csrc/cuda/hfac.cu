@@ -280,7 +280,7 @@ KernelFunction hfac_update_kernel(const Launch& l, const Arguments& a) {
 }
 
 void launch_hfac_unflag(int32_t* flags, int64_t count, const float* clip, void* stream) {
-  launch("hfac_unflag", hfac_unflag, ceil_quotient(count, kTileThreads), kTileThreads, stream, flags, count, clip);
+  launch("hfac_unflag", hfac_unflag, ceil_quotient(count, kTileThreads), kTileThreads, 0, stream, flags, count, clip);
 }
 
 }  // namespace hfac

@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kWorkspaceCap = 64 << 20;  // of SMMF's and of shards' partial sums: longer lists are taken in groups
 constexpr int64_t kFewBytes = 512ll << 20;   // of gradients; up to here the number of launches matters more than L2
 constexpr int64_t kFewGroups = 6;
+constexpr int64_t kStatsBlocks = 128;
 constexpr int32_t kCodeRows = 32;  // of a tile of the update of codes, which has no partial sums
 
 int64_t state_bytes(const DeviceItem& it) { return is_double(it) ? 8 : 4; }
@@ -30,23 +31,50 @@ int32_t power_of_two(int64_t at_least) {
   return p;
 }
 
-// Rows per tile: partial sums cost 1/32 byte per element and statistic at 256 rows; smaller matrices, whose partial
-// sums stay in the L2 cache, take fewer, to make enough blocks.
+// Rows per tile of SMMF: partial sums cost 1/32 byte per element and statistic at 256 rows; smaller matrices, whose
+// partial sums stay in the L2 cache, take fewer, to make enough blocks.
 int32_t summed_rows(int64_t elements) { return elements < (4 << 20) ? 64 : elements < (16 << 20) ? 128 : 256; }
 
 // The update has no partial sums, so it takes few rows, by the elements that are launched together: 16 M make 256
 // blocks of 32 rows. With more blocks than that, rows read their columns' factors less often.
 int32_t updated_rows(int64_t launched) { return launched < (8 << 20) ? 16 : launched < (32 << 20) ? 32 : 64; }
 
+// Rows per tile of H-Fac's statistics, whose blocks have a multiprocessor each, of which there are 108 to 148: what is
+// launched together makes 128 tiles, as long as their partial sums, 24 bytes written and read per column, cost little.
+int32_t statistics_rows(int64_t launched, int64_t cols) {
+  return static_cast<int32_t>(std::clamp<int64_t>(ceil_quotient(launched, kStatsBlocks * cols), 16, 256));
+}
+
 // Columns are divided evenly, so that no tile of a row of tiles leaves most of its threads idle. At least as many rows
 // as the block has in flight at once.
-Tiling cut(const DeviceItem& it, bool whole_rows, int32_t rows) {
+Tiling cut(const DeviceItem& it, int32_t rows) {
   Tiling t;
-  t.col_tiles = whole_rows ? 1 : static_cast<int32_t>(ceil_quotient(it.cols, kTileCols));
+  t.col_tiles = static_cast<int32_t>(ceil_quotient(it.cols, kTileCols));
   const int64_t vectors = ceil_quotient(ceil_quotient(it.cols, t.col_tiles), kVector);
   t.cols = static_cast<int32_t>(vectors * kVector);
-  t.lanes = whole_rows && it.cols > kStatsNarrow ? kLongThreads : power_of_two(vectors);
-  t.rows = std::max(rows, (whole_rows ? kStatsThreads : kTileThreads) / t.lanes * kRowsInFlight);
+  t.lanes = power_of_two(vectors);
+  t.rows = std::max(rows, kTileThreads / t.lanes * kRowsInFlight);
+  t.row_tiles = static_cast<int32_t>(ceil_quotient(it.rows, t.rows));
+  return t;
+}
+
+// Whole rows, of whole warps or of lanes that a warp shares out evenly; tiles of whole batches.
+Tiling cut_in_rows(const DeviceItem& it, Access access, int32_t rows) {
+  const Width width = width_of(it, access);
+  Tiling t;
+  t.col_tiles = 1;
+  const int64_t vectors = ceil_quotient(it.cols, kVector);
+  t.cols = static_cast<int32_t>(vectors * kVector);
+  int64_t batch = kWideRows;
+  t.lanes = stats_threads(width);
+  if (width != Width::kWide) {
+    const int64_t lanes = ceil_quotient(vectors, stats_vectors(width));
+    const int rows_of_thread = stats_rows(width, held_bytes(access));
+    t.lanes = lanes > 32 ? static_cast<int32_t>(ceil_quotient(lanes, 32) * 32)
+                         : std::max({8, 2 * rows_of_thread, power_of_two(lanes)});
+    batch = stats_threads(width) / t.lanes * rows_of_thread;
+  }
+  t.rows = static_cast<int32_t>(ceil_quotient(rows, batch) * batch);
   t.row_tiles = static_cast<int32_t>(ceil_quotient(it.rows, t.rows));
   return t;
 }
@@ -67,9 +95,11 @@ class Planner {
       const int64_t cached = cache() / size_of(it.grad.dtype),
                     launched = std::max(elements(it), std::min(of_list, cached));
       const int32_t summed = summed_rows(elements(it)), updated = updated_rows(launched);
-      if (smmf_matrices()) it.tiling = cut(it, false, summed);
-      if (whole_hfac() || options_.op == OpKind::kHfacSums) it.tiling = cut(it, true, summed);
-      if (whole_hfac() || applies()) it.update = cut(it, false, codes() ? kCodeRows : updated);
+      if (smmf_matrices()) it.tiling = cut(it, summed);
+      if (whole_hfac() || options_.op == OpKind::kHfacSums) {
+        it.tiling = cut_in_rows(it, grad_access(it, bulk_[i]), statistics_rows(launched, it.cols));
+      }
+      if (whole_hfac() || applies()) it.update = cut(it, codes() ? kCodeRows : updated);
     }
     switch (options_.op) {
       case OpKind::kHfac:
@@ -241,13 +271,16 @@ class Planner {
   // One launch per access (and width) that occurs in the group.
   void emit(Kernel kernel, const Group& group) {
     const bool by_width = kernel == Kernel::hfac_stats;
-    for (int w = 0; w < (by_width ? 3 : 1); ++w) {
+    for (int w = 0; w < (by_width ? kWidths : 1); ++w) {
       for (int a = 0; a < kAccesses; ++a) {
         Launch launch = next_;
         launch.kernel = kernel;
         launch.access = static_cast<Access>(a);
         launch.width = static_cast<Width>(w);
-        launch.threads = !by_width ? kTileThreads : launch.width == Width::kNarrow ? kStatsThreads : kLongThreads;
+        launch.threads = by_width ? stats_threads(launch.width) : kTileThreads;
+        if (by_width && launch.width != Width::kWide) {
+          launch.shared = stats_shared(launch.width, held_bytes(launch.access));
+        }
         launch.first_tile = static_cast<int64_t>(plan_.tiles.size());
         for (const int32_t i : group) {
           const DeviceItem& it = item(i);
