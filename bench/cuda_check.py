@@ -23,7 +23,13 @@ ROOT = Path(__file__).parent.parent
 SOURCES = ("smmf", "hfac", "hfac_int8", "hfac_stats", "dense")
 ARCHS = ("80", "90", "100")
 #: kernel -> the registers that its number of threads leaves; kernels with no entry are bound by the architecture's 255
-BOUNDS = {"smmf_tiles": 128, "hfac_update_tiles": 128, "hfac_int8_tiles": 128, "hfac_stats": 128, "hfac_stats_wide": 128}
+BOUNDS = {
+    "smmf_tiles": 128,
+    "hfac_update_tiles": 128,
+    "hfac_int8_tiles": 128,
+    "hfac_stats": 128,
+    "hfac_stats_wide": 128,
+}
 #: of csrc/cuda/table.h's Width
 _WIDTHS = ("short", "1 vector", "2 vectors", "4 vectors", "long")
 _TYPES = {"f": "float32", "d": "float64", "BFloat16": "bfloat16", "Float16": "float16"}

@@ -25,8 +25,8 @@ from .walk import LANES, Memory, Walker
 TIMES = ("bytes", "issue", "latency", "waves")
 #: kernels of which a block takes a tile of rows and columns -> where its item says how it is cut
 _CUT = {"hfac_stats": "tiling", "smmf_tiles": "tiling", "hfac_update": "update", "hfac_int8_update": "update"}
-#: kernels of which a block takes as many rows, and as many columns, as it has threads
-_CHUNKS = ("hfac_fold", "hfac_int8_fold", "smmf_fold")
+#: kernels of which a block takes as many rows as it has threads -> threads of a column
+_CHUNKS = {"hfac_fold": 8, "hfac_int8_fold": 8, "smmf_fold": 1}
 #: kernels of which the last block to be done for a tensor goes on alone
 _LAST = ("hfac_fold", "hfac_int8_fold", "smmf_fold", "dense_look")
 _COUNTS = ("instructions", "mufu", "shuffles", "barriers", "loaded", "stored", "wide", "local", "in_flight")
@@ -79,11 +79,7 @@ def code_of(launch: dict[str, Any], arch: str) -> Code:
         name += "_wide"
     for (kernel, of), code in kernels_of(arch).items():
         vectors = of.removeprefix(operands)
-        fits = (
-            vectors == ""
-            if width in ("", "wide")
-            else vectors == f", {width}"
-        )
+        fits = vectors == "" if width in ("", "wide") else vectors == f", {width}"
         if kernel == name and of.startswith(operands) and fits:
             return code
     raise LookupError(f"no kernel {name} for {operands} {width} was compiled for sm_{arch}")
@@ -236,7 +232,7 @@ class Model:
             yield n, 0, shape[0] / self._tiling(image, _CUT[kernel], item)[2], False
             return
         if kernel in _CHUNKS:
-            both = min(n, math.ceil(min(shape) / threads))
+            both = min(n, math.ceil(shape[0] / threads), math.ceil(shape[1] * _CHUNKS[kernel] / threads))
             yield both, 0, None, False
             if n > both:
                 yield n - both, n - 1, None, False

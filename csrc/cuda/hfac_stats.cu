@@ -18,9 +18,10 @@ HFAC_DEVICE double fused(double a, double b, double c) { return fma(a, b, c); }
 // 16 bytes to shared memory, while the thread goes on; zeros, and nothing is read, unless they are `there`.
 HFAC_DEVICE void begin_copy(Chunk* to, const char* from, bool there) {
 #ifdef HFAC_DEVICE_COMPILER
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(there ? 16 : 0)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
+      "l"(from), "r"(there ? 16 : 0)
+      : "memory");
 #else
   emulation::begin_copy(to, from, sizeof(Chunk), there ? sizeof(Chunk) : 0);
 #endif
@@ -58,7 +59,8 @@ struct Stats {
   const int tile_rows;
   const Gradient<T> gradient{a};
   const Decay<T> b2{a.scalars.beta2, it.index};
-  const T eps_sum = static_cast<T>(static_cast<double>(a.shards ? a.shards[&it - a.items].cols : it.cols) * a.options.eps);
+  const T eps_sum =
+      static_cast<T>(static_cast<double>(a.shards ? a.shards[&it - a.items].cols : it.cols) * a.options.eps);
   bool bad = false;
 
   HFAC_DEVICE Stats(const Arguments& arguments, const Tile& tile)
@@ -176,7 +178,9 @@ __global__ void __launch_bounds__(stats_threads(Width(kAs)), stats_threads(Width
   if (skipped(a) || unclipped(a)) return;
   Stats<A, kOptions> s(a, tile_of(a));
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, lanes = s.it.tiling.lanes;
-  const int ys = kThreads / lanes, y = thread / lanes, x = thread - y * lanes;
+  // Quotients by `lanes`, exact for as few threads.
+  const int part_of = ((1 << 20) + lanes - 1) / lanes, ys = kThreads * part_of >> 20, y = thread * part_of >> 20;
+  const int x = thread - y * lanes;
   const int warps = (lanes + kWarp - 1) / kWarp, batch = ys * kRows;
   // Else a warp that is left over. From the first lane, so that the compiler sees that a warp has one answer.
   const bool here = shuffle(static_cast<int>(y < ys), 0);
@@ -206,7 +210,7 @@ __global__ void __launch_bounds__(stats_threads(Width(kAs)), stats_threads(Width
           HFAC_UNROLLED (c, kChunks) begin_copy(slot(stage, r, v, c), from + 16 * c, there);
         } else {
           Grad raw{};
-          if (there) raw = s.load(row, first_col, vector_count(first_col, cols));
+          if (there) raw = s.load(row, first_col + v * step, vector_count(first_col + v * step, cols));
           HFAC_UNROLLED (c, kChunks) memcpy(slot(stage, r, v, c), reinterpret_cast<const char*>(&raw) + 16 * c, 16);
         }
       }
@@ -259,7 +263,12 @@ __global__ void __launch_bounds__(stats_threads(Width(kAs)), stats_threads(Width
       __syncthreads();
     }
     if (!here) continue;
-    if (warps > 1) {
+    if (warps > 1 && kWidth != Width::kLong) {  // in an order that does not depend on the type
+      total = T(0);
+      HFAC_UNROLLED (w, kWarps) {
+        if (w < warps) total = total + of_warps[turn][y * warps + w][lane % kValues];
+      }
+    } else if (warps > 1) {
       total = T(0);
       HFAC_UNROLLED (k, kWarps * kValues / kWarp) {
         const int w = lane / kValues + k * (kWarp / kValues);
@@ -273,7 +282,7 @@ __global__ void __launch_bounds__(stats_threads(Width(kAs)), stats_threads(Width
       wait_for_copies<kStages - 2>();
       part = row_sums(following);
     }
-    if (warps > 1) {
+    if (warps > 1 && kWidth == Width::kLong) {
 #pragma unroll
       for (int mask = kValues; mask < kWarp; mask *= 2) total = total + shuffle_xor(total, mask);
     }
@@ -310,7 +319,7 @@ __global__ void __launch_bounds__(stats_threads(Width(kAs)), stats_threads(Width
           pack(sums[v][statistic], raw);
           store_raw(to, raw);
         } else {
-          const int count = vector_count(first_col, cols);
+          const int count = vector_count(first_col + v * step, cols);
           HFAC_UNROLLED (k, kVector) {
             if (k < count) to[k] = sums[v][statistic][k];
           }
@@ -325,11 +334,11 @@ __global__ void __launch_bounds__(stats_threads(Width(kAs)), stats_threads(Width
   __syncthreads();
   HFAC_UNROLLED (k, kSums * kVector) meet[k * kThreads + thread] = sums[0][k / kVector][k % kVector];
   __syncthreads();
-  for (int at = thread; at < kSums * kVector * lanes; at += kThreads) {
-    const int k = at / lanes, of = at - k * lanes;
-    const int col = of * kVector + k % kVector;
+  if (!here) return;
+  for (int k = y; k < kSums * kVector; k += ys) {
     T sum = T(0);
-    for (int from = 0; from < ys; ++from) sum = sum + meet[k * kThreads + from * lanes + of];
+    for (int from = 0; from < ys; ++from) sum = sum + meet[k * kThreads + from * lanes + x];
+    const int col = first_col + k % kVector;
     if (col < cols) out[k / kVector * cols + col] = sum;
   }
 }

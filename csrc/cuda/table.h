@@ -13,9 +13,11 @@ constexpr int kVector = 8;         // neighbouring elements of a row that one th
 constexpr int kRowsInFlight = 4;   // rows whose loads a thread issues before it uses the first
 constexpr int kTileThreads = 256;  // of the tile kernels, the folds and the dense ops
 constexpr int kTileCols = kTileThreads * kVector;
-constexpr int kWideRows = 16;                                  // that the path for longer rows reads twice at a time
+constexpr int kWideRows = 16;             // that the path for longer rows reads twice at a time
 constexpr int kFoldChunk = kTileThreads;  // rows and columns of one block of a fold
-constexpr int64_t kRun = 4 * kTileCols;   // elements of a block of the dense ops
+// Columns of a block of a fold of H-Fac, each with 8 threads, because there are as many sums to add up as tiles.
+constexpr int kFoldCols = 32, kFoldWays = kFoldChunk / kFoldCols;
+constexpr int64_t kRun = 4 * kTileCols;  // elements of a block of the dense ops
 // Of each item in `Arguments::counters`: blocks that are done, then two words for flips at the ends of its signs.
 constexpr int kCounters = 3;
 constexpr int kSignEdges = 1;
@@ -32,8 +34,8 @@ HFAC_HD constexpr int stats_vectors(Width w) {
 // and so the longest rows take all threads.
 HFAC_HD constexpr int stats_threads(Width w) { return w == Width::kLong || w == Width::kWide ? 512 : 256; }
 HFAC_HD constexpr int64_t stats_cols(Width w) { return int64_t{stats_vectors(w)} * kVector * stats_threads(w); }
-// Rows come through a ring of batches in shared memory. A thread has 128 bytes of a batch, or one row; of short rows, of
-// which there are so many that fewer threads share one than have its sums, 64. `element`: its bytes.
+// Rows come through a ring of batches in shared memory. A thread has 128 bytes of a batch, or one row; of short rows,
+// of which there are so many that fewer threads share one than have its sums, 64. `element`: its bytes.
 HFAC_HD constexpr int stats_rows(Width w, int element) {
   const int row = stats_vectors(w) * kVector * element, share = w == Width::kShort || w == Width::kLong ? 64 : 128;
   return row < share ? share / row : 1;
@@ -163,7 +165,12 @@ HFAC_HD bool is_stored(const DeviceItem& it) { return it.storage.low.kind != Low
 HFAC_HD int64_t ceil_quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
 HFAC_HD int64_t fold_chunks(int64_t rows, int64_t cols) { return ceil_quotient(rows > cols ? rows : cols, kFoldChunk); }
 HFAC_HD int64_t fold_chunks(const DeviceItem& it) { return fold_chunks(it.rows, it.cols); }
-HFAC_HD int64_t collect_chunks(const DeviceItem& it) { return ceil_quotient(it.cols, kFoldChunk); }
+// Of H-Fac's folds, whose threads share the columns' tiles.
+HFAC_HD int64_t collect_chunks(const DeviceItem& it) { return ceil_quotient(it.cols, kFoldCols); }
+HFAC_HD int64_t hfac_chunks(const DeviceItem& it) {
+  const int64_t of_rows = ceil_quotient(it.rows, kFoldChunk), of_cols = collect_chunks(it);
+  return of_rows > of_cols ? of_rows : of_cols;
+}
 
 // Layouts of a parameter's partial sums in the workspace: the host takes their size from these, kernels their
 // addresses.
@@ -201,7 +208,7 @@ struct HfacSpace {
   T* end;
   HFAC_HD HfacSpace(const DeviceItem& it, char* workspace) {
     norms = reinterpret_cast<double*>(workspace + it.workspace);
-    scale = reinterpret_cast<T*>(norms + fold_chunks(it) * kFoldTotals);
+    scale = reinterpret_cast<T*>(norms + hfac_chunks(it) * kFoldTotals);
     divisor = scale + 1;
     growth = scale + 2;
     row_sum = scale + 3;

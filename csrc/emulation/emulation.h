@@ -32,7 +32,8 @@ struct Copy {
   size_t bytes, read;
 };
 
-// One CUDA thread; `copies`: groups of those that it has begun and not waited for, the last one still open; `turn` is the number of exchanges its warp has made, `barriers` those of its block that it came to.
+// One CUDA thread; `copies`: groups of those that it has begun and not waited for, the last one still open; `turn` is
+// the number of exchanges its warp has made, `barriers` those of its block that it came to.
 struct Lane {
   Index thread, block, block_size, grid_size;
   unsigned turn, barriers;
