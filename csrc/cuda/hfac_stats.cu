@@ -165,8 +165,10 @@ HFAC_DEVICE int kept(int x) {
 // sums of a batch's rows, one from each warp, become visible, all warps sum the rows of the next one. Each warp then
 // finishes the rows on its own.
 template <class A, int kAs, bool kOptions>
-__global__ void __launch_bounds__(stats_threads(Width(kAs)), stats_threads(Width(kAs)) == 256 && A::kWhole ? 2 : 1)
-    hfac_stats(Arguments a) {
+__global__ void __launch_bounds__(stats_threads(Width(kAs)), stats_threads(Width(kAs)) == 256 && A::kWhole &&
+                                                                     !(kOptions && Width(kAs) == Width::kFour)
+                                                                 ? 2
+                                                                 : 1) hfac_stats(Arguments a) {
   using T = typename A::T;
   using Grad = typename A::Grad;
   constexpr int kElement = static_cast<int>(sizeof(Grad)) / kVector, kChunks = static_cast<int>(sizeof(Grad)) / 16;
