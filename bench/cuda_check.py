@@ -23,7 +23,15 @@ ROOT = Path(__file__).parent.parent
 SOURCES = ("smmf", "hfac", "hfac_int8", "hfac_stats", "dense")
 ARCHS = ("80", "90", "100")
 #: kernel -> the registers that its number of threads leaves; kernels with no entry are bound by the architecture's 255
-BOUNDS = {"smmf_tiles": 128, "hfac_update_tiles": 128, "hfac_int8_tiles": 128, "hfac_stats, 1 vectors": 128}
+BOUNDS = {
+    "smmf_tiles": 128,
+    "hfac_update_tiles": 128,
+    "hfac_int8_tiles": 128,
+    "hfac_stats": 128,
+    "hfac_stats_wide": 128,
+}
+#: of csrc/cuda/table.h's Width
+_WIDTHS = ("short", "1 vector", "2 vectors", "4 vectors", "long")
 _TYPES = {"f": "float32", "d": "float64", "BFloat16": "bfloat16", "Float16": "float16"}
 #: accesses of csrc/cuda/stored.cuh -> what they make of a parameter
 _STORED = {"Drawn": "bfloat16 stochastically", "Split": "bfloat16 and int16", "Split8": "bfloat16 and int8"}
@@ -99,7 +107,9 @@ def describe(symbol: str) -> tuple[str, str]:
     rest = symbol[name.end() :]
     vectors = re.search(r"Li(\d+)E", rest)
     flags = re.findall(r"Lb([01])E", rest)  # is it one on blocks of shards (SMMF's tiles only), is it watched
-    suffix = f", {vectors[1]} vectors" if vectors else ", watched" if flags[-1:] == ["1"] else ""
+    suffix = ", watched" if flags[-1:] == ["1"] else ""
+    if vectors:  # H-Fac's statistics, of gradients that are scaled or looked at, or plain
+        suffix = f", {_WIDTHS[int(vectors[1])]}{', options' if flags[-1:] == ['1'] else ''}"
     suffix = ", blocks of shards" if flags == ["1", "0"] else suffix
     if rest.startswith("NS_12StoredAccess"):
         return name[1], f"any, float32, stochastically or with a lower piece{suffix}"

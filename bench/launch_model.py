@@ -25,8 +25,8 @@ from .walk import LANES, Memory, Walker
 TIMES = ("bytes", "issue", "latency", "waves")
 #: kernels of which a block takes a tile of rows and columns -> where its item says how it is cut
 _CUT = {"hfac_stats": "tiling", "smmf_tiles": "tiling", "hfac_update": "update", "hfac_int8_update": "update"}
-#: kernels of which a block takes a number of rows, and as many columns -> how many
-_CHUNKS = {"hfac_fold": 256, "hfac_int8_fold": 256, "smmf_fold": 64}
+#: kernels of which a block takes a number of rows and of columns -> how many of each
+_CHUNKS = {"hfac_fold": (256, 32), "hfac_int8_fold": (256, 32), "smmf_fold": (64, 64)}
 #: kernels of which the last block to be done for a tensor goes on alone
 _LAST = ("hfac_fold", "hfac_int8_fold", "dense_look")
 _COUNTS = ("instructions", "mufu", "shuffles", "barriers", "loaded", "stored", "wide", "local", "in_flight")
@@ -79,11 +79,7 @@ def code_of(launch: dict[str, Any], arch: str) -> Code:
         name += "_wide"
     for (kernel, of), code in kernels_of(arch).items():
         vectors = of.removeprefix(operands)
-        fits = (
-            vectors == ""
-            if width in ("", "wide")
-            else "vectors" in vectors and (" 1 " in vectors) == (width == "narrow")
-        )
+        fits = vectors == "" if width in ("", "wide") else vectors == f", {width}"
         if kernel == name and of.startswith(operands) and fits:
             return code
     raise LookupError(f"no kernel {name} for {operands} {width} was compiled for sm_{arch}")
@@ -190,7 +186,7 @@ class Model:
         code = code_of(launch, gpu.arch)
         threads, blocks = launch["threads"], launch["blocks"]
         reserved = 0 if gpu.arch >= "90" else 1024  # bytes of a block that the listing counts from sm_90 on
-        resident = gpu.resident(threads, code.registers, code.shared + reserved)
+        resident = gpu.resident(threads, code.registers, code.shared + launch["shared"] + reserved)
         few = min(resident, math.ceil(blocks / gpu.multiprocessors))
         found = Predicted(
             launch["kernel"], f"{launch['access']} {launch['width']}".strip(), 1, blocks,
@@ -236,7 +232,7 @@ class Model:
             yield n, 0, shape[0] / self._tiling(image, _CUT[kernel], item)[2], False
             return
         if kernel in _CHUNKS:
-            both = min(n, math.ceil(min(shape) / _CHUNKS[kernel]))
+            both = min(n, *(math.ceil(length / own) for length, own in zip(shape, _CHUNKS[kernel], strict=True)))
             yield both, 0, None, False
             if n > both:
                 yield n - both, n - 1, None, False

@@ -69,6 +69,7 @@ class Instruction:
     reads: list[str] = field(default_factory=list)
     write: Callable[[], Sequence[Value]] | None = None
     address: Callable[[], Value] | None = None
+    does: Callable[[], Value] | None = None  # of an asynchronous copy: does it read?
     width: int = 4
     target: int = 0
     latency: int = 4
@@ -216,8 +217,12 @@ class Operands:
             "CGAERRBAR",
             "CCTL",
             "BREAK",
+            "LDGDEPBAR",
+            "DEPBAR",
         ):
             return ins
+        if ins.base == "LDGSTS":  # to shared memory, from memory, and whether anything is read or zeros are written
+            return self._copy(ins)
         memory = next((k for k, o in enumerate(ins.operands) if _ADDRESS.match(o) and not o.startswith("c[")), None)
         if memory is not None:
             inside = _ADDRESS.match(ins.operands[memory])[1]  # type: ignore[index]
@@ -254,6 +259,16 @@ class Operands:
         ins.write = self.semantics(ins, sources)
         if ins.write is not None and ins.base == "R2P":
             ins.results = [f"P{k}" for k in range(7)]
+        return ins
+
+    def _copy(self, ins: Instruction) -> Instruction:
+        """An asynchronous copy, whose address is that of memory."""
+        to, source = (_ADDRESS.match(operand)[1] for operand in ins.operands[:2])  # type: ignore[index]
+        ins.address, names = self.address(source)
+        ins.reads = names + self.address(to)[1]
+        if len(ins.operands) > 2 and ins.operands[2].lstrip("!") != "PT":
+            ins.reads.append(ins.operands[2].lstrip("!"))
+        ins.does = self.predicate(ins.operands[2]) if len(ins.operands) > 2 else lambda: True
         return ins
 
     def _wide_source(self, ins: Instruction) -> bool:

@@ -149,6 +149,7 @@ class Walker:
         lines: OrderedDict[int, None] = OrderedDict()
         self._seen: set[int] = set()
         clock = since = issued = token = flying = 0
+        copies: list[list[int]] = [[]]  # asynchronous ones, by the groups that are waited for; the last is still open
         everyone = np.ones(LANES, bool)
         pc, mask = 0, everyone
         others: list[list] = []  # other groups of lanes: where they are, which, and the barrier that they wait at
@@ -241,6 +242,17 @@ class Walker:
             if base == "CALL":
                 warp.undecided[ins.at] += 1
                 continue
+            if base == "LDGDEPBAR":
+                copies.append([])
+                continue
+            if base == "DEPBAR":
+                left = int(ins.operands[1], 16)
+                while len(copies) - 1 > left:
+                    for waits in copies.pop(0):
+                        warp.events.append(Wait(issued, clock - since, waits))
+                        issued, since = 0, clock
+                        flying -= under_way.pop(waits, 0)
+                continue
             partial = bool(others) or isinstance(does, np.ndarray)
             by = mask if does is True or does is None else mask & does
             if base in ("MUFU", "FCHK"):
@@ -257,7 +269,13 @@ class Walker:
                         unknown = holes[name] if unknown is None else unknown | holes[name]
             if ins.address is not None:
                 at = None if unknown is not None and (unknown & by).any() else ins.address()
+                if base == "LDGSTS" and ins.does is not None:  # lanes that write zeros read nothing
+                    reads = ins.does()
+                    by = by & reads if reads is not None else by
                 values, load = self._access(ins, by, at, lines, warp)
+                if base == "LDGSTS":
+                    load = load if by.any() else None
+                    copies[-1] += [token + 1] if load else []
                 if load is not None:
                     token += 1
                     load.token, load.issued, load.cycles = token, issued, clock - since

@@ -17,6 +17,7 @@ PYBIND11_MODULE(_emulated, m) {
   m.doc() = "The CUDA kernels of hfac, compiled for the host. For tests.";
   hfac::bindings::define_cuda(m);
   m.def("set_block_order", &hfac::emulation::set_block_order, py::arg("order"));
+  m.def("inject_fault", &hfac::emulation::inject_fault, py::arg("fault"));
   m.def("set_threading", &hfac::emulation::set_threading, py::arg("threading"));
   m.def("inject_error", &hfac::emulation::inject_error, py::kw_only(), py::arg("code"), py::arg("text"),
         py::arg("launches") = 0, "An error of CUDA (a cudaError_t), as if it came after that many more launches.");

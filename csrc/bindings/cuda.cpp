@@ -51,6 +51,7 @@ py::list described(const Plan& plan) {
     d["blocks"] = launch.tiles;
     d["first_tile"] = launch.first_tile;
     d["threads"] = launch.threads;
+    d["shared"] = launch.shared;
     d["bytes"] = launch.bytes.from_memory();
     d["grad"] = launch.bytes.grad;
     d["grad_from_cache"] = launch.bytes.grad_again;

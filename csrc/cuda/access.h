@@ -28,9 +28,6 @@ enum class Access { HFAC_ACCESSES(HFAC_ENUMERATOR) };
 #undef HFAC_ENUMERATOR
 constexpr int kAccesses = static_cast<int>(Access::kStored) + 1;
 
-// Row lengths of H-Fac's statistics: held in registers, read again from L1, sums in memory.
-enum class Width { kNarrow, kRegisters, kWide };
-
 inline const char* name_of(Access access) {
 #define HFAC_NAME(enumerator, name) name,
   static const char* const names[] = {HFAC_ACCESSES(HFAC_NAME)};
@@ -39,7 +36,7 @@ inline const char* name_of(Access access) {
 }
 
 inline const char* name_of(Width width) {
-  static const char* const names[] = {"narrow", "registers", "wide"};
+  static const char* const names[] = {"short", "1 vector", "2 vectors", "4 vectors", "long", "wide"};
   return names[static_cast<int>(width)];
 }
 
@@ -81,10 +78,19 @@ inline Access grad_access(const DeviceItem& it, bool bulk) {
 
 inline Access state_access(const DeviceItem& it) { return is_double(it) ? Access::kDouble : Access::kAny; }
 
+// Bytes of an element of a gradient as the statistics hold it.
+inline int held_bytes(Access access) {
+  if (access == Access::kBFloat16 || access == Access::kFloat16) return 2;
+  return access == Access::kDouble ? 8 : 4;
+}
+
 inline Width width_of(const DeviceItem& it, Access access) {
-  if (it.cols <= kStatsNarrow) return Width::kNarrow;
   const bool bulk = access != Access::kAny && access != Access::kDouble;
-  return it.cols <= kStatsRegisters && bulk ? Width::kRegisters : Width::kWide;
+  if (it.cols <= 64 && held_bytes(access) == 2) return Width::kShort;
+  for (const Width w : {Width::kOne, Width::kTwo, Width::kFour, Width::kLong}) {
+    if (it.cols <= stats_cols(w) && (bulk || w <= Width::kTwo)) return w;
+  }
+  return Width::kWide;
 }
 
 }  // namespace hfac

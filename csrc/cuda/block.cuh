@@ -9,6 +9,11 @@ template <class T>
 HFAC_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+// The value of lane `source`.
+template <class T>
+HFAC_DEVICE T shuffle(T value, int source) {
+  return __shfl_sync(0xffffffffu, value, source);
+}
 
 // As below, transposed: the number of values halves with the distance, so that 9 shuffles do the work of 40.
 template <class T, class Put>

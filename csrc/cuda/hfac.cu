@@ -14,24 +14,48 @@ using common::hfac_clip_divisor;
 using common::hfac_half_drift;
 using common::root;
 
-// The sums of column k over all tiles of rows, in their order; each(j, sum) sees those of a tile.
+// A thread's column in a chunk, and which of the column's threads it is; the first has the column.
+struct FoldCol {
+  const int x = static_cast<int>(threadIdx.x) % kFoldCols, way = static_cast<int>(threadIdx.x) / kFoldCols;
+  const int64_t k;
+  const bool mine;
+  HFAC_DEVICE FoldCol(int chunk, int64_t cols)
+      : k(static_cast<int64_t>(chunk) * kFoldCols + x), mine(way == 0 && k < cols) {}
+};
+
+// By a whole block, to the first thread of each of its columns: sums over all tiles of rows. Each of a column's threads
+// takes every kFoldWays-th tile, in their order, several of them before it adds any; then the threads' sums are added
+// in their order. each(j, sum) sees those of a tile.
 template <class T, class Each>
-HFAC_DEVICE void sum_tiles(const T* cols, int tiles, int64_t width, int64_t k, T (&sums)[kSums], const Each& each) {
+HFAC_DEVICE void sum_tiles(const T* cols, int tiles, int64_t width, const FoldCol& col, T (&sums)[kSums],
+                           const Each& each) {
+  constexpr int kTogether = 4;
+  __shared__ T shared[kFoldWays][kSums][kFoldCols];
   HFAC_UNROLLED (j, kSums) sums[j] = T(0);
-  for (int t = 0; t < tiles; ++t) {
-    HFAC_UNROLLED (j, kSums) {
-      const T sum = cols[(static_cast<int64_t>(t) * kSums + j) * width + k];
-      sums[j] = sums[j] + sum;
-      each(j, sum);
+  for (int t = col.way; t < tiles && col.k < width; t += kFoldWays * kTogether) {
+    T loaded[kTogether][kSums];
+    HFAC_UNROLLED (u, kTogether * kSums) {
+      const int64_t tile = t + u / kSums * kFoldWays;
+      loaded[u / kSums][u % kSums] = tile < tiles ? cols[(tile * kSums + u % kSums) * width + col.k] : T(0);
     }
+    HFAC_UNROLLED (u, kTogether * kSums) {
+      sums[u % kSums] = sums[u % kSums] + loaded[u / kSums][u % kSums];
+      each(u % kSums, loaded[u / kSums][u % kSums]);
+    }
+  }
+  HFAC_UNROLLED (j, kSums) shared[col.way][j][col.x] = sums[j];
+  __syncthreads();
+  if (!col.mine) return;
+  for (int way = 1; way < kFoldWays; ++way) {
+    HFAC_UNROLLED (j, kSums) sums[j] = sums[j] + shared[way][j][col.x];
   }
 }
 
-// Collected sums are those of one tile: adding them to zero changes no bit.
+// Collected sums are those of one tile: adding them to zero, and zeros to them, changes no bit.
 template <class T>
-HFAC_DEVICE void sum_tiles(const HfacSpace<T>& space, const DeviceItem& it, int64_t k, T (&sums)[kSums]) {
+HFAC_DEVICE void sum_tiles(const HfacSpace<T>& space, const DeviceItem& it, const FoldCol& col, T (&sums)[kSums]) {
   const bool collected = space.collected;
-  sum_tiles(collected ? space.collected : space.cols, collected ? 1 : it.tiling.row_tiles, it.cols, k, sums,
+  sum_tiles(collected ? space.collected : space.cols, collected ? 1 : it.tiling.row_tiles, it.cols, col, sums,
             [](int, T) {});
 }
 
@@ -48,14 +72,14 @@ __global__ void __launch_bounds__(kTileThreads) hfac_collect(Arguments a) {
   }
   if (unclipped(a)) return;
   const HfacSpace<T> space(it, a.workspace);
-  const int64_t k = static_cast<int64_t>(tile.index) * kFoldChunk + threadIdx.x;
+  const FoldCol col(tile.index, it.cols);
   double total = 0;
-  if (k < it.cols) {
-    T sums[kSums];
-    sum_tiles(space.cols, it.tiling.row_tiles, it.cols, k, sums, [&](int j, T sum) {
-      if (j == 1) total += static_cast<double>(sum);
-    });
-    HFAC_UNROLLED (j, kSums) space.collected[j * it.cols + k] = sums[j];
+  T sums[kSums];
+  sum_tiles(space.cols, it.tiling.row_tiles, it.cols, col, sums, [&](int j, T sum) {
+    if (j == 1) total += static_cast<double>(sum);
+  });
+  if (col.mine) {
+    HFAC_UNROLLED (j, kSums) space.collected[j * it.cols + col.k] = sums[j];
   }
   if (!a.squares) return;
 
@@ -143,18 +167,19 @@ HFAC_DEVICE void fold(const Arguments& a) {
       space.row_sum[k] = step_moments(it.first_row, it.second_row, k, sign * (sum + T(0)) / cols, r, cols, b1);
     }
   }
-  if (k < n) {
-    T sums[kSums];
-    sum_tiles(space, it, k, sums);
-    const T old = static_cast<const T*>(it.second_col)[k];
+  const FoldCol col(tile.index, n);
+  T sums[kSums];
+  if (static_cast<int64_t>(tile.index) * kFoldCols < n) sum_tiles(space, it, col, sums);
+  if (col.mine) {
+    const T old = static_cast<const T*>(it.second_col)[col.k];
     const T square = sums[1] + static_cast<T>(static_cast<double>(m) * a.options.eps);
     const T s = hfac_average(b2.beta, old, b2.rest, square);
     if constexpr (kCodes) {
-      space.col_first[k] = step_unit(it.second_col, k, s);
+      space.col_first[col.k] = step_unit(it.second_col, col.k, s);
     } else {
-      space.col_first[k] = step_moments(it.first_col, it.second_col, k, sign * sums[0] / rows, s, rows, b1);
+      space.col_first[col.k] = step_moments(it.first_col, it.second_col, col.k, sign * sums[0] / rows, s, rows, b1);
     }
-    space.col_scale[k] = T(1) / root(s);
+    space.col_scale[col.k] = T(1) / root(s);
     totals[1] = static_cast<double>(sums[2]) / static_cast<double>(s);
     zeros[1] = sums[0] == T(0) && sums[1] == T(0) ? 1 : 0;
   }
@@ -170,7 +195,7 @@ HFAC_DEVICE void fold(const Arguments& a) {
     if (threadIdx.x == 0) space.norms[tile.index * kFoldTotals + j] = sum;
   }
 
-  const int64_t chunks = fold_chunks(it);
+  const int64_t chunks = hfac_chunks(it);
   if (!last_block(a.counters + it.counter, chunks)) return;
   HFAC_UNROLLED (j, kTotals) {
     totals[j] = 0;
@@ -207,10 +232,12 @@ __global__ void __launch_bounds__(kTileThreads) hfac_sums_fold(Arguments a) {
     static_cast<T*>(shard.row[0])[k] = space.row_sum[k] + T(0);  // -0 was a mark
     static_cast<T*>(shard.row[1])[k] = space.row_square[k];
   }
-  if (!shard.col[0] || k >= it.cols) return;
+  const FoldCol col(tile.index, it.cols);
+  if (!shard.col[0] || static_cast<int64_t>(tile.index) * kFoldCols >= it.cols) return;
   T sums[kSums];
-  sum_tiles(space, it, k, sums);
-  HFAC_UNROLLED (j, kSums) static_cast<T*>(shard.col[j])[k] = sums[j];
+  sum_tiles(space, it, col, sums);
+  if (!col.mine) return;
+  HFAC_UNROLLED (j, kSums) static_cast<T*>(shard.col[j])[col.k] = sums[j];
 }
 
 // What `fold` leaves to the update, of sums over whole rows and columns that are known: the moments go on, also those
@@ -234,15 +261,16 @@ HFAC_DEVICE void apply_fold(const Arguments& a) {
       space.row_sum[k] = step_moments(it.first_row, it.second_row, k, sign * sum / cols, r, cols, b1);
     }
   }
-  if (k < it.cols) {
-    const T s = static_cast<const T*>(shard.col[1])[k];
+  const FoldCol col(tile.index, it.cols);
+  if (col.mine) {
+    const T s = static_cast<const T*>(shard.col[1])[col.k];
     if constexpr (kCodes) {
-      space.col_first[k] = step_unit(it.second_col, k, s);
+      space.col_first[col.k] = step_unit(it.second_col, col.k, s);
     } else {
-      const T sum = static_cast<const T*>(shard.col[0])[k];
-      space.col_first[k] = step_moments(it.first_col, it.second_col, k, sign * sum / rows, s, rows, b1);
+      const T sum = static_cast<const T*>(shard.col[0])[col.k];
+      space.col_first[col.k] = step_moments(it.first_col, it.second_col, col.k, sign * sum / rows, s, rows, b1);
     }
-    space.col_scale[k] = T(1) / root(s);
+    space.col_scale[col.k] = T(1) / root(s);
   }
   if (k > 0) return;
   put_scales<T, kCodes>(space, a.options, value_of(a.scalars.totals, it.index),
@@ -280,7 +308,7 @@ KernelFunction hfac_update_kernel(const Launch& l, const Arguments& a) {
 }
 
 void launch_hfac_unflag(int32_t* flags, int64_t count, const float* clip, void* stream) {
-  launch("hfac_unflag", hfac_unflag, ceil_quotient(count, kTileThreads), kTileThreads, stream, flags, count, clip);
+  launch("hfac_unflag", hfac_unflag, ceil_quotient(count, kTileThreads), kTileThreads, 0, stream, flags, count, clip);
 }
 
 }  // namespace hfac

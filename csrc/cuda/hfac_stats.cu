@@ -11,236 +11,438 @@ namespace {
 
 using common::hfac_average;
 
-// What the statistics' threads share: sums of rows, one value per warp; 1 / r_i.
-constexpr int kStatsRows = kRowsInFlight * kStatsThreads;
-template <class T>
-struct StatsShared {
-  T sums[kStatsThreads * kVector];  // of rows [row][2][warps], then of columns [k][thread]
-  T inverse[kStatsRows];
-};
+// With one rounding, also where the compiler must not fuse: no other kernel adds up the same numbers.
+HFAC_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
+HFAC_DEVICE double fused(double a, double b, double c) { return fma(a, b, c); }
 
-// A block's rows and where its threads stand in them.
-template <class A>
+// 16 bytes to shared memory, while the thread goes on; zeros, and nothing is read, unless they are `there`.
+HFAC_DEVICE void begin_copy(Chunk* to, const char* from, bool there) {
+#ifdef HFAC_DEVICE_COMPILER
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
+      "l"(from), "r"(there ? 16 : 0)
+      : "memory");
+#else
+  emulation::begin_copy(to, from, sizeof(Chunk), there ? sizeof(Chunk) : 0);
+#endif
+}
+HFAC_DEVICE void commit_copies() {
+#ifdef HFAC_DEVICE_COMPILER
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+  emulation::commit_copies();
+#endif
+}
+// Until no more than kLeft of the groups that the thread has committed are under way.
+template <int kLeft>
+HFAC_DEVICE void wait_for_copies() {
+#ifdef HFAC_DEVICE_COMPILER
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+#else
+  emulation::wait_for_copies(kLeft);
+#endif
+}
+
+// Keeps loads on their side: the columns' sums leave no registers for those that the compiler would like to hoist.
+HFAC_DEVICE void keep_order() { asm volatile("" ::: "memory"); }
+
+// A block's rows. `kOptions`: gradients may be scaled, and those that are not finite looked for; the plain kernel has
+// no instruction for either.
+template <class A, bool kOptions>
 struct Stats {
   using T = typename A::T;
+  using Grad = typename A::Grad;
   const Arguments& a;
   const DeviceItem& it;
-  StatsShared<T>& shared;
-  const int tile;
   const Operand grad = it.grad;
+  const int64_t first_row;
+  const int tile_rows;
   const Gradient<T> gradient{a};
   const Decay<T> b2{a.scalars.beta2, it.index};
-  const int lanes = it.tiling.lanes;
-  const int x = static_cast<int>(threadIdx.x) % it.tiling.lanes;
-  const int y = static_cast<int>(threadIdx.x) / it.tiling.lanes;
-  const int ys = static_cast<int>(blockDim.x) / it.tiling.lanes;
-  const int warps = it.tiling.lanes > kWarp ? it.tiling.lanes / kWarp : 1;
-  const int width = it.tiling.lanes < kWarp ? it.tiling.lanes : kWarp;
-  const int tile_rows = static_cast<int>(it.rows - static_cast<int64_t>(tile) * it.tiling.rows < it.tiling.rows
-                                             ? it.rows - static_cast<int64_t>(tile) * it.tiling.rows
-                                             : it.tiling.rows);
-  const int64_t rows = it.rows, cols = it.cols, first_row = static_cast<int64_t>(tile) * it.tiling.rows;
+  const T eps_sum =
+      static_cast<T>(static_cast<double>(a.shards ? a.shards[&it - a.items].cols : it.cols) * a.options.eps);
   bool bad = false;
 
-  HFAC_DEVICE typename A::Grad load(int row, int64_t col, int count) const {
-    return A::grad(grad, a.layouts, (first_row + row) * cols + col, count, false);
+  HFAC_DEVICE Stats(const Arguments& arguments, const Tile& tile)
+      : a(arguments),
+        it(arguments.items[tile.item]),
+        first_row(static_cast<int64_t>(tile.index) * it.tiling.rows),
+        tile_rows(static_cast<int>(it.rows - first_row < it.tiling.rows ? it.rows - first_row : it.tiling.rows)) {}
+
+  // Where the tile's sums go, those of its columns and of its rows; `odd`: r in place of the sum.
+  HFAC_DEVICE T* of_columns() const {
+    return HfacSpace<T>(it, a.workspace).cols + static_cast<int64_t>(tile_of(a).index) * kSums * it.cols;
+  }
+  HFAC_DEVICE T* of_rows(bool odd) const {
+    const HfacSpace<T> space(it, a.workspace);
+    return (odd ? space.row_square : space.row_sum) + first_row;
+  }
+  HFAC_DEVICE const T* moments_before() const { return global(static_cast<const T*>(it.second_row)) + first_row; }
+
+  HFAC_DEVICE Grad load(int row, int64_t col, int count) const {
+    return A::grad(grad, a.layouts, (first_row + row) * it.cols + col, count, false);
+  }
+
+  HFAC_DEVICE void widen(const Grad& raw, T (&g)[kVector]) const {
+    A::widen(raw, g);
+    if constexpr (kOptions) gradient.unscale(g);
   }
 
   // One thread's part of a row's sums. The sign of a maximized gradient is left to the fold.
-  HFAC_DEVICE void add(const typename A::Grad& raw, T& sum, T& square) {
+  HFAC_DEVICE void add(const Grad& raw, T& sum, T& square) {
     T g[kVector];
-    A::widen(raw, g);
-    gradient.unscale(g);
+    widen(raw, g);
     HFAC_UNROLLED (k, kVector) {
       sum = sum + g[k];
-      square = square + g[k] * g[k];
+      square = fused(g[k], g[k], square);
     }
-    if (a.nonfinite) bad = bad || nonfinite(g, static_cast<T>(rows * cols));
+    if constexpr (kOptions) {
+      if (a.nonfinite) bad = bad || nonfinite(g, static_cast<T>(it.rows * it.cols));
+    }
   }
 
-  HFAC_DEVICE void add(const typename A::Grad& raw, T inverse, T (&sums)[kSums][kVector]) const {
+  HFAC_DEVICE void add(const Grad& raw, T inverse, T (&sums)[kSums][kVector]) const {
     T g[kVector];
-    A::widen(raw, g);
-    gradient.unscale(g);
+    widen(raw, g);
     HFAC_UNROLLED (k, kVector) {
       const T square = g[k] * g[k];
       sums[0][k] = sums[0][k] + g[k];
       sums[1][k] = sums[1][k] + square;
-      sums[2][k] = sums[2][k] + square * inverse;
+      sums[2][k] = fused(square, inverse, sums[2][k]);
     }
   }
 
-  // Sums {sum, square} of this thread's rows base + r ys + y to shared memory; `at` is base's offset there.
-  HFAC_DEVICE void put_rows(T (&sums)[kVector], int at) {
-    sum_lanes(sums, width, [&](int k, T sum) {
-      const int row = at + k / 2 * ys + y;
-      shared.sums[(row * 2 + k % 2) * warps + x / kWarp] = sum;
-    });
-  }
-
-  // Between two barriers: the batch's r_i, and the inverses that its column sums need.
-  HFAC_DEVICE void finish_rows(int base, int batch) {
-    __syncthreads();
-    const int64_t length = a.shards ? a.shards[&it - a.items].cols : cols;
-    const T eps_sum = static_cast<T>(static_cast<double>(length) * a.options.eps);
-    for (int k = static_cast<int>(threadIdx.x); k < batch; k += static_cast<int>(blockDim.x)) {
-      if (base + k >= tile_rows) continue;
-      T sum = T(0), square = T(0);
-      for (int w = 0; w < warps; ++w) {
-        sum = sum + shared.sums[k * 2 * warps + w];
-        square = square + shared.sums[(k * 2 + 1) * warps + w];
-      }
-      const int64_t i = first_row + base + k;
-      const HfacSpace<T> space(it, a.workspace);
-      const T r = hfac_average(b2.beta, static_cast<const T*>(it.second_row)[i], b2.rest, square + eps_sum);
-      space.row_sum[i] = sum == T(0) && square == T(0) ? -T(0) : sum;  // of zeros alone: no sum comes out as -0
-      space.row_square[i] = r;
-      shared.inverse[k] = T(1) / r;
-    }
-    __syncthreads();
-  }
+  // r_i of a row whose sum of squares is known.
+  HFAC_DEVICE T moment(T before, T square) const { return hfac_average(b2.beta, before, b2.rest, square + eps_sum); }
+  // Of zeros alone the sum is -0: no other comes out as that.
+  static HFAC_DEVICE T marked(T sum, T square) { return sum == T(0) && square == T(0) ? -T(0) : sum; }
 
   HFAC_DEVICE void finish() const {
-    if (a.nonfinite && bad) atomicOr(a.nonfinite + it.index, 1);
+    if (kOptions && a.nonfinite && bad) atomicOr(a.nonfinite + it.index, 1);
   }
 };
 
-// Keeps loads on their side: the columns' sums leave no registers for loads that the compiler would like to hoist.
-HFAC_DEVICE void keep_order() { asm volatile("" ::: "memory"); }
+// Sums of each of n values, a power of two, over the lanes of a warp that share them, at least n: lane k has that of
+// value k % n. Transposed: the number of values halves while the distance doubles.
+template <int n, class T>
+HFAC_DEVICE T sum_values(T (&v)[n], int lanes) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+  for (int mask = 1; mask < n; mask *= 2) {
+    const bool odd = lane & mask;
+    HFAC_UNROLLED (k, n / (2 * mask)) {
+      const T sent = odd ? v[2 * k] : v[2 * k + 1], kept = odd ? v[2 * k + 1] : v[2 * k];
+      v[k] = kept + shuffle_xor(sent, mask);
+    }
+  }
+  T sum = v[0];
+#pragma unroll
+  for (int mask = n; mask < kWarp; mask *= 2) {
+    if (mask < lanes) sum = sum + shuffle_xor(sum, mask);
+  }
+  return sum;
+}
 
-// Rows of up to kVectors vectors per thread; the columns' sums stay in registers for the whole tile. Short rows are
-// held in registers between their own sums and their columns'; longer ones are read again while they are in L1.
-template <class A, int kVectors>
-__global__ void __launch_bounds__(kVectors == 1 ? kStatsThreads : kLongThreads, 1) hfac_stats(Arguments a) {
+// All that the compiler would rather work out anew in every turn of a loop than keep.
+HFAC_DEVICE float kept(float x) {
+#ifdef HFAC_DEVICE_COMPILER
+  asm volatile("" : "+f"(x));
+#endif
+  return x;
+}
+HFAC_DEVICE double kept(double x) { return x; }
+HFAC_DEVICE int kept(int x) {
+#ifdef HFAC_DEVICE_COMPILER
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+// Rows of a few vectors per thread, whose columns' sums stay in registers for the whole tile.
+//
+// Rows come in batches, through a ring of batches in shared memory, which keeps them for both of their uses: a thread
+// copies what it will use itself, so that it has nobody to wait for, and copies are under way all the time. While the
+// sums of a batch's rows, one from each warp, become visible, all warps sum the rows of the next one. Each warp then
+// finishes the rows on its own.
+template <class A, int kAs, bool kOptions>
+__global__ void __launch_bounds__(stats_threads(Width(kAs)), stats_threads(Width(kAs)) == 256 && A::kWhole &&
+                                                                     !(kOptions && Width(kAs) == Width::kFour)
+                                                                 ? 2
+                                                                 : 1) hfac_stats(Arguments a) {
   using T = typename A::T;
-  __shared__ StatsShared<T> shared;
+  using Grad = typename A::Grad;
+  constexpr int kElement = static_cast<int>(sizeof(Grad)) / kVector, kChunks = static_cast<int>(sizeof(Grad)) / 16;
+  constexpr Width kWidth = Width(kAs);
+  constexpr int kVectors = stats_vectors(kWidth), kThreads = stats_threads(kWidth), kWarps = kThreads / kWarp;
+  constexpr int kRows = stats_rows(kWidth, kElement), kStages = stats_stages(kWidth, kElement), kValues = 2 * kRows;
+  static_assert(kSums * kVector * sizeof(T) * kThreads <= stats_shared(kWidth, kElement), "sums of columns");
+  __shared__ T of_warps[2][kWarps][kValues];
   if (skipped(a) || unclipped(a)) return;
-  const Tile tile = tile_of(a);
-  Stats<A> s{a, a.items[tile.item], shared, tile.index};
+  Stats<A, kOptions> s(a, tile_of(a));
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, lanes = s.it.tiling.lanes;
+  // Quotients by `lanes`, exact for as few threads.
+  const int part_of = ((1 << 20) + lanes - 1) / lanes, ys = kThreads * part_of >> 20, y = thread * part_of >> 20;
+  const int x = thread - y * lanes;
+  const int warps = (lanes + kWarp - 1) / kWarp, batch = ys * kRows;
+  // Else a warp that is left over. From the first lane, so that the compiler sees that a warp has one answer.
+  const bool here = shuffle(static_cast<int>(y < ys), 0);
+
+  Chunk* const ring = reinterpret_cast<Chunk*>(dynamic_shared()) + thread;
+  const auto slot = [&](int stage, int r, int v, int c) {
+    return ring + (((stage * kRows + r) * kVectors + v) * kChunks + c) * kThreads;
+  };
+  const int cols = static_cast<int>(s.it.cols), step = lanes * kVector, first_col = x * kVector;
+  const int rows_bytes = ys * cols * kElement;
+  // How many of its vectors of a row a thread has, and where its part of the next batch to be copied begins.
+  int mine = 0;
+  HFAC_UNROLLED (v, kVectors) mine += first_col + v * step < cols ? 1 : 0;
+  const char* next = nullptr;
+  if constexpr (A::kWhole) {
+    next = static_cast<const char*>(s.grad.data) + ((s.first_row + y) * cols + first_col) * kElement;
+    next = global(next);
+  }
+  // Of rows and columns that are not there: zeros.
+  const auto begin = [&](int base, int stage) {
+    HFAC_UNROLLED (r, kRows) {
+      const int row = base + r * ys + y;
+      HFAC_UNROLLED (v, kVectors) {
+        const bool there = row < s.tile_rows && v < mine;
+        if constexpr (A::kWhole) {
+          const char* const from = next + (r * rows_bytes + v * step * kElement);
+          HFAC_UNROLLED (c, kChunks) begin_copy(slot(stage, r, v, c), from + 16 * c, there);
+        } else {
+          Grad raw{};
+          if (there) raw = s.load(row, first_col + v * step, vector_count(first_col + v * step, cols));
+          HFAC_UNROLLED (c, kChunks) memcpy(slot(stage, r, v, c), reinterpret_cast<const char*>(&raw) + 16 * c, 16);
+        }
+      }
+    }
+    next += kRows * rows_bytes;
+  };
+  const auto held = [&](int stage, int r, int v) {
+    Grad raw;
+    HFAC_UNROLLED (c, kChunks) {
+      const Chunk chunk = load_chunk(slot(stage, r, v, c), false);
+      memcpy(reinterpret_cast<char*>(&raw) + 16 * c, &chunk, 16);
+    }
+    return raw;
+  };
+  // This warp's part of the batch's sums: of row (lane % kValues) / 2 the sum, or of odd lanes that of squares.
+  const auto row_sums = [&](int stage) {
+    T values[kValues];
+    HFAC_UNROLLED (r, kRows) {
+      values[2 * r] = values[2 * r + 1] = T(0);
+      HFAC_UNROLLED (v, kVectors) s.add(held(stage, r, v), values[2 * r], values[2 * r + 1]);
+    }
+    return sum_values(values, lanes);
+  };
+  // Of the rows of a batch the one whose sum this lane has, or of odd lanes its sum of squares.
+  const bool odd = lane % 2;
+  const int my_row = lane % kValues / 2 * ys + y;
+  const T* const moments = s.moments_before() + my_row;
+  T* const fresh = s.of_rows(odd) + my_row;
+  const auto moment_before = [&](int base) { return base + my_row < s.tile_rows ? moments[base] : T(0); };
+
   T sums[kVectors][kSums][kVector];
   HFAC_UNROLLED (k, kVectors * kSums * kVector) {
     sums[k / (kSums * kVector)][k / kVector % kSums][k % kVector] = T(0);
   }
-  const int64_t step = static_cast<int64_t>(s.lanes) * kVector, first_col = static_cast<int64_t>(s.x) * kVector;
+  T part = T(0), before = T(0);
+  if (here) {
+    HFAC_UNROLLED (k, kStages) {
+      if (k * batch < s.tile_rows) begin(k * batch, k);
+      commit_copies();
+    }
+    before = moment_before(0);
+    wait_for_copies<kStages - 1>();
+    part = row_sums(0);
+  }
+  int stage = 0, turn = 0;
+  for (int base = 0; base < s.tile_rows; base += batch, turn ^= 1) {
+    T total = part;
+    if (warps > 1) {  // in turn: who writes a set again has passed a barrier behind all reads of it
+      if (lane < kValues) of_warps[turn][thread / kWarp][lane] = part;
+      __syncthreads();
+    }
+    if (!here) continue;
+    if (warps > 1 && kWidth != Width::kLong) {  // in an order that does not depend on the type
+      total = T(0);
+      HFAC_UNROLLED (w, kWarps) {
+        if (w < warps) total = total + of_warps[turn][y * warps + w][lane % kValues];
+      }
+    } else if (warps > 1) {
+      total = T(0);
+      HFAC_UNROLLED (k, kWarps * kValues / kWarp) {
+        const int w = lane / kValues + k * (kWarp / kValues);
+        if (w < warps) total = total + of_warps[turn][y * warps + w][lane % kValues];
+      }
+    }
+    const int following = stage + 1 == kStages ? 0 : stage + 1;
+    T before_next = T(0);
+    if (base + batch < s.tile_rows) {
+      before_next = moment_before(base + batch);
+      wait_for_copies<kStages - 2>();
+      part = row_sums(following);
+    }
+    if (warps > 1 && kWidth == Width::kLong) {
+#pragma unroll
+      for (int mask = kValues; mask < kWarp; mask *= 2) total = total + shuffle_xor(total, mask);
+    }
 
-  const int batch = s.ys * kRowsInFlight;
-  for (int base = 0; base < s.tile_rows; base += batch) {
-    typename A::Grad held[kRowsInFlight];
-    T row_sums[kVector];
-    HFAC_UNROLLED (k, kVector) row_sums[k] = T(0);
-    constexpr int kTogether = kVectors > 1 && sizeof(typename A::Grad) > 16 ? 2 : kRowsInFlight;
-#pragma unroll
-    for (int half = 0; half < kRowsInFlight; half += kTogether) {
-#pragma unroll 1
-      for (int64_t col = first_col; col < s.cols; col += step) {
-        const int count = vector_count(col, s.cols);
-#pragma unroll
-        for (int r = half; r < half + kTogether; ++r) {
-          const int row = base + r * s.ys + s.y;
-          if (row < s.tile_rows) held[r] = s.load(row, col, count);
-        }
-#pragma unroll
-        for (int r = half; r < half + kTogether; ++r) {
-          const int row = base + r * s.ys + s.y;
-          if (row < s.tile_rows) s.add(held[r], row_sums[2 * r], row_sums[2 * r + 1]);
-        }
+    // Both lanes of a row have its r, for the columns' sums; the first lanes of the row's threads store what is new.
+    const T other = shuffle_xor(total, 1);
+    const T r_new = s.moment(before, odd ? total : other);
+    const bool there = base + my_row < s.tile_rows;
+    if (there && x < kValues) fresh[base] = odd ? r_new : s.marked(total, other);
+    const T inverse = there ? T(1) / r_new : T(0);
+    HFAC_UNROLLED (r, kRows) {
+      const T of_row = shuffle(inverse, lane / kValues * kValues + 2 * r);
+      HFAC_UNROLLED (v, kVectors) {
+        s.add(held(stage, r, v), of_row, sums[v]);
+        keep_order();
       }
     }
-    s.put_rows(row_sums, 0);
-    s.finish_rows(base, batch);
-    HFAC_UNROLLED (v, kVectors) {
-      const int64_t col = first_col + v * step;
-      const int count = vector_count(col, s.cols);
-      if (!count) continue;
-      HFAC_UNROLLED (r, kRowsInFlight) {
-        const int row = base + r * s.ys + s.y;
-        if (row >= s.tile_rows) continue;
-        if (kVectors > 1) held[r] = s.load(row, col, count);
-        s.add(held[r], shared.inverse[r * s.ys + s.y], sums[v]);
-        if (kVectors > 1 && r % 2) keep_order();
-      }
-    }
+    if (base + kStages * batch < s.tile_rows) begin(base + kStages * batch, stage);
+    commit_copies();
+    stage = following;
+    before = before_next;
   }
   s.finish();
 
-  T* out = HfacSpace<T>(s.it, a.workspace).cols + static_cast<int64_t>(tile.index) * kSums * s.cols;
-  if (s.ys == 1) {
+  T* const out = s.of_columns();
+  if (ys == 1) {
+    if (!here) return;
     HFAC_UNROLLED (v, kVectors) {
-      const int64_t col = first_col + v * step;
-      const int count = vector_count(col, s.cols);
-      HFAC_UNROLLED (k, kSums * kVector) {
-        if (k % kVector < count) out[k / kVector * s.cols + col + k % kVector] = sums[v][k / kVector][k % kVector];
+      if (v >= mine) continue;
+      HFAC_UNROLLED (statistic, kSums) {
+        T* const to = out + (statistic * cols + first_col + v * step);
+        if constexpr (A::kWhole) {
+          Raw<T> raw;
+          pack(sums[v][statistic], raw);
+          store_raw(to, raw);
+        } else {
+          const int count = vector_count(first_col + v * step, cols);
+          HFAC_UNROLLED (k, kVector) {
+            if (k < count) to[k] = sums[v][statistic][k];
+          }
+        }
       }
     }
     return;
   }
-  // Threads of the same columns: their sums meet in shared memory, in the order of y. Rows have one vector per thread.
-  HFAC_UNROLLED (statistic, kSums) {
-    __syncthreads();
-    HFAC_UNROLLED (k, kVector) {
-      shared.sums[k * kStatsThreads + static_cast<int>(threadIdx.x)] = sums[0][statistic][k];
-    }
-    __syncthreads();
-    for (int k = s.y; k < kVector; k += s.ys) {
-      T sum = T(0);
-      for (int from = 0; from < s.ys; ++from) sum = sum + shared.sums[k * kStatsThreads + from * s.lanes + s.x];
-      if (k < vector_count(first_col, s.cols)) out[statistic * s.cols + s.x * kVector + k] = sum;
-    }
+  // Threads of the same columns: their sums meet in the ring's memory, in the order of y. Rows have one vector per
+  // thread.
+  T* const meet = reinterpret_cast<T*>(dynamic_shared());
+  __syncthreads();
+  HFAC_UNROLLED (k, kSums * kVector) meet[k * kThreads + thread] = sums[0][k / kVector][k % kVector];
+  __syncthreads();
+  if (!here) return;
+  for (int k = y; k < kSums * kVector; k += ys) {
+    T sum = T(0);
+    for (int from = 0; from < ys; ++from) sum = sum + meet[k * kThreads + from * lanes + x];
+    const int col = first_col + k % kVector;
+    if (col < cols) out[k / kVector * cols + col] = sum;
   }
 }
 
 // Rows of any length: a few at a time, read twice, with the columns' sums in the workspace.
 template <class A>
-__global__ void __launch_bounds__(kLongThreads, 1) hfac_stats_wide(Arguments a) {
+__global__ void __launch_bounds__(stats_threads(Width::kWide), 1) hfac_stats_wide(Arguments a) {
   using T = typename A::T;
-  __shared__ StatsShared<T> shared;
+  constexpr int kThreads = stats_threads(Width::kWide), kWarps = kThreads / kWarp;
+  __shared__ T of_warps[kWideRows * 2][kWarps], inverse[kWideRows];
   if (skipped(a) || unclipped(a)) return;
-  const Tile tile = tile_of(a);
-  Stats<A> s{a, a.items[tile.item], shared, tile.index};
-  T* out = HfacSpace<T>(s.it, a.workspace).cols + static_cast<int64_t>(tile.index) * kSums * s.cols;
+  Stats<A, true> s(a, tile_of(a));
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t cols = s.it.cols;
+  T* const out = s.of_columns();
   for (int base = 0; base < s.tile_rows; base += kWideRows) {
     for (int first = 0; first < kWideRows; first += kRowsInFlight) {
-      T row_sums[kVector];
-      HFAC_UNROLLED (k, kVector) row_sums[k] = T(0);
-      for (int64_t col = s.x * kVector; col < s.cols; col += kLongThreads * kVector) {
-        const int count = vector_count(col, s.cols);
+      T values[2 * kRowsInFlight];
+      HFAC_UNROLLED (k, 2 * kRowsInFlight) values[k] = T(0);
+      for (int64_t col = thread * kVector; col < cols; col += kThreads * kVector) {
+        const int count = vector_count(col, cols);
         HFAC_UNROLLED (r, kRowsInFlight) {
           const int row = base + first + r;
-          if (row < s.tile_rows) s.add(s.load(row, col, count), row_sums[2 * r], row_sums[2 * r + 1]);
+          if (row < s.tile_rows) s.add(s.load(row, col, count), values[2 * r], values[2 * r + 1]);
         }
       }
-      s.put_rows(row_sums, first);
+      const T sum = sum_values(values, kWarp);
+      const int lane = thread % kWarp;
+      if (lane < 2 * kRowsInFlight) of_warps[2 * first + lane][thread / kWarp] = sum;
     }
-    s.finish_rows(base, kWideRows);
-    for (int64_t col = s.x * kVector; col < s.cols; col += kLongThreads * kVector) {
-      const int count = vector_count(col, s.cols);
+    __syncthreads();
+    if (thread < kWideRows && base + thread < s.tile_rows) {
+      T sum = T(0), square = T(0);
+      for (int w = 0; w < kWarps; ++w) {
+        sum = sum + of_warps[2 * thread][w];
+        square = square + of_warps[2 * thread + 1][w];
+      }
+      const T r_new = s.moment(s.moments_before()[base + thread], square);
+      s.of_rows(false)[base + thread] = s.marked(sum, square);
+      s.of_rows(true)[base + thread] = r_new;
+      inverse[thread] = T(1) / r_new;
+    }
+    __syncthreads();
+    for (int64_t col = thread * kVector; col < cols; col += kThreads * kVector) {
+      const int count = vector_count(col, cols);
       T sums[kSums][kVector];
       HFAC_UNROLLED (k, kSums * kVector) {
         const bool kept = base > 0 && k % kVector < count;
-        sums[k / kVector][k % kVector] = kept ? out[k / kVector * s.cols + col + k % kVector] : T(0);
+        sums[k / kVector][k % kVector] = kept ? out[k / kVector * cols + col + k % kVector] : T(0);
       }
       for (int r = 0; r < kWideRows && base + r < s.tile_rows; ++r) {
-        s.add(s.load(base + r, col, count), shared.inverse[r], sums);
+        s.add(s.load(base + r, col, count), inverse[r], sums);
       }
       HFAC_UNROLLED (k, kSums * kVector) {
-        if (k % kVector < count) out[k / kVector * s.cols + col + k % kVector] = sums[k / kVector][k % kVector];
+        if (k % kVector < count) out[k / kVector * cols + col + k % kVector] = sums[k / kVector][k % kVector];
       }
     }
   }
   s.finish();
 }
 
+// A device whose blocks have too little shared memory for a launch's ring reads rows twice.
+bool fits(const Launch& l) {
+#ifdef HFAC_DEVICE_COMPILER
+  if (l.shared <= kRingBytes) return true;
+  int device = 0, most = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return l.shared + (1 << 10) <= most;
+#else
+  (void)l;
+  return true;
+#endif
+}
+
+template <class A, bool kOptions>
+KernelFunction stats_kernel(Width width) {
+  if (width == Width::kOne) return hfac_stats<A, static_cast<int>(Width::kOne), kOptions>;
+  if (width == Width::kTwo) return hfac_stats<A, static_cast<int>(Width::kTwo), kOptions>;
+  if constexpr (A::kWhole) {
+    if (width == Width::kFour) return hfac_stats<A, static_cast<int>(Width::kFour), kOptions>;
+    if (width == Width::kLong) return hfac_stats<A, static_cast<int>(Width::kLong), kOptions>;
+    if constexpr (sizeof(typename A::Grad) == 2 * kVector) {
+      if (width == Width::kShort) return hfac_stats<A, static_cast<int>(Width::kShort), kOptions>;
+    }
+  }
+  return hfac_stats_wide<A>;
+}
+
 }  // namespace
 
-KernelFunction hfac_stats_kernel(const Launch& l, const Arguments&) {
+KernelFunction hfac_stats_kernel(const Launch& l, const Arguments& a) {
   return kernel_for(l.access, GradAccesses(), [&](auto access) -> KernelFunction {
     using A = decltype(access);
-    if (l.width == Width::kNarrow) return hfac_stats<A, 1>;
-    if constexpr (A::kWhole) {
-      if (l.width == Width::kRegisters) return hfac_stats<A, kStatsVectors>;
+    const Width width = fits(l) ? l.width : Width::kWide;
+    if constexpr (!kPlainStep) {
+      if (a.nonfinite || a.grad_scale) return stats_kernel<A, true>(width);
     }
-    return hfac_stats_wide<A>;
+    return stats_kernel<A, false>(width);
   });
 }
+
+int hfac_stats_shared(const Launch& l) { return fits(l) ? l.shared : 0; }
 
 }  // namespace hfac

@@ -27,6 +27,16 @@
 
 namespace hfac {
 
+// Of the block, as many bytes as its launch asked for.
+#ifdef HFAC_DEVICE_COMPILER
+HFAC_DEVICE char* dynamic_shared() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+#else
+using emulation::dynamic_shared;
+#endif
+
 constexpr int kWarp = 32;
 #if defined(__AMDGCN_WAVEFRONT_SIZE)
 static_assert(__AMDGCN_WAVEFRONT_SIZE == kWarp, "row sums are written for warps of 32 threads");
@@ -37,6 +47,8 @@ using KernelFunction = void (*)(Arguments);
 #define HFAC_DECLARE(name) KernelFunction name##_kernel(const Launch& launch, const Arguments& arguments);
 HFAC_KERNELS(HFAC_DECLARE)
 #undef HFAC_DECLARE
+// Bytes of dynamic shared memory of the kernel that hfac_stats_kernel picks.
+int hfac_stats_shared(const Launch& launch);
 // Clears `count` flags where the coefficient at `clip` is not 1.
 void launch_hfac_unflag(int32_t* flags, int64_t count, const float* clip, void* stream);
 
@@ -91,16 +103,22 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+constexpr int kSharedUnasked = 48 << 10;  // bytes of shared memory that a block has without asking for more
+
+// `shared`: bytes of dynamic shared memory.
 template <class... A>
-void launch(const char* name, void (*kernel)(A...), int64_t blocks, int threads, void* stream, A... arguments) {
+void launch(const char* name, void (*kernel)(A...), int64_t blocks, int threads, int shared, void* stream,
+            A... arguments) {
   checked(name, [&] {
 #ifdef HFAC_DEVICE_COMPILER
-    kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, static_cast<cudaStream_t>(stream)>>>(
-        arguments...);
+    // Not once for all: devices and contexts each have their own.
+    if (shared > kSharedUnasked) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<size_t>(shared),
+             static_cast<cudaStream_t>(stream)>>>(arguments...);
 #else
     (void)stream;
     emulation::run_grid(name, static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
-                        [&] { kernel(arguments...); });
+                        static_cast<size_t>(shared), [&] { kernel(arguments...); });
 #endif
   });
 }

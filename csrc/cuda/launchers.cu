@@ -35,7 +35,7 @@ void Step::launch(const void* table, Arguments a, int device, void* stream) cons
     a.tiles = tiles + launch.first_tile;
     a.backward = launch.backward;
     hfac::launch(name_of(launch.kernel), kPick[static_cast<int>(launch.kernel)](launch, a), launch.tiles,
-                 launch.threads, stream, a);
+                 launch.threads, launch.kernel == Kernel::hfac_stats ? hfac_stats_shared(launch) : 0, stream, a);
   }
 }
 

@@ -9,8 +9,12 @@ namespace hfac {
 namespace {
 
 constexpr int64_t kWorkspaceCap = 64 << 20;  // of SMMF's and of shards' partial sums: longer lists are taken in groups
-constexpr int64_t kFewBytes = 512ll << 20;   // of gradients; up to here the number of launches matters more than L2
-constexpr int64_t kFewGroups = 6;
+constexpr int64_t kFewBytes = 512ll << 20;   // of gradients: lists of no more are few groups, which fit L2 if they can
+constexpr int64_t kFewGroups = 4;
+// Of a group of a longer list: what L2 would save costs more, in launches and in the partial sums of short tiles.
+constexpr int64_t kGroupElements = 512ll << 20;
+constexpr int64_t kStatsBlocks = 128, kStatsTile = 128 << 10;  // elements
+constexpr int64_t kStatsRows = 8;                              // of a thread in a batch, at most
 constexpr int32_t kSmmfLanes = 64;  // of SMMF's tiles where there are so many columns: 1 KB of a row of bfloat16
 constexpr int64_t kAnyTile = 2048;  // elements of SMMF's tiles that go one by one, which takes ten times as long
 constexpr int32_t kCodeRows = 32;   // of a tile of the update of codes, which has no partial sums
@@ -31,23 +35,53 @@ int32_t power_of_two(int64_t at_least) {
   return p;
 }
 
-// Rows per tile: partial sums cost 1/32 byte per element and statistic at 256 rows; smaller matrices, whose partial
-// sums stay in the L2 cache, take fewer, to make enough blocks.
-int32_t summed_rows(int64_t elements) { return elements < (4 << 20) ? 64 : elements < (16 << 20) ? 128 : 256; }
-
 // The update has no partial sums, so it takes few rows, by the elements that are launched together: 16 M make 256
 // blocks of 32 rows. With more blocks than that, rows read their columns' factors less often.
 int32_t updated_rows(int64_t launched) { return launched < (8 << 20) ? 16 : launched < (32 << 20) ? 32 : 64; }
 
+// Rows per tile of H-Fac's statistics, of which `launched` elements are launched together. A multiprocessor, of which
+// there are 108 to 148, holds two blocks, or one of long rows. All that are held at a time take as long, and so tiles
+// are as many as there can be, or a few times as many; of small launches half as many, because a tile's partial sums
+// cost 24 bytes per column, written and read.
+int32_t statistics_rows(int64_t launched, int64_t cols, Width width) {
+  const int64_t blocks = stats_threads(width) == kTileThreads ? 2 * kStatsBlocks : kStatsBlocks;
+  int64_t tile = ceil_quotient(launched, blocks);
+  if (tile < kStatsTile) tile = ceil_quotient(launched, kStatsBlocks);
+  const int64_t most = std::max<int64_t>(256, kStatsTile / 2 / cols), rows = ceil_quotient(tile, cols);
+  return static_cast<int32_t>(std::max<int64_t>(16, ceil_quotient(rows, ceil_quotient(rows, most))));
+}
+
 // Columns are divided evenly, so that no tile of a row of tiles leaves most of its threads idle. At least as many rows
 // as the block has in flight at once.
-Tiling cut(const DeviceItem& it, bool whole_rows, int32_t rows) {
+Tiling cut(const DeviceItem& it, int32_t rows) {
   Tiling t;
-  t.col_tiles = whole_rows ? 1 : static_cast<int32_t>(ceil_quotient(it.cols, kTileCols));
+  t.col_tiles = static_cast<int32_t>(ceil_quotient(it.cols, kTileCols));
   const int64_t vectors = ceil_quotient(ceil_quotient(it.cols, t.col_tiles), kVector);
   t.cols = static_cast<int32_t>(vectors * kVector);
-  t.lanes = whole_rows && it.cols > kStatsNarrow ? kLongThreads : power_of_two(vectors);
-  t.rows = std::max(rows, (whole_rows ? kStatsThreads : kTileThreads) / t.lanes * kRowsInFlight);
+  t.lanes = power_of_two(vectors);
+  t.rows = std::max(rows, kTileThreads / t.lanes * kRowsInFlight);
+  t.row_tiles = static_cast<int32_t>(ceil_quotient(it.rows, t.rows));
+  return t;
+}
+
+// Whole rows, of whole warps or of lanes that a warp shares out evenly; tiles of whole batches, whatever the type and
+// the layout, so that these change no bit.
+Tiling cut_in_rows(const DeviceItem& it, Access access, int32_t rows) {
+  const Width width = width_of(it, access);
+  Tiling t;
+  t.col_tiles = 1;
+  const int64_t vectors = ceil_quotient(it.cols, kVector);
+  t.cols = static_cast<int32_t>(vectors * kVector);
+  int64_t batch = kWideRows;
+  t.lanes = stats_threads(width);
+  if (width != Width::kWide) {
+    const int64_t lanes = ceil_quotient(vectors, stats_vectors(width));
+    const int rows_of_thread = stats_rows(width, held_bytes(access));
+    t.lanes = lanes > 32 ? static_cast<int32_t>(ceil_quotient(lanes, 32) * 32)
+                         : std::max({8, 2 * rows_of_thread, power_of_two(lanes)});
+    batch = stats_threads(width) / t.lanes * kStatsRows;
+  }
+  t.rows = static_cast<int32_t>(ceil_quotient(rows, batch) * batch);
   t.row_tiles = static_cast<int32_t>(ceil_quotient(it.rows, t.rows));
   return t;
 }
@@ -95,12 +129,14 @@ class Planner {
       DeviceItem& it = items_[i];
       it.counter = static_cast<int32_t>(i) * kCounters;
       if (elements(it) == 0) continue;  // a shard that has moments, and no tiles
-      const int64_t cached = cache() / size_of(it.grad.dtype),
-                    launched = std::max(elements(it), std::min(of_list, cached));
-      const int32_t summed = summed_rows(elements(it)), updated = updated_rows(launched);
+      const int64_t together = group_elements(of_list, size_of(it.grad.dtype));
+      const int64_t launched = std::max(elements(it), std::min(of_list, together));
+      const int32_t updated = updated_rows(launched);
       if (smmf_matrices()) it.tiling = cut_smmf(it, whole(it) ? smmf_tile(elements(it)) : kAnyTile);
-      if (whole_hfac() || options_.op == OpKind::kHfacSums) it.tiling = cut(it, true, summed);
-      if (whole_hfac() || applies()) it.update = cut(it, false, codes() ? kCodeRows : updated);
+      if (whole_hfac() || applies()) it.update = cut(it, codes() ? kCodeRows : updated);
+    }
+    if (whole_hfac() || options_.op == OpKind::kHfacSums) {
+      for (const Group& group : hfac_groups(all())) cut_statistics(group);
     }
     switch (options_.op) {
       case OpKind::kHfac:
@@ -195,7 +231,7 @@ class Planner {
         return {state_access(it), shard.blocks ? fold_chunks(shard.rows, shard.cols, kSmmfChunk) : 0};
       }
       default:
-        return {state_access(it), fold_chunks(it)};
+        return {state_access(it), hfac_chunks(it)};
     }
   }
 
@@ -278,13 +314,16 @@ class Planner {
   // One launch per access (and width) that occurs in the group.
   void emit(Kernel kernel, const Group& group) {
     const bool by_width = kernel == Kernel::hfac_stats;
-    for (int w = 0; w < (by_width ? 3 : 1); ++w) {
+    for (int w = 0; w < (by_width ? kWidths : 1); ++w) {
       for (int a = 0; a < kAccesses; ++a) {
         Launch launch = next_;
         launch.kernel = kernel;
         launch.access = static_cast<Access>(a);
         launch.width = static_cast<Width>(w);
-        launch.threads = !by_width ? kTileThreads : launch.width == Width::kNarrow ? kStatsThreads : kLongThreads;
+        launch.threads = by_width ? stats_threads(launch.width) : kTileThreads;
+        if (by_width && launch.width != Width::kWide) {
+          launch.shared = stats_shared(launch.width, held_bytes(launch.access));
+        }
         launch.first_tile = static_cast<int64_t>(plan_.tiles.size());
         for (const int32_t i : group) {
           const DeviceItem& it = item(i);
@@ -334,12 +373,34 @@ class Planner {
 
   int64_t cache() const { return static_cast<int64_t>(static_cast<double>(options_.l2_bytes) * options_.l2_share); }
 
+  Width stats_width(int32_t i) const { return width_of(item(i), grad_access(item(i), bulk_[static_cast<size_t>(i)])); }
+
+  void cut_statistics(const Group& group) {
+    int64_t launched[kWidths] = {};
+    // Short rows are a width of their own in some types only.
+    const auto of = [&](int32_t i) { return static_cast<int>(std::max(stats_width(i), Width::kOne)); };
+    for (const int32_t i : group) launched[of(i)] += elements(item(i));
+    for (const int32_t i : group) {
+      DeviceItem& it = item(i);
+      if (elements(it) == 0) continue;
+      const Width width = stats_width(i);
+      const int32_t rows = statistics_rows(launched[of(i)], it.cols, width);
+      it.tiling = cut_in_rows(it, grad_access(it, bulk_[static_cast<size_t>(i)]), rows);
+    }
+  }
+
+  // About how many elements, of so many bytes, a group has of a list of so many.
+  int64_t group_elements(int64_t of_list, int64_t bytes) const {
+    return of_list * bytes > kFewBytes ? kGroupElements : std::max(cache() / bytes, of_list / kFewGroups);
+  }
+
   // Gradients that fit the cache together are one group, in the list's order. Lists with few bytes get few groups, if
   // need be larger than the cache.
   std::vector<Group> hfac_groups(const Group& among) const {
+    if (gradients(among) > kFewBytes) return divided(among, kGroupElements, elements);
     for (int64_t limit = std::max<int64_t>(cache(), 1);; limit += limit / 16 + 1) {
       std::vector<Group> groups = divided(among, limit, grad_bytes);
-      if (gradients(among) > kFewBytes || static_cast<int64_t>(groups.size()) <= kFewGroups) return groups;
+      if (static_cast<int64_t>(groups.size()) <= kFewGroups) return groups;
     }
   }
 

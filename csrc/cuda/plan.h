@@ -57,7 +57,7 @@ struct Launch {
   Phase phase;
   bool conditional;  // runs only where gradients are clipped by their norm; its bytes are those that it then moves
   bool backward;
-  int threads;
+  int threads, shared;        // of a block; bytes of dynamic shared memory
   int64_t first_tile, tiles;  // one block each
   Bytes bytes;
 };

@@ -13,20 +13,44 @@ constexpr int kVector = 8;         // neighbouring elements of a row that one th
 constexpr int kRowsInFlight = 4;   // rows whose loads a thread issues before it uses the first
 constexpr int kTileThreads = 256;  // of the tile kernels, the folds and the dense ops
 constexpr int kTileCols = kTileThreads * kVector;
-constexpr int kStatsThreads = 512;
-// Longer rows take fewer threads: three sums of 56 columns each need 168 registers beside those that work, and 8 warps
-// are the most that may have so many.
-constexpr int kLongThreads = 256;
-constexpr int kStatsVectors = 7;
-constexpr int64_t kStatsNarrow = kStatsThreads * kVector;
-constexpr int64_t kStatsRegisters = kLongThreads * kVector * kStatsVectors;
-constexpr int kWideRows = 16;             // rows that the path for longer rows reads twice at a time
-constexpr int kFoldChunk = kTileThreads;  // rows and columns of one block of a fold of H-Fac's
-constexpr int kSmmfChunk = 64;            // of SMMF's: of each, 4 threads share the tiles
-constexpr int64_t kRun = 4 * kTileCols;   // elements of a block of the dense ops
+constexpr int kWideRows = 16;             // that the path for longer rows reads twice at a time
+constexpr int kFoldChunk = kTileThreads;  // rows of one block of a fold of H-Fac's
+// Columns of it, each with 8 threads, because there are as many sums to add up as tiles.
+constexpr int kFoldCols = 32, kFoldWays = kFoldChunk / kFoldCols;
+constexpr int kSmmfChunk = 64;           // rows and columns of a block of SMMF's: of each, 4 threads share the tiles
+constexpr int64_t kRun = 4 * kTileCols;  // elements of a block of the dense ops
 // Of each item in `Arguments::counters`: blocks that are done, then two words for flips at the ends of its signs.
 constexpr int kCounters = 3;
 constexpr int kSignEdges = 1;
+
+// How H-Fac's statistics take rows, by their length: the vectors of a thread, a power of two, whose columns' sums stay
+// in registers. Of the longest, or with too little shared memory, sums are in memory.
+enum class Width { kShort, kOne, kTwo, kFour, kLong, kWide };
+constexpr int kWidths = static_cast<int>(Width::kWide) + 1;
+HFAC_HD constexpr int stats_vectors(Width w) {
+  return w == Width::kShort || w == Width::kOne ? 1 : w == Width::kTwo ? 2 : 4;
+}
+// Two blocks share a multiprocessor's registers. Three sums of 32 columns take 96 of the 128 that a thread may have,
+// and so the longest rows take all threads.
+HFAC_HD constexpr int stats_threads(Width w) { return w == Width::kLong || w == Width::kWide ? 512 : 256; }
+HFAC_HD constexpr int64_t stats_cols(Width w) { return int64_t{stats_vectors(w)} * kVector * stats_threads(w); }
+// Rows come through a ring of batches in shared memory. A thread has 128 bytes of a batch, or one row; of short rows,
+// of which there are so many that fewer threads share one than have its sums, 64. `element`: its bytes.
+HFAC_HD constexpr int stats_rows(Width w, int element) {
+  const int row = stats_vectors(w) * kVector * element, share = w == Width::kShort || w == Width::kLong ? 64 : 128;
+  return row < share ? share / row : 1;
+}
+HFAC_HD constexpr int stats_batch_bytes(Width w, int element) {
+  return stats_rows(w, element) * stats_vectors(w) * kVector * element * stats_threads(w);
+}
+// Every GPU has 99 KB for a block; with three batches one is under way, or more, while two are used.
+constexpr int kRingBytes = 96 << 10;
+HFAC_HD constexpr int stats_stages(Width w, int element) {
+  return 3 * stats_batch_bytes(w, element) > kRingBytes ? 2 : 3;
+}
+HFAC_HD constexpr int stats_shared(Width w, int element) {
+  return stats_stages(w, element) * stats_batch_bytes(w, element);
+}
 
 struct Operand {
   void* data;
@@ -141,12 +165,16 @@ inline Keys keys_of(uint64_t seed) {
 HFAC_HD bool is_double(const DeviceItem& it) { return it.param.dtype == DType::kFloat64; }
 HFAC_HD bool is_stored(const DeviceItem& it) { return it.storage.low.kind != Low::kNone || it.storage.stochastic; }
 HFAC_HD int64_t ceil_quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
+HFAC_HD int64_t tiles_of(const Tiling& t) { return int64_t{t.row_tiles} * t.col_tiles; }
 HFAC_HD int64_t fold_chunks(int64_t rows, int64_t cols, int chunk) {
   return ceil_quotient(rows > cols ? rows : cols, chunk);
 }
-HFAC_HD int64_t fold_chunks(const DeviceItem& it) { return fold_chunks(it.rows, it.cols, kFoldChunk); }
-HFAC_HD int64_t tiles_of(const Tiling& t) { return int64_t{t.row_tiles} * t.col_tiles; }
-HFAC_HD int64_t collect_chunks(const DeviceItem& it) { return ceil_quotient(it.cols, kFoldChunk); }
+// Of H-Fac's folds, whose threads share the columns' tiles.
+HFAC_HD int64_t collect_chunks(const DeviceItem& it) { return ceil_quotient(it.cols, kFoldCols); }
+HFAC_HD int64_t hfac_chunks(const DeviceItem& it) {
+  const int64_t of_rows = ceil_quotient(it.rows, kFoldChunk), of_cols = collect_chunks(it);
+  return of_rows > of_cols ? of_rows : of_cols;
+}
 
 // Layouts of a parameter's partial sums in the workspace: the host takes their size from these, kernels their
 // addresses.
@@ -164,6 +192,12 @@ struct SmmfSpace {
   }
 };
 
+// The first address from p on where 16 bytes can be stored at a time.
+template <class T>
+HFAC_HD T* aligned(T* p) {
+  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + 15) & ~uintptr_t{15});
+}
+
 constexpr int kSums = 3;        // of a column, for H-Fac: g, g^2, g^2 / r_i
 constexpr int kFoldTotals = 3;  // of a chunk of its fold
 
@@ -178,14 +212,14 @@ struct HfacSpace {
   T* end;
   HFAC_HD HfacSpace(const DeviceItem& it, char* workspace) {
     norms = reinterpret_cast<double*>(workspace + it.workspace);
-    scale = reinterpret_cast<T*>(norms + fold_chunks(it) * kFoldTotals);
+    scale = reinterpret_cast<T*>(norms + hfac_chunks(it) * kFoldTotals);
     divisor = scale + 1;
     growth = scale + 2;
     row_sum = scale + 3;
     row_square = row_sum + it.rows;
     col_first = row_square + it.rows;
     col_scale = col_first + it.cols;
-    T* const rest = col_scale + it.cols;
+    T* const rest = aligned(col_scale + it.cols);
     collected = it.partials ? rest : nullptr;
     cols = it.partials ? reinterpret_cast<T*>(workspace + it.partials) : rest;
     end = rest + (it.partials ? 1 : it.tiling.row_tiles) * 3 * it.cols;

@@ -41,7 +41,9 @@ struct Injected {
 Injected error;
 std::string reported;  // what `cudaGetErrorString` returns
 std::string fault;
-bool faulty = false;  // the launch that is running
+std::string running;  // the launch, where something is done wrong in it
+std::unique_ptr<char[]> shared_memory;
+size_t shared_bytes = 0;
 std::map<const char*, size_t> memory;
 
 void choose(std::string& setting, const std::string& name, const std::vector<std::string>& known) {
@@ -75,7 +77,7 @@ class Team {
  protected:
   void prepare(unsigned thread, unsigned block, unsigned blocks) {
     const auto threads = static_cast<unsigned>(lanes_.size());
-    lanes_[thread] = Lane{{thread, 0, 0}, {block, 0, 0}, {threads, 1, 1}, {blocks, 1, 1}, 0, 0};
+    lanes_[thread] = Lane{{thread, 0, 0}, {block, 0, 0}, {threads, 1, 1}, {blocks, 1, 1}, 0, 0, {{}}};
   }
   std::vector<Lane> lanes_;
   std::vector<uint64_t> slots_;
@@ -242,19 +244,44 @@ class Fibers : public Team {
 }  // namespace
 
 void block_barrier() {
-  if (faulty && fault == "barrier" && self->barriers++ == 0) return;
+  if (fault == "barrier" && running == "smmf_tiles" && self->barriers++ == 0) return;
   team->block_barrier();
 }
 void warp_barrier() { team->warp_barrier(); }
 uint64_t* slots(unsigned turn) { return team->slots(turn); }
 
-void run_grid(const char* name, unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
+void begin_copy(void* to, const void* from, size_t bytes, size_t read) {
+  memset(to, 0xff, bytes);
+  self->copies.back().push_back({to, from, bytes, read});
+}
+
+void commit_copies() { self->copies.emplace_back(); }
+
+void wait_for_copies(size_t left) {
+  if (fault == "wait" && running == "hfac_stats") return;
+  std::vector<std::vector<Copy>>& groups = self->copies;
+  while (groups.size() - 1 > left) {
+    for (const Copy& copy : groups.front()) {
+      if (copy.read) memcpy(copy.to, copy.from, copy.read);
+      memset(static_cast<char*>(copy.to) + copy.read, 0, copy.bytes - copy.read);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+char* dynamic_shared() { return shared_memory.get(); }
+
+void run_grid(const char* name, unsigned blocks, unsigned threads, size_t shared, const std::function<void()>& kernel) {
   ++launches;
   if (error.code) --error.launches;
-  faulty = !fault.empty() && std::string(name) == "smmf_tiles";
+  running = fault.empty() ? "" : name;
+  // Its exact size, so that a sanitizer sees what is beyond.
+  if (shared != shared_bytes) shared_memory.reset(shared ? new char[shared] : nullptr);
+  shared_bytes = shared;
+  if (shared) memset(shared_memory.get(), 0xff, shared);
   static std::map<unsigned, std::unique_ptr<Fibers>> teams;  // by their threads: stacks are worth keeping
   std::vector<unsigned> order = ordered(blocks);
-  if (faulty && fault == "block") order.erase(std::find(order.begin(), order.end(), blocks - 1));
+  if (fault == "block" && running == "smmf_tiles") order.erase(std::find(order.begin(), order.end(), blocks - 1));
   std::unique_ptr<Threads> of_this_grid;
   if (threading == "threads") {
     of_this_grid = std::make_unique<Threads>(threads);
@@ -266,12 +293,12 @@ void run_grid(const char* name, unsigned blocks, unsigned threads, const std::fu
   }
   team->run(order, blocks, kernel);
   team = nullptr;
-  faulty = false;
+  running.clear();
 }
 
 void set_block_order(const std::string& order) { choose(block_order, order, {"forward", "reverse", "shuffled"}); }
 void set_threading(const std::string& name) { choose(threading, name, {"fibers", "threads"}); }
-void inject_fault(const std::string& name) { choose(fault, name, {"", "barrier", "block"}); }
+void inject_fault(const std::string& name) { choose(fault, name, {"", "barrier", "block", "wait"}); }
 void inject_error(int code, const std::string& text, int64_t after) { error = {code, text, after}; }
 
 void name_memory(const void* p, size_t bytes) { memory[static_cast<const char*>(p)] = bytes; }

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <functional>
 #include <string>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -24,10 +25,19 @@ struct Index {
   unsigned x, y, z;
 };
 
-// One CUDA thread; `turn` is the number of exchanges its warp has made, `barriers` those of its block that it came to.
+// An asynchronous copy to shared memory, of which `read` bytes are read and the rest becomes zero.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes, read;
+};
+
+// One CUDA thread; `copies`: groups of those that it has begun and not waited for, the last one still open; `turn` is
+// the number of exchanges its warp has made, `barriers` those of its block that it came to.
 struct Lane {
   Index thread, block, block_size, grid_size;
   unsigned turn, barriers;
+  std::vector<std::vector<Copy>> copies;
 };
 
 extern thread_local Lane* self;
@@ -48,7 +58,17 @@ T exchange(T value, unsigned source) {
   return value;
 }
 
-void run_grid(const char* name, unsigned blocks, unsigned threads, const std::function<void()>& kernel);
+// A copy is carried out where its thread waits for it; from its beginning on what it writes to is NaN, so that a read
+// before the wait is seen in every result, and one by another thread, without a barrier behind the wait, is a race.
+void begin_copy(void* to, const void* from, size_t bytes, size_t read);
+void commit_copies();
+// Until no more than `left` of the groups committed are under way.
+void wait_for_copies(size_t left);
+
+// Of the block that runs: as many bytes as the launch gave it, NaN until they are written.
+char* dynamic_shared();
+
+void run_grid(const char* name, unsigned blocks, unsigned threads, size_t shared, const std::function<void()>& kernel);
 
 // "forward", "reverse" or "shuffled"; "fibers" or "threads". Throw std::invalid_argument for anything else.
 void set_block_order(const std::string& order);
@@ -60,7 +80,8 @@ int64_t take_launches();
 void inject_error(int code, const std::string& text, int64_t launches);
 
 // What is done wrong on purpose in every launch of `smmf_tiles`, to see that it is found: "barrier" leaves out the
-// first barrier of each block, "block" the last block. "" is nothing.
+// first barrier of each block, "block" the last block; in every launch of `hfac_stats`: "wait" leaves out waits for
+// copies. "" is nothing.
 void inject_fault(const std::string& fault);
 
 // Memory that kernels may touch, where any is named: `touches` ends the program (exit status 4) at an access outside
@@ -128,6 +149,10 @@ inline void __threadfence() {}  // blocks run one after the other
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return hfac::emulation::exchange(value, (threadIdx.x % 32) ^ static_cast<unsigned>(mask));
+}
+template <class T>
+T __shfl_sync(unsigned, T value, int source) {
+  return hfac::emulation::exchange(value, static_cast<unsigned>(source));
 }
 
 inline int atomicAdd(int* p, int value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }

@@ -28,8 +28,8 @@ def planned(run):
 
 @pytest.mark.parametrize(("l2_bytes", "shares", "groups"), [(1, 9, 9), (60_000, 4, 5), (0, 1, 1)])
 def test_groups_share_the_memory_of_their_tiles(l2_bytes, shares, groups, monkeypatch):
-    """Of an item 2 numbers per row and 5 per column last, and 3 doubles for every 256 of these; the tiles' sums are
-    in memory for one share of the list."""
+    """Of an item 2 numbers per row and 5 per column last, and 3 doubles for every 256 rows or 32 columns; the tiles'
+    sums are in memory for one share of the list."""
     monkeypatch.setattr(emulated.Host, "l2_bytes", lambda host, device: l2_bytes)
     shapes = [(300, 264), (24, 16), (19, 17), (200, 40), (0, 5), (5, 4104), (9, 4100), (64, 64), (33, 8), (8, 33)]
     one, other = made(cases(shapes)), made(cases(shapes))
@@ -38,11 +38,11 @@ def test_groups_share_the_memory_of_their_tiles(l2_bytes, shares, groups, monkey
     plan = planned(one).step.plan()
     assert len({launch["group"] for launch in plan if launch["phase"] == "squares"}) == shares
     assert len({launch["group"] for launch in plan if launch["phase"] == "step"}) == groups
-    doubles = [3 * -(-max(rows, cols) // 256) for rows, cols in shapes]
+    doubles = [3 * max(-(-rows // 256), -(-cols // 32)) for rows, cols in shapes]
     lasting = sum(
         4 * (2 * rows + 5 * cols) + 8 * n + 100 for (rows, cols), n in zip(shapes, doubles, strict=True) if rows
     )
-    tiles = [4 * 3 * cols * -(-rows // 64) for rows, cols in shapes]
+    tiles = [4 * 3 * cols * -(-rows // 16) for rows, cols in shapes]
     bound = lasting + (sum(tiles) if shares == 1 else max(max(tiles), 0.6 * l2_bytes))
     assert planned(one).workspace.numel() <= bound
 

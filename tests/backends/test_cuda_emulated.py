@@ -22,6 +22,7 @@ pytestmark = [
 ROWS = [(name, key) for name, rows in OPTIONS.items() for key in rows]
 #: Beyond the common table: borders of tiles, rows that no register holds, and both paths of each.
 LARGE = [(300, 2100), (2100, 300), (300, 2104), (2104, 304), (5, 9000), (20, 14344), (3, 17001)]
+LARGE += [(700, 64), (40, 5000), (35, 16424)]  # H-Fac's statistics take rows in other ways, by their length
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +62,19 @@ def test_a_list_with_gradients_of_another_type(name, dtype, grad_dtype):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_autograd_notices_the_write(name):
     test_parity.test_autograd_notices_the_write(name, emulated.NAME)
+
+
+@pytest.mark.parametrize("cols", [64, 1024, 4096, 8192, 16384])
+def test_a_copy_that_is_used_before_its_wait_is_seen(cols):
+    """Statistics of rows of every length that reach shared memory by copies; the emulation leaves out their waits."""
+    _, plain = steps("HFac", [(40, cols)], count=1)
+    emulated.native.inject_fault("wait")
+    try:
+        _, early = steps("HFac", [(40, cols)], count=1)
+    finally:
+        emulated.native.inject_fault("")
+    for name in ("exp_avg_sq_row", "exp_avg_sq_col"):
+        assert plain[0][name].isfinite().all() and early[0][name].isnan().any(), name
 
 
 def steps(name, shapes, *, backend=emulated.NAME, count=3, dtype=torch.float32, **kwargs):

@@ -92,11 +92,13 @@ def test_a_quick_run_makes_a_part_of_the_same_steps(drivers):
 @pytest.mark.slow  # in `make test` hfac._emulated guards what lies behind workspaces and around signs
 @on_the_host
 @pytest.mark.parametrize(
-    ("fault", "sanitizer"), [("barrier", "thread"), ("workspace", "address"), ("signs", "address"), ("block", "none")]
+    ("fault", "sanitizer"),
+    [("barrier", "thread"), ("workspace", "address"), ("signs", "address"), ("block", "none"), ("wait", "none")],
 )
 def test_a_fault_is_found(drivers, fault, sanitizer):
     """A block's first barrier left out; a workspace 4 bytes too small; the 4-byte word around the last byte of signs,
-    where it is not all theirs; a block that never runs, so that nobody writes its partial sums."""
+    where it is not all theirs; a block that never runs, so that nobody writes its partial sums; waits for asynchronous
+    copies."""
     done = drivers.run(sanitizer, "--fault", fault)
     _, _, status, said = SANITIZERS[sanitizer]
     assert done.returncode == status, (done.returncode, done.stderr[:4000])

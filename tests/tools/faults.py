@@ -74,6 +74,13 @@ FAULTS = [
         f"{PARITY} -k HFac",
     ),
     Fault(
+        "a copy to shared memory is used before it has arrived",
+        "csrc",
+        "wait_for_copies<kStages - 2>();",
+        ";",
+        f"{EMULATED} -k 'several_tiles and HFac'",
+    ),
+    Fault(
         "one lane of a vector is wrong",
         "csrc",
         "x[k] = float_of(k % 2 ? pair & 0xffff0000u : pair << 16);",

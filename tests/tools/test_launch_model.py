@@ -116,11 +116,11 @@ def test_long_tiles_are_a_line_through_two_walks(model, monkeypatch):
         return block_of(1000 + 100 * (rows or 0), lasting=70 * (rows or 1))
 
     monkeypatch.setattr(Model, "_walk", walk)
-    found = launch_plan.predicted("4096x4096", "HFac", "bfloat16", H200).launched
+    found = launch_plan.predicted("16384x4096", "HFac", "bfloat16", H200).launched
     (stats,) = [launch for launch in found if launch.kernel == "hfac_stats"]
     assert walked[:2] == [16, 32]
-    assert stats.instructions == pytest.approx(16 * 1000 + 4096 * 100)
-    assert stats.times["waves"] == pytest.approx(70 * 4096 / stats.blocks / 1.75e9)
+    assert stats.instructions == pytest.approx(256 * 1000 + 16384 * 100)
+    assert stats.times["waves"] == pytest.approx(70 * 16384 / stats.blocks / 1.75e9)
 
 
 def test_a_tensors_last_block_goes_on_alone(model, monkeypatch):

@@ -80,6 +80,33 @@ def test_lanes_wait_where_their_ways_meet():
     assert (warp.barriers, warp.shuffles) == (1, 1)
 
 
+def test_asynchronous_copies_are_waited_for_by_their_groups():
+    """Two groups of copies of 16 bytes a thread, of the first only half the lanes read: the first wait leaves one."""
+    text = """/*0000*/ S2R R0, SR_TID.X ;
+        /*0010*/ SHF.L.U32 R2, R0, 0x4, RZ ;
+        /*0020*/ MOV R3, 0x100 ;
+        /*0030*/ ISETP.LT.U32.AND P0, PT, R0, 0x10, PT ;
+        /*0040*/ LDGSTS.E.BYPASS.128 [R2], desc[UR4][R2.64], P0 ;
+        /*0050*/ LDGDEPBAR ;
+        /*0060*/ LDGSTS.E.BYPASS.128 [R2+0x200], desc[UR4][R2.64+0x200] ;
+        /*0070*/ LDGDEPBAR ;
+        /*0080*/ LDGSTS.E.BYPASS.128 [R2+0x400], desc[UR4][R2.64+0x400], !PT ;
+        /*0090*/ DEPBAR.LE SB0, 0x1 ;
+        /*00a0*/ LDS.128 R8, [R2] ;
+        /*00b0*/ DEPBAR.LE SB0, 0x0 ;
+        /*00c0*/ EXIT ;"""
+    memory = Memory([], operands=1 << 40)
+    (warp,) = Walker(Code("copies", 12, 0, BASE, text), memory).block(b"", threads=32, blocks=1)
+    assert warp.instructions == 13 and not warp.undecided
+    assert warp.loaded == warp.wide == warp.in_flight == (16 + 32) * 16  # zeros are written without a read
+    loads = [event for event in warp.events if isinstance(event, Load)]
+    waits = [event for event in warp.events if isinstance(event, Wait)]
+    assert [(load.bytes, load.latency) for load in loads] == [(16 * 16, None), (32 * 16, None)]
+    assert [wait.token for wait in waits] == [loads[0].token, loads[1].token, -2]
+    assert [wait.issued for wait in waits] == [3, 2, 1]  # the load from shared memory has one of them before it
+    assert sum(event.issued for event in warp.events) == 13
+
+
 @pytest.mark.parametrize("lanes", [1, 3, 7, 64])
 def test_integer_division_is_exact(lanes):
     """Rows of a thread are threadIdx.x / lanes and then every (64 / lanes)-th: as many loads as there are."""
