@@ -91,9 +91,7 @@ bool whole(const DeviceItem& it) { return it.cols % kVector == 0 && it.signs.sli
 
 // Elements of SMMF's tiles: two blocks for each multiprocessor where a matrix has 16 M elements, and fewer partial sums
 // where it has more. By the matrix alone, so that it steps to the same bits in any list and in gradient release.
-int64_t smmf_tile(int64_t elements) {
-  return elements < (8 << 20) ? 32 << 10 : elements < (32 << 20) ? 64 << 10 : 128 << 10;
-}
+int64_t smmf_tile(int64_t elements) { return elements < (32 << 20) ? 64 << 10 : 128 << 10; }
 
 // Tiles of a matrix of SMMF. A tile has partial sums for its rows and its columns, so it is nearly square; its width is
 // the one that leaves the fewest threads idle.
