@@ -74,7 +74,8 @@ def release_gradients(
         loss.backward()    # steps
         optimizer.step()   # finds nothing left to do; schedulers and hooks run as usual
 
-    With ``accumulate=1`` the numbers are those of an ordinary step, bit for bit. With ``accumulate=k`` the backward
+    With ``accumulate=1`` the numbers are those of an ordinary step, bit for bit on the CPU; on a GPU sums of a matrix
+    that is stepped alone may be added up in another order (docs/release.md). With ``accumulate=k`` the backward
     passes of k micro-batches make one step, and `optimizer.step()` is called after the last of them, as usual:
 
     * ``exact=True`` keeps gradients until the k-th backward pass, in which each is stepped and freed once complete. The
