@@ -202,7 +202,11 @@ class BuildEmulated(build_ext):
             steps.append(([*compiler, *flags, *own, *files], source, out))
         target = ROOT / "hfac" / Path(self.get_ext_fullpath(ext.name)).name
         objects = [str(out) for _, _, out in steps]
-        run(steps, [*compiler, "-shared", "-pthread", *objects, "-o", str(target)], objects, target, temp)
+        try:
+            run(steps, [*compiler, "-shared", "-pthread", *objects, "-o", str(target)], objects, target, temp)
+        except subprocess.CalledProcessError as error:
+            print(said_by(error), file=sys.stderr)
+            raise
 
 
 def emulated_sources() -> list[Path]:

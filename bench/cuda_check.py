@@ -85,7 +85,8 @@ class Kernel:
                 f"{self.spilled} bytes spilled, a stack of {self.stack} bytes, {self.local} accesses to local memory"
             )
         bound = BOUNDS.get(f"{self.name}, {self.operands.split(', ')[-1]}", BOUNDS.get(self.name, 255))
-        bound = 255 if self.watched else bound
+        if self.watched or self.operands.endswith("4 vectors, options"):
+            bound = 255  # one block of 256 threads at a time
         if self.registers > bound:
             yield f"{self.registers} registers, more than {bound}"
         if not self.loads:
@@ -180,7 +181,7 @@ def compile_one(nvcc: str, cuobjdump: str, source: str, arch: str) -> list[Kerne
                 spilled=stored,
                 stack=stack,
                 shared=int(shared[1]) if shared else 0,
-                loads=len(re.findall(r"\bLDG\.\S*\b128\b", code[symbol])),
+                loads=len(re.findall(r"\bLDG(?:STS)?\.\S*\b128\b", code[symbol])),
                 stores=len(re.findall(r"\bSTG\.\S*\b128\b", code[symbol])),
                 local=len(re.findall(r"\b(?:LDL|STL)\b", code[symbol])),
                 float_atomics=len(re.findall(r"(?:atom|red)\S*\.add\S*\.f(?:16|32|64)", body)),

@@ -94,6 +94,13 @@ struct Decay {
   }
 };
 
+template <class T>
+HFAC_DEVICE Decay<T> kept(Decay<T> decay) {
+  decay.beta = kept(decay.beta);
+  decay.rest = kept(decay.rest);
+  return decay;
+}
+
 // Must this parameter keep every bit? (torch's fused protocol: found_inf; a gradient that was looked at: nonfinite)
 HFAC_DEVICE bool skipped(const Arguments& a) { return a.found_inf && *a.found_inf != 0.0f; }
 // Are the statistics that were taken for the norm those of the step, because it does not clip? (NaN: no)

@@ -177,21 +177,6 @@ HFAC_DEVICE bool refuse_run(const Arguments& a, const DeviceItem& it, typename A
   return bad > T(0);
 }
 
-// Of a number that every element needs: it is computed before the loop, where the compiler would do so in each pass.
-HFAC_DEVICE float kept(float x) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("" : "+f"(x));
-#endif
-  return x;
-}
-HFAC_DEVICE double kept(double x) { return x; }
-template <class T>
-HFAC_DEVICE Decay<T> kept(Decay<T> decay) {
-  decay.beta = kept(decay.beta);
-  decay.rest = kept(decay.rest);
-  return decay;
-}
-
 // H-Fac's second moment, and what the first is divided by.
 template <class T>
 struct HfacSquare {

@@ -69,6 +69,27 @@ HFAC_DEVICE void store_raw(S* p, const Raw<S>& raw) {
 HFAC_DEVICE float magnitude(float x) { return fabsf(x); }
 HFAC_DEVICE double magnitude(double x) { return fabs(x); }
 
+// a b + c with one rounding, also where the compiler must not fuse.
+HFAC_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
+HFAC_DEVICE double fused(double a, double b, double c) { return fma(a, b, c); }
+
+// x, which the compiler then has to keep: from step scalars, in double, it would work it out anew in every turn of a
+// loop.
+#ifdef HFAC_DEVICE_COMPILER
+HFAC_DEVICE float kept(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
+HFAC_DEVICE int kept(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+#else
+HFAC_DEVICE float kept(float x) { return x; }
+HFAC_DEVICE int kept(int x) { return x; }
+#endif
+HFAC_DEVICE double kept(double x) { return x; }
+
 // Conversions for which a GPU has instructions; `nearest` is what is stored of x where it is rounded to the nearest.
 HFAC_DEVICE float nearest(float x, float) { return x; }
 #if defined(__CUDA_ARCH__)

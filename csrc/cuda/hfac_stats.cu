@@ -11,10 +11,6 @@ namespace {
 
 using common::hfac_average;
 
-// With one rounding, also where the compiler must not fuse: no other kernel adds up the same numbers.
-HFAC_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
-HFAC_DEVICE double fused(double a, double b, double c) { return fma(a, b, c); }
-
 // 16 bytes to shared memory, while the thread goes on; zeros, and nothing is read, unless they are `there`.
 HFAC_DEVICE void begin_copy(Chunk* to, const char* from, bool there) {
 #ifdef HFAC_DEVICE_COMPILER
@@ -141,21 +137,6 @@ HFAC_DEVICE T sum_values(T (&v)[n], int lanes) {
     if (mask < lanes) sum = sum + shuffle_xor(sum, mask);
   }
   return sum;
-}
-
-// All that the compiler would rather work out anew in every turn of a loop than keep.
-HFAC_DEVICE float kept(float x) {
-#ifdef HFAC_DEVICE_COMPILER
-  asm volatile("" : "+f"(x));
-#endif
-  return x;
-}
-HFAC_DEVICE double kept(double x) { return x; }
-HFAC_DEVICE int kept(int x) {
-#ifdef HFAC_DEVICE_COMPILER
-  asm volatile("" : "+r"(x));
-#endif
-  return x;
 }
 
 // Rows of a few vectors per thread, whose columns' sums stay in registers for the whole tile.

@@ -156,14 +156,14 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
   const double lr_wide = value_of(a.scalars.lr, 0), decay_wide = value_of(a.scalars.weight_decay, 0);
   T lr = static_cast<T>(lr_wide), weight_decay = static_cast<T>(decay_wide), eps = static_cast<T>(a.options.eps);
   T shrink = coupled ? T(1) : static_cast<T>(1 - lr_wide * decay_wide), rest1 = b1.rest, rest2 = b2.rest;
-  keep(lr);
-  keep(eps);
+  lr = kept(lr);
+  eps = kept(eps);
   int rough = A::rough(param) && eps >= static_cast<T>(kRoughEps);
-  keep(shrink);
-  keep(rest1);
-  keep(rest2);
-  keep(changed);
-  keep(rough);
+  shrink = kept(shrink);
+  rest1 = kept(rest1);
+  rest2 = kept(rest2);
+  changed = kept(changed);
+  rough = kept(rough);
 
   auto* const row_factors = reinterpret_cast<Both<T>*>(shared + 2 * warps * tiling.rows);
   for (int k = static_cast<int>(threadIdx.x); k < tile_rows; k += kTileThreads) {
