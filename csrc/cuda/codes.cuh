@@ -82,7 +82,7 @@ HFAC_DEVICE float or_zero(float x) { return fmaxf(x, 0.0f); }
 HFAC_DEVICE double or_zero(double x) { return fmax(x, 0.0); }
 
 // sqrt(s / (1 + s)) + zero for s of 0 to 126, and NaN for some s below 1e-37, whose code is 0 as that of NaN is.
-#if defined(__CUDA_ARCH__)
+#ifdef HFAC_DEVICE_COMPILER
 HFAC_DEVICE float inverse_root(float x) {
   float y;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -69,7 +69,7 @@ def params_agree(name, ours, theirs, before, lr, slack=1.0, backend=""):
 def truncated_agree(name, ours, theirs, before, lr, backend=""):
     """As `params_agree`, in Triton's interpreter, whose stores truncate: a bfloat16 may be one ulp off."""
     if ours.dtype != torch.bfloat16:
-        params_agree(name, ours, theirs, before, lr)
+        params_agree(name, ours, theirs, before, lr, backend="triton")
         return
     ulp = torch.finfo(torch.bfloat16).eps * theirs.float().abs()
     off = (theirs.float() - ours.float()).abs()
