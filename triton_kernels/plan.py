@@ -128,6 +128,7 @@ class Launch:
         constants: compile-time arguments that follow from the items.
         when: it runs only where one of these options is on; always, where there are none.
         memory, options: names of its other arguments (`table.MEMORY`); of compile-time arguments that come with a step.
+        compiled: what earlier launches have compiled (`launcher`), by what they were compiled for.
     """
 
     kernel: Any
@@ -135,6 +136,7 @@ class Launch:
     constants: dict[str, Any]
     warps: int = 8
     when: tuple[str, ...] = ()
+    compiled: dict[tuple[Any, ...], Callable[..., None]] = field(default_factory=dict, init=False, compare=False)
 
     def __post_init__(self) -> None:
         names = self.kernel.arg_names

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import platform, table
+from .launcher import Launcher
 from .plan import KEY, Item, Plan, prepare
 from .records import Operands, Records, Tensors, copy_scalars, scalar_values, scalars_of
-from .step import Launcher, options_of
+from .step import options_of
 
 
 class ShardCall:

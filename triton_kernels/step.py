@@ -5,7 +5,7 @@ parameters' size. Numbers of a step (learning rate, decays, ...) are values in d
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -16,57 +16,11 @@ from torch.autograd.graph import increment_version  # tells autograd of writes t
 
 from ..staging import Staged, refused
 from . import platform, table
-from .plan import Launch, Plan, compile_options, prepare
+from .launcher import Launcher
+from .plan import Plan, prepare
 from .records import Operands, Records, Tensors, aligned, copy_scalars, scalar_values, scalars_of
 
 _DTYPE = attrgetter("dtype")
-
-
-class Launcher:
-    """Launches kernels over what lies in device memory: the records of a list (``items``), where its gradients are
-    (``grad_table``), a step's numbers (``scalars``), which parameters keep their value (``flags``), and where sums of
-    squares (``squares``) and what is watched of a step (``watched``) go."""
-
-    device: torch.device
-    items: Tensor
-    grad_table: Tensor
-    scalars: Tensor
-    flags: Tensor
-    squares: Tensor | None = None
-    watched: Tensor | None = None
-
-    def run(self, launches: Sequence[Launch], tiles: Sequence[Tensor], options: Mapping[str, bool]) -> None:
-        for launch, mine in zip(launches, tiles, strict=True):
-            if not launch.when or any(options[name] for name in launch.when):
-                self._launch(launch, mine, options)
-
-    def _launch(self, launch: Launch, tiles: Tensor, options: Mapping[str, bool]) -> None:
-        maker = "hip" if torch.version.hip else self.device.type
-        compiled = compile_options(launch.constants, launch.warps, maker)
-        launch.kernel[(len(launch.tiles),)](**self._arguments(launch, tiles, options), **compiled)
-
-    def _arguments(self, launch: Launch, tiles: Tensor, options: Mapping[str, bool]) -> dict[str, Any]:
-        memory = {
-            "tiles": tiles,
-            "items": self.items,
-            "grads": self.grad_table,
-            "scalars": self.scalars,
-            "flags": self.flags,
-            "squares": self.squares,
-            "watched": self.scalars if self.watched is None else self.watched,  # a kernel that watches nothing has both
-        }
-        return (
-            {name: memory[name] for name in launch.memory}
-            | launch.constants
-            | {name: options[name] for name in launch.options}
-        )
-
-    def scale(self, numbers: Mapping[str, Any]) -> None:
-        """Copies a GradScaler's tensors."""
-        if numbers.get("grad_scale") is not None:
-            self.scalars[table.GRAD_SCALE.value].copy_(numbers["grad_scale"].reshape(()))
-        if numbers.get("found_inf") is not None:
-            self.flags.add_(numbers["found_inf"].reshape(()) != 0)
 
 
 class Room(Launcher):

@@ -306,15 +306,11 @@ def test_nothing_is_compiled_anew(name, kind, monkeypatch):
     keys, calls = set(), []
 
     def observe(self, launch, tiles, options):  # in place of the launch, which would take the interpreter minutes
-        key = [launch.name]
-        for argument, value in self._arguments(launch, tiles, options).items():
-            if isinstance(value, torch.Tensor):
-                assert value.data_ptr() % 16 == 0
-                key.append((argument, value.dtype))
-            else:
-                assert argument in launch.constants or argument in launch.options
-                key.append((argument, str(value)))
-        keys.add(tuple(key))
+        memory = self._memory(launch, tiles)
+        assert all(tensor.data_ptr() % 16 == 0 for tensor in memory)
+        assert {*launch.kernel.arg_names} == {*launch.memory, *launch.options, *launch.constants}
+        constants = launch.constants | {option: options[option] for option in launch.options}
+        keys.add((launch.name, *(tensor.dtype for tensor in memory), *map(str, constants.items())))
         calls.append(launch.name)
 
     monkeypatch.setattr(step.Room, "_launch", observe)
@@ -715,9 +711,8 @@ def test_nothing_is_compiled_anew_for_parts(monkeypatch):
     keys, launched = [], []
 
     def observe(self, launch, tiles, options):
-        arguments = self._arguments(launch, tiles, options)
-        assert all(v.data_ptr() % 16 == 0 for v in arguments.values() if isinstance(v, torch.Tensor))
-        keys[-1].append((launch.name, *(str(v) for v in arguments.values() if not isinstance(v, torch.Tensor))))
+        assert all(tensor.data_ptr() % 16 == 0 for tensor in self._memory(launch, tiles))
+        keys[-1].append((launch.name, str(launch.constants), *(options[option] for option in launch.options)))
         launched.append(launch.name)
 
     monkeypatch.setattr(step.Launcher, "_launch", observe)

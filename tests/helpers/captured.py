@@ -318,7 +318,7 @@ def stand_in(backend: str) -> Iterator[Device]:
                     for block in blocks:
                         block.look()
                     launcher.__dict__.update(_found(places))
-                    launcher._arguments = lambda *a: step.Launcher._arguments(launcher, *a)
+                    launcher._memory = lambda *a: step.Launcher._memory(launcher, *a)
                     launch(launcher, given[0], _found(tiles), given[2])
 
                 device.graph.append(node)

@@ -1,0 +1,126 @@
+"""Launches of the Triton kernels as they are on a GPU, with a driver in place of the GPU's: Triton compiles, and hands
+its launches to a function."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import hfac
+from hfac import backends
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from bench import triton_driver  # noqa: E402
+
+CPU = torch.device("cpu")
+SHAPES = ((16, 24), (24,), (16, 64))
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """The driver, and in ``launches`` (kernel, programs, arguments) of what it was given since the list was cleared."""
+    row = dataclasses.replace(backends.TABLE["triton"], why_not=lambda device: None)
+    monkeypatch.setitem(backends.TABLE, "triton", row)
+    with triton_driver.active(GPUTarget("cuda", 90, 32)) as made:
+        made.launches = []
+        made.launched = lambda name, grid, arguments: made.launches.append((name, grid, arguments))
+        yield made
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Names of kernels that went through Triton's own launch, which finds out what to compile for."""
+    names, run = [], triton.runtime.jit.JITFunction.run
+
+    def observed(self, *arguments, **options):
+        names.append(self.fn.__name__)
+        return run(self, *arguments, **options)
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", observed)
+    return names
+
+
+def stepped(**options):
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in SHAPES]
+    optimizer = hfac.SMMF(params, backend="triton", vector_reshape=False, **options)
+    return params, optimizer
+
+
+def give_grads(params):
+    for p in params:
+        p.grad = torch.ones_like(p)
+
+
+def test_only_the_first_step_goes_through_triton(driver, asked):
+    """A hundred steps launch the same kernels over as many programs, compiled once, with gradients that lie elsewhere
+    and other numbers in each."""
+    params, optimizer = stepped()
+    seen = []
+    for t in range(101):
+        give_grads(params)
+        optimizer.param_groups[0].update(lr=1.0 / (1 + t), weight_decay=0.1 * t)
+        optimizer.step()
+        seen.append([(name, grid) for name, grid, _ in driver.launches])
+        driver.launches.clear()
+        if t == 0:
+            first = list(asked)
+    assert [name for name, _ in seen[0]] == asked == first
+    assert all(step == seen[0] for step in seen) and len(seen[0]) > 3
+
+
+def test_arguments_are_those_of_the_first_launch(driver):
+    """By address in place of by tensor; constants in their places."""
+    params, optimizer = stepped()
+    give_grads(params)
+    for _ in range(2):
+        optimizer.step()
+    half = len(driver.launches) // 2
+    for (name, grid, first), (again, same, later) in zip(driver.launches[:half], driver.launches[half:], strict=True):
+        assert (again, same) == (name, grid)
+        assert [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in first] == list(later)
+
+
+def test_what_a_kernel_is_compiled_for_is_asked_again(driver, asked):
+    """Other options of the step, and memory that 16 does not divide."""
+    params, optimizer = stepped()
+    give_grads(params)
+    optimizer.step()
+    del asked[:]
+    optimizer.param_groups[0]["maximize"] = True
+    optimizer.step()
+    assert set(asked) == {"smmf_tiles", "smmf_dense"}
+    del asked[:]
+    for maximize in (False, True):
+        optimizer.param_groups[0]["maximize"] = maximize
+        optimizer.step()
+    assert not asked
+
+
+def test_memory_of_another_alignment_is_another_kernel(driver, asked):
+    from hfac.triton_kernels import launcher, plan
+
+    made = plan.make_plan("smmf_dense_step_", [plan.Item(24, 1, torch.float32, torch.float32)])
+    memory = torch.zeros(64, dtype=torch.int64)
+    of = launcher.Launcher()
+    of.device, of.items, of.grad_table, of.scalars, of.flags = CPU, memory, memory, memory.double(), memory.int()
+    options = dict.fromkeys(("FIRST", "COUPLED", "NEGATE", "SKIP", "LOOK", "SCALED", "WATCH"), False)
+    tiles = [torch.zeros(16, dtype=torch.int32) for _ in made.launches]
+    for shift, times in ((0, 1), (0, 0), (1, 1), (1, 0), (0, 0)):
+        del asked[:]
+        of.items = memory[shift:]
+        of.run(made.launches, tiles, options)
+        assert len(asked) == times, shift
+
+
+def test_a_launch_that_compiles_nothing_is_made_again(driver, asked, monkeypatch):
+    """Triton gives no kernel where a hook says that it need not be compiled."""
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", lambda self, *given, **named: asked.append(self))
+    params, optimizer = stepped()
+    give_grads(params)
+    optimizer.step()
+    count = len(asked)
+    optimizer.step()
+    assert len(asked) == 2 * count and not driver.launches
