@@ -83,9 +83,18 @@ def total(norms: Sequence[tuple[Tensor, bool]]) -> Tensor | None:
     return torch.linalg.vector_norm(torch.cat(stacks))
 
 
-def coefficient(norm: Tensor, limit: float) -> Tensor:
-    """What gradients of this norm are multiplied by: at most 1, and NaN for NaN. On the norm's device, not read."""
+def coefficient(norm: Tensor, limit: float | None) -> Tensor:
+    """What gradients of this norm are multiplied by: at most 1, and NaN for NaN; without a limit 1. On the norm's
+    device, not read."""
+    if limit is None:
+        return torch.ones_like(norm)
     return (limit / (norm + 1e-6)).clamp(max=1.0)
+
+
+def refused(norm: Tensor) -> Tensor:
+    """Whether nonfinite="skip-step" leaves out the step of gradients of this norm: a 0-d float32 tensor, 1 where the
+    square of the norm is not finite, else 0. On the norm's device, not read."""
+    return (~(norm * norm).isfinite()).to(torch.float32)
 
 
 def scaled(grads: Sequence[Tensor], factor: Tensor) -> list[Tensor]:

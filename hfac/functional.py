@@ -207,9 +207,10 @@ class Group:
 
     Args: as `hfac` and `smmf`; ``states`` are their lists of states by name, ``master_lows`` among them where there are
         any, and without ``has_first`` those of the first are not read. ``grads`` are read for their types only.
-        ``watch``: whether a step tells of itself (`Step.watched`). ``captured``: a list to which a step that a CUDA
-        graph captures adds what the graph reads and writes in every replay, gradients and parameters apart: it must
-        live as long as the graph. None: a list of the group's own, which must then live as long.
+        ``watch``: whether a step tells of itself (`Step.watched`). ``skips_steps``: a step may be refused as a whole
+        (`Step.refuse`), which ``skipped`` counts, instead of single gradients. ``captured``: a list to which a step
+        that a CUDA graph captures adds what the graph reads and writes in every replay, gradients and parameters
+        apart: it must live as long as the graph. None: a list of the group's own, which must then live as long.
     """
 
     def __init__(
@@ -227,8 +228,9 @@ class Group:
         batch_dims: int = 0,
         watch: bool = False,
         captured: list[Any] | None = None,
+        skips_steps: bool = False,
     ) -> None:
-        self._watch = watch
+        self._watch, self._skips_steps = watch, skips_steps
         self._captured: list[Any] = [] if captured is None else captured
         self._algorithm = spec.ALGORITHMS[algorithm]
         lists = {"grads": grads, **states, "state_steps": state_steps, "skipped": skipped, "places": places}
@@ -359,7 +361,11 @@ class Group:
                 t = t if bucket.owners is None else bucket.owners.spread(t)
             mine = bucket.of(grads)
             flags, watched = None, None
-            if bucket.skipped is not None:
+            forbidden = found_inf
+            if self._skips_steps:  # the step's own, for `Step.refuse` to write
+                forbidden = torch.zeros((), dtype=torch.float32, device=bucket.steps[0].device)
+                forbidden = forbidden if found_inf is None else found_inf.reshape(()).clone()
+            elif bucket.skipped is not None:
                 flags = torch.zeros(len(mine), dtype=torch.int32, device=bucket.steps[0].device)
             if self._watch:
                 watched = torch.zeros(len(mine), spec.WATCHED, dtype=torch.float64, device=mine[0].device)
@@ -367,7 +373,7 @@ class Group:
                 mine,
                 flags,
                 grad_scale=grad_scale,
-                found_inf=found_inf,
+                found_inf=forbidden,
                 seed=options.get("seed", 0),
                 step=t,
                 watched=watched,
@@ -394,6 +400,7 @@ class Step:
         tensors: list[Tensor],
     ) -> None:
         self._calls, self._found_inf = calls, found_inf
+        self._refused: Tensor | None = None
         self._captured, self._tensors = captured, tensors
         self._statistics: list[ops.Statistics | None] = [None] * len(calls)
 
@@ -403,6 +410,14 @@ class Step:
         found = [bucket.call.statistics(inputs) for bucket, inputs in self._calls]
         self._statistics = [*found]
         return [statistics.norms for statistics in found]
+
+    def refuse(self, refused: Tensor) -> None:
+        """Before `apply`, of a group that ``skips_steps``: where this 0-d float32 tensor, which is not read, is not
+        zero, nothing is written, and the step is counted as skipped unless ``found_inf`` forbids it as well."""
+        self._refused = refused
+        for _, inputs in self._calls:
+            forbidden = inputs.scaling["found_inf"]
+            torch.maximum(forbidden, refused.to(forbidden.device), out=forbidden)
 
     def owners(self, params: Sequence[Tensor]) -> list[list[int]]:
         """Of each entry of the `norms`, whose it is: the position in ``params``, the group's list."""
@@ -423,8 +438,9 @@ class Step:
             if found is not None:
                 if inputs.nonfinite is not None:
                     found = found.masked_fill((inputs.nonfinite != 0)[:, None], math.nan)
-                if self._found_inf is not None:
-                    found = found.masked_fill(self._found_inf.reshape(1, 1) != 0, math.nan)
+                forbidden = inputs.scaling.get("found_inf")
+                if forbidden is not None:
+                    found = found.masked_fill(forbidden.reshape(1, 1) != 0, math.nan)
                 yield bucket.index, found
 
     def check_capture(self, clip: Tensor | None = None) -> None:
@@ -439,8 +455,8 @@ class Step:
         for (bucket, inputs), found in zip(self._calls, self._statistics, strict=True):
             bucket.call.check_capture(inputs, found)
             self._captured += [*bucket.call.tensors(), *bucket.steps, *(bucket.skipped or ()), bucket.owners]
-            self._captured += [inputs.nonfinite, inputs.numbers.get("watched")]
-        self._captured += [clip, self._found_inf, *self._tensors]
+            self._captured += [inputs.nonfinite, inputs.numbers.get("watched"), inputs.scaling.get("found_inf")]
+        self._captured += [clip, self._refused, self._found_inf, *self._tensors]
 
     def apply(self, clip: Tensor | None = None) -> None:
         """Makes the step, on gradients multiplied by ``clip``, and counts it."""
@@ -452,8 +468,15 @@ class Step:
                 some, every = (flags, flags) if bucket.owners is None else bucket.owners.left(flags)
                 torch._foreach_add_(bucket.skipped, some.unbind())
                 torch._foreach_sub_(bucket.steps, every.unbind())
-            if self._found_inf is not None:
-                torch._foreach_sub_(bucket.steps, [self._found_inf.view(())] * len(bucket.steps))
+            forbidden = inputs.scaling.get("found_inf")
+            if forbidden is None:
+                continue
+            forbidden = forbidden.view(())
+            torch._foreach_sub_(bucket.steps, [forbidden] * len(bucket.steps))
+            if self._refused is not None and bucket.skipped is not None:
+                scaled = None if self._found_inf is None else self._found_inf.view(()).to(forbidden.device)
+                refused = forbidden if scaled is None else forbidden - scaled
+                torch._foreach_add_(bucket.skipped, [refused.to(torch.int32)] * len(bucket.steps))
 
 
 def _check_batch(batch_dims: int, params: Sequence[Tensor], states: Mapping[str, States]) -> None:

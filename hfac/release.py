@@ -294,6 +294,11 @@ def _check(model: Any, optimizer: Any, accumulate: Any) -> None:
             "release_gradients: amp_scaling=True is for a torch.amp.GradScaler, which unscales gradients after the "
             "backward pass. Train in bfloat16, which needs no scaling, and leave amp_scaling=False."
         )
+    if any(group["nonfinite"] == "skip-step" for group in optimizer.param_groups):
+        raise RuntimeError(
+            "release_gradients: nonfinite='skip-step' looks at all gradients before the first parameter is stepped, "
+            "and here gradients are stepped as they arrive. Use nonfinite='skip', which leaves out single parameters."
+        )
     mine = {id(param) for param in model.parameters()}
     shared = [p for group in optimizer.param_groups for p in group["params"] if id(p) in mine]
     if not shared:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..functional import pick
+from ..staging import Fetched
 from . import hfac, layout, norm, schedule, smmf
 from .bucket import Bucket, Entries, Entry, Options
 from .gradients import Gradients
@@ -85,6 +86,17 @@ class Sharded:
                 if mine:
                     found.append((mesh.members(mine).numbers(norms), skip))
         return found
+
+    def skip(self, refused: Tensor) -> bool:
+        """Whether the step is left out, because this number, which is the same on all ranks, is not zero: the host
+        waits for it, and counts the step as skipped."""
+        if not Fetched(refused[None]).read()[0]:
+            return False
+        for entry, grad in zip(self._entries, self._gradients(), strict=True):
+            if grad is not None:
+                entry.state["skipped"].add_(1)
+        self._grads = None
+        return True
 
     def _gradients(self) -> list[Tensor | None]:
         """By entry, this rank's shards of the gradients, redistributed as their parameters are, once in a step."""

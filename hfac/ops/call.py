@@ -266,8 +266,10 @@ class OpCall:
             more |= _divided(inputs.scaling, clip)
             call(inputs.grads, inputs.nonfinite, **more, **inputs.numbers)
             return
-        grads = _unscaled(inputs) if statistics is None or statistics.sums is None else statistics.grads
-        if grads is None:  # found_inf forbids the step
+        taken = statistics is not None and statistics.sums is not None
+        forbidden = taken and _is_forbidden(inputs)  # statistics may be older than what forbids
+        grads = statistics.grads if taken and statistics is not None else _unscaled(inputs)
+        if forbidden or grads is None:
             if inputs.nonfinite is not None:
                 inputs.nonfinite.zero_()
             return
@@ -347,10 +349,10 @@ def run(
 def _unscaled(inputs: Inputs) -> list[Tensor] | None:
     """The gradients divided by the scale, in place, unless the backend does that as it reads them; None where found_inf
     forbids the step."""
-    scale, found_inf = inputs.scaling.get("grad_scale"), inputs.scaling.get("found_inf")
+    scale = inputs.scaling.get("grad_scale")
     if inputs.unscales:
         return inputs.grads
-    if found_inf is not None and found_inf.item():
+    if _is_forbidden(inputs):
         return None
     if scale is None:
         return inputs.grads
@@ -361,6 +363,12 @@ def _unscaled(inputs: Inputs) -> list[Tensor] | None:
     else:
         torch._foreach_div_(grads, scale)
     return grads
+
+
+def _is_forbidden(inputs: Inputs) -> bool:
+    """Whether found_inf forbids the step; the host reads it."""
+    found_inf = inputs.scaling.get("found_inf")
+    return found_inf is not None and bool(found_inf.item())
 
 
 def _divided(scaling: Mapping[str, Tensor], clip: Tensor | None) -> dict[str, Tensor]:

@@ -25,10 +25,10 @@ class FactoredOptimizer(ReportingOptimizer):
 
     State is created when parameters are added; of frozen parameters, and those of lazy modules, when they are first
     trained. It is plain tensors: factors or moments in float32 (float64 for float64 parameters), ``step`` as a 0-d
-    float32 tensor on the host, and with nonfinite="skip" the count ``skipped``. Entries that wrappers add are left
-    alone. With ``capturable``, "skip" or ``amp_scaling`` only the device knows whether a step is made, so ``step`` is
-    on the parameter's device. State of a DTensor is DTensors, whose global shapes do not depend on how it is sharded;
-    their ``step`` stays on the host, where the sums over ranks say which steps are made.
+    float32 tensor on the host, and with nonfinite="skip" or "skip-step" the count ``skipped``. Entries that wrappers
+    add are left alone. With ``capturable``, ``nonfinite`` or ``amp_scaling`` only the device knows whether a step is
+    made, so ``step`` is on the parameter's device. State of a DTensor is DTensors, whose global shapes do not depend on
+    how it is sharded; their ``step`` stays on the host, where the sums over ranks say which steps are made.
     """
 
     _cache: StepCache | None
@@ -137,20 +137,26 @@ class FactoredOptimizer(ReportingOptimizer):
                 loss = closure()
         self._settle()
         cache = self._validated()  # kept in a local: another thread's step may replace it
-        limit = self.max_grad_norm
+        limit, skips = self.max_grad_norm, self._skips_steps(self.param_groups)
         if cache.dtensors:
             self._gradients.agree(cache.dtensors, self._label)
         grads = [cache.gradients(index, self._gradients) for index in range(len(self.param_groups))]
         steps = [self._prepare(index, group, grads[index], cache) for index, group in enumerate(self.param_groups)]
         sharded = self._sharded
         shared = {} if sharded is None else {i: self._shared(group) for i, group in enumerate(self.param_groups)}
-        norm_coefficient = None
-        if limit is None:
-            self._grad_norm = None
-        else:
-            norm_coefficient = self._clip(steps, grads, cache, shared, limit)
+        norm_coefficient = refused = None
+        self._grad_norm = None if limit is None and not skips else self._grad_norm
+        norm = self._norm_of(steps, grads, cache, shared) if limit is not None or skips else None
+        if norm is not None:
+            self._grad_norm, norm_coefficient = norm, clipping.coefficient(norm, limit)
             shared = {i: replace(options, clip=norm_coefficient) for i, options in shared.items()}
-        begin = None if sharded is None else sharded.prepare(shared)
+            refused = clipping.refused(norm) if skips else None
+        for step in steps:
+            if step is not None and refused is not None:
+                step.refuse(refused)
+        begin = None
+        if sharded is not None and (refused is None or not sharded.skip(refused)):
+            begin = sharded.prepare(shared)
         for step in steps:
             if step is not None:
                 step.check_capture(norm_coefficient)
@@ -169,34 +175,28 @@ class FactoredOptimizer(ReportingOptimizer):
                 complete()
         return loss
 
-    def _clip(
+    def _norm_of(
         self,
         steps: list[functional.Step | None],
         grads: list[list[Any]],
         cache: StepCache,
         shared: dict[int, distributed.Options],
-        limit: float,
     ) -> Tensor | None:
-        """What all gradients are multiplied by so that their norm is at most ``limit``; None where there are none."""
+        """The norm of all gradients, the same on every rank; None where there are none."""
         skips = [group["nonfinite"] == "skip" for group in self.param_groups]
         local = [[] if step is None else step.norms() for step in steps]
         norms = [] if self._sharded is None else self._sharded.norms(shared)
         if self._total is None:
             own = [(norm, skip) for skip, each in zip(skips, local, strict=True) for norm in each]
-            total = clipping.total([*own, *norms])
-        else:
-            found = []
-            for index, step in enumerate(steps):
-                if step is not None:
-                    params = [p for p, g in zip(cache.local[index], grads[index], strict=True) if g is not None]
-                    owners = step.owners(list(map(layout.local, params)))
-                    for values, mine in zip(local[index], owners, strict=True):
-                        found.append(distributed.Found(values, [params[i] for i in mine], skips[index]))
-            total = self._total.of(found, norms)
-        if total is None:
-            return None
-        self._grad_norm = total
-        return clipping.coefficient(total, limit)
+            return clipping.total([*own, *norms])
+        found = []
+        for index, step in enumerate(steps):
+            if step is not None:
+                params = [p for p, g in zip(cache.local[index], grads[index], strict=True) if g is not None]
+                owners = step.owners(list(map(layout.local, params)))
+                for values, mine in zip(local[index], owners, strict=True):
+                    found.append(distributed.Found(values, [params[i] for i in mine], skips[index]))
+        return self._total.of(found, norms)
 
     @torch.no_grad()
     def step_param(
@@ -236,6 +236,12 @@ class FactoredOptimizer(ReportingOptimizer):
                 f"{type(self).__name__}.step_param: max_grad_norm clips by the norm of all gradients, and a step of "
                 "one parameter knows one. Use hfac.release_gradients, which clips by the norm of the backward pass "
                 "before, pass clip=, or leave max_grad_norm=None."
+            )
+        if single.group["nonfinite"] == "skip-step":
+            raise RuntimeError(
+                f"{type(self).__name__}.step_param: nonfinite='skip-step' looks at all gradients before the first "
+                "parameter is stepped, and a step of one parameter knows one. Use nonfinite='skip', which leaves out "
+                "single parameters, or call step()."
             )
         grad = layout.gradient(param, single.label)
         if grad is None:
@@ -350,7 +356,7 @@ class FactoredOptimizer(ReportingOptimizer):
             grads,
             {operand.name: entries(operand.key) for operand in (*self._spec.states, spec.MASTER_LOW)},
             entries("step"),
-            entries("skipped") if group["nonfinite"] == "skip" else None,
+            entries("skipped") if group["nonfinite"] != "propagate" else None,
             self._spec.has_first(group),
             group["capturable"] or group["amp_scaling"],
             group["backend"],
@@ -358,6 +364,7 @@ class FactoredOptimizer(ReportingOptimizer):
             group["batch_dims"],
             group["watch"],
             self._captured,
+            group["nonfinite"] == "skip-step",
         )
 
     def _shared(self, group: dict[str, Any]) -> distributed.Options:
@@ -436,7 +443,7 @@ class FactoredOptimizer(ReportingOptimizer):
 
     def _collectives(self) -> list[distributed.Sent]:
         self._validated()
-        clips = self.max_grad_norm is not None
+        clips = self.max_grad_norm is not None or self._skips_steps(self.param_groups)
         skip = {i: group["nonfinite"] == "skip" for i, group in enumerate(self.param_groups)}
         norm, step = ([], []) if self._sharded is None else self._sharded.collectives(skip, clips)
         return norm + (self._total.collectives() if clips and self._total is not None else []) + step

@@ -178,6 +178,7 @@ class CheckpointedOptimizer(StatefulOptimizer):
         self._check_state_options(checked_groups)
         merged = [{**self.defaults, **saved} for saved in checked_groups]
         self._common_limit(merged)
+        self._skips_steps(merged)
         owners = [(param, group) for group, target in zip(merged, groups, strict=True) for param in target["params"]]
         positions = {key: i for i, key in enumerate(key for g in saved_groups for key in g["params"])}
         for index, (param, group) in enumerate(owners):

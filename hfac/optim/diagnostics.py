@@ -52,6 +52,7 @@ def computed(
     state: Mapping[str, Tensor],
     ahead: bool,
     norm_coefficient: Tensor | None = None,
+    refused: Tensor | None = None,
 ) -> Metrics:
     """The metrics of one parameter that has a gradient, of shape param.shape[:batch_dims];
     `FactoredOptimizer.diagnostics` describes them.
@@ -59,6 +60,7 @@ def computed(
     Args:
         ahead: of the step that would be made now, not of the last one.
         norm_coefficient: what the step multiplies the gradient by, where the gradient has not been.
+        refused: with nonfinite="skip-step", whether the step is skipped (`clipping.refused`).
     """
     if layout.is_sharded(param):
         raise RuntimeError(
@@ -80,6 +82,7 @@ def computed(
         view = _View(op, W, G, group, states, step + 1 if ahead else step, ahead, norm_coefficient)
         metrics = _UPDATES[algorithm](view)
         known = view.finite() & made.to(param.device) if group["nonfinite"] == "skip" else made
+        known = known if refused is None else known & (refused == 0).to(known.device)
         unknown = torch.where(known, 0.0, math.nan).to(torch.float32)  # 0-d, so it may be on another device
         metrics = {key: value.float() + unknown for key, value in metrics.items()}
         metrics["zero_rows"], metrics["zero_cols"] = _zeros(G, group)

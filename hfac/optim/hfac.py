@@ -36,7 +36,7 @@ class HFac(FactoredOptimizer):
         max_grad_norm: clips by the norm of all gradients, > 0, or None (default None; docs/release.md).
         maximize: ascend (default False).
         nonfinite: "propagate" lets inf and NaN in gradients through; "skip" leaves such a parameter and its state
-            unchanged, and counts it in ``state[p]["skipped"]`` (default "propagate").
+            unchanged, "skip-step" all of them, and counts it in ``state[p]["skipped"]`` (default "propagate").
         amp_scaling: the step does what a `torch.amp.GradScaler` would do before it (default False).
 
     How it is stored (the first four cannot change once state exists):
@@ -98,7 +98,7 @@ class HFac(FactoredOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         backend: str = "auto",
-        nonfinite: Literal["propagate", "skip"] = "propagate",
+        nonfinite: Literal["propagate", "skip", "skip-step"] = "propagate",
         amp_scaling: bool = False,
         rounding: Literal["nearest", "stochastic"] = "nearest",
         seed: int = 0,

@@ -34,9 +34,9 @@ class ReportingOptimizer(CheckpointedOptimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """With ``max_grad_norm``, the norm of all gradients in the last step that had any, before clipping: a 0-d
-        tensor on their device, float32 (float64 where there are float64 gradients). Getting it does not wait for the
-        device; reading its value does. None without ``max_grad_norm`` and before the first step."""
+        """With ``max_grad_norm`` or nonfinite="skip-step", the norm of all gradients in the last step that had any,
+        before clipping: a 0-d tensor on their device, float32 (float64 where there are float64 gradients). Getting it
+        does not wait for the device; reading its value does. None without these, and before the first step."""
         return self._grad_norm
 
     def _keep_sums(
@@ -93,7 +93,7 @@ class ReportingOptimizer(CheckpointedOptimizer):
             `hfac.matricize.cut`, also with ``dense``; elements of a vector are rows.
             ``skipped``: steps skipped so far; of a stack those in which any slice was, the same number for each.
 
-            All but the last three are NaN where no step was made, or nonfinite="skip" skipped it; of a watched step,
+            All but the last three are NaN where no step was made, or ``nonfinite`` skipped it; of a watched step,
             ``zero_rows`` and ``zero_cols`` are NaN then, too.
 
         Warns once where a step moved no weight of a bfloat16 or float16 parameter, because its update is lost in
@@ -103,14 +103,14 @@ class ReportingOptimizer(CheckpointedOptimizer):
             RuntimeError: a parameter is sharded.
         """
         self._sync_state()
-        coefficient = self._coefficient_ahead() if ahead else self._norm_coefficient
+        coefficient, refused = self._told(ahead)
         found = Diagnostics()
         rounded: list[dict[str, Tensor]] = []
         estimated = False
         position = 0
         for group in self.param_groups:
             for i, param in enumerate(group["params"]):
-                metrics, is_estimate = self._metrics(param, group, ahead, coefficient)
+                metrics, is_estimate = self._metrics(param, group, ahead, coefficient, refused)
                 estimated |= is_estimate
                 if metrics is not None:
                     found[group["param_names"][i] if "param_names" in group else position] = metrics
@@ -137,7 +137,12 @@ class ReportingOptimizer(CheckpointedOptimizer):
             )
 
     def _metrics(
-        self, param: Tensor, group: Mapping[str, Any], ahead: bool, norm_coefficient: Tensor | None
+        self,
+        param: Tensor,
+        group: Mapping[str, Any],
+        ahead: bool,
+        norm_coefficient: Tensor | None,
+        refused: Tensor | None,
     ) -> tuple[dict[str, Tensor] | None, bool]:
         """A parameter's metrics, None where there are none, and whether they are estimates."""
         if not has_state(self.state, param) or param.numel() == 0:
@@ -147,21 +152,27 @@ class ReportingOptimizer(CheckpointedOptimizer):
             return diagnostics.watched(param, group, state, self._watched[param]), False
         if param.grad is None:
             return None, False
-        metrics = diagnostics.computed(self._algorithm, param, group, state, ahead, norm_coefficient)
+        metrics = diagnostics.computed(self._algorithm, param, group, state, ahead, norm_coefficient, refused)
         return metrics, not ahead and diagnostics.is_estimated(self._algorithm, group, state)
 
-    def _coefficient_ahead(self) -> Tensor | None:
-        """What ``max_grad_norm`` would multiply the present gradients by."""
-        limit = self.max_grad_norm
-        if limit is None:
-            return None
+    def _told(self, ahead: bool) -> tuple[Tensor | None, Tensor | None]:
+        """What the last step multiplied the gradients by, where they have not been, or one made now would; and whether
+        it is skipped by nonfinite="skip-step"."""
+        limit, skips = self.max_grad_norm, self._skips_steps(self.param_groups)
+        norm = self._norm_ahead() if ahead and (limit is not None or skips) else self._grad_norm
+        refused = clipping.refused(norm) if skips and norm is not None else None
+        if not ahead:
+            return self._norm_coefficient, refused
+        return None if norm is None or limit is None else clipping.coefficient(norm, limit), refused
+
+    def _norm_ahead(self) -> Tensor | None:
+        """The norm of the present gradients."""
         norms: list[tuple[Tensor, bool]] = []
         for group in self.param_groups:
             grads = [p.grad for p in group["params"] if p.grad is not None and not layout.is_sharded(p)]
             slices = functional.slices(list(map(layout.local, grads)), group["batch_dims"])
             norms += [(norm, group["nonfinite"] == "skip") for norm in clipping.norms(slices)]
-        total = clipping.total(norms)
-        return None if total is None else clipping.coefficient(total, limit)
+        return clipping.total(norms)
 
     @torch.no_grad()
     def report_per_parameter_metrics(
@@ -175,7 +186,7 @@ class ReportingOptimizer(CheckpointedOptimizer):
         found = self._find(param)
         if found is not None:
             group = self.param_groups[found[0]]
-            metrics, estimated = self._metrics(param, group, False, self._norm_coefficient)
+            metrics, estimated = self._metrics(param, group, False, *self._told(ahead=False))
             optimizer_metrics.update(diagnostics.by_name(name, metrics or {}))
             if estimated:
                 _warn_of_estimate()

@@ -20,7 +20,7 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype, layout.Follows]]
 #: shape of a factor of one slice, and the slice's dimensions that it is sharded with
 Side = tuple[tuple[int, ...], layout.Follows]
 
-NONFINITE = ("propagate", "skip")
+NONFINITE = ("propagate", "skip", "skip-step")
 ROUNDING = ("nearest", "stochastic")
 MASTER = tuple(rounding.LOW_DTYPES)
 COMMON_RULES: dict[str, options.Rule] = {
@@ -98,6 +98,18 @@ class StatefulOptimizer(Optimizer):
                 f"{limits}. Set it once, for the optimizer."
             )
         return None if limits[0] is None else COMMON_RULES["max_grad_norm"](name, limits[0])
+
+    def _skips_steps(self, groups: Iterable[Mapping[str, Any]]) -> bool:
+        """Whether these groups have nonfinite="skip-step", which all must have, or none."""
+        given = [group["nonfinite"] for group in groups]
+        if "skip-step" not in given:
+            return False
+        if given.count("skip-step") != len(given):
+            raise ValueError(
+                f"{type(self).__name__}: nonfinite='skip-step' must be the same in every group, because it skips the "
+                f"step of all parameters together, got {given}. Set it once, for the optimizer."
+            )
+        return True
 
     def _find(self, param: Tensor) -> tuple[int, int] | None:
         """The index of a parameter's group and the parameter's index there; None where no group has it. Looking up
@@ -196,6 +208,7 @@ class StatefulOptimizer(Optimizer):
             first = next(iter(self.param_groups), group)  # existing groups agree with each other
             agrees = first.get("max_grad_norm") == group["max_grad_norm"]
             self._common_limit([group] if agrees else [*self.param_groups, group])
+            self._skips_steps([*self.param_groups, group])
             if not isinstance(param_group["params"], Tensor | set):
                 param_group["params"] = list(param_group["params"])
             for index, param in enumerate(_tensors(param_group["params"])):
@@ -304,7 +317,8 @@ class StatefulOptimizer(Optimizer):
         if group["nonfinite"] == "skip":
             raise ValueError(
                 f"{where} has batch_dims={batch} and is sharded; nonfinite='skip' is not supported with both: ranks"
-                " would count different steps. Leave nonfinite='propagate', or batch_dims=0."
+                " would count different steps. Use nonfinite='skip-step', which all ranks decide together, or"
+                " batch_dims=0."
             )
 
     def _check_dtensor(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
@@ -437,9 +451,10 @@ def _counters(
 ) -> dict[str, tuple[torch.dtype, torch.device]]:
     """By key, type and device that a parameter's counters must have. Where only the device knows whether a step is
     made, or reads its number, ``step`` is on the parameter's."""
-    beside = group["nonfinite"] == "skip" or group["capturable"] or group["amp_scaling"]
+    counted = group["nonfinite"] != "propagate"
+    beside = counted or group["capturable"] or group["amp_scaling"]
     found = {"step": (torch.float32, param.device if beside and not needs_reduction(param, group) else HOST)}
-    if group["nonfinite"] == "skip" or "skipped" in state:
+    if counted or "skipped" in state:
         found["skipped"] = (torch.int32, param.device)
     return found
 

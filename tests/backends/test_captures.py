@@ -133,6 +133,7 @@ OPTIONS = {
     "plain": {},
     "clipped": dict(max_grad_norm=0.5),
     "skip": dict(nonfinite="skip"),
+    "skip-step": dict(nonfinite="skip-step"),
     "watched": dict(watch=True),
     "stored": dict(rounding="stochastic"),
 }
@@ -175,7 +176,7 @@ def test_replays_after_steps_that_plan_anew(device, name, change, before):
     check(device, name, [change], before)
 
 
-@pytest.mark.parametrize("options", ["clipped", "skip", "watched"])
+@pytest.mark.parametrize("options", ["clipped", "skip", "skip-step", "watched"])
 @pytest.mark.parametrize("name", ["HFac", "SMMF"])
 def test_replays_with_options(device, name, options):
     check(device, name, [no_gradient, moved, transposed], 1, **OPTIONS[options])

@@ -25,21 +25,21 @@ def _norms_of_experts(name, how, backend):
     makes all clip.
 
     ``how``: "cut", the stack is a DTensor; "plain" and "skip", it is tensors that differ by rank and are declared to;
-    "absent", no gradient reaches rank 0's experts in the last step; "skip" and "propagate", one expert's is not finite
-    there.
+    "absent", no gradient reaches rank 0's experts in the last step; "skip", "propagate", "skip-step" and
+    "skip-step-plain", one expert's is not finite there.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     mesh = init_device_mesh("cpu", (world,))
     generator = torch.Generator().manual_seed(0)
     full = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((2 * world, 6, 5), (8, 6), (4,))]
-    places, plain = [[S0], [S0], None], how in ("plain", "skip")
+    places, plain = [[S0], [S0], None], how in ("plain", "skip", "skip-step-plain")
 
     def part(i, value):
         found = part_of(value, mesh, places[i])
         return found.to_local() if plain and i == 0 else found
 
     def made(params, backend):
-        skip = "skip" if how == "skip" else "propagate"
+        skip = how.removesuffix("-plain") if how.startswith("skip") else "propagate"
         groups = [{"params": params[:1], "batch_dims": 1}, {"params": params[1:]}]
         return getattr(hfac, name)(groups, lr=LR, max_grad_norm=1.0, nonfinite=skip, backend=backend)
 
@@ -56,7 +56,7 @@ def _norms_of_experts(name, how, backend):
             q.grad *= 0.1 / q.grad.norm()
             if i == 0:
                 q.grad[-1] *= scale
-                if last and how in ("skip", "propagate"):
+                if last and (how.startswith("skip") or how == "propagate"):
                     q.grad[-2, 0, 0] = math.inf
                 if last and how == "absent":
                     q.grad[:2] = 0

@@ -47,11 +47,13 @@ OPTIONS = {
         "unclipped": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, clip_threshold=None, maximize=True),
         "skip": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, clip_threshold=0.7, nonfinite="skip"),
         "limit": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, nonfinite="skip", max_grad_norm=0.5),
+        "skip-step": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, nonfinite="skip-step"),
         "dense": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, clip_threshold=0.7, dense=True),
         "int8": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, clip_threshold=0.7, first_moment="int8"),
         "int8-limit": dict(
             lr=0.01, betas=(0.8, 0.95), first_moment="int8", nonfinite="skip", max_grad_norm=0.5, maximize=True
         ),
+        "int8-skip-step": dict(lr=0.01, first_moment="int8", nonfinite="skip-step", max_grad_norm=0.5),
     },
     "SMMF": {
         "all": dict(lr=0.01, weight_decay=0.1, decay_rate=-0.8),
@@ -59,6 +61,7 @@ OPTIONS = {
         "no-first": dict(lr=0.01, weight_decay=0.1, beta=None),
         "skip": dict(lr=0.01, weight_decay=0.1, nonfinite="skip"),
         "limit": dict(lr=0.01, weight_decay=0.1, nonfinite="skip", max_grad_norm=0.5),
+        "skip-step": dict(lr=0.01, weight_decay=0.1, nonfinite="skip-step", max_grad_norm=0.5),
     },
 }
 
@@ -123,8 +126,14 @@ def run_case(name, options, case, dtype, backend, steps=STEPS):
             if "nonfinite" in kwargs and step == 2 and i in (0, 2) and grad.numel():
                 grad.view(-1)[-1] = float("nan")
             q.grad, p.grad = grad, part_of(grad, mesh, places)
+        before = _bits(ours, optimizer)
         optimizer.step()
         reference.step()
+        if kwargs.get("nonfinite") == "skip-step" and step == 2:
+            assert _bits(ours, optimizer) == before
+            norms.append((torch.zeros(()), torch.zeros(())))
+            assert not optimizer.grad_norm.isfinite()
+            continue
         norms.append((optimizer.grad_norm, reference.grad_norm))
     state = optimizer.state_dict()["state"]
     errors = {}
@@ -139,6 +148,13 @@ def run_case(name, options, case, dtype, backend, steps=STEPS):
             assert found.shape == value.shape and found.dtype == value.dtype, (i, key, found.shape, value.shape)
             errors[f"{i}.{key}"] = difference(found, value, spare_signs=int(dtype == torch.float32))
     return errors
+
+
+def _bits(params, optimizer):
+    """Of this rank's parts of parameters and states; what counts skipped steps apart."""
+    values = [value for p in params for key, value in sorted(optimizer.state[p].items()) if key != "skipped"]
+    parts = [value.to_local() if isinstance(value, DTensor) else value for value in (*params, *values)]
+    return [part.detach().reshape(-1).view(torch.uint8).tolist() if part.numel() else [] for part in parts]
 
 
 def partial_gradient(name):

@@ -14,7 +14,7 @@ NAMES = ("HFac", "SMMF")
 def test_the_norm_of_what_each_rank_steps_alone():
     """Experts that are cut, or declared to differ by rank, count on all ranks; also where some rank has no gradient of
     them, or one that is not finite."""
-    ways = ("cut", "plain", "absent", "skip", "propagate")
+    ways = ("cut", "plain", "absent", "skip", "propagate", "skip-step", "skip-step-plain")
     cases = [(name, how, backend) for name in NAMES for how in ways for backend in ("reference", "cpu")]
     (found,) = on_ranks(2, ("sharded_agreement:norms_of_experts", cases))
     agree(found, 1e-12)
