@@ -3,7 +3,7 @@
 import functools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import clip_grad
 
-from . import clipping
+from . import clipping, distributed
 from .distributed import layout
 from .optim import options
 from .optim.base import FactoredOptimizer
+from .optim.units import Unit, Units
 
 _released: "weakref.WeakSet[FactoredOptimizer]" = weakref.WeakSet()
 
@@ -95,6 +96,13 @@ def release_gradients(
     again; `optimizer.grad_norm` is the last complete one. It is in the handle's `state_dict()`: a run resumed without
     that makes its first step unclipped.
 
+    **Sharded parameters.** Those of FSDP2 (`fully_shard`) are stepped module by module, as their gradients arrive, with
+    one all-reduce for each module that FSDP has made its own; the backward pass goes on while the sums are under way.
+    The numbers are those of `optimizer.step()` up to the order in which sums are formed. Call `optimizer.step()` after
+    every step: with ``max_grad_norm`` it adds up the norm, and DTensors that FSDP does not manage (tensor parallelism
+    alone) keep their gradients until then and are stepped together. Under ``set_requires_gradient_sync(False)``, which
+    has FSDP bring what it has added up once, leave accumulate=1. All ranks call `reset` and `remove` together.
+
     `torch.nn.utils.clip_grad_norm_` of released parameters finds no gradients; a warning says so, once for a handle.
 
     A tied parameter is stepped once, with its whole gradient. *Reentrant* checkpointing (``use_reentrant=True``) has
@@ -114,8 +122,8 @@ def release_gradients(
         ValueError: ``accumulate`` is not a whole number >= 1; the model has none of the optimizer's parameters, or,
             with ``max_grad_norm``, not all.
         RuntimeError: the optimizer releases gradients already; DistributedDataParallel, which averages gradients over
-            ranks after these hooks have run; sharded parameters; amp_scaling=True, because a `torch.amp.GradScaler`
-            unscales gradients after the backward pass.
+            ranks after these hooks have run; amp_scaling=True, because a `torch.amp.GradScaler` unscales gradients
+            after the backward pass.
     """
     return ReleasedGradients(model, optimizer, accumulate, exact)
 
@@ -133,11 +141,18 @@ class ReleasedGradients:
         self._counts: dict[Tensor, int] = {}
         #: by parameter, the norm of each gradient stepped since the last complete norm
         self._passed: dict[Tensor, Tensor] = {}
+        #: sharded parameters whose gradients are arriving, and those that have, in this backward pass
+        self._arriving: tuple[Unit, set[Tensor]] | None = None
+        #: those whose sums over ranks are under way, and the rest of their step
+        self._pending: tuple[Unit, Generator[Any, None, None]] | None = None
+        self._sorted: list[Tensor] = []  # the sharded parameters that are known
+        self._ends = False  # whether the end of this backward pass calls back
         self._norm: Tensor | None = None
         self._clip: tuple[float, Tensor] | None = None
         for param in self._shared():
             if param.requires_grad and not is_lazy(param):
                 self._hooks[param] = param.register_post_accumulate_grad_hook(self._hook)
+        self._sort()
         self._ending = optimizer.register_step_pre_hook(self._end)
         self._said = False
         _released.add(optimizer)
@@ -152,20 +167,28 @@ class ReleasedGradients:
         self._ending.remove()
         self._counts.clear()
         self._passed.clear()
+        self._arriving = None
+        self._finish()
         _released.discard(self._optimizer)
+        self._optimizer._units = None
+        self._optimizer._forget()
         _clipping.end(self)
 
     def reset(self) -> None:
-        """Drops all gradients and restarts the count of micro-batches, to go on after a backward pass that raised."""
+        """Drops all gradients and restarts the count of micro-batches, to go on after a backward pass that raised. Of
+        sharded parameters, call it on every rank."""
         self._counts.clear()
         self._passed.clear()
+        self._arriving, self._ends = None, False
+        self._finish()  # what is under way, other ranks have begun as well
         for param in self._hooks:
             param.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """To be saved beside the optimizer's: {"grad_norm": the norm that clips the next step, a 0-d tensor, or None}.
         Call it after `optimizer.step()`, or, in a loop that never calls that, after a backward pass: gradients kept for
-        further micro-batches are not saved."""
+        further micro-batches are not saved. In such a loop every rank must call it, if parameters are sharded: their
+        norm is then added up over ranks."""
         return {"grad_norm": self._norm_of_passed() if self._passed else self._norm}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -210,8 +233,18 @@ class ReleasedGradients:
     def _arrived(self, param: Tensor) -> None:
         """The hook, called when ``param.grad`` holds the gradient of a backward pass."""
         with self._lock:
+            unit, units = self._unit_of(param), self._optimizer._units
+            if unit is not None and units is not None and unit is units.rest:
+                return  # on other ranks it may come at another time, or not at all: `step` ends their wait
+            if unit is not None:
+                self._finish()
+                if self._arriving is not None and self._arriving[0] is not unit:
+                    self._close()
             if param in self._passed:  # another backward pass without step() in between
                 self._complete()
+            if unit is not None:
+                self._arrive(unit, param)
+                return
             if self._exact and self._accumulate > 1:
                 count = self._counts.get(param, 0) + 1
                 if count < self._accumulate:
@@ -219,6 +252,77 @@ class ReleasedGradients:
                     return
                 del self._counts[param]
             self._step(param, 1.0 if self._exact else 1.0 / self._accumulate)
+
+    def _unit_of(self, param: Tensor) -> Unit | None:
+        """The sharded parameters that this one is stepped with."""
+        units = self._optimizer._units
+        return None if units is None else units.of.get(param)
+
+    def _arrive(self, unit: Unit, param: Tensor) -> None:
+        """A sharded parameter's gradient is there. FSDP brings those of a unit one after the other, on every rank in
+        the same order, but what has none is left out: then the next unit's shows that all have come, or the end of the
+        backward pass."""
+        if not self._ends:
+            torch.autograd.Variable._execution_engine.queue_callback(self._passed_by)
+            self._ends = True
+        if self._arriving is None:
+            self._arriving = unit, set()
+        self._counts[param] = self._counts.get(param, 0) + 1
+        here = self._arriving[1]
+        here.add(param)
+        if all(other in here for other in unit.params if other.requires_grad):
+            self._close()
+
+    def _close(self) -> None:
+        """All gradients of a unit that come in this backward pass have come: begins its step, where that is due."""
+        if self._arriving is None:
+            return
+        (unit, _), self._arriving = self._arriving, None
+        least = self._accumulate if self._exact else 1
+        if max(self._counts.get(param, 0) for param in unit.params) >= least:
+            self._begin(unit, 1.0 if self._exact else 1.0 / self._accumulate)
+
+    def _begin(self, unit: Unit, lr_scale: float = 1.0) -> None:
+        clip, limit = None, self._optimizer.max_grad_norm
+        if limit is not None:
+            here = [param for param in unit.params if param.grad is not None]
+            grads = [grad for param in here if (grad := layout.gradient(param, "a parameter")) is not None]
+            norms = clipping.norms(grads)  # before they are clipped
+            clip = self._coefficient(limit, layout.local(unit.params[0].detach()).device)
+            self._passed.update(zip(here, norms, strict=True))
+        for param in unit.params:
+            self._counts.pop(param, None)
+        step = unit.step(clip, lr_scale)
+        # On a GPU nothing here waits, and FSDP calls hooks on the stream of its reduce-scatter, beside the backward
+        # pass. On the host the pass goes on while the sums are under way.
+        work = next(step, None)
+        self._pending = unit, _after(work, step)
+        if not unit.on_host:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Completes the step that is under way, and frees its gradients."""
+        if self._pending is not None:
+            (unit, step), self._pending = self._pending, None
+            distributed.schedule.finished(step)
+            for param in unit.params:
+                param.grad = None
+
+    def _passed_by(self) -> None:
+        """Called at the end of a backward pass."""
+        with self._lock:
+            self._ends = False
+            self._close()
+            self._finish()
+
+    def _sort(self) -> None:
+        """Finds the sharded parameters, which are stepped together."""
+        params = [param for param in self._shared() if layout.is_sharded(param)]
+        if list(map(id, params)) != list(map(id, self._sorted)):
+            units = Units(self._optimizer, self._model, params)
+            self._optimizer._units = units if units.of else None
+            self._optimizer._forget()
+            self._sorted = params
 
     def _step(self, param: Tensor, lr_scale: float = 1.0) -> None:
         found = self._optimizer._find(param)  # checking all groups for each parameter would cost too much
@@ -243,13 +347,16 @@ class ReleasedGradients:
 
     def _complete(self) -> None:
         """Called when all gradients of a step have passed."""
-        if self._passed:
-            assert self._optimizer.max_grad_norm is not None  # which checks that all groups agree
+        if self._passed or (self._optimizer._units is not None and self._optimizer.max_grad_norm is not None):
             norm = self._norm_of_passed()
             self._passed.clear()
+            if norm is not None and self._norm is not None:
+                norm = torch.where(norm == 0, self._norm, norm)  # a step without any gradient, which other ranks know
             self._keep(norm)
 
     def _norm_of_passed(self) -> Tensor | None:
+        if self._optimizer._units is not None:
+            return self._optimizer._units.norm(self._passed)
         skips = {p: group["nonfinite"] == "skip" for group in self._optimizer.param_groups for p in group["params"]}
         return clipping.total([(norm, skips.get(param, False)) for param, norm in self._passed.items()])
 
@@ -260,12 +367,23 @@ class ReleasedGradients:
     def _end(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Called before `optimizer.step()`: steps what no hook has stepped."""
         with self._lock:
+            self._passed_by()
             self._counts.clear()
+            self._sort()
             for param in self._shared():
                 if param.requires_grad and param not in self._hooks and not is_lazy(param):
                     self._hooks[param] = param.register_post_accumulate_grad_hook(self._hook)
-                if param.grad is not None:
+                if param.grad is not None and self._unit_of(param) is None:
                     self._step(param)
+            units = self._optimizer._units
+            for unit in () if units is None else units.fsdp:
+                if unit.has_gradient():
+                    self._begin(unit)
+                    self._finish()
+            if units is not None and units.rest is not None:
+                units.rest.agree()
+                self._begin(units.rest)
+                self._finish()
             self._complete()
 
 
@@ -318,10 +436,9 @@ def _check(model: Any, optimizer: Any, accumulate: Any) -> None:
             "release_gradients: the optimizer has a norm_group, over which the norm of all gradients is added up, and "
             "steps during the backward pass clip by what this rank has. Leave norm_group=None or max_grad_norm=None."
         )
-    for param in shared:
-        if layout.is_sharded(param):
-            raise RuntimeError(
-                f"release_gradients: a parameter of shape {tuple(param.shape)} is sharded, and stepping it alone would "
-                "take a collective of its own. Call optimizer.step(), which takes one for all parameters; their "
-                "gradients are sharded as well."
-            )
+
+
+def _after(work: Any, step: Generator[Any, None, None]) -> Generator[Any, None, None]:
+    """A step that has been begun, and what is under way of it."""
+    yield work
+    yield from step

@@ -4,10 +4,13 @@ Each rank computes sums over its shard of every parameter; a few numbers per row
 each rank updates its shard. See docs/distributed.md.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from __future__ import annotations  # not every torch has the types that are named here
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from operator import attrgetter
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..functional import pick
@@ -15,10 +18,10 @@ from ..staging import Fetched
 from . import hfac, layout, norm, schedule, smmf
 from .bucket import Bucket, Entries, Entry, Options
 from .gradients import Gradients
-from .norm import Found, Total
+from .norm import Found, Norms, Total
 from .schedule import Collective, Sent
 
-__all__ = ["Entry", "Found", "Gradients", "Options", "Sent", "Sharded", "Total", "layout"]
+__all__ = ["Entry", "Found", "Gradients", "Norms", "Options", "Sent", "Sharded", "Total", "layout", "norm", "schedule"]
 
 
 class Sharded:
@@ -68,24 +71,13 @@ class Sharded:
             RuntimeError: ranks did not agree on which parameters have a gradient.
         """
         self._grads = None
-        everything: list[Entries] = [*self._buckets, *(self._norms or ())]
-        checks = [check for each in everything for check in each.unverified]
-        for each in everything:
-            each.unverified = []  # what is wrong is said once
-        for check in checks:
-            check()
+        settle([*self._buckets, *(self._norms or ())])
 
     def norms(self, options: Mapping[int, Options]) -> list[tuple[Tensor, bool]]:
         """The norms of whole gradients, and whether those that are not finite are left out. Every rank must ask for
         them: one all-reduce for each mesh."""
-        found = []
-        for mesh in self._by_mesh():
-            norms = mesh.of(self._of(mesh))
-            for skip in (False, True):
-                mine = [i for i, entry in enumerate(mesh.entries) if options[entry.group].skip == skip]
-                if mine:
-                    found.append((mesh.members(mine).numbers(norms), skip))
-        return found
+        skips = {group: option.skip for group, option in options.items()}
+        return [pair for mesh in self._by_mesh() for pair in mesh.by_skip(mesh.of(self._of(mesh)), skips)]
 
     def skip(self, refused: Tensor) -> bool:
         """Whether the step is left out, because this number, which is the same on all ranks, is not zero: the host
@@ -146,10 +138,18 @@ class Sharded:
                 anything is written; elsewhere it may be found when the step has been made (`settle`), and of SMMF,
                 which sends its sums off during the step, when that is completed (`smmf.Shards.take`).
         """
+        return schedule.finished(self.preparing(options))
+
+    def preparing(
+        self, options: Mapping[int, Options], async_op: bool = False
+    ) -> Generator[dist.Work, None, Callable[[], Callable[[], None]]]:
+        """`prepare`, which with ``async_op`` stops at every collective and yields it, to be waited for before it goes
+        on."""
         planned = self._plan(options)
         jobs = [bucket.job(bucket.turned(self._of(bucket)), options[bucket.group]) for bucket in self._buckets]
         self._grads = None
-        steps = dict(zip(self._buckets, schedule.run(jobs, planned), strict=True))
+        found = yield from schedule.running(jobs, planned, async_op)
+        steps = dict(zip(self._buckets, found, strict=True))
 
         def begin() -> Callable[[], None]:
             works = []
@@ -185,6 +185,20 @@ class Sharded:
         sent += [sending.collective.sent(stage) for sending in self._sendings for stage in sending.sums]
         sent += [sending.collective.sent(stage) for sending in self._sendings for stage in sending.copies]
         return first, sent
+
+
+def settle(everything: Iterable[Entries]) -> None:
+    """Checks what of the last step is left to be checked.
+
+    Raises:
+        RuntimeError: ranks did not agree on which parameters have a gradient.
+    """
+    everything = list(everything)
+    checks = [check for each in everything for check in each.unverified]
+    for each in everything:
+        each.unverified = []  # what is wrong is said once
+    for check in checks:
+        check()
 
 
 _LOCAL = attrgetter("_local_tensor")

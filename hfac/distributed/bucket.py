@@ -158,7 +158,7 @@ class Bucket(Entries):
         self._members = []
 
     def job(self, grads: list[Tensor | None], options: Options) -> Job:
-        """A step with these gradients, to be run by `schedule.run`."""
+        """A step with these gradients, to be run by `schedule.running`."""
         raise NotImplementedError
 
     def turned(self, shards: Sequence[Any]) -> list[Any]:

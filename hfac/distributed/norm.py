@@ -6,7 +6,7 @@ many ranks there is a gradient. Of those that a rank steps alone, `Total` adds u
 
 from __future__ import annotations  # not every torch has the types that are named here
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,19 +38,37 @@ class Norms(Entries):
         Raises:
             RuntimeError: ranks do not agree on which parameters have a gradient.
         """
-        who, _ = self.with_gradient(grads)
+        own: list[Tensor | None] = list(grads)
+        mine = [i for i, grad in enumerate(grads) if grad is not None and self.joint.contributes[i]]
+        for i, found in zip(mine, clipping.norms([grad for i in mine if (grad := grads[i]) is not None]), strict=True):
+            own[i] = found
+        return self.of_shards(own)
+
+    def of_shards(self, norms: Sequence[Tensor | None]) -> Tensor:
+        """`of` gradients, of whose shards on this rank these are the norms. Those that it does not contribute are not
+        read."""
+        who, _ = self.with_gradient(norms)
         mine = self.members([i for i in who.index if self.joint.contributes[i]])
-        numbers = torch.zeros(2, len(grads), dtype=self.dtype, device=self.device)
+        numbers = torch.zeros(2, len(norms), dtype=self.dtype, device=self.device)
         squares, present = numbers
         if mine.index:
-            norms = clipping.norms([grad for i in mine.index if (grad := grads[i]) is not None])
-            mine.put(squares, clipping.stacked(norms, self.dtype).square())
+            own = [found for i in mine.index if (found := norms[i]) is not None]
+            mine.put(squares, clipping.stacked(own, self.dtype).square())
             present.copy_(mine.flags)
         for stage in self.joint.stages:
             stage.run(numbers)
         self.verify(Fetched(present), who)
         double = any(entry.param.dtype == torch.float64 for entry in self.entries)
         return clipping.roots(squares, torch.float64 if double else torch.float32)
+
+    def by_skip(self, norms: Tensor, skips: Mapping[int, bool]) -> list[tuple[Tensor, bool]]:
+        """Norms by whether those that are not finite are left out, which ``skips`` says of each group."""
+        found = []
+        for skip in (False, True):
+            mine = [i for i, entry in enumerate(self.entries) if skips[entry.group] == skip]
+            if mine:
+                found.append((self.members(mine).numbers(norms), skip))
+        return found
 
 
 def by_mesh(entries: Sequence[Entry]) -> list[Norms]:

@@ -6,7 +6,7 @@ from __future__ import annotations  # not every torch has the types that are nam
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+T = TypeVar("T")
 #: A job needs sums over ranks of what it puts into its part of a collective's buffer: a 1-d tensor ("room"), the same
 #: one in every step, which is zero when the job is to fill it. The job yields until then, fills it, yields, and goes on
 #: when the room has passed the stage. It returns what is left to do once all jobs have come this far.
@@ -111,10 +112,13 @@ def collectives(needs: Sequence[Needs]) -> list[Collective]:
     return found
 
 
-def run(jobs: Sequence[Job], planned: Sequence[Collective]) -> list[Callable[[], None]]:
-    """Runs jobs with the `collectives` of their needs, and returns what they return.
+def running(
+    jobs: Sequence[Job], planned: Sequence[Collective], async_op: bool = False
+) -> Generator[dist.Work, None, list[Callable[[], None]]]:
+    """Runs jobs with the `collectives` of their needs, and returns what they return. With ``async_op`` it yields each
+    collective that is under way, to be waited for before it goes on.
 
-    Every rank of a group must call it with jobs that ask the group for the same sums.
+    Every rank of a group must run jobs that ask the group for the same sums.
     """
     rest: dict[int, Callable[[], None]] = {}
 
@@ -130,11 +134,24 @@ def run(jobs: Sequence[Job], planned: Sequence[Collective]) -> list[Callable[[],
         collective.buffer.zero_()
         for i in collective.jobs:
             next(jobs[i])
-        collective.stage.run(collective.buffer)
+        work = collective.stage.run(collective.buffer, async_op=async_op)
+        if work is not None:
+            yield work
         for i in collective.jobs:
             advance(i)
     assert len(rest) == len(jobs), "a job asks for more sums than it planned"
     return [rest[i] for i in range(len(jobs))]
+
+
+def finished(step: Generator[dist.Work | None, None, T]) -> T:
+    """What a generator returns that yields collectives, once it has come to its end; each is waited for."""
+    while True:
+        try:
+            work = next(step)
+        except StopIteration as end:
+            return cast(T, end.value)
+        if work is not None:
+            work.wait()
 
 
 def rooms_of(planned: Sequence[Collective], jobs: int) -> list[list[Tensor]]:

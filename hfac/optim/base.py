@@ -18,6 +18,7 @@ from . import options
 from .cache import SingleParamCache, StepCache
 from .report import ReportingOptimizer
 from .state import KnownOptions, has_state, is_trained, needs_reduction
+from .units import Units
 
 
 class FactoredOptimizer(ReportingOptimizer):
@@ -38,6 +39,8 @@ class FactoredOptimizer(ReportingOptimizer):
     _single: dict[Tensor, SingleParamCache]
     #: the sharded parameters, bound; None where there are none, or they must be bound again
     _sharded: distributed.Sharded | None = None
+    #: the sharded parameters that the backward pass steps
+    _units: Units | None = None
     #: how gradients are placed on the ranks
     _gradients: distributed.Gradients
     #: the norm of all gradients; None where each rank has it by itself
@@ -146,7 +149,9 @@ class FactoredOptimizer(ReportingOptimizer):
         shared = {} if sharded is None else {i: self._shared(group) for i, group in enumerate(self.param_groups)}
         norm_coefficient = refused = None
         self._grad_norm = None if limit is None and not skips else self._grad_norm
-        norm = self._norm_of(steps, grads, cache, shared) if limit is not None or skips else None
+        norm = None
+        if (limit is not None or skips) and self._units is None:  # else all are gone, clipped by the norm before
+            norm = self._norm_of(steps, grads, cache, shared)
         if norm is not None:
             self._grad_norm, norm_coefficient = norm, clipping.coefficient(norm, limit)
             shared = {i: replace(options, clip=norm_coefficient) for i, options in shared.items()}
@@ -217,8 +222,8 @@ class FactoredOptimizer(ReportingOptimizer):
 
         Raises:
             ValueError: the parameter is not this optimizer's, or not of this group.
-            RuntimeError: the parameter is sharded, which would take a collective for every parameter; or
-                ``max_grad_norm`` without ``clip``.
+            RuntimeError: the parameter's step needs sums over ranks, which would be a collective for every parameter;
+                or ``max_grad_norm`` without ``clip``.
             TypeError, ValueError, RuntimeError: as `step`; nothing has been updated.
         """
         self._check_graph_capture()
@@ -274,10 +279,11 @@ class FactoredOptimizer(ReportingOptimizer):
                 " param_groups' parameters itself, not a copy or a view, or add it with add_param_group."
             )
         single = SingleParamCache(self.param_groups, *found, self._spec)
-        if layout.is_sharded(param):
+        if needs_reduction(param, single.group):
             raise RuntimeError(
                 f"{name}: {single.label} (shape {tuple(param.shape)}) is sharded, and stepping it alone would take a "
-                "collective of its own. Call step(), which takes one for all parameters."
+                "collective of its own. Call step(), which takes one for all parameters, or use "
+                "hfac.release_gradients, which takes one for every module that FSDP2 shards."
             )
         self._single[param] = single
         return single
@@ -373,19 +379,20 @@ class FactoredOptimizer(ReportingOptimizer):
         options.update({name: schedules.as_scalar(name, options[name]) for name in ("lr", "weight_decay")})
         return distributed.Options(options, group["nonfinite"] == "skip", group["backend"])
 
+    def _entry(self, param: Tensor, index: int, position: int) -> distributed.Entry:
+        """A sharded parameter of the group of this index; ``position`` is that among all of the optimizer's."""
+        group = self.param_groups[index]
+        state, offset = self._needed_state(param, group), self._bit_offset(param, group, position)
+        return distributed.Entry(self._label(param), index, param, state, offset)
+
     def _bind_sharded(self, cache: StepCache) -> distributed.Sharded | None:
         """Binds the sharded parameters of all groups, whether or not they have gradients, so that all ranks agree."""
+        released = () if self._units is None else self._units.of
         entries = [
-            distributed.Entry(
-                self._label(param),
-                index,
-                param,
-                self._needed_state(param, group),
-                self._bit_offset(param, group, cache.positions[param]),
-            )
+            self._entry(param, index, cache.positions[param])
             for index, group in enumerate(self.param_groups)
             for param in group["params"]
-            if needs_reduction(param, group) and has_state(self.state, param)
+            if needs_reduction(param, group) and has_state(self.state, param) and param not in released
         ]
         if entries and self._step_supports_amp_scaling:
             raise ValueError(
@@ -410,8 +417,9 @@ class FactoredOptimizer(ReportingOptimizer):
         return None if total.is_local else total
 
     def _settle(self) -> None:
-        if self._sharded is not None:
-            self._sharded.settle()
+        for each in (self._sharded, self._units):
+            if each is not None:
+                each.settle()
 
     def _forget(self) -> None:
         self._sharded = None
@@ -438,7 +446,8 @@ class FactoredOptimizer(ReportingOptimizer):
         return sum(group.workspace_bytes() for group in groups)
 
     def collectives(self) -> list[tuple[int, int]]:
-        """The all-reduces and broadcasts of a step, in order: (ranks, bytes) of each."""
+        """The all-reduces and broadcasts of a step, in order: (ranks, bytes) of each; with `hfac.release_gradients`
+        those of the backward pass, too."""
         return [(sent.stage.group.size(), sent.bytes) for sent in self._collectives()]
 
     def _collectives(self) -> list[distributed.Sent]:
@@ -446,6 +455,7 @@ class FactoredOptimizer(ReportingOptimizer):
         clips = self.max_grad_norm is not None or self._skips_steps(self.param_groups)
         skip = {i: group["nonfinite"] == "skip" for i, group in enumerate(self.param_groups)}
         norm, step = ([], []) if self._sharded is None else self._sharded.collectives(skip, clips)
+        norm = norm if self._units is None else self._units.collectives(clips) + norm
         return norm + (self._total.collectives() if clips and self._total is not None else []) + step
 
     def _check_stepped(self, param: Tensor, group: Mapping[str, Any], method: str = "") -> None:

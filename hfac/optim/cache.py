@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import functional, spec
+from .. import spec
 from ..distributed import Gradients, layout
 from .state import EXECUTION, has_state, is_at, needs_reduction, own_keys
 
@@ -98,7 +98,8 @@ class SingleParamCache:
     def __init__(self, groups: Groups, group_index: int, index: int, algorithm: spec.Algorithm) -> None:
         self.group, self.label = groups[group_index], f"parameter {index} of group {group_index}"
         self.param: Tensor = self.group["params"][index]
-        self.bound: functional.Group | None = None
+        #: by itself, or with others (`hfac.optim.units.Unit`)
+        self.bound: Any = None
         self.group_index, self._index = group_index, index
         self._algorithm, self._own_keys = algorithm, own_keys(algorithm)
 
@@ -116,7 +117,7 @@ class SingleParamCache:
             return 0
         return sum(map(len, map(itemgetter("params"), groups[: self.group_index]))) + self._index
 
-    def keep(self, bound: functional.Group, groups: Groups, state: States) -> None:
+    def keep(self, bound: Any, groups: Groups, state: States) -> None:
         """Keeps the bound parameter until any of what it was made of changes."""
         self._state, self._values = state[self.param], dict(state[self.param])
         self._shard = getattr(self.param, "_local_tensor", None)

@@ -200,7 +200,6 @@ def refusals():
         ),
         "triton": lambda: hfac.SMMF([made((4, 6), [Shard(0), Replicate()])], backend="cuda"),
         "step-param": lambda: step_of(made((4, 6), [Shard(0), Replicate()])),
-        "release": lambda: release("fsdp"),
         "release-ddp": lambda: release("ddp"),
     }
     found = {}
@@ -213,11 +212,13 @@ def refusals():
     return found
 
 
-def lose_one(folder, name, how):
+def lose_one(folder, name, how, mode=""):
     """Rank 2 dies, or raises, in the middle of the third step. The others write down what they got, and when."""
     rank = dist.get_rank()
     net = wrap("fsdp", model())
     optimizer = optimizer_of(name, net, backend="reference")
+    if mode == "released":
+        hfac.release_gradients(net, optimizer)
     train(net, optimizer, 2)
     model_state, state = get_state_dict(net, optimizer)
     dcp.save({"model": model_state, "optimizer": state}, checkpoint_id=f"{folder}/checkpoint")
