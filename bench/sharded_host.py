@@ -9,24 +9,19 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import hfac
-from hfac import backends
-from hfac.spec import Op
 
+from .imagined import Operations, equal_ranks, idle_kernels, imagined_ranks
 from .machine import describe
 from .report import plain_table
-from .sharding import imagined_ranks
 
 RANKS = 8
 SHAPES = [(64, 64), (64,), (64, 192), (192, 64), (64,)]
@@ -36,62 +31,6 @@ MODES: dict[str, dict[str, Any]] = {
     "clipped": {"max_grad_norm": 1.0},
     "skip": {"nonfinite": "skip"},
 }
-
-
-class Operations(TorchDispatchMode):
-    """Counts what torch is asked to do while it is entered."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **kwargs or {})
-
-
-class Nothing:
-    """A backend of kernels that do nothing, and take what CUDA's take."""
-
-    class Call:
-        unscales = True
-
-        def __call__(self, grads: Any, nonfinite: Any = None, **numbers: Any) -> None:
-            pass
-
-    def has(self, op: Op) -> bool:
-        return True
-
-    def bind(self, operands: Any) -> Call:
-        return self.Call()
-
-
-@contextmanager
-def equal_ranks() -> Iterator[None]:
-    """Within `imagined_ranks`: all-reduces find on the other ranks what is on this one, without being counted."""
-    real = dist.all_reduce
-
-    def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, **kwargs: Any) -> Any:
-        if op == dist.ReduceOp.SUM:
-            with _disable_current_modes():
-                tensor.mul_(dist.get_world_size(group))
-        return real(tensor, op, group=group, **kwargs)
-
-    dist.all_reduce = all_reduce
-    try:
-        yield
-    finally:
-        dist.all_reduce = real
-
-
-@contextmanager
-def idle_kernels() -> Iterator[str]:
-    """The name of a backend of them."""
-    backends.register(backends.Backend("idle", "nothing", lambda device: None, Nothing, automatic=False))
-    try:
-        yield "idle"
-    finally:
-        backends.unregister("idle")
 
 
 def optimizer_of(name: str, count: int, device: str = "cpu", **options: Any) -> torch.optim.Optimizer:

@@ -24,7 +24,16 @@ def gpt2() -> Shapes:
 
 def llama3_8b(layers: int = 32) -> Shapes:
     """The 291 parameters of Llama-3-8B, 8.03e9 elements (with fewer ``layers``: embedding, head and those)."""
-    d, hidden, kv, vocabulary = 4096, 14336, 1024, 128256
+    return _llama3(4096, 14336, layers)
+
+
+def llama3_70b(layers: int = 80) -> Shapes:
+    """The 723 parameters of Llama-3-70B, 70.6e9 elements (with fewer ``layers``: embedding, head and those)."""
+    return _llama3(8192, 28672, layers)
+
+
+def _llama3(d: int, hidden: int, layers: int) -> Shapes:
+    kv, vocabulary = 1024, 128256
     found: Shapes = {"model.embed_tokens.weight": (vocabulary, d)}
     for i in range(layers):
         layer: Shapes = {
@@ -39,6 +48,40 @@ def llama3_8b(layers: int = 32) -> Shapes:
             "post_attention_layernorm": (d,),
         }
         found |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    return found | {"model.norm.weight": (d,), "lm_head.weight": (vocabulary, d)}
+
+
+def deepseek_v3(layers: int = 61) -> Shapes:
+    """The parameters of DeepSeek-V3, 671e9 elements, without its layer for multi-token prediction (with fewer
+    ``layers``: embedding, head and those). The experts of a layer are three stacks of 256 matrices, as torchtitan
+    keeps them."""
+    d, vocabulary, query, key, experts, expert = 7168, 129280, 1536, 512, 256, 2048
+
+    def gated(name: str, hidden: int) -> Shapes:
+        sizes = {"gate_proj": (hidden, d), "up_proj": (hidden, d), "down_proj": (d, hidden)}
+        return {f"{name}.{part}.weight": size for part, size in sizes.items()}
+
+    found: Shapes = {"model.embed_tokens.weight": (vocabulary, d)}
+    for i in range(layers):
+        block = f"model.layers.{i}"
+        attention: Shapes = {
+            "q_a_proj": (query, d),
+            "q_a_layernorm": (query,),
+            "q_b_proj": (128 * 192, query),
+            "kv_a_proj_with_mqa": (key + 64, d),
+            "kv_a_layernorm": (key,),
+            "kv_b_proj": (128 * 256, key),
+            "o_proj": (d, 128 * 128),
+        }
+        found |= {f"{block}.self_attn.{name}.weight": shape for name, shape in attention.items()}
+        if i < 3:
+            found |= gated(f"{block}.mlp", 18432)
+        else:
+            stacks = {"w1": (experts, expert, d), "w2": (experts, d, expert), "w3": (experts, expert, d)}
+            found |= {f"{block}.mlp.gate.weight": (experts, d)}
+            found |= {f"{block}.mlp.experts.{name}": shape for name, shape in stacks.items()}
+            found |= gated(f"{block}.mlp.shared_experts", expert)
+        found |= {f"{block}.{name}.weight": (d,) for name in ("input_layernorm", "post_attention_layernorm")}
     return found | {"model.norm.weight": (d,), "lm_head.weight": (vocabulary, d)}
 
 
@@ -134,6 +177,8 @@ def _norm(name: str, width: int) -> Shapes:
 #: name on the command line -> (title, the list)
 NAMED: dict[str, tuple[str, Callable[[], Shapes]]] = {
     "llama-3-8b": ("Llama-3-8B", llama3_8b),
+    "llama-3-70b": ("Llama-3-70B", llama3_70b),
+    "deepseek-v3": ("DeepSeek-V3", deepseek_v3),
     "gpt2": ("GPT-2 124M", gpt2),
     "resnet50": ("ResNet-50", resnet50),
     "sdxl-unet": ("Stable Diffusion XL's U-Net", sdxl_unet),

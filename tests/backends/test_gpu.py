@@ -24,7 +24,7 @@ from torch.nn import Parameter
 
 import hfac
 from bench import sharded_host
-from bench.sharding import imagined_ranks
+from bench.imagined import equal_ranks, imagined_ranks
 from hfac import backends
 from hfac.rounding import BitOffset, join
 
@@ -255,7 +255,7 @@ def test_a_step_of_stored_parameters_does_not_wait_for_the_device(name, stored):
 @BOTH
 def test_a_sharded_step_does_not_wait_for_the_device(name, backend, mode):
     """With other ranks that are imagined. Of refused gradients the host is told behind the sums."""
-    with imagined_ranks(sharded_host.RANKS), sharded_host.equal_ranks():
+    with imagined_ranks(sharded_host.RANKS), equal_ranks():
         options = sharded_host.MODES[mode]
         optimizer = sharded_host.optimizer_of(name, 5, device="cuda", backend=backend, **options)
         does_not_wait(optimizer.step)
@@ -275,7 +275,7 @@ def test_that_ranks_disagree_is_found_after_the_step(name, backend):
 
 @BOTH
 def test_a_sharded_step_on_another_stream_has_buffers_of_its_own(name, backend):
-    with imagined_ranks(sharded_host.RANKS), sharded_host.equal_ranks():
+    with imagined_ranks(sharded_host.RANKS), equal_ranks():
         optimizer = sharded_host.optimizer_of(name, 5, device="cuda", backend=backend)
         found = []
         for stream in (None, None, torch.cuda.Stream()):

@@ -1,13 +1,12 @@
 """What a sharded step asks of the host: few operations of torch, however many parameters there are, and nothing that
-waits for the device. Kernels and other ranks are imagined (bench/sharded_host.py)."""
+waits for the device. Kernels and other ranks are imagined (bench/imagined.py)."""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import sharded_host
-from bench.sharding import imagined_ranks
-from hfac.distributed import bucket, hfac, norm, smmf
+from bench.imagined import equal_ranks, idle_kernels, imagined_ranks, unread_numbers
 
 #: of torch, for a step of any number of parameters
 OPERATIONS = 200
@@ -16,7 +15,7 @@ OPERATIONS = 200
 @pytest.fixture
 def idle():
     """The name of a backend whose kernels do nothing, in a process group of which this is one rank."""
-    with imagined_ranks(sharded_host.RANKS), sharded_host.equal_ranks(), sharded_host.idle_kernels() as backend:
+    with imagined_ranks(sharded_host.RANKS), equal_ranks(), idle_kernels() as backend:
         yield backend
 
 
@@ -46,33 +45,13 @@ class Device(TorchDispatchMode):
         return found
 
 
-class Unread:
-    """Numbers that are never on the host: of refused gradients, none."""
-
-    is_here = False
-
-    def __init__(self, numbers):
-        assert numbers.device.type == "meta"
-        self._count = len(numbers)
-
-    def read(self):
-        return [0.0] * self._count
-
-
-def unread(monkeypatch):
-    """Lets steps of tensors on "meta" run."""
-    for module in (bucket, hfac, norm, smmf):
-        monkeypatch.setattr(module, "Fetched", Unread)
-    monkeypatch.setattr(bucket, "agreed", lambda *args: None)
-
-
 @pytest.mark.parametrize("mode", sharded_host.MODES)
 @pytest.mark.parametrize("name", ["HFac", "SMMF"])
-def test_nothing_is_exchanged_with_the_device(idle, name, mode, monkeypatch):
+def test_nothing_is_exchanged_with_the_device(idle, name, mode):
     """After the first step, but for what is fetched behind the sums."""
-    unread(monkeypatch)
     optimizer = sharded_host.optimizer_of(name, 10, backend=idle, device="meta", **sharded_host.MODES[mode])
-    for _ in range(2):
-        optimizer.step()
-    with Device():
-        optimizer.step()
+    with unread_numbers():
+        for _ in range(2):
+            optimizer.step()
+        with Device():
+            optimizer.step()

@@ -7,13 +7,12 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from test_host import unread
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import hfac
-from bench import sharded_host
+from bench.imagined import idle_kernels, unread_numbers
 
 S0, S1, R = Shard(0), Shard(1), Replicate()
 STAGES = "stages"  # two halves of the ranks, each with a mesh of its own
@@ -124,13 +123,12 @@ OPTIONS = [{}, {"max_grad_norm": 1.0}, {"nonfinite": "skip"}, {"max_grad_norm": 
 
 @pytest.mark.parametrize("cls", [hfac.HFac, hfac.SMMF], ids=["hfac", "smmf"])
 @pytest.mark.parametrize("name", [pytest.param("fsdp", marks=pytest.mark.slow), *list(LAYOUTS)[1:]])
-def test_no_rank_waits_for_another_for_ever(name, cls, monkeypatch):
+def test_no_rank_waits_for_another_for_ever(name, cls):
     """Every rank of a group sends it the same, in the same order, whoever has a gradient; and nothing else changes what
     a step sends: one that clips sends what one does that need not."""
     world = {"fsdp": 1024, "hsdp": 32, "hsdp-tp": 32}.get(name, 16)
     batched = any(batch_dims for _, params in LAYOUTS[name] for _, batch_dims in params)
-    unread(monkeypatch)
-    with sharded_host.idle_kernels() as backend:
+    with idle_kernels() as backend, unread_numbers():
         for options in OPTIONS if world < 1024 else OPTIONS[1:2]:
             if batched and "nonfinite" in options:
                 continue  # refused

@@ -368,8 +368,8 @@ FAULTS = [
     Fault(
         "a rank takes another rank's piece of a state",
         "hfac",
-        "found[placement.dim] = pieces[coordinate[mesh_dim]]",
-        "found[placement.dim] = pieces[-1 - coordinate[mesh_dim]]",
+        "found[placement.dim] = _piece(whole, placement, count, coordinate[mesh_dim])",
+        "found[placement.dim] = _piece(whole, placement, count, count - 1 - coordinate[mesh_dim])",
         f"tests/distributed/test_sharded_checkpoints.py {SHARDED} -k 'checkpoints or every_placement'",
     ),
     # Refusals and structure.
