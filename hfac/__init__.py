@@ -16,7 +16,16 @@ if not (Path(__file__).parent / "triton_kernels").is_dir():
 from . import functional
 from .convert import convert
 from .groups import param_groups
-from .optim import SMMF, HFac
+from .optim import SMMF, HFac, clip_grad_norm_
 from .release import release_gradients
 
-__all__ = ["SMMF", "HFac", "__version__", "convert", "functional", "param_groups", "release_gradients"]
+__all__ = [
+    "SMMF",
+    "HFac",
+    "__version__",
+    "clip_grad_norm_",
+    "convert",
+    "functional",
+    "param_groups",
+    "release_gradients",
+]

@@ -19,9 +19,22 @@ from . import hfac, layout, norm, schedule, smmf
 from .bucket import Bucket, Entries, Entry, Options
 from .gradients import Gradients
 from .norm import Found, Norms, Total
-from .schedule import Collective, Sent
+from .schedule import Collective, Sent, process_groups
 
-__all__ = ["Entry", "Found", "Gradients", "Norms", "Options", "Sent", "Sharded", "Total", "layout", "norm", "schedule"]
+__all__ = [
+    "Entry",
+    "Found",
+    "Gradients",
+    "Norms",
+    "Options",
+    "Sent",
+    "Sharded",
+    "Total",
+    "layout",
+    "norm",
+    "process_groups",
+    "schedule",
+]
 
 
 class Sharded:
@@ -73,11 +86,10 @@ class Sharded:
         self._grads = None
         settle([*self._buckets, *(self._norms or ())])
 
-    def norms(self, options: Mapping[int, Options]) -> list[tuple[Tensor, bool]]:
-        """The norms of whole gradients, and whether those that are not finite are left out. Every rank must ask for
-        them: one all-reduce for each mesh."""
+    def norms(self, options: Mapping[int, Options]) -> list[Found]:
+        """The norms of whole gradients. Every rank must ask for them: one all-reduce for each mesh."""
         skips = {group: option.skip for group, option in options.items()}
-        return [pair for mesh in self._by_mesh() for pair in mesh.by_skip(mesh.of(self._of(mesh)), skips)]
+        return [found for mesh in self._by_mesh() for found in mesh.by_skip(mesh.of(self._of(mesh)), skips)]
 
     def skip(self, refused: Tensor) -> bool:
         """Whether the step is left out, because this number, which is the same on all ranks, is not zero: the host

@@ -6,8 +6,9 @@ many ranks there is a gradient. Of those that a rank steps alone, `Total` adds u
 
 from __future__ import annotations  # not every torch has the types that are named here
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,13 +62,13 @@ class Norms(Entries):
         double = any(entry.param.dtype == torch.float64 for entry in self.entries)
         return clipping.roots(squares, torch.float64 if double else torch.float32)
 
-    def by_skip(self, norms: Tensor, skips: Mapping[int, bool]) -> list[tuple[Tensor, bool]]:
+    def by_skip(self, norms: Tensor, skips: Mapping[int, bool]) -> list[Found]:
         """Norms by whether those that are not finite are left out, which ``skips`` says of each group."""
         found = []
         for skip in (False, True):
             mine = [i for i, entry in enumerate(self.entries) if skips[entry.group] == skip]
             if mine:
-                found.append((self.members(mine).numbers(norms), skip))
+                found.append(Found(self.members(mine).numbers(norms), [self.entries[i].param for i in mine], skip))
         return found
 
 
@@ -81,7 +82,7 @@ def by_mesh(entries: Sequence[Entry]) -> list[Norms]:
 
 @dataclass(frozen=True)
 class Found:
-    """Norms that one rank has found by itself: of whole gradients, or of slices of stacks.
+    """Norms of whole gradients, or, of parameters that a rank steps alone, of those of its slices of stacks.
 
     Attributes:
         norms: 1-d.
@@ -104,55 +105,59 @@ class Total:
     Args:
         params: all of the optimizer's, in an order that is the same on every rank.
         alone: those of them that a rank steps without sums over ranks.
-        declared: groups on whose ranks some plain tensors are different ones, not copies; of each those that this rank
-            has, perhaps none.
+        declared: groups on whose ranks some parameters are different ones, not copies, and those that this rank has,
+            perhaps none. Over several groups sums go one after the other. Of sharded parameters, beyond their meshes.
     """
 
     def __init__(
         self,
         params: Sequence[Tensor],
         alone: Sequence[Tensor],
-        declared: Sequence[tuple[dist.ProcessGroup, Collection[Tensor]]],
+        declared: Sequence[tuple[Sequence[dist.ProcessGroup], Collection[Tensor]]],
     ) -> None:
-        cut: dict[object, list[Tensor]] = {}
+        #: sums over the groups that some declare, then those over the rest of these groups
+        chains = {_names(groups[i:]): groups[i:] for groups, _ in declared for i in range(len(groups))}
+        chain_of = {param: _names(groups) for groups, mine in declared for param in mine}
+        cut: dict[tuple[object, Any], list[Tensor]] = {}
         for param in alone:
             if layout.is_sharded(param):
-                cut.setdefault(param.device_mesh, []).append(param)  # type: ignore[attr-defined]
-        self._joints = [Joint(mine) for mine in cut.values()]
-        #: of a parameter, among which sums its squares are: those of a joint, or after these of a declared group
-        self._sum_of = {param: i for i, mine in enumerate(cut.values()) for param in mine}
+                cut.setdefault((param.device_mesh, chain_of.get(param, ())), []).append(param)  # type: ignore[attr-defined]
+        joints = [Joint(mine) for mine in cut.values()]
         self._contributes = {
             param: contributes
-            for joint, mine in zip(self._joints, cut.values(), strict=True)
+            for joint, mine in zip(joints, cut.values(), strict=True)
             for param, contributes in zip(mine, joint.contributes, strict=True)
         }
-        self._stages = [joint.stages for joint in self._joints]
-        for group, mine in declared:
-            self._sum_of |= dict.fromkeys(mine, len(self._stages))
-            self._stages.append([Stage(group)])
+        longest = sorted(chains, key=len, reverse=True)
+        place = {names: len(joints) + i for i, names in enumerate(longest)}
+        #: what the squares of a sum pass, in the order of the sums, and which sum they are then part of
+        self._sums = [(joint.stages, place.get(names)) for joint, (_, names) in zip(joints, cut, strict=True)]
+        self._sums += [([Stage(chains[names][0])], place.get(names[1:])) for names in longest]
+        #: of a parameter, which sum its squares are part of
+        self._sum_of = {param: place[names] for param, names in chain_of.items() if names}
+        self._sum_of |= {param: i for i, mine in enumerate(cut.values()) for param in mine}
         # Also where all of this rank's parameters share one sum: others may have more, which changes their norm.
-        self._agreement = _agreement(params, [group for group, _ in declared])
+        self._agreement = _agreement(params, [group for groups, _ in declared for group in groups])
         self._device = layout.local(params[0]).device if params else torch.device("cpu")
         self._dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
 
     @property
     def is_local(self) -> bool:
         """Whether there are no other ranks to agree with."""
-        return not self._stages and not self._agreement
+        return not self._sums and not self._agreement
 
-    def of(self, found: Sequence[Found], shared: Iterable[tuple[Tensor, bool]]) -> Tensor | None:
+    def of(self, found: Sequence[Found]) -> Tensor | None:
         """The norm; None where there is no gradient at all. Every rank must call it.
 
         Args:
-            found: by this rank alone.
-            shared: norms that every rank has, and whether they are left out where they are not finite.
+            found: by this rank alone, or on every rank that has some of a sharded parameter.
         """
-        everywhere = list(shared)
-        if not self._stages:
+        everywhere = []
+        if not self._sums:
             everywhere += [(each.norms, each.skip) for each in found]
         else:
             dtype = schedules.step_dtype(self._device)
-            sums = [torch.zeros((), dtype=dtype, device=self._device) for _ in self._stages]
+            sums = [torch.zeros((), dtype=dtype, device=self._device) for _ in self._sums]
             for each in found:
                 mine: dict[int | None, list[int]] = {}
                 for i, param in enumerate(each.params):
@@ -167,10 +172,13 @@ class Total:
                     if each.skip:
                         norms = torch.nan_to_num(norms, nan=0.0, posinf=0.0)
                     sums[target] += norms.square().sum()
-            for total, stages in zip(sums, self._stages, strict=True):
+            for total, (stages, then) in zip(sums, self._sums, strict=True):
                 for stage in stages:
                     stage.run(total)
-                everywhere.append((total.sqrt().to(self._dtype), False))
+                if then is None:
+                    everywhere.append((total.sqrt().to(self._dtype), False))
+                else:
+                    sums[then] += total
         norm = clipping.total(everywhere)
         if norm is None and self._agreement:
             norm = torch.zeros((), dtype=self._dtype, device=self._device)
@@ -183,8 +191,12 @@ class Total:
     def collectives(self) -> list[Sent]:
         """What `of` sends beside what the norms of sharded parameters have been added up with."""
         wide = schedules.step_dtype(self._device)
-        sums = [Sent(stage, wide.itemsize, wide) for stages in self._stages for stage in stages]
+        sums = [Sent(stage, wide.itemsize, wide) for stages, _ in self._sums for stage in stages]
         return sums + [Sent(stage, self._dtype.itemsize, self._dtype) for stage in self._agreement]
+
+
+def _names(groups: Sequence[dist.ProcessGroup]) -> tuple[str, ...]:
+    return tuple(group.group_name for group in groups)
 
 
 def _agreement(params: Sequence[Tensor], declared: Sequence[dist.ProcessGroup]) -> list[Stage]:

@@ -6,7 +6,7 @@ from __future__ import annotations  # not every torch has the types that are nam
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,26 @@ class Sent(NamedTuple):
     stage: Stage
     bytes: int
     dtype: torch.dtype
+
+
+def process_groups(name: str, given: Any) -> tuple[dist.ProcessGroup, ...]:
+    """The process groups that are given: one, a DeviceMesh for those of its dimensions, several of these, or None.
+
+    Raises:
+        TypeError: it is something else; the message begins with ``name``.
+    """
+    if given is None:
+        return ()
+    if hasattr(given, "get_group") and hasattr(given, "ndim"):
+        return tuple(given.get_group(d) for d in range(given.ndim))
+    if hasattr(given, "size") and hasattr(given, "group_name"):
+        return (given,)
+    if isinstance(given, list | tuple) and given:
+        return tuple(group for each in given for group in process_groups(name, each))
+    raise TypeError(
+        f"{name} must be a torch.distributed process group, a DeviceMesh, a list of these, a dict from parameters to "
+        f"these, or None, got {given!r}"
+    )
 
 
 def stages(mesh: DeviceMesh, summed: Iterable[int], same: Iterable[int]) -> list[Stage]:

@@ -20,6 +20,9 @@ from .report import ReportingOptimizer
 from .state import KnownOptions, has_state, is_trained, needs_reduction
 from .units import Units
 
+#: a validated step: what is bound, gradients and steps by group, and of sharded parameters options by group
+Ready = tuple[StepCache, list[list[Any]], list[functional.Step | None], dict[int, distributed.Options]]
+
 
 class FactoredOptimizer(ReportingOptimizer):
     """Base of `hfac.HFac` and `hfac.SMMF`; not for use by itself.
@@ -46,6 +49,8 @@ class FactoredOptimizer(ReportingOptimizer):
     #: the norm of all gradients; None where each rank has it by itself
     _total: distributed.Total | None = None
     _norm_group: Any = None
+    #: what `hfac.clip_grad_norm_` has found for the next step: the norm of all gradients, and its limit
+    _given_norm: tuple[Tensor, float] | None = None
     #: what captured CUDA graphs read and write: replays need it, whatever later steps bind or load
     _captured: list[Any]
 
@@ -85,11 +90,11 @@ class FactoredOptimizer(ReportingOptimizer):
 
     @property
     def norm_group(self) -> Any:
-        """For ``max_grad_norm``, where parameters that are plain tensors are different ones on different ranks, such
-        as experts under ``ignored_params``: a dict from these parameters to the process group over which the squares of
-        their gradients are added up; a process group alone stands for all plain tensors. None (the default): all ranks
-        have the same ones. Set it on all ranks, before the first step; state dicts do not have it. Parameters that are
-        DTensors need none.
+        """For ``max_grad_norm``, where ranks have different parameters: experts under ``ignored_params``, stages of a
+        pipeline. A dict from these parameters to the process group over which the squares of their gradients are added
+        up; to several, over one after the other; of a DTensor, after those of its mesh. Process groups alone stand for
+        all plain tensors. A DeviceMesh stands for its process groups. None (the default): all ranks have the same ones.
+        Set it on all ranks, before the first step; state dicts do not have it.
 
         Raises (when set):
             TypeError: it is none of these.
@@ -99,12 +104,8 @@ class FactoredOptimizer(ReportingOptimizer):
 
     @norm_group.setter
     def norm_group(self, group: Any) -> None:
-        for each in group.values() if isinstance(group, dict) else [] if group is None else [group]:
-            if not (hasattr(each, "size") and hasattr(each, "group_name")):
-                raise TypeError(
-                    f"{type(self).__name__}: norm_group must be a torch.distributed process group, a dict from "
-                    f"parameters to process groups, or None, got {each!r}"
-                )
+        for each in group.values() if isinstance(group, dict) else [group]:
+            distributed.process_groups(f"{type(self).__name__}: norm_group", each)
         for key in group if isinstance(group, dict) else ():
             if not isinstance(key, Tensor) or self._find(key) is None:
                 given = f"a tensor of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
@@ -138,20 +139,19 @@ class FactoredOptimizer(ReportingOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._settle()
-        cache = self._validated()  # kept in a local: another thread's step may replace it
+        ready = self._ready()
+        cache, grads, steps, shared = ready
+        sharded, given = self._sharded, self._given_norm
         limit, skips = self.max_grad_norm, self._skips_steps(self.param_groups)
-        if cache.dtensors:
-            self._gradients.agree(cache.dtensors, self._label)
-        grads = [cache.gradients(index, self._gradients) for index in range(len(self.param_groups))]
-        steps = [self._prepare(index, group, grads[index], cache) for index, group in enumerate(self.param_groups)]
-        sharded = self._sharded
-        shared = {} if sharded is None else {i: self._shared(group) for i, group in enumerate(self.param_groups)}
+        norm: Tensor | None
         norm_coefficient = refused = None
-        self._grad_norm = None if limit is None and not skips else self._grad_norm
-        norm = None
-        if (limit is not None or skips) and self._units is None:  # else all are gone, clipped by the norm before
-            norm = self._norm_of(steps, grads, cache, shared)
+        if given is not None:
+            norm, limit = given
+        else:
+            self._grad_norm = None if limit is None and not skips else self._grad_norm
+            # with units all gradients are gone, clipped by the norm before
+            finds = (limit is not None or skips) and self._units is None
+            norm = self._norm_of(ready) if finds else None
         if norm is not None:
             self._grad_norm, norm_coefficient = norm, clipping.coefficient(norm, limit)
             shared = {i: replace(options, clip=norm_coefficient) for i, options in shared.items()}
@@ -165,7 +165,7 @@ class FactoredOptimizer(ReportingOptimizer):
         for step in steps:
             if step is not None:
                 step.check_capture(norm_coefficient)
-        self._norm_coefficient = None
+        self._norm_coefficient = self._given_norm = None
         complete = None if begin is None else begin()
         try:
             for index, step in enumerate(steps):
@@ -180,28 +180,39 @@ class FactoredOptimizer(ReportingOptimizer):
                 complete()
         return loss
 
-    def _norm_of(
-        self,
-        steps: list[functional.Step | None],
-        grads: list[list[Any]],
-        cache: StepCache,
-        shared: dict[int, distributed.Options],
-    ) -> Tensor | None:
+    def _ready(self) -> Ready:
+        """Validates a step of all that has a gradient."""
+        self._settle()
+        cache = self._validated()  # kept in a local: another thread's step may replace it
+        if cache.dtensors:
+            self._gradients.agree(cache.dtensors, self._label)
+        grads = [cache.gradients(index, self._gradients) for index in range(len(self.param_groups))]
+        steps = [self._prepare(index, group, grads[index], cache) for index, group in enumerate(self.param_groups)]
+        groups = enumerate(self.param_groups) if self._sharded is not None else ()
+        return cache, grads, steps, {i: self._shared(group) for i, group in groups}
+
+    def _norm_of(self, ready: Ready) -> Tensor | None:
         """The norm of all gradients, the same on every rank; None where there are none."""
+        if self._total is not None:
+            return self._total.of(self._norms(ready))
+        *_, steps, shared = ready
         skips = [group["nonfinite"] == "skip" for group in self.param_groups]
         local = [[] if step is None else step.norms() for step in steps]
+        own = [(norm, skip) for skip, each in zip(skips, local, strict=True) for norm in each]
         norms = [] if self._sharded is None else self._sharded.norms(shared)
-        if self._total is None:
-            own = [(norm, skip) for skip, each in zip(skips, local, strict=True) for norm in each]
-            return clipping.total([*own, *norms])
+        return clipping.total([*own, *((each.norms, each.skip) for each in norms)])
+
+    def _norms(self, ready: Ready) -> list[distributed.Found]:
+        """The norms of all gradients, and whose they are."""
+        cache, grads, steps, shared = ready
         found = []
-        for index, step in enumerate(steps):
+        for index, (group, step) in enumerate(zip(self.param_groups, steps, strict=True)):
             if step is not None:
                 params = [p for p, g in zip(cache.local[index], grads[index], strict=True) if g is not None]
                 owners = step.owners(list(map(layout.local, params)))
-                for values, mine in zip(local[index], owners, strict=True):
-                    found.append(distributed.Found(values, [params[i] for i in mine], skips[index]))
-        return self._total.of(found, norms)
+                for values, mine in zip(step.norms(), owners, strict=True):
+                    found.append(distributed.Found(values, [params[i] for i in mine], group["nonfinite"] == "skip"))
+        return found + ([] if self._sharded is None else self._sharded.norms(shared))
 
     @torch.no_grad()
     def step_param(
@@ -406,15 +417,16 @@ class FactoredOptimizer(ReportingOptimizer):
         everything = [p for group in self.param_groups for p in group["params"]]
         if self.norm_group is None and not any(map(layout.is_dtensor, everything)):
             return None
-        alone = [p for mine in cache.local for p in mine]
-        plain = [p for p in alone if not layout.is_dtensor(p)]
-        given = self.norm_group
-        chosen = given if isinstance(given, dict) else dict.fromkeys(plain, given)
-        groups = {group.group_name: group for group in (*chosen.values(), given) if hasattr(group, "group_name")}
-        names = {p: getattr(chosen.get(p), "group_name", None) for p in plain}
-        declared = [(group, [p for p in plain if names[p] == name]) for name, group in groups.items()]
-        total = distributed.Total(everything, alone, declared)
+        total = distributed.Total(everything, [p for mine in cache.local for p in mine], self._declared())
         return None if total.is_local else total
+
+    def _declared(self) -> list[tuple[Sequence[Any], list[Tensor]]]:
+        """Process groups on whose ranks parameters are different ones, and these parameters."""
+        given = self.norm_group
+        if given is None or not isinstance(given, dict):
+            plain = [p for group in self.param_groups for p in group["params"] if not layout.is_dtensor(p)]
+            return [(groups, plain)] if (groups := distributed.process_groups("norm_group", given)) else []
+        return [(distributed.process_groups("norm_group", groups), [param]) for param, groups in given.items()]
 
     def _settle(self) -> None:
         for each in (self._sharded, self._units):

@@ -136,17 +136,16 @@ class Units:
         optimizer = self._optimizer
         optimizer._validated()
         skips = {i: group["nonfinite"] == "skip" for i, group in enumerate(optimizer.param_groups)}
-        shared, own = [], []
+        norms: list[distributed.Found] = []
         for mesh in self._by_mesh():
-            norms = mesh.of_shards([found.get(entry.param) for entry in mesh.entries])
-            shared += mesh.by_skip(norms, skips)
+            norms += mesh.by_skip(mesh.of_shards([found.get(entry.param) for entry in mesh.entries]), skips)
         for param, norm in found.items():
             position = optimizer._find(param)
             if param not in self.of and position is not None:
-                own.append(distributed.Found(norm.view(1), [param], skips[position[0]]))
+                norms.append(distributed.Found(norm.view(1), [param], skips[position[0]]))
         if optimizer._total is None:
-            return clipping.total([*((each.norms, each.skip) for each in own), *shared])
-        return optimizer._total.of(own, shared)
+            return clipping.total([(each.norms, each.skip) for each in norms])
+        return optimizer._total.of(norms)
 
     def _by_mesh(self) -> list[distributed.Norms]:
         if self._norms is None:
