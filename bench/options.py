@@ -48,9 +48,9 @@ BY_HAND = "clip_grad_norm_ and step"
 AFTERWARDS = "step and diagnostics()"
 
 
-def options_of(name: str, dtype: torch.dtype, backend: str) -> dict[str, dict[str, Any]]:
-    """Those that an optimizer with parameters of this type can have, and of which the backend has kernels."""
-    moment = MOMENT if name == "HFac" and not backends.TABLE[backend].missing else {}
+def options_of(name: str, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """Those that an optimizer with parameters of this type can have."""
+    moment = MOMENT if name == "HFac" else {}
     return {**(STORED if dtype == torch.bfloat16 else {}), **CLIPPED, **WATCHED, **moment}
 
 
@@ -90,7 +90,7 @@ def contestants(
         return step
 
     calls: dict[str, Callable[[], object]] = {"plain": made().step}
-    for how, options in options_of(name, dtype, backend).items():
+    for how, options in options_of(name, dtype).items():
         if how in red:
             continue
         always = options.get("max_grad_norm") == ALWAYS
@@ -121,7 +121,7 @@ def rows(
         if plain:
             say(f"PARITY GATE RED: {name}, {short}: {plain[0]}. It gets no numbers.")
             continue
-        asked = options_of(name, dtype, backend)
+        asked = options_of(name, dtype)
         reasons = {how: why_red(name, options, backend, dtype, device) for how, options in asked.items()}
         for how, reason in reasons.items():
             if reason is not None:

@@ -40,8 +40,8 @@ F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float6
 #: How most weights are stored, and names of the ways to draw random bits.
 _PLAIN = {"STOCHASTIC": NEAREST.value, "LOW": 0}
 _BITS = {EIGHT.value: "stochastic", EIGHT_APART.value: "stochastic apart", EACH.value: "stochastic each"}
-_STEPS = "smmf_step_", "hfac_step_", "smmf_dense_step_", "hfac_dense_step_"
-_SHARDS = "smmf_sums_step_", "hfac_apply_"
+_STEPS = "smmf_step_", "hfac_step_", "hfac_int8_step_", "smmf_dense_step_", "hfac_dense_step_"
+_SHARDS = "smmf_sums_step_", "hfac_apply_", "hfac_int8_apply_"
 #: Ways to store weights on the bulk: type, random bits, low bits.
 _STORED = (
     (BF16, EIGHT, 0),
@@ -76,8 +76,8 @@ class Variant:
             parts.append(_BITS[c["STOCHASTIC"]])
         if not c.get("COLUMNS", True):
             parts.append("rows only")
-        on = ("SHARD", "WIDE", "FIRST", "COUPLED", "CLIPPED", "NEGATE", "SKIP", "LOOK", "SCALED", "AGAIN", "WATCH")
-        return " ".join([*parts, *(name.lower() for name in on if c.get(name))])
+        on = ("CODES", "SHARD", "WIDE", "FIRST", "COUPLED", "CLIPPED", "NEGATE", "SKIP", "LOOK", "SCALED", "AGAIN")
+        return " ".join([*parts, *(name.lower() for name in (*on, "WATCH") if c.get(name))])
 
 
 def variants() -> list[Variant]:
@@ -113,9 +113,12 @@ def _launched(
     whole = any_layout is None
     for op in ops:
         items = [
-            Item(rows, cols, dtype, any_layout or dtype, whole, slice, stochastic=stochastic, low=low)
+            Item(
+                rows, cols, dtype, any_layout or dtype, whole, slice,
+                stochastic=stochastic, low=low, codes="int8" in op,
+            )
             for rows, cols, slice in _matrices(op, whole, dtype)
-        ]
+        ]  # fmt: skip
         plan = make_plan(op, items)
         for launch in (*plan.launches, *plan.squares):
             yield _variant(launch, **options)
@@ -226,10 +229,11 @@ def complaints(variant: Variant, report: Report, target: GPUTarget, shared: int)
     if report.shared > shared:
         found.append(f"{report.shared} bytes of shared memory of {shared}")
     # AMD's roots and quotients, of integers too, are refined with fused steps of their own; this kernel has none but
-    # those of indices and of divided gradients.
-    none = variant.kernel is hfac.hfac_update and variant.constants.get("STOCHASTIC") != EIGHT_APART.value
+    # those of indices, of divided gradients and of codes.
+    update, codes = variant.kernel is hfac.hfac_update, variant.constants.get("CODES", False)
+    none = update and not codes and variant.constants.get("STOCHASTIC") != EIGHT_APART.value
     none = none and not variant.constants.get("SCALED", False)
-    rough = variant.constants.get("ROUGH", False)
+    rough = variant.constants.get("ROUGH", False) and (codes or not update)
     if (target.backend == "cuda" or (bulk and none)) and not rough and (report.fused or report.rough):
         found.append(f"{report.fused} fused multiply-adds, {report.rough} rough roots or quotients")
     if exact:

@@ -12,11 +12,12 @@ Pointer arguments of kernels are described by `table.MEMORY`. Compile-time argum
     SHARD         the matrix is a block of a larger one
     STOCHASTIC    how random bits are drawn (`table.NEAREST` and so on)
     LOW           low bits of the weight that are stored apart: 0, 8 or 16
-    ROUGH         SMMF's root and quotient may be approximate: weights of 16 bits alone
+    ROUGH         roots and quotients of single elements may be approximate: weights of 16 bits alone
     PIECES, APART how a tile of H-Fac's statistics lies in lanes (`plan`)
     WIDE          rows are longer than C
     COLUMNS       columns are summed, too
     FIRST         there is a first moment
+    CODES         H-Fac's first moment is in codes of 8 bits (`codes`)
     COUPLED       weight decay is added to the gradient
     NEGATE        the objective is maximized
     CLIPPED       H-Fac clips its own update

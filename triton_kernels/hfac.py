@@ -13,6 +13,13 @@ Partial sums of a parameter of m rows and n columns, in float32 (norms in float6
     psi, scale  [n]           psi / 2 and 1 / sqrt(s_j)
     totals   [chunks, 2]      shares of R and of sum_j w_j / s_j; before the fold, of the gradient's sum of squares
 
+Where the first moment is whole, in codes of 8 bits, its unit sqrt(V) changes with every step. In place of phi and psi
+the update then needs how much:
+
+    rows     [m]              b1 rho_i, rho_i = sqrt(r_old / r) sqrt(R / R_old)
+    psi      [n]              sigma_j = sqrt(s_old / s)
+    totals   [chunks, 3]      R before, too; behind them what the step is multiplied by to clip it
+
 The columns' sums of g^2 give the gradient's norm, too, so clipping by the norm of all gradients reads none of them
 again. Gradients that are then clipped have other r_i, and their statistics are taken again.
 
@@ -23,6 +30,7 @@ Of a shard, the statistics leave rows and squares in the caller's lists and `hfa
 import triton
 import triton.language as tl
 
+from .codes import decode, encode, unit_change
 from .element import (
     decays,
     divide,
@@ -32,6 +40,7 @@ from .element import (
     gradients,
     length,
     offsets,
+    operand,
     partial_sums,
     pointer,
     program,
@@ -289,23 +298,45 @@ def fold_rows(record, k, in_rows, sum_g, length, r, beta, rest, T: tl.constexpr,
 
 
 @triton.jit
-def fold_cols(record, k, in_cols, sum_g, length, s, beta, rest, T: tl.constexpr, NEGATE: tl.constexpr):
-    """Stores new moments of columns, and psi / 2 and 1 / sqrt(s) for the update; length: of a whole column."""
-    v_at = pointer(record, FIRST_COL, T) + k
-    half_psi = half_drift(v_at, in_cols, sum_g, length, s, beta, rest, T, NEGATE)
-    tl.store(pointer(record, SECOND_COL, T) + k, s, in_cols)
-    tl.store(pointer(record, SPACE_PSI, T) + k, half_psi, in_cols)
+def fold_cols(
+    record, k, in_cols, sum_g, length, s, beta, rest, T: tl.constexpr, NEGATE: tl.constexpr, CODES: tl.constexpr
+):
+    """Stores new moments of columns, and psi / 2 (or sigma) and 1 / sqrt(s) for the update; length: of a whole
+    column."""
+    second = pointer(record, SECOND_COL, T) + k
+    if CODES:
+        drift = divide(root(tl.load(second, in_cols, 1.0)), root(s))
+    else:
+        v_at = pointer(record, FIRST_COL, T) + k
+        drift = half_drift(v_at, in_cols, sum_g, length, s, beta, rest, T, NEGATE)
+    tl.store(second, s, in_cols)
+    tl.store(pointer(record, SPACE_PSI, T) + k, drift, in_cols)
     tl.store(pointer(record, SPACE_SCALE, T) + k, divide(tl.full([CHUNK], 1.0, T), root(s)), in_cols)
 
 
 @triton.jit
-def row_scale(r, total, mean_square, scalars, CLIPPED: tl.constexpr, T: tl.constexpr):
+def row_scale(
+    record, index, r, total, mean_square, scalars, T: tl.constexpr, CLIPPED: tl.constexpr, CODES: tl.constexpr
+):
     """Each row's factor of U: sqrt(R / r_i) / max(1, rms(U) / d). The quotient R / r_i could overflow and is not
-    formed."""
+    formed. Beside codes the clip is the whole step's, one number for a parameter."""
     scale = root(total) * divide(tl.full([CHUNK], 1.0, T), root(r))
-    if CLIPPED:
+    if CODES:
+        clip = tl.full([], 1.0, T)
+        if CLIPPED:
+            clip = divide(clip, excess(mean_square, scalars, T))
+        if index == 0:
+            tl.store(clip_at(record), clip.to(tl.float64))
+    elif CLIPPED:
         scale = divide(scale, excess(mean_square, scalars, T))
     return scale
+
+
+@triton.jit
+def clip_at(record):
+    """Where a step's clip is, beside codes: behind the totals."""
+    chunks = tl.cdiv(tl.maximum(tl.load(record + ROWS), tl.load(record + COLS)), CHUNK)
+    return pointer(record, SPACE_TOTALS, tl.float64) + 3 * chunks
 
 
 @triton.jit
@@ -316,6 +347,7 @@ def hfac_fold(
     flags,
     watched,
     T: tl.constexpr,
+    CODES: tl.constexpr,
     NEGATE: tl.constexpr,
     SKIP: tl.constexpr,
     WATCH: tl.constexpr,
@@ -332,14 +364,18 @@ def hfac_fold(
 
     in_rows = k < m
     r = tl.load(pointer(record, SPACE_SQUARES, T) + k, in_rows, 1.0)
-    sum_g = tl.load(pointer(record, SPACE_ROWS, T) + k, in_rows, 0.0)
-    fold_rows(record, k, in_rows, sum_g, n, r, b1, rest1, T, NEGATE)
+    old_r = r
+    if CODES:  # the rows' old r is needed once R is known
+        old_r = tl.load(pointer(record, SECOND_ROW, T) + k, in_rows, 0.0)
+    else:
+        sum_g = tl.load(pointer(record, SPACE_ROWS, T) + k, in_rows, 0.0)
+        fold_rows(record, k, in_rows, sum_g, n, r, b1, rest1, T, NEGATE)
 
     in_cols = k < n
     sum_g, square, ratio = column_sums(record, n, row_tiles, k, in_cols, T)
     old = tl.load(pointer(record, SECOND_COL, T) + k, in_cols, 1.0)
     s = b2 * old + rest2 * (square + (m.to(tl.float64) * tl.load(scalars + EPS)).to(T))
-    fold_cols(record, k, in_cols, sum_g, m, s, b1, rest1, T, NEGATE)
+    fold_cols(record, k, in_cols, sum_g, m, s, b1, rest1, T, NEGATE, CODES)
     if WATCH:
         counts_at = pointer(record, SPACE_COLS, T) + row_tiles * 3 * n
         counts = tl.load(counts_at + k, k < row_tiles, 0.0)  # there are no more tiles than rows
@@ -347,9 +383,11 @@ def hfac_fold(
         watch(watched, item, ZERO_COLS, tl.sum(zeros(sum_g, square, in_cols), 0))
 
     # In double, where no partial result can overflow.
-    totals = pointer(record, SPACE_TOTALS, tl.float64) + index * 2
+    totals = pointer(record, SPACE_TOTALS, tl.float64) + index * (3 if CODES else 2)
     tl.store(totals, tl.sum(tl.where(in_rows, r.to(tl.float64), 0.0), 0))
     tl.store(totals + 1, tl.sum(tl.where(in_cols, ratio.to(tl.float64) / s.to(tl.float64), 0.0), 0))
+    if CODES:
+        tl.store(totals + 2, tl.sum(old_r.to(tl.float64), 0))
 
 
 @triton.jit
@@ -360,6 +398,7 @@ def hfac_scale(
     flags,
     watched,
     T: tl.constexpr,
+    CODES: tl.constexpr,
     CLIPPED: tl.constexpr,
     SKIP: tl.constexpr,
     WATCH: tl.constexpr,
@@ -368,16 +407,20 @@ def hfac_scale(
     if SKIP:
         if tl.load(flags + item) != 0:
             return
+    EACH_CHUNK: tl.constexpr = 3 if CODES else 2
     m = tl.load(record + ROWS)
     n = tl.load(record + COLS)
     chunks = tl.cdiv(tl.maximum(m, n), CHUNK).to(tl.int32)
     totals = pointer(record, SPACE_TOTALS, tl.float64)
     total = tl.zeros([CHUNK], tl.float64)
     norm = tl.zeros([CHUNK], tl.float64)
+    total_old = tl.zeros([CHUNK], tl.float64)
     for first in range(0, chunks, CHUNK):
         c = first + tl.arange(0, CHUNK)
-        total += tl.load(totals + 2 * c, c < chunks, 0.0)
-        norm += tl.load(totals + 2 * c + 1, c < chunks, 0.0)
+        total += tl.load(totals + EACH_CHUNK * c, c < chunks, 0.0)
+        norm += tl.load(totals + EACH_CHUNK * c + 1, c < chunks, 0.0)
+        if CODES:
+            total_old += tl.load(totals + EACH_CHUNK * c + 2, c < chunks, 0.0)
     R = tl.sum(total, 0)
     k = index * CHUNK + tl.arange(0, CHUNK)
     in_rows = k < m
@@ -386,8 +429,21 @@ def hfac_scale(
     if WATCH:
         if index == 0:
             watch(watched, item, DIRECTION, R * tl.sum(norm, 0))
-    scale = row_scale(tl.load(at, in_rows, 1.0), R.to(T), mean_square.to(T), scalars, CLIPPED, T)
+    r = tl.load(at, in_rows, 1.0)
+    if CODES:
+        b1, rest1, b2, rest2 = decays(scalars, item, T)
+        code_rows(record, k, in_rows, r, b1, tl.sum(total_old, 0).to(T), R.to(T), T)
+    scale = row_scale(record, index, r, R.to(T), mean_square.to(T), scalars, T, CLIPPED, CODES)
     tl.store(at, scale, in_rows)
+
+
+@triton.jit
+def code_rows(record, k, in_rows, r, b1, total_old, total, T: tl.constexpr):
+    """Stores the new r of rows, and b1 rho for the update of codes."""
+    second = pointer(record, SECOND_ROW, T) + k
+    rho = unit_change(tl.load(second, in_rows, 1.0), r, total_old, total, T)
+    tl.store(second, r, in_rows)
+    tl.store(pointer(record, SPACE_ROWS, T) + k, b1 * rho, in_rows)
 
 
 @triton.jit
@@ -405,7 +461,9 @@ def hfac_shard_cols(tiles, items, T: tl.constexpr):
 
 
 @triton.jit
-def hfac_shard_fold(tiles, items, scalars, T: tl.constexpr, NEGATE: tl.constexpr, CLIPPED: tl.constexpr):
+def hfac_shard_fold(
+    tiles, items, scalars, T: tl.constexpr, CODES: tl.constexpr, NEGATE: tl.constexpr, CLIPPED: tl.constexpr
+):
     """`hfac_fold` and `hfac_scale` of shards, whose sums over the whole are known. A shard without rows still has
     columns, and one without columns rows."""
     item, record, index = program(tiles, items)
@@ -414,17 +472,22 @@ def hfac_shard_fold(tiles, items, scalars, T: tl.constexpr, NEGATE: tl.constexpr
 
     in_rows = k < tl.load(record + ROWS)
     r = tl.load(pointer(record, NEW_ROW, T) + k, in_rows, 1.0)
-    sum_g = tl.load(pointer(record, SUM_ROW, T) + k, in_rows, 0.0)
-    fold_rows(record, k, in_rows, sum_g, tl.load(record + ALL_COLS), r, b1, rest1, T, NEGATE)
     total = tl.load(pointer(record, TOTAL, T))
     mean_square = tl.load(pointer(record, MEAN_SQUARE, T))
-    scale = row_scale(r, total, mean_square, scalars, CLIPPED, T)
+    sum_g = r
+    if CODES:
+        code_rows(record, k, in_rows, r, b1, tl.load(pointer(record, OLD_TOTAL, T)), total, T)
+    else:
+        sum_g = tl.load(pointer(record, SUM_ROW, T) + k, in_rows, 0.0)
+        fold_rows(record, k, in_rows, sum_g, tl.load(record + ALL_COLS), r, b1, rest1, T, NEGATE)
+    scale = row_scale(record, index, r, total, mean_square, scalars, T, CLIPPED, CODES)
     tl.store(pointer(record, SPACE_SQUARES, T) + k, scale, in_rows)
 
     in_cols = k < tl.load(record + COLS)
     s = tl.load(pointer(record, NEW_COL, T) + k, in_cols, 1.0)
-    sum_g = tl.load(pointer(record, SUM_COL, T) + k, in_cols, 0.0)
-    fold_cols(record, k, in_cols, sum_g, tl.load(record + ALL_ROWS), s, b1, rest1, T, NEGATE)
+    if not CODES:
+        sum_g = tl.load(pointer(record, SUM_COL, T) + k, in_cols, 0.0)
+    fold_cols(record, k, in_cols, sum_g, tl.load(record + ALL_ROWS), s, b1, rest1, T, NEGATE, CODES)
 
 
 @triton.jit
@@ -443,12 +506,15 @@ def hfac_update(
     WHOLE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     LOW: tl.constexpr,
+    ROUGH: tl.constexpr,
+    CODES: tl.constexpr,
     NEGATE: tl.constexpr,
     SKIP: tl.constexpr,
     SCALED: tl.constexpr,
     WATCH: tl.constexpr,
 ):
-    """W <- W - lr ((phi + psi) / 2 + clip(U) + wd W): no root and no division, all of them were the fold's."""
+    """W <- W - lr ((phi + psi) / 2 + clip(U) + wd W): no root and no division, all of them were the fold's. Of codes,
+    X <- b1 rho sigma X + (1 - b1) U and W <- W - lr (clip (b1 X + (1 - b1) U) + wd W)."""
     item, record, index = program(tiles, items)
     if SKIP:
         if tl.load(flags + item) != 0:
@@ -467,6 +533,11 @@ def hfac_update(
     calls_at = col_tile * C + calls(C, STOCHASTIC)
     half_psi = tl.load(pointer(record, SPACE_PSI, T) + j, in_cols, 0.0)[None, :]
     col_scale = tl.load(pointer(record, SPACE_SCALE, T) + j, in_cols, 0.0)[None, :]
+    if CODES:
+        codes = operand(tl.load(record + CODES_AT), tl.int8, WHOLE)
+        codes_layout = tl.load(record + CODES_LAYOUT)
+        b1, rest1, b2, rest2 = decays(scalars, item, T)
+        clip = tl.load(clip_at(record)).to(T)
     change = tl.zeros([R], tl.float64)
     same = tl.zeros([R], tl.int32)
     for step in range(first_row, last_row, R):
@@ -477,10 +548,20 @@ def hfac_update(
         g = gradient(grad, at, grad_layout, mask, scale, T, WHOLE, SCALED, NEGATE)
         to = param + offsets(at, param_layout, WHOLE)
         w = load(to, low, low_layout, at, mask, T, WHOLE, LOW)
-        drift = tl.load(half_phi + i, in_rows, 0.0)[:, None] + half_psi
+        of_row = tl.load(half_phi + i, in_rows, 0.0)[:, None]
         U = g * col_scale * tl.load(row_scale + i, in_rows, 0.0)[:, None]
+        if CODES:
+            code_at = codes + offsets(at, codes_layout, WHOLE)
+            q = tl.load(code_at, mask, 0).to(tl.int32)
+            held = decode(q, T, ROUGH)
+            fresh = rest1 * U
+            x = of_row * half_psi * held + fresh
+            tl.store(code_at, encode(x, q, held, ROUGH), mask)
+            direction = (b1 * x + fresh) * clip
+        else:
+            direction = (of_row + half_psi) + U
         old = w
-        w = w - lr * ((drift + U) + weight_decay * w)
+        w = w - lr * (direction + weight_decay * w)
         if WATCH:
             change += squares(w - old, mask, 1)
             same += tl.sum(kept(w, old, mask, W, T, LOW), 1)

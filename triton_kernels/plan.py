@@ -23,8 +23,8 @@ REGISTERS = 128
 #: Partial sums of SMMF take at most these bytes; a longer list is taken in groups that share them.
 WORKSPACE = 64 << 20
 
-#: (rows in flight, columns, warps) of a tile: 8 elements per lane for SMMF, which needs many registers for each, 16 for
-#: H-Fac; and one warp holds whole rows of the tile, so that their sums need no shared memory.
+#: (rows in flight, columns, warps) of a tile: 8 elements per lane for SMMF and for H-Fac's codes, which need many
+#: registers for each, 16 for H-Fac. One warp holds whole rows of the tile, so that their sums need no shared memory.
 SMMF_TILES = ((32, 64, 8), (8, 256, 8))
 NARROW, BROAD = HFAC_TILES = ((64, 64, 8), (16, 256, 8))
 #: Of H-Fac's statistics, which hold whole rows: up to 1024 columns one warp does, beyond that all of a program's. Rows
@@ -45,6 +45,7 @@ class Item:
         all_rows, all_cols: of the whole matrix, where this is a shard; else 0.
         stochastic: how its random bits are drawn (`table.NEAREST` and so on).
         low: low bits of its master weight that are stored apart; 0: none.
+        codes: H-Fac's first moment is in codes of 8 bits.
         tile_rows, row_tiles, col_tiles, stats_rows, blocks: set by `make_plan`, see `table`.
         spaces: where its partial sums begin in the workspace, in bytes, by field; set by `make_plan`.
     """
@@ -65,6 +66,7 @@ class Item:
     all_cols: int = 0
     stochastic: int = table.NEAREST.value
     low: int = 0
+    codes: bool = False
     tile_rows: int = field(default=0, init=False)
     row_tiles: int = field(default=0, init=False)
     col_tiles: int = field(default=0, init=False)
@@ -100,6 +102,7 @@ class Item:
             "LAYOUT": self.signs,
             "STOCHASTIC": self.stochastic,
             "LOW": self.low,
+            "CODES": self.codes,
             "ROUGH": not self.low and self.dtype.itemsize == 2,
             "WIDE": self.cols > STATS[-1][1],
         }
@@ -310,7 +313,7 @@ def _smmf_sums(items: Sequence[Item]) -> Plan:
     launches = []
     for group in groups:
         launches += _smmf_tiles(items, group, True)
-        for launch in _launches(smmf.smmf_shard_fold, items, lambda item: 1, of=group):
+        for launch in _launches(smmf.smmf_shard_fold, items, lambda item: 1, of=group, warps=8):
             tiles = []
             for _, blocks in itertools.groupby((i for i, _ in launch.tiles), lambda i: items[i].owner):
                 first, *others = blocks
@@ -364,14 +367,14 @@ def _hfac_spaces(items: Sequence[Item], *names: str) -> int:
     for item in items:
         _cut(item)
         _cut_stats(item)
-        size = item.wide.itemsize
+        size, chunks = item.wide.itemsize, _chunks(max(item.rows, item.cols))
         sizes = {
             "space_rows": item.rows * size,
             "space_squares": item.rows * size,
             "space_cols": (3 * item.cols + 1) * item.row_tiles * size,
             "space_psi": item.cols * size,
             "space_scale": item.cols * size,
-            "space_totals": 16 * _chunks(max(item.rows, item.cols)),
+            "space_totals": 24 * chunks + 8 if item.codes else 16 * chunks,
         }
         at = _reserve(item, at, {name: sizes[name] for name in names})
     return at
@@ -396,7 +399,8 @@ def _hfac_sums(items: Sequence[Item], columns: bool = True) -> Plan:
 
 
 def _hfac_apply(items: Sequence[Item]) -> Plan:
-    workspace = _hfac_spaces(items, "space_rows", "space_squares", "space_psi", "space_scale")
+    more = ["space_totals"] * any(item.codes for item in items)
+    workspace = _hfac_spaces(items, "space_rows", "space_squares", "space_psi", "space_scale", *more)
     # A shard without elements still has moments of rows or columns.
     folds = _launches(hfac.hfac_shard_fold, items, lambda item: _chunks(max(item.rows, item.cols)), empty=True)
     return Plan([*folds, *_hfac_updates(items)], workspace)
@@ -410,7 +414,10 @@ def _hfac_stats(items: Sequence[Item], columns: bool) -> list[Launch]:
 
 
 def _hfac_updates(items: Sequence[Item]) -> list[Launch]:
-    launches = _launches(hfac.hfac_update, items, _tiles, shape=lambda item: _fit(HFAC_TILES, item))
+    def shape(item: Item) -> Shape:
+        return _fit(SMMF_TILES if item.codes else HFAC_TILES, item)
+
+    launches = _launches(hfac.hfac_update, items, _tiles, shape=shape)
     for launch in launches:
         launch.tiles.reverse()  # what was read last is the likeliest to be in the cache still
     return launches
@@ -443,10 +450,12 @@ MAKERS: dict[str, Callable[[Sequence[Item]], Plan]] = {
     "smmf_step_": _smmf,
     "smmf_dense_step_": _smmf_dense,
     "hfac_step_": _hfac,
+    "hfac_int8_step_": _hfac,
     "hfac_dense_step_": _hfac_dense,
     "hfac_sums": _hfac_sums,
     "hfac_row_sums": partial(_hfac_sums, columns=False),
     "hfac_apply_": _hfac_apply,
+    "hfac_int8_apply_": _hfac_apply,
     "smmf_sums_step_": _smmf_sums,
 }
 

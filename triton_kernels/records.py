@@ -34,14 +34,21 @@ _OWN = table.OWN.value
 def fields_of(op: spec.Op) -> dict[str, str]:
     """Where a record has the addresses of an op's lists, by their names; sums have fields in the order of the lists.
     `hfac_stats` leaves rows' sums where they are asked for."""
-    sums: dict[str, Iterator[str]] = {
-        spec.ROWS: iter(("sum_row", "new_row") if op.updates else ("second_row", "space_rows", "space_squares")),
-        spec.COLS: iter(("sum_col", "new_col", "ratio_col")),
-    }
+    rows, cols = ("sum_row", "new_row"), ("sum_col", "new_col", "ratio_col")
+    if not op.updates:
+        rows = ("second_row", "space_rows", "space_squares")
+    elif any(map(is_codes, op.operands)):
+        rows, cols = ("new_row",), ("new_col",)
+    sums: dict[str, Iterator[str]] = {spec.ROWS: iter(rows), spec.COLS: iter(cols)}
     return {
-        one.name: _STATES[one.moment, one.size] if one.key else next(sums[one.size])
+        one.name: "codes_at" if is_codes(one) else _STATES[one.moment, one.size] if one.key else next(sums[one.size])
         for one in (*op.operands, spec.MASTER_LOW)
     }
+
+
+def is_codes(one: spec.Operand) -> bool:
+    """Whether the list is of a first moment's codes of 8 bits."""
+    return one.dtype == torch.int8
 
 
 def aligned(tensor: Tensor) -> bool:
@@ -74,6 +81,8 @@ class Records:
             layouts["param_layout"] = self._layouts(operands.written)
         if spec.MASTER_LOW.name in lists:
             layouts["low_layout"] = self._layouts(lists[spec.MASTER_LOW.name])
+        for one in filter(is_codes, operands.op.operands):
+            layouts["codes_layout"] = self._layouts(lists[one.name])
         if offsets is not None:
             addresses["position"], addresses["first_index"] = ([offset[k] for offset in offsets] for k in range(2))
             layouts["index_layout"] = self._index_layouts(grads, offsets)
@@ -158,6 +167,7 @@ def _items(operands: Operands, grads: Tensors) -> list[Item]:
         dtype = operands.params[i].dtype if op.updates or rows is None else rows[i].dtype
         more = {"slice": math.prod(grad.shape[1:]) if signed else 0, "owner": i}
         more["low"] = 8 * lows[i].itemsize if lows else 0
+        more["codes"] = any(map(is_codes, op.operands))
         if "blocks" in counts:
             items = [
                 Item(

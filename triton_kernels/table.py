@@ -33,15 +33,17 @@ TILE_ROWS, ROW_TILES, COL_TILES, STATS_ROWS = _fields(4)
 SPACE_ROWS, SPACE_SQUARES, SPACE_COLS, SPACE_PSI, SPACE_SCALE, SPACE_TOTALS = _fields(6)
 #: rows and columns of the whole matrix, of which a shard has some
 ALL_ROWS, ALL_COLS = _fields(2)
-#: addresses, of shards only. H-Fac: sums of g, of g^2 (or the new r and s) and of g^2 / r, then sum(r) and the mean of
-#: U^2. SMMF: sums of |M| and of V over the whole matrix, to be added to
-SUM_ROW, SUM_COL, NEW_ROW, NEW_COL, RATIO_COL, TOTAL, MEAN_SQUARE = _fields(7)
+#: addresses, of shards only. H-Fac: sums of g, of g^2 (or the new r and s) and of g^2 / r, then sum(r), the mean of U^2
+#: and, of a first moment in codes, sum(r) before. SMMF: sums of |M| and of V over the whole matrix, to be added to
+SUM_ROW, SUM_COL, NEW_ROW, NEW_COL, RATIO_COL, TOTAL, MEAN_SQUARE, OLD_TOTAL = _fields(8)
 #: of SMMF's shards, whose matrices are blocks (`hfac.matricize.Block`): where the block begins in the shard, its
 #: stride, and its position in the whole matrix. The state fields then hold the address of the block's first row or
 #: column. BLOCKS: how many records from this one on are blocks of the same parameter
 START, STRIDE, ROW, ROW_STEP, COL, BLOCKS = _fields(6)
 #: addresses of a master weight's low bits and of their layout
 LOW_BITS, LOW_LAYOUT = _fields(2)
+#: addresses of a first moment's codes of 8 bits (`hfac.codes`) and of their layout
+CODES_AT, CODES_LAYOUT = _fields(2)
 #: of random bits (`hfac.rounding.BitOffset`): the parameter's position, the index of its first element, and the address
 #: of the layout that gives the others' indices
 POSITION, FIRST_INDEX, INDEX_LAYOUT = _fields(3)
@@ -85,7 +87,7 @@ RUN = tl.constexpr(2048)
 LOOKED = tl.constexpr(16 * 2048)
 CHUNK = tl.constexpr(256)
 AT_ONCE = tl.constexpr(8)
-MANY_AT_ONCE = tl.constexpr(32)
+MANY_AT_ONCE = tl.constexpr(16)
 
 #: What a watched step reports of a parameter, in float64: the sum of squares of W's change; how many elements, rounded
 #: to nearest, keep their value; the sum of squares of the direction; how many rows and columns of the gradient are

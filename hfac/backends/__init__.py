@@ -54,7 +54,6 @@ class Backend:
         why_not: (device) -> None where the backend serves it, else the reason and what to do, as one sentence or two.
         load: what has ``bind``; called only where why_not gave None.
         automatic: whether "auto" may take it.
-        missing: steps of which it has no kernels yet, though of all others: "auto" takes the next backend for them.
     """
 
     name: str
@@ -62,7 +61,6 @@ class Backend:
     why_not: Callable[[torch.device], str | None]
     load: Callable[[], Any]
     automatic: bool = True
-    missing: tuple[Op, ...] = ()
 
 
 #: Backends by name, best first.
@@ -84,7 +82,7 @@ def names() -> tuple[str, ...]:
 
 
 register(Backend("cuda", "fused CUDA kernels", cuda.why_not, lambda: cuda.KERNELS))
-register(Backend("triton", "fused Triton kernels", triton.why_not, lambda: triton, missing=triton.MISSING))
+register(Backend("triton", "fused Triton kernels", triton.why_not, lambda: triton))
 register(Backend("cpu", "fused C++ kernels", cpu.why_not, lambda: cpu))
 register(Backend("reference", "plain torch, any device", lambda device: None, lambda: plain.FORMULAS))
 

@@ -13,6 +13,7 @@ import torch
 from ..spec import (
     HFAC_APPLY,
     HFAC_DENSE_STEP,
+    HFAC_INT8_APPLY,
     HFAC_INT8_STEP,
     HFAC_STEP,
     HFAC_SUMS,
@@ -24,9 +25,17 @@ from ..spec import (
 from .contract import Operands
 
 DEVICES = ("cuda", "xpu")
-#: Steps of which there are no kernels yet, and ops of which there are.
-MISSING = (HFAC_INT8_STEP,)
-OPS = {HFAC_STEP, HFAC_DENSE_STEP, HFAC_SUMS, HFAC_APPLY, SMMF_STEP, SMMF_DENSE_STEP, SMMF_SUMS_STEP}
+OPS = {
+    HFAC_STEP,
+    HFAC_INT8_STEP,
+    HFAC_DENSE_STEP,
+    HFAC_SUMS,
+    HFAC_APPLY,
+    HFAC_INT8_APPLY,
+    SMMF_STEP,
+    SMMF_DENSE_STEP,
+    SMMF_SUMS_STEP,
+}
 
 
 def has(op: Op) -> bool:

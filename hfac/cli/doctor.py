@@ -160,10 +160,6 @@ def lines(found: dict[str, Any]) -> list[str]:
         here = f"here, serves tensors on {', '.join(backend['serves'])}" if backend["here"] else "not here"
         text.append(f"  {backend['name']} ({backend['summary']}): {here}")
         text += [f"    {name.replace('_', ' ')}: {_shown(value)}" for name, value in backend["details"].items()]
-        if backend["lacks"]:
-            text.append(
-                f"    no kernels yet for: {', '.join(backend['lacks'])} (backend='auto' takes the next backend)"
-            )
         if not backend["here"]:
             text.append(f"    why not: {backend['why_not']}")
             text.append(f"    fix: {backend['fix']}")
@@ -180,7 +176,6 @@ def _backend(backend: backends.Backend, kinds: list[str]) -> dict[str, Any]:
         "summary": backend.summary,
         "here": bool(serves),
         "serves": serves,
-        "lacks": [backends.options_of(op) for op in backend.missing],
         "why_not": why_not,
         "fix": None if serves else _fix(backend.name),
         "details": _DETAILS[backend.name](),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import test_parts
 import torch
-from cases import DTYPES, OPTIONS, SHAPES, gradient, in_codes, shape_id
+from cases import DTYPES, OPTIONS, SHAPES, gradient, shape_id
 from suites import laid_out
 from test_parity import (
     SUMS,
@@ -49,7 +49,6 @@ def rows(shapes, taken, *marks):
         pytest.param(name, options, dtype, shapes, id=f"{name}-{options}-{str(dtype)[6:]}-{size}", marks=marks)
         for name, table in OPTIONS.items()
         for options in table
-        if not in_codes(table[options])
         for dtype in DTYPES
         if taken(options == "all", dtype == torch.float32)
     ]
@@ -536,6 +535,16 @@ def test_update_of_parts(dtype, options):
             sums_agree(mine[i], his[i], largest, case)
         for mine, his in zip(ours[2:], theirs[2:], strict=True):
             assert torch.equal(mine[i], his[i]), case
+
+
+@pytest.mark.parametrize("layout", test_parts.LAYOUTS)
+def test_codes_of_parts_of_any_layout(layout):
+    dtype = torch.bfloat16 if layout == "contiguous" else torch.float32
+    test_parts.test_hfac_int8_apply(next(iter(test_parts.MATRIX_PARTS)), dtype, layout, "clipped", "triton")
+
+
+def test_codes_of_parts_of_several_types():
+    test_parts.test_hfac_int8_takes_a_list_of_both_arithmetics("triton")
 
 
 def test_update_of_parts_of_several_types():

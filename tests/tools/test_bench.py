@@ -308,11 +308,11 @@ def test_the_gate_of_options(monkeypatch):
     backend = backends.available(CPU)[0]
 
     def why_red(name, how):
-        asked = options.options_of(name, torch.bfloat16, backend)
+        asked = options.options_of(name, torch.bfloat16)
         return options.why_red(name, asked[how], backend, torch.bfloat16, CPU)
 
     for name in ("HFac", "SMMF"):
-        for how in options.options_of(name, torch.bfloat16, backend):
+        for how in options.options_of(name, torch.bfloat16):
             assert why_red(name, how) is None, (name, how)
     drawn = rounding.random_bits
     monkeypatch.setattr(rounding, "random_bits", lambda *args: drawn(*args) ^ 0x8000)
@@ -327,7 +327,7 @@ def test_table_of_options(tmp_path, capsys):
     text = path.read_text()
     assert text in capsys.readouterr().out
     for dtype in (torch.float32, torch.bfloat16):
-        asked = options.options_of("HFac", dtype, backends.available(CPU)[0])
+        asked = options.options_of("HFac", dtype)
         for how in ("plain", *asked, options.BY_HAND, options.AFTERWARDS, "fused AdamW"):
             assert f"| {how} | " in text
     assert text.count("| plain | 1.00 [1.00-1.00], ") == 2

@@ -68,12 +68,6 @@ def test_the_text_tells_what_the_json_tells(capsys):
     assert f"Python {found['python']}" in text
 
 
-def test_it_says_which_steps_a_backend_has_no_kernels_of(capsys):
-    _, rows = as_json(capsys)
-    assert {name: row["lacks"] for name, row in rows.items() if row["lacks"]} == {"triton": ["first_moment='int8'"]}
-    assert doctor(capsys).count("no kernels yet for: first_moment='int8' (backend='auto' takes the next backend)") == 1
-
-
 def test_without_the_extension_it_says_why_and_what_to_run(capsys, monkeypatch):
     monkeypatch.setattr(cpu, "_C", None)
     monkeypatch.setattr(cpu, "_IMPORT_ERROR", "it fell off the table", raising=False)
