@@ -17,6 +17,7 @@ from . import memory, ops, schedules, spec
 from .rounding import BitOffset
 from .schedules import Scalar
 from .spec import MASTER_LOW
+from .types import Backend, WeightDecayMode
 
 States = Sequence[Tensor | None]
 
@@ -45,7 +46,7 @@ def hfac(
     places: Sequence[BitOffset | None] | None = None,
     seed: int = 0,
     capturable: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
     batch_dims: int = 0,
 ) -> None:
     """One step of H-Fac (AISTATS 2025, Algorithm 1); see `hfac.HFac` for the options.
@@ -99,12 +100,12 @@ def smmf(
     weight_decay: Scalar,
     decay_rate: float,
     growth_rate: float,
-    weight_decay_mode: str = "adamw",
+    weight_decay_mode: WeightDecayMode = "adamw",
     maximize: bool = False,
     places: Sequence[BitOffset | None] | None = None,
     seed: int = 0,
     capturable: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
     batch_dims: int = 0,
 ) -> None:
     """One step of SMMF (AAAI 2025, Algorithm 1); see `hfac.SMMF` for the options.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .optim import SMMF, HFac
+from .types import GroupOptions, Unpack
 
 #: names of classes and their bases: nn.LayerNorm, nn.BatchNorm1d, LlamaRMSNorm; nn.EmbeddingBag, ViTEmbeddings
 _CLASS = re.compile(r".*(Norm([123]d)?|Embedding(s|Bag)?)")
@@ -23,7 +24,7 @@ def param_groups(
     dense: Iterable[str] = (),
     no_decay: Iterable[str] | None = None,
     batch_dims: Mapping[str, int] | None = None,
-    **more: Any,
+    **more: Unpack[GroupOptions],
 ) -> list[dict[str, Any]]:
     """The usual groups of a model's parameters, for `hfac.HFac` and `hfac.SMMF`.
 

@@ -7,14 +7,16 @@ the whole training run, and a checkpoint fits any layout.
 import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from torch import Tensor
 
-MATRICIZE = ("balanced", "flatten")
+from .types import Matricize
+
+MATRICIZE = get_args(Matricize)
 
 
-def cut(shape: Sequence[int], matricize: str = "balanced") -> int | None:
+def cut(shape: Sequence[int], matricize: Matricize = "balanced") -> int | None:
     """The k that views ``shape`` as (prod(shape[:k]), prod(shape[k:])) for H-Fac, or None if nothing can be factored.
 
     Args:

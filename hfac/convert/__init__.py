@@ -6,19 +6,22 @@ parameter at a time. Every target keeps these moments in its own way. docs/conve
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from .. import codes, matricize, reference
 from ..optim import SMMF, HFac
 from ..optim.options import unadvised, warn
 from ..optim.state import EXECUTION, LOW
+from ..types import AdamWOptions, HFacOptions, SMMFOptions, Unpack
 from .sources import SOURCES, Entry, Moments, Source, slices, smmf_weight, source_of, tensor
 
 TARGETS = {"hfac": HFac, "smmf": SMMF}
 ADAMW = "adamw"
+Params = ParamsT | Mapping[str, Tensor] | None
 #: of AdamW's options those that HFac has in the same meaning
 _SHARED = ("lr", "betas", "weight_decay", "maximize")
 #: A learning rate of less than this share of the one a schedule began with is that of its end.
@@ -27,9 +30,35 @@ _ENDED = 0.02
 _MOST = 127**2 / (127.5**2 - 127**2)
 
 
+@overload
+def convert(
+    state_dict: Mapping[str, Any],
+    params: Params = None,
+    *,
+    to: Literal["hfac"] = "hfac",
+    **options: Unpack[HFacOptions],
+) -> dict[str, Any]: ...
+
+
+@overload
+def convert(
+    state_dict: Mapping[str, Any], params: Params = None, *, to: Literal["smmf"], **options: Unpack[SMMFOptions]
+) -> dict[str, Any]: ...
+
+
+@overload
+def convert(
+    state_dict: Mapping[str, Any], params: Params = None, *, to: Literal["adamw"], **options: Unpack[AdamWOptions]
+) -> dict[str, Any]: ...
+
+
 @torch.no_grad()
 def convert(
-    state_dict: Mapping[str, Any], params: Any = None, *, to: Literal["hfac", "smmf", "adamw"] = "hfac", **options: Any
+    state_dict: Mapping[str, Any],
+    params: Params = None,
+    *,
+    to: Literal["hfac", "smmf", "adamw"] = "hfac",
+    **options: Any,
 ) -> dict[str, Any]:
     """A state dict of another optimizer as one that `hfac.HFac` or `hfac.SMMF` loads and goes on from, or that
     `torch.optim.AdamW` does.
@@ -165,7 +194,7 @@ def _adamw(state_dict: Mapping[str, Any], params: Any, options: dict[str, Any]) 
     flat = _is_flat(state_dict)
     source = _unflattened(state_dict) if flat else _checked(state_dict)
     shared = {name: options[name] for name in _SHARED if name in options}
-    whole = {"dense": True, "batch_dims": 0, "master": None, "rounding": "nearest", "nonfinite": "propagate"}
+    whole = HFacOptions(dense=True, batch_dims=0, master=None, rounding="nearest", nonfinite="propagate")
     found = convert(source, params, to="hfac", **whole, **shared)
     groups = []
     for old, group in zip(source["param_groups"], found["param_groups"], strict=True):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import repeat
 from operator import is_not
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from .units import Units
 
 #: a validated step: what is bound, gradients and steps by group, and of sharded parameters options by group
 Ready = tuple[StepCache, list[list[Any]], list[functional.Step | None], dict[int, distributed.Options]]
+Loss = TypeVar("Loss")
 
 
 class FactoredOptimizer(ReportingOptimizer):
@@ -120,6 +121,12 @@ class FactoredOptimizer(ReportingOptimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """What `torch.amp.GradScaler` looks for: it then leaves unscaling, and the decision to step, to `step`."""
         return any(group["amp_scaling"] for group in self.param_groups)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

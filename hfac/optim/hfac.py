@@ -1,19 +1,18 @@
 """H-Fac as a torch optimizer."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import matricize, ops
-from ..schedules import Scalar
+from ..types import Backend, FirstMoment, Master, Matricize, Nonfinite, Rounding, Scalar
 from . import options
 from .base import FactoredOptimizer
 from .state import Side
 
-FIRST_MOMENT = ("factored", "int8")
 #: a larger one is noticeable where gradients are smaller than 1e-6
 LARGEST_USUAL_EPS = 1e-12
 
@@ -74,7 +73,7 @@ class HFac(FactoredOptimizer):
         "eps": options.number(0.0, open_low=True),
         "clip_threshold": options.number(0.0, open_low=True, none="no clipping"),
         "matricize": options.choice(*matricize.MATRICIZE),
-        "first_moment": options.choice(*FIRST_MOMENT),
+        "first_moment": options.choice(*get_args(FirstMoment)),
     }
     _state_options = {"first_moment": "factored"}
 
@@ -91,18 +90,18 @@ class HFac(FactoredOptimizer):
         *,
         clip_threshold: float | None = 1.0,
         weight_decay: Scalar = 0.0,
-        matricize: Literal["balanced", "flatten"] = "balanced",
-        first_moment: Literal["factored", "int8"] = "factored",
+        matricize: Matricize = "balanced",
+        first_moment: FirstMoment = "factored",
         dense: bool = False,
         batch_dims: int = 0,
         maximize: bool = False,
         capturable: bool = False,
-        backend: str = "auto",
-        nonfinite: Literal["propagate", "skip", "skip-step"] = "propagate",
+        backend: Backend = "auto",
+        nonfinite: Nonfinite = "propagate",
         amp_scaling: bool = False,
-        rounding: Literal["nearest", "stochastic"] = "nearest",
+        rounding: Rounding = "nearest",
         seed: int = 0,
-        master: Literal["split", "split8"] | None = None,
+        master: Master | None = None,
         max_grad_norm: float | None = None,
         watch: bool = False,
     ) -> None:

@@ -2,17 +2,15 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, get_args
 
 from torch.optim.optimizer import ParamsT
 
 from .. import matricize
-from ..schedules import Scalar
+from ..types import Backend, Master, Nonfinite, Rounding, Scalar, WeightDecayMode
 from . import options
 from .base import FactoredOptimizer
 from .state import Side
-
-WEIGHT_DECAY_MODES = ("adamw", "adam")
 
 
 class SMMF(FactoredOptimizer):
@@ -74,7 +72,7 @@ class SMMF(FactoredOptimizer):
         "decay_rate": options.number(-1.0, 0.0),
         "growth_rate": options.number(0.0, 1.0),
         "vector_reshape": options.flag,
-        "weight_decay_mode": options.choice(*WEIGHT_DECAY_MODES),
+        "weight_decay_mode": options.choice(*get_args(WeightDecayMode)),
     }
 
     def __init__(
@@ -87,18 +85,18 @@ class SMMF(FactoredOptimizer):
         decay_rate: float = -0.5,
         growth_rate: float = 0.999,
         vector_reshape: bool = True,
-        weight_decay_mode: Literal["adamw", "adam"] = "adamw",
+        weight_decay_mode: WeightDecayMode = "adamw",
         *,
         dense: bool = False,
         batch_dims: int = 0,
         maximize: bool = False,
         capturable: bool = False,
-        backend: str = "auto",
-        nonfinite: Literal["propagate", "skip", "skip-step"] = "propagate",
+        backend: Backend = "auto",
+        nonfinite: Nonfinite = "propagate",
         amp_scaling: bool = False,
-        rounding: Literal["nearest", "stochastic"] = "nearest",
+        rounding: Rounding = "nearest",
         seed: int = 0,
-        master: Literal["split", "split8"] | None = None,
+        master: Master | None = None,
         max_grad_norm: float | None = None,
         watch: bool = False,
     ) -> None:

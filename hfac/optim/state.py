@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from operator import is_, itemgetter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from .. import backends, matricize, ops, rounding, spec
 from ..distributed import layout
+from ..types import Master, Nonfinite, Rounding
 from . import options
 
 State = dict[str, Tensor]
@@ -20,9 +21,8 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype, layout.Follows]]
 #: shape of a factor of one slice, and the slice's dimensions that it is sharded with
 Side = tuple[tuple[int, ...], layout.Follows]
 
-NONFINITE = ("propagate", "skip", "skip-step")
-ROUNDING = ("nearest", "stochastic")
-MASTER = tuple(rounding.LOW_DTYPES)
+ROUNDING = get_args(Rounding)
+MASTER = get_args(Master)
 COMMON_RULES: dict[str, options.Rule] = {
     "lr": options.number(0.0, tensor=True),
     "weight_decay": options.number(0.0, tensor=True),
@@ -30,7 +30,7 @@ COMMON_RULES: dict[str, options.Rule] = {
     "batch_dims": options.whole(),
     "maximize": options.flag,
     "capturable": options.flag,
-    "nonfinite": options.choice(*NONFINITE),
+    "nonfinite": options.choice(*get_args(Nonfinite)),
     "rounding": options.choice(*ROUNDING),
     "seed": options.whole(2**64 - 1),
     "master": options.choice(*MASTER, none="no master weights"),
