@@ -246,7 +246,7 @@ def _warn_of_rates(
     theirs = source in (SOURCES["smmf"].name, SOURCES["published"].name)
     if to == "smmf" and not theirs and any("lr" in new for new in wanted):
         warn(
-            f"convert: {source}'s learning rate is carried over to SMMF, whose best one is 1.4 to 2 times AdamW's on "
+            f"convert: {source}'s learning rate is carried over to SMMF, whose best one is 1.2 to 2 times AdamW's on "
             "Transformers and up to 4 times on convolutional networks; at AdamW's it learns more slowly. Give "
             "convert(..., lr=...).",
         )

@@ -720,7 +720,7 @@ def test_a_rate_of_the_end_of_a_schedule_is_said(recwarn):
 
 def test_smmf_wants_another_rate(recwarn):
     adam, params = ran(torch.optim.AdamW, shapes=[(4, 6)])
-    with pytest.warns(UserWarning, match="carried over to SMMF, whose best one is 1.4 to 2 times AdamW's"):
+    with pytest.warns(UserWarning, match="carried over to SMMF, whose best one is 1.2 to 2 times AdamW's"):
         converted = hfac.convert(adam.state_dict(), params, to="smmf")
     recwarn.clear()
     hfac.convert(adam.state_dict(), params, to="smmf", lr=2e-3)
