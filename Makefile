@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 EMULATED := $(VENV)/.emulated
 
 .DEFAULT_GOAL := help
-.PHONY: help install compare test test-all test-torch planted test-emulated cuda-check triton-check sanitize fuzz bench gpu-report gpu-objects plan doctor lint clean
+.PHONY: help install compare test test-all test-torch planted test-emulated cuda-check triton-check sanitize fuzz bench gpu-report gpu-objects plan doctor docs lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ plan: $(INSTALLED) ## what memory each optimizer takes of a model (ARGS="llama-3
 doctor: $(INSTALLED) ## which backends are here, and why others are not
 	$(BIN)/hfac doctor
 
+docs: $(INSTALLED) ## build the site of README, docs/ and docstrings into build/site; a dead link is an error
+	$(BIN)/python -m sphinx -q -n -W --keep-going -b html -c docs/site . build/site $(ARGS)
+
 lint: $(INSTALLED) ## check style with ruff and clang-format, types with mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -90,7 +93,7 @@ clean: ## remove .venv and everything built
 $(INSTALLED): pyproject.toml setup.py $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install -e ".[cli,test]"
+	$(BIN)/python -m pip install -e ".[cli,test,docs]"
 	touch $@
 
 $(EMULATED): $(INSTALLED) $(shell find csrc -type f)
