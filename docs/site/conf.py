@@ -96,12 +96,20 @@ def entries(lines: list[str], field: str | None) -> Iterator[str]:
             yield f":{field} {names}: {found['rest']}"
 
 
+def with_blocks(lines: list[str]) -> Iterator[str]:
+    """What is indented after an empty line is code."""
+    for before, line in zip(["", *lines], lines, strict=False):
+        if line.startswith("    ") and not before:
+            yield from ("::", "")
+        yield line
+
+
 def as_rst(app: Sphinx, what: str, name: str, of: Any, options: Any, lines: list[str]) -> None:
     """Rewrites a docstring, in place, as reStructuredText."""
     made: list[str] = []
     for heading, body in sections(lines):
         if not heading:
-            made += body
+            made += with_blocks(body)
         elif heading == "Returns":
             first, *more = body
             made += ["", f":returns: {first.strip()}", *more]
