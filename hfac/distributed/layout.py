@@ -31,11 +31,25 @@ def is_dtensor(tensor: Any) -> bool:
     return hasattr(tensor, "placements") and hasattr(tensor, "_local_tensor")
 
 
-def is_flat(param: Tensor) -> bool:
-    """Whether FSDP1 has flattened it: into its own flat parameter or, with use_orig_params, this rank's piece of the
-    original. Parameters that FSDP1 does not shard (NO_SHARD, one rank) keep their shape."""
+def flat_refusal(param: Tensor) -> str | None:
+    """Why a parameter that another library has flattened cannot be optimized; None for all others.
+
+    FSDP1 makes flat parameters of its own or, with use_orig_params, of a parameter this rank's piece; those that it
+    does not shard (NO_SHARD, one rank) keep their shape. DeepSpeed's ZeRO 3 gives ``ds_id`` to the parameters that it
+    has partitioned, and to the flat ones that it puts in their place.
+    """
     piece = getattr(param, "_fsdp_flattened", False) and param.ndim == 1
-    return getattr(param, "_is_flat_param", False) or (piece and dist.is_initialized() and dist.get_world_size() > 1)
+    if getattr(param, "_is_flat_param", False) or (piece and dist.is_initialized() and dist.get_world_size() > 1):
+        return (
+            "is a flat parameter of FSDP1, or a piece of one (use_orig_params=True), which has no rows and columns to "
+            "factor. Shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead."
+        )
+    if hasattr(param, "ds_id"):
+        return (
+            "is partitioned by DeepSpeed's ZeRO stage 3, which leaves no rows and columns to factor. Use ZeRO stage 0, "
+            "or shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead."
+        )
+    return None
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -88,6 +102,15 @@ def refusal(param: Tensor) -> str | None:
         return (
             "is a DTensor with a Partial placement, whose values exist on no rank. Give the optimizer parameters that "
             "are Shard or Replicate (param.redistribute(...))."
+        )
+    expected = [len(mine) for mine in _own_indices(param, param.shape, tuple(range(param.ndim)))]
+    found = list(local(param.detach()).shape)
+    if found != expected:
+        return (
+            f"has shape {tuple(param.shape)} and placements {tuple(param.placements)}, "  # type: ignore[attr-defined]
+            f"of which torch gives this rank a shard of shape {tuple(expected)}, but it has one of {tuple(found)}: it "
+            "was cut otherwise, perhaps by Megatron-FSDP, which splits elements evenly and not rows. Shard the model "
+            "with torch.distributed.fsdp.fully_shard (FSDP2) instead."
         )
     return None
 

@@ -264,11 +264,9 @@ class StatefulOptimizer(Optimizer):
         """Checks a parameter that is to be trained, once it has a shape; messages begin with ``where``."""
         if is_lazy(param):
             return
-        if layout.is_flat(param):
-            raise TypeError(
-                f"{where} is a flat parameter of FSDP1, or a piece of one (use_orig_params=True), which has no rows "
-                "and columns to factor. Shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead."
-            )
+        flat = layout.flat_refusal(param)
+        if flat is not None:
+            raise TypeError(f"{where} {flat}")
         ops.check_tensor(where, param)
         if param.is_nested:
             raise RuntimeError(
@@ -355,7 +353,12 @@ class StatefulOptimizer(Optimizer):
 
     def _sync_state(self) -> None:
         """Makes state follow the parameters, which trainers swap, regroup, move and convert after construction: creates
-        missing state, moves it to the parameters' devices and types, and drops that of parameters that are gone."""
+        missing state, moves it to the parameters' devices and types, and drops that of parameters that are gone.
+
+        Raises:
+            TypeError: vectors have taken the place of matrices.
+        """
+        self._check_not_flattened()
         live = set()
         for group in self.param_groups:
             for param in group["params"]:
@@ -366,6 +369,23 @@ class StatefulOptimizer(Optimizer):
             del self.state[param]
         if gone:
             self._forget()  # caches would keep it alive
+
+    def _check_not_flattened(self) -> None:
+        """Refuses vectors that a trainer has put in the place of matrices: DeepSpeed's ZeRO 1 and 2 and Megatron's
+        distributed optimizer train pieces of flattened parameters, and mark them by nothing else."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        if any(param.ndim > 1 or param in self.state for param in params):
+            return
+        gone = [key for key in self.state if isinstance(key, Tensor) and key.ndim > 1 and has_state(self.state, key)]
+        if params and gone:
+            raise TypeError(
+                f"{type(self).__name__}: the {len(gone)} matrices that it was constructed with, such as one of shape "
+                f"{tuple(gone[0].shape)}, have been replaced by vectors alone, such as one of {params[0].numel()} "
+                "elements, which have no rows and columns to factor. DeepSpeed's ZeRO stages 1 and 2 and Megatron's "
+                "distributed optimizer flatten parameters so: use ZeRO stage 0, or shard the model with "
+                "torch.distributed.fsdp.fully_shard (FSDP2). If the vectors are the model's own parameters, construct "
+                "the optimizer with them."
+            )
 
     def _sync_param(self, param: Tensor, group: Mapping[str, Any]) -> bool:
         """`_sync_state` of one parameter. False where it has no state: it is frozen, lazy, or of a kind that `step`
