@@ -223,6 +223,7 @@ def hfac_apply_(
     places: Sequence[BitOffset] | None = None,
     seed: int = 0,
     step: Scalar = 0.0,
+    watched: Tensor | None = None,
 ) -> None:
     """The rest of a step of H-Fac, on parts [m, n] of matrices of `rows` rows and `cols` columns.
 
@@ -242,8 +243,11 @@ def hfac_apply_(
             stored = _Stored(param, i, master_lows, places, seed, step)
             W, G = _operands(stored, grads[i], (u.numel(), v.numel()), r.dtype, maximize)
             whole, means, mean_square = (rows[i], cols[i]), (row_mean, col_mean), mean_squares[i]
-            _, D = _hfac_direction(G, (u, v, r, s), means, whole, totals[i], b1, clip_threshold, mean_square)
-            stored.write(W - lr * (D + weight_decay * W), None)
+            U, D = _hfac_direction(G, (u, v, r, s), means, whole, totals[i], b1, clip_threshold, mean_square)
+            W = W - lr * (D + weight_decay * W)
+            if watched is not None:
+                _watch(watched[i], stored, W, U, None)
+            stored.write(W, None)
         for old, new in ((u_row, u), (v_col, v), (exp_avg_sq_rows[i], r), (exp_avg_sq_cols[i], s)):
             _write(old, new, None)
 
@@ -269,6 +273,7 @@ def hfac_int8_apply_(
     places: Sequence[BitOffset] | None = None,
     seed: int = 0,
     step: Scalar = 0.0,
+    watched: Tensor | None = None,
 ) -> None:
     """The rest of a step of `hfac_int8_step_` on parts [m, n] of matrices: as `hfac_apply_`, but for `exp_avg_qs`, the
     codes of a part, and old_totals, the sum of the whole r as it was."""
@@ -280,10 +285,13 @@ def hfac_int8_apply_(
             W, G = _operands(stored, grads[i], (m, n), r.dtype, maximize)
             squares, sums = (r_row.view(m), s_col.view(n), r, s), (old_totals[i].to(r.dtype), totals[i].to(r.dtype))
             of = q.reshape(m, n)
-            _, D, new_q = _hfac_whole_direction(
+            U, D, new_q = _hfac_whole_direction(
                 G, of, squares, sums, _of(beta1, i), clip_threshold, mean_squares[i].to(r.dtype)
             )
-            stored.write(W - lr * (D + weight_decay * W), None)
+            W = W - lr * (D + weight_decay * W)
+            if watched is not None:
+                _watch(watched[i], stored, W, U, None)
+            stored.write(W, None)
             _write(q, new_q, None)
         for old, new in ((r_row, r), (s_col, s)):
             _write(old, new, None)
@@ -465,6 +473,7 @@ def smmf_sums_step_(
     places: Sequence[BitOffset] | None = None,
     seed: int = 0,
     step: Scalar = 0.0,
+    watched: Tensor | None = None,
 ) -> None:
     """One step of SMMF on parts of parameters. The factors of the whole, [n] and [m], are read and stay as they are;
     row and column sums of |M| and V over the part are added to the lists `new_...` of the same shapes.
@@ -484,7 +493,7 @@ def smmf_sums_step_(
         if beta1 is not None:
             assert exp_avg_signs is not None
             positive = unpack_signs(exp_avg_signs[i], param.shape).reshape(-1).contiguous()  # a vector's is a view
-        new = torch.empty_like(W)
+        new, direction = torch.empty_like(W), torch.empty_like(W)
         for block in blocks[i]:
             rows, cols = block.row_slice, block.col_slice
             g = block.of(G)
@@ -500,7 +509,11 @@ def smmf_sums_step_(
             V = _smmf_second(g, b2, exp_avg_sq_rows[i][rows], exp_avg_sq_cols[i][cols])
             new_sq_rows[i][rows] += V.sum(1)
             new_sq_cols[i][cols] += V.sum(0)
-            block.of(new).copy_(block.of(W) - lr * (M / (V.sqrt() + eps)))
+            D = M / (V.sqrt() + eps)
+            block.of(direction).copy_(D)
+            block.of(new).copy_(block.of(W) - lr * D)
+        if watched is not None:
+            _watch(watched[i], stored, new, direction, None)
         stored.write(new, None)
         if positive is not None:
             assert exp_avg_signs is not None

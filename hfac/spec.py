@@ -107,7 +107,9 @@ class Op:
     @property
     def outputs(self) -> tuple[str, ...]:
         """What is filled beside parameters and states, where it is given."""
-        return () if self.shard else ("nonfinite", "watched")
+        if self.shard:
+            return ("watched",) if self.updates else ()
+        return "nonfinite", "watched"
 
     @property
     def without_first(self) -> bool:

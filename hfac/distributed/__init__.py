@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..functional import pick
 from ..staging import Fetched
-from . import hfac, layout, norm, schedule, smmf
+from . import hfac, layout, norm, schedule, smmf, watch
 from .bucket import Bucket, Entries, Entry, Options
 from .gradients import Gradients
 from .norm import Found, Norms, Total
@@ -56,6 +56,10 @@ class Sharded:
         self._addresses = self._addresses_now()
         self._stream = self._stream_now()
         self._norms: list[norm.Norms] | None = None
+        #: by which groups are watched
+        self._watchers: dict[tuple[int, ...], list[watch.Watched]] = {}
+        #: of the last step by parameter that was watched, what it tells of itself (``watched`` of `hfac.reference`)
+        self.watched: dict[Tensor, Tensor] = {}
         #: what the rooms of the buckets were made for, and the collectives that they are in
         self._planned: tuple[list[bool], list[Collective]] | None = None
         #: which of the entries those of a bucket are, or of a mesh
@@ -100,6 +104,7 @@ class Sharded:
             if grad is not None:
                 entry.state["skipped"].add_(1)
         self._grads = None
+        self.watched = {param: torch.full_like(numbers, torch.nan) for param, numbers in self.watched.items()}
         return True
 
     def _gradients(self) -> list[Tensor | None]:
@@ -178,24 +183,48 @@ class Sharded:
                 errors = [error for sending, work in pending for error in sending.take(work)]
                 if errors:
                     raise errors[0]
+                self._watch([group for group, option in options.items() if option.watch])
 
             return complete
 
         return begin
 
-    def collectives(self, skip: Mapping[int, bool], clips: bool) -> tuple[list[Sent], list[Sent]]:
+    def _by_watched(self, groups: Sequence[int]) -> list[watch.Watched]:
+        key = tuple(groups)
+        if key not in self._watchers:
+            entries = [entry for entry in self._entries if entry.group in key]
+            self._watchers[key] = watch.by_mesh(entries, self._buckets[0].device)
+        return self._watchers[key]
+
+    def _watch(self, groups: Sequence[int]) -> None:
+        """Adds up over the ranks what the step has told of itself: one all-reduce for each mesh, on every rank."""
+        self.watched = {}
+        found: dict[Entry, Tensor] = {}
+        for bucket in self._buckets:
+            if bucket.watched is not None:
+                found |= {bucket.entries[i]: bucket.watched[i] for i in bucket.told}
+                bucket.watched = None
+        for mesh in self._by_watched(groups) if groups else ():
+            self.watched |= mesh.of(found)
+
+    def collectives(
+        self, skip: Mapping[int, bool], clips: bool, watched: Sequence[int] = ()
+    ) -> tuple[list[Sent], list[Sent]]:
         """The collectives of a step, with the bytes of each: until the norms of the gradients are known, and
         afterwards.
 
         Args:
             skip: by group, whether nonfinite="skip".
             clips: whether the norm of the gradients is needed.
+            watched: the groups that are watched.
         """
         norms = self._by_mesh() if clips else []
         first = [Sent(stage, mesh.bytes, mesh.dtype) for mesh in norms for stage in mesh.joint.stages]
         sent = [each.sent() for each in self._collectives([skip[bucket.group] for bucket in self._buckets])]
         sent += [sending.collective.sent(stage) for sending in self._sendings for stage in sending.sums]
         sent += [sending.collective.sent(stage) for sending in self._sendings for stage in sending.copies]
+        for mesh in self._by_watched(watched) if watched else ():
+            sent += [Sent(stage, mesh.bytes, mesh.dtype) for stage in mesh.joint.stages]
         return first, sent
 
 

@@ -55,12 +55,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Options:
-    """What one group passes at every step; ``clip``: what gradients are multiplied by, 0-d, which is not read."""
+    """What one group passes at every step; ``clip``: what gradients are multiplied by, 0-d, which is not read;
+    ``watch``: whether the step tells of itself (`Bucket.watch`)."""
 
     scalars: Mapping[str, Any]
     skip: bool
     backend: str
     clip: Tensor | None = None
+    watch: bool = False
 
 
 class Joint:
@@ -141,6 +143,38 @@ class Bucket(Entries):
         #: by name, an op with lists and counts that have one entry for each of the bucket's
         self.ops: dict[str, tuple[spec.Op, Mapping[str, Sequence[Any]]]] = {}
         self.sizes = self.on_device([entry.param.numel() for entry in entries])
+        #: of the last watched step: by entry, sums over this rank's shard, NaN where no step was made; and whose these
+        #: are, which had a gradient
+        self.watched: Tensor | None = None
+        self.told: list[int] = []
+
+    def watch(
+        self,
+        op: spec.Op,
+        lists: Mapping[str, Sequence[Any]],
+        who: Members,
+        grads: Sequence[Tensor],
+        clip: Tensor | None,
+        numbers: Mapping[str, Any],
+    ) -> None:
+        """Keeps what a step is about to do to members' shards (``watched`` of `hfac.reference`), from the same step of
+        copies in plain torch, of one parameter at a time: the step itself has the bits that it has unwatched."""
+        self.watched = torch.full((len(self.entries), spec.WATCHED), torch.nan, dtype=torch.float64, device=self.device)
+        lists = {**lists, "params": self.params} | ({} if self.lows is None else {spec.MASTER_LOW.name: self.lows})
+        for k, (i, grad) in enumerate(zip(who.index, grads, strict=True)):
+            mine = {
+                name: [entries[i].clone() if isinstance(entries[i], Tensor) else entries[i]]
+                for name, entries in lists.items()
+            }
+            own = {
+                name: value[k : k + 1] if isinstance(value, Tensor) and value.ndim else value
+                for name, value in numbers.items()
+            }
+            self.watched[i] = 0
+            grad = grad if clip is None else grad * clip
+            copies = mine.pop("params")
+            given: dict[str, Any] = {**mine, **own, "watched": self.watched[i : i + 1]}
+            ops.run(op.name, copies, [grad], **given, backend="reference")
 
     def on_device(self, numbers: Sequence[float]) -> Tensor:
         """Numbers that do not change from step to step."""
@@ -216,10 +250,13 @@ class Bucket(Entries):
         clip: Tensor | None,
         options: Options,
         numbers: Mapping[str, Any],
+        watched: tuple[str, Members] | None = None,
     ) -> None:
         """Makes a call on gradients that are yet to be multiplied by ``clip``. ``numbers``: of this step, beside those
-        of the group's options."""
+        of the group's options; ``watched``: of a step that may be watched, the name among `ops` and the members."""
         taken = self.numbers(call.op, options, numbers)
+        if options.watch and watched is not None:
+            self.watch(*self.ops[watched[0]], watched[1], grads, clip, taken)
         inputs = call.prepare(grads, **taken)
         if clip is not None and not inputs.unscales:  # gradients that the kernels cannot read
             inputs, clip = call.prepare([grad * clip for grad in grads], **taken), None

@@ -206,6 +206,7 @@ class Matrices(Bucket):
 
     def job(self, grads: list[Tensor | None], options: Options) -> Job:
         who, here = self.with_gradient(grads)
+        self.told = who.index
         decays, backend = self.decays(who, options), options.backend
         here, clip = self.clipped(self.call("apply", who, backend), here, options)
         beta2, eps = decays["beta2"], options.scalars["eps"]
@@ -261,7 +262,7 @@ class Matrices(Bucket):
             vectors = {"totals": members.numbers(totals), "mean_squares": members.numbers(mean_squares)}
             vectors |= dict(zip(("old_totals",), map(members.numbers, old_totals), strict=False))
             call, taken = self.call("apply", members, backend), who.part(here, members)
-            self.run(call, taken, clip, options, numbers | vectors)
+            self.run(call, taken, clip, options, numbers | vectors, ("apply", members))
             self.advance(members)
 
         return apply
@@ -304,6 +305,7 @@ class Vectors(Bucket):
     def job(self, grads: list[Tensor | None], options: Options) -> Job:
         count = len(self.entries)
         who, here = self.with_gradient(grads)
+        self.told = who.index
         decays, eps = self.decays(who, options), options.scalars["eps"]
 
         def gradient(of: Joined, taken: Sequence[Tensor]) -> Tensor:
@@ -336,6 +338,9 @@ class Vectors(Bucket):
             taken = who.part(here, members)
             vector = {"mean_squares": members.numbers(mean_squares)}
             numbers = self.numbers(spec.HFAC_DENSE_STEP, options, numbers | vector)
+            if options.watch:
+                states = dict(zip((state.name for state in spec.HFAC_DENSE_STEP.states), self.lists, strict=False))
+                self.watch(spec.HFAC_DENSE_STEP, states, members, taken, options.clip, numbers)
             places = None if self.bit_offsets is None else members.of(self.bit_offsets)
             for each in self.joined(members):
                 given = {name: each.spread(value, True) for name, value in numbers.items()}

@@ -137,7 +137,7 @@ class Total:
         self._sum_of = {param: place[names] for param, names in chain_of.items() if names}
         self._sum_of |= {param: i for i, mine in enumerate(cut.values()) for param in mine}
         # Also where all of this rank's parameters share one sum: others may have more, which changes their norm.
-        self._agreement = _agreement(params, [group for groups, _ in declared for group in groups])
+        self._agreement = everywhere(params, [group for groups, _ in declared for group in groups], copies=True)
         self._device = layout.local(params[0]).device if params else torch.device("cpu")
         self._dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
 
@@ -199,13 +199,16 @@ def _names(groups: Sequence[dist.ProcessGroup]) -> tuple[str, ...]:
     return tuple(group.group_name for group in groups)
 
 
-def _agreement(params: Sequence[Tensor], declared: Sequence[dist.ProcessGroup]) -> list[Stage]:
-    """Copies after which all ranks that share a mesh or a group, directly or through others, have the same number."""
+def everywhere(
+    params: Sequence[Tensor], declared: Sequence[dist.ProcessGroup] = (), copies: bool = False
+) -> list[Stage]:
+    """Stages after which a number has reached all ranks that share a mesh or a group, directly or through others: with
+    ``copies`` that of the first rank, else sums of what ranks have, in which each may count several times."""
     meshes = dict.fromkeys(param.device_mesh for param in params if layout.is_dtensor(param))  # type: ignore[attr-defined]
     groups = [[mesh.get_group(d) for d in range(mesh.ndim) if mesh.size(d) > 1] for mesh in meshes]
     groups += [[group] for group in declared if group.size() > 1]
-    copies = [{stage.name: stage for stage in (Stage(each, copies=True) for each in mine)} for mine in groups]
-    largest = [mine for mine in copies if not any(mine.keys() < other.keys() for other in copies)]
+    named = [{stage.name: stage for stage in (Stage(each, copies) for each in mine)} for mine in groups]
+    largest = [mine for mine in named if not any(mine.keys() < other.keys() for other in named)]
     distinct = {frozenset(mine): mine for mine in largest if mine}.values()
     # Of several, the first may need what another finds after it.
     return len(distinct) * [stage for mine in distinct for stage in mine.values()]

@@ -100,6 +100,7 @@ class Shards(Bucket):
 
     def job(self, grads: list[Tensor | None], options: Options) -> Job:
         who, here = self.with_gradient(grads)
+        self.told = who.index
         here, clip = self.clipped(self.call("step", who, options.backend), here, options)
         going = None
         if self.rooms:
@@ -117,7 +118,7 @@ class Shards(Bucket):
         def step() -> None:
             self.stepped = members = who if going is None else going()
             call, taken = self.call("step", members, options.backend), who.part(here, members)
-            self.run(call, taken, clip, options, self.decays(members, options))
+            self.run(call, taken, clip, options, self.decays(members, options), ("step", members))
             self.present.copy_(self.contributed(members))
 
         return step

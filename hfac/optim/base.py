@@ -33,7 +33,8 @@ class FactoredOptimizer(ReportingOptimizer):
     float32 tensor on the host, and with nonfinite="skip" or "skip-step" the count ``skipped``. Entries that wrappers
     add are left alone. With ``capturable``, ``nonfinite`` or ``amp_scaling`` only the device knows whether a step is
     made, so ``step`` is on the parameter's device. State of a DTensor is DTensors, whose global shapes do not depend on
-    how it is sharded; their ``step`` stays on the host, where the sums over ranks say which steps are made.
+    how it is sharded; their ``step`` stays on the host, where the sums over ranks, and a GradScaler, say
+    which steps are made.
     """
 
     _cache: StepCache | None
@@ -146,10 +147,13 @@ class FactoredOptimizer(ReportingOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if getattr(self, "found_inf", None) is not None and self._is_forbidden():
+            return loss
         ready = self._ready()
         cache, grads, steps, shared = ready
         sharded, given = self._sharded, self._given_norm
         limit, skips = self.max_grad_norm, self._skips_steps(self.param_groups)
+        scale = getattr(self, "grad_scale", None)
         norm: Tensor | None
         norm_coefficient = refused = None
         if given is not None:
@@ -161,8 +165,10 @@ class FactoredOptimizer(ReportingOptimizer):
             norm = self._norm_of(ready) if finds else None
         if norm is not None:
             self._grad_norm, norm_coefficient = norm, clipping.coefficient(norm, limit)
-            shared = {i: replace(options, clip=norm_coefficient) for i, options in shared.items()}
             refused = clipping.refused(norm) if skips else None
+        clip = norm_coefficient if scale is None else (1.0 if norm_coefficient is None else norm_coefficient) / scale
+        if clip is not None:
+            shared = {i: replace(options, clip=clip) for i, options in shared.items()}
         for step in steps:
             if step is not None and refused is not None:
                 step.refuse(refused)
@@ -185,6 +191,8 @@ class FactoredOptimizer(ReportingOptimizer):
         finally:
             if complete is not None:  # other ranks rely on the collectives under way, even if this one has failed
                 complete()
+        if sharded is not None:
+            self._watched |= sharded.watched
         return loss
 
     def _ready(self) -> Ready:
@@ -198,6 +206,23 @@ class FactoredOptimizer(ReportingOptimizer):
         groups = enumerate(self.param_groups) if self._sharded is not None else ()
         return cache, grads, steps, {i: self._shared(group) for i, group in groups}
 
+    def _is_forbidden(self) -> bool:
+        """Whether a GradScaler has found, on any rank, a gradient that is not finite. Of sharded parameters a rank may
+        have the part that is, and torch tells the ranks of the first gradient's mesh alone; all must make the step, or
+        none. The host waits for it, as it does in a GradScaler's step of other optimizers."""
+        self._settle()
+        cache = self._validated()
+        if not any(map(layout.is_sharded, cache.dtensors)):
+            return False
+        self.found_inf = found = getattr(self, "found_inf").clone()  # noqa: B009 (a GradScaler has set it)
+        for stage in distributed.norm.everywhere(cache.dtensors):
+            stage.run(found)
+        forbidden = bool(found.item())
+        if forbidden:
+            self._given_norm = None
+            self._grad_norm = None if self.max_grad_norm is None else torch.full_like(found, torch.nan)
+        return forbidden
+
     def _norm_of(self, ready: Ready) -> Tensor | None:
         """The norm of all gradients, the same on every rank; None where there are none."""
         if self._total is not None:
@@ -206,8 +231,7 @@ class FactoredOptimizer(ReportingOptimizer):
         skips = [group["nonfinite"] == "skip" for group in self.param_groups]
         local = [[] if step is None else step.norms() for step in steps]
         own = [(norm, skip) for skip, each in zip(skips, local, strict=True) for norm in each]
-        norms = [] if self._sharded is None else self._sharded.norms(shared)
-        return clipping.total([*own, *((each.norms, each.skip) for each in norms)])
+        return clipping.total([*own, *((each.norms, each.skip) for each in self._shared_norms(shared))])
 
     def _norms(self, ready: Ready) -> list[distributed.Found]:
         """The norms of all gradients, and whose they are."""
@@ -219,7 +243,13 @@ class FactoredOptimizer(ReportingOptimizer):
                 owners = step.owners(list(map(layout.local, params)))
                 for values, mine in zip(step.norms(), owners, strict=True):
                     found.append(distributed.Found(values, [params[i] for i in mine], group["nonfinite"] == "skip"))
-        return found + ([] if self._sharded is None else self._sharded.norms(shared))
+        return found + self._shared_norms(shared)
+
+    def _shared_norms(self, shared: dict[int, distributed.Options]) -> list[distributed.Found]:
+        """Those of sharded parameters, of gradients that a GradScaler has scaled once they are unscaled."""
+        found = [] if self._sharded is None else self._sharded.norms(shared)
+        scale = getattr(self, "grad_scale", None)
+        return found if scale is None else [replace(each, norms=each.norms / scale) for each in found]
 
     @torch.no_grad()
     def step_param(
@@ -395,7 +425,7 @@ class FactoredOptimizer(ReportingOptimizer):
         """`_options` for sharded parameters."""
         options = self._options(group)
         options.update({name: schedules.as_scalar(name, options[name]) for name in ("lr", "weight_decay")})
-        return distributed.Options(options, group["nonfinite"] == "skip", group["backend"])
+        return distributed.Options(options, group["nonfinite"] == "skip", group["backend"], watch=group["watch"])
 
     def _entry(self, param: Tensor, index: int, position: int) -> distributed.Entry:
         """A sharded parameter of the group of this index; ``position`` is that among all of the optimizer's."""
@@ -412,12 +442,6 @@ class FactoredOptimizer(ReportingOptimizer):
             for param in group["params"]
             if needs_reduction(param, group) and has_state(self.state, param) and param not in released
         ]
-        if entries and self._step_supports_amp_scaling:
-            raise ValueError(
-                f"{type(self).__name__}: a group has amp_scaling=True, so a GradScaler leaves the gradients of all "
-                f"groups scaled, but {entries[0].label} is sharded, and steps do not unscale sharded gradients. Leave "
-                "amp_scaling=False in all groups, or put sharded parameters into an optimizer of their own."
-            )
         return distributed.Sharded(self._algorithm, entries, self._gradients) if entries else None
 
     def _bind_total(self, cache: StepCache) -> distributed.Total | None:
@@ -473,8 +497,13 @@ class FactoredOptimizer(ReportingOptimizer):
         self._validated()
         clips = self.max_grad_norm is not None or self._skips_steps(self.param_groups)
         skip = {i: group["nonfinite"] == "skip" for i, group in enumerate(self.param_groups)}
-        norm, step = ([], []) if self._sharded is None else self._sharded.collectives(skip, clips)
+        watched = [i for i, group in enumerate(self.param_groups) if group["watch"]]
+        norm, step = ([], []) if self._sharded is None else self._sharded.collectives(skip, clips, watched)
         norm = norm if self._units is None else self._units.collectives(clips) + norm
+        dtensors = [] if self._cache is None else self._cache.dtensors
+        if self._step_supports_amp_scaling and any(map(layout.is_sharded, dtensors)):
+            stages = distributed.norm.everywhere(dtensors)
+            norm = [distributed.Sent(stage, torch.float32.itemsize, torch.float32) for stage in stages] + norm
         return norm + (self._total.collectives() if clips and self._total is not None else []) + step
 
     def _check_stepped(self, param: Tensor, group: Mapping[str, Any], method: str = "") -> None:

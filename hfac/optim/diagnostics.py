@@ -64,8 +64,9 @@ def computed(
     """
     if layout.is_sharded(param):
         raise RuntimeError(
-            f"diagnostics of a sharded parameter (shape {tuple(param.shape)}) are not supported: no rank has all of it."
-            " Ask in a run on one process; under Composer set OptimizerMonitor(log_optimizer_metrics=False)."
+            f"diagnostics of a sharded parameter (shape {tuple(param.shape)}) are those of watched steps alone: no "
+            "rank has all of it, and to ask the others all would have to ask. Set watch=True on all ranks; under "
+            "Composer, which also adds them up over ranks, set OptimizerMonitor(log_optimizer_metrics=False)."
         )
     if algorithm not in _UPDATES:
         raise RuntimeError(f"diagnostics of {algorithm} are those of watched steps alone: set watch=True.")

@@ -99,8 +99,11 @@ class ReportingOptimizer(CheckpointedOptimizer):
         Warns once where a step moved no weight of a bfloat16 or float16 parameter, because its update is lost in
         rounding to nearest; to know it, the host reads their ``unmoved`` and waits for the device.
 
+        Of sharded parameters a watched step has added the numbers up over the ranks, so that any rank may ask, and gets
+        those of the whole parameter; ``zero_rows`` and ``zero_cols`` are NaN.
+
         Raises:
-            RuntimeError: a parameter is sharded.
+            RuntimeError: a parameter is sharded, and its last step was not watched, or ``ahead`` is asked for.
         """
         self._sync_state()
         coefficient, refused = self._told(ahead)

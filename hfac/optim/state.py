@@ -292,10 +292,10 @@ class StatefulOptimizer(Optimizer):
 
     def _check_layout(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
         """Checks batch dimensions, and the options that exclude sharding, which may come after construction."""
-        if group["watch"] and layout.is_sharded(param):
+        if group["watch"] and layout.is_sharded(param) and not needs_reduction(param, group):
             raise ValueError(
-                f"{where} is sharded, and watch=True is not supported with sharded parameters: no rank sees the whole "
-                "update. Leave watch=False."
+                f"{where} has batch_dims={group['batch_dims']} and is sharded; watch=True is not supported with both: "
+                "no rank has all slices. Leave watch=False, or batch_dims=0."
             )
         batch = group["batch_dims"]
         if batch == 0:
@@ -330,12 +330,11 @@ class StatefulOptimizer(Optimizer):
                 layout.bit_offset(param, 0)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
-        for name in ("capturable", "amp_scaling"):
-            if group[name]:
-                raise ValueError(
-                    f"{where} is sharded, and {name}=True is not supported with sharded parameters: whether ranks make "
-                    f"a step is decided on the host. Leave {name}=False."
-                )
+        if group["capturable"]:
+            raise ValueError(
+                f"{where} is sharded, and capturable=True is not supported with sharded parameters: whether ranks make "
+                "a step is decided on the host. Leave capturable=False."
+            )
         if not needs_reduction(param, group):
             return
         if not self._spec.shard_ops:

@@ -35,6 +35,11 @@ class Unit:
     def has_gradient(self) -> bool:
         return any(param.grad is not None for param in self.params)
 
+    @property
+    def groups(self) -> list[int]:
+        """Those of the parameters that are bound."""
+        return list(dict.fromkeys(single.group_index for single in self._singles))
+
     def settle(self) -> None:
         if self._sharded is not None:
             self._sharded.settle()
@@ -57,7 +62,7 @@ class Unit:
             return
         sharded.settle()
         options = {}
-        for index in dict.fromkeys(single.group_index for single in self._singles):
+        for index in self.groups:
             self._optimizer._check_changes(index)
             found = self._optimizer._shared(self._optimizer.param_groups[index])
             lr = schedules.as_scalar("lr", found.scalars["lr"]) * lr_scale
@@ -68,6 +73,7 @@ class Unit:
             yield None  # SMMF's sums may be under way
         finally:
             complete()
+        self._optimizer._watched |= sharded.watched
 
     def bound(self) -> distributed.Sharded | None:
         """The parameters that have state or are to get it, bound; None where there is none."""
@@ -159,11 +165,12 @@ class Units:
     def collectives(self, clips: bool) -> list[Sent]:
         """Those of a backward pass and the step that ends it, the modules' in reverse order."""
         sent = []
-        skips = {i: group["nonfinite"] == "skip" for i, group in enumerate(self._optimizer.param_groups)}
+        groups = self._optimizer.param_groups
+        skips = {i: group["nonfinite"] == "skip" for i, group in enumerate(groups)}
         for unit in (*reversed(self.fsdp), self.rest):
             sharded = None if unit is None else unit.bound()
-            if sharded is not None:
-                sent += sharded.collectives(skips, False)[1]
+            if unit is not None and sharded is not None:
+                sent += sharded.collectives(skips, False, [i for i in unit.groups if groups[i]["watch"]])[1]
         if clips:
             sent += [Sent(stage, mesh.bytes, mesh.dtype) for mesh in self._by_mesh() for stage in mesh.joint.stages]
         return sent

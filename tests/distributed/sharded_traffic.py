@@ -165,17 +165,6 @@ def refusals():
     def made(shape, placements):
         return torch.nn.Parameter(DTensor.from_local(torch.ones(shape), mesh, placements, run_check=False))
 
-    def mixed(groups):
-        optimizer = hfac.HFac(groups)
-        optimizer.step()
-
-    def swapped(net):
-        """Sharded once the optimizer is there, as trainers do it."""
-        plain = torch.nn.Parameter(torch.ones(4, 6))
-        optimizer = hfac.SMMF([plain], watch=True)
-        optimizer.param_groups[0]["params"] = list(net.parameters())
-        optimizer.step()
-
     def step_of(param):
         param.grad = param.detach().clone()
         hfac.HFac([param]).step_param(param)
@@ -189,15 +178,7 @@ def refusals():
         "signs": lambda: hfac.SMMF([made((4, 6), [Replicate(), Shard(1)])]),
         "signs-third": lambda: hfac.SMMF([made((4, 6, 8), [Replicate(), Shard(2)])]),
         "capturable": lambda: hfac.HFac([made((4, 6), [Shard(0), Replicate()])], capturable=True),
-        "amp": lambda: hfac.SMMF([made((4, 6), [Shard(0), Replicate()])], amp_scaling=True),
-        "watch": lambda: hfac.HFac([made((4, 6), [Shard(0), Replicate()])], watch=True),
-        "watch-later": lambda: swapped(wrap("fsdp", model())),
-        "amp-elsewhere": lambda: mixed(
-            [
-                {"params": [made((4, 6), [Shard(0), Replicate()])]},
-                {"params": [torch.nn.Parameter(torch.ones(3))], "amp_scaling": True},
-            ]
-        ),
+        "watch-slices": lambda: hfac.HFac([made((4, 6, 8), [Shard(0), Replicate()])], watch=True, batch_dims=1),
         "triton": lambda: hfac.SMMF([made((4, 6), [Shard(0), Replicate()])], backend="cuda"),
         "step-param": lambda: step_of(made((4, 6), [Shard(0), Replicate()])),
         "release-ddp": lambda: release("ddp"),
@@ -219,6 +200,9 @@ def lose_one(folder, name, how, mode=""):
     optimizer = optimizer_of(name, net, backend="reference")
     if mode == "released":
         hfac.release_gradients(net, optimizer)
+    if mode == "scaled":
+        optimizer.param_groups[0]["amp_scaling"] = True
+        optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())  # as a GradScaler sets them
     train(net, optimizer, 2)
     model_state, state = get_state_dict(net, optimizer)
     dcp.save({"model": model_state, "optimizer": state}, checkpoint_id=f"{folder}/checkpoint")

@@ -186,10 +186,7 @@ def test_what_cannot_be_sharded_is_refused():
         "signs": r"ValueError: SMMF: parameter 0 .*\(4, 12\).*multiple of 8 elements.*HFac",
         "signs-third": r"ValueError: SMMF: parameter 0 .*first or second dimension only.*HFac",
         "capturable": r"ValueError: HFac: parameter 0 .* sharded, and capturable=True is not supported",
-        "amp": r"ValueError: SMMF: parameter 0 .* sharded, and amp_scaling=True is not supported",
-        "watch": r"ValueError: HFac: parameter 0 .* sharded, and watch=True is not supported",
-        "watch-later": r"ValueError: SMMF: parameter 0 .* sharded, and watch=True is not supported",
-        "amp-elsewhere": r"ValueError: HFac: a group has amp_scaling=True.*parameter 0 of group 0 is sharded",
+        "watch-slices": r"ValueError: HFac: parameter 0 .* batch_dims=1 and is sharded; watch=True is not supported",
         "triton": r"RuntimeError: backend='cuda' was asked for",
         "release-ddp": r"RuntimeError: release_gradients: DistributedDataParallel averages .*fully_shard",
         "step-param": r"RuntimeError: HFac.step_param: parameter 0 of group 0 .* is sharded, .*Call step\(\)",
@@ -198,7 +195,7 @@ def test_what_cannot_be_sharded_is_refused():
         assert re.match(pattern, found[case] or "nothing"), (case, found[case])
 
 
-@pytest.mark.parametrize("mode", ["", "released"])
+@pytest.mark.parametrize("mode", ["", "released", "scaled"])
 @pytest.mark.parametrize("how", ["dies", "raises"])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.pairwise

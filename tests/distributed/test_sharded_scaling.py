@@ -1,0 +1,20 @@
+"""A GradScaler's steps of sharded parameters are made on all ranks, or on none."""
+
+from sharded import on_ranks
+from sharded_models import OPTIMIZERS
+from test_sharded import agree
+
+
+def test_scaled_steps_equal_the_bare_model():
+    options = ((), (("max_grad_norm", 0.2),), (("nonfinite", "skip"),))
+    cases = [(kind, name, False, *more) for name in OPTIMIZERS for kind in ("fsdp", "hsdp") for more in options]
+    cases += [("fsdp", name, True, ("max_grad_norm", 0.2)) for name in OPTIMIZERS]
+    (found,) = on_ranks(4, ("sharded_scaling:compare_all", cases))
+    agree(found, 1e-12)
+
+
+def test_one_rank_alone_finds_what_is_not_finite():
+    """It tells the others, in a sum of one number along each mesh dimension, and nothing else is sent."""
+    for made, changed, sent, said in on_ranks(4, *(("sharded_scaling:alone", name) for name in OPTIMIZERS)):
+        assert made and not changed
+        assert sent and sent == said[: len(sent)] and {size for _, size in sent} == {4}
