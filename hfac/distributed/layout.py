@@ -225,6 +225,12 @@ def _as_dtensor(param: Tensor, shape: Sequence[int], follows: Follows, shard: Te
     stride = torch.empty(shape, device="meta").stride()
     placements = state_placements(param, follows)
     mesh: DeviceMesh = param.device_mesh  # type: ignore[attr-defined]
+    if shard.device.type != mesh.device_type and not shard.is_meta:
+        # Of a parameter that FSDP2 has offloaded to the CPU: from_local would move it to the mesh's device.
+        from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+        meta = TensorMeta(torch.Size(shape), stride, shard.dtype)
+        return DTensor(shard, DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
     return DTensor.from_local(shard, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 

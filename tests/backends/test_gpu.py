@@ -6,6 +6,8 @@ parameters, of clipped and watched steps. Without a GPU all of it is rehearsed (
     pytest tests/backends/test_gpu.py -m large      more than 2^31 elements
 """
 
+import copy
+
 import pytest
 import test_parts
 import test_stored_steps
@@ -14,12 +16,13 @@ import torch
 from gpu_graphs import *  # noqa: F403
 from gpu_steps import *  # noqa: F403
 from gpu_steps import BOTH, DEVICE, DTYPES, LARGE, MIXED, does_not_wait, gradients_on_device, on_device, run, sized
-from rehearsal import gpu  # noqa: F401 (a fixture)
+from rehearsal import HAS_GPU, gpu  # noqa: F401 (one is a fixture)
 from running import bits, parameters
 from suites import KINDS, OPS, Run, cases
 from test_clipped_steps import norm_and_step
 from test_parity import ieee_square_roots, params_agree  # noqa: F401 (one is a fixture)
 from test_parts import BLOCK_PARTS, HFAC_OPTIONS, MATRIX_PARTS, SMMF_OPTIONS, BlockParts, MatrixParts
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.nn import Parameter
 
 import hfac
@@ -284,3 +287,30 @@ def test_a_sharded_step_on_another_stream_has_buffers_of_its_own(name, backend):
             found.append(optimizer._sharded)
         torch.cuda.synchronize()
     assert found[0] is found[1] is not found[2]
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="FSDP2's offload policy wants a GPU")
+@BOTH
+def test_what_fsdp2_offloads_is_stepped_on_the_cpu(name):
+    """On one rank, beside the same model on the CPU."""
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        torch.manual_seed(0)
+        plain = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Tanh(), torch.nn.Linear(96, 8))
+        net = copy.deepcopy(plain).cuda()
+        mesh = torch.distributed.device_mesh.init_device_mesh("cuda", (1,))
+        fully_shard(net, mesh=mesh, offload_policy=CPUOffloadPolicy())
+        optimizers = [getattr(hfac, name)(each.parameters(), lr=0.01) for each in (net, plain)]
+        for seed in range(3):
+            x = torch.randn(8, 64, generator=torch.Generator().manual_seed(seed))
+            for each, optimizer in zip((net, plain), optimizers, strict=True):
+                each(x.cuda() if each is net else x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+            assert p.to_local().is_cpu and all(v.device.type == "cpu" for v in optimizers[0].state[p].values())
+            torch.testing.assert_close(p.to_local(), q.detach(), rtol=1e-3, atol=1e-4)
+    finally:
+        torch.distributed.destroy_process_group()

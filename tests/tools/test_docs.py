@@ -17,6 +17,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")
 GENERATED = {"cuda-check.md", "launch-plan.md", "triton-check.md"}
 NAMED = re.compile(r"`((?:bench|csrc|docs|examples|hfac|tests|triton_kernels)/[\w./-]+\.(?:cpp|cuh?|h|md|py))`")
 
+NAMED_TEST = re.compile(r"`(tests/[\w/]+\.py)::(test_\w+)`")
+
 
 def anchors(page: Path) -> set[str]:
     """What GitHub makes of the headings of a page, to be linked to."""
@@ -25,9 +27,12 @@ def anchors(page: Path) -> set[str]:
 
 
 def missing(page: Path) -> list[str]:
-    """Links of a page that lead nowhere, and files that it names and that are not there."""
+    """Links of a page that lead nowhere, and files and tests that it names and that are not there."""
     text = page.read_text()
     found = [name for name in NAMED.findall(text) if not (ROOT / name).is_file()]
+    for name, test in NAMED_TEST.findall(text):
+        if not (ROOT / name).is_file() or f"def {test}(" not in (ROOT / name).read_text():
+            found.append(f"{name}::{test}")
     for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
         path, _, anchor = link.partition("#")
         target = (page.parent / path) if path else page
@@ -43,9 +48,19 @@ def test_what_a_page_names_is_there(page):
 
 def test_a_missing_file_a_dead_link_and_a_dead_anchor_are_noticed(tmp_path):
     (tmp_path / "other.md").write_text("# A heading: with `code`\n")
-    page = tmp_path / "page.md"
-    page.write_text("`hfac/no_such.py` `hfac/spec.py` [](gone.md) [](other.md#a-heading-with-code) [](other.md#gone)")
-    assert missing(page) == ["hfac/no_such.py", "gone.md", "other.md#gone"]
+    page, test = tmp_path / "page.md", "tests/tools/test_docs.py::test_gone"
+    page.write_text(
+        f"`{test}` `hfac/no_such.py` `hfac/spec.py` [](gone.md) [](other.md#a-heading-with-code) [](other.md#gone)"
+    )
+    assert missing(page) == ["hfac/no_such.py", test, "gone.md", "other.md#gone"]
+
+
+def test_what_sharded_training_supports_and_refuses_has_a_test():
+    text = (DOCS / "distributed.md").read_text()
+    start = text.index("| | what | test |")
+    rows = text[start : text.index("\n\n", start)].splitlines()[2:]
+    untested = [row for row in rows if not NAMED_TEST.search(row) and not NAMED.search(row)]
+    assert len(rows) > 10 and untested == []
 
 
 def test_every_page_is_in_the_index_and_says_what_it_answers():
