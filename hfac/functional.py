@@ -5,7 +5,7 @@ The classes `hfac.HFac` and `hfac.SMMF` keep a `Group` of the tensors of each pa
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -153,19 +153,20 @@ class _Bucket:
     counters: Any  # what reads and advances the steps
     batch_dims: int
     owners: "_Owners | None"  # with batch dimensions, where the device must know whose slice is whose
+    rows: list[int] | None  # of a piece of each parameter, where these are cut into pieces
+    counts: list[int]  # of each parameter, how many entries of the call are its slices
 
     def of(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the call takes of a list that has one entry for each parameter of the group."""
-        return slices(tensors if self.index is None else pick(tensors, self.index), self.batch_dims)
+        return slices(tensors if self.index is None else pick(tensors, self.index), self.batch_dims, self.rows)
 
 
 class _Owners:
     """Whose slice each entry of a call is. Nothing here comes from the host, so that a CUDA graph may hold it."""
 
-    def __init__(self, params: Sequence[Tensor], batch_dims: int, device: torch.device) -> None:
-        counts = [param.shape[:batch_dims].numel() for param in params]
+    def __init__(self, counts: Sequence[int], device: torch.device) -> None:
         self._of = torch.cat([torch.full((n,), i, dtype=torch.int64, device=device) for i, n in enumerate(counts)])
-        self._counts = self._sums(torch.ones_like(self._of, dtype=torch.int32), len(params))
+        self._counts = self._sums(torch.ones_like(self._of, dtype=torch.int32), len(counts))
 
     def spread(self, per_param: Tensor) -> Tensor:
         """One entry for each slice."""
@@ -195,8 +196,16 @@ def pick(entries: Sequence[Any], index: Sequence[int]) -> list[Any]:
     return [entries[i] for i in index]
 
 
-def slices(tensors: Sequence[Tensor], batch_dims: int) -> Sequence[Tensor]:
-    """Views of the slices that the batch dimensions of each tensor index, in row-major order."""
+def cut(tensors: Iterable[Tensor], batch_dims: int, rows: Iterable[int]) -> list[Tensor]:
+    """Views in which the dimension after the batch dimensions is two: pieces of so many rows, and these rows."""
+    return [t.unflatten(batch_dims, (t.shape[batch_dims] // n, n)) for t, n in zip(tensors, rows, strict=True)]
+
+
+def slices(tensors: Sequence[Tensor], batch_dims: int, rows: Sequence[int] | None = None) -> Sequence[Tensor]:
+    """Views of the slices that the batch dimensions of each tensor index, in row-major order; with ``rows``, of their
+    pieces."""
+    if rows is not None:
+        tensors, batch_dims = cut(tensors, batch_dims, rows), batch_dims + 1
     for _ in range(batch_dims):
         tensors = [part for tensor in tensors for part in tensor.unbind()]
     return tensors
@@ -209,9 +218,12 @@ class Group:
     Args: as `hfac` and `smmf`; ``states`` are their lists of states by name, ``master_lows`` among them where there are
         any, and without ``has_first`` those of the first are not read. ``grads`` are read for their types only.
         ``watch``: whether a step tells of itself (`Step.watched`). ``skips_steps``: a step may be refused as a whole
-        (`Step.refuse`), which ``skipped`` counts, instead of single gradients. ``captured``: a list to which a step
-        that a CUDA graph captures adds what the graph reads and writes in every replay, gradients and parameters
-        apart: it must live as long as the graph. None: a list of the group's own, which must then live as long.
+        (`Step.refuse`), which ``skipped`` counts, instead of single gradients. ``rows``: of each parameter, rows of a
+        piece, where the dimension after the batch dimensions is cut into pieces, which are stepped as slices. States of
+        a parameter's shape are cut likewise; others have the pieces in a dimension of their own. ``captured``: a list
+        to which a step that a CUDA graph captures adds what the graph reads and writes in every replay, gradients and
+        parameters apart: it must live as long as the graph. None: a list of the group's own, which must then live as
+        long.
     """
 
     def __init__(
@@ -230,6 +242,7 @@ class Group:
         watch: bool = False,
         captured: list[Any] | None = None,
         skips_steps: bool = False,
+        rows: Sequence[int] | None = None,
     ) -> None:
         self._watch, self._skips_steps = watch, skips_steps
         self._captured: list[Any] = [] if captured is None else captured
@@ -255,9 +268,10 @@ class Group:
                         f"{param.device}, where it shows what is skipped; got {step.device} and {flag.dtype} on "
                         f"{flag.device}"
                     )
-        self._batch_dims = batch_dims
-        if batch_dims:
-            _check_batch(batch_dims, params, read)
+        self._batch_dims = dims = batch_dims if rows is None else batch_dims + 1
+        if dims:
+            if batch_dims:
+                _check_batch(batch_dims, params, read)
             self._params = list(params)
             self._states = [[state for state in tensors if state is not None] for tensors in read.values()]
             self._whereabouts = self._look()
@@ -265,6 +279,12 @@ class Group:
             # refuses to swap (torch.utils.swap_tensors).
             params = [param.detach() for param in params]
             read = {name: [state if state is None else state.detach() for state in read[name]] for name in read}
+        if rows is not None:
+            params = cut(params, batch_dims, rows)
+            factors = {state.name for state in self._algorithm.states if state.size in (spec.ROWS, spec.COLS)}
+            for name in read.keys() - factors:
+                found = zip(read[name], rows, strict=True)
+                read[name] = [state if state is None else cut([state], batch_dims, [n])[0] for state, n in found]
         # What shares memory is stepped one after the other, as torch does it, and not by kernels at once.
         sharing, twice = memory.sharing([(param, *(s[i] for s in read.values())) for i, param in enumerate(params)])
         if twice and backend not in ("auto", "reference"):
@@ -291,13 +311,14 @@ class Group:
             offsets = zip(pick(places or (), index), mine, strict=True) if stochastic else ()
             call = ops.OpCall(
                 op.name,
-                slices(mine, batch_dims),
-                {name: slices(pick(read[name], index), batch_dims) for name in names},
-                places=[one for place, p in offsets for one in place.slices(p.shape, batch_dims)] or None,
+                slices(mine, dims),
+                {name: slices(pick(read[name], index), dims) for name in names},
+                places=[one for place, p in offsets for one in place.slices(p.shape, dims)] or None,
                 backend="reference" if itself else backend,
                 captured=self._captured,
             )
-            told = batch_dims and (skipped is not None or not on_host)
+            told = dims and (skipped is not None or not on_host)
+            counts = [param.shape[:dims].numel() for param in mine]
             self._buckets.append(
                 _Bucket(
                     call,
@@ -307,7 +328,9 @@ class Group:
                     on_host,
                     ops.counters_of(steps),
                     batch_dims,
-                    _Owners(mine, batch_dims, steps[0].device) if told else None,
+                    _Owners(counts, steps[0].device) if told else None,
+                    None if rows is None else pick(rows, index),
+                    counts,
                 )
             )
 
@@ -420,10 +443,10 @@ class Step:
             forbidden = inputs.scaling["found_inf"]
             torch.maximum(forbidden, refused.to(forbidden.device), out=forbidden)
 
-    def owners(self, params: Sequence[Tensor]) -> list[list[int]]:
-        """Of each entry of the `norms`, whose it is: the position in ``params``, the group's list."""
-        indices = [(bucket.index or range(len(params)), bucket.batch_dims) for bucket, _ in self._calls]
-        return [[i for i in index for _ in range(params[i].shape[:dims].numel())] for index, dims in indices]
+    def owners(self) -> list[list[int]]:
+        """Of each entry of the `norms`, whose it is: the position in the group's lists."""
+        indices = [(bucket.index or range(len(bucket.counts)), bucket.counts) for bucket, _ in self._calls]
+        return [[i for i, n in zip(index, counts, strict=True) for _ in range(n)] for index, counts in indices]
 
     @property
     def unscales(self) -> bool:

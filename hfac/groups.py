@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .optim import SMMF, HFac
+from .optim import SMMF, HFac, options
 from .types import GroupOptions, Unpack
 
 #: names of classes and their bases: nn.LayerNorm, nn.BatchNorm1d, LlamaRMSNorm; nn.EmbeddingBag, ViTEmbeddings
@@ -24,6 +24,7 @@ def param_groups(
     dense: Iterable[str] = (),
     no_decay: Iterable[str] | None = None,
     batch_dims: Mapping[str, int] | None = None,
+    views: Mapping[str, int | tuple[int, ...]] | None = None,
     **more: Unpack[GroupOptions],
 ) -> list[dict[str, Any]]:
     """The usual groups of a model's parameters, for `hfac.HFac` and `hfac.SMMF`.
@@ -50,12 +51,16 @@ def param_groups(
         no_decay: patterns of further parameters without weight decay (default none).
         batch_dims: patterns of stacks, each with the number of leading dimensions that index slices (group option
             ``batch_dims``); the last pattern that matches wins (default none).
+        views: patterns of fused weights, each with the number of equal pieces of its first dimension (of a stack, of
+            the one after ``batch_dims``), or several numbers to be multiplied: ``{"*.qkv.weight": (3, heads)}`` (group
+            option ``views``); the last pattern that matches wins (default none).
         more: options for every group, as the optimizer takes them (``lr=3e-4``).
 
     Returns:
-        Dicts with "params", (name, parameter) pairs in the model's order, "weight_decay", "dense", "batch_dims" and
-        ``more``. Each parameter is in exactly one group, and none is empty. The groups and their order do not depend on
-        ``weight_decay``: plain before dense before stacks, and among each those that decay first.
+        Dicts with "params", (name, parameter) pairs in the model's order, "weight_decay", "dense", "batch_dims",
+        "views" where these are given, and ``more``. Each parameter is in exactly one group, and none is empty. The
+        groups and their order do not depend on ``weight_decay``: plain before dense before stacks, and among each those
+        that decay first.
 
     Raises:
         ValueError: a pattern matches no parameter of the model, a stack has too few dimensions, no parameter requires a
@@ -68,18 +73,22 @@ def param_groups(
     if "params" in more:
         raise TypeError("param_groups takes 'params' from the model; pass only options that apply to every group")
     _check_options(more)
-    if batch_dims is not None and not isinstance(batch_dims, Mapping):
-        raise TypeError(
-            "batch_dims must be a mapping from patterns of parameters to numbers of dimensions, as in "
-            f"{{'*.experts.*': 1}}, got {batch_dims!r}"
-        )
+    for argument, given, example in (
+        ("batch_dims", batch_dims, "numbers of dimensions, as in {'*.experts.*': 1}"),
+        ("views", views, "numbers of pieces, as in {'*.qkv.weight': (3, 16)}"),
+    ):
+        if given is not None and not isinstance(given, Mapping):
+            raise TypeError(f"{argument} must be a mapping from patterns of parameters to {example}, got {given!r}")
     found = _Parameters(model)
     kept_whole, named = found.matching("dense", dense), found.matching("no_decay", no_decay or ())
     stacks: dict[int, int] = {}
     for pattern, count in (batch_dims or {}).items():
         stacks.update(dict.fromkeys(found.matching("batch_dims", [pattern]), count))
+    fused: dict[int, int] = {}
+    for pattern, pieces in (views or {}).items():
+        fused.update(dict.fromkeys(found.matching("views", [pattern]), options.count(f"views of {pattern!r}", pieces)))
 
-    groups: dict[tuple[int, bool, bool], list[tuple[str, Tensor]]] = {}
+    groups: dict[tuple[int, int, bool, bool], list[tuple[str, Tensor]]] = {}
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
@@ -94,14 +103,22 @@ def param_groups(
                 f"batch_dims is {batch} for {name}, whose shape is {tuple(param.shape)}: a number from 0 to "
                 f"{max(param.ndim, 1) - 1} is required. Use patterns that match only the stacks."
             )
+        pieces = fused.get(key, 1)
+        if pieces > 1 and (param.ndim == batch or param.shape[batch] % pieces):
+            raise ValueError(
+                f"views is {pieces} for {name}, whose shape is {tuple(param.shape)}: dimension {batch} cannot be cut "
+                "into so many equal pieces. Use patterns that match only fused weights."
+            )
         undecayed = key in named or param.ndim - batch <= 1 or found.is_usually_undecayed(key)
-        groups.setdefault((batch, key in kept_whole, undecayed), []).append((name, param))
+        groups.setdefault((batch, pieces, key in kept_whole, undecayed), []).append((name, param))
     if not groups:
         raise ValueError("the model has no parameter that requires a gradient: there is nothing to optimize")
     found_groups = []
-    for (batch, is_dense, undecayed), params in sorted(groups.items(), key=lambda item: item[0]):
+    for (batch, pieces, is_dense, undecayed), params in sorted(groups.items(), key=lambda item: item[0]):
         decay = 0.0 if undecayed else weight_decay
-        found_groups.append({"params": params, "weight_decay": decay, "dense": is_dense, "batch_dims": batch, **more})
+        given = {} if views is None else {"views": pieces}
+        shaping = {"dense": is_dense, "batch_dims": batch, **given}
+        found_groups.append({"params": params, "weight_decay": decay, **shaping, **more})
     return found_groups
 
 

@@ -55,6 +55,7 @@ class _Policy(TypedDict, total=False):
     weight_decay: Scalar
     dense: bool
     batch_dims: int
+    views: int | tuple[int, ...]
 
 
 class _HFac(TypedDict, total=False):

@@ -143,22 +143,24 @@ def _by_slice(read: Read) -> Read:
     """For our own two: the state of a stack is read slice by slice, and the moments are put together."""
 
     def stack(where: str, entry: Entry, group: Mapping[str, Any], shape: tuple[int, ...]) -> Moments:
-        batch = group.get("batch_dims", 0)
-        if not batch:
+        batch, views = group.get("batch_dims", 0), group.get("views", 1)
+        if not batch and views == 1:
             return read(where, entry, group, shape)
+        counts = (*shape[:batch], views) if views > 1 else shape[:batch]
         whole = {}
         for name in (name for name in entry if name not in ("step", "skipped", LOW)):
-            sides = entry[name].shape[batch:] if isinstance(entry[name], Tensor) else ()
-            whole[name] = tensor(where, entry, name, (*shape[:batch], *sides))
-        parts = {name: slices(value, batch) for name, value in whole.items()}
+            dims = len(counts) if is_factor(name) else batch
+            sides = entry[name].shape[dims:] if isinstance(entry[name], Tensor) else ()
+            whole[name] = tensor(where, entry, name, (*counts[:dims], *sides))
+        parts = {name: slices(value, batch, views, is_factor(name)) for name, value in whole.items()}
         found = [
             read(
                 f"{where}, slice {i}",
                 {"step": entry["step"], **{name: values[i] for name, values in parts.items()}},
                 group,
-                shape[batch:],
+                shape[batch:] if views == 1 else (shape[batch] // views, *shape[batch + 1 :]),
             )
-            for i in range(math.prod(shape[:batch]))
+            for i in range(math.prod(counts))
         ]
         if not found:  # nor is there an element
             return Moments(None, next(iter(whole.values())).new_zeros(shape), float(entry["step"]))
@@ -172,8 +174,17 @@ def _by_slice(read: Read) -> Read:
     return stack
 
 
-def slices(tensor: Tensor, batch_dims: int) -> list[Tensor]:
-    """What the first dimensions count, row-major; views where the tensor is contiguous."""
+def is_factor(key: str) -> bool:
+    """Whether a state has rows or columns, and not elements."""
+    return key.endswith(("_row", "_col"))
+
+
+def slices(tensor: Tensor, batch_dims: int, views: int = 1, factor: bool = False) -> list[Tensor]:
+    """What the first dimensions count, and of the next one the pieces that ``views`` makes, which a factor has as a
+    dimension of their own; row-major, views where the tensor is contiguous."""
+    if views > 1:
+        tensor = tensor if factor else tensor.unflatten(batch_dims, (views, -1))
+        batch_dims += 1
     return list(tensor.flatten(0, batch_dims - 1)) if batch_dims else [tensor]
 
 
@@ -186,9 +197,9 @@ def smmf_weight(group: Mapping[str, Any], t: float) -> float:
 
 _COMMON = ("lr", "weight_decay", "maximize")
 #: options that `hfac.param_groups` writes; torch's optimizers keep what they do not know
-_SHAPING = ("dense", "batch_dims")
+_SHAPING = ("dense", "batch_dims", "views")
 #: of our own two, beyond these
-_OURS = (*_COMMON, "nonfinite", "dense", "batch_dims", "rounding", "seed", "master")
+_OURS = (*_COMMON, "nonfinite", *_SHAPING, "rounding", "seed", "master")
 
 
 def _adam_options(group: Mapping[str, Any], to: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ..rounding import BitOffset
 from . import options
 from .cache import SingleParamCache, StepCache
 from .report import ReportingOptimizer
-from .state import KnownOptions, has_state, is_trained, needs_reduction
+from .state import KnownOptions, has_state, is_trained, needs_reduction, piece_rows
 from .units import Units
 
 #: a validated step: what is bound, gradients and steps by group, and of sharded parameters options by group
@@ -240,8 +240,7 @@ class FactoredOptimizer(ReportingOptimizer):
         for index, (group, step) in enumerate(zip(self.param_groups, steps, strict=True)):
             if step is not None:
                 params = [p for p, g in zip(cache.local[index], grads[index], strict=True) if g is not None]
-                owners = step.owners(list(map(layout.local, params)))
-                for values, mine in zip(step.norms(), owners, strict=True):
+                for values, mine in zip(step.norms(), step.owners(), strict=True):
                     found.append(distributed.Found(values, [params[i] for i in mine], group["nonfinite"] == "skip"))
         return found + self._shared_norms(shared)
 
@@ -419,6 +418,7 @@ class FactoredOptimizer(ReportingOptimizer):
             group["watch"],
             self._captured,
             group["nonfinite"] == "skip-step",
+            None if group["views"] == 1 else [piece_rows(param, group) or 1 for param in params],
         )
 
     def _shared(self, group: dict[str, Any]) -> distributed.Options:

@@ -12,7 +12,7 @@ stack, slice by slice). Nothing is read on the host.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import codes, matricize, rounding, schedules, spec
 from ..distributed import layout
 from ..functional import slices
-from .state import COUNTERS, LOW
+from .state import COUNTERS, LOW, piece_rows, sliced
 
 Metrics = dict[str, Tensor]
 #: a matrix that is computed some rows at a time: slice of rows -> [rows, columns]
@@ -36,7 +36,7 @@ def watched(param: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor]
     added up (``watched`` of `hfac.reference`)."""
     batch = sums.shape[:-1]
     change, unmoved, direction, zero_rows, zero_cols = sums.unbind(-1)
-    count = param.shape[len(batch) :].numel()
+    count = math.prod(sliced(param, group)[1])
     rms = (direction / count).sqrt()
     metrics = {"update_rms": (change / count).sqrt(), "unmoved": unmoved / count, "direction_rms": rms}
     if "clip_threshold" in group:
@@ -73,12 +73,17 @@ def computed(
     grad = layout.gradient(param, f"the parameter of shape {tuple(param.shape)}")
     assert grad is not None
     param, state = layout.local(param), {key: layout.local(value) for key, value in state.items()}
-    dims, step = group["batch_dims"], state["step"].to(schedules.step_dtype(state["step"].device))
+    rows, step = _rows(param, group), state["step"].to(schedules.step_dtype(state["step"].device))
     made = torch.ones_like(step, dtype=torch.bool) if ahead else step > 0
     op = spec.ALGORITHMS[algorithm].op_of(list(state))
-    pieces = {key: slices([value], dims) for key, value in state.items() if key not in COUNTERS}
+    dims, factors = group["batch_dims"], {own.key for own in op.states if own.size in (spec.ROWS, spec.COLS)}
+    pieces = {
+        key: slices([value], dims + (rows is not None)) if key in factors else slices([value], dims, rows)
+        for key, value in state.items()
+        if key not in COUNTERS
+    }
     found = []
-    for i, (W, G) in enumerate(zip(slices([param], dims), slices([grad], dims), strict=True)):
+    for i, (W, G) in enumerate(zip(slices([param], dims, rows), slices([grad], dims, rows), strict=True)):
         states = {key: values[i] for key, values in pieces.items()}
         view = _View(op, W, G, group, states, step + 1 if ahead else step, ahead, norm_coefficient)
         metrics = _UPDATES[algorithm](view)
@@ -88,7 +93,7 @@ def computed(
         metrics = {key: value.float() + unknown for key, value in metrics.items()}
         metrics["zero_rows"], metrics["zero_cols"] = _zeros(G, group)
         found.append(metrics)
-    batch = param.shape[:dims]
+    batch = sliced(param, group)[0]
     stacked = {key: torch.stack([metrics[key] for metrics in found]).view(batch) for key in found[0]}
     return {**stacked, "skipped": _skipped(param, state, batch)}
 
@@ -111,7 +116,13 @@ def by_name(name: str, metrics: Metrics) -> Metrics:
 
 def zeros(grad: Tensor, group: Mapping[str, Any]) -> Tensor:
     """[slices, 2]: of each slice, how many rows and columns of the gradient are all zero."""
-    return torch.stack([torch.stack(_zeros(part, group)) for part in slices([grad], group["batch_dims"])])
+    parts = slices([grad], group["batch_dims"], _rows(grad, group))
+    return torch.stack([torch.stack(_zeros(part, group)) for part in parts])
+
+
+def _rows(param: Tensor, group: Mapping[str, Any]) -> list[int] | None:
+    rows = piece_rows(param, group)
+    return None if rows is None else [rows]
 
 
 def _zeros(grad: Tensor, group: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -128,7 +139,7 @@ def _zeros(grad: Tensor, group: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return row, (col == 0).sum()
 
 
-def _skipped(param: Tensor, state: Mapping[str, Tensor], batch: torch.Size) -> Tensor:
+def _skipped(param: Tensor, state: Mapping[str, Tensor], batch: Sequence[int]) -> Tensor:
     skipped = state.get("skipped", torch.zeros((), dtype=torch.int32, device=param.device))
     return skipped.expand(batch).clone()
 

@@ -38,11 +38,12 @@ class HFac(FactoredOptimizer):
             unchanged, "skip-step" all of them, and counts it in ``state[p]["skipped"]`` (default "propagate").
         amp_scaling: the step does what a `torch.amp.GradScaler` would do before it (default False).
 
-    How it is stored (the first four cannot change once state exists):
+    How it is stored (the first five cannot change once state exists):
         first_moment: of matrices, "factored", or "int8": whole, 1 byte per element (default "factored").
         dense: both moments whole, for any shape (default False).
         batch_dims: leading dimensions that index slices, each factored and clipped on its own; experts of shape
             E x a x b: 1 (default 0; docs/parameter-policy.md).
+        views: equal pieces of the next dimension, each likewise; (3, heads) of a fused QKV weight (default 1).
         matricize: "balanced" splits dimensions so that rows + columns are fewest, "flatten" takes the first as rows
             (default "balanced").
         rounding: "nearest", or "stochastic" for bfloat16 and float16 parameters (default "nearest"; docs/bf16.md).
@@ -59,7 +60,8 @@ class HFac(FactoredOptimizer):
         ``exp_avg_row``, ``exp_avg_sq_row`` of p.shape[:k], ``exp_avg_col``, ``exp_avg_sq_col`` of p.shape[k:]; with
         "int8", ``exp_avg_q``, int8 of p.shape, in place of ``exp_avg_row`` and ``exp_avg_col``; where moments are whole
         ``exp_avg``, ``exp_avg_sq`` of p.shape. And ``step``; with ``master``, ``master_low``, int16 or int8 of p.shape.
-        With ``batch_dims``, factors are those of one slice with p.shape[:batch_dims] in front.
+        With ``batch_dims``, factors are those of one slice with p.shape[:batch_dims] in front, then with ``views`` the
+        number of pieces.
 
     Raises:
         TypeError, ValueError: an invalid option or parameter; the message says what is required.
@@ -94,6 +96,7 @@ class HFac(FactoredOptimizer):
         first_moment: FirstMoment = "factored",
         dense: bool = False,
         batch_dims: int = 0,
+        views: int | tuple[int, ...] = 1,
         maximize: bool = False,
         capturable: bool = False,
         backend: Backend = "auto",

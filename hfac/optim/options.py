@@ -117,6 +117,18 @@ def whole(high: float = math.inf) -> Rule:
     return rule
 
 
+def count(name: str, value: Any) -> int:
+    """A whole number >= 1, or several, whose product is kept."""
+    if isinstance(value, str):
+        value = [part for part in value.strip().strip("()[]").split(",") if part.strip()]
+    each = whole()
+    given = list(value) if isinstance(value, Sequence) else [value]
+    found = math.prod(each(name, one) for one in given)
+    if not given or found < 1:
+        raise _error(name, "a whole number >= 1, or several such as (3, 16)", value, fits=True)
+    return found
+
+
 def _error(name: str, wanted: str, value: Any, fits: bool = False) -> Exception:
     """``fits``: whether the value is of the right type, a string apart."""
     kind = ValueError if fits or isinstance(value, str) else TypeError

@@ -1,5 +1,6 @@
 """Reports on steps: the norm of all gradients, and what a step did to each parameter."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from .. import clipping, functional, rounding
 from ..distributed import layout
 from . import diagnostics, options
 from .checkpoint import CheckpointedOptimizer
-from .state import has_state
+from .state import has_state, piece_rows, sliced
 from .table import Diagnostics
 
 
@@ -43,17 +44,16 @@ class ReportingOptimizer(CheckpointedOptimizer):
         self, step: functional.Step, group: Mapping[str, Any], params: list[Tensor], grads: list[Any]
     ) -> None:
         """Keeps the sums of a watched step; ``grads`` are the parameters', None where there was none."""
-        batch = group["batch_dims"]
         stepped = [(param, grad) for param, grad in zip(params, grads, strict=True) if grad is not None]
         for indices, sums in step.watched():
             mine = stepped if indices is None else [stepped[i] for i in indices]
-            rows = sums.split([param.shape[:batch].numel() for param, _ in mine])
+            rows = sums.split([math.prod(sliced(param, group)[0]) for param, _ in mine])
             for (param, grad), row in zip(mine, rows, strict=True):
                 if param.numel() == 0:
                     continue
                 if not self._spec.op_of(list(self.state[param])).reads_twice:  # H-Fac's matrices: they count zeros
                     row[:, 3:] += diagnostics.zeros(grad, group)
-                self._watched[param] = row.view(*param.shape[:batch], -1)
+                self._watched[param] = row.view(*sliced(param, group)[0], -1)
 
     @torch.no_grad()
     def diagnostics(self, *, ahead: bool = False) -> Diagnostics:
@@ -172,8 +172,10 @@ class ReportingOptimizer(CheckpointedOptimizer):
         """The norm of the present gradients."""
         norms: list[tuple[Tensor, bool]] = []
         for group in self.param_groups:
-            grads = [p.grad for p in group["params"] if p.grad is not None and not layout.is_sharded(p)]
-            slices = functional.slices(list(map(layout.local, grads)), group["batch_dims"])
+            params = [p for p in group["params"] if p.grad is not None and not layout.is_sharded(p)]
+            rows = None if group["views"] == 1 else [piece_rows(p, group) or 1 for p in params]
+            grads = [layout.local(p.grad) for p in params if p.grad is not None]
+            slices = functional.slices(grads, group["batch_dims"], rows)
             norms += [(norm, group["nonfinite"] == "skip") for norm in clipping.norms(slices)]
         return clipping.total(norms)
 

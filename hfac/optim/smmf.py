@@ -38,11 +38,12 @@ class SMMF(FactoredOptimizer):
             unchanged, "skip-step" all of them, and counts it in ``state[p]["skipped"]`` (default "propagate").
         amp_scaling: the step does what a `torch.amp.GradScaler` would do before it (default False).
 
-    How it is stored (the first three cannot change once state exists):
+    How it is stored (the first four cannot change once state exists):
         vector_reshape: False keeps both moments whole where exactly one dimension is larger than 1 (default True).
         dense: both moments whole, for any shape (default False).
         batch_dims: leading dimensions that index slices, each with a square matrix of its own; experts of shape
             E x a x b: 1 (default 0; docs/parameter-policy.md).
+        views: equal pieces of the next dimension, each likewise; (3, heads) of a fused QKV weight (default 1).
         rounding: "nearest", or "stochastic" for bfloat16 and float16 parameters (default "nearest"; docs/bf16.md).
         seed: of the random bits of rounding, in [0, 2^64) (default 0).
         master: of bfloat16 parameters, None, "split" or "split8": the bits that a float32 has beyond them, in 2 or 1
@@ -57,7 +58,8 @@ class SMMF(FactoredOptimizer):
         ``exp_avg_row``, ``exp_avg_sq_row`` of shape (n,), ``exp_avg_col``, ``exp_avg_sq_col`` of shape (m,),
         ``exp_avg_sign``, uint8 of `hfac.matricize.sign_shape`; where moments are whole, as with m = 1 (a prime number
         of elements), ``exp_avg``, ``exp_avg_sq`` of p.shape. And ``step``; with ``master``, ``master_low``, int16 or
-        int8 of p.shape. With ``batch_dims``, factors are those of one slice with p.shape[:batch_dims] in front.
+        int8 of p.shape. With ``batch_dims``, factors are those of one slice with p.shape[:batch_dims] in front,
+        then with ``views`` the number of pieces.
 
     Raises:
         TypeError, ValueError: an invalid option or parameter; the message says what is required.
@@ -89,6 +91,7 @@ class SMMF(FactoredOptimizer):
         *,
         dense: bool = False,
         batch_dims: int = 0,
+        views: int | tuple[int, ...] = 1,
         maximize: bool = False,
         capturable: bool = False,
         backend: Backend = "auto",

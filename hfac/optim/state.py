@@ -28,6 +28,7 @@ COMMON_RULES: dict[str, options.Rule] = {
     "weight_decay": options.number(0.0, tensor=True),
     "dense": options.flag,
     "batch_dims": options.whole(),
+    "views": options.count,
     "maximize": options.flag,
     "capturable": options.flag,
     "nonfinite": options.choice(*get_args(Nonfinite)),
@@ -43,12 +44,15 @@ COMMON_RULES: dict[str, options.Rule] = {
 _ADDED = {
     "dense": False,
     "batch_dims": 0,
+    "views": 1,
     "rounding": "nearest",
     "seed": 0,
     "master": None,
     "max_grad_norm": None,
     "watch": False,
 }
+#: options on which the shapes of the state depend
+FIXED = ("dense", "batch_dims", "views")
 #: options that say how a step runs, not what it computes; loading a checkpoint keeps the running optimizer's
 EXECUTION = ("capturable", "backend", "amp_scaling", "watch")
 #: state key of the bits that a bfloat16 parameter lacks of its master weight
@@ -140,19 +144,22 @@ class StatefulOptimizer(Optimizer):
 
     def _op(self, param: Tensor, group: Mapping[str, Any]) -> spec.Op:
         """The op that steps a parameter which is not sharded."""
-        shape = tuple(param.shape[group["batch_dims"] :])
+        _, shape = sliced(param, group)
         return self._spec.op_for(not group["dense"] and self._sides(shape, group) is not None, group)
 
     def _layout(self, param: Tensor, group: Mapping[str, Any]) -> Layout:
-        """Layout of a parameter's factors or moments, the same at every step: that of one slice, after the batch
-        dimensions; and of its master weight's lower bits."""
-        batch, shape = (
-            tuple(dims) for dims in (param.shape[: group["batch_dims"]], param.shape[group["batch_dims"] :])
-        )
+        """Layout of a parameter's factors or moments, the same at every step: factors of one slice, after what counts
+        slices; whole moments, signs and the master weight's lower bits as the parameter."""
+        batch, shape = sliced(param, group)
+        dims, whole = group["batch_dims"], tuple(param.shape[group["batch_dims"] :])
         sides = None if group["dense"] else self._sides(shape, group)
-        sizes: dict[str, Side] = {spec.WHOLE: (shape, tuple(range(len(shape))))}
+        sizes: dict[str, Side] = {spec.WHOLE: (whole, tuple(range(len(whole))))}
         if sides is not None:
-            sizes |= {spec.ROWS: sides[0], spec.COLS: sides[1], spec.SIGNS: (matricize.sign_shape(shape), (0, 1))}
+            sizes[spec.SIGNS] = matricize.sign_shape(whole), (0, 1)
+            for name, (size, follows) in zip((spec.ROWS, spec.COLS), sides, strict=True):
+                if len(batch) > dims:  # pieces lie where their rows do, and those are whole everywhere
+                    size, follows = (batch[dims], *size), (0, *(d or None for d in follows))
+                sizes[name] = size, follows
         op = self._spec.op_for(sides is not None, group)
         found: Layout = {}
         for state in (*op.states, spec.MASTER_LOW):
@@ -160,8 +167,8 @@ class StatefulOptimizer(Optimizer):
             dtype = self._low_dtype(param, group) if master else state.dtype or ops.state_dtype(param.dtype)
             if state.key is not None and dtype is not None and (state.moment != 1 or self._spec.has_first(group)):
                 size, follows = sizes[state.size]
-                moved = (None if d is None else len(batch) + d for d in follows)
-                found[state.key] = batch + size, dtype, (*range(len(batch)), *moved)
+                moved = (None if d is None else dims + d for d in follows)
+                found[state.key] = batch[:dims] + size, dtype, (*range(dims), *moved)
         return found
 
     def _needed_state(self, param: Tensor, group: Mapping[str, Any]) -> State:
@@ -249,7 +256,7 @@ class StatefulOptimizer(Optimizer):
             return
         now = self._checked({name: group[name] for name in before})
         for name, old in before.items():
-            fixed = name in ("dense", "batch_dims", self._own_option, *self._state_options) and now[name] != old
+            fixed = name in (*FIXED, self._own_option, *self._state_options) and now[name] != old
             changes_keys = self._spec.has_first(group) != self._spec.has_first({**group, name: old})
             if (fixed or changes_keys) and any(has_state(self.state, param) for param in group["params"]):
                 raise ValueError(
@@ -297,16 +304,27 @@ class StatefulOptimizer(Optimizer):
                 f"{where} has batch_dims={group['batch_dims']} and is sharded; watch=True is not supported with both: "
                 "no rank has all slices. Leave watch=False, or batch_dims=0."
             )
-        batch = group["batch_dims"]
-        if batch == 0:
+        batch, views = group["batch_dims"], group["views"]
+        if batch == 0 and views == 1:
             return
         if batch >= param.ndim:
             raise ValueError(
                 f"{where} has shape {tuple(param.shape)}; batch_dims={batch} needs more than {batch} dimension(s), the "
                 "rest being those of a slice. Put the parameter into another group, with fewer batch_dims."
             )
+        if param.shape[batch] % views:
+            raise ValueError(
+                f"{where} has shape {tuple(param.shape)}; views={views} cuts dimension {batch} into so many equal "
+                f"pieces, and {views} does not divide {param.shape[batch]}. Put the parameter into another group."
+            )
         if not layout.is_sharded(param):
             return
+        if views > 1 and not layout.has_whole_pieces(param, batch, param.shape[batch] // views):
+            raise ValueError(
+                f"{where} has views={views}, shape {tuple(param.shape)} and placements {tuple(param.placements)}; "  # type: ignore[attr-defined]
+                f"a rank would have part of a piece of {param.shape[batch] // views} rows. Shard dimension {batch} "
+                "alone, over so many ranks that each has whole pieces, or leave views=1."
+            )
         if needs_reduction(param, group):
             raise ValueError(
                 f"{where} has batch_dims={batch}, shape {tuple(param.shape)} and placements {tuple(param.placements)}; "  # type: ignore[attr-defined]
@@ -462,7 +480,20 @@ class KnownOptions:
 
 def needs_reduction(param: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether a step needs sums over ranks: where slices are sharded. Ranks that have whole slices need none."""
-    return layout.is_sharded(param) and any(layout.sharded_by(param)[group["batch_dims"] :])
+    return layout.is_sharded(param) and any(layout.sharded_by(param)[group["batch_dims"] + (group["views"] > 1) :])
+
+
+def sliced(param: Tensor, group: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What counts the slices of a parameter, those that ``views`` makes included, and the shape of one."""
+    batch, views, shape = group["batch_dims"], group["views"], tuple(param.shape)
+    if views == 1:
+        return shape[:batch], shape[batch:]
+    return (*shape[:batch], views), (shape[batch] // views, *shape[batch + 1 :])
+
+
+def piece_rows(param: Tensor, group: Mapping[str, Any]) -> int | None:
+    """Rows of a piece that ``views`` makes of a parameter; None where it makes none."""
+    return None if group["views"] == 1 else max(1, param.shape[group["batch_dims"]] // group["views"])
 
 
 def _counters(
@@ -502,7 +533,10 @@ def is_trained(param: Tensor) -> bool:
 def _is_supported(param: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether the parameter can have state; `_check_param` says why not."""
     dense = param.layout == torch.strided and not param.is_nested
-    return dense and param.dtype in ops.PARAM_DTYPES and (not group["batch_dims"] or param.ndim > group["batch_dims"])
+    dims, views = group["batch_dims"], group["views"]
+    if not dense or param.dtype not in ops.PARAM_DTYPES:
+        return False
+    return (dims == 0 and views == 1) or (param.ndim > dims and param.shape[dims] % views == 0)
 
 
 def counter(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:

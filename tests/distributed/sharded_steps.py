@@ -252,3 +252,48 @@ def run_stored(name, stored, case, backend, steps=3):
 
 def stored_all(cases):
     return run_all(cases, run_stored)
+
+
+def fused_all(cases):
+    return run_all(cases, _fused)
+
+
+def _fused(name, options):
+    """Differences of fused weights, of which every rank has whole pieces, from those of whole tensors; what a step
+    sends, and what is said where a rank would have part of a piece. Of eight pieces four ranks have two each, of
+    three one, one, one and none."""
+    mesh, kwargs = _mesh((4,)), {"lr": 0.01, **dict(options)}
+    generator = torch.Generator().manual_seed(0)
+    full = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((24, 5), (24,), (6, 4))]
+    ours = [torch.nn.Parameter(part_of(p, mesh, [S0])) for p in full]
+    theirs = [torch.nn.Parameter(p.clone()) for p in full]
+    optimizer, reference = (
+        getattr(hfac, name)([{"params": p[:2], "views": (2, 4)}, {"params": p[2:], "views": 3}], **kwargs)
+        for p in (ours, theirs)
+    )
+    for step in range(4):
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = torch.randn(q.shape, generator=generator, dtype=q.dtype)
+            if step == 2 and "nonfinite" in kwargs:
+                q.grad[0] = float("nan")
+            p.grad = part_of(q.grad, mesh, [S0])
+        optimizer.step()
+        reference.step()
+    errors = {"collectives": float(len(optimizer.collectives()) - 3 * ("max_grad_norm" in kwargs))}
+    for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+        errors[f"{i}"] = difference(whole(p.detach()), q.detach())
+        for key, value in reference.state[q].items():
+            found = whole(optimizer.state[p][key])
+            assert found.shape == value.shape, (i, key, found.shape, value.shape)
+            errors[f"{i}.{key}"] = difference(found, value)
+    loaded = getattr(hfac, name)([{"params": theirs[:2], "views": 8}, {"params": theirs[2:], "views": 3}], **kwargs)
+    saved = optimizer.state_dict()
+    saved["state"] = {i: {key: whole(value) for key, value in state.items()} for i, state in saved["state"].items()}
+    loaded.load_state_dict(saved)
+    for views, place in ((6, S0), (8, S1)):
+        try:
+            getattr(hfac, name)([torch.nn.Parameter(part_of(full[0][:, :4].contiguous(), mesh, [place]))], views=views)
+            errors["taken"] = 1.0
+        except ValueError as error:
+            assert "a rank would have part of a piece" in str(error) and "views=1" in str(error), error
+    return errors

@@ -213,3 +213,13 @@ def test_a_rank_that_is_lost_ends_the_others(name, how, mode, tmp_path):
     dcp.load(parts, checkpoint_id=str(tmp_path / "checkpoint"), no_dist=True)
     set_state_dict(net, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
     assert {int(state["step"]) for state in optimizer.state.values()} == {2}
+
+
+def test_fused_weights_of_which_ranks_have_whole_pieces():
+    """As whole tensors, without a word to other ranks but for the norm; state in global shapes, so that it loads
+    unsharded."""
+    more = ((), (("max_grad_norm", 0.5), ("nonfinite", "skip-step")), (("dense", True),))
+    cases = [(name, options) for name in OPTIONS for options in more]
+    cases.append(("HFac", (("first_moment", "int8"),)))
+    (found,) = on_ranks(4, ("sharded_steps:fused_all", cases))
+    agree(found, TOLERANCE[torch.float64])

@@ -209,7 +209,7 @@ def test_an_optimizer_of_the_groups(cls):
 
 def test_examples_of_the_documentation():
     text = (Path(__file__).parents[2] / "docs" / "parameter-policy.md").read_text()
-    transformer, experts = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    transformer, experts, fused = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names = {}
     exec(transformer, names)
     assert by_key(names["optimizer"].param_groups)[0, False, 0.1] == [
@@ -229,11 +229,16 @@ def test_examples_of_the_documentation():
     model["head"](model["experts"](model["tokens"](torch.arange(4)))).logsumexp(1).sum().backward()
     optimizer.step()
     assert optimizer.state[model["experts"].up]["exp_avg_sign"].shape == (8, 64, 16)
+    exec(fused, names)
+    attention = names["model"][1]
+    assert attention(torch.ones(1, 2, 64)).shape == (1, 2, 64)
+    assert names["optimizer"].state[attention.qkv.weight]["exp_avg_row"].shape == (12, 16)
+    assert "exp_avg_row" in names["optimizer"].state[attention.out.weight]
 
 
 @BOTH
 def test_options_are_keyword_only_with_neutral_defaults(cls):
-    for name, default in (("dense", False), ("batch_dims", 0)):
+    for name, default in (("dense", False), ("batch_dims", 0), ("views", 1)):
         parameter = inspect.signature(cls).parameters[name]
         assert (parameter.kind, parameter.default) == (parameter.KEYWORD_ONLY, default)
         assert cls([Parameter(torch.ones(2, 2))]).param_groups[0][name] == default

@@ -77,7 +77,13 @@ def test_misspelt_options_of_groups(name, nearest):
 def test_options_of_groups_are_those_of_the_optimizers():
     for cls in (HFac, SMMF):
         options = dict(cls(params_of()).defaults)
-        for other in ("weight_decay", "dense", "batch_dims", "momentum"):  # of which groups differ; a scheduler's
+        for other in (
+            "weight_decay",
+            "dense",
+            "batch_dims",
+            "views",
+            "momentum",
+        ):  # of which groups differ; a scheduler's
             options.pop(other, None)
         assert len(hfac.param_groups(torch.nn.Linear(2, 2), **options)) == 2
 
