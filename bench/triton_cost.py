@@ -54,7 +54,8 @@ class Budget:
 
     @property
     def item(self) -> Item:
-        return Item(*self.shape, self.dtype, self.dtype, True, 8 if self.op.startswith("smmf") else 0)
+        slice, codes = 8 if self.op.startswith("smmf") else 0, "int8" in self.op
+        return Item(*self.shape, self.dtype, self.dtype, True, slice, codes=codes)
 
 
 #: What each costs today, by Triton 3.6.0 or 3.7.1, whichever is more; whoever makes one cheaper lowers it here.
@@ -68,6 +69,8 @@ BUDGETS: Sequence[Budget] = (
     Budget("hfac_stats", "hfac_step_", (4096, 1024), F32, 15.1, 10, 64),
     Budget("hfac_update", "hfac_step_", (4096, 4096), BF16, 15.1, 0, 256),
     Budget("hfac_update", "hfac_step_", (4096, 4096), F32, 15.1, 0, 256),
+    Budget("hfac_update", "hfac_int8_step_", (4096, 4096), BF16, 57, 0, 256),
+    Budget("hfac_update", "hfac_int8_step_", (4096, 4096), F32, 78, 2, 256),
 )
 
 HEAD = f"""Executed by one program over a matrix that it divides, on the bulk, of a plain clipped step; found by a walk
@@ -144,7 +147,7 @@ def walked(code: Code, launch: Launch, items: Sequence[Item], index: int = 0) ->
     for item in items:
         record = item.record()
         for name, field in table.FIELD.items():
-            if re.match(r"space_|sum_|new_|first_(row|col)|second_|signs|param$|low_bits", name):
+            if re.match(r"space_|sum_|new_|first_(row|col)|second_|signs|codes_at|param$|low_bits", name):
                 record[field] = free
                 free += _APART
         records += record
