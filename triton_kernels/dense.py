@@ -154,6 +154,15 @@ def hfac_dense_look(
 
 
 @triton.jit
+def hfac_dense_total(tiles, items, T: tl.constexpr):
+    """A parameter's sum of U^2, behind its runs', so that no program of the step adds up all others'."""
+    _, record, _ = program(tiles, items)
+    runs = tl.cdiv(tl.load(record + ROWS) * tl.load(record + COLS), RUN).to(tl.int32)
+    totals = pointer(record, SPACE_TOTALS, T)
+    tl.store(totals + runs, total_of(totals, runs, 1, T))
+
+
+@triton.jit
 def hfac_dense(
     tiles,
     items,
@@ -197,7 +206,7 @@ def hfac_dense(
     direction = divide(b1 * m + rest1 * g, q)
     if CLIPPED:
         runs = tl.cdiv(count, RUN).to(tl.int32)
-        total = total_of(pointer(record, SPACE_TOTALS, T), runs, 1, T)
+        total = tl.load(pointer(record, SPACE_TOTALS, T) + runs)
         direction = direction * divide(tl.full([], 1.0, T), excess(divide(total, count.to(T)), scalars, T))
     lr = tl.load(scalars + LR).to(T)
     weight_decay = tl.load(scalars + WEIGHT_DECAY).to(T)

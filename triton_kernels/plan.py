@@ -1,6 +1,7 @@
 """From shapes, types and layouts to launches: which kernel runs over which tiles, in which order.
 
-The tiling is a function of the shape alone, and nothing is tuned at run time: the order of every sum is fixed.
+The tiling is a function of the shape alone, but for H-Fac's statistics of lists so long that their partial sums would
+take too much memory, and nothing is tuned at run time: the order of every sum is fixed.
 """
 
 import itertools
@@ -20,8 +21,9 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 Shape = tuple[int, int, int]
 REGISTERS = 128
 
-#: Partial sums of SMMF take at most these bytes; a longer list is taken in groups that share them.
-WORKSPACE = 64 << 20
+#: Bytes that partial sums may take. A longer list of SMMF is taken in groups that share them; one of H-Fac, whose sums
+#: are all needed at once where the norm of all gradients clips, in fewer tiles of more rows.
+WORKSPACE, HFAC_WORKSPACE = 64 << 20, 128 << 20
 
 #: (rows in flight, columns, warps) of a tile: 8 elements per lane for SMMF and for H-Fac's codes, which need many
 #: registers for each, 16 for H-Fac. One warp holds whole rows of the tile, so that their sums need no shared memory.
@@ -363,10 +365,19 @@ def _chunks_touched(block: Item) -> set[int]:
 
 def _hfac_spaces(items: Sequence[Item], *names: str) -> int:
     """Tilings, and the spaces of these names; returns the workspace's bytes."""
-    at = 0
     for item in items:
         _cut(item)
         _cut_stats(item)
+    while (end := _hfac_reserve(items, names)) > HFAC_WORKSPACE and any(item.row_tiles > 1 for item in items):
+        for item in items:
+            item.stats_rows *= 2
+            item.row_tiles = -(-item.rows // item.stats_rows)
+    return end
+
+
+def _hfac_reserve(items: Sequence[Item], names: Sequence[str]) -> int:
+    at = 0
+    for item in items:
         size, chunks = item.wide.itemsize, _chunks(max(item.rows, item.cols))
         sizes = {
             "space_rows": item.rows * size,
@@ -425,6 +436,7 @@ def _hfac_updates(items: Sequence[Item]) -> list[Launch]:
 
 def _hfac_dense(items: Sequence[Item]) -> Plan:
     look = _launches(dense.hfac_dense_look, items, _runs, warps=8, when=("CLIPPED", "LOOK"))
+    look += _launches(dense.hfac_dense_total, items, lambda item: 1, when=("CLIPPED",))
     return _dense(dense.hfac_dense, items, look)
 
 
@@ -441,7 +453,7 @@ def _dense(kernel: Any, items: Sequence[Item], look: list[Launch]) -> Plan:
 
     at = 0
     for item in items:
-        at = _reserve(item, at, {"space_totals": _runs(item) * item.wide.itemsize})
+        at = _reserve(item, at, {"space_totals": (_runs(item) + 1) * item.wide.itemsize})
     return Plan([*look, *_launches(kernel, items, _runs, shape=shape)], at)
 
 

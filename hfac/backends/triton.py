@@ -25,6 +25,8 @@ from ..spec import (
 from .contract import Operands
 
 DEVICES = ("cuda", "xpu")
+#: The first version of Triton that the kernels are compiled and launched with: launches of 3.2 take other arguments.
+OLDEST = (3, 3)
 OPS = {
     HFAC_STEP,
     HFAC_INT8_STEP,
@@ -62,7 +64,20 @@ def why_not(device: torch.device) -> str | None:
             f"on {device}. Unset it, or move the tensors to the CPU."
         )
     reason = _driver()
-    return reason and f"Triton has no driver for a GPU here ({reason}). Check the GPU's driver, or use backend='auto'."
+    if reason is not None:
+        return f"Triton has no driver for a GPU here ({reason}). Check the GPU's driver, or use backend='auto'."
+    if tuple(map(int, _version().split(".")[:2])) < OLDEST:
+        return (
+            f"Triton {_version()} is installed, and the kernels need {'.'.join(map(str, OLDEST))} or later, which "
+            "comes with torch 2.7 and later. Install it with: python -m pip install --upgrade torch."
+        )
+    return None
+
+
+def _version() -> str:
+    import triton
+
+    return triton.__version__
 
 
 @functools.cache

@@ -213,6 +213,36 @@ def test_partial_sums_are_bounded():
     assert made.workspace <= plan.WORKSPACE
 
 
+def test_partial_sums_of_a_long_list_take_fewer_tiles():
+    """H-Fac's of Llama-3-8B would take 0.85 GB; the tiles of a matrix still cover it, and a short list's stay as they
+    are."""
+    from hfac.triton_kernels import plan
+
+    long, _ = plans("HFac", shapes_of("llama-3-8b"), torch.bfloat16)
+    assert plan.HFAC_WORKSPACE / 2 < long.workspace <= plan.HFAC_WORKSPACE
+    items = [plan.Item(4096, 4096, torch.bfloat16, torch.bfloat16) for _ in range(512)]
+    for count in (1, 512):
+        made = plan.make_plan("hfac_step_", items[:count])
+        assert made.workspace <= plan.HFAC_WORKSPACE
+        (stats,) = made.launches[: made.statistics]
+        for item in items[:count]:
+            assert item.row_tiles * item.stats_rows >= item.rows > (item.row_tiles - 1) * item.stats_rows
+        assert len(stats.tiles) == sum(item.row_tiles for item in items[:count])
+        assert (item.stats_rows == 64) == (count == 1)
+
+
+def test_a_vector_is_totalled_once():
+    """And not by every program of its step."""
+    from hfac.triton_kernels import plan
+
+    items = [plan.Item(count, 1, torch.float32, torch.float32) for count in (1 << 20, 24)]
+    launches = plan.make_plan("hfac_dense_step_", items).launches
+    assert [launch.name for launch in launches] == ["hfac_dense_look", "hfac_dense_total", "hfac_dense"]
+    assert launches[1].tiles == [(0, 0), (1, 0)] and launches[1].when == ("CLIPPED",)
+    runs = -(-items[0].elements // 2048)
+    assert items[1].spaces["space_totals"] >= 4 * (runs + 1)
+
+
 def test_every_tile_is_taken_once():
     """Each kernel's tiles cover each matrix without overlap."""
     from hfac.triton_kernels import plan
@@ -303,6 +333,12 @@ def test_gpu_tensors_need_a_driver(monkeypatch):
     monkeypatch.setattr(backend, "_driver", lambda: "RuntimeError: 0 active drivers")
     assert "no driver for a GPU here (RuntimeError: 0 active drivers)" in backend.why_not(torch.device("cuda"))
     monkeypatch.setattr(backend, "_driver", lambda: None)
+    for version in ("3.2.0", "2.3.1+git"):
+        monkeypatch.setattr(backend, "_version", lambda version=version: version)
+        assert f"Triton {version} is installed, and the kernels need 3.3 or later" in backend.why_not(
+            torch.device("cuda")
+        )
+    monkeypatch.setattr(backend, "_version", lambda: "3.10.0a1+rocm")
     assert backend.why_not(torch.device("cuda")) is None
     assert backend.why_not(torch.device("xpu")) is None
     assert "not on mps" in backend.why_not(torch.device("mps"))
