@@ -20,13 +20,14 @@ from json import dumps, loads
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("smmf", "hfac", "hfac_int8", "hfac_stats", "dense")
+SOURCES = ("smmf", "hfac", "hfac_int8", "hfac_small", "hfac_stats", "dense")
 ARCHS = ("80", "90", "100")
 #: kernel -> the registers that its number of threads leaves; kernels with no entry are bound by the architecture's 255
 BOUNDS = {
     "smmf_tiles": 128,
     "hfac_update_tiles": 128,
     "hfac_int8_tiles": 128,
+    "hfac_small": 80,
     "hfac_stats": 128,
     "hfac_stats_wide": 128,
 }
@@ -98,7 +99,7 @@ class Kernel:
 def describe(symbol: str) -> tuple[str, str]:
     """(kernel, operands) of a mangled name."""
     name = re.search(
-        r"\d(smmf_tiles|smmf_fold|smmf_sums_fold|hfac_stats_wide|hfac_stats|hfac_collect|hfac_unflag|hfac_fold|"
+        r"\d(smmf_tiles|smmf_fold|smmf_sums_fold|hfac_small|hfac_stats_wide|hfac_stats|hfac_collect|hfac_unflag|hfac_fold|"
         r"hfac_int8_fold|hfac_sums_fold|hfac_apply_fold|hfac_int8_apply_fold|hfac_update_tiles|hfac_int8_tiles|look|"
         r"dense_look|hfac_dense|smmf_dense)[IE]",
         symbol,

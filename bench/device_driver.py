@@ -33,8 +33,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 #: The program, and what it includes beside csrc; then the sources of both builds, and of the host's.
 DRIVER = tuple(ROOT / "tests" / "backends" / name for name in ("device_driver.cpp", "device_memory.h"))
-KERNELS = ("smmf.cu", "hfac.cu", "hfac_int8.cu", "hfac_stats.cu", "dense.cu", "launchers.cu")
-SOURCES = (*(ROOT / "csrc" / "cuda" / name for name in (*KERNELS, "step.cpp", "plan.cpp")), DRIVER[0])
+KERNELS = ("smmf.cu", "hfac.cu", "hfac_int8.cu", "hfac_small.cu", "hfac_stats.cu", "dense.cu", "launchers.cu")
+SOURCES = (*(ROOT / "csrc" / "cuda" / name for name in (*KERNELS, "step.cpp", "plan.cpp", "tiling.cpp")), DRIVER[0])
 HOST_SOURCES = (*SOURCES, ROOT / "csrc" / "emulation" / "emulation.cpp")
 FLOAT = "-DHFAC_FLOAT_OPERANDS"
 
@@ -62,7 +62,7 @@ def build(out: Path, command: Sequence[str], sources: Sequence[Path], language: 
     with tempfile.TemporaryDirectory() as folder:
 
         def compiled(source: Path) -> str:
-            # plan.cpp and step.cpp have nothing for the device
+            # the plan and the step have nothing for the device
             kind = language if source.suffix == ".cu" or source == DRIVER[0] else "c++"
             target = str(Path(folder) / f"{source.stem}.o")
             subprocess.run([*command, "-x", kind, "-c", str(source), "-o", target], check=True)

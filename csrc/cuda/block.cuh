@@ -5,6 +5,14 @@
 
 namespace hfac {
 
+HFAC_DEVICE int log2_of(int power) {
+#if defined(__CUDA_ARCH__)
+  return 31 - __clz(power);
+#else
+  return __builtin_ctz(static_cast<unsigned>(power));
+#endif
+}
+
 template <class T>
 HFAC_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
@@ -48,18 +56,50 @@ HFAC_DEVICE void sum_lanes(T (&v)[kVector], int width, const Put& put) {
   }
 }
 
-// Every thread's value, added as a tree over the block; `shared` has one element per thread.
+// Sums of each of n values, a power of two, over the lanes of a warp that share them, at least n: lane k has that of
+// value k % n. Transposed: the number of values halves while the distance doubles.
+template <int n, class T>
+HFAC_DEVICE T sum_values(T (&v)[n], int lanes) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+  for (int mask = 1; mask < n; mask *= 2) {
+    const bool odd = lane & mask;
+    HFAC_UNROLLED (k, n / (2 * mask)) {
+      const T sent = odd ? v[2 * k] : v[2 * k + 1], kept = odd ? v[2 * k + 1] : v[2 * k];
+      v[k] = kept + shuffle_xor(sent, mask);
+    }
+  }
+  T sum = v[0];
+#pragma unroll
+  for (int mask = n; mask < kWarp; mask *= 2) {
+    if (mask < lanes) sum = sum + shuffle_xor(sum, mask);
+  }
+  return sum;
+}
+
+// Sums over the block, in every thread and always in the same order: over a warp by exchange, then over the warps.
+// `shared` has n elements for each warp.
+template <int n, class T>
+HFAC_DEVICE void block_sums(T (&values)[n], T* shared) {
+  HFAC_UNROLLED (k, n) {
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) values[k] = values[k] + shuffle_xor(values[k], mask);
+  }
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  if (lane == 0) {
+    HFAC_UNROLLED (k, n) shared[warp * n + k] = values[k];
+  }
+  __syncthreads();
+  HFAC_UNROLLED (k, n) {
+    values[k] = shared[k];
+    HFAC_UNROLLED (w, kTileWarps - 1) values[k] = values[k] + shared[(w + 1) * n + k];
+  }
+  __syncthreads();
+}
 template <class T>
 HFAC_DEVICE T block_sum(T value, T* shared) {
-  shared[threadIdx.x] = value;
-  __syncthreads();
-  for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) shared[threadIdx.x] = shared[threadIdx.x] + shared[threadIdx.x + half];
-    __syncthreads();
-  }
-  const T sum = shared[0];
-  __syncthreads();
-  return sum;
+  T values[] = {value};
+  block_sums(values, shared);
+  return values[0];
 }
 
 // True in the last of `blocks` blocks to come here: it may read (`load_fresh`) what the others wrote before.
@@ -157,12 +197,13 @@ struct Watch {
     }
   }
 
-  // By all threads of a block, with one element each in `shared`. Blocks add in any order, which counts do not notice.
-  HFAC_DEVICE void finish(const Arguments& a, const DeviceItem& it, double* shared) const {
-    const double values[] = {static_cast<double>(moved), static_cast<double>(still), static_cast<double>(direction)};
+  // By all threads of a block. Blocks add in any order, which counts do not notice.
+  HFAC_DEVICE void finish(const Arguments& a, const DeviceItem& it) const {
+    __shared__ double shared[3 * kTileWarps];
+    double values[] = {static_cast<double>(moved), static_cast<double>(still), static_cast<double>(direction)};
+    block_sums(values, shared);
     HFAC_UNROLLED (k, 3) {
-      const double sum = block_sum(values[k], shared);
-      if (threadIdx.x == 0 && sum != 0) atomicAdd(a.watched + int64_t{it.index} * kWatchedNumbers + k, sum);
+      if (threadIdx.x == 0 && values[k] != 0) atomicAdd(a.watched + int64_t{it.index} * kWatchedNumbers + k, values[k]);
     }
   }
 };

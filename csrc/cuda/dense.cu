@@ -243,7 +243,7 @@ HFAC_DEVICE T dense_clip(const Arguments& a, const DeviceItem& it, T norm) {
 template <class A>
 __global__ void __launch_bounds__(kTileThreads, A::kWhole ? 4 : 1) dense_look(Arguments a) {
   using T = typename A::T;
-  __shared__ T shared[kTileThreads];
+  __shared__ T shared[kTileWarps];
   if (skipped(a)) return;
   const Tile tile = tile_of(a);
   const DeviceItem& it = a.items[tile.item];
@@ -382,10 +382,7 @@ HFAC_DEVICE void step_run(const Arguments& a, const DeviceItem& it, const Run& r
       Rest::store(target, a.layouts, at, 1, w);
     });
   }
-  if constexpr (kWatched) {
-    __shared__ double sums[kTileThreads];
-    watch.finish(a, it, sums);
-  }
+  if constexpr (kWatched) watch.finish(a, it);
 }
 
 // Of a multiprocessor at a time. Pieces of a parameter and random bits take registers of their own.
@@ -397,7 +394,7 @@ constexpr int kBlocks = !A::kWhole || kWatched ? 1
 template <class A, bool kWatched>
 __global__ void __launch_bounds__(kTileThreads, kBlocks<A, kWatched>) hfac_dense(Arguments a) {
   using T = typename A::T;
-  __shared__ T shared[kTileThreads];
+  __shared__ T shared[kTileWarps];
   if (skipped(a)) return;
   const Tile tile = tile_of(a);
   const DeviceItem& it = a.items[tile.item];
@@ -414,7 +411,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<A, kWatched>) hfac_dense
 template <class A, bool kWatched>
 __global__ void __launch_bounds__(kTileThreads, kBlocks<A, kWatched>) smmf_dense(Arguments a) {
   using T = typename A::T;
-  __shared__ T shared[kTileThreads];
+  __shared__ T shared[kTileWarps];
   if (skipped(a)) return;
   const Tile tile = tile_of(a);
   const DeviceItem& it = a.items[tile.item];

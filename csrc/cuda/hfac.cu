@@ -4,15 +4,11 @@
 // Where gradients are clipped by the norm of them all, the first launch comes in a phase of its own: the norm is made
 // of its column sums, which `hfac_collect` adds up over the tiles to outlast the other groups. Then each group goes on
 // from there; where the coefficient is not 1 it takes the statistics again, because r_i depends on it.
+#include "hfac_moments.cuh"
 #include "hfac_update.cuh"
 
 namespace hfac {
 namespace {
-
-using common::hfac_average;
-using common::hfac_clip_divisor;
-using common::hfac_half_drift;
-using common::root;
 
 // A thread's column in a chunk, and which of the column's threads it is; the first has the column.
 struct FoldCol {
@@ -63,7 +59,7 @@ HFAC_DEVICE void sum_tiles(const HfacSpace<T>& space, const DeviceItem& it, cons
 // less than those of whole columns.
 template <class T>
 __global__ void __launch_bounds__(kTileThreads) hfac_collect(Arguments a) {
-  __shared__ double shared[kTileThreads];
+  __shared__ double shared[kTileWarps];
   const Tile tile = tile_of(a);
   const DeviceItem& it = a.items[tile.item];
   if (skipped(a)) {  // nothing was added up
@@ -107,27 +103,11 @@ HFAC_DEVICE bool is_minus_zero(double x) {
   return bits == uint64_t{1} << 63;
 }
 
-// Stores new moments of row (or column) k, and returns half of phi (or psi). `length`: elements of a whole row.
-template <class T>
-HFAC_DEVICE T step_moments(void* first, void* second, int64_t k, T mean, T square, T length, const Decay<T>& b1) {
-  T* const average = static_cast<T*>(first) + k;
-  *average = hfac_average(b1.beta, *average, b1.rest, mean);
-  static_cast<T*>(second)[k] = square;
-  return hfac_half_drift(b1.beta, *average, mean, square, length);
-}
-
-template <class T>
-HFAC_DEVICE T clip_divisor(const Options& o, T mean_square) {
-  return o.clip ? hfac_clip_divisor(root(mean_square), o.clip_threshold) : T(1);
-}
-
 // Stores the new second moment of row (or column) k, and returns the root of what it was, divided by its root.
 template <class T>
-HFAC_DEVICE T step_unit(void* second, int64_t k, T square) {
-  T* const at = static_cast<T*>(second) + k;
-  const T old = root(*at);
-  *at = square;
-  return old / root(square);
+HFAC_DEVICE T step_unit(void* second, int64_t k, T before, T square) {
+  static_cast<T*>(second)[k] = square;
+  return root(before) / root(square);
 }
 
 // By one thread: what `update_tile` reads of a whole matrix; `mean_square`: of U.
@@ -141,7 +121,9 @@ HFAC_DEVICE void put_scales(const HfacSpace<T>& space, const Options& o, double 
 // `kCodes`: the first moment is whole, in 8 bits, whose unit changes with the second moment.
 template <class T, bool kCodes>
 HFAC_DEVICE void fold(const Arguments& a) {
-  __shared__ double shared[kTileThreads];
+  // Sums of r, of w_j / s_j and, of codes, of r as it was: in double, where no partial result can overflow.
+  constexpr int kTotals = kCodes ? kFoldTotals : 2;
+  __shared__ double shared[kFoldTotals * kTileWarps];
   if (skipped(a)) return;
   const Tile tile = tile_of(a);
   const DeviceItem& it = a.items[tile.item];
@@ -149,35 +131,40 @@ HFAC_DEVICE void fold(const Arguments& a) {
   const HfacSpace<T> space(it, a.workspace);
   const int64_t m = it.rows, n = it.cols;
   const T rows = static_cast<T>(m), cols = static_cast<T>(n), sign = a.options.maximize ? T(-1) : T(1);
-  const Decay<T> b1(a.scalars.beta1, it.index), b2(a.scalars.beta2, it.index);
   const int64_t k = static_cast<int64_t>(tile.index) * kFoldChunk + threadIdx.x;
 
-  // Sums of r, of w_j / s_j and, of codes, of r as it was: in double, where no partial result can overflow.
-  constexpr int kTotals = kCodes ? kFoldTotals : 2;
+  // All loads before the first store, behind which compilers leave none.
+  const FoldCol col(tile.index, n);
+  const T sum = k < m ? space.row_sum[k] : T(0), r = k < m ? space.row_square[k] : T(0);
+  const T* const kept_row = static_cast<const T*>(kCodes ? it.second_row : it.first_row);
+  const T row_before = k < m ? kept_row[k] : T(0);
+  const T s_before = col.mine ? static_cast<const T*>(it.second_col)[col.k] : T(0);
+  [[maybe_unused]] const T col_before = !kCodes && col.mine ? static_cast<const T*>(it.first_col)[col.k] : T(0);
+  T sums[kSums];
+  if (static_cast<int64_t>(tile.index) * kFoldCols < n) sum_tiles(space, it, col, sums);
+
+  const Decay<T> b1(a.scalars.beta1, it.index), b2(a.scalars.beta2, it.index);
   double totals[kTotals] = {};
   double zeros[2] = {0, 0};  // rows and columns of zeros alone
   if (k < m) {
-    const T sum = space.row_sum[k], r = space.row_square[k];
     zeros[0] = is_minus_zero(sum) ? 1 : 0;
     totals[0] = static_cast<double>(r);
     if constexpr (kCodes) {
-      totals[2] = static_cast<double>(static_cast<const T*>(it.second_row)[k]);
-      space.row_sum[k] = step_unit(it.second_row, k, r);
+      totals[2] = static_cast<double>(row_before);
+      space.row_sum[k] = step_unit(it.second_row, k, row_before, r);
     } else {
-      space.row_sum[k] = step_moments(it.first_row, it.second_row, k, sign * (sum + T(0)) / cols, r, cols, b1);
+      space.row_sum[k] =
+          step_moments(it.first_row, it.second_row, k, row_before, sign * (sum + T(0)) / cols, r, cols, b1);
     }
   }
-  const FoldCol col(tile.index, n);
-  T sums[kSums];
-  if (static_cast<int64_t>(tile.index) * kFoldCols < n) sum_tiles(space, it, col, sums);
   if (col.mine) {
-    const T old = static_cast<const T*>(it.second_col)[col.k];
     const T square = sums[1] + static_cast<T>(static_cast<double>(m) * a.options.eps);
-    const T s = hfac_average(b2.beta, old, b2.rest, square);
+    const T s = hfac_average(b2.beta, s_before, b2.rest, square);
     if constexpr (kCodes) {
-      space.col_first[col.k] = step_unit(it.second_col, col.k, s);
+      space.col_first[col.k] = step_unit(it.second_col, col.k, s_before, s);
     } else {
-      space.col_first[col.k] = step_moments(it.first_col, it.second_col, col.k, sign * sums[0] / rows, s, rows, b1);
+      space.col_first[col.k] =
+          step_moments(it.first_col, it.second_col, col.k, col_before, sign * sums[0] / rows, s, rows, b1);
     }
     space.col_scale[col.k] = T(1) / root(s);
     totals[1] = static_cast<double>(sums[2]) / static_cast<double>(s);
@@ -185,25 +172,23 @@ HFAC_DEVICE void fold(const Arguments& a) {
   }
   double* const watched = a.watched ? a.watched + int64_t{it.index} * kWatchedNumbers : nullptr;
   if (watched) {
-    for (int j = 0; j < 2; ++j) {
-      const double count = block_sum(zeros[j], shared);
-      if (threadIdx.x == 0 && count > 0) atomicAdd(watched + kZeroRows + j, count);
+    block_sums(zeros, shared);
+    HFAC_UNROLLED (j, 2) {
+      if (threadIdx.x == 0 && zeros[j] > 0) atomicAdd(watched + kZeroRows + j, zeros[j]);
     }
   }
+  block_sums(totals, shared);
   HFAC_UNROLLED (j, kTotals) {
-    const double sum = block_sum(totals[j], shared);
-    if (threadIdx.x == 0) space.norms[tile.index * kFoldTotals + j] = sum;
+    if (threadIdx.x == 0) space.norms[tile.index * kFoldTotals + j] = totals[j];
   }
 
   const int64_t chunks = hfac_chunks(it);
   if (!last_block(a.counters + it.counter, chunks)) return;
-  HFAC_UNROLLED (j, kTotals) {
-    totals[j] = 0;
-    for (int64_t c = threadIdx.x; c < chunks; c += kTileThreads) {
-      totals[j] += load_fresh(space.norms + c * kFoldTotals + j);
-    }
-    totals[j] = block_sum(totals[j], shared);
+  HFAC_UNROLLED (j, kTotals) totals[j] = 0;
+  for (int64_t c = threadIdx.x; c < chunks; c += kTileThreads) {
+    HFAC_UNROLLED (j, kTotals) totals[j] += load_fresh(space.norms + c * kFoldTotals + j);
   }
+  block_sums(totals, shared);
   if (threadIdx.x > 0) return;
   const double norm = totals[0] * totals[1];
   if (watched) watched[kDirection] += norm;
@@ -255,20 +240,22 @@ HFAC_DEVICE void apply_fold(const Arguments& a) {
   if (k < it.rows) {
     const T r = static_cast<const T*>(shard.row[1])[k];
     if constexpr (kCodes) {
-      space.row_sum[k] = step_unit(it.second_row, k, r);
+      space.row_sum[k] = step_unit(it.second_row, k, static_cast<const T*>(it.second_row)[k], r);
     } else {
       const T sum = static_cast<const T*>(shard.row[0])[k];
-      space.row_sum[k] = step_moments(it.first_row, it.second_row, k, sign * sum / cols, r, cols, b1);
+      const T before = static_cast<const T*>(it.first_row)[k];
+      space.row_sum[k] = step_moments(it.first_row, it.second_row, k, before, sign * sum / cols, r, cols, b1);
     }
   }
   const FoldCol col(tile.index, it.cols);
   if (col.mine) {
     const T s = static_cast<const T*>(shard.col[1])[col.k];
     if constexpr (kCodes) {
-      space.col_first[col.k] = step_unit(it.second_col, col.k, s);
+      space.col_first[col.k] = step_unit(it.second_col, col.k, static_cast<const T*>(it.second_col)[col.k], s);
     } else {
       const T sum = static_cast<const T*>(shard.col[0])[col.k];
-      space.col_first[col.k] = step_moments(it.first_col, it.second_col, col.k, sign * sum / rows, s, rows, b1);
+      const T before = static_cast<const T*>(it.first_col)[col.k];
+      space.col_first[col.k] = step_moments(it.first_col, it.second_col, col.k, before, sign * sum / rows, s, rows, b1);
     }
     space.col_scale[col.k] = T(1) / root(s);
   }

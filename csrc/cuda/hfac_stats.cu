@@ -118,27 +118,6 @@ struct Stats {
   }
 };
 
-// Sums of each of n values, a power of two, over the lanes of a warp that share them, at least n: lane k has that of
-// value k % n. Transposed: the number of values halves while the distance doubles.
-template <int n, class T>
-HFAC_DEVICE T sum_values(T (&v)[n], int lanes) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-#pragma unroll
-  for (int mask = 1; mask < n; mask *= 2) {
-    const bool odd = lane & mask;
-    HFAC_UNROLLED (k, n / (2 * mask)) {
-      const T sent = odd ? v[2 * k] : v[2 * k + 1], kept = odd ? v[2 * k + 1] : v[2 * k];
-      v[k] = kept + shuffle_xor(sent, mask);
-    }
-  }
-  T sum = v[0];
-#pragma unroll
-  for (int mask = n; mask < kWarp; mask *= 2) {
-    if (mask < lanes) sum = sum + shuffle_xor(sum, mask);
-  }
-  return sum;
-}
-
 // Rows of a few vectors per thread, whose columns' sums stay in registers for the whole tile.
 //
 // Rows come in batches, through a ring of batches in shared memory, which keeps them for both of their uses: a thread

@@ -17,6 +17,15 @@ struct CodeRows : UpdateRows<T> {
   CodeTable<T> table;
 };
 
+// Rows of a thread whose loads are issued together. Of two such sets one is under way while the other is worked on.
+template <class A, bool kCodes>
+struct UpdateLoads {
+  static constexpr int kRows = A::kWhole ? A::kRows : kRowsInFlight / 2;
+  typename A::Grad g[kRows];
+  typename A::Param w[kRows];
+  [[maybe_unused]] Codes codes[kCodes ? kRows : 1];
+};
+
 // No root and no division in the loop but those of codes: a tile's rows are prepared in shared memory, its columns in
 // registers. `kCodes`: the first moment is whole, in 8 bits.
 template <class A, bool kWatched, bool kCodes>
@@ -39,6 +48,24 @@ HFAC_DEVICE void update_tile(const Arguments& a) {
   const int64_t col = static_cast<int64_t>(col_tile) * tiling.cols + x * kVector;
   const int count = vector_count(col, tile_end < cols ? tile_end : cols);
 
+  const Operand grad = it.grad;
+  const auto param = A::target(a, it);
+  [[maybe_unused]] const CodesAt<A> codes_at(a, it);
+
+  using Loads = UpdateLoads<A, kCodes>;
+  const int end = count ? tile_rows : 0;
+  const auto load = [&](Loads& into, int row) {
+    HFAC_UNROLLED (r, Loads::kRows) {
+      if (row + r * ys >= end) continue;
+      const int64_t at = (first_row + row + r * ys) * cols + col;
+      into.g[r] = A::grad(grad, a.layouts, at, count, true);
+      into.w[r] = A::param(param, a.layouts, at, count);
+      if constexpr (kCodes) into.codes[r] = codes_at.load(at, count);
+    }
+  };
+  Loads loads[2];
+  if constexpr (A::kWhole) load(loads[0], y);
+
   const T scale = *space.scale, divisor = *space.divisor;
   const T* r = static_cast<const T*>(it.second_row);
   const Decay<T> b1(a.scalars.beta1, it.index);
@@ -60,67 +87,58 @@ HFAC_DEVICE void update_tile(const Arguments& a) {
     col_first[k] = k < count ? space.col_first[col + k] : T(0);
     col_scale[k] = k < count ? space.col_scale[col + k] : T(0);
   }
-  const Operand grad = it.grad;
-  const auto param = A::target(a, it);
-  [[maybe_unused]] const CodesAt<A> codes_at(a, it);
   const Gradient<T> gradient(a);
   const T lr = static_cast<T>(value_of(a.scalars.lr, 0));
   const T weight_decay = static_cast<T>(value_of(a.scalars.weight_decay, 0));
   [[maybe_unused]] const T step = lr * (T(1) / divisor), decay = lr * weight_decay;
   __syncthreads();
-  if (!kWatched && !count) return;
 
-  // Codes are worked on in many registers, of which loads of 4 bytes an element and more leave too few.
-  constexpr int kTogether = kCodes && A::kRows == 1 ? 2 : kRowsInFlight;
   Watch<A> watch;
-  for (int base = 0; base < (kWatched && !count ? 0 : tile_rows); base += ys * kTogether) {
-    typename A::Grad g_raw[kTogether];
-    typename A::Param w_raw[kTogether];
-    [[maybe_unused]] Codes codes[kTogether];
-    HFAC_UNROLLED (k, kTogether) {
-      const int row = base + k * ys + y;
-      if (row >= tile_rows) continue;
-      const int64_t at = (first_row + row) * cols + col;
-      g_raw[k] = A::grad(grad, a.layouts, at, count, true);
-      w_raw[k] = A::param(param, a.layouts, at, count);
-      if constexpr (kCodes) codes[k] = codes_at.load(at, count);
+  const auto update = [&](const Loads& loaded, int r, int row) {
+    const int64_t at = (first_row + row) * cols + col;
+    T g[kVector], w[kVector];
+    A::widen(loaded.g[r], g);
+    A::widen(loaded.w[r], w);
+    if constexpr (kCodes) {
+      gradient.unscale(g);  // the sign is in the row's factor
+    } else {
+      gradient(g);
     }
-    HFAC_UNROLLED (k, kTogether) {
-      const int row = base + k * ys + y;
-      if (row >= tile_rows) continue;
-      const int64_t at = (first_row + row) * cols + col;
-      T g[kVector], w[kVector];
-      A::widen(g_raw[k], g);
-      A::widen(w_raw[k], w);
-      if constexpr (kCodes) {
-        gradient.unscale(g);  // the sign is in the row's factor
+    const T first = shared.first[row], row_scale = shared.scale[row];  // here: earlier, some kernels would spill
+    if constexpr (kCodes) {
+      T moment[kVector];
+      Codes codes = loaded.codes[r];
+      HFAC_UNROLLED (j, kVector) g[j] = g[j] * col_scale[j] * row_scale;
+      step_codes(codes, shared.table, first, col_first, g, A::rough(param), moment);
+      HFAC_UNROLLED (j, kVector) w[j] = common::hfac_int8_update(w[j], moment[j], g[j], b1.beta, step, decay);
+      codes_at.store(at, count, codes);
+    } else {
+      HFAC_UNROLLED (j, kVector) {
+        w[j] = common::hfac_update(w[j], g[j], first, col_first[j], col_scale[j], row_scale, lr, weight_decay);
+      }
+    }
+    if constexpr (kWatched) {
+      T old[kVector];
+      A::widen(loaded.w[r], old);
+      watch.add(param, old, w, count);
+    }
+    A::store(param, a.layouts, at, count, w);
+  };
+  const int of_set = ys * Loads::kRows;
+  for (int base = 0; base < end; base += 2 * of_set) {
+    HFAC_UNROLLED (s, 2) {
+      const int row = base + s * of_set + y;
+      if constexpr (A::kWhole) {
+        load(loads[(s + 1) % 2], row + of_set);
       } else {
-        gradient(g);
+        load(loads[s], row);
       }
-      const T first = shared.first[row], row_scale = shared.scale[row];  // here: earlier, some kernels would spill
-      if constexpr (kCodes) {
-        T moment[kVector];
-        HFAC_UNROLLED (j, kVector) g[j] = g[j] * col_scale[j] * row_scale;
-        step_codes(codes[k], shared.table, first, col_first, g, A::rough(param), moment);
-        HFAC_UNROLLED (j, kVector) w[j] = common::hfac_int8_update(w[j], moment[j], g[j], b1.beta, step, decay);
-        codes_at.store(at, count, codes[k]);
-      } else {
-        HFAC_UNROLLED (j, kVector) {
-          w[j] = common::hfac_update(w[j], g[j], first, col_first[j], col_scale[j], row_scale, lr, weight_decay);
-        }
+      HFAC_UNROLLED (r, Loads::kRows) {
+        if (row + r * ys < end) update(loads[s], r, row + r * ys);
       }
-      if constexpr (kWatched) {
-        T old[kVector];
-        A::widen(w_raw[k], old);
-        watch.add(param, old, w, count);
-      }
-      A::store(param, a.layouts, at, count, w);
     }
   }
-  if constexpr (kWatched) {
-    __shared__ double sums[kTileThreads];
-    watch.finish(a, it, sums);
-  }
+  if constexpr (kWatched) watch.finish(a, it);
 }
 
 }  // namespace hfac

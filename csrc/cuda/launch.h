@@ -37,7 +37,7 @@ HFAC_DEVICE char* dynamic_shared() {
 using emulation::dynamic_shared;
 #endif
 
-constexpr int kWarp = 32;
+constexpr int kWarp = 32, kTileWarps = kTileThreads / kWarp;
 #if defined(__AMDGCN_WAVEFRONT_SIZE)
 static_assert(__AMDGCN_WAVEFRONT_SIZE == kWarp, "row sums are written for warps of 32 threads");
 #endif

@@ -1,9 +1,11 @@
-// Tilings, workspaces and launches, from shapes and types.
+// Groups, workspaces and launches, from shapes and types.
 #include "plan.h"
 
 #include <algorithm>
 #include <numeric>
 #include <utility>
+
+#include "tiling.h"
 
 namespace hfac {
 namespace {
@@ -13,11 +15,6 @@ constexpr int64_t kFewBytes = 512ll << 20;   // of gradients: lists of no more a
 constexpr int64_t kFewGroups = 4;
 // Of a group of a longer list: what L2 would save costs more, in launches and in the partial sums of short tiles.
 constexpr int64_t kGroupElements = 512ll << 20;
-constexpr int64_t kStatsBlocks = 128, kStatsTile = 128 << 10;  // elements
-constexpr int64_t kStatsRows = 8;                              // of a thread in a batch, at most
-constexpr int32_t kSmmfLanes = 64;  // of SMMF's tiles where there are so many columns: 1 KB of a row of bfloat16
-constexpr int64_t kAnyTile = 2048;  // elements of SMMF's tiles that go one by one, which takes ten times as long
-constexpr int32_t kCodeRows = 32;   // of a tile of the update of codes, which has no partial sums
 
 int64_t state_bytes(const DeviceItem& it) { return is_double(it) ? 8 : 4; }
 int64_t elements(const DeviceItem& it) { return it.rows * it.cols; }
@@ -28,91 +25,6 @@ int64_t param_bytes(const DeviceItem& it) {
 
 int64_t runs(const DeviceItem& it) { return ceil_quotient(elements(it), kRun); }
 int64_t padded(int64_t bytes) { return (bytes + 15) / 16 * 16; }
-
-int32_t power_of_two(int64_t at_least) {
-  int32_t p = 1;
-  while (p < at_least) p *= 2;
-  return p;
-}
-
-// The update has no partial sums, so it takes few rows, by the elements that are launched together: 16 M make 256
-// blocks of 32 rows. With more blocks than that, rows read their columns' factors less often.
-int32_t updated_rows(int64_t launched) { return launched < (8 << 20) ? 16 : launched < (32 << 20) ? 32 : 64; }
-
-// Rows per tile of H-Fac's statistics, of which `launched` elements are launched together. A multiprocessor, of which
-// there are 108 to 148, holds two blocks, or one of long rows. All that are held at a time take as long, and so tiles
-// are as many as there can be, or a few times as many; of small launches half as many, because a tile's partial sums
-// cost 24 bytes per column, written and read.
-int32_t statistics_rows(int64_t launched, int64_t cols, Width width) {
-  const int64_t blocks = stats_threads(width) == kTileThreads ? 2 * kStatsBlocks : kStatsBlocks;
-  int64_t tile = ceil_quotient(launched, blocks);
-  if (tile < kStatsTile) tile = ceil_quotient(launched, kStatsBlocks);
-  const int64_t most = std::max<int64_t>(256, kStatsTile / 2 / cols), rows = ceil_quotient(tile, cols);
-  return static_cast<int32_t>(std::max<int64_t>(16, ceil_quotient(rows, ceil_quotient(rows, most))));
-}
-
-// Columns are divided evenly, so that no tile of a row of tiles leaves most of its threads idle. At least as many rows
-// as the block has in flight at once.
-Tiling cut(const DeviceItem& it, int32_t rows) {
-  Tiling t;
-  t.col_tiles = static_cast<int32_t>(ceil_quotient(it.cols, kTileCols));
-  const int64_t vectors = ceil_quotient(ceil_quotient(it.cols, t.col_tiles), kVector);
-  t.cols = static_cast<int32_t>(vectors * kVector);
-  t.lanes = power_of_two(vectors);
-  t.rows = std::max(rows, kTileThreads / t.lanes * kRowsInFlight);
-  t.row_tiles = static_cast<int32_t>(ceil_quotient(it.rows, t.rows));
-  return t;
-}
-
-// Whole rows, of whole warps or of lanes that a warp shares out evenly; tiles of whole batches, whatever the type and
-// the layout, so that these change no bit.
-Tiling cut_in_rows(const DeviceItem& it, Access access, int32_t rows) {
-  const Width width = width_of(it, access);
-  Tiling t;
-  t.col_tiles = 1;
-  const int64_t vectors = ceil_quotient(it.cols, kVector);
-  t.cols = static_cast<int32_t>(vectors * kVector);
-  int64_t batch = kWideRows;
-  t.lanes = stats_threads(width);
-  if (width != Width::kWide) {
-    const int64_t lanes = ceil_quotient(vectors, stats_vectors(width));
-    const int rows_of_thread = stats_rows(width, held_bytes(access));
-    t.lanes = lanes > 32 ? static_cast<int32_t>(ceil_quotient(lanes, 32) * 32)
-                         : std::max({8, 2 * rows_of_thread, power_of_two(lanes)});
-    batch = stats_threads(width) / t.lanes * kStatsRows;
-  }
-  t.rows = static_cast<int32_t>(ceil_quotient(rows, batch) * batch);
-  t.row_tiles = static_cast<int32_t>(ceil_quotient(it.rows, t.rows));
-  return t;
-}
-
-// May it consist of whole vectors, by its shape?
-bool whole(const DeviceItem& it) { return it.cols % kVector == 0 && it.signs.slice % kVector == 0; }
-
-// Elements of SMMF's tiles: two blocks for each multiprocessor where a matrix has 16 M elements, and fewer partial sums
-// where it has more. By the matrix alone, so that it steps to the same bits in any list and in gradient release.
-int64_t smmf_tile(int64_t elements) { return elements < (32 << 20) ? 64 << 10 : 128 << 10; }
-
-// Tiles of a matrix of SMMF. A tile has partial sums for its rows and its columns, so it is nearly square; its width is
-// the one that leaves the fewest threads idle.
-Tiling cut_smmf(const DeviceItem& it, int64_t tile) {
-  const int64_t vectors = ceil_quotient(it.cols, kVector);
-  int32_t lanes = power_of_two(vectors);
-  if (lanes > kSmmfLanes) {
-    lanes = kSmmfLanes;
-    for (const int32_t other : {kSmmfLanes * 2, kSmmfLanes / 2}) {
-      if (ceil_quotient(vectors, other) * other < ceil_quotient(vectors, lanes) * lanes) lanes = other;
-    }
-  }
-  Tiling t;
-  t.lanes = lanes;
-  t.col_tiles = static_cast<int32_t>(ceil_quotient(vectors, lanes));
-  t.cols = static_cast<int32_t>(ceil_quotient(vectors, t.col_tiles) * kVector);
-  const int64_t least = int64_t{kTileThreads} / lanes, most = kSmmfRows;
-  t.rows = static_cast<int32_t>(std::clamp(tile / (lanes * kVector), least, most));
-  t.row_tiles = static_cast<int32_t>(ceil_quotient(it.rows, t.rows));
-  return t;
-}
 
 class Planner {
  public:
@@ -129,12 +41,11 @@ class Planner {
       if (elements(it) == 0) continue;  // a shard that has moments, and no tiles
       const int64_t together = group_elements(of_list, size_of(it.grad.dtype));
       const int64_t launched = std::max(elements(it), std::min(of_list, together));
-      const int32_t updated = updated_rows(launched);
-      if (smmf_matrices()) it.tiling = cut_smmf(it, whole(it) ? smmf_tile(elements(it)) : kAnyTile);
-      if (whole_hfac() || applies()) it.update = cut(it, codes() ? kCodeRows : updated);
+      if (smmf_matrices()) it.tiling = cut_smmf(it);
+      if (whole_hfac() || applies()) it.update = cut_update(it, bulk_[i], codes(), launched);
     }
     if (whole_hfac() || options_.op == OpKind::kHfacSums) {
-      for (const Group& group : hfac_groups(all())) cut_statistics(group);
+      for (const Group& group : hfac_groups(all())) cut_group(group);
     }
     switch (options_.op) {
       case OpKind::kHfac:
@@ -209,6 +120,8 @@ class Planner {
     switch (kernel) {
       case Kernel::smmf_tiles:
         return {pair_access(it, bulk), tiles_of(it.tiling)};
+      case Kernel::hfac_small:
+        return {pair_access(it, bulk), 1};
       case Kernel::hfac_stats:
         return {grad_access(it, bulk), tiles_of(it.tiling)};
       case Kernel::hfac_update:
@@ -258,6 +171,11 @@ class Planner {
         b.partial += number * moments * (it.tiling.col_tiles * it.rows + it.tiling.row_tiles * it.cols);
         b.partial += number * moments * tiles_of(it.tiling);
         b.states += moments * numbers;
+        break;
+      case Kernel::hfac_small:
+        b.grad += grad;
+        b.param += param_bytes(it);
+        b.states += 4 * numbers;
         break;
       case Kernel::hfac_stats:
         b.grad += grad;
@@ -373,7 +291,7 @@ class Planner {
 
   Width stats_width(int32_t i) const { return width_of(item(i), grad_access(item(i), bulk_[static_cast<size_t>(i)])); }
 
-  void cut_statistics(const Group& group) {
+  void cut_group(const Group& group) {
     int64_t launched[kWidths] = {};
     // Short rows are a width of their own in some types only.
     const auto of = [&](int32_t i) { return static_cast<int>(std::max(stats_width(i), Width::kOne)); };
@@ -383,7 +301,7 @@ class Planner {
       if (elements(it) == 0) continue;
       const Width width = stats_width(i);
       const int32_t rows = statistics_rows(launched[of(i)], it.cols, width);
-      it.tiling = cut_in_rows(it, grad_access(it, bulk_[static_cast<size_t>(i)]), rows);
+      it.tiling = cut_statistics(it, grad_access(it, bulk_[static_cast<size_t>(i)]), rows);
     }
   }
 
@@ -409,7 +327,14 @@ class Planner {
   }
 
   void hfac() {
-    for (const Group& group : hfac_groups(all())) {
+    Group small, larger;
+    for (const int32_t i : all()) {
+      const bool one_block = !codes() && elements(item(i)) && in_one_block(item(i), bulk_[static_cast<size_t>(i)]);
+      (one_block ? small : larger).push_back(i);
+    }
+    emit(Kernel::hfac_small, small);
+    next_.group += small.empty() ? 0 : 1;
+    for (const Group& group : hfac_groups(larger)) {
       allot(group);
       const int64_t bytes = gradients(group);
       cached_ = bytes ? static_cast<double>(std::min(bytes, cache())) / static_cast<double>(bytes) : 0;

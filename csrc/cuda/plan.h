@@ -17,6 +17,7 @@ namespace hfac {
   KERNEL(smmf_tiles)         \
   KERNEL(smmf_fold)          \
   KERNEL(smmf_sums_fold)     \
+  KERNEL(hfac_small)         \
   KERNEL(hfac_stats)         \
   KERNEL(hfac_collect)       \
   KERNEL(hfac_fold)          \

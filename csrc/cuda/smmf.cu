@@ -34,14 +34,6 @@ HFAC_DEVICE unsigned push_sign(unsigned bits, float x) {
 }
 HFAC_DEVICE unsigned push_sign(unsigned bits, double x) { return bits << 1 | (x > 0.0 ? 1u : 0u); }
 
-HFAC_DEVICE int log2_of(int power) {
-#if defined(__CUDA_ARCH__)
-  return 31 - __clz(power);
-#else
-  return __builtin_ctz(static_cast<unsigned>(power));
-#endif
-}
-
 // Of both moments.
 template <class T>
 struct alignas(2 * sizeof(T)) Both {
@@ -92,7 +84,7 @@ HFAC_DEVICE void add_alternate(T value, T* shared) {
 template <class T>
 HFAC_DEVICE T alternate_sum(const T* shared, int moment) {
   T sum = T(0);
-  HFAC_UNROLLED (w, kTileThreads / kWarp) sum = sum + shared[2 * w + moment];
+  HFAC_UNROLLED (w, kTileWarps) sum = sum + shared[2 * w + moment];
   return sum;
 }
 
@@ -108,7 +100,7 @@ template <class A, bool kShard, bool kWatched>
 __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) smmf_tiles(Arguments a) {
   using T = typename A::T;
   __shared__ T shared[kShared];
-  __shared__ T tile_sums[kTileThreads / kWarp * 2];
+  __shared__ T tile_sums[2 * kTileWarps];
   if (skipped(a)) return;
   const Tile tile = tile_of(a);
   const DeviceItem& it = a.items[tile.item];
@@ -269,10 +261,7 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
   }
   __syncthreads();
 
-  if constexpr (kWatched) {
-    __shared__ double watched[kTileThreads];
-    watch.finish(a, it, watched);
-  }
+  if constexpr (kWatched) watch.finish(a, it);
 
   const SmmfSpace<T> space(it, a.workspace);
   const int odd = static_cast<int>(threadIdx.x) % 2;  // this thread's moment among the sums of rows
@@ -363,7 +352,7 @@ HFAC_DEVICE void add_shares(const FoldSums<T>& mine, T* shared, const Put& put) 
 template <class T>
 __global__ void __launch_bounds__(kTileThreads) smmf_fold(Arguments a) {
   __shared__ T shared[4 * kTileThreads];
-  __shared__ T tile_sums[kTileThreads / kWarp * 2];
+  __shared__ T tile_sums[2 * kTileWarps];
   if (skipped(a)) return;
   const Tile tile = tile_of(a);
   const DeviceItem& it = a.items[tile.item];

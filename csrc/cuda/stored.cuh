@@ -303,12 +303,14 @@ constexpr bool kPlainStep = true;
 using AnyAccesses = CaseList<AnyFloat>;
 using GradAccesses = CaseList<Brain, Float, AnyFloat>;
 using PairAccesses = GradAccesses;
+using NearestAccesses = CaseList<Brain, Float>;  // of whole vectors
 #else
 constexpr bool kPlainStep = false;
 using AnyAccesses = CaseList<AnyFloat, AnyDouble, AnyStored>;
 using GradAccesses = CaseList<HFAC_CASES_OF_16_BITS(Brain, Half, ) Float, AnyFloat, AnyDouble>;
 using PairAccesses = CaseList<HFAC_CASES_OF_16_BITS(Brain, Half, BrainFloat, FloatBrain, Drawn, Split, Split8, ) Float,
                               DrawnFloat, SplitFloat, Split8Float, AnyFloat, AnyDouble, AnyStored>;
+using NearestAccesses = CaseList<HFAC_CASES_OF_16_BITS(Brain, Half, BrainFloat, FloatBrain, ) Float>;
 #endif
 
 // Kernels that write parameters, watched and not.

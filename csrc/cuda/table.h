@@ -76,6 +76,8 @@ struct DeviceStorage {
   int32_t stochastic;
 };
 
+constexpr int kSmallRows = 2;  // of a thread, of a matrix of H-Fac's that a block holds
+
 constexpr int kSmmfRows = 1024;  // of a tile of SMMF's at most
 
 // How a matrix is cut. `lanes` threads, a power of two, share a row; the others of the block take further rows.

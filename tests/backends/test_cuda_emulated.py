@@ -64,13 +64,13 @@ def test_autograd_notices_the_write(name):
     test_parity.test_autograd_notices_the_write(name, emulated.NAME)
 
 
-@pytest.mark.parametrize("cols", [64, 1024, 4096, 8192, 16384])
-def test_a_copy_that_is_used_before_its_wait_is_seen(cols):
+@pytest.mark.parametrize("shape", [(80, 64), (40, 1024), (40, 4096), (40, 8192), (40, 16384)], ids=shape_id)
+def test_a_copy_that_is_used_before_its_wait_is_seen(shape):
     """Statistics of rows of every length that reach shared memory by copies; the emulation leaves out their waits."""
-    _, plain = steps("HFac", [(40, cols)], count=1)
+    _, plain = steps("HFac", [shape], count=1)
     emulated.native.inject_fault("wait")
     try:
-        _, early = steps("HFac", [(40, cols)], count=1)
+        _, early = steps("HFac", [shape], count=1)
     finally:
         emulated.native.inject_fault("")
     for name in ("exp_avg_sq_row", "exp_avg_sq_col"):
@@ -197,6 +197,17 @@ OPS = ["hfac_step", "hfac_int8_step", "hfac_dense_step", "smmf_step", "smmf_dens
 
 def everything(param, states):
     return [param.clone(), *(tensor.clone() for tensors in states.values() for tensor in tensors)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS["HFac"])
+def test_a_matrix_that_a_block_holds_steps_to_the_bits_of_others(options, dtype):
+    """Where the norm of all gradients is wanted, and is far below its limit, it takes the launches of a larger one."""
+    shapes = [(64, 64), (16, 256), (32, 104), (17, 16), (3, 8)]
+    given = OPTIONS["HFac"][options]
+    assert_same_bits(
+        steps("HFac", shapes, dtype=dtype, **given), steps("HFac", shapes, dtype=dtype, max_grad_norm=1e30, **given)
+    )
 
 
 @pytest.mark.parametrize("op", OPS)

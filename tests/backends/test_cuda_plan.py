@@ -5,6 +5,7 @@ import math
 import pytest
 
 from bench import launch_plan
+from bench.launch_plan import CODES
 from bench.shapes import gpt2, llama3_8b
 
 try:
@@ -63,8 +64,25 @@ def test_codes_of_8_bits_occupy_every_multiprocessor():
 
 def test_two_thousand_small_matrices_take_few_launches():
     shapes = [(64, 64)] * 2000
-    assert len(launch_plan.plan("hfac", shapes, "bfloat16")) == 3
+    assert [la["kernel"] for la in launch_plan.plan("hfac", shapes, "bfloat16")] == ["hfac_small"]
+    assert len(launch_plan.plan("hfac", shapes, "bfloat16", norm=True)) <= 6
     assert [la["kernel"] for la in launch_plan.plan("smmf", shapes, "bfloat16")] == ["smmf_tiles"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_matrix_that_a_block_holds_takes_one_launch(dtype):
+    """Gradient, parameter and factors are read once, and nothing goes through a workspace."""
+    for shape in [(64, 64), (16, 256), (32, 128), (3, 8)]:
+        (launch,) = launch_plan.plan("hfac", [shape], dtype)
+        assert launch["kernel"] == "hfac_small" and launch["blocks"] == 1
+        assert launch["partial"] == 0 and launch["states"] == 4 * 4 * sum(shape)
+        assert launch["grad"] == launch["param_read"] == math.prod(shape) * (2 if dtype == "bfloat16" else 4)
+    for shape in [(65, 64), (17, 256), (8, 264), (40, 60)]:  # one row more, of more than a warp, of no whole vectors
+        assert launch_plan.plan("hfac", [shape], dtype)[0]["kernel"] == "hfac_stats"
+    assert {la["kernel"] for la in launch_plan.plan("hfac", [(64, 64)], dtype, norm=True)} >= {"hfac_stats"}
+    assert plan_of_codes([(64, 64)], CODES[dtype])[0]["kernel"] == "hfac_stats"
+    both = launch_plan.plan("hfac", [(64, 64), (512, 512)], dtype)
+    assert [la["kernel"] for la in both] == ["hfac_small", "hfac_stats", "hfac_fold", "hfac_update"]
 
 
 def test_partial_sums_of_a_group_have_a_bound():
@@ -87,7 +105,7 @@ def test_an_update_has_blocks_for_all_multiprocessors(shape, dtype):
     """Alone two for nearly each of 132; beside others in a list, a launch of which is what the cache holds, one."""
     alone, listed, many = (
         [la["blocks"] for la in launch_plan.plan("hfac", shapes, dtype) if la["kernel"] == "hfac_update"]
-        for shapes in ([shape], [shape] * 4, [(64, 64)] * 2000)
+        for shapes in ([shape], [shape] * 4, [(128, 64)] * 2000)
     )
     assert min(alone) >= 256 and min(listed) >= 128, (alone, listed)
     assert sum(many) == 2000

@@ -1,0 +1,30 @@
+// What H-Fac's folds make of the sums of a row or a column.
+#pragma once
+
+#include "../common/math/hfac.h"
+#include "stored.cuh"
+
+namespace hfac {
+
+using common::hfac_average;
+using common::hfac_clip_divisor;
+using common::hfac_half_drift;
+using common::root;
+
+// Stores new moments of row (or column) k, and returns half of phi (or psi). `before`: the first one as it was;
+// `length`: elements of a whole row.
+template <class T>
+HFAC_DEVICE T step_moments(void* first, void* second, int64_t k, T before, T mean, T square, T length,
+                           const Decay<T>& b1) {
+  const T average = hfac_average(b1.beta, before, b1.rest, mean);
+  static_cast<T*>(first)[k] = average;
+  static_cast<T*>(second)[k] = square;
+  return hfac_half_drift(b1.beta, average, mean, square, length);
+}
+
+template <class T>
+HFAC_DEVICE T clip_divisor(const Options& o, T mean_square) {
+  return o.clip ? hfac_clip_divisor(root(mean_square), o.clip_threshold) : T(1);
+}
+
+}  // namespace hfac
