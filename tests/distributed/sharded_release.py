@@ -3,6 +3,7 @@
 import copy
 
 import torch
+import torch.distributed as dist
 from sharded_models import OPTIMIZERS, Model, everything, loss_of, model, optimizer_of, wrap
 from sharded_steps import difference, run_all
 from sharded_traffic import Counted
@@ -164,3 +165,26 @@ def overlap(name):
     with Counted() as counter:
         loss_of(net, 1).backward()
     return seen, len(counter.calls)
+
+
+def part_ways(name):
+    """What a backward pass says where one rank has lost a gradient before the module is stepped, and whether any
+    parameter of that module has changed."""
+    net = wrap("fsdp", model())
+    bias, block = net.blocks[1].down.bias, net.blocks[1]
+
+    def lose(param):
+        if dist.get_rank() == 1:
+            param.grad = None
+
+    bias.register_post_accumulate_grad_hook(lose)
+    params = list(block.parameters())
+    optimizer, _ = made(name, net)
+    before = [param.to_local().detach().clone() for param in params]
+    try:
+        loss_of(net, 0).backward()
+        optimizer.step()
+    except RuntimeError as error:
+        changed = any(not torch.equal(old, p.to_local()) for old, p in zip(before, params, strict=True))
+        return str(error), changed
+    return "nothing", False

@@ -200,6 +200,8 @@ def lose_one(folder, name, how, mode=""):
     optimizer = optimizer_of(name, net, backend="reference")
     if mode == "released":
         hfac.release_gradients(net, optimizer)
+    if mode == "watched":
+        optimizer.param_groups[0]["watch"] = True
     if mode == "scaled":
         optimizer.param_groups[0]["amp_scaling"] = True
         optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())  # as a GradScaler sets them

@@ -1,5 +1,7 @@
 """FSDP2's parameters are stepped in the backward pass, those of a module together, as those of the bare model are."""
 
+import re
+
 from sharded import on_ranks
 from sharded_models import OPTIMIZERS
 from test_sharded import agree
@@ -55,3 +57,14 @@ def test_the_backward_pass_goes_on_while_sums_are_under_way():
     """The first block's begins when the second's gradients have been sent off, and are still there."""
     for seen, sent in on_ranks(4, *(("sharded_release:overlap", name) for name in OPTIMIZERS)):
         assert seen == [(1, 0, []), (0, 1, [1])] and sent == 3
+
+
+def test_a_gradient_on_some_ranks_only_ends_the_backward_pass():
+    """On every rank, and names the parameter; SMMF, which adds up its sums behind the step, has made it."""
+    for name, (message, changed) in zip(
+        OPTIMIZERS, on_ranks(4, *(("sharded_release:part_ways", name) for name in OPTIMIZERS)), strict=True
+    ):
+        assert re.match(r"parameter \d+ of group 0 \(shape \(16,\)\) has a gradient on 3 of the 4 ranks", message), (
+            message
+        )
+        assert changed == (name == "SMMF") and ("checkpoint" in message) == changed
