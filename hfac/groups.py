@@ -128,10 +128,9 @@ def _check_options(given: Mapping[str, Any]) -> None:
     known = {name: None for cls in (HFac, SMMF) for name in cls._all_rules()}
     for name in given:
         if name not in known:
-            initials = "".join(word[:1] for word in name.split("_"))  # learning_rate
-            nearest = initials if initials in known else _nearest(name, known, 3)
             raise TypeError(
-                f"param_groups takes options of hfac.HFac and hfac.SMMF, got {name!r}; the nearest of them: {nearest}"
+                f"param_groups takes options of hfac.HFac and hfac.SMMF, got {name!r}; the nearest of them: "
+                f"{options.nearest(name, known)}"
             )
 
 

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="compare steps of every backend with the reference, and measure them (about 10 seconds); exit status 1 "
+        help="compare steps of every backend with the reference, and measure them (about half a minute); exit status 1 "
         "if they differ. Add its output to a bug report",
     )
     parser.add_argument("--device", metavar="NAME", help="check this device only, such as cuda:1 (default: all here)")

@@ -168,11 +168,13 @@ class CheckpointedOptimizer(StatefulOptimizer):
                 f"{name}: the optimizer has {len(sizes)} groups of {sizes} parameters, the state dict "
                 f"{len(saved_sizes)} of {saved_sizes}. Build the optimizer with the parameter groups it was saved with."
             )
-        for index, saved in enumerate(saved_groups):
+        for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
             if self._own_option not in saved:
+                kept = {key: group[key] for key, usual in self._state_options.items() if group[key] != usual}
+                target = ", ".join([f"to={self._algorithm!r}", *(f"{key}={value!r}" for key, value in kept.items())])
                 raise ValueError(
                     f"{name}: group {index} of the state dict has no {self._own_option!r}: it was saved by another "
-                    f"optimizer. hfac.convert(state_dict, params, to={self._algorithm!r}) translates what it knows."
+                    f"optimizer. hfac.convert(state_dict, params, {target}) translates what it knows."
                 )
         checked_groups = [{**self._state_options, **self._checked(saved)} for saved in saved_groups]
         self._check_state_options(checked_groups)

@@ -79,6 +79,7 @@ class HFac(FactoredOptimizer):
     }
     _state_options = {"first_moment": "factored"}
 
+    @options.by_name()
     @options.positional_to(
         "eps",
         "pass weight_decay, AdamW's next, and clip_threshold, which was the next here, by name.",

@@ -12,9 +12,10 @@ import math
 import operator
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from difflib import get_close_matches
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -161,6 +162,39 @@ def positional_to(last: str, hint: str) -> Callable[[_Init], _Init]:
             if len(args) >= most:
                 name, positional = type(self).__name__, f"{most - 1} positional arguments (to {last})"
                 raise TypeError(f"{name} takes at most {positional}, got {len(args)}: {hint}")
+            init(self, *args, **kwargs)
+
+        return checked  # type: ignore[return-value]
+
+    return decorate
+
+
+def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
+    """Names that are known, the most similar to ``name`` first; of a long form its initials, as lr of learning_rate."""
+    names = list(dict.fromkeys(known))
+    initials = "".join(word[:1] for word in name.split("_"))
+    return initials if initials in names else ", ".join(get_close_matches(name, names, most, 0.0))
+
+
+def by_name(**elsewhere: str) -> Callable[[_Init], _Init]:
+    """Has a constructor refuse arguments that it does not have with the nearest that it has.
+
+    Args:
+        elsewhere: arguments of `torch.optim.AdamW` that the constructor lacks, and what to do instead.
+    """
+    left_out = "leave it out: fused kernels are the default, and docs/backends.md says which run"
+    hints = {"fused": left_out, "foreach": left_out, "differentiable": "leave it out: steps are not differentiable"}
+    hints |= {"amsgrad": "leave it out: there is no variant that keeps the maximum of the second moment"} | elsewhere
+
+    def decorate(init: _Init) -> _Init:
+        known = list(inspect.signature(init).parameters)[1:]
+
+        @functools.wraps(init)
+        def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+            for given in kwargs:
+                if given not in known:
+                    hint = f"instead, {hints[given]}" if given in hints else f"the nearest: {nearest(given, known)}"
+                    raise TypeError(f"{type(self).__name__} has no argument {given!r}; {hint}")
             init(self, *args, **kwargs)
 
         return checked  # type: ignore[return-value]

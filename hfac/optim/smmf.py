@@ -77,6 +77,7 @@ class SMMF(FactoredOptimizer):
         "weight_decay_mode": options.choice(*get_args(WeightDecayMode)),
     }
 
+    @options.by_name(betas="pass beta=betas[0]; decay_rate has the place of the second")
     def __init__(
         self,
         params: ParamsT,

@@ -271,7 +271,11 @@ ROWS = [
     ("backend-unknown", BOTH, new(backend="rocm"), ValueError,
      r"backend must be one of 'auto'.*'reference', got 'rocm'"),
     ("backend-none", BOTH, new(backend=None), TypeError, r"backend must be one of"),
-    ("option-unknown", BOTH, new(momentum=0.9), TypeError, r"unexpected keyword argument 'momentum'"),
+    ("option-unknown", BOTH, new(momentum=0.9), TypeError, r"has no argument 'momentum'; the nearest: "),
+    ("option-misspelt", BOTH, new(weight_dacay=0.1), TypeError, r"has no argument 'weight_dacay'.* weight_decay, "),
+    ("option-long-form", BOTH, new(learning_rate=0.1), TypeError, r"has no argument 'learning_rate'; the nearest: lr$"),
+    ("option-of-adamw", BOTH, new(fused=True), TypeError, r"has no argument 'fused'; instead, leave it out"),
+    ("betas", S, new(betas=(0.9, 0.99)), TypeError, r"has no argument 'betas'; instead, pass beta="),
     # ---- parameters
     ("params-empty", BOTH, of(list), ValueError, r"empty parameter list"),
     ("params-one-tensor", BOTH, of(lambda: Parameter(matrix())), TypeError,

@@ -40,6 +40,19 @@ def test_adamws_line_of_arguments_is_refused():
     assert list(inspect.signature(HFac).parameters)[:5] == ["params", "lr", "betas", "eps", "clip_threshold"]
 
 
+def test_adamws_state_dict_names_the_conversion():
+    """Into the state that this optimizer keeps, so that what it returns loads."""
+    params = params_of()
+    adamw = torch.optim.AdamW(params)
+    adamw.step()
+    for cls, target in ((HFac, {"to": "hfac"}), (HFac, {"to": "hfac", "first_moment": "int8"}), (SMMF, {"to": "smmf"})):
+        made = cls(params, **{name: value for name, value in target.items() if name != "to"})
+        given = ", ".join(f"{name}={value!r}" for name, value in target.items())
+        with pytest.raises(ValueError, match=rf"hfac\.convert\(state_dict, params, {given}\) translates"):
+            made.load_state_dict(adamw.state_dict())
+        made.load_state_dict(hfac.convert(adamw.state_dict(), params, **{"lr": 1e-3, **target}))
+
+
 def test_adamws_eps():
     found = warned(lambda: HFac([{"params": params_of()[:1], "eps": 1e-8}, {"params": params_of(), "eps": 1e-7}]))
     assert len(found) == 1 and "eps=1e-07 is added to every squared gradient" in found[0] and "1e-30" in found[0]
