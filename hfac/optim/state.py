@@ -299,12 +299,13 @@ class StatefulOptimizer(Optimizer):
 
     def _check_layout(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
         """Checks batch dimensions, and the options that exclude sharding, which may come after construction."""
+        batch, views = group["batch_dims"], group["views"]
+        slicing, whole = (f"batch_dims={batch}", "batch_dims=0") if views == 1 else (f"views={views}", "views=1")
         if group["watch"] and layout.is_sharded(param) and not needs_reduction(param, group):
             raise ValueError(
-                f"{where} has batch_dims={group['batch_dims']} and is sharded; watch=True is not supported with both: "
-                "no rank has all slices. Leave watch=False, or batch_dims=0."
+                f"{where} has {slicing} and is sharded; watch=True is not supported with both: no rank has all slices. "
+                f"Leave watch=False, or {whole}."
             )
-        batch, views = group["batch_dims"], group["views"]
         if batch == 0 and views == 1:
             return
         if batch >= param.ndim:
@@ -332,9 +333,8 @@ class StatefulOptimizer(Optimizer):
             )
         if group["nonfinite"] == "skip":
             raise ValueError(
-                f"{where} has batch_dims={batch} and is sharded; nonfinite='skip' is not supported with both: ranks"
-                " would count different steps. Use nonfinite='skip-step', which all ranks decide together, or"
-                " batch_dims=0."
+                f"{where} has {slicing} and is sharded; nonfinite='skip' is not supported with both: ranks would count "
+                f"different steps. Use nonfinite='skip-step', which all ranks decide together, or {whole}."
             )
 
     def _check_dtensor(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:

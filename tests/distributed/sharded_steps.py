@@ -290,6 +290,12 @@ def _fused(name, options):
     saved = optimizer.state_dict()
     saved["state"] = {i: {key: whole(value) for key, value in state.items()} for i, state in saved["state"].items()}
     loaded.load_state_dict(saved)
+    for more, named in (({"nonfinite": "skip"}, "skip-step"), ({"watch": True}, "watch=False")):
+        try:
+            getattr(hfac, name)(ours[:1], views=8, **more)
+            errors["taken"] = 1.0
+        except ValueError as error:
+            assert "has views=8 and is sharded" in str(error) and named in str(error), error
     for views, place in ((6, S0), (8, S1)):
         try:
             getattr(hfac, name)([torch.nn.Parameter(part_of(full[0][:, :4].contiguous(), mesh, [place]))], views=views)
