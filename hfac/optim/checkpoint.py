@@ -38,7 +38,8 @@ class CheckpointedOptimizer(StatefulOptimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a copy of ``state_dict``, as `state_dict` returns it; training resumes bit for bit.
+        """Loads a copy of ``state_dict``, as `state_dict` returns it; training resumes bit for bit. Tensors that are
+        this optimizer's own, which torch.distributed.checkpoint fills in place, are not copied.
 
         Everything is validated first. Tensors keep their own types, where torch's own loading would cast factors and
         sign bits to the parameter's. ``capturable``, ``backend``, ``amp_scaling`` and ``watch`` keep this optimizer's
@@ -54,11 +55,13 @@ class CheckpointedOptimizer(StatefulOptimizer):
         loaded: dict[Any, Any] = {}
         keep = (*EXECUTION, *self._state_options)
         execution = [{name: group[name] for name in keep} for group in self.param_groups]
+        before = {param: dict(state) for param, state in self.state.items()}
 
         # The user's hooks may rewrite the state dict, so their result is what must be checked and copied: the first of
         # these two hooks runs after all other pre-hooks, the second before all other post-hooks.
-        def check(optimizer: Optimizer, final: dict[str, Any]) -> None:
+        def check(optimizer: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
             loaded.update(self._checked_state(final))
+            return {**final, "state": {}}  # torch would make a copy of each tensor in the parameter's type
 
         def restore(optimizer: Optimizer) -> None:
             for index, (group, kept) in enumerate(zip(self.param_groups, execution, strict=True)):
@@ -74,7 +77,7 @@ class CheckpointedOptimizer(StatefulOptimizer):
                         continue
                     param = params[key]
                     self.state[param] = {
-                        name: value.clone(memory_format=torch.contiguous_format)
+                        name: _taken(value, before.get(param, {}).get(name))
                         if name in self._own_keys
                         else _copied(value, None if param.is_meta else param.device)
                         for name, value in state.items()
@@ -266,6 +269,17 @@ class CheckpointedOptimizer(StatefulOptimizer):
                 if entry[key].device.type == "cpu" and not 0 <= entry[key].item() < math.inf:
                     raise ValueError(f"{where}: '{key}' must be a number >= 0, got {entry[key].item()}")
         return entry
+
+
+def _taken(value: Tensor, own: Any) -> Tensor:
+    """A copy of a tensor, or ``own`` where that is the same memory."""
+    here = layout.local(value)
+    if isinstance(own, Tensor) and own.is_contiguous() and not own.is_inference():
+        mine = layout.local(own)
+        same = (mine.shape, mine.dtype, mine.data_ptr()) == (here.shape, here.dtype, here.data_ptr())
+        if same and here.is_contiguous() and layout.is_dtensor(own) == layout.is_dtensor(value):
+            return own
+    return value.clone(memory_format=torch.contiguous_format)
 
 
 def _copied(value: Any, device: torch.device | None) -> Any:
