@@ -51,6 +51,7 @@ py::dict info() {
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Native kernels of hfac. Each op returns the bytes of workspace that it held at most.";
   hfac::bindings::define_cpu(m);
+  hfac::bindings::define_snapshots(m);
   hfac::bindings::define_cuda(m);
   m.def("info", &info, "Version, compiler and instruction sets: compiled, usable on this processor, in use.");
   m.def("set_isa", &hfac::set_level, py::arg("name"),

@@ -7,13 +7,14 @@ The classes `hfac.HFac` and `hfac.SMMF` keep a `Group` of the tensors of each pa
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import memory, ops, schedules, spec
+from .backends.snapshots import same, snapshot
 from .rounding import BitOffset
 from .schedules import Scalar
 from .spec import MASTER_LOW
@@ -147,18 +148,80 @@ class _Bucket:
 
     call: ops.OpCall
     index: list[int] | None  # places in the group's lists; None where it is all of them
+    grad_dtype: torch.dtype
     steps: list[Tensor]
     skipped: list[Tensor] | None
-    on_host: bool  # the steps are read, and agree; else each parameter has its own decays, on the device
-    counters: Any  # what reads and advances the steps
+    on_host: ops.Counters | None  # the steps are read, and agree; else each parameter has its own decays, on the device
     batch_dims: int
     owners: "_Owners | None"  # with batch dimensions, where the device must know whose slice is whose
     rows: list[int] | None  # of a piece of each parameter, where these are cut into pieces
     counts: list[int]  # of each parameter, how many entries of the call are its slices
+    made: ops.DeviceCounters | None = None  # the steps, where the device counts them
+    left: ops.DeviceCounters | None = None  # steps that were skipped
 
-    def of(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def count(self, flags: Tensor | None, forbidden: Tensor | None, refused: Tensor | None) -> None:
+        """Counts a step. ``flags``: of the call's entries, which were skipped; ``forbidden``: 0-d, whether the step was
+        not made at all; ``refused``: 0-d, whether that counts as skipped."""
+        made = self.made
+        if self.on_host is not None:
+            self.on_host.advance()
+        elif made is not None:
+            made.add_(1)
+        if made is None and forbidden is not None:  # another group of the optimizer has amp_scaling
+            made = ops.DeviceCounters(self.steps)
+        if made is not None and self.left is not None and flags is not None and not _are_down(flags):
+            some, every = (flags, flags) if self.owners is None else self.owners.left(flags)
+            self.left.add_(some)
+            made.add_(every, alpha=-1)
+        if made is not None and forbidden is not None:
+            made.add_(forbidden, alpha=-1)
+        if self.left is not None and refused is not None:
+            self.left.add_(refused)
+
+    def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """What the call takes of a list that has one entry for each parameter of the group."""
-        return slices(tensors if self.index is None else pick(tensors, self.index), self.batch_dims, self.rows)
+        mine = tensors if self.index is None else pick(tensors, self.index)
+        return list(slices(mine, self.batch_dims, self.rows))
+
+
+class _Together:
+    """Buckets whose steps, or the skipped ones, are counted on one device: their decays are computed together."""
+
+    def __init__(self, buckets: Sequence[_Bucket], may_move: bool) -> None:
+        self._ends = list(accumulate(len(bucket.steps) for bucket in buckets))
+        self._buckets = buckets
+        self._counters = [ops.DeviceCounters([s for bucket in buckets for s in bucket.steps], may_move)]
+        for bucket in buckets:
+            bucket.made = ops.DeviceCounters(bucket.steps)
+        if buckets[0].skipped is not None:
+            self._counters.append(ops.DeviceCounters([s for b in buckets for s in b.skipped or ()], may_move))
+            for bucket in buckets:
+                bucket.left = ops.DeviceCounters(bucket.skipped or ())
+
+    def holds(self) -> bool:
+        return all(counters.holds() for counters in self._counters)
+
+    def decays(
+        self, algorithm: spec.Algorithm, options: Mapping[str, Any]
+    ) -> Iterator[tuple[_Bucket, Any, dict[str, Any]]]:
+        """Of the buckets whose steps the device alone knows, the number of their next step, and their decays."""
+        if self._buckets[0].on_host is not None:
+            return
+        made = self._counters[0].values()
+        t = made.to(schedules.step_dtype(made.device)) + 1
+        found = {"step": t, **algorithm.decays(t, options)}
+        for bucket, end in zip(self._buckets, self._ends, strict=True):
+            start = end - len(bucket.steps)
+            mine = {n: v[start:end] if isinstance(v, Tensor) and v.ndim else v for n, v in found.items()}
+            if bucket.owners is not None:
+                spread = bucket.owners.spread
+                mine = {n: spread(v) if isinstance(v, Tensor) and v.ndim else v for n, v in mine.items()}
+            yield bucket, mine.pop("step"), mine
+
+
+def _are_down(flags: Tensor) -> bool:
+    """Whether no flag is up, where the host can say so without waiting."""
+    return flags.is_cpu and type(flags) is Tensor and not flags.any()
 
 
 class _Owners:
@@ -273,8 +336,8 @@ class Group:
             if batch_dims:
                 _check_batch(batch_dims, params, read)
             self._params = list(params)
-            self._states = [[state for state in tensors if state is not None] for tensors in read.values()]
-            self._whereabouts = self._look()
+            self._sliced = [*params, *(state for tensors in read.values() for state in tensors if state is not None)]
+            self._known = snapshot(self._sliced)
             # Slices are of what shares memory and version, and no more: a view would own its tensor, which torch then
             # refuses to swap (torch.utils.swap_tensors).
             params = [param.detach() for param in params]
@@ -292,7 +355,6 @@ class Group:
                 f"params[{min(twice)}] and its states share memory, which backend={backend!r} reads and writes at "
                 "once. Give each memory of its own, or use backend='reference'."
             )
-        self._grad_dtypes = list(map(_DTYPE, grads))
         indices: dict[tuple[Any, ...], list[int]] = {}
         for i, (param, grad, step) in enumerate(zip(params, grads, state_steps, strict=True)):
             on_host = step.is_cpu and not capturable and not memory.is_fake(step)
@@ -304,7 +366,7 @@ class Group:
             key = (op, *like, *stored, *alone, on_host, step.item() if on_host else None)
             indices.setdefault(key, []).append(i)
         self._buckets = []
-        for (op, *_, low, stochastic, _, itself, on_host, _), index in indices.items():
+        for (op, _, _, grad_dtype, low, stochastic, _, itself, on_host, _), index in indices.items():
             mine, steps = pick(params, index), pick(state_steps, index)
             names = [state.name for state in op.states if state.name in read]
             names += [MASTER_LOW.name] if low is not None else []
@@ -323,26 +385,28 @@ class Group:
                 _Bucket(
                     call,
                     None if len(index) == len(params) else index,
+                    grad_dtype,
                     steps,
                     None if skipped is None else pick(skipped, index),
-                    on_host,
-                    ops.counters_of(steps),
+                    ops.Counters(steps) if on_host else None,
                     batch_dims,
                     _Owners(counts, steps[0].device) if told else None,
                     None if rows is None else pick(rows, index),
                     counts,
                 )
             )
+        # States of an optimizer may be moved, unless a graph reads them where they are, or would do the moving.
+        capturing = any(bucket.call.capturing() for bucket in self._buckets)
+        may_move = captured is not None and not captured and not capturing
+        counted: dict[tuple[torch.device, bool], list[_Bucket]] = {}
+        for bucket in self._buckets:
+            if bucket.on_host is None or bucket.skipped is not None:
+                counted.setdefault((bucket.steps[0].device, bucket.on_host is not None), []).append(bucket)
+        self._together = [_Together(mine, may_move and not read) for (_, read), mine in counted.items()]
 
-    def _holds(self, grads: Sequence[Tensor]) -> bool:
-        """The gradients have the types that they had; slices are where they were, which stay with the memory that they
-        were taken of. Where whole parameters are, `ops.OpCall` sees."""
-        return list(map(_DTYPE, grads)) == self._grad_dtypes and (
-            not self._batch_dims or self._look() == self._whereabouts
-        )
-
-    def _look(self) -> list[list[Any]]:
-        return ops.whereabouts(self._params, self._states, memory.address)
+    def _holds(self, bucket: _Bucket) -> bool:
+        """Parameters and states are where they were; of slices, the memory that they were taken of."""
+        return same(snapshot(self._sliced), self._known) if self._batch_dims else bucket.call.holds()
 
     def workspace_bytes(self) -> int:
         """Bytes on the device that fused kernels keep from step to step."""
@@ -360,8 +424,6 @@ class Group:
         ``grad_scale`` and ``found_inf`` as `ops.OpCall.prepare` takes them. None where the group must be bound anew:
         parameters or states do not lie where they lay, gradients have other types than they had, or the steps of one
         bucket have come apart."""
-        if not self._holds(grads):
-            return None
         scalars = {
             **self._algorithm.scalars(options),
             "maximize": options["maximize"],
@@ -369,21 +431,28 @@ class Group:
         }
         if self._batch_dims:
             ops.check_grads(self._params, grads)
+        if not all(together.holds() for together in self._together):
+            return None
+        on_device = {
+            id(bucket): (t, decays)
+            for together in self._together
+            for bucket, t, decays in together.decays(self._algorithm, options)
+        }
         calls = []
         for bucket in self._buckets:
-            if not self._batch_dims and not bucket.call.holds():
+            mine = bucket.of(grads)
+            known = bucket.call.knows(mine)
+            if not self._holds(bucket) or not (known or all(grad.dtype == bucket.grad_dtype for grad in mine)):
                 return None
             t: Any
-            if bucket.on_host:
-                steps = bucket.counters.read_steps(bucket.steps)
-                if steps.count(steps[0]) != len(steps):
-                    return None
-                t = steps[0] + 1
+            if bucket.on_host is None:
+                t, decays = on_device[id(bucket)]
             else:
-                t = torch.stack(bucket.steps)
-                t = t.to(schedules.step_dtype(t.device)) + 1
-                t = t if bucket.owners is None else bucket.owners.spread(t)
-            mine = bucket.of(grads)
+                made = bucket.on_host.common()
+                if made is None:
+                    return None
+                t = made + 1
+                decays = self._algorithm.decays(t, options)
             flags, watched = None, None
             forbidden = found_inf
             if self._skips_steps:  # the step's own, for `Step.refuse` to write
@@ -401,7 +470,8 @@ class Group:
                 seed=options.get("seed", 0),
                 step=t,
                 watched=watched,
-                **self._algorithm.decays(t, options),
+                known=known,
+                **decays,
                 **scalars,
             )
             calls.append((bucket, inputs))
@@ -486,21 +556,13 @@ class Step:
         """Makes the step, on gradients multiplied by ``clip``, and counts it."""
         for (bucket, inputs), found in zip(self._calls, self._statistics, strict=True):
             bucket.call.apply(inputs, found, clip)
-            bucket.counters.advance_steps_(bucket.steps)
-            if inputs.nonfinite is not None and bucket.skipped is not None:
-                flags = inputs.nonfinite
-                some, every = (flags, flags) if bucket.owners is None else bucket.owners.left(flags)
-                torch._foreach_add_(bucket.skipped, some.unbind())
-                torch._foreach_sub_(bucket.steps, every.unbind())
             forbidden = inputs.scaling.get("found_inf")
-            if forbidden is None:
-                continue
-            forbidden = forbidden.view(())
-            torch._foreach_sub_(bucket.steps, [forbidden] * len(bucket.steps))
-            if self._refused is not None and bucket.skipped is not None:
-                scaled = None if self._found_inf is None else self._found_inf.view(()).to(forbidden.device)
-                refused = forbidden if scaled is None else forbidden - scaled
-                torch._foreach_add_(bucket.skipped, [refused.to(torch.int32)] * len(bucket.steps))
+            refused = None
+            if forbidden is not None:
+                forbidden = refused = forbidden.view(())
+                if self._found_inf is not None:
+                    refused = forbidden - self._found_inf.view(()).to(forbidden.device)
+            bucket.count(inputs.nonfinite, forbidden, None if self._refused is None else refused)
 
 
 def _check_batch(batch_dims: int, params: Sequence[Tensor], states: Mapping[str, States]) -> None:
@@ -522,6 +584,3 @@ def _check_batch(batch_dims: int, params: Sequence[Tensor], states: Mapping[str,
                 )
             if not state.is_contiguous():
                 raise ValueError(f"{name}[{i}] must be contiguous, got strides {state.stride()}")
-
-
-_DTYPE = attrgetter("dtype")

@@ -94,21 +94,6 @@ size_t hfac_kept(const py::kwargs& given) {
   return bytes;
 }
 
-py::list read_floats(const py::object& addresses) {
-  const List list(addresses, "addresses", -1);
-  py::list out(static_cast<size_t>(list.size()));
-  for (py::ssize_t i = 0; i < list.size(); ++i) {
-    out[static_cast<size_t>(i)] = py::float_(static_cast<double>(*static_cast<const float*>(list.address(i, true))));
-  }
-  return out;
-}
-
-void advance_floats(const py::object& addresses) {
-  const List list(addresses, "addresses", -1);
-  for (py::ssize_t i = 0; i < list.size(); ++i) list.address(i, true);  // all of them, before the first is written
-  for (py::ssize_t i = 0; i < list.size(); ++i) *static_cast<float*>(list.address(i, true)) += 1.0f;
-}
-
 void copy_memory(const py::object& to, const py::object& from, const py::object& bytes) {
   const List targets(to, "to", -1), sources(from, "from", -1), sizes(bytes, "bytes", -1);
   if (targets.size() != sizes.size() || sources.size() != sizes.size())
@@ -139,8 +124,6 @@ void define_cpu(py::module_& m) {
         "An op of hfac.reference on lists of addresses; returns the bytes of workspace that it held at most.");
   }
   m.def("hfac_kept", &hfac_kept, "Bytes that H-Fac's matrices keep between stage='statistics' and stage='rest'.");
-  m.def("read_floats", &read_floats, py::arg("addresses"), "The float at each address.");
-  m.def("advance_floats", &advance_floats, py::arg("addresses"), "Adds one to the float at each address.");
   m.def("copy_memory", &copy_memory, py::arg("to"), py::arg("from"), py::arg("bytes"),
         "Copies so many bytes from each address to another, which do not overlap.");
 }

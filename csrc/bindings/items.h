@@ -91,8 +91,9 @@ class ItemLists {
   Kept kept_;
 };
 
-// The CPU's and CUDA's parts of the module.
+// The CPU's and CUDA's parts of the module, and what a warm step compares.
 void define_cpu(py::module_& m);
+void define_snapshots(py::module_& m);
 void define_cuda(py::module_& m);
 
 // A seed of random bits, of 64 bits.

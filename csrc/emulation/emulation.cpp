@@ -274,6 +274,7 @@ char* dynamic_shared() { return shared_memory.get(); }
 void run_grid(const char* name, unsigned blocks, unsigned threads, size_t shared, const std::function<void()>& kernel) {
   ++launches;
   if (error.code) --error.launches;
+  if (threading == "none") return;
   running = fault.empty() ? "" : name;
   // Its exact size, so that a sanitizer sees what is beyond.
   if (shared != shared_bytes) shared_memory.reset(shared ? new char[shared] : nullptr);
@@ -297,7 +298,7 @@ void run_grid(const char* name, unsigned blocks, unsigned threads, size_t shared
 }
 
 void set_block_order(const std::string& order) { choose(block_order, order, {"forward", "reverse", "shuffled"}); }
-void set_threading(const std::string& name) { choose(threading, name, {"fibers", "threads"}); }
+void set_threading(const std::string& name) { choose(threading, name, {"fibers", "threads", "none"}); }
 void inject_fault(const std::string& name) { choose(fault, name, {"", "barrier", "block", "wait"}); }
 void inject_error(int code, const std::string& text, int64_t after) { error = {code, text, after}; }
 

@@ -70,7 +70,7 @@ char* dynamic_shared();
 
 void run_grid(const char* name, unsigned blocks, unsigned threads, size_t shared, const std::function<void()>& kernel);
 
-// "forward", "reverse" or "shuffled"; "fibers" or "threads". Throw std::invalid_argument for anything else.
+// "forward", "reverse" or "shuffled"; "fibers", "threads" or "none" (nothing runs). Else std::invalid_argument.
 void set_block_order(const std::string& order);
 void set_threading(const std::string& threading);
 // Launches since the last call of this function.

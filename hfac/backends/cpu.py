@@ -5,7 +5,7 @@ except the list comprehensions that read what the extension is told.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -131,15 +131,10 @@ def squares(grads: Tensors) -> Tensor:
     return found
 
 
-def read_steps(steps: Iterable[Tensor]) -> list[float]:
-    """The values of 0-d float32 tensors."""
-    return _C.read_floats(addresses.addresses(steps))
-
-
-def advance_steps_(steps: Sequence[Tensor]) -> None:
-    """Adds one to 0-d float32 tensors."""
-    increment_version(steps)
-    _C.advance_floats(addresses.addresses(steps))
+def counters(steps: Sequence[Tensor]) -> Any:
+    """What reads and advances 0-d float32 tensors together, for as long as they lie where they are. Autograd is not
+    told: nothing is differentiated by the number of a step."""
+    return _C.Counters(addresses.addresses(steps))
 
 
 def copier(to: Sequence[Tensor], from_: Sequence[Tensor], ours: bool) -> Callable[[], None]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..staging import Staged, refused
 from . import addresses, cpu
+from .snapshots import Snapshot, same, snapshot
 
 Tensors = Sequence[Tensor]
 #: What a launch is told by address.
@@ -66,6 +67,7 @@ class Planned:
         self.workspace: Tensor | None = None  # None while statistics have it
         self.squares: Tensor | None = None  # likewise
         self.stream: Any = None  # of the last launch
+        self.looked: tuple[Snapshot | None, bool, bool] | None = None  # what `look` has told the plan
 
     def squares_room(self, count: int) -> Tensor:
         """Where sums of squares of so many gradients go; what nothing writes there is 0."""
@@ -120,10 +122,13 @@ class Planned:
 
     def look(self, grads: Tensors, nonfinite: Tensor | None, clip_threshold: float | None) -> None:
         """Tells the plan what this step brings."""
-        given = addresses.of_grads(grads)
-        changed = self.step.prepare(**given, clip=clip_threshold is not None, nonfinite=nonfinite is not None)
-        if changed:  # until the table is written, whatever may fail before
-            self.stale = True
+        seen, options = snapshot(list(grads)), (clip_threshold is not None, nonfinite is not None)
+        if self.looked is not None and options == self.looked[1:] and same(seen, self.looked[0]):
+            return
+        self.looked = None
+        if self.step.prepare(**addresses.of_grads(grads), clip=options[0], nonfinite=options[1]):
+            self.stale = True  # until the table is written, whatever may fail before
+        self.looked = seen, *options
 
     def check_room(self) -> None:
         """That a graph can be captured of what `look` has seen.

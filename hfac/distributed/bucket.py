@@ -199,27 +199,24 @@ class Bucket(Entries):
         """Shards, or None, as parameters are seen here."""
         return list(shards)
 
-    def steps(self, who: Members) -> tuple[list[Tensor], Any]:
-        """Their counts of steps, and what reads and advances these."""
+    def steps(self, who: Members) -> ops.Counters:
+        """Their counts of steps."""
         if "steps" not in who.bound:
-            steps = [entry.state["step"] for entry in who.of(self.entries)]
-            who.bound["steps"] = steps, ops.counters_of(steps)
+            who.bound["steps"] = ops.Counters([entry.state["step"] for entry in who.of(self.entries)])
         return who.bound["steps"]
 
     def decays(self, who: Members, options: Options) -> dict[str, Any]:
         """beta1 and beta2 of the next step, and "step", its number: numbers, or, where members have made different
         numbers of steps, one entry for each on the host."""
-        steps, counters = self.steps(who)
-        made = counters.read_steps(steps) if steps else [0.0]
-        t: Any = made[0] + 1
-        if made.count(made[0]) != len(made):
-            t = torch.tensor(made, dtype=torch.float64, device="cpu") + 1
+        counters = self.steps(who)
+        made: Any = counters.common()
+        if made is None:
+            made = torch.tensor(counters.read(), dtype=torch.float64, device="cpu") if counters else 0.0
+        t = made + 1
         return {**spec.ALGORITHMS[self.algorithm].decays(t, options.scalars), "step": t}
 
     def advance(self, who: Members) -> None:
-        steps, counters = self.steps(who)
-        if steps:
-            counters.advance_steps_(steps)
+        self.steps(who).advance()
 
     def call(self, name: str, who: Members, backend: str) -> ops.OpCall:
         """One of `ops`, bound to members."""

@@ -11,11 +11,13 @@ Errors of every op:
     RuntimeError: a sparse or complex tensor; tensors on different devices; a backend that cannot serve them.
 """
 
-from .call import Inputs, OpCall, Statistics, run, whereabouts
+from .call import Inputs, OpCall, Statistics, run
 from .checks import PARAM_DTYPES, check_grads, check_length, check_tensor, check_writable, state_dtype
-from .counters import copier, counters_of, hfac_dense_squares, nonfinite
+from .counters import Counters, DeviceCounters, copier, hfac_dense_squares, nonfinite
 
 __all__ = [
+    "Counters",
+    "DeviceCounters",
     "Inputs",
     "OpCall",
     "PARAM_DTYPES",
@@ -25,10 +27,8 @@ __all__ = [
     "check_tensor",
     "check_writable",
     "copier",
-    "counters_of",
     "hfac_dense_squares",
     "nonfinite",
     "run",
     "state_dtype",
-    "whereabouts",
 ]

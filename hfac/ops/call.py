@@ -1,6 +1,6 @@
 """An op bound to tensors: checked once, then called with the gradients and numbers of every step."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, clipping, memory, spec
+from ..backends.snapshots import Snapshot, alike, same, snapshot
 from ..rounding import BitOffset
 from ..schedules import Scalar
 from ..spec import MASTER_LOW, REQUIRED, WATCHED
@@ -113,9 +114,11 @@ class OpCall:
         if captured is not None and hasattr(self._call, "captured"):
             self._call.captured = captured
         self._shapes = list(map(_SHAPE, self._params))
+        #: of gradients that have been found right
+        self._known_grads: Snapshot | None = None
         if not self.op.shard:
-            self._address = Tensor.data_ptr if reason is None else memory.address
-            self._layout = whereabouts(self._params, self._lists.values(), self._address)
+            self._bound = [*self._params, *self.tensors()]
+            self._known = snapshot(self._bound)
 
     def _why_no_kernel(self) -> str | None:
         """Why memory cannot be read and written as it lies, as a clause; None where it can."""
@@ -160,13 +163,12 @@ class OpCall:
         return [tensor for tensors in self._lists.values() for tensor in tensors]
 
     def holds(self) -> bool:
-        """Parameters and states have the places, shapes and types that they had."""
-        if self._call is None:
-            return True
-        try:
-            return whereabouts(self._params, self._lists.values(), self._address) == self._layout
-        except RuntimeError:  # something has no memory any more
-            return False
+        """Parameters and states have the addresses, shapes, strides and types that they had."""
+        return self._call is None or same(snapshot(self._bound), self._known)
+
+    def knows(self, grads: list[Tensor]) -> bool:
+        """Gradients of the same types, devices, shapes and strides have been found right."""
+        return self._call is not None and alike(snapshot(grads), self._known_grads)
 
     def prepare(
         self,
@@ -178,9 +180,10 @@ class OpCall:
         seed: int = 0,
         step: Scalar = 0.0,
         watched: Tensor | None = None,
+        known: bool | None = None,
         **numbers: Any,
     ) -> Inputs:
-        """Checks what a step brings.
+        """Checks what a step brings. ``known``: what `knows` has said of these gradients; None asks it.
 
         ``seed`` and ``step`` are read where the op has places. ``grad_scale`` and ``found_inf`` are what
         `torch.amp.GradScaler` hands to an optimizer that unscales gradients itself: float32 tensors of one element.
@@ -199,7 +202,12 @@ class OpCall:
         if call is None:
             check_length("grads", grads, 0)
             return Inputs(None, grads, nonfinite, numbers, scaling)
-        self._check_grads(grads)
+        known = self.knows(grads) if known is None else known
+        if not known:
+            self._known_grads = None
+            self._check_grads(grads)
+            if memory.PLAIN.issuperset(map(type, grads)) and not any(map(Tensor._is_zerotensor, grads)):
+                self._known_grads = snapshot(grads)
         self._check_given(len(grads), nonfinite, watched, scaling)
         if self._stochastic:
             numbers.update(seed=seed, step=step)
@@ -207,8 +215,9 @@ class OpCall:
             numbers["watched"] = watched
         unscales = getattr(call, "unscales", False)
         # The C++ kernels' backend sees by a null address which gradients are zeros without memory.
-        zeros = (unscales or self.op.shard) and any(map(Tensor._is_zerotensor, grads))
-        if self._reads_memory and (zeros or memory.bypassed() or not memory.plain(grads)):
+        zeros = not known and (unscales or self.op.shard) and any(map(Tensor._is_zerotensor, grads))
+        odd = any(map(Tensor.is_neg, grads)) if known else not memory.plain(grads)
+        if self._reads_memory and (zeros or odd or memory.bypassed()):
             grads = memory.without_zerotensors(grads)
             reason = memory.reason({"grads": grads}, negated=True)
             if reason is not None:
@@ -379,11 +388,3 @@ def _divided(scaling: Mapping[str, Tensor], clip: Tensor | None) -> dict[str, Te
         divisor = clip.reciprocal() if scale is None else scale.reshape(()) / clip
         found["grad_scale"] = divisor.to(torch.float32)
     return found
-
-
-def whereabouts(
-    params: Tensors, states: Iterable[Tensors], address: Callable[[Tensor], int] = Tensor.data_ptr
-) -> list[list[Any]]:
-    """Of parameters all that ``p.data = ...`` can change; states are contiguous, and only move."""
-    found = [list(map(get, params)) for get in (address, _DTYPE, _SHAPE, Tensor.stride)]
-    return found + [list(map(address, tensors)) for tensors in states]

@@ -1,6 +1,5 @@
 """Step counters, and what sharded parameters need in plain torch beside the ops."""
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, memory
+from ..backends.snapshots import Snapshot, same, snapshot
 from ..schedules import Scalar
 from ..staging import to_device
 from .checks import Tensors, state_dtype
@@ -15,28 +15,105 @@ from .checks import Tensors, state_dtype
 _HOST = torch.device("cpu")
 
 
-def counters_of(steps: Tensors) -> Any:
-    """What has `read_steps` and `advance_steps_` for these: the extension, which takes many at once, where they are
-    float32 on the host that lie in memory; else plain torch."""
-    native = backends.host_counters()
-    readable = native is not None and all(step.is_cpu and memory.why_not(step) is None for step in steps)
-    return native if readable else sys.modules[__name__]
+class Counters:
+    """Steps on the host that are counted together."""
+
+    def __init__(self, steps: Tensors) -> None:
+        self._steps = list(steps)
+        self._known: Snapshot | None = None
+        self._native: Any = None
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def read(self) -> list[float]:
+        return [step.item() for step in self._steps]
+
+    def common(self) -> float | None:
+        """What all of them are; None where they differ. To be asked before `advance`: the steps may have moved."""
+        now = snapshot(self._steps)
+        if not same(now, self._known):
+            self._known, self._native = now, self._bound()
+        if self._native is not None:
+            return self._native.common()
+        values = self.read()
+        return values[0] if values and values.count(values[0]) == len(values) else None
+
+    def advance(self) -> None:
+        """Adds one to each."""
+        if self._native is not None:
+            self._native.advance()
+        elif self._steps:
+            _advance_(self._steps)
+
+    def _bound(self) -> Any:
+        """The extension's counters, where it is built and the steps lie in the host's memory."""
+        native = backends.host_counters()
+        if native is None or not all(step.is_cpu and memory.why_not(step) is None for step in self._steps):
+            return None
+        return native.counters(self._steps)
 
 
-def read_steps(steps: Tensors) -> list[float]:
-    """The values of 0-d tensors on the host."""
-    return [step.item() for step in steps]
+class DeviceCounters:
+    """0-d tensors of one type and device, of which only the device knows what they count. Where they lie side by side
+    in memory they are read and written as one tensor, else one by one.
+
+    Args:
+        may_move: whether they may be given other memory, side by side: every tensor stays the object that it is.
+    """
+
+    def __init__(self, tensors: Tensors, may_move: bool = False) -> None:
+        self._tensors = list(tensors)
+        self._together = _side_by_side(self._tensors)
+        if self._together is None and may_move and all(type(tensor) is Tensor for tensor in self._tensors):
+            together = torch.stack(self._tensors)
+            for i, tensor in enumerate(self._tensors):
+                tensor.set_(together.untyped_storage(), i, (), ())  # type: ignore[call-overload]
+            self._together = _side_by_side(self._tensors)
+        self._known = snapshot(self._tensors)
+
+    def holds(self) -> bool:
+        """They lie where they lay."""
+        return same(snapshot(self._tensors), self._known)
+
+    def values(self) -> Tensor:
+        """[tensors], which is not to be written."""
+        return torch.stack(self._tensors) if self._together is None else self._together
+
+    def add_(self, amounts: Tensor | int, alpha: int = 1) -> None:
+        """Adds ``alpha`` times a number, a 0-d tensor, or one amount for each."""
+        if self._together is not None:
+            amounts = amounts.to(self._together) if isinstance(amounts, Tensor) else amounts
+            self._together.add_(amounts, alpha=alpha)
+        elif isinstance(amounts, Tensor) and amounts.ndim:
+            torch._foreach_add_(self._tensors, amounts.unbind(), alpha=alpha)
+        else:
+            one = torch.as_tensor(amounts, dtype=self._tensors[0].dtype, device=self._tensors[0].device)
+            torch._foreach_add_(self._tensors, one, alpha=alpha)
 
 
-def advance_steps_(steps: Tensors) -> None:
-    """Adds one to 0-d tensors, which all lie on the host or all on one device."""
+def _side_by_side(tensors: Tensors) -> Tensor | None:
+    """One tensor of 0-d tensors that follow each other in one memory; None where they do not."""
+    first, size = tensors[0], tensors[0].element_size()
+    start, at = first.storage_offset(), [memory.address(tensor) for tensor in tensors]
+    if at != list(range(at[0], at[0] + size * len(at), size)) or not all(map(_is_plain, tensors)):
+        return None
+    storage = first.untyped_storage()
+    if (start + len(at)) * size > storage.nbytes():
+        return None  # neighbours by chance
+    return torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, start, (len(at),), (1,))  # type: ignore[call-overload]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and tensor.ndim == 0 and memory.why_not(tensor) is None
+
+
+def _advance_(steps: Tensors) -> None:
+    """Adds one to 0-d tensors on the host, one by one."""
     # A tensor of one, made once: a number would be wrapped anew for every step that lives on the host.
     one = torch.ones((), dtype=torch.float32, device=steps[0].device)
-    if steps[0].is_cpu:
-        for step in steps:
-            step.add_(one)
-    else:
-        torch._foreach_add_(list(steps), one, alpha=1)
+    for step in steps:
+        step.add_(one)
 
 
 def copier(to: Tensors, from_: Tensors, *, ours: bool = False) -> Callable[[], object]:

@@ -1,13 +1,13 @@
 """Caches validated state between steps and detects when it is stale."""
 
 from collections.abc import Collection, Mapping
-from itertools import chain
 from operator import is_, itemgetter
 from typing import Any
 
 from torch import Tensor
 
 from .. import spec
+from ..backends.snapshots import identical, values_are
 from ..distributed import Gradients, layout
 from .state import EXECUTION, has_state, is_at, needs_reduction, own_keys
 
@@ -37,7 +37,7 @@ class StepCache:
         self.dtensors = [param for param, _ in everything if layout.is_dtensor(param)]
         #: sharded parameters without state, which all ranks create when the first gradient arrives
         self._without_state = [p for p, group in everything if needs_reduction(p, group) and not has_state(state, p)]
-        self._objects: list[Collection[Any]] = list(map(list, self._collect(groups, state)))
+        self._objects = list(map(list, self._collect(groups, state)))
         self._own = self._own_objects(state)
         self._options = self._cached_options(groups)
 
@@ -46,13 +46,14 @@ class StepCache:
         and no sharded parameter needs its first state."""
         if self._cached_options(groups) != self._options or any(p.grad is not None for p in self._without_state):
             return False
-        now = self._collect(groups, state)
-        if all(map(_identical, now, self._objects)):
-            return True
-        states, values, *rest = now
-        if not _identical(self._own_objects(state), self._own) or not all(map(_identical, rest, self._objects[2:])):
+        states = list(state.values())
+        if not all(map(identical, self._others(groups), self._objects[2:])):
             return False
-        self._objects[:2] = [list(states), values]  # a wrapper has replaced entries of its own
+        if identical(states, self._objects[0]) and values_are(states, self._objects[1]):
+            return True
+        if not identical(self._own_objects(state), self._own):
+            return False
+        self._objects[:2] = self._collect(groups, state)[:2]  # a wrapper has replaced entries of its own
         return True
 
     def gradients(self, group_index: int, found: Gradients) -> list[Any]:
@@ -63,16 +64,14 @@ class StepCache:
         label = f"a parameter of group {group_index}"
         return [found.of(param, label) for param in params]
 
-    def _collect(self, groups: Groups, state: States) -> list[Collection[Any]]:
+    def _collect(self, groups: Groups, state: States) -> list[list[Any]]:
         """All objects that must stay the same: states, their values, local tensors, and each group's parameters."""
-        states = state.values()
-        try:
-            values = list(chain.from_iterable(map(dict.values, states)))
-        except TypeError:  # a wrapper's entry that belongs to no parameter
-            values = [value for entry in states if isinstance(entry, dict) for value in entry.values()]
-        shards = [param._local_tensor for param in self.dtensors]
-        params: list[Collection[Any]] = [group["params"] for group in groups]
-        return [states, values, shards, *params]
+        states = list(state.values())  # a wrapper's entry may belong to no parameter
+        values = [value for entry in states if isinstance(entry, dict) for value in entry.values()]
+        return [states, values, *self._others(groups)]
+
+    def _others(self, groups: Groups) -> list[list[Any]]:
+        return [[param._local_tensor for param in self.dtensors], *(list(group["params"]) for group in groups)]
 
     def _cached_options(self, groups: Groups) -> list[tuple[Any, ...]]:
         return [_cached_options(group, self._algorithm) for group in groups]

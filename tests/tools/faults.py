@@ -261,8 +261,8 @@ FAULTS = [
     Fault(
         "a step is counted twice",
         "hfac",
-        "            counters.advance_steps_(steps)",
-        "            counters.advance_steps_(list(steps) * 2)",
+        "        self.steps(who).advance()",
+        "        [self.steps(who).advance() for _ in range(2)]",
         f"{SHARDED} -k every_placement",
     ),
     Fault(

@@ -225,7 +225,7 @@ def test_kernels_are_given_memory_of_the_device_only():
     with pytest.raises(AssertionError, match="grad_scale must lie in memory of the device"):
         bound([torch.ones(3, device="cuda")], **SCALARS, grad_scale=torch.tensor(1.0))
     with pytest.raises(AssertionError, match="memory of the device"):
-        backends.resolve("cpu", torch.device("cpu")).read_steps([torch.tensor(1.0, device="cuda")])
+        backends.resolve("cpu", torch.device("cpu")).squares([torch.ones(1, device="cuda")])
 
 
 @BUILT
