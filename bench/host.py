@@ -66,7 +66,7 @@ LISTS: dict[str, Callable[[], list[Shape]]] = {
     "10000-small": lambda: 2500 * [(32, 32), (32, 32), (32, 32), (1024,)],
 }
 #: steps, before anything is timed, and of each turn
-WARM, TURN = 3, 8
+WARM, TURN = 3, 20
 
 
 class Idle(cuda.Cuda):

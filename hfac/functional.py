@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from . import memory, ops, schedules, spec
-from .backends.snapshots import same, snapshot
 from .rounding import BitOffset
 from .schedules import Scalar
 from .spec import MASTER_LOW
@@ -337,7 +336,7 @@ class Group:
                 _check_batch(batch_dims, params, read)
             self._params = list(params)
             self._sliced = [*params, *(state for tensors in read.values() for state in tensors if state is not None)]
-            self._known = snapshot(self._sliced)
+            self._known = ops.snapshot(self._sliced)
             # Slices are of what shares memory and version, and no more: a view would own its tensor, which torch then
             # refuses to swap (torch.utils.swap_tensors).
             params = [param.detach() for param in params]
@@ -406,7 +405,7 @@ class Group:
 
     def _holds(self, bucket: _Bucket) -> bool:
         """Parameters and states are where they were; of slices, the memory that they were taken of."""
-        return same(snapshot(self._sliced), self._known) if self._batch_dims else bucket.call.holds()
+        return ops.same(ops.snapshot(self._sliced), self._known) if self._batch_dims else bucket.call.holds()
 
     def workspace_bytes(self) -> int:
         """Bytes on the device that fused kernels keep from step to step."""

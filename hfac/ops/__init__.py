@@ -11,6 +11,7 @@ Errors of every op:
     RuntimeError: a sparse or complex tensor; tensors on different devices; a backend that cannot serve them.
 """
 
+from ..backends.snapshots import identical, same, snapshot, values_are
 from .call import Inputs, OpCall, Statistics, run
 from .checks import PARAM_DTYPES, check_grads, check_length, check_tensor, check_writable, state_dtype
 from .counters import Counters, DeviceCounters, copier, hfac_dense_squares, nonfinite
@@ -28,7 +29,11 @@ __all__ = [
     "check_writable",
     "copier",
     "hfac_dense_squares",
+    "identical",
     "nonfinite",
     "run",
+    "same",
+    "snapshot",
     "state_dtype",
+    "values_are",
 ]

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from .. import spec
-from ..backends.snapshots import identical, values_are
 from ..distributed import Gradients, layout
+from ..ops import identical, values_are
 from .state import EXECUTION, has_state, is_at, needs_reduction, own_keys
 
 Groups = list[dict[str, Any]]
