@@ -50,12 +50,12 @@ def snapshot(tensors: list[Any]) -> Snapshot | None:
         return None
 
 
-def alike(now: Snapshot | None, before: Snapshot | None) -> bool:
+def alike(now: Any, before: Any) -> bool:
     """Whether two lists agree in all but addresses."""
     return now is not None and type(now) is type(before) and now.alike(before)
 
 
-def same(now: Snapshot | None, before: Snapshot | None) -> bool:
+def same(now: Any, before: Any) -> bool:
     """Whether two lists agree in everything."""
     return now is not None and type(now) is type(before) and now.same(before)
 

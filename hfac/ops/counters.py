@@ -68,7 +68,7 @@ class DeviceCounters:
         if self._together is None and may_move and all(type(tensor) is Tensor for tensor in self._tensors):
             together = torch.stack(self._tensors)
             for i, tensor in enumerate(self._tensors):
-                tensor.set_(together.untyped_storage(), i, (), ())  # type: ignore[call-overload]
+                tensor.set_(together.untyped_storage(), i, (), ())
             self._together = _side_by_side(self._tensors)
         self._known = snapshot(self._tensors)
 
@@ -101,7 +101,7 @@ def _side_by_side(tensors: Tensors) -> Tensor | None:
     storage = first.untyped_storage()
     if (start + len(at)) * size > storage.nbytes():
         return None  # neighbours by chance
-    return torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, start, (len(at),), (1,))  # type: ignore[call-overload]
+    return torch.empty(0, dtype=first.dtype, device=first.device).set_(storage, start, (len(at),), (1,))
 
 
 def _is_plain(tensor: Tensor) -> bool:
