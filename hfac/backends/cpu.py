@@ -133,8 +133,8 @@ def squares(grads: Tensors) -> Tensor:
 
 def counters(steps: Sequence[Tensor]) -> Any:
     """What reads and advances 0-d float32 tensors together, for as long as they lie where they are. Autograd is not
-    told: nothing is differentiated by the number of a step."""
-    return _C.Counters(addresses.addresses(steps))
+    told: nothing is differentiated by the number of a step. None with an extension from before it had them."""
+    return _C.Counters(addresses.addresses(steps)) if hasattr(_C, "Counters") else None
 
 
 def copier(to: Sequence[Tensor], from_: Sequence[Tensor], ours: bool) -> Callable[[], None]:

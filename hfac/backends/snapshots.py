@@ -17,8 +17,15 @@ from .. import memory
 from . import cpu
 
 _CAPSULE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-#: the extension, where it can take snapshots
-_native: Any = cpu._C if cpu._C is not None and _CAPSULE is not None and cpu._C.set_exchange_api(_CAPSULE) else None
+
+
+def _extension() -> Any:
+    """The extension, where it can take snapshots; None of one that was built before it could."""
+    take = getattr(cpu._C, "set_exchange_api", None)
+    return cpu._C if take is not None and _CAPSULE is not None and take(_CAPSULE) else None
+
+
+_native = _extension()
 
 
 class Attributes:
