@@ -17,10 +17,13 @@ struct CodeRows : UpdateRows<T> {
   CodeTable<T> table;
 };
 
-// Rows of a thread whose loads are issued together. Of two such sets one is under way while the other is worked on.
+// Rows of a thread whose loads are issued together. `kAhead`: of two such sets one is under way while the other is
+// worked on. Not where there are codes, which take so many registers that it would be slower.
 template <class A, bool kCodes>
 struct UpdateLoads {
-  static constexpr int kRows = A::kWhole ? A::kRows : kRowsInFlight / 2;
+  static constexpr bool kAhead = A::kWhole && !kCodes;
+  static constexpr int kSets = kAhead ? 2 : 1;
+  static constexpr int kRows = kAhead ? A::kRows : kCodes && A::kRows == 1 ? 2 : kRowsInFlight;
   typename A::Grad g[kRows];
   typename A::Param w[kRows];
   [[maybe_unused]] Codes codes[kCodes ? kRows : 1];
@@ -63,8 +66,8 @@ HFAC_DEVICE void update_tile(const Arguments& a) {
       if constexpr (kCodes) into.codes[r] = codes_at.load(at, count);
     }
   };
-  Loads loads[2];
-  if constexpr (A::kWhole) load(loads[0], y);
+  Loads loads[Loads::kSets];
+  if constexpr (Loads::kAhead) load(loads[0], y);
 
   const T scale = *space.scale, divisor = *space.divisor;
   const T* r = static_cast<const T*>(it.second_row);
@@ -125,10 +128,10 @@ HFAC_DEVICE void update_tile(const Arguments& a) {
     A::store(param, a.layouts, at, count, w);
   };
   const int of_set = ys * Loads::kRows;
-  for (int base = 0; base < end; base += 2 * of_set) {
-    HFAC_UNROLLED (s, 2) {
+  for (int base = 0; base < end; base += Loads::kSets * of_set) {
+    HFAC_UNROLLED (s, Loads::kSets) {
       const int row = base + s * of_set + y;
-      if constexpr (A::kWhole) {
+      if constexpr (Loads::kAhead) {
         load(loads[(s + 1) % 2], row + of_set);
       } else {
         load(loads[s], row);
