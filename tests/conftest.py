@@ -26,11 +26,9 @@ sys.path.append(str(TESTS.parent))
 
 pytest.register_assert_rewrite("gpu_steps", "gpu_graphs", "suites")
 
-import cases  # noqa: E402
 import emulated  # noqa: E402
 import interpreter  # noqa: E402
 import processes  # noqa: E402, F401 (what forked processes have imported)
-import running  # noqa: E402
 import suites  # noqa: E402
 
 #: Tests that take a minute: begun last, one of them would keep one process busy while the others have nothing left.
@@ -91,17 +89,11 @@ def emulated_backend():
 
 @pytest.fixture(params=suites.BACKENDS)
 def backend(request):
-    """The name of a backend of tensors on the CPU: each in turn, unless a test is parametrized with some (indirect).
-    With a parameter ``op``, or ``options`` or a class that need one, those that have kernels of it."""
+    """The name of a backend of tensors on the CPU: each in turn, unless a test is parametrized with some (indirect)."""
     if request.param == emulated.NAME:
         if emulated.native is None:
             pytest.skip(emulated.WHY_NOT)
         request.getfixturevalue("emulated_backend")
-    op, options, cls = map(request.node.callspec.params.get, ("op", "options", "cls"))
-    if cls is running.Int8 or (isinstance(options, dict) and cases.in_codes(options)):
-        op = op or "hfac_int8_step_"
-    if isinstance(op, str) and not suites.has(request.param, op):
-        pytest.skip(f"{request.param} has no kernels of {op}")
     return request.param
 
 

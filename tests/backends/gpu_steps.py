@@ -11,7 +11,6 @@ import torch
 from cases import OPTIONS, SHAPES, gradient
 from rehearsal import HAS_GPU
 from running import bits, parameters
-from suites import lacks
 from test_parity import params_agree, states_agree
 from torch.nn import Parameter
 
@@ -78,8 +77,6 @@ TYPES = [
 @pytest.mark.parity
 @pytest.mark.parametrize(("name", "options", "dtype"), TYPES)
 def test_parity(name, options, dtype, backend):
-    if lacks(backend, OPTIONS[name][options]):
-        pytest.skip(f"{backend} has no kernels of this")
     compared(name, backend, OPTIONS[name][options], [*SHAPES, *LARGE], dtype, steps=sized(4, 2))
 
 

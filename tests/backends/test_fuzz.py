@@ -12,7 +12,7 @@ import torch
 from cases import DTYPES, gradient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from suites import KERNELS, lacks
+from suites import KERNELS
 from test_parity import ieee_square_roots, params_agree, states_agree  # noqa: F401 (a fixture)
 from test_rounding import STORED, stored_agree, value_of, without_low
 from torch.nn import Parameter
@@ -155,8 +155,6 @@ def agrees(backend, problem):
         cpu._C.set_isa(problem["isa"])
     torch.set_num_threads(problem["threads"])
     tensors = problem["tensors"]
-    if lacks(backend, kwargs):
-        kwargs = {**kwargs, "first_moment": "factored"}
     if problem["stored"] is not None:
         # Of other types than the option's are those that it leaves alone, and float16, which has no master weights.
         wanted, more = STORED[problem["stored"]]

@@ -10,7 +10,7 @@ import calls
 import pytest
 import torch
 from cases import OPTIONS, gradient, smmf_agrees
-from suites import BACKENDS, BF16, F16, F32, KERNELS, KINDS, OPS, lacks, laid_out, same
+from suites import BACKENDS, BF16, F16, F32, KERNELS, KINDS, OPS, laid_out, same
 from test_parity import ieee_square_roots, states_agree
 from test_rounding import stored_agree, value_of, without_low
 
@@ -363,8 +363,6 @@ def test_a_list_of_all_kinds_agrees_with_the_reference(backend, first, capturabl
     untouched, and some parameters begin later. Steps from the same state."""
     groups = {key: group for key, group in GROUPS.items() if key != "plain" or backend != "triton"}  # which truncates
     name, moments = ("SMMF", {}) if first == "smmf" else ("HFac", {"first_moment": first})
-    if lacks(backend, moments):
-        pytest.skip(f"{backend} has no kernels for this")
     options = OPTIONS[name]["skip"] | dict(seed=2**64 - 3, capturable=capturable) | moments
     optimizers = []
     for which in (backend, "reference"):

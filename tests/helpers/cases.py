@@ -4,7 +4,7 @@ import torch
 
 from hfac.parity import gradient
 
-__all__ = ["DTYPES", "OPTIONS", "SHAPES", "codes_agree", "gradient", "in_codes", "shape_id", "smmf_agrees"]
+__all__ = ["DTYPES", "OPTIONS", "SHAPES", "codes_agree", "gradient", "shape_id", "smmf_agrees"]
 
 #: Hostile shapes: scalars, one row, one column, primes, odd byte counts, powers of two and one beyond, five
 #: dimensions, empty.
@@ -83,11 +83,6 @@ def smmf_agrees(
     bound = info.eps * new.abs().clamp(min=info.tiny) + ROUGH_UPDATE * update
     near = same | ((ours.float() - new).abs() <= bound)
     return bool(near.all()) and int((~same).sum()) <= ROUGH_FEW + ROUGH_SHARE * ours.numel()
-
-
-def in_codes(options: dict) -> bool:
-    """Whether matrices have a first moment in codes of 8 bits, of which not all backends have kernels."""
-    return options.get("first_moment") == "int8"
 
 
 def codes_agree(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import calls
 import emulated
 import torch
-from cases import gradient, in_codes
+from cases import gradient
 
 from hfac import backends, matricize, ops, reference, rounding, spec
 
@@ -72,15 +72,6 @@ OPS = ["hfac_step_", "hfac_dense_step_", "smmf_step_", "smmf_dense_step_"]
 ALL_OPS = [*OPS, "hfac_int8_step_"]
 #: That begin with a read of the gradients.
 TWICE = ["hfac_step_", "hfac_int8_step_"]
-
-
-def has(backend, op):
-    return backend == "auto" or backends.TABLE[backend].load().has(spec.OPS[op])
-
-
-def lacks(backend, options):
-    """Whether it has no kernels of a step with these options of an optimizer."""
-    return in_codes(options) and not has(backend, "hfac_int8_step_")
 
 
 #: Of a parameter its shape, its type, its gradient's, and how both lie: several tiles of rows and of columns, rows that
