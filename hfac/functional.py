@@ -186,16 +186,20 @@ class _Bucket:
 class _Together:
     """Buckets whose steps, or the skipped ones, are counted on one device: their decays are computed together."""
 
-    def __init__(self, buckets: Sequence[_Bucket], may_move: bool) -> None:
+    def __init__(self, buckets: Sequence[_Bucket], may_move: bool, capturing: bool) -> None:
         self._ends = list(accumulate(len(bucket.steps) for bucket in buckets))
         self._buckets = buckets
-        self._counters = [ops.DeviceCounters([s for bucket in buckets for s in bucket.steps], may_move)]
+        self._counters = [
+            ops.DeviceCounters([s for bucket in buckets for s in bucket.steps], may_move, one_by_one=capturing)
+        ]
         for bucket in buckets:
-            bucket.made = ops.DeviceCounters(bucket.steps)
+            bucket.made = ops.DeviceCounters(bucket.steps, one_by_one=capturing)
         if buckets[0].skipped is not None:
-            self._counters.append(ops.DeviceCounters([s for b in buckets for s in b.skipped or ()], may_move))
+            self._counters.append(
+                ops.DeviceCounters([s for b in buckets for s in b.skipped or ()], may_move, one_by_one=capturing)
+            )
             for bucket in buckets:
-                bucket.left = ops.DeviceCounters(bucket.skipped or ())
+                bucket.left = ops.DeviceCounters(bucket.skipped or (), one_by_one=capturing)
 
     def holds(self) -> bool:
         return all(counters.holds() for counters in self._counters)
@@ -401,7 +405,7 @@ class Group:
         for bucket in self._buckets:
             if bucket.on_host is None or bucket.skipped is not None:
                 counted.setdefault((bucket.steps[0].device, bucket.on_host is not None), []).append(bucket)
-        self._together = [_Together(mine, may_move and not read) for (_, read), mine in counted.items()]
+        self._together = [_Together(mine, may_move and not read, capturing) for (_, read), mine in counted.items()]
 
     def _holds(self, bucket: _Bucket) -> bool:
         """Parameters and states are where they were; of slices, the memory that they were taken of."""

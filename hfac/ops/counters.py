@@ -60,11 +60,12 @@ class DeviceCounters:
 
     Args:
         may_move: whether they may be given other memory, side by side: every tensor stays the object that it is.
+        one_by_one: whatever they lie like. For a graph that is being captured, which would do the looking.
     """
 
-    def __init__(self, tensors: Tensors, may_move: bool = False) -> None:
+    def __init__(self, tensors: Tensors, may_move: bool = False, *, one_by_one: bool = False) -> None:
         self._tensors = list(tensors)
-        self._together = _side_by_side(self._tensors)
+        self._together = None if one_by_one else _side_by_side(self._tensors)
         if self._together is None and may_move and all(type(tensor) is Tensor for tensor in self._tensors):
             together = torch.stack(self._tensors)
             for i, tensor in enumerate(self._tensors):
