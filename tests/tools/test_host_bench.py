@@ -33,7 +33,7 @@ def test_rows_of_every_backend_optimizer_and_mode(tiny, capsys):
 def test_launches_are_counted_and_do_nothing(tiny):
     with host.idle_cuda(), host.unread():
         one = host.contestant("cuda", "SMMF", "tiny", "plain", [(64, 32), (64,)])
-        before = [param.detach().clone() for param in one.params]
+        before = [param.detach().fill_(2).clone() for param in one.params]  # contestants' memory is whatever was there
         one.time()
         emulated.native.take_launches()
         one.step()
