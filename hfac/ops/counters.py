@@ -86,11 +86,12 @@ class DeviceCounters:
         if self._together is not None:
             amounts = amounts.to(self._together) if isinstance(amounts, Tensor) else amounts
             self._together.add_(amounts, alpha=alpha)
-        elif isinstance(amounts, Tensor) and amounts.ndim:
+        elif not isinstance(amounts, Tensor):  # which must not become one: the device would wait for it
+            torch._foreach_add_(self._tensors, alpha * amounts)
+        elif amounts.ndim:
             torch._foreach_add_(self._tensors, amounts.unbind(), alpha=alpha)
         else:
-            one = torch.as_tensor(amounts, dtype=self._tensors[0].dtype, device=self._tensors[0].device)
-            torch._foreach_add_(self._tensors, one, alpha=alpha)
+            torch._foreach_add_(self._tensors, amounts.to(self._tensors[0]), alpha=alpha)
 
 
 def _side_by_side(tensors: Tensors) -> Tensor | None:

@@ -161,7 +161,8 @@ class ReportingOptimizer(CheckpointedOptimizer):
     def _told(self, ahead: bool) -> tuple[Tensor | None, Tensor | None]:
         """What the last step multiplied the gradients by, where they have not been, or one made now would; and whether
         it is skipped by nonfinite="skip-step"."""
-        limit, skips = self.max_grad_norm, self._skips_steps(self.param_groups)
+        skips = self.param_groups[0]["nonfinite"] == "skip-step"  # the same in all groups; one parameter asks at a time
+        limit = self.max_grad_norm if ahead else None
         norm = self._norm_ahead() if ahead and (limit is not None or skips) else self._grad_norm
         refused = clipping.refused(norm) if skips and norm is not None else None
         if not ahead:

@@ -215,7 +215,8 @@ class StatefulOptimizer(Optimizer):
             first = next(iter(self.param_groups), group)  # existing groups agree with each other
             agrees = first.get("max_grad_norm") == group["max_grad_norm"]
             self._common_limit([group] if agrees else [*self.param_groups, group])
-            self._skips_steps([*self.param_groups, group])
+            if (first["nonfinite"] == "skip-step") != (group["nonfinite"] == "skip-step"):
+                self._skips_steps([*self.param_groups, group])
             if not isinstance(param_group["params"], Tensor | set):
                 param_group["params"] = list(param_group["params"])
             for index, param in enumerate(_tensors(param_group["params"])):
