@@ -218,10 +218,12 @@ def _own_indices(param: Tensor, shape: Sequence[int], follows: Follows) -> list[
 def _piece(whole: Tensor, placement: Any, count: int, index: int) -> Tensor:
     """One of the ``count`` pieces into which a placement splits indices. torch's own ``_split_tensor`` makes all of
     them: on 16,384 ranks that is 20 ms for each tensor of the state."""
-    strides = getattr(placement, "split_factor", 1)
-    if strides == 1:
+    strides, size = getattr(placement, "split_factor", 1), len(whole)
+    if strides == 1 or not size:
         return _chunk(whole, count, index)
-    return torch.cat([_chunk(_chunk(whole, strides, i), count, index) for i in range(strides)])
+    at, outer = torch.arange(size, device="cpu"), -(-size // strides)  # chunks, each of which is cut in turn
+    inner = ((size - at // outer * outer).clamp(max=outer) + count - 1) // count
+    return whole[at % outer // inner == index]
 
 
 def _chunk(whole: Tensor, count: int, index: int) -> Tensor:
