@@ -94,7 +94,7 @@ def model(monkeypatch):
 
 def test_a_launch_takes_the_largest_of_four_times(model):
     (small,) = [
-        x for x in launch_plan.predicted("64x64", "HFac", "bfloat16", H200).launched if x.kernel == "hfac_update"
+        x for x in launch_plan.predicted("64x64", "HFac", "bfloat16", H200).launched if x.kernel == "hfac_small"
     ]
     assert small.blocks == 1 and small.bound == "waves" and small.seconds == pytest.approx(2e-6)
     assert small.times["issue"] == pytest.approx(6000 / (132 * 3 * 1.75e9))
@@ -190,11 +190,11 @@ def test_a_budget_is_exceeded(changed, says):
 def test_the_check_fails_where_a_budget_is_exceeded(model, monkeypatch, capsys):
     """6,000 instructions of a warp for 64 x 64 elements, and one block of the 132 that there could be."""
     of_element = 6000 * 32 / 4096
-    kept = budgets.Budget("64x64", "HFac", "float32", "hfac_update", (of_element, 1), (20.0, 40), (1, 264))
+    kept = budgets.Budget("64x64", "HFac", "float32", "hfac_small", (of_element, 1), (20.0, 40), (1, 264))
     for budget, status in (
         (kept, 0),
-        (budgets.Budget("64x64", "HFac", "float32", "hfac_update", (of_element - 0.1, 1)), 1),
-        (budgets.Budget("64x64", "HFac", "float32", "hfac_update", (50, 1), None, (2, 264)), 1),
+        (budgets.Budget("64x64", "HFac", "float32", "hfac_small", (of_element - 0.1, 1)), 1),
+        (budgets.Budget("64x64", "HFac", "float32", "hfac_small", (50, 1), None, (2, 264)), 1),
         (budgets.Budget("64x64", "HFac", "float32", "hfac_updates", (50, 1)), 1),  # of no kernel
     ):
         monkeypatch.setattr(budgets, "BUDGETS", (budget,))
