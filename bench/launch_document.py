@@ -7,8 +7,8 @@ from typing import Any
 
 from hfac.matricize import cut
 
-from . import budgets
-from .launch_plan import CODES, LISTS, PARTS, Step, instances, native, plan, table
+from . import budgets, triton_plan
+from .launch_plan import CODES, DTYPES, LISTS, OPTIMIZERS, PARTS, Step, instances, native, plan, table
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "launch-plan.md"
 HEAD = """# What a step on a GPU consists of
@@ -120,6 +120,7 @@ def write(found: Sequence[Step]) -> None:
     parts.append(_KERNELS)
     for optimizer in dict.fromkeys(step.optimizer for step in first):
         parts += [f"### {optimizer}", instances([step for step in first if step.optimizer == optimizer])]
+    parts += ["## The Triton kernels", triton_plan.section([*LISTS, "4096x4096"], list(OPTIMIZERS), DTYPES, found)]
     parts += ["## Budgets", budgets.HEAD, budgets.table(), _BYTES, kernels(), NORM, clipped()]
     DOCUMENT.write_text("\n\n".join(part.strip() for part in parts) + "\n")
     print(f"written to {DOCUMENT}")

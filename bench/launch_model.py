@@ -86,10 +86,10 @@ def code_of(launch: dict[str, Any], arch: str) -> Code:
 
 
 class Walks:
-    """Walks of blocks, kept in a file."""
+    """Walks of blocks, kept in a file of this name."""
 
-    def __init__(self) -> None:
-        self.path = CACHE / "walks.json"
+    def __init__(self, name: str = "walks") -> None:
+        self.path = CACHE / f"{name}.json"
         self.found: dict[str, dict] = json.loads(self.path.read_text()) if self.path.exists() else {}
         self.fresh = 0
         sources = (ROOT / "bench" / f"{name}.py" for name in ("sass", "sass_results", "walk", "multiprocessor"))

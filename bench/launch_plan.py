@@ -1,9 +1,10 @@
 """What a step on the GPU consists of and how long it would take: a model, which needs no GPU.
 
 `python -m bench.launch_plan` prints, for each list of parameters, optimizer and type, its launches, bytes and predicted
-time, and a line for each kernel; `--json` gives the same as JSON, `--write` writes docs/launch-plan.md, and `--check`
-ends with status 1 where a kernel exceeds its budget (bench/budgets.py). Launches come from the plan that the launcher
-follows, instructions from the machine code that nvcc makes of this checkout (bench/launch_model.py).
+time, and a line for each kernel; `--triton` the same of the Triton kernels (bench/triton_plan.py) beside it, `--json`
+gives it as JSON, `--write` writes docs/launch-plan.md, and `--check` ends with status 1 where a kernel exceeds its
+budget (bench/budgets.py). Launches come from the plan that the launcher follows, instructions from the machine code
+that nvcc makes of this checkout (bench/launch_model.py).
 """
 
 import argparse
@@ -53,38 +54,44 @@ def native() -> Any:
     raise SystemExit("required is hfac._C (make install) or hfac._emulated (make test-emulated); neither is built")
 
 
+def factored(algorithm: str, shapes: Sequence[Shape]) -> tuple[list[tuple[int, int, int]], list[int]]:
+    """What an optimizer makes of parameters: rows, columns and elements of a slice of those whose moments it factors;
+    elements of the others, but for those without any."""
+    matrices, vectors = [], []
+    for shape in shapes:
+        numel = math.prod(shape)
+        if algorithm == "smmf":
+            rows, cols = square(numel)
+        else:
+            k = cut(shape)
+            rows, cols = (numel, 1) if k is None else (math.prod(shape[:k]), math.prod(shape[k:]))
+        if cols > 1:
+            matrices.append((rows, cols, math.prod(shape[1:]) if algorithm == "smmf" else 0))
+        elif numel:
+            vectors.append(numel)
+    return matrices, vectors
+
+
 def plans(
     algorithm: str, shapes: Sequence[Shape], dtype: str, **options: Any
 ) -> list[tuple[dict[str, Any], list[tuple[int, int]]]]:
     """The plans of one step, matrices' and vectors', with the rows and columns of their tensors, those without elements
     left out; ``options`` as `hfac._C.cuda_plan` takes them."""
-    factored: list[tuple[int, int, int]] = []
-    whole: list[tuple[int, int]] = []
     family = algorithm.removesuffix("_int8")  # whose vectors are those of the same optimizer
-    for shape in shapes:
-        numel = math.prod(shape)
-        if family == "hfac":
-            k = cut(shape)
-            rows, cols = (numel, 1) if k is None else (math.prod(shape[:k]), math.prod(shape[k:]))
-        else:
-            rows, cols = square(numel)
-        if cols > 1:
-            factored.append((rows, cols, math.prod(shape[1:])))
-        elif numel:
-            whole.append((numel, 1))
+    matrices, vectors = factored(algorithm, shapes)
     code = CODES[dtype]
     types = dict(param_dtypes=code, grad_dtypes=code)
     extension, found = native(), []
-    if factored:
-        sizes = dict(zip(("rows", "cols", "slices"), map(list, zip(*factored, strict=True)), strict=True))
+    if matrices:
+        sizes = dict(zip(("rows", "cols", "slices"), map(list, zip(*matrices, strict=True)), strict=True))
         if algorithm != "smmf":
             del sizes["slices"]  # of signs
-        matrices = extension.cuda_plan(op=f"{algorithm}_step", **sizes, **types, **options)
-        found.append((matrices, [(m, n) for m, n, _ in factored if m * n]))
-    if whole:
-        sizes = dict(rows=[rows for rows, _ in whole], cols=[1] * len(whole))
-        vectors = extension.cuda_plan(op=f"{family}_dense_step", **sizes, **types, **options)
-        found.append((vectors, whole))
+        of_matrices = extension.cuda_plan(op=f"{algorithm}_step", **sizes, **types, **options)
+        found.append((of_matrices, [(m, n) for m, n, _ in matrices if m * n]))
+    if vectors:
+        sizes = dict(rows=vectors, cols=[1] * len(vectors))
+        of_vectors = extension.cuda_plan(op=f"{family}_dense_step", **sizes, **types, **options)
+        found.append((of_vectors, [(n, 1) for n in vectors]))
     return found
 
 
@@ -225,6 +232,7 @@ def main() -> None:
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="rows as JSON, to stdout or a file")
     parser.add_argument("--launches", choices=LISTS, help="every launch of one list's plan, in bfloat16")
     parser.add_argument("--write", action="store_true", help="write docs/launch-plan.md instead")
+    parser.add_argument("--triton", action="store_true", help="the same steps by the Triton kernels, too (on an H200)")
     parser.add_argument("--check", action="store_true", help="status 1 where a kernel exceeds its budget")
     args = parser.parse_args()
     if args.launches is not None:
@@ -255,6 +263,11 @@ def main() -> None:
     found = steps(args.parameters or list(LISTS), [GPUS[name] for name in args.gpu], args.optimizer, args.dtype)
     if args.json is None:
         print(table(found), instances(found), sep="\n\n")
+        if args.triton:
+            from . import triton_plan
+
+            names = args.parameters or list(LISTS)
+            print("\n" + triton_plan.section(names, args.optimizer, args.dtype, found))
         return
     rows = json.dumps([step.row() for step in found], indent=2)
     if args.json == "-":

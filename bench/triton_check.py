@@ -121,10 +121,10 @@ def _launched(
         ]  # fmt: skip
         plan = make_plan(op, items)
         for launch in (*plan.launches, *plan.squares):
-            yield _variant(launch, **options)
+            yield plain(launch, **options)
 
 
-def _variant(launch: Launch, **options: Any) -> Variant:
+def plain(launch: Launch, **options: Any) -> Variant:
     """A launch's kernel in a step with a first moment and clipping, and with these options; all others are off."""
     on = dict(FIRST=True, CLIPPED=True) | options
     return Variant(
@@ -256,7 +256,7 @@ def costs() -> list[triton_cost.Cost]:
     """What has a budget, printed as it is found."""
     found = []
     for budget in triton_cost.BUDGETS:
-        found.append(triton_cost.cost(budget, lambda launch: compile_variant(_variant(launch), TARGETS[COUNTED][0])))
+        found.append(triton_cost.cost(budget, lambda launch: compile_variant(plain(launch), TARGETS[COUNTED][0])))
         print(found[-1].row(), flush=True)
     return found
 

@@ -29,7 +29,7 @@ _ARGUMENTS = 0x210
 #: Addresses that kernels are told: of tables, and of all else, which comes from the GPU's memory.
 _TABLES, _OPERANDS, _APART = 1 << 20, 1 << 40, 1 << 34
 #: Bytes of shared memory that the GPU takes of each program.
-_RESERVED = 1024
+RESERVED = 1024
 F32, BF16 = torch.float32, torch.bfloat16
 
 
@@ -174,6 +174,30 @@ def _bytes(values: Sequence[Any], dtype: torch.dtype) -> bytes:
     return bytes(torch.tensor(values, dtype=dtype, device="cpu").view(torch.uint8).tolist())
 
 
+def moved(kernel: str, item: Item) -> float:
+    """Bytes that a launch of this name moves through the GPU's memory for a parameter, in a plain step that clips its
+    own update: each number once, but a gradient as often as it is read."""
+    rows, cols, n = item.rows, item.cols, item.elements
+    w, g, t = item.dtype.itemsize, item.grad_dtype.itemsize, item.wide.itemsize
+    column_sums = 3 * cols * item.row_tiles * t
+    sums = 2 * (rows * item.col_tiles + cols * item.row_tiles) * t
+    signs = {table.NO_SIGNS.value: 0, table.BYTE_PER_ELEMENT.value: 2 * n}.get(item.signs, n / 4)
+    own = (rows + cols) * t
+    return {
+        "smmf_tiles": (2 * w + g) * n + signs + sums + 2 * own,
+        "smmf_fold": sums + 2 * own,
+        "smmf_normalize": 4 * cols * t,
+        "smmf_dense": (2 * w + g + 4 * t) * n,
+        "hfac_stats": (2 if item.constants["WIDE"] else 1) * g * n + column_sums + 3 * rows * t,
+        "hfac_fold": column_sums + 7 * rows * t + 6 * cols * t,
+        "hfac_scale": 2 * rows * t,
+        "hfac_update": (2 * w + g + 2 * item.codes) * n + 2 * own,
+        "hfac_dense_look": (g + t) * n,
+        "hfac_dense_total": 0,
+        "hfac_dense": (2 * w + g + 4 * t) * n,
+    }[kernel]
+
+
 def cost(budget: Budget, compiled: Callable[[Launch], Any]) -> Cost:
     """``compiled``: compiles the kernel of a launch for TARGET."""
     item = budget.item
@@ -191,13 +215,12 @@ def cost(budget: Budget, compiled: Callable[[Launch], Any]) -> Cost:
     item.tile_rows, item.stats_rows = 2 * tile_rows, 2 * tile_rows
     more = walked(code, launch, [item], index)
     iterations = tile_rows / rows
-    resident = GPU.resident(LANES * warps, code.registers, kernel.metadata.shared + _RESERVED)
+    resident = GPU.resident(LANES * warps, code.registers, kernel.metadata.shared + RESERVED)
     few = min(resident, math.ceil(programs / GPU.multiprocessors))
     seconds = {n: cycles([[whole] * warps] * n, MEMORY_LATENCY * GPU.clock) / GPU.clock for n in {few, resident}}
-    moved = programs * warps * (whole.loaded + whole.stored)
     issued = programs * warps * whole.instructions
     times = {
-        "bytes": moved / GPU.copy,
+        "bytes": moved(budget.kernel, item) / GPU.copy,
         "issue": issued / (GPU.multiprocessors * SCHEDULERS * ISSUE_SHARE * GPU.clock),
         "latency": programs * seconds[resident] / (GPU.multiprocessors * resident),
         "waves": makespan([(programs, seconds[few])], GPU.multiprocessors * few),

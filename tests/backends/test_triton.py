@@ -107,28 +107,9 @@ def shapes_of(name):
 
 def plans(optimizer, shapes, dtype):
     """The plans of one step: of the factored parameters and of those with whole moments."""
-    from hfac.triton_kernels import plan
+    from bench import triton_plan
 
-    factored, whole = [], []
-    for shape in shapes:
-        numel = math.prod(shape)
-        if optimizer == "HFac":
-            k = matricize.cut(shape)
-            sides = None if k is None else (math.prod(shape[:k]), math.prod(shape[k:]))
-            slice = 0
-        else:
-            sides = matricize.square(numel)
-            sides, slice = (None, 0) if sides[1] == 1 else (sides, math.prod(shape[1:]))
-        rows, cols = sides or (numel, 1)
-        item = plan.Item(rows, cols, dtype, dtype, slice=slice)
-        item.whole = (numel if sides is None else cols) % 8 == 0 and item.signs != 3
-        (whole if sides is None else factored).append(item)
-    stem = optimizer.lower()
-    return [
-        plan.make_plan(op, items)
-        for op, items in ((f"{stem}_step_", factored), (f"{stem}_dense_step_", whole))
-        if items
-    ]
+    return [made for made, _ in triton_plan.plans(optimizer, shapes, dtype)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
