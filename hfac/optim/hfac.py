@@ -78,8 +78,15 @@ class HFac(FactoredOptimizer):
         "first_moment": options.choice(*get_args(FirstMoment)),
     }
     _state_options = {"first_moment": "factored"}
+    _elsewhere = {
+        "beta": "pass betas=(beta, 0.999)",
+        "decay_rate": "pass betas: the second moment decays by betas[1]",
+        "growth_rate": "leave it out: betas[0] is the same in every step",
+        "vector_reshape": "leave it out: moments of vectors are whole",
+        "weight_decay_mode": "leave it out: weight_decay is AdamW's",
+    }
 
-    @options.by_name()
+    @options.by_name(_elsewhere)
     @options.positional_to(
         "eps",
         "pass weight_decay, AdamW's next, and clip_threshold, which was the next here, by name.",

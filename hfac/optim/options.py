@@ -12,7 +12,7 @@ import math
 import operator
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from difflib import get_close_matches
@@ -176,15 +176,29 @@ def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
     return initials if initials in names else ", ".join(get_close_matches(name, names, most, 0.0))
 
 
-def by_name(**elsewhere: str) -> Callable[[_Init], _Init]:
+_LEFT_OUT = "leave it out: fused kernels are the default, and docs/backends.md says which run"
+#: arguments of `torch.optim.AdamW` that no optimizer of hfac has, and what to do instead
+_ADAMWS = {
+    "fused": _LEFT_OUT,
+    "foreach": _LEFT_OUT,
+    "differentiable": "leave it out: steps are not differentiable",
+    "amsgrad": "leave it out: there is no variant that keeps the maximum of the second moment",
+}
+
+
+def instead(name: str, known: Iterable[str], hints: Mapping[str, str]) -> str:
+    """How the message ends that refuses an option: its hint, or the nearest names that are known."""
+    return f"instead, {hints[name]}" if name in hints else f"the nearest: {nearest(name, known)}"
+
+
+def by_name(hints: Mapping[str, str]) -> Callable[[_Init], _Init]:
     """Has a constructor refuse arguments that it does not have with the nearest that it has.
 
     Args:
-        elsewhere: arguments of `torch.optim.AdamW` that the constructor lacks, and what to do instead.
+        hints: options of other optimizers that the constructor lacks, and what to do instead; AdamW's ``fused`` and the
+            like need none.
     """
-    left_out = "leave it out: fused kernels are the default, and docs/backends.md says which run"
-    hints = {"fused": left_out, "foreach": left_out, "differentiable": "leave it out: steps are not differentiable"}
-    hints |= {"amsgrad": "leave it out: there is no variant that keeps the maximum of the second moment"} | elsewhere
+    hints = {**_ADAMWS, **hints}
 
     def decorate(init: _Init) -> _Init:
         known = list(inspect.signature(init).parameters)[1:]
@@ -193,8 +207,8 @@ def by_name(**elsewhere: str) -> Callable[[_Init], _Init]:
         def checked(self: Any, *args: Any, **kwargs: Any) -> None:
             for given in kwargs:
                 if given not in known:
-                    hint = f"instead, {hints[given]}" if given in hints else f"the nearest: {nearest(given, known)}"
-                    raise TypeError(f"{type(self).__name__} has no argument {given!r}; {hint}")
+                    end = instead(given, known, hints)
+                    raise TypeError(f"{type(self).__name__} has no argument {given!r}; {end}")
             init(self, *args, **kwargs)
 
         return checked  # type: ignore[return-value]

@@ -77,7 +77,14 @@ class SMMF(FactoredOptimizer):
         "weight_decay_mode": options.choice(*get_args(WeightDecayMode)),
     }
 
-    @options.by_name(betas="pass beta=betas[0]; decay_rate has the place of the second")
+    _elsewhere = {
+        "betas": "pass beta=betas[0]; decay_rate has the place of the second",
+        "clip_threshold": "leave it out: SMMF does not clip its updates; max_grad_norm clips gradients",
+        "matricize": "leave it out: every shape is viewed as its most nearly square matrix",
+        "first_moment": "leave it out: the first moment is factored, or whole with dense=True",
+    }
+
+    @options.by_name(_elsewhere)
     def __init__(
         self,
         params: ParamsT,

@@ -74,6 +74,8 @@ class StatefulOptimizer(Optimizer):
     #: the subclass's own options on which the keys of its state depend, which no state dict may change, with the values
     #: of optimizers and state dicts of earlier versions, which lack them
     _state_options: ClassVar[dict[str, Any]] = {}
+    #: options that only other optimizers have, and what to do instead; groups with one of them are refused
+    _elsewhere: ClassVar[dict[str, str]] = {}
     #: where each parameter was when last looked up: the index of its group, and its index there
     _index: dict[Tensor, tuple[int, int]]
     #: the groups' options as they were last checked
@@ -207,9 +209,15 @@ class StatefulOptimizer(Optimizer):
         trained. So are those of lazy modules, once a forward pass has given them a shape.
 
         Raises:
-            TypeError, ValueError, RuntimeError: an invalid option or parameter; the optimizer is unchanged.
+            TypeError, ValueError, RuntimeError: an invalid option or parameter, or an option that only the other
+                optimizer has; the optimizer is unchanged.
         """
         if isinstance(param_group, dict) and "params" in param_group:
+            rules = self._all_rules()
+            for name in param_group:  # keys that no optimizer has as an option may be other code's, as in torch
+                if name in self._elsewhere and name not in rules:
+                    end = options.instead(name, rules, self._elsewhere)
+                    raise TypeError(f"{type(self).__name__} has no option {name!r}, which this group gives; {end}")
             param_group.update(self._checked(param_group))
             group = {**self.defaults, **param_group}
             first = next(iter(self.param_groups), group)  # existing groups agree with each other

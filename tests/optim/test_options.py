@@ -10,7 +10,7 @@ from cases import gradient
 from torch.nn import Parameter
 
 import hfac
-from hfac import SMMF, HFac
+from hfac import SMMF, HFac, types
 
 BOTH = pytest.mark.parametrize("cls", [HFac, SMMF])
 
@@ -99,6 +99,26 @@ def test_options_of_groups_are_those_of_the_optimizers():
         ):  # of which groups differ; a scheduler's
             options.pop(other, None)
         assert len(hfac.param_groups(torch.nn.Linear(2, 2), **options)) == 2
+
+
+def test_options_of_the_other_optimizer_are_refused_in_groups():
+    """They were ignored: hfac.param_groups takes the options of both. The optimizer is left as it was."""
+    takers = {HFac: types.HFacOptions.__optional_keys__, SMMF: types.SMMFOptions.__optional_keys__}
+    for cls, other in ((HFac, SMMF), (SMMF, HFac)):
+        foreign = takers[other] - takers[cls]
+        assert len(foreign) >= 4
+        for name in foreign:
+            value = other(params_of()).defaults[name]  # the default is refused too: it would say what is not so
+            message = rf"{cls.__name__} has no option '{name}', which this group gives; instead, \w+ "
+            with pytest.raises(TypeError, match=message):
+                cls(hfac.param_groups(torch.nn.Linear(2, 2), **{name: value}))
+            optimizer = cls(params_of())
+            with pytest.raises(TypeError, match=message):
+                optimizer.add_param_group({"params": params_of(), name: value})
+            with pytest.raises(TypeError, match=rf"{cls.__name__} has no argument '{name}'; instead, \w+ "):
+                cls(params_of(), **{name: value})
+            assert len(optimizer.param_groups) == 1
+    assert HFac([{"params": params_of(), "layer": 3, "lr_scale": 0.5}]).param_groups[0]["layer"] == 3  # other code's
 
 
 WRONG = [
