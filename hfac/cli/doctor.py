@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ HELP = "list the backends that work here, and why the others do not"
 DIFFERS = 1
 #: The device type that a backend is made for; others run on any.
 _MADE_FOR = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+_NOTHING = "nothing to do here: it is for GPUs, and this machine has none with a driver"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -156,13 +158,17 @@ def lines(found: dict[str, Any]) -> list[str]:
         "",
         "Backends:",
     ]
+    fixes: set[str] = set()
     for backend in found["backends"]:
         here = f"here, serves tensors on {', '.join(backend['serves'])}" if backend["here"] else "not here"
         text.append(f"  {backend['name']} ({backend['summary']}): {here}")
         text += [f"    {name.replace('_', ' ')}: {_shown(value)}" for name, value in backend["details"].items()]
         if not backend["here"]:
             text.append(f"    why not: {backend['why_not']}")
-            text.append(f"    fix: {backend['fix']}")
+            fix = backend["fix"]
+            if fix is not None:
+                text.append(f"    fix: {'the command above, which builds both' if fix in fixes else fix}")
+                fixes |= {fix} - {_NOTHING}
     return text
 
 
@@ -171,32 +177,54 @@ def _backend(backend: backends.Backend, kinds: list[str]) -> dict[str, Any]:
     serves = [kind for kind in kinds if backend.why_not(torch.device(kind)) is None]
     asked = _MADE_FOR.get(backend.name, "cpu")
     why_not = None if serves else backend.why_not(torch.device(asked)) or f"There is no {asked} device here."
+    fix = None if serves else _fix(backend.name)
     return {
         "name": backend.name,
         "summary": backend.summary,
         "here": bool(serves),
         "serves": serves,
-        "why_not": why_not,
-        "fix": None if serves else _fix(backend.name),
-        "details": _DETAILS[backend.name](),
+        "why_not": why_not if why_not is None or fix is None else _reason(why_not),
+        "fix": fix,
+        "details": _DETAILS.get(backend.name, dict)(),
     }
 
 
-def _fix(name: str) -> str:
-    """What to do to make the backend work here, as a command if possible."""
+def _reason(why_not: str) -> str:
+    """What a backend says of itself, without its last sentence, which is what to do: `_fix` knows this machine."""
+    sentences = re.split(r"(?<=\.) (?=[A-Z])", why_not)
+    return " ".join(sentences[:-1] or sentences)
+
+
+def _has_gpu() -> bool:
+    """Whether there is a GPU with a driver, whatever this torch and the extension can do with it."""
+    return any((_cuda_devices(), _xpu_devices(), _driver().get("devices"), shutil.which("nvidia-smi")))
+
+
+def _driver() -> dict[str, Any]:
+    """What the extension finds of CUDA."""
+    return {} if cpu._C is None else cpu._C.cuda_info()
+
+
+def _fix(name: str) -> str | None:
+    """What to do to make the backend work here, as a command if possible; None of one that hfac does not bring."""
+    if name not in _DETAILS:
+        return None
+    if _MADE_FOR.get(name) == "cuda" and not _has_gpu():
+        return _NOTHING
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return f"{sys.executable} -m pip install triton"
         return "a GPU with a driver that Triton can find"
-    if name == "cuda" and cpu._C is not None and cpu._C.cuda_info()["compiled"]:
-        if not cpu._C.cuda_info()["devices"]:
+    if name == "cuda" and _driver().get("compiled"):
+        if not _driver()["devices"]:
             return "an NVIDIA GPU and a driver for it that is no older than the CUDA runtime above"
         return _build("HFAC_CUDA=1 HFAC_CUDA_ARCHS=NN ") + "   (NN: the GPU's sm number, such as 90)"
-    build = _build("HFAC_CUDA=1 " if name == "cuda" else "")
+    has_nvcc = shutil.which("nvcc") is not None or bool(os.environ.get("CUDA_HOME"))
+    build = _build("HFAC_CUDA=1 " if name == "cuda" or has_nvcc and _has_gpu() else "")  # which builds both
     needs = []
     if not any(map(shutil.which, ((os.environ.get("CXX") or "g++").split()[0], "g++", "c++"))):
         needs.append("a C++17 compiler (Debian, Ubuntu: sudo apt-get install g++)")
-    if name == "cuda" and shutil.which("nvcc") is None and not os.environ.get("CUDA_HOME"):
+    if name == "cuda" and not has_nvcc:
         needs.append("the CUDA toolkit, whose nvcc must be on the path or in CUDA_HOME")
     return f"install {' and '.join(needs)}, then {build}" if needs else build
 
@@ -232,9 +260,9 @@ def _compiler_said() -> dict[str, Any]:
 
 def _cuda_details() -> dict[str, Any]:
     """What the extension reports about its CUDA kernels, compiled in or not."""
-    if cpu._C is None:
+    info = _driver()
+    if not info:
         return {}
-    info = cpu._C.cuda_info()
     if not info["compiled"]:
         return {"extension": info["why_not"]} | _compiler_said()
     return {
@@ -251,7 +279,7 @@ def _triton_details() -> dict[str, Any]:
         details = {"version": importlib.metadata.version("triton")}
     except importlib.metadata.PackageNotFoundError:
         details = {"version": "the package triton is not installed"}
-    driver = {} if cpu._C is None else cpu._C.cuda_info()
+    driver = _driver()
     return details | ({"driver": _cuda_version(driver["driver_version"])} if driver.get("compiled") else {})
 
 

@@ -68,10 +68,49 @@ def test_the_text_tells_what_the_json_tells(capsys):
     assert f"Python {found['python']}" in text
 
 
-def test_without_the_extension_it_says_why_and_what_to_run(capsys, monkeypatch):
+def without_extension(monkeypatch, why="it fell off the table"):
     monkeypatch.setattr(cpu, "_C", None)
-    monkeypatch.setattr(cpu, "_IMPORT_ERROR", "it fell off the table", raising=False)
-    monkeypatch.setattr(cpu, "_build_failure", lambda: "it fell off the table")
+    monkeypatch.setattr(cpu, "_IMPORT_ERROR", why, raising=False)
+    monkeypatch.setattr(cpu, "_build_failure", lambda: why)
+
+
+def on_a_machine_with(monkeypatch, *programs):
+    """Which of nvidia-smi, nvcc and g++ are on the path."""
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}" if name in programs else None)
+
+
+def test_without_a_gpu_nothing_is_advised_for_one(capsys, monkeypatch):
+    """Each lack is named once, with one command, where it can be mended."""
+    without_extension(monkeypatch)
+    on_a_machine_with(monkeypatch, "g++", "nvcc")
+    _, rows = as_json(capsys)
+    for name in ("cuda", "triton"):
+        assert rows[name]["fix"] == "nothing to do here: it is for GPUs, and this machine has none with a driver"
+    text = doctor(capsys)
+    assert text.count("pip install") == 1 and "HFAC_CUDA" not in text and "nvidia-smi" not in text
+
+
+def test_one_command_builds_the_kernels_for_both(capsys, monkeypatch):
+    without_extension(monkeypatch)
+    on_a_machine_with(monkeypatch, "g++", "nvcc", "nvidia-smi")
+    _, rows = as_json(capsys)
+    assert rows["cuda"]["fix"] == rows["cpu"]["fix"] and rows["cpu"]["fix"].startswith("HFAC_CUDA=1 ")
+    text = doctor(capsys)
+    assert text.count("-m pip install --force-reinstall") == 1
+    assert text.index("HFAC_CUDA=1") < text.index("fix: the command above, which builds both")
+
+
+def test_a_backend_of_someone_else_is_shown_with_its_own_words(capsys, monkeypatch):
+    theirs = backends.Backend("theirs", "kernels for a TPU", lambda device: "No TPU. Buy one.", dict)
+    monkeypatch.setitem(backends.TABLE, "theirs", theirs)
+    _, rows = as_json(capsys)
+    assert (rows["theirs"]["why_not"], rows["theirs"]["fix"]) == ("No TPU. Buy one.", None)
+    assert "why not: No TPU. Buy one." in doctor(capsys)
+
+
+def test_without_the_extension_it_says_why_and_what_to_run(capsys, monkeypatch):
+    without_extension(monkeypatch)
     found, rows = as_json(capsys)
     assert found["auto"]["cpu"] == "reference"
     assert not rows["cpu"]["here"]
@@ -131,6 +170,7 @@ def test_a_cuda_part_without_a_driver_is_described(capsys, monkeypatch):
     ],
 )
 def test_what_makes_the_cuda_backend_work_is_said(capsys, monkeypatch, cuda, wanted):
+    on_a_machine_with(monkeypatch, "g++", "nvidia-smi")
     monkeypatch.setattr(cpu, "_C", Extension(**cuda))
     _, rows = as_json(capsys)
     assert wanted in rows["cuda"]["fix"]
