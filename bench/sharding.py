@@ -73,7 +73,7 @@ while others used the machine: times tell whether something grows by much, and n
 """
 TAIL = """## What grows, what does not, and what gives out first
 
-* **What a step sends does not grow with the ranks**: it is a few numbers for each column (H-Fac), or for each row and
+* **What a step sends does not grow with the ranks**: it is a few numbers for each column (HFac), or for each row and
   column of the square matrix (SMMF), of the whole parameter. Copies of the model add a broadcast of the same size. By
   the model, 8 times as many ranks add 60 microseconds to a collective, and at 16,384 ranks its latency is 0.28 ms,
   less than its bytes take for Llama-3-8B.
@@ -82,13 +82,13 @@ TAIL = """## What grows, what does not, and what gives out first
   that was met: torch's own split of a tensor makes the pieces of all ranks, 20 ms for each tensor of the state at
   16,384 ranks, half a minute for Llama-3-70B. `hfac/distributed/layout.py` cuts this rank's alone.
 * **State shrinks down to a floor**: row states, codes and sign bits are sharded; column states and SMMF's factors are
-  not. The floor is most of what H-Fac keeps from 64 ranks on, and of what SMMF keeps from 1,024 on.
+  not. The floor is most of what HFac keeps from 64 ranks on, and of what SMMF keeps from 1,024 on.
 * **The next limit is FSDP's, not the step's**: ranks beyond a parameter's rows hold nothing of it. Over 16,384 ranks
   FSDP gives a matrix of 4,096 rows to the first 4,096, and the fullest rank 2.7 times an even share of Llama-3-8B.
   The step stays right with such shards (`tests/distributed/test_sharded.py`); use HSDP, as for AdamW.
 * **Whole experts are limited by their number**: where FSDP and expert parallelism together have more ranks than a
   layer has experts, torchtitan shards the second dimension of the stacks, which with `batch_dims=1` {experts}. Beyond
-  256 ranks add copies (HSDP), as in the tables, or leave `batch_dims=0`, with which H-Fac and SMMF factor a stack as
+  256 ranks add copies (HSDP), as in the tables, or leave `batch_dims=0`, with which HFac and SMMF factor a stack as
   one matrix.
 * **Buffers** are as large as what is sent, in float32, and stay from step to step.
 """

@@ -88,7 +88,7 @@ def rates(device: torch.device, names: list[str]) -> Iterator[dict[str, Any]]:
     """Times steps of one bfloat16 matrix and copies of memory, in turns, and yields a row for each backend and
     optimizer: "device", "backend", "optimizer", "ms" (median of a step), "gb_per_s" and "copy_gb_per_s".
 
-    A step's bytes are the least it must move: the gradient read once (H-Fac: twice), parameter and state read and
+    A step's bytes are the least it must move: the gradient read once (HFac: twice), parameter and state read and
     written.
     """
     for name in names:

@@ -211,7 +211,7 @@ _WORDS = {
         "{better}",
     ),
     ("vectors", "hfac"): (
-        "H-Fac keeps both moments of vectors whole (and of matrices with one row or one column), as AdamW does.",
+        "HFac keeps both moments of vectors whole (and of matrices with one row or one column), as AdamW does.",
         "{better}",
     ),
     ("thin", "hfac"): (

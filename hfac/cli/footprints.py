@@ -1,6 +1,6 @@
 """What each optimizer keeps: its state per parameter, and the transient memory of a step.
 
-The state of H-Fac and SMMF, and which of its dimensions are sharded with the parameter, comes from the classes
+The state of HFac and SMMF, and which of its dimensions are sharded with the parameter, comes from the classes
 themselves (`_layout`, called with parameters on the meta device). The rules for the others are here; tests compare them
 with the real optimizers.
 """
@@ -144,7 +144,7 @@ class Factored(Optimizer):
         return _asked(self.cls, shape, dtype, options, self.more)
 
     def sent_bytes(self, load: Load, rank: Rank) -> int:
-        """The all-reduced buffer: 3 numbers for every column under H-Fac, 2 where its first moment is whole, all
+        """The all-reduced buffer: 3 numbers for every column under HFac, 2 where its first moment is whole, all
         factors under SMMF, and a few for every tensor."""
         if rank.world == 1:
             return 0
@@ -244,8 +244,8 @@ OPTIMIZERS: dict[str, Optimizer] = {
         AdamW("adamw-bf16", "AdamW, bf16 state", torch.bfloat16),
         Adam8bit(),
         Adafactor(),
-        Factored("hfac-int8", "H-Fac, int8 moment", hfac.HFac, first_moment="int8"),
-        Factored("hfac", "H-Fac", hfac.HFac),
+        Factored("hfac-int8", "HFac, int8 moment", hfac.HFac, first_moment="int8"),
+        Factored("hfac", "HFac", hfac.HFac),
         Factored("smmf", "SMMF", hfac.SMMF),
     )
 }

@@ -60,7 +60,7 @@ STEP = Piece((), 4)  # a float32 number: on the host, if nothing wants it elsewh
 
 
 class Options(NamedTuple):
-    """Options of H-Fac and SMMF that a parameter's state depends on, as their groups have them."""
+    """Options of HFac and SMMF that a parameter's state depends on, as their groups have them."""
 
     dense: bool = False
     batch_dims: int = 0
@@ -90,7 +90,7 @@ class Transient:
 class Load:
     """The parameters of a model as bytes: parameters alike in shape and everything else are counted together.
 
-    ``rounding`` and ``master`` are options of H-Fac and SMMF; the other optimizers train the weights as they are.
+    ``rounding`` and ``master`` are options of HFac and SMMF; the other optimizers train the weights as they are.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Load:
         self.weights = Counter((p.shape, p.itemsize or dtype.itemsize) for p in model.parameters)
 
     def options(self, parameter: Parameter) -> Options:
-        """The options of H-Fac and SMMF for a parameter."""
+        """The options of HFac and SMMF for a parameter."""
         return Options(parameter.dense, parameter.batch_dims, self.rounding, self.master)
 
     def weight_bytes(self, rank: Rank = ALONE) -> int:

@@ -26,7 +26,7 @@ HELP = "compute how much memory a model takes with each optimizer"
 
 HEADERS = ("optimizer", "weights", "gradients", "state", "transient", "total", "checkpoint")
 _NOTES = (
-    "H-Fac is hfac.HFac, SMMF hfac.SMMF. Where no fused backend serves the GPU (hfac doctor), their steps hold several "
+    "HFac and SMMF: where no fused backend serves the GPU (hfac doctor), their steps hold several "
     "copies of the largest parameter instead.",
     "GB is 10^9 bytes. Total is weights, gradients, state and transient memory; activations come on top, and under "
     "FSDP2 the weights and gradients that it gathers temporarily. A checkpoint is weights and state of all ranks "
@@ -43,11 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=tuple(memory.DTYPES), default="bf16", help=meaning)
     meaning = "parameters that are stacks, and how many of their leading dimensions index slices; may be repeated"
     parser.add_argument("--batch-dims", type=_stack, action="append", metavar="PATTERN=N", help=meaning)
-    meaning = "parameters whose moments H-Fac and SMMF keep whole; may be repeated"
+    meaning = "parameters whose moments HFac and SMMF keep whole; may be repeated"
     parser.add_argument("--dense", action="append", metavar="PATTERN", help=meaning)
-    meaning = "master weights that H-Fac and SMMF keep beside bfloat16 weights (default: none)"
+    meaning = "master weights that HFac and SMMF keep beside bfloat16 weights (default: none)"
     parser.add_argument("--master", choices=MASTER, help=meaning)
-    meaning = "how H-Fac and SMMF round bfloat16 weights; needs no memory (default: %(default)s)"
+    meaning = "how HFac and SMMF round bfloat16 weights; needs no memory (default: %(default)s)"
     parser.add_argument("--rounding", choices=ROUNDING, default=ROUNDING[0], help=meaning)
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object, in bytes")
     meaning = "draw the memory as bars to a PNG, PDF or SVG file"
@@ -151,7 +151,7 @@ def _described(model: sources.Model, load: memory.Load) -> str:
 
 
 def _options_told(model: sources.Model, load: memory.Load) -> str:
-    """Options of H-Fac and SMMF that differ from their defaults, as text."""
+    """Options of HFac and SMMF that differ from their defaults, as text."""
     said = [f"master={load.master}"] if load.master else []
     said += [f"rounding={load.rounding}"] if load.rounding != ROUNDING[0] else []
     for name, count in (
@@ -160,7 +160,7 @@ def _options_told(model: sources.Model, load: memory.Load) -> str:
     ):
         if count:
             said.append(f"{name} for {count:,} tensor{'s'[: count != 1]}")
-    return f"; H-Fac and SMMF with {', '.join(said)}" if said else ""
+    return f"; HFac and SMMF with {', '.join(said)}" if said else ""
 
 
 def _cells(row: footprints.Row) -> list[str]:

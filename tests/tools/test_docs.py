@@ -71,6 +71,14 @@ def test_every_page_is_in_the_index_and_says_what_it_answers():
     assert silent == []
 
 
+def test_the_optimizer_has_one_name_where_users_read():
+    """HFac is the class; the algorithm's name, H-Fac, is for pages about kernels and code."""
+    of_code = GENERATED | {"kernels.md", "architecture.md", "adding-an-optimizer.md", "planted-faults.md"}
+    users = [page for page in PAGES if page.name not in of_code and page != DOCS / "README.md"]
+    messages = sorted((ROOT / "hfac" / "cli").glob("*.py"))
+    assert [page.name for page in users + messages if "H-Fac" in page.read_text()] == []
+
+
 def test_pictures_say_what_they_show_to_those_who_cannot_see_them():
     for page in PAGES:
         for text in re.findall(r"!\[([^\]]*)\]\(", page.read_text()):
