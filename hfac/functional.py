@@ -16,6 +16,7 @@ from torch import Tensor
 from . import memory, ops, schedules, spec
 from .rounding import BitOffset
 from .schedules import Scalar
+from .signs import SignBytes
 from .spec import MASTER_LOW
 from .types import Backend, WeightDecayMode
 
@@ -115,7 +116,8 @@ def smmf(
         exp_avg_rows, exp_avg_sq_rows: per parameter, [n] of its square matrix (`hfac.matricize.square`), or None
             where the moments are whole.
         exp_avg_cols, exp_avg_sq_cols: likewise [m].
-        exp_avg_signs: uint8 of `hfac.matricize.sign_shape`, likewise.
+        exp_avg_signs: likewise, uint8 of `hfac.matricize.sign_shape`; or bool of p.shape, True where the sign is
+            positive, of which bits are made for the step, in an eighth of their memory.
         exp_avgs, exp_avg_sqs: per parameter, whole moments of shape p.shape, or None where they are factored.
         state_steps, skipped, master_lows, places, seed, capturable, batch_dims: as for `hfac`.
 
@@ -334,6 +336,10 @@ class Group:
                         f"{param.device}, where it shows what is skipped; got {step.device} and {flag.dtype} on "
                         f"{flag.device}"
                     )
+        signs = [state.name for state in self._algorithm.states if state.size == spec.SIGNS and state.name in read]
+        kept = [SignBytes(name, read[name], params, batch_dims) for name in signs]
+        read |= {each.name: each.bits for each in kept}
+        self._signs = [each for each in kept if each]
         self._batch_dims = dims = batch_dims if rows is None else batch_dims + 1
         if dims:
             if batch_dims:
@@ -412,8 +418,9 @@ class Group:
         return ops.same(ops.snapshot(self._sliced), self._known) if self._batch_dims else bucket.call.holds()
 
     def workspace_bytes(self) -> int:
-        """Bytes on the device that fused kernels keep from step to step."""
-        return sum(bucket.call.workspace_bytes() for bucket in self._buckets)
+        """Bytes on the device that fused kernels keep between steps, and the bits of signs that are kept in bytes."""
+        kept = sum(signs.scratch_bytes() for signs in self._signs)
+        return kept + sum(bucket.call.workspace_bytes() for bucket in self._buckets)
 
     def prepare(
         self,
@@ -480,13 +487,14 @@ class Group:
             calls.append((bucket, inputs))
 
         tensors = [value for value in (*options.values(), grad_scale) if isinstance(value, Tensor)]
-        return Step(calls, found_inf, self._captured, tensors)
+        return Step(calls, found_inf, self._captured, tensors, self._signs)
 
 
 class Step:
     """A validated step of a `Group`: ask for its norms, or not, then apply it, once.
 
-    ``captured``: what a graph reads is added there; ``tensors``: of what the step has been given.
+    ``captured``: what a graph reads is added there; ``tensors``: of what the step has been given; ``signs``: those that
+    are kept in bytes.
     """
 
     def __init__(
@@ -495,8 +503,9 @@ class Step:
         found_inf: Tensor | None,
         captured: list[Any],
         tensors: list[Tensor],
+        signs: Sequence[SignBytes] = (),
     ) -> None:
-        self._calls, self._found_inf = calls, found_inf
+        self._calls, self._found_inf, self._signs = calls, found_inf, signs
         self._refused: Tensor | None = None
         self._captured, self._tensors = captured, tensors
         self._statistics: list[ops.Statistics | None] = [None] * len(calls)
@@ -554,9 +563,12 @@ class Step:
             self._captured += [*bucket.call.tensors(), *bucket.steps, *(bucket.skipped or ()), bucket.owners]
             self._captured += [inputs.nonfinite, inputs.numbers.get("watched"), inputs.scaling.get("found_inf")]
         self._captured += [clip, self._refused, self._found_inf, *self._tensors]
+        self._captured += [tensor for signs in self._signs for tensor in signs.tensors()]
 
     def apply(self, clip: Tensor | None = None) -> None:
         """Makes the step, on gradients multiplied by ``clip``, and counts it."""
+        for signs in self._signs:
+            signs.pack()
         for (bucket, inputs), found in zip(self._calls, self._statistics, strict=True):
             bucket.call.apply(inputs, found, clip)
             forbidden = inputs.scaling.get("found_inf")
@@ -566,6 +578,8 @@ class Step:
                 if self._found_inf is not None:
                     refused = forbidden - self._found_inf.view(()).to(forbidden.device)
             bucket.count(inputs.nonfinite, forbidden, None if self._refused is None else refused)
+        for signs in self._signs:
+            signs.unpack()
 
 
 def _check_batch(batch_dims: int, params: Sequence[Tensor], states: Mapping[str, States]) -> None:

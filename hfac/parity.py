@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import ops, rounding, schedules, spec
-from .reference import unpack_signs
+from .signs import unpack_signs
 
 Shape = tuple[int, ...]
 

@@ -35,6 +35,7 @@ from . import codes, rounding
 from .matricize import Block
 from .rounding import BitOffset
 from .schedules import Scalar
+from .signs import pack_signs, unpack_signs
 
 
 def hfac_step_(
@@ -583,24 +584,6 @@ def nnmf(matrix: Tensor) -> tuple[Tensor, Tensor]:
     row, col = matrix.sum(1), matrix.sum(0)
     total = col.sum()
     return row, col / torch.where(total == 0, 1, total)
-
-
-def pack_signs(positive: Tensor) -> Tensor:
-    """bool [d0, ...] -> uint8 [d0, ceil(prod(...) / 8)]: element 8b + k of a slice is bit k of its byte b, 1 =
-    positive."""
-    rows = positive.reshape(positive.shape[0], -1)
-    bits = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8)).view(rows.shape[0], -1, 8)
-    return (bits * _bit_values(positive.device)).sum(-1, dtype=torch.uint8)
-
-
-def unpack_signs(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """The inverse of `pack_signs`: uint8 [d0, bytes] -> bool of ``shape``, whose first dimension is d0."""
-    bits = (packed[:, :, None] & _bit_values(packed.device)) != 0
-    return bits.view(shape[0], -1)[:, : torch.Size(shape[1:]).numel()].reshape(shape)
-
-
-def _bit_values(device: torch.device) -> Tensor:
-    return 1 << torch.arange(8, dtype=torch.uint8, device=device)
 
 
 class _Stored:

@@ -25,6 +25,7 @@ __all__ = [
     "Rounding",
     "SMMFOptions",
     "Scalar",
+    "Signs",
     "Unpack",
     "WeightDecayMode",
 ]
@@ -36,6 +37,7 @@ Master = Literal["split", "split8"]
 Matricize = Literal["balanced", "flatten"]
 Nonfinite = Literal["propagate", "skip", "skip-step"]
 Rounding = Literal["nearest", "stochastic"]
+Signs = Literal["bits", "bytes"]
 WeightDecayMode = Literal["adamw", "adam"]
 
 
@@ -73,6 +75,7 @@ class _SMMF(TypedDict, total=False):
     growth_rate: float
     vector_reshape: bool
     weight_decay_mode: WeightDecayMode
+    signs: Signs
 
 
 class _Execution(TypedDict, total=False):

@@ -25,7 +25,7 @@ PARAM, PARAM_LAYOUT = _fields(2)
 ROWS, COLS = _fields(2)
 #: addresses of the states. H-Fac: u, v, r, s. SMMF: r_M, c_M, r_V, c_V. Whole moments: in the row fields
 FIRST_ROW, FIRST_COL, SECOND_ROW, SECOND_COL, SIGNS = _fields(5)
-#: elements and bytes of one slice along the first dimension (`hfac.reference.pack_signs`)
+#: elements and bytes of one slice along the first dimension (`hfac.signs.pack_signs`)
 SLICE, SLICE_BYTES = _fields(2)
 #: tiling of the matrix; rows of a tile of H-Fac's statistics, of which there are ROW_TILES
 TILE_ROWS, ROW_TILES, COL_TILES, STATS_ROWS = _fields(4)

@@ -1,4 +1,4 @@
-// SMMF's packed sign bits: slices of the first dimension, each padded to whole bytes (hfac.reference.pack_signs).
+// SMMF's packed sign bits: slices of the first dimension, each padded to whole bytes (hfac.signs.pack_signs).
 #pragma once
 
 #include <cstdint>

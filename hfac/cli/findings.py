@@ -98,16 +98,17 @@ def _empty_ranks(parameters: Sequence[Parameter], worlds: Iterable[int]) -> list
             f"{1 / world:.1%} would be even."
         )
         advice = (
-            "Shard the second dimension (fully_shard's shard_placement_fn; SMMF needs shards of multiples of 8), shard "
-            "over fewer ranks and replicate, or give ranks whole experts (expert parallelism)."
+            "Shard the second dimension (fully_shard's shard_placement_fn; SMMF keeps a byte per sign where shards are "
+            "no multiples of 8), shard over fewer ranks and replicate, or give ranks whole experts (expert "
+            "parallelism)."
         )
         found.append(Finding("empty ranks", None, tuple(mine), 0, 0, why, advice))
     return found
 
 
 def _judged(parameter: Parameter, load: Load) -> Options:
-    """The state that is judged: without what `--master` adds, which the user asked for."""
-    return load.options(parameter)._replace(master=None)
+    """The state that is judged: without what `--master` and `--signs` add, which the user asked for."""
+    return load.options(parameter)._replace(master=None, signs="bits")
 
 
 def _kind(optimizer: Optimizer, parameter: Parameter, load: Load, share: float) -> str | None:

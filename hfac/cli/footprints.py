@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import hfac
-from hfac import spec
+from hfac import signs, spec
 from hfac.backends import addresses, cpu
 from hfac.cli.memory import ALONE, PLAIN, STEP, Load, Optimizer, Options, Piece, Rank, Shape, Transient
 
@@ -168,14 +168,28 @@ class Factored(Optimizer):
             return Transient(None, "unknown", "hfac._C, which plans the kernels, is not built: see hfac doctor")
         if load.elements(rank) > self.MOST:
             return Transient(None, "unknown", f"launches are not planned for more than {self.MOST:,} elements")
-        sums = self._partial_sums(load, rank)
+        scratch = self._packed_bytes(load, rank)
+        packed = ", and bits of the signs that are kept in bytes, with what packing them takes" if scratch else ""
+        sums = self._partial_sums(load, rank) + scratch
         if rank.world == 1:
-            return Transient(sums, "counted", "the CUDA kernels' partial sums, from their launch plan")
+            return Transient(sums, "counted", f"the CUDA kernels' partial sums, from their launch plan{packed}")
         return Transient(
             sums + self.sent_bytes(load, rank),
             "estimated",
-            "the all-reduced buffer, counted, and partial sums planned as for whole matrices of the shards' size",
+            "the all-reduced buffer, counted, and partial sums planned as for whole matrices of the shards' size"
+            f"{packed}",
         )
+
+    def _packed_bytes(self, load: Load, rank: Rank) -> int:
+        """Bits of signs that are kept in bytes, which stay from step to step, and the temporaries of packing them, of
+        one parameter at a time."""
+        bits = most = 0
+        for (shape, options), n in load.kinds.items():
+            part, batch = rank.part(shape), options.batch_dims
+            if options.signs == "bytes" and "exp_avg_sign" in self.pieces(shape, load.dtype, options) and 0 not in part:
+                bits += n * math.prod(signs.bits_shape(part, batch))
+                most = max(most, min(math.prod(part), max(signs.TOGETHER, math.prod(part[batch + 1 :]))))
+        return bits + 2 * most
 
     def _partial_sums(self, load: Load, rank: Rank) -> int:
         """Workspace of the CUDA kernels on a rank's shards: a call for each group of options."""
@@ -208,8 +222,8 @@ class Factored(Optimizer):
         total = 0
         if factored:
             heights, widths, slices = (list(column) for column in zip(*factored, strict=True))
-            signs = {"slices": slices} if algorithm == "smmf" else {}
-            total += plan(op=self.op.name.removesuffix("_"), rows=heights, cols=widths, **types, **signs)[
+            packed = {"slices": slices} if algorithm == "smmf" else {}
+            total += plan(op=self.op.name.removesuffix("_"), rows=heights, cols=widths, **types, **packed)[
                 "workspace_bytes"
             ]
         if whole:
@@ -224,7 +238,8 @@ def _asked(
 ) -> dict[str, Piece]:
     """The state that an optimizer of hfac creates for a parameter on the meta device."""
     param = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
-    optimizer = cls([{"params": [param], **options._asdict()}], **dict(more))
+    own = {name: value for name, value in options._asdict().items() if name in cls._all_rules()}
+    optimizer = cls([{"params": [param], **own}], **dict(more))
     layout = optimizer._layout(param, optimizer.param_groups[0])
     found = {}
     for key, value in optimizer.state[param].items():

@@ -60,12 +60,14 @@ STEP = Piece((), 4)  # a float32 number: on the host, if nothing wants it elsewh
 
 
 class Options(NamedTuple):
-    """Options of HFac and SMMF that a parameter's state depends on, as their groups have them."""
+    """Options of HFac and SMMF that a parameter's state depends on, as their groups have them; ``signs`` is SMMF's
+    alone."""
 
     dense: bool = False
     batch_dims: int = 0
     rounding: str = "nearest"
     master: str | None = None
+    signs: str = "bits"
 
 
 PLAIN = Options()
@@ -90,13 +92,19 @@ class Transient:
 class Load:
     """The parameters of a model as bytes: parameters alike in shape and everything else are counted together.
 
-    ``rounding`` and ``master`` are options of HFac and SMMF; the other optimizers train the weights as they are.
+    ``rounding`` and ``master`` are options of HFac and SMMF, ``signs`` of SMMF; the other optimizers train the weights
+    as they are.
     """
 
     def __init__(
-        self, model: Model, dtype: torch.dtype, rounding: str = PLAIN.rounding, master: str | None = None
+        self,
+        model: Model,
+        dtype: torch.dtype,
+        rounding: str = PLAIN.rounding,
+        master: str | None = None,
+        signs: str = PLAIN.signs,
     ) -> None:
-        self.dtype, self.rounding, self.master = dtype, rounding, master
+        self.dtype, self.rounding, self.master, self.signs = dtype, rounding, master, signs
         self.order = [p.shape for p in model.parameters if p.trainable]
         self.trained = Counter(self.order)
         self.kinds = Counter((p.shape, self.options(p)) for p in model.parameters if p.trainable)
@@ -104,7 +112,7 @@ class Load:
 
     def options(self, parameter: Parameter) -> Options:
         """The options of HFac and SMMF for a parameter."""
-        return Options(parameter.dense, parameter.batch_dims, self.rounding, self.master)
+        return Options(parameter.dense, parameter.batch_dims, self.rounding, self.master, self.signs)
 
     def weight_bytes(self, rank: Rank = ALONE) -> int:
         return sum(n * math.ceil(size * math.prod(rank.part(shape))) for (shape, size), n in self.weights.items())

@@ -20,6 +20,7 @@ from hfac.cli.errors import OutputError, UsageError
 from hfac.cli.foreign import told
 from hfac.cli.plan_plot import write_plot
 from hfac.cli.report import print_rows
+from hfac.optim.smmf import SIGNS
 from hfac.optim.state import MASTER, ROUNDING
 
 HELP = "compute how much memory a model takes with each optimizer"
@@ -49,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--master", choices=MASTER, help=meaning)
     meaning = "how HFac and SMMF round bfloat16 weights; needs no memory (default: %(default)s)"
     parser.add_argument("--rounding", choices=ROUNDING, default=ROUNDING[0], help=meaning)
+    meaning = "how SMMF keeps signs: a bit each, or a byte, which any placement can shard (default: %(default)s)"
+    parser.add_argument("--signs", choices=SIGNS, default=SIGNS[0], help=meaning)
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object, in bytes")
     meaning = "draw the memory as bars to a PNG, PDF or SVG file"
     parser.add_argument("--plot", type=outputs.picture, metavar="FILE", help=meaning)
@@ -80,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         outputs.check_picture("--plot", args.plot)
     model = sources.read(args.model).grouped(args.dense or (), dict(args.batch_dims or ()))
-    load = memory.Load(model, dtype, args.rounding, args.master)
+    load = memory.Load(model, dtype, args.rounding, args.master, args.signs)
     worlds = {world: footprints.rows(load, world) for world in args.world_size}
     found = findings.find(model, load, args.world_size)
     if args.json:
@@ -154,6 +157,7 @@ def _options_told(model: sources.Model, load: memory.Load) -> str:
     """Options of HFac and SMMF that differ from their defaults, as text."""
     said = [f"master={load.master}"] if load.master else []
     said += [f"rounding={load.rounding}"] if load.rounding != ROUNDING[0] else []
+    said += [f"signs={load.signs}"] if load.signs != SIGNS[0] else []
     for name, count in (
         ("dense", sum(parameter.dense for parameter in model.parameters)),
         ("batch_dims", sum(parameter.batch_dims > 0 for parameter in model.parameters)),
@@ -233,6 +237,7 @@ def _as_json(
         "dtype": str(load.dtype).removeprefix("torch."),
         "rounding": load.rounding,
         "master": load.master,
+        "signs": load.signs,
         "dense": [parameter.name for parameter in model.parameters if parameter.dense],
         "batch_dims": {parameter.name: parameter.batch_dims for parameter in model.parameters if parameter.batch_dims},
         "assumed": list(model.assumed),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .. import codes, matricize, reference
+from .. import codes, matricize, reference, signs
 from ..optim import SMMF, HFac
 from ..optim.options import unadvised, warn
 from ..optim.state import EXECUTION, LOW
@@ -297,7 +297,10 @@ def _smmf_state(kept: Entry, group: Mapping[str, Any], M: Tensor, V: Tensor, ste
         return {"exp_avg": M, "exp_avg_sq": V}
     n, m = matricize.square(M.numel())
     row, col = reference.nnmf(M.abs().reshape(n, m))
-    values = {"exp_avg_row": row, "exp_avg_col": col, "exp_avg_sign": reference.pack_signs(M > 0)}
+    positive = M > 0
+    if "exp_avg_sign" in kept and kept["exp_avg_sign"].dtype != signs.BYTES:
+        positive = signs.pack_signs(positive)
+    values = {"exp_avg_row": row, "exp_avg_col": col, "exp_avg_sign": positive}
     values["exp_avg_sq_row"], values["exp_avg_sq_col"] = reference.nnmf(V.reshape(n, m))
     return values
 

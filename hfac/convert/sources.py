@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .. import codes, matricize, reference
+from .. import codes, matricize, signs
 from ..optim.options import warn
 from ..optim.state import LOW
 from .strangers import refusal
@@ -105,9 +105,10 @@ def _smmf(where: str, entry: Entry, group: Mapping[str, Any], shape: tuple[int, 
         V = _outer(where, "exp_avg_sq", (entry["exp_avg_sq_row"], entry["exp_avg_sq_col"]), shape).reshape(shape)
         M = None
         if "exp_avg_row" in entry:
-            sign = tensor(where, entry, "exp_avg_sign", matricize.sign_shape(shape))
+            in_bytes = getattr(entry.get("exp_avg_sign"), "dtype", None) == signs.BYTES
+            sign = tensor(where, entry, "exp_avg_sign", shape if in_bytes else signs.bits_shape(shape))
             M = _outer(where, "exp_avg", (entry["exp_avg_row"], entry["exp_avg_col"]), shape).reshape(shape)
-            M = torch.where(reference.unpack_signs(sign, shape), M, -M)
+            M = torch.where(sign if in_bytes else signs.unpack_signs(sign, shape), M, -M)
     return Moments(None if M is None else _over(M, smmf_weight(group, t)), V, t)
 
 
@@ -230,7 +231,7 @@ def _smmf_options(group: Mapping[str, Any], to: str) -> dict[str, Any]:
     found = _pick(group, _OURS)
     if to == "hfac":
         return _decoupled(found, group.get("weight_decay_mode") == "adam")
-    own = ("beta", "eps", "decay_rate", "growth_rate", "vector_reshape", "weight_decay_mode")
+    own = ("beta", "eps", "decay_rate", "growth_rate", "vector_reshape", "weight_decay_mode", "signs")
     return {**found, **_pick(group, own)}
 
 
@@ -279,6 +280,11 @@ def _hfac_shape(entry: Entry, group: Mapping[str, Any]) -> tuple[int, ...] | Non
     return _whole("exp_avg_q")(entry, group) or sides(entry, group)
 
 
+def _smmf_shape(entry: Entry, group: Mapping[str, Any]) -> tuple[int, ...] | None:
+    in_bytes = getattr(entry.get("exp_avg_sign"), "dtype", None) == signs.BYTES
+    return _whole("exp_avg_sign" if in_bytes else "exp_avg_sq")(entry, group)
+
+
 def _without_last(entry: Entry, group: Mapping[str, Any]) -> tuple[int, ...] | None:
     """The shape of a moment, or of means over the last and over the last but one dimension."""
     if isinstance(entry.get("exp_avg_sq"), Tensor):
@@ -297,7 +303,7 @@ SOURCES = {
     ),
     "published": Source("the authors' SMMF", _published, _whole("momentum_v"), _smmf_options),
     "hfac": Source("HFac", _by_slice(_hfac), _hfac_shape, _hfac_options),
-    "smmf": Source("SMMF", _by_slice(_smmf), _whole("exp_avg_sq"), _smmf_options),
+    "smmf": Source("SMMF", _by_slice(_smmf), _smmf_shape, _smmf_options),
 }
 
 

@@ -141,29 +141,23 @@ def group_refusal(param: Tensor) -> str | None:
     return None
 
 
-def sign_refusal(param: Tensor) -> str | None:
-    """Why the packed sign bits cannot be sharded as this parameter is, or None.
+def splits_sign_bytes(param: Tensor) -> bool:
+    """Whether packed sign bits cannot be sharded as this parameter is.
 
-    Signs are [d0, bytes of one slice]: sharding the first dimension never splits a byte, sharding the second must not
-    on any rank, and further dimensions cannot be sharded.
+    They are [d0, bytes of one slice]: sharding the first dimension never splits a byte, sharding the second must not on
+    any rank, and further dimensions cannot be sharded.
     """
     by_dim = sharded_by(param)
     if not any(by_dim[1:]):
-        return None
-    what = f"has shape {tuple(param.shape)} and placements {tuple(param.placements)}"  # type: ignore[attr-defined]
-    advice = "Shard its first dimension, or use hfac.HFac, which takes any placement."
+        return False
     if any(by_dim[2:]):
-        return f"{what}; SMMF's packed signs can follow a shard of the first or second dimension only. {advice}"
+        return True
     ranks = torch.Size(param.device_mesh.size(d) for d in by_dim[1]).numel()  # type: ignore[attr-defined]
     (_, d1), rest = param.shape[:2], param.shape[2:].numel()
     size = matricize.sign_shape(param.shape)[1]
     even = d1 % ranks == 0 and size % ranks == 0
-    if (-(-size // ranks) * 8 == -(-d1 // ranks) * rest) and (even or len(by_dim[1]) == 1):
-        return None
-    return (
-        f"{what}; SMMF's packed signs need every rank's piece of the second dimension, times the dimensions after it, "
-        f"to be a multiple of 8 elements. {advice}"
-    )
+    whole_bytes = -(-size // ranks) * 8 == -(-d1 // ranks) * rest
+    return not (whole_bytes and (even or len(by_dim[1]) == 1))
 
 
 def zeros(param: Tensor, shape: Sequence[int], follows: Follows, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -172,7 +166,7 @@ def zeros(param: Tensor, shape: Sequence[int], follows: Follows, dtype: torch.dt
     if not is_dtensor(param):
         return torch.zeros(shape, dtype=dtype, device=device)
     sizes = [len(mine) for mine in _own_indices(param, shape, follows)]
-    return _as_dtensor(param, shape, follows, torch.zeros(sizes, dtype=dtype, device=device))
+    return as_dtensor(param, shape, follows, torch.zeros(sizes, dtype=dtype, device=device))
 
 
 def placed(param: Tensor, value: Tensor, follows: Follows) -> Tensor:
@@ -187,7 +181,7 @@ def placed(param: Tensor, value: Tensor, follows: Follows) -> Tensor:
         shard = value
         for d, mine in enumerate(_own_indices(param, value.shape, follows)):
             shard = shard.index_select(d, mine.to(shard.device))
-        return _as_dtensor(param, value.shape, follows, shard)
+        return as_dtensor(param, value.shape, follows, shard)
     if not is_sharded(value) and not is_dtensor(param):
         return local(value)
     if is_dtensor(param) and value.device_mesh == param.device_mesh:  # type: ignore[attr-defined]
@@ -232,7 +226,8 @@ def _chunk(whole: Tensor, count: int, index: int) -> Tensor:
     return whole[index * size : (index + 1) * size]
 
 
-def _as_dtensor(param: Tensor, shape: Sequence[int], follows: Follows, shard: Tensor) -> Tensor:
+def as_dtensor(param: Tensor, shape: Sequence[int], follows: Follows, shard: Tensor) -> Tensor:
+    """A state of global ``shape`` of a DTensor, sharded as its parameter is, from this rank's shard."""
     from torch.distributed.tensor import DTensor
 
     stride = torch.empty(shape, device="meta").stride()
@@ -261,7 +256,7 @@ def state_placements(param: Tensor, follows: Follows) -> list[Any]:
 
 def like(param: Tensor, shard: Tensor) -> Tensor:
     """A DTensor with the shape and placements of ``param`` and this shard; the tensor itself for a plain parameter."""
-    return _as_dtensor(param, param.shape, tuple(range(param.ndim)), shard) if is_dtensor(param) else shard
+    return as_dtensor(param, param.shape, tuple(range(param.ndim)), shard) if is_dtensor(param) else shard
 
 
 def bit_offset(param: Tensor, position: int) -> BitOffset:
@@ -293,13 +288,15 @@ def bit_offset(param: Tensor, position: int) -> BitOffset:
 def blocks(param: DTensor) -> list[matricize.Block]:
     """Where the elements of this rank's shard are in SMMF's square matrix of the whole parameter."""
     shape = param.shape
-    own = _own_indices(param, shape, tuple(range(len(shape))))[:2]
-    slice_, rest = shape[1:].numel(), shape[2:].numel()
-    inner = _intervals(own[1]) if len(own) > 1 else [(0, 1)]
-    if inner == [(0, slice_ // max(rest, 1))]:  # whole slices: adjacent ones are one run
-        runs = [(start * slice_, count * slice_) for start, count in _intervals(own[0])]
-    else:
-        runs = [(i * slice_ + start * rest, count * rest) for i in own[0].tolist() for start, count in inner]
+    own = _own_indices(param, shape, tuple(range(len(shape))))
+    cut = [d for d, mine in enumerate(own) if len(mine) < shape[d]]
+    last = cut[-1] if cut else 0  # the dimensions after it are whole, so adjacent indices of this one are one run
+    starts = torch.zeros(1, dtype=torch.int64, device="cpu")
+    for d in range(last):
+        starts = (starts[:, None] + own[d] * shape[d + 1 :].numel()).flatten()
+    rest = shape[last + 1 :].numel()
+    inner = [(first * rest, count * rest) for first, count in _intervals(own[last])]
+    runs = [(start + first, count) for start in starts.tolist() for first, count in inner]
     return matricize.blocks(runs, matricize.square(param.numel())[1])
 
 

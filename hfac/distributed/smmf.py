@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops, spec
+from ..signs import SignBytes
 from ..staging import Fetched
 from . import layout
 from .bucket import OUTCOME, Bucket, Entry, Joint, Options
@@ -55,11 +56,18 @@ class Shards(Bucket):
         super().__init__(entries)
         self.joint = Joint([entry.param for entry in entries], mesh_dims)
         self.op = spec.SMMF_SUMS_STEP if op is spec.SMMF_STEP else spec.SMMF_DENSE_STEP
-        self.states = {
+        self.states: dict[str, Sequence[Any]] = {
             state.name: [entry.local_state(state.key) for entry in entries]
             for state in self.op.states
             if state.key is not None and state.key in entries[0].state
         }
+        #: lists of signs, some of which may be kept in bytes
+        self.signs = [
+            SignBytes(state.name, self.states[state.name], self.params)
+            for state in self.op.states
+            if state.size == spec.SIGNS and state.name in self.states
+        ]
+        self.states |= {signs.name: signs.bits for signs in self.signs}
         #: rows' and columns' factors of the second moment, then of the first, and of each the list of its sums
         self.factors = [
             (self.states[state.name], sums.name)
@@ -118,7 +126,11 @@ class Shards(Bucket):
         def step() -> None:
             self.stepped = members = who if going is None else going()
             call, taken = self.call("step", members, options.backend), who.part(here, members)
+            for signs in self.signs:
+                signs.pack(members.index)
             self.run(call, taken, clip, options, self.decays(members, options), ("step", members))
+            for signs in self.signs:
+                signs.unpack(members.index)
             self.present.copy_(self.contributed(members))
 
         return step

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from .. import rounding
+from .. import rounding, signs, spec
 from ..distributed import layout
 from .state import EXECUTION, HOST, LOW, StatefulOptimizer, counter, is_trained
 
@@ -43,8 +43,9 @@ class CheckpointedOptimizer(StatefulOptimizer):
 
         Everything is validated first. Tensors keep their own types, where torch's own loading would cast factors and
         sign bits to the parameter's. ``capturable``, ``backend``, ``amp_scaling`` and ``watch`` keep this optimizer's
-        values: they say how a step runs on this machine, not what it computes. Entries that wrappers keep in the state
-        under keys of their own are loaded unchanged; their tensors are copied to the parameter's device, as in torch.
+        values: they say how a step runs on this machine, not what it computes. So does SMMF's ``signs``; signs of the
+        other kind are converted. Entries that wrappers keep in the state under keys of their own are loaded unchanged;
+        their tensors are copied to the parameter's device, as in torch.
 
         Raises:
             TypeError, ValueError: the state does not fit. The message names the parameter's index, what was expected
@@ -179,7 +180,10 @@ class CheckpointedOptimizer(StatefulOptimizer):
                     f"{name}: group {index} of the state dict has no {self._own_option!r}: it was saved by another "
                     f"optimizer. hfac.convert(state_dict, params, {target}) translates what it knows."
                 )
-        checked_groups = [{**self._state_options, **self._checked(saved)} for saved in saved_groups]
+        checked_groups = [
+            {**self._state_options, **self._checked(saved), **{name: group[name] for name in self._converted_options}}
+            for saved, group in zip(saved_groups, groups, strict=True)
+        ]
         self._check_state_options(checked_groups)
         merged = [{**self.defaults, **saved} for saved in checked_groups]
         self._common_limit(merged)
@@ -207,7 +211,7 @@ class CheckpointedOptimizer(StatefulOptimizer):
         """That the state is of the kind that this optimizer keeps: a state dict's options replace its own, and would
         undo without a word what it was constructed with."""
         for index, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
-            for name in self._state_options:
+            for name in self._state_options.keys() - self._converted_options:
                 if saved[name] != group[name]:
                     raise ValueError(
                         f"{type(self).__name__}: group {index} of the state dict was saved with {name}={saved[name]!r},"
@@ -238,10 +242,16 @@ class CheckpointedOptimizer(StatefulOptimizer):
                 f"{where} must have the keys {sorted(needed)}, got {sorted(map(str, state))}. It was saved by another "
                 "optimizer, or with options that give another state; hfac.convert translates both."
             )
+        sign_keys = {own.key for own in self._spec.states if own.size == spec.SIGNS}
         for key, (shape, dtype, follows) in needed_layout.items():
             value = state[key]
             if not isinstance(value, Tensor):
                 raise TypeError(f"{where}: '{key}' must be a tensor of shape {shape}, got {type(value).__name__}")
+            if key in sign_keys:
+                try:
+                    value = _signs_as(value, param, group, dtype)
+                except ValueError as error:
+                    raise ValueError(f"{where}: '{key}' {error}") from None
             if tuple(value.shape) != shape or value.layout is not torch.strided:
                 raise ValueError(f"{where}: '{key}' must have shape {shape}, got {_described(value)}")
             if value.is_floating_point() != dtype.is_floating_point or (
@@ -269,6 +279,32 @@ class CheckpointedOptimizer(StatefulOptimizer):
                 if entry[key].device.type == "cpu" and not 0 <= entry[key].item() < math.inf:
                     raise ValueError(f"{where}: '{key}' must be a number >= 0, got {entry[key].item()}")
         return entry
+
+
+def _signs_as(value: Tensor, param: Tensor, group: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
+    """A parameter's signs (`hfac.signs`) as those of this type, where they are of the other kind; anything else is left
+    for others to check.
+
+    Raises:
+        ValueError: they are sharded in a way in which a rank cannot convert its own; the message says what to do.
+    """
+    batch, shape, dims = group["batch_dims"], tuple(param.shape), tuple(range(param.ndim))
+    kinds: dict[torch.dtype, tuple[tuple[int, ...], layout.Follows]] = {
+        torch.uint8: (signs.bits_shape(shape, batch), dims[: batch + 2]),
+        signs.BYTES: (shape, dims),
+    }
+    if value.dtype == dtype or value.dtype not in kinds or tuple(value.shape) != kinds[value.dtype][0]:
+        return value
+    sharded = layout.is_dtensor(value) and layout.is_sharded(value)
+    if sharded and layout.is_dtensor(param) and layout.splits_sign_bytes(param):
+        raise ValueError(
+            "is sharded, and this parameter's placement would split bytes of sign bits, which only whole ones convert "
+            "to. Gather it with .full_tensor() on every rank first."
+        )
+    here = layout.local(layout.placed(param, value, kinds[value.dtype][1]) if sharded else value)
+    local = tuple(layout.local(param.detach()).shape) if sharded else shape
+    found = signs.to_bits(here, batch) if dtype == torch.uint8 else signs.to_bytes(here, local, batch)
+    return layout.as_dtensor(param, *kinds[dtype], found) if sharded else found
 
 
 def _taken(value: Tensor, own: Any) -> Tensor:

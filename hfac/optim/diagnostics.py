@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import codes, matricize, rounding, schedules, spec
+from .. import codes, matricize, rounding, schedules, signs, spec
 from ..distributed import layout
 from ..functional import slices
 from .state import COUNTERS, LOW, piece_rows, sliced
@@ -367,9 +367,13 @@ def _old_factors(view: _View, moment: int, decay: Tensor, new: Rows) -> tuple[Te
 
 
 def _signs(view: _View) -> _Signed:
-    """Reads SMMF's sign bits, which are packed by slices of the parameter's first dimension, by rows of its matrix."""
+    """Reads SMMF's signs by rows of its matrix; bits are packed by slices of the parameter's first dimension."""
     inner, n = view.param[0].numel(), view.n
-    packed = view.state(1, spec.SIGNS).view(len(view.param), -1)
+    kept = view.state(1, spec.SIGNS)
+    if kept.dtype == signs.BYTES:
+        positive = kept.view(-1, n)
+        return lambda rows, value: torch.where(positive[rows], value, -value)
+    packed = kept.view(len(view.param), -1)
 
     def signed(rows: slice, value: Tensor) -> Tensor:
         index = torch.arange(rows.start * n, rows.stop * n, device=packed.device)

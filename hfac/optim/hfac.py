@@ -83,6 +83,7 @@ class HFac(FactoredOptimizer):
         "decay_rate": "pass betas: the second moment decays by betas[1]",
         "growth_rate": "leave it out: betas[0] is the same in every step",
         "vector_reshape": "leave it out: moments of vectors are whole",
+        "signs": "leave it out: HFac keeps no signs, and takes any placement",
         "weight_decay_mode": "leave it out: weight_decay is AdamW's",
     }
 

@@ -1,16 +1,18 @@
 """SMMF as a torch optimizer."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from torch.optim.optimizer import ParamsT
 
 from .. import matricize
-from ..types import Backend, Master, Nonfinite, Rounding, Scalar, WeightDecayMode
+from ..types import Backend, Master, Nonfinite, Rounding, Scalar, Signs, WeightDecayMode
 from . import options
 from .base import FactoredOptimizer
-from .state import Side
+from .state import Side, keeps_sign_bytes
+
+SIGNS = get_args(Signs)
 
 
 class SMMF(FactoredOptimizer):
@@ -38,12 +40,15 @@ class SMMF(FactoredOptimizer):
             unchanged, "skip-step" all of them, and counts it in ``state[p]["skipped"]`` (default "propagate").
         amp_scaling: the step does what a `torch.amp.GradScaler` would do before it (default False).
 
-    How it is stored (the first four cannot change once state exists):
+    How it is stored (the first five cannot change once state exists):
         vector_reshape: False keeps both moments whole where exactly one dimension is larger than 1 (default True).
         dense: both moments whole, for any shape (default False).
         batch_dims: leading dimensions that index slices, each with a square matrix of its own; experts of shape
             E x a x b: 1 (default 0; docs/parameter-policy.md).
         views: equal pieces of the next dimension, each likewise; (3, heads) of a fused QKV weight (default 1).
+        signs: of the first moment, "bits", or "bytes": bool of p.shape, which any placement can shard as the parameter.
+            Parameters whose placement would split bytes of bits keep bytes in any case; loading converts either way
+            (default "bits"; docs/distributed.md).
         rounding: "nearest", or "stochastic" for bfloat16 and float16 parameters (default "nearest"; docs/bf16.md).
         seed: of the random bits of rounding, in [0, 2^64) (default 0).
         master: of bfloat16 parameters, None, "split" or "split8": the bits that a float32 has beyond them, in 2 or 1
@@ -56,10 +61,10 @@ class SMMF(FactoredOptimizer):
 
     State of a parameter, float32 (float64 of float64 parameters); n, m = `hfac.matricize.square` of its elements:
         ``exp_avg_row``, ``exp_avg_sq_row`` of shape (n,), ``exp_avg_col``, ``exp_avg_sq_col`` of shape (m,),
-        ``exp_avg_sign``, uint8 of `hfac.matricize.sign_shape`; where moments are whole, as with m = 1 (a prime number
-        of elements), ``exp_avg``, ``exp_avg_sq`` of p.shape. And ``step``; with ``master``, ``master_low``, int16 or
-        int8 of p.shape. With ``batch_dims``, factors are those of one slice with p.shape[:batch_dims] in front,
-        then with ``views`` the number of pieces.
+        ``exp_avg_sign``, uint8 of `hfac.matricize.sign_shape`, or bool of p.shape; where moments are whole, as with
+        m = 1 (a prime number of elements), ``exp_avg``, ``exp_avg_sq`` of p.shape. And ``step``; with ``master``,
+        ``master_low``, int16 or int8 of p.shape. With ``batch_dims``, factors are those of one slice with
+        p.shape[:batch_dims] in front, then with ``views`` the number of pieces.
 
     Raises:
         TypeError, ValueError: an invalid option or parameter; the message says what is required.
@@ -75,7 +80,10 @@ class SMMF(FactoredOptimizer):
         "growth_rate": options.number(0.0, 1.0),
         "vector_reshape": options.flag,
         "weight_decay_mode": options.choice(*get_args(WeightDecayMode)),
+        "signs": options.choice(*SIGNS),
     }
+    _state_options = {"signs": "bits"}
+    _converted_options = frozenset({"signs"})
 
     _elsewhere = {
         "betas": "pass beta=betas[0]; decay_rate has the place of the second",
@@ -97,6 +105,7 @@ class SMMF(FactoredOptimizer):
         vector_reshape: bool = True,
         weight_decay_mode: WeightDecayMode = "adamw",
         *,
+        signs: Signs = "bits",
         dense: bool = False,
         batch_dims: int = 0,
         views: int | tuple[int, ...] = 1,
@@ -118,6 +127,24 @@ class SMMF(FactoredOptimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group["momentum"] = group["beta"]
+
+    def _advice(self) -> Iterator[str]:
+        yield from super()._advice()
+        own = [
+            param
+            for group in self.param_groups
+            for param in group["params"]
+            if group["signs"] == "bits"
+            and "exp_avg_sign" in self.state.get(param, ())
+            and keeps_sign_bytes(param, group)
+        ]
+        if own:
+            yield (
+                f"{len(own)} parameter(s), the first being {self._label(own[0])} (shape {tuple(own[0].shape)}), keep a "
+                f"byte per sign, because {tuple(own[0].placements)} would split bytes of sign bits. "
+                "torch.distributed.checkpoint does not convert them for a layout on which they have bits: give their "
+                "group signs='bytes' on every layout that shares checkpoints."
+            )
 
     def _check_changes(self, index: int) -> None:
         # Schedulers that cycle momentum write "momentum", which is no option here. Who writes both means beta.

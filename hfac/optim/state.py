@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.parameter import Parameter, is_lazy
 from torch.optim import Optimizer
 
-from .. import backends, matricize, ops, rounding, spec
+from .. import backends, ops, rounding, signs, spec
 from ..distributed import layout
 from ..types import Master, Nonfinite, Rounding
 from . import options
@@ -76,6 +76,8 @@ class StatefulOptimizer(Optimizer):
     _state_options: ClassVar[dict[str, Any]] = {}
     #: options that only other optimizers have, and what to do instead; groups with one of them are refused
     _elsewhere: ClassVar[dict[str, str]] = {}
+    #: those of ``_state_options`` of which a state dict may have another value, because loading converts its state
+    _converted_options: ClassVar[frozenset[str]] = frozenset()
     #: where each parameter was when last looked up: the index of its group, and its index there
     _index: dict[Tensor, tuple[int, int]]
     #: the groups' options as they were last checked
@@ -155,18 +157,21 @@ class StatefulOptimizer(Optimizer):
         batch, shape = sliced(param, group)
         dims, whole = group["batch_dims"], tuple(param.shape[group["batch_dims"] :])
         sides = None if group["dense"] else self._sides(shape, group)
+        op = self._spec.op_for(sides is not None, group)
+        in_bytes = any(state.size == spec.SIGNS for state in op.states) and keeps_sign_bytes(param, group)
         sizes: dict[str, Side] = {spec.WHOLE: (whole, tuple(range(len(whole))))}
         if sides is not None:
-            sizes[spec.SIGNS] = matricize.sign_shape(whole), (0, 1)
+            sizes[spec.SIGNS] = sizes[spec.WHOLE] if in_bytes else (signs.bits_shape(whole), (0, 1))
             for name, (size, follows) in zip((spec.ROWS, spec.COLS), sides, strict=True):
                 if len(batch) > dims:  # pieces lie where their rows do, and those are whole everywhere
                     size, follows = (batch[dims], *size), (0, *(d or None for d in follows))
                 sizes[name] = size, follows
-        op = self._spec.op_for(sides is not None, group)
         found: Layout = {}
         for state in (*op.states, spec.MASTER_LOW):
             master = state is spec.MASTER_LOW
             dtype = self._low_dtype(param, group) if master else state.dtype or ops.state_dtype(param.dtype)
+            if state.size == spec.SIGNS and in_bytes:
+                dtype = signs.BYTES
             if state.key is not None and dtype is not None and (state.moment != 1 or self._spec.has_first(group)):
                 size, follows = sizes[state.size]
                 moved = (None if d is None else dims + d for d in follows)
@@ -371,11 +376,6 @@ class StatefulOptimizer(Optimizer):
         reason = layout.group_refusal(param)
         if reason is not None:
             raise ValueError(f"{where} {reason}")
-        own = self._layout(param, group)
-        signs = any(state.size == spec.SIGNS and state.key in own for state in self._spec.states)
-        reason = layout.sign_refusal(param) if signs else None
-        if reason is not None:
-            raise ValueError(f"{where} {reason}")
 
     def _sync_state(self) -> None:
         """Makes state follow the parameters, which trainers swap, regroup, move and convert after construction: creates
@@ -431,6 +431,9 @@ class StatefulOptimizer(Optimizer):
         wide, low = ops.state_dtype(param.dtype), self._low_dtype(param, group)
         counters = _counters(param, group, state)
         kinds: dict[Any, Any] = {own.key: (own.dtype or wide, param.device) for own in self._spec.states}
+        if any(own.size == spec.SIGNS and own.key in state for own in self._spec.states):
+            kept = signs.BYTES if keeps_sign_bytes(param, group) else torch.uint8
+            kinds |= {own.key: (kept, param.device) for own in self._spec.states if own.size == spec.SIGNS}
         kinds |= {LOW: (low, param.device), **counters}
         present = counters.keys() <= state.keys() and (LOW in state) == (low is not None)
         return present and all(
@@ -490,6 +493,12 @@ class KnownOptions:
 def needs_reduction(param: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether a step needs sums over ranks: where slices are sharded. Ranks that have whole slices need none."""
     return layout.is_sharded(param) and any(layout.sharded_by(param)[group["batch_dims"] + (group["views"] > 1) :])
+
+
+def keeps_sign_bytes(param: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether a parameter's signs are kept in bytes (`hfac.signs`): the group says so, or its placement would split
+    bytes of bits."""
+    return group.get("signs") == "bytes" or (needs_reduction(param, group) and layout.splits_sign_bytes(param))
 
 
 def sliced(param: Tensor, group: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:

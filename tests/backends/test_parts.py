@@ -354,6 +354,12 @@ def col_range(shape, first, last):
     return (shape[0], last - first, *shape[2:]), [(row * slice_ + first * inner, width) for row in range(shape[0])]
 
 
+def last_range(shape, first, last):
+    """Runs of the indices [first, last) of the last dimension."""
+    count = torch.Size(shape[:-1]).numel()
+    return (*shape[:-1], last - first), [(i * shape[-1] + first, last - first) for i in range(count)]
+
+
 #: shape of the whole, (shape of the part, its runs)
 BLOCK_PARTS = {
     "whole": ((256, 320), row_range((256, 320), 0, 256)),
@@ -373,6 +379,8 @@ BLOCK_PARTS = {
     "every other odd row": ((127, 129), row_range((127, 129), 0, 127, 2)),
     "no rows": ((24, 18), row_range((24, 18), 5, 5)),
     "no columns": ((24, 18), col_range((24, 18), 18, 18)),
+    "of a third dimension": ((9, 6, 10), last_range((9, 6, 10), 3, 6)),
+    "of a fourth dimension": ((16, 8, 3, 3), last_range((16, 8, 3, 3), 2, 3)),
 }
 
 

@@ -9,20 +9,32 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import hfac
+from hfac import signs
 
 STEPS = 5
 #: how FSDP2 cuts what tensor parallelism has cut already
 STRIDED = "strided"
 
 #: name: (mesh, [(shape, placements)]). None: a plain parameter among sharded ones.
-S0, S1, S2, R = Shard(0), Shard(1), Shard(2), Replicate()
+S0, S1, S2, S3, R = *map(Shard, range(4)), Replicate()
 CASES = {
     "even": ((4,), [((8, 6), [S0]), ((16, 24), [S0]), ((12,), [S0])]),
     "uneven": ((4,), [((7, 6), [S0]), ((10, 9), [S0]), ((13,), [S0]), ((17, 2, 3), [S0])]),
     "empty-shards": ((4,), [((2, 6), [S0]), ((5, 4), [S0]), ((3,), [S0]), ((1, 7), [S0]), ((0, 3), [S0])]),
     "convolutions": ((4,), [((8, 3, 3, 3), [S0]), ((6, 4, 1, 1), [S0]), ((5, 2, 3, 3, 2), [S0]), ((6,), [S0])]),
     "columns": ((4,), [((6, 64), [S1]), ((32, 32), [S1]), ((9, 32), [S1])]),
-    "columns-hfac": ((4,), [((6, 10), [S1]), ((3, 5, 7), [S1]), ((4, 3, 6), [S2])]),
+    "columns-uneven": (  # pieces that are no whole bytes of signs, some of them empty
+        (4,),
+        [
+            ((6, 10), [S1]),
+            ((3, 5, 7), [S1]),
+            ((4, 3, 6), [S2]),
+            ((6, 3), [S1]),
+            ((5, 3, 2, 7), [S1]),
+            ((3, 4, 3, 5), [S3]),
+            ((4, 2, 3, 3), [S2]),
+        ],
+    ),
     "whole": ((4,), [((8, 6), [R]), ((5,), [R])]),
     "mixed": ((4,), [((8, 6), [S0]), ((8, 6), None), ((12,), None), ((9, 4), [S0]), ((16, 32), [S1]), ((6, 5), [R])]),
     "hsdp": ((2, 2), [((8, 6), [R, S0]), ((7, 5), [R, S0]), ((9,), [R, S0])]),
@@ -38,9 +50,15 @@ CASES = {
         ],
     ),
     "fsdp-tp-uneven": ((2, 2), [((7, 16), [S0, S1]), ((5, 32), [S0, S1]), ((3, 6), [S0, R]), ((9, 7), [S0, S0])]),
+    "fsdp-tp-bytes": (
+        (2, 2),
+        [((6, 10), [S0, S1]), ((4, 6, 5), [S1, S2]), ((7, 5), [S1, R]), ((4, 9, 3), [S2, S1]), ((3, 9), [S1, S1])],
+    ),
     "tp-only": ((2, 2), [((8, 16), [R, S1]), ((9, 6), [R, S0]), ((5,), [R, S0]), ((6,), [R, R])]),
     "three-dims": ((2, 1, 2), [((8, 16), [R, S0, S1]), ((8, 16), [S0, S0, S1]), ((9, 5), [S0, R, S0])]),
 }
+#: those whose placements split bytes of SMMF's sign bits, so that signs are kept in bytes
+BYTES = ("columns-uneven", "fsdp-tp-bytes")
 OPTIONS = {
     "HFac": {
         "all": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, clip_threshold=0.7),
@@ -62,6 +80,7 @@ OPTIONS = {
         "skip": dict(lr=0.01, weight_decay=0.1, nonfinite="skip"),
         "limit": dict(lr=0.01, weight_decay=0.1, nonfinite="skip", max_grad_norm=0.5),
         "skip-step": dict(lr=0.01, weight_decay=0.1, nonfinite="skip-step", max_grad_norm=0.5),
+        "bytes": dict(lr=0.01, weight_decay=0.1, nonfinite="skip", max_grad_norm=0.5, signs="bytes"),
     },
 }
 
@@ -145,6 +164,9 @@ def run_case(name, options, case, dtype, backend, steps=STEPS):
         errors[f"{i}"] = difference(whole(p.detach()), q.detach())
         for key, value in reference.state_dict()["state"][i].items():
             found = whole(state[i][key])
+            if found.dtype == torch.bool and (value.dtype == torch.bool or case in BYTES):
+                assert found.shape == q.shape, (i, key, found.shape)
+                found, value = (signs.to_bits(each) if each.dtype == torch.bool else each for each in (found, value))
             assert found.shape == value.shape and found.dtype == value.dtype, (i, key, found.shape, value.shape)
             errors[f"{i}.{key}"] = difference(found, value, spare_signs=int(dtype == torch.float32))
     return errors

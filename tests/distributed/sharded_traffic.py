@@ -175,8 +175,6 @@ def refusals():
 
     cases = {
         "partial": lambda: hfac.HFac([made((4, 6), [Partial(), Replicate()])]),
-        "signs": lambda: hfac.SMMF([made((4, 6), [Replicate(), Shard(1)])]),
-        "signs-third": lambda: hfac.SMMF([made((4, 6, 8), [Replicate(), Shard(2)])]),
         "capturable": lambda: hfac.HFac([made((4, 6), [Shard(0), Replicate()])], capturable=True),
         "watch-slices": lambda: hfac.HFac([made((4, 6, 8), [Shard(0), Replicate()])], watch=True, batch_dims=1),
         "triton": lambda: hfac.SMMF([made((4, 6), [Shard(0), Replicate()])], backend="cuda"),

@@ -15,10 +15,6 @@ from hfac import backends
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
-def placements(name):
-    return [case for case in CASES if not (name == "SMMF" and case.endswith("-hfac"))]
-
-
 def agree(found, tolerance):
     wrong = {}
     for case, errors in found.items():
@@ -35,13 +31,14 @@ def test_every_placement_equals_whole_tensors(name, dtype):
     """For every backend and option; the float32 run is compared with that of whole tensors in float32."""
     here = [backend for backend in ("reference", "cpu") if not backends.TABLE[backend].why_not(torch.device("cpu"))]
     more = () if dtype == torch.float64 else (20,)  # steps
-    cases = [(name, "all", case, dtype, backend, *more) for case in placements(name) for backend in here]
+    everywhere = ("int8", "bytes")  # other kinds of state
+    cases = [(name, "all", case, dtype, backend, *more) for case in CASES for backend in here]
     if dtype == torch.float64:
         cases += [
             (name, options, case, dtype, backend)
             for options in OPTIONS[name]
-            for case in (placements(name) if options == "int8" else ("mixed", "fsdp-tp", "empty-shards"))
-            for backend in (here if options == "int8" else ["reference"])
+            for case in (CASES if options in everywhere else ("mixed", "fsdp-tp", "empty-shards", "fsdp-tp-bytes"))
+            for backend in (here if options in everywhere else ["reference"])
             if options != "all"
         ]
     (found,) = on_ranks(4, ("sharded_steps:run_all", cases))
@@ -53,14 +50,8 @@ def test_bfloat16_is_stored_as_that_of_whole_tensors(name):
     """Random bits hang on the element's index in the whole: only where sums in another order took a number across the
     border of two draws may a bfloat16 differ, which happens once in 2^16. Master weights agree as float32 does."""
     here = ["reference", "cpu"]
-    layouts = ("uneven", "columns", "fsdp-tp", "fsdp-tp-uneven", "three-dims", "columns-hfac")
-    cases = [
-        (name, stored, case, backend)
-        for stored in STORED
-        for case in layouts
-        if case in placements(name)
-        for backend in here
-    ]
+    layouts = ("uneven", "columns", "fsdp-tp", "fsdp-tp-uneven", "three-dims", "columns-uneven")
+    cases = [(name, stored, case, backend) for stored in STORED for case in layouts for backend in here]
     (found,) = on_ranks(4, ("sharded_steps:stored_all", cases))
     agree({case: errors for case, errors in found.items() if case[1] == "split"}, TOLERANCE[torch.float32])
     agree({case: errors for case, errors in found.items() if case[1] != "split"}, 0.02)
@@ -184,8 +175,6 @@ def test_what_cannot_be_sharded_is_refused():
     (found,) = on_ranks(4, ("sharded_traffic:refusals",))
     patterns = {
         "partial": r"ValueError: HFac: parameter 0 .* Partial placement.*redistribute",
-        "signs": r"ValueError: SMMF: parameter 0 .*\(4, 12\).*multiple of 8 elements.*HFac",
-        "signs-third": r"ValueError: SMMF: parameter 0 .*first or second dimension only.*HFac",
         "capturable": r"ValueError: HFac: parameter 0 .* sharded, and capturable=True is not supported",
         "watch-slices": r"ValueError: HFac: parameter 0 .* batch_dims=1 and is sharded; watch=True is not supported",
         "triton": r"RuntimeError: backend='cuda' was asked for",

@@ -5,15 +5,13 @@ import torch
 from sharded import on_ranks
 from sharded_models import OPTIMIZERS
 from sharded_steps import OPTIONS
-from test_sharded import agree, placements
+from test_sharded import agree
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_watched_numbers_are_those_of_whole_tensors(name):
     """Metrics are float32."""
-    layouts = [
-        case for case in ("uneven", "empty-shards", "columns", "mixed", "hsdp", "fsdp-tp") if case in placements(name)
-    ]
+    layouts = ("uneven", "empty-shards", "columns", "mixed", "hsdp", "fsdp-tp", "columns-uneven")
     cases = [(name, "all", case, torch.float64, "auto") for case in layouts]
     cases += [(name, options, "mixed", torch.float64, "reference") for options in OPTIONS[name]]
     cases += [(name, "all", case, torch.bfloat16, "auto") for case in ("uneven", "fsdp-tp")]

@@ -142,6 +142,7 @@ OWN = {
     SMMF: [
         ("decay_rate", 0.5, ValueError, "decay_rate must be"),
         ("vector_reshape", False, ValueError, "vector_reshape of group 0 cannot change"),
+        ("signs", "bytes", ValueError, "signs of group 0 cannot change.*was 'bits' and is 'bytes'"),
         ("beta", None, ValueError, "beta of group 0 cannot change.*was 0.9 and is None"),
     ],
 }

@@ -23,9 +23,10 @@ ALLOWED = {
     "types": {"schedules"},
     "rounding": {"schedules"},
     "codes": set(),
+    "signs": {"matricize"},
     "clipping": {"backends", "memory", "staging"},
     "memory": set(),
-    "reference": {"codes", "matricize", "rounding", "schedules"},
+    "reference": {"codes", "matricize", "rounding", "schedules", "signs"},
     "staging": set(),
     "backends": {
         "_C",
@@ -39,8 +40,8 @@ ALLOWED = {
         "triton_kernels",
     },
     "ops": {"spec", "backends", "clipping", "memory", "matricize", "rounding", "schedules", "staging"},
-    "functional": {"spec", "ops", "memory", "rounding", "schedules", "types"},
-    "distributed": {"spec", "functional", "ops", "clipping", "matricize", "rounding", "schedules", "staging"},
+    "functional": {"spec", "ops", "memory", "rounding", "schedules", "signs", "types"},
+    "distributed": {"spec", "functional", "ops", "clipping", "matricize", "rounding", "schedules", "signs", "staging"},
     "optim": {
         "spec",
         "distributed",
@@ -51,14 +52,15 @@ ALLOWED = {
         "codes",
         "matricize",
         "rounding",
+        "signs",
         "types",
         "schedules",
     },
-    "convert": {"optim", "codes", "matricize", "reference", "types"},
+    "convert": {"optim", "codes", "matricize", "reference", "signs", "types"},
     "release": {"optim", "distributed", "clipping"},
-    "parity": {"spec", "ops", "reference", "rounding", "schedules"},
+    "parity": {"spec", "ops", "reference", "rounding", "schedules", "signs"},
     "triton_kernels": {"spec", "staging"},
-    "cli": {"", "_startup", "_version", "backends", "groups", "matricize", "optim", "parity", "spec"},
+    "cli": {"", "_startup", "_version", "backends", "groups", "matricize", "optim", "parity", "signs", "spec"},
 }
 
 

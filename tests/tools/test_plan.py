@@ -199,6 +199,8 @@ OPTIONS = {
     "dense": ({}, {"dense": True}, "fp32"),
     "stacks": ({}, {"batch_dims": 1}, "fp32"),
     "stacks with masters": ({"master": "split"}, {"batch_dims": 1}, "bf16"),
+    "signs in bytes": ({"signs": "bytes"}, {}, "fp32"),
+    "stacks with signs in bytes": ({"signs": "bytes"}, {"batch_dims": 1}, "fp32"),
 }
 
 
@@ -213,10 +215,16 @@ def grouped(module, everywhere, some, dtype):
     dense = ["experts_*"] if some.get("dense") else []
     batch_dims = {"experts_*": 1} if some.get("batch_dims") else {}
     model = parameters.of_module(module, "model", "here").grouped(dense, batch_dims)
-    load = memory.Load(model, memory.DTYPES[dtype], everywhere.get("rounding", "nearest"), everywhere.get("master"))
+    chosen = {name: everywhere[name] for name in ("rounding", "master", "signs") if name in everywhere}
+    load = memory.Load(model, memory.DTYPES[dtype], **chosen)
     experts = [param for name, param in module.items() if name.startswith("experts")]
     others = [param for name, param in module.items() if not name.startswith("experts")]
     return load, [{"params": experts, **everywhere, **some}, {"params": others, **everywhere}]
+
+
+def taken(groups, name):
+    """New groups, which take an optimizer's options, without those that it lacks."""
+    return [{key: value for key, value in group.items() if key != "signs" or name == "smmf"} for group in groups]
 
 
 @pytest.mark.parametrize("label", OPTIONS)
@@ -226,13 +234,28 @@ def test_bytes_under_options_are_those_of_real_tensors(name, label):
     module = stacks().to(memory.DTYPES[dtype])
     load, groups = grouped(module, everywhere, some, dtype)
     with_gradients(module)
-    optimizer = REAL[name, dtype](groups)
+    optimizer = REAL[name, dtype](taken(groups, name))
     optimizer.step()
     assert footprints.OPTIMIZERS[name].load_bytes(load, memory.ALONE) == state_bytes(optimizer)
     assert footprints.OPTIMIZERS[name].checkpoint_bytes(load, 3) == load.weight_bytes() + state_bytes(optimizer)
 
 
-@pytest.mark.parametrize(("label", "world"), list(zip(OPTIONS, (13, 14, 15, 17, 18), strict=True)))
+def test_bits_beside_signs_in_bytes_are_those_that_the_optimizer_keeps():
+    module = stacks()
+    for some in ({}, {"batch_dims": 1}):
+        load, groups = grouped(module, {"signs": "bytes"}, some, "fp32")
+        with_gradients(module)
+        optimizer = hfac.SMMF(groups, backend="cpu")
+        optimizer.step()
+        planned, least = footprints.OPTIMIZERS["smmf"], 2 * 6 * 20 * 12  # temporaries, of the largest parameter
+        assert planned._packed_bytes(load, memory.ALONE) == optimizer.workspace_bytes() + least
+        bits, _ = grouped(module, {}, some, "fp32")
+        more = planned.transient(load, memory.ALONE).bytes - planned.transient(bits, memory.ALONE).bytes
+        assert more == optimizer.workspace_bytes() + least
+        assert "bits of the signs" in planned.transient(load, memory.ALONE).origin
+
+
+@pytest.mark.parametrize(("label", "world"), list(zip(OPTIONS, (13, 14, 15, 17, 18, 3, 19), strict=True)))
 def test_shards_under_options_are_torchs(label, world):
     from torch.distributed.fsdp import fully_shard
 
@@ -243,7 +266,7 @@ def test_shards_under_options_are_torchs(label, world):
         fully_shard(module, mesh=mesh)
         _, groups = grouped(module, everywhere, some, dtype)
         for name in ("hfac", "hfac-int8", "smmf"):
-            optimizer = REAL[name, dtype]([dict(group) for group in groups])  # which take each optimizer's options
+            optimizer = REAL[name, dtype](taken(groups, name))
             planned = footprints.OPTIMIZERS[name]
             assert planned.load_bytes(load, memory.Rank(1, world)) == state_bytes(optimizer), name
             sent = sum(size for _, size in optimizer.collectives())
@@ -440,12 +463,12 @@ def test_what_was_asked_for_is_no_finding():
 
 def test_options_are_planned_and_told(capsys):
     arguments = ["gpt2", "--dense", "*wpe*", "--batch-dims", "*.c_fc.weight=1", "--master", "split"]
-    arguments += ["--rounding", "stochastic"]
+    arguments += ["--rounding", "stochastic", "--signs", "bytes"]
     found = json.loads(plan(capsys, *arguments, "--json"))
     assert found["dense"] == ["transformer.wpe.weight"] and len(found["batch_dims"]) == 12
-    assert (found["master"], found["rounding"]) == ("split", "stochastic")
+    assert (found["master"], found["rounding"], found["signs"]) == ("split", "stochastic", "bytes")
     text = " ".join(plan(capsys, *arguments).split())
-    assert "master=split, rounding=stochastic, dense for 1 tensor, batch_dims for 12 tensors" in text
+    assert "master=split, rounding=stochastic, signs=bytes, dense for 1 tensor, batch_dims for 12 tensors" in text
     bare = json.loads(plan(capsys, "gpt2", "--json"))
     for shown, plain in zip(*(entry["world_sizes"][0]["optimizers"] for entry in (found, bare)), strict=True):
         ours = shown["optimizer"] in ("hfac-int8", "hfac", "smmf")

@@ -21,7 +21,7 @@ import hfac
 model = torch.nn.Linear(4, 3)
 optimizer = hfac.HFac(model.parameters(), 1e-3, (0.9, 0.99), first_moment="int8", rounding="stochastic", master=None)
 other = hfac.SMMF(
-    hfac.param_groups(model, weight_decay=0.1), lr=torch.tensor(1e-3), beta=None, weight_decay_mode="adam"
+    hfac.param_groups(model, weight_decay=0.1, signs="bits"), lr=torch.tensor(1e-3), beta=None, weight_decay_mode="adam"
 )
 named = hfac.HFac(model.named_parameters(), nonfinite="skip", max_grad_norm=1.0, backend="cpu")
 groups = hfac.param_groups(model, dense="Embedding", lr=3e-4, beta=None, watch=True)
@@ -56,6 +56,7 @@ hfac.HFac(params, backend="gpu")
 hfac.HFac(params, beta=0.9)
 hfac.HFac("params")
 hfac.SMMF(params, master="half")
+hfac.SMMF(params, signs="bool")
 hfac.SMMF(params, weight_decay_mode="decoupled")
 hfac.SMMF(params, nonfinite=True)
 hfac.SMMF(params, beta="0.9")
