@@ -274,13 +274,13 @@ class Model:
         self, image: dict, cut: str, item: int, threads: int, shape: tuple[int, int], rows: int | None
     ) -> list[object]:
         """Which warps of a block with rows of several warps do the same: those that have columns for all threads. The
-        first two finish rows and are walked in any case."""
+        first two finish rows and are walked in any case, and so are those that are left over and have no row."""
         _, columns, _, _, lanes = self._tiling(image, cut, item)
         warps, of_row, ys = threads // LANES, lanes // LANES, max(1, threads // lanes)
         if of_row < 4 or (rows or 0) % (4 * ys):
             return list(range(warps))
         full = min(columns, shape[1]) // (LANES * _VECTOR)
-        return [w if w < 2 or w % of_row >= full else -1 for w in range(warps)]
+        return [w if w < 2 or w >= ys * of_row or w % of_row >= full else -1 for w in range(warps)]
 
     def _walk(
         self, code: Code, image: dict, k: int, launch: dict, item: int, shape: tuple[int, int], position: int,

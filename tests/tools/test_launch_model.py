@@ -123,6 +123,17 @@ def test_long_tiles_are_a_line_through_two_walks(model, monkeypatch):
     assert stats.times["waves"] == pytest.approx(70 * 16384 / stats.blocks / 1.75e9)
 
 
+def test_warps_without_rows_are_walked_by_themselves(monkeypatch):
+    """Of 256 threads 192 share a row of 3072 columns, two vectors each: two warps of eight have nothing to do."""
+
+    def keys(columns, lanes):
+        monkeypatch.setattr(Model, "_tiling", lambda self, image, field, item: (32, columns, 1, 1, lanes))
+        return Model(H200)._alike({}, "tiling", 0, 256, (64, columns), 32)
+
+    assert keys(4096, 256) == [0, 1, -1, -1, -1, -1, -1, -1]
+    assert keys(3072, 192) == [0, 1, -1, -1, -1, -1, 6, 7]
+
+
 def test_a_tensors_last_block_goes_on_alone(model, monkeypatch):
     def walk(self, code, image, k, launch, item, shape, position, rows, last, residents):
         return block_of(100, lasting=8750 if last else 1750)
