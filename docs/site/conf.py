@@ -157,7 +157,9 @@ def for_the_site(app: Sphinx, tree: nodes.document) -> None:
     for link in [node for node in tree.findall(nodes.Element) if node.get("reftype") == "myst"]:
         folder = (here / link["reftarget"]).resolve()
         if folder.is_dir():
-            link.replace_self([*link.children, nodes.literal("", f"{folder.relative_to(ROOT)}/")])
+            name = nodes.literal("", f"{folder.relative_to(ROOT)}/")
+            says_so = link.astext().strip("/") == name.astext().strip("/")
+            link.replace_self([name] if says_so else [*link.children, nodes.Text(" ("), name, nodes.Text(")")])
     for block in [node for node in tree.findall(nodes.literal_block) if node.get("language") == "mermaid"]:
         boxes = "".join(f"<li>{text}</li>" for text in re.findall(r'\["(.*?)"\]', block.astext()))
         block.replace_self(nodes.raw("", f'<ol class="flow">{boxes}</ol>', format="html"))

@@ -63,3 +63,12 @@ def test_links_of_the_site_lead_somewhere(site):
             if not there:
                 dead.append((page.name, link))
     assert dead == []
+
+
+@pytest.mark.slow
+def test_links_to_folders_become_their_names_once(site):
+    """A site has no folders to show. Pages once read "bench/resultsbench/results/"."""
+    folder = r'<span class="pre">[\w/]+/</span></code>'
+    pages = [page.read_text() for page in site.glob("docs/*.html")]
+    assert sum(bool(re.search(folder, text)) for text in pages) > 3
+    assert [found for text in pages for found in re.findall(rf"\w(?:</\w+>)*<code[^>]*>{folder}", text)] == []
