@@ -3,11 +3,13 @@
 import copy
 import inspect
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from cases import gradient
 from torch.nn import Parameter
+from torch.optim import lr_scheduler
 
 import hfac
 from hfac import SMMF, HFac, types
@@ -199,20 +201,27 @@ def test_what_fixes_the_state_may_change_before_there_is_any():
     assert "exp_avg" in optimizer.state[param]
 
 
+CYCLING = {
+    "one-cycle": partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=9, pct_start=0.4),
+    "cyclic": partial(lr_scheduler.CyclicLR, base_lr=0.01, max_lr=0.1, step_size_up=3, cycle_momentum=True),
+}
+
+
 @BOTH
+@pytest.mark.parametrize("scheduler", CYCLING.values(), ids=CYCLING)
 @pytest.mark.parametrize("saved", [False, True])
-def test_schedulers_that_cycle_momentum(cls, saved):
+def test_schedulers_that_cycle_momentum(cls, saved, scheduler):
     """The first moment's decay follows them as AdamW's does, also in a run that is resumed."""
-    one_cycle = torch.optim.lr_scheduler.OneCycleLR
     optimizer, adamw = cls(params_of()), torch.optim.AdamW(params_of(), betas=(0.9, 0.999))
-    schedules = [one_cycle(each, 0.1, total_steps=9, pct_start=0.4) for each in (optimizer, adamw)]
+    schedules = [scheduler(each) for each in (optimizer, adamw)]
+    seen = set()
     for step in range(8):
         for each, schedule in zip((optimizer, adamw), schedules, strict=True):
             each.step()
             schedule.step()
         if saved and step == 4:
             other = cls(params_of())
-            schedule = one_cycle(other, 0.1, total_steps=9, pct_start=0.4)
+            schedule = scheduler(other)
             other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
             schedule.load_state_dict(schedules[0].state_dict())
             optimizer, schedules[0] = other, schedule
@@ -220,6 +229,8 @@ def test_schedulers_that_cycle_momentum(cls, saved):
         group = optimizer.param_groups[0]
         decay = group["beta"] if cls is SMMF else group["betas"][0]
         assert decay == adamw.param_groups[0]["betas"][0]
+        seen.add(decay)
+    assert len(seen) > 3
 
 
 def test_smmfs_beta_and_momentum_are_one():
