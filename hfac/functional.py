@@ -5,7 +5,7 @@ The classes `hfac.HFac` and `hfac.SMMF` keep a `Group` of the tensors of each pa
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -16,7 +16,8 @@ from torch import Tensor
 from . import memory, ops, schedules, spec
 from .rounding import BitOffset
 from .schedules import Scalar
-from .signs import SignBytes
+from .scratch import Scratch
+from .slicing import cut, slices
 from .spec import MASTER_LOW
 from .types import Backend, WeightDecayMode
 
@@ -155,7 +156,8 @@ class _Bucket:
     on_host: ops.Counters | None  # the steps are read, and agree; else each parameter has its own decays, on the device
     batch_dims: int
     owners: "_Owners | None"  # with batch dimensions, where the device must know whose slice is whose
-    rows: list[int] | None  # of a piece of each parameter, where these are cut into pieces
+    views: list[int] | None  # of each parameter, how many pieces it is cut into
+    views_dim: int  # the dimension that is cut, after the batch dimensions
     counts: list[int]  # of each parameter, how many entries of the call are its slices
     made: ops.DeviceCounters | None = None  # the steps, where the device counts them
     left: ops.DeviceCounters | None = None  # steps that were skipped
@@ -182,7 +184,7 @@ class _Bucket:
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """What the call takes of a list that has one entry for each parameter of the group."""
         mine = tensors if self.index is None else pick(tensors, self.index)
-        return list(slices(mine, self.batch_dims, self.rows))
+        return list(slices(mine, self.batch_dims, self.views, self.views_dim))
 
 
 class _Together:
@@ -264,21 +266,6 @@ def pick(entries: Sequence[Any], index: Sequence[int]) -> list[Any]:
     return [entries[i] for i in index]
 
 
-def cut(tensors: Iterable[Tensor], batch_dims: int, rows: Iterable[int]) -> list[Tensor]:
-    """Views in which the dimension after the batch dimensions is two: pieces of so many rows, and these rows."""
-    return [t.unflatten(batch_dims, (t.shape[batch_dims] // n, n)) for t, n in zip(tensors, rows, strict=True)]
-
-
-def slices(tensors: Sequence[Tensor], batch_dims: int, rows: Sequence[int] | None = None) -> Sequence[Tensor]:
-    """Views of the slices that the batch dimensions of each tensor index, in row-major order; with ``rows``, of their
-    pieces."""
-    if rows is not None:
-        tensors, batch_dims = cut(tensors, batch_dims, rows), batch_dims + 1
-    for _ in range(batch_dims):
-        tensors = [part for tensor in tensors for part in tensor.unbind()]
-    return tensors
-
-
 class Group:
     """The parameters of one group with their states, bucketed and checked once; every step brings gradients and
     options.
@@ -286,12 +273,12 @@ class Group:
     Args: as `hfac` and `smmf`; ``states`` are their lists of states by name, ``master_lows`` among them where there are
         any, and without ``has_first`` those of the first are not read. ``grads`` are read for their types only.
         ``watch``: whether a step tells of itself (`Step.watched`). ``skips_steps``: a step may be refused as a whole
-        (`Step.refuse`), which ``skipped`` counts, instead of single gradients. ``rows``: of each parameter, rows of a
-        piece, where the dimension after the batch dimensions is cut into pieces, which are stepped as slices. States of
-        a parameter's shape are cut likewise; others have the pieces in a dimension of their own. ``captured``: a list
-        to which a step that a CUDA graph captures adds what the graph reads and writes in every replay, gradients and
-        parameters apart: it must live as long as the graph. None: a list of the group's own, which must then live as
-        long.
+        (`Step.refuse`), which ``skipped`` counts, instead of single gradients. ``views``: of each parameter, into how
+        many pieces dimension batch_dims + ``views_dim`` is cut, which are stepped as slices. States with an entry per
+        element are cut likewise; others have the pieces in a dimension of their own, after the batch dimensions.
+        ``captured``: a list to which a step that a CUDA graph captures adds what the graph reads and writes in every
+        replay, gradients and parameters apart: it must live as long as the graph. None: a list of the group's own,
+        which must then live as long.
     """
 
     def __init__(
@@ -310,7 +297,8 @@ class Group:
         watch: bool = False,
         captured: list[Any] | None = None,
         skips_steps: bool = False,
-        rows: Sequence[int] | None = None,
+        views: Sequence[int] | None = None,
+        views_dim: int = 0,
     ) -> None:
         self._watch, self._skips_steps = watch, skips_steps
         self._captured: list[Any] = [] if captured is None else captured
@@ -336,11 +324,7 @@ class Group:
                         f"{param.device}, where it shows what is skipped; got {step.device} and {flag.dtype} on "
                         f"{flag.device}"
                     )
-        signs = [state.name for state in self._algorithm.states if state.size == spec.SIGNS and state.name in read]
-        kept = [SignBytes(name, read[name], params, batch_dims) for name in signs]
-        read |= {each.name: each.bits for each in kept}
-        self._signs = [each for each in kept if each]
-        self._batch_dims = dims = batch_dims if rows is None else batch_dims + 1
+        self._batch_dims = dims = batch_dims if views is None else batch_dims + 1
         if dims:
             if batch_dims:
                 _check_batch(batch_dims, params, read)
@@ -351,12 +335,27 @@ class Group:
             # refuses to swap (torch.utils.swap_tensors).
             params = [param.detach() for param in params]
             read = {name: [state if state is None else state.detach() for state in read[name]] for name in read}
-        if rows is not None:
-            params = cut(params, batch_dims, rows)
-            factors = {state.name for state in self._algorithm.states if state.size in (spec.ROWS, spec.COLS)}
+        factors = {state.name for state in self._algorithm.states if state.size in (spec.ROWS, spec.COLS)}
+        places = [None] * len(params) if places is None else list(places)
+        if views is not None:
+            d = batch_dims + views_dim
+            places = [
+                place if place is None else place.cut(param.shape, batch_dims, d, count)
+                for place, param, count in zip(places, params, views, strict=True)
+            ]
+            params = cut(params, batch_dims, views, views_dim)
             for name in read.keys() - factors:
-                found = zip(read[name], rows, strict=True)
-                read[name] = [state if state is None else cut([state], batch_dims, [n])[0] for state, n in found]
+                found = zip(read[name], views, strict=True)
+                read[name] = [
+                    state if state is None else cut([state], batch_dims, [count], views_dim)[0]
+                    for state, count in found
+                ]
+        kept = [
+            Scratch(name, read[name], params, dims, strided=views is not None and views_dim > 0)
+            for name in sorted(read.keys() - factors - {MASTER_LOW.name})
+        ]
+        read |= {each.name: each.taken for each in kept}
+        self._scratch = [each for each in kept if each]
         # What shares memory is stepped one after the other, as torch does it, and not by kernels at once.
         sharing, twice = memory.sharing([(param, *(s[i] for s in read.values())) for i, param in enumerate(params)])
         if twice and backend not in ("auto", "reference"):
@@ -369,7 +368,7 @@ class Group:
             on_host = step.is_cpu and not capturable and not memory.is_fake(step)
             op = self._algorithm.op_of([name for name, entries in read.items() if entries[i] is not None])
             low = read[MASTER_LOW.name][i] if MASTER_LOW.name in read else None
-            stored = None if low is None else low.dtype, places is not None and places[i] is not None
+            stored = None if low is None else low.dtype, places[i] is not None
             like = param.device, param.dtype, grad.dtype
             alone = i if i in sharing else None, i in twice
             key = (op, *like, *stored, *alone, on_host, step.item() if on_host else None)
@@ -379,7 +378,7 @@ class Group:
             mine, steps = pick(params, index), pick(state_steps, index)
             names = [state.name for state in op.states if state.name in read]
             names += [MASTER_LOW.name] if low is not None else []
-            offsets = zip(pick(places or (), index), mine, strict=True) if stochastic else ()
+            offsets = zip(pick(places, index), mine, strict=True) if stochastic else ()
             call = ops.OpCall(
                 op.name,
                 slices(mine, dims),
@@ -400,7 +399,8 @@ class Group:
                     ops.Counters(steps) if on_host else None,
                     batch_dims,
                     _Owners(counts, steps[0].device) if told else None,
-                    None if rows is None else pick(rows, index),
+                    None if views is None else pick(views, index),
+                    views_dim,
                     counts,
                 )
             )
@@ -418,8 +418,8 @@ class Group:
         return ops.same(ops.snapshot(self._sliced), self._known) if self._batch_dims else bucket.call.holds()
 
     def workspace_bytes(self) -> int:
-        """Bytes on the device that fused kernels keep between steps, and the bits of signs that are kept in bytes."""
-        kept = sum(signs.scratch_bytes() for signs in self._signs)
+        """Bytes on the device that fused kernels keep between steps, and those of `Scratch`."""
+        kept = sum(scratch.nbytes() for scratch in self._scratch)
         return kept + sum(bucket.call.workspace_bytes() for bucket in self._buckets)
 
     def prepare(
@@ -487,14 +487,14 @@ class Group:
             calls.append((bucket, inputs))
 
         tensors = [value for value in (*options.values(), grad_scale) if isinstance(value, Tensor)]
-        return Step(calls, found_inf, self._captured, tensors, self._signs)
+        return Step(calls, found_inf, self._captured, tensors, self._scratch)
 
 
 class Step:
     """A validated step of a `Group`: ask for its norms, or not, then apply it, once.
 
-    ``captured``: what a graph reads is added there; ``tensors``: of what the step has been given; ``signs``: those that
-    are kept in bytes.
+    ``captured``: what a graph reads is added there; ``tensors``: of what the step has been given; ``scratch``:
+    states that ops cannot take as they are kept.
     """
 
     def __init__(
@@ -503,9 +503,9 @@ class Step:
         found_inf: Tensor | None,
         captured: list[Any],
         tensors: list[Tensor],
-        signs: Sequence[SignBytes] = (),
+        scratch: Sequence[Scratch] = (),
     ) -> None:
-        self._calls, self._found_inf, self._signs = calls, found_inf, signs
+        self._calls, self._found_inf, self._scratch = calls, found_inf, scratch
         self._refused: Tensor | None = None
         self._captured, self._tensors = captured, tensors
         self._statistics: list[ops.Statistics | None] = [None] * len(calls)
@@ -563,12 +563,12 @@ class Step:
             self._captured += [*bucket.call.tensors(), *bucket.steps, *(bucket.skipped or ()), bucket.owners]
             self._captured += [inputs.nonfinite, inputs.numbers.get("watched"), inputs.scaling.get("found_inf")]
         self._captured += [clip, self._refused, self._found_inf, *self._tensors]
-        self._captured += [tensor for signs in self._signs for tensor in signs.tensors()]
+        self._captured += [tensor for scratch in self._scratch for tensor in scratch.tensors()]
 
     def apply(self, clip: Tensor | None = None) -> None:
         """Makes the step, on gradients multiplied by ``clip``, and counts it."""
-        for signs in self._signs:
-            signs.pack()
+        for scratch in self._scratch:
+            scratch.fill()
         for (bucket, inputs), found in zip(self._calls, self._statistics, strict=True):
             bucket.call.apply(inputs, found, clip)
             forbidden = inputs.scaling.get("found_inf")
@@ -578,8 +578,8 @@ class Step:
                 if self._found_inf is not None:
                     refused = forbidden - self._found_inf.view(()).to(forbidden.device)
             bucket.count(inputs.nonfinite, forbidden, None if self._refused is None else refused)
-        for signs in self._signs:
-            signs.unpack()
+        for scratch in self._scratch:
+            scratch.empty()
 
 
 def _check_batch(batch_dims: int, params: Sequence[Tensor], states: Mapping[str, States]) -> None:

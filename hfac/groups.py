@@ -25,6 +25,7 @@ def param_groups(
     no_decay: Iterable[str] | None = None,
     batch_dims: Mapping[str, int] | None = None,
     views: Mapping[str, int | tuple[int, ...]] | None = None,
+    views_dim: Mapping[str, int] | None = None,
     **more: Unpack[GroupOptions],
 ) -> list[dict[str, Any]]:
     """The usual groups of a model's parameters, for `hfac.HFac` and `hfac.SMMF`.
@@ -54,13 +55,16 @@ def param_groups(
         views: patterns of fused weights, each with the number of equal pieces of its first dimension (of a stack, of
             the one after ``batch_dims``), or several numbers to be multiplied: ``{"*.qkv.weight": (3, heads)}`` (group
             option ``views``); the last pattern that matches wins (default none).
+        views_dim: patterns of fused weights that are cut along another dimension, each with that dimension, counted
+            after ``batch_dims``: ``{"*.c_attn.weight": 1}`` for the Conv1D of transformers' GPT-2, whose weights are
+            in x out (group option ``views_dim``); the last pattern that matches wins (default none).
         more: options for every group, as the optimizer takes them (``lr=3e-4``).
 
     Returns:
         Dicts with "params", (name, parameter) pairs in the model's order, "weight_decay", "dense", "batch_dims",
-        "views" where these are given, and ``more``. Each parameter is in exactly one group, and none is empty. The
-        groups and their order do not depend on ``weight_decay``: plain before dense before stacks, and among each those
-        that decay first.
+        "views" and "views_dim" where these are given, and ``more``. Each parameter is in exactly one group, and none is
+        empty. The groups and their order do not depend on ``weight_decay``: plain before dense before stacks, and among
+        each those that decay first.
 
     Raises:
         ValueError: a pattern matches no parameter of the model, a stack has too few dimensions, no parameter requires a
@@ -76,6 +80,7 @@ def param_groups(
     for argument, given, example in (
         ("batch_dims", batch_dims, "numbers of dimensions, as in {'*.experts.*': 1}"),
         ("views", views, "numbers of pieces, as in {'*.qkv.weight': (3, 16)}"),
+        ("views_dim", views_dim, "dimensions that are cut, as in {'*.c_attn.weight': 1}"),
     ):
         if given is not None and not isinstance(given, Mapping):
             raise TypeError(f"{argument} must be a mapping from patterns of parameters to {example}, got {given!r}")
@@ -87,8 +92,12 @@ def param_groups(
     fused: dict[int, int] = {}
     for pattern, pieces in (views or {}).items():
         fused.update(dict.fromkeys(found.matching("views", [pattern]), options.count(f"views of {pattern!r}", pieces)))
+    cut: dict[int, int] = {}
+    for pattern, dim in (views_dim or {}).items():
+        checked: int = options.whole()(f"views_dim of {pattern!r}", dim)
+        cut.update({key: checked for key in found.matching("views_dim", [pattern])})
 
-    groups: dict[tuple[int, int, bool, bool], list[tuple[str, Tensor]]] = {}
+    groups: dict[tuple[int, int, int, bool, bool], list[tuple[str, Tensor]]] = {}
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
@@ -104,19 +113,21 @@ def param_groups(
                 f"{max(param.ndim, 1) - 1} is required. Use patterns that match only the stacks."
             )
         pieces = fused.get(key, 1)
-        if pieces > 1 and (param.ndim == batch or param.shape[batch] % pieces):
+        along = cut.get(key, 0) if pieces > 1 else 0
+        if pieces > 1 and (param.ndim <= batch + along or param.shape[batch + along] % pieces):
             raise ValueError(
-                f"views is {pieces} for {name}, whose shape is {tuple(param.shape)}: dimension {batch} cannot be cut "
-                "into so many equal pieces. Use patterns that match only fused weights."
+                f"views is {pieces} for {name}, whose shape is {tuple(param.shape)}: dimension {batch + along} cannot "
+                "be cut into so many equal pieces. Use patterns that match only fused weights."
             )
         undecayed = key in named or param.ndim - batch <= 1 or found.is_usually_undecayed(key)
-        groups.setdefault((batch, pieces, key in kept_whole, undecayed), []).append((name, param))
+        groups.setdefault((batch, pieces, along, key in kept_whole, undecayed), []).append((name, param))
     if not groups:
         raise ValueError("the model has no parameter that requires a gradient: there is nothing to optimize")
     found_groups = []
-    for (batch, pieces, is_dense, undecayed), params in sorted(groups.items(), key=lambda item: item[0]):
+    for (batch, pieces, along, is_dense, undecayed), params in sorted(groups.items(), key=lambda item: item[0]):
         decay = 0.0 if undecayed else weight_decay
         given = {} if views is None else {"views": pieces}
+        given |= {} if views_dim is None else {"views_dim": along}
         shaping = {"dense": is_dense, "batch_dims": batch, **given}
         found_groups.append({"params": params, "weight_decay": decay, **shaping, **more})
     return found_groups

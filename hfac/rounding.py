@@ -53,6 +53,15 @@ class BitOffset(NamedTuple):
             index += along.view(-1, *[1] * (len(shape) - d - 1))
         return index
 
+    def cut(self, shape: Sequence[int], to: int, d: int, count: int) -> "BitOffset":
+        """Of a tensor of ``shape`` whose dimension ``d`` is cut into so many pieces, which a new dimension ``to`` at or
+        before it counts."""
+        if to == d and self.strides is None:
+            return self
+        strides = list(self.strides or (torch.Size(shape[k + 1 :]).numel() for k in range(len(shape))))
+        strides.insert(to, shape[d] // max(count, 1) * strides[d])
+        return self._replace(strides=tuple(strides))
+
     def slices(self, shape: Sequence[int], dims: int) -> "list[BitOffset]":
         """Those of the slices that the first ``dims`` dimensions of a tensor of ``shape`` index, row-major."""
         if not dims:

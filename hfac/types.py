@@ -58,6 +58,7 @@ class _Policy(TypedDict, total=False):
     dense: bool
     batch_dims: int
     views: int | tuple[int, ...]
+    views_dim: int
 
 
 class _HFac(TypedDict, total=False):

@@ -17,7 +17,7 @@ from ..optim import SMMF, HFac
 from ..optim.options import unadvised, warn
 from ..optim.state import EXECUTION, LOW
 from ..types import AdamWOptions, HFacOptions, SMMFOptions, Unpack
-from .sources import SOURCES, Entry, Moments, Source, is_factor, slices, smmf_weight, source_of, tensor
+from .sources import SOURCES, Entry, Moments, Source, is_factor, pieces, smmf_weight, source_of, tensor
 
 TARGETS = {"hfac": HFac, "smmf": SMMF}
 ADAMW = "adamw"
@@ -194,7 +194,9 @@ def _adamw(state_dict: Mapping[str, Any], params: Any, options: dict[str, Any]) 
     flat = _is_flat(state_dict)
     source = _unflattened(state_dict) if flat else _checked(state_dict)
     shared = {name: options[name] for name in _SHARED if name in options}
-    whole = HFacOptions(dense=True, batch_dims=0, views=1, master=None, rounding="nearest", nonfinite="propagate")
+    whole = HFacOptions(
+        dense=True, batch_dims=0, views=1, views_dim=0, master=None, rounding="nearest", nonfinite="propagate"
+    )
     found = convert(source, params, to="hfac", **whole, **shared)
     groups = []
     for old, group in zip(source["param_groups"], found["param_groups"], strict=True):
@@ -256,7 +258,8 @@ def _written(
     target: HFac | SMMF, param: Tensor, group: Mapping[str, Any], moments: Moments
 ) -> tuple[dict[str, Tensor], int]:
     """The target's state of one parameter, and how many elements of the first moment are too large for it."""
-    layout, batch, views = target._layout(param, group), group["batch_dims"], group["views"]
+    layout = target._layout(param, group)
+    batch, views, along = group["batch_dims"], group["views"], group["views_dim"]
     device, wide = moments.second.device, next(dtype for _, dtype, _ in layout.values() if dtype.is_floating_point)
     state = {key: torch.zeros(shape, dtype=dtype, device=device) for key, (shape, dtype, _) in layout.items()}
     step = torch.tensor(moments.step, dtype=torch.float32, device="cpu")
@@ -264,10 +267,11 @@ def _written(
         return {**state, "step": step}, 0
     V = moments.second.to(wide)
     M = torch.zeros_like(V) if moments.first is None else moments.first.to(wide)
-    pieces = {key: slices(value, batch, views, is_factor(key)) for key, value in state.items() if key != LOW}
+    parts_of = {key: pieces(value, batch, views, along, is_factor(key)) for key, value in state.items() if key != LOW}
     saturated = 0
-    for i, (first, second) in enumerate(zip(slices(M, batch, views), slices(V, batch, views), strict=True)):
-        parts = {key: values[i] for key, values in pieces.items()}
+    moments_of = (pieces(each, batch, views, along) for each in (M, V))
+    for i, (first, second) in enumerate(zip(*moments_of, strict=True)):
+        parts = {key: values[i] for key, values in parts_of.items()}
         values = (_hfac_state if isinstance(target, HFac) else _smmf_state)(parts, group, first, second, moments.step)
         for key, part in parts.items():
             part.copy_(values[key].reshape(part.shape))

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .. import codes, matricize, signs
 from ..optim.options import warn
 from ..optim.state import LOW
+from ..slicing import joined, slices
 from .strangers import refusal
 
 Entry = Mapping[str, Any]
@@ -144,7 +145,7 @@ def _by_slice(read: Read) -> Read:
     """For our own two: the state of a stack is read slice by slice, and the moments are put together."""
 
     def stack(where: str, entry: Entry, group: Mapping[str, Any], shape: tuple[int, ...]) -> Moments:
-        batch, views = group.get("batch_dims", 0), group.get("views", 1)
+        batch, views, along = group.get("batch_dims", 0), group.get("views", 1), group.get("views_dim", 0)
         if not batch and views == 1:
             return read(where, entry, group, shape)
         counts = (*shape[:batch], views) if views > 1 else shape[:batch]
@@ -153,23 +154,28 @@ def _by_slice(read: Read) -> Read:
             dims = len(counts) if is_factor(name) else batch
             sides = entry[name].shape[dims:] if isinstance(entry[name], Tensor) else ()
             whole[name] = tensor(where, entry, name, (*counts[:dims], *sides))
-        parts = {name: slices(value, batch, views, is_factor(name)) for name, value in whole.items()}
+        parts = {name: pieces(value, batch, views, along, is_factor(name)) for name, value in whole.items()}
+        cut = batch + along
+        side = shape[batch:] if views == 1 else (*shape[batch:cut], shape[cut] // views, *shape[cut + 1 :])
         found = [
             read(
                 f"{where}, slice {i}",
                 {"step": entry["step"], **{name: values[i] for name, values in parts.items()}},
                 group,
-                shape[batch:] if views == 1 else (shape[batch] // views, *shape[batch + 1 :]),
+                side,
             )
             for i in range(math.prod(counts))
         ]
         if not found:  # nor is there an element
             return Moments(None, next(iter(whole.values())).new_zeros(shape), float(entry["step"]))
+
+        def together(each: list[Tensor]) -> Tensor:
+            stacked = torch.stack(each).view(*counts, *side)
+            return (joined(stacked, batch, along) if views > 1 else stacked).reshape(shape)
+
         firsts = [moments.first for moments in found if moments.first is not None]
         return Moments(
-            torch.stack(firsts).reshape(shape) if firsts else None,
-            torch.stack([moments.second for moments in found]).reshape(shape),
-            found[0].step,
+            together(firsts) if firsts else None, together([moments.second for moments in found]), found[0].step
         )
 
     return stack
@@ -180,13 +186,12 @@ def is_factor(key: str) -> bool:
     return key.endswith(("_row", "_col"))
 
 
-def slices(tensor: Tensor, batch_dims: int, views: int = 1, factor: bool = False) -> list[Tensor]:
-    """What the first dimensions count, and of the next one the pieces that ``views`` makes, which a factor has as a
-    dimension of their own; row-major, views where the tensor is contiguous."""
-    if views > 1:
-        tensor = tensor if factor else tensor.unflatten(batch_dims, (views, -1))
-        batch_dims += 1
-    return list(tensor.flatten(0, batch_dims - 1)) if batch_dims else [tensor]
+def pieces(tensor: Tensor, batch_dims: int, views: int, views_dim: int, factor: bool = False) -> Sequence[Tensor]:
+    """Views of what the first dimensions count, and of the pieces that ``views`` makes, which a factor has as a
+    dimension of their own; row-major."""
+    if factor:
+        return slices([tensor], batch_dims + (views > 1))
+    return slices([tensor], batch_dims, [views] if views > 1 else None, views_dim)
 
 
 def smmf_weight(group: Mapping[str, Any], t: float) -> float:
@@ -198,7 +203,7 @@ def smmf_weight(group: Mapping[str, Any], t: float) -> float:
 
 _COMMON = ("lr", "weight_decay", "maximize")
 #: options that `hfac.param_groups` writes; torch's optimizers keep what they do not know
-_SHAPING = ("dense", "batch_dims", "views")
+_SHAPING = ("dense", "batch_dims", "views", "views_dim")
 #: of our own two, beyond these
 _OURS = (*_COMMON, "nonfinite", *_SHAPING, "rounding", "seed", "master")
 

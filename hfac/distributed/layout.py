@@ -97,11 +97,8 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def has_whole_pieces(param: Tensor, dim: int, rows: int) -> bool:
-    """Whether every rank has whole pieces of so many rows of this dimension, and no other dimension after it is
-    sharded."""
+    """Whether every rank has whole pieces of so many indices of this dimension."""
     by_dim = sharded_by(param)
-    if any(by_dim[dim + 1 :]):
-        return False
     ranks = torch.Size(param.device_mesh.size(d) for d in by_dim[dim]).numel() if by_dim[dim] else 1  # type: ignore[attr-defined]
     size = param.shape[dim]
     return size % (ranks * rows) == 0 or (len(by_dim[dim]) == 1 and -(-size // ranks) % rows == 0)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops, spec
-from ..signs import SignBytes
+from ..scratch import Scratch
 from ..staging import Fetched
 from . import layout
 from .bucket import OUTCOME, Bucket, Entry, Joint, Options
@@ -61,13 +61,13 @@ class Shards(Bucket):
             for state in self.op.states
             if state.key is not None and state.key in entries[0].state
         }
-        #: lists of signs, some of which may be kept in bytes
-        self.signs = [
-            SignBytes(state.name, self.states[state.name], self.params)
+        #: signs, where they are kept in bytes
+        self.scratch = [
+            Scratch(state.name, self.states[state.name], self.params)
             for state in self.op.states
             if state.size == spec.SIGNS and state.name in self.states
         ]
-        self.states |= {signs.name: signs.bits for signs in self.signs}
+        self.states |= {scratch.name: scratch.taken for scratch in self.scratch}
         #: rows' and columns' factors of the second moment, then of the first, and of each the list of its sums
         self.factors = [
             (self.states[state.name], sums.name)
@@ -126,11 +126,11 @@ class Shards(Bucket):
         def step() -> None:
             self.stepped = members = who if going is None else going()
             call, taken = self.call("step", members, options.backend), who.part(here, members)
-            for signs in self.signs:
-                signs.pack(members.index)
+            for scratch in self.scratch:
+                scratch.fill(members.index)
             self.run(call, taken, clip, options, self.decays(members, options), ("step", members))
-            for signs in self.signs:
-                signs.unpack(members.index)
+            for scratch in self.scratch:
+                scratch.empty(members.index)
             self.present.copy_(self.contributed(members))
 
         return step

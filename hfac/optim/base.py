@@ -17,7 +17,7 @@ from ..rounding import BitOffset
 from . import options
 from .cache import SingleParamCache, StepCache
 from .report import ReportingOptimizer
-from .state import KnownOptions, has_state, is_trained, needs_reduction, piece_rows
+from .state import KnownOptions, has_state, is_trained, needs_reduction, piece_counts
 from .units import Units
 
 #: a validated step: what is bound, gradients and steps by group, and of sharded parameters options by group
@@ -418,7 +418,8 @@ class FactoredOptimizer(ReportingOptimizer):
             group["watch"],
             self._captured,
             group["nonfinite"] == "skip-step",
-            None if group["views"] == 1 else [piece_rows(param, group) or 1 for param in params],
+            piece_counts(params, group),
+            group["views_dim"],
         )
 
     def _shared(self, group: dict[str, Any]) -> distributed.Options:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from .. import codes, matricize, rounding, schedules, signs, spec
 from ..distributed import layout
-from ..functional import slices
-from .state import COUNTERS, LOW, piece_rows, sliced
+from ..slicing import slices
+from .state import COUNTERS, LOW, piece_counts, sliced
 
 Metrics = dict[str, Tensor]
 #: a matrix that is computed some rows at a time: slice of rows -> [rows, columns]
@@ -73,17 +73,19 @@ def computed(
     grad = layout.gradient(param, f"the parameter of shape {tuple(param.shape)}")
     assert grad is not None
     param, state = layout.local(param), {key: layout.local(value) for key, value in state.items()}
-    rows, step = _rows(param, group), state["step"].to(schedules.step_dtype(state["step"].device))
+    views, along = piece_counts([param], group), group["views_dim"]
+    step = state["step"].to(schedules.step_dtype(state["step"].device))
     made = torch.ones_like(step, dtype=torch.bool) if ahead else step > 0
     op = spec.ALGORITHMS[algorithm].op_of(list(state))
     dims, factors = group["batch_dims"], {own.key for own in op.states if own.size in (spec.ROWS, spec.COLS)}
     pieces = {
-        key: slices([value], dims + (rows is not None)) if key in factors else slices([value], dims, rows)
+        key: slices([value], dims + (views is not None)) if key in factors else slices([value], dims, views, along)
         for key, value in state.items()
         if key not in COUNTERS
     }
     found = []
-    for i, (W, G) in enumerate(zip(slices([param], dims, rows), slices([grad], dims, rows), strict=True)):
+    both = (slices([tensor], dims, views, along) for tensor in (param, grad))
+    for i, (W, G) in enumerate(zip(*both, strict=True)):
         states = {key: values[i] for key, values in pieces.items()}
         view = _View(op, W, G, group, states, step + 1 if ahead else step, ahead, norm_coefficient)
         metrics = _UPDATES[algorithm](view)
@@ -116,13 +118,8 @@ def by_name(name: str, metrics: Metrics) -> Metrics:
 
 def zeros(grad: Tensor, group: Mapping[str, Any]) -> Tensor:
     """[slices, 2]: of each slice, how many rows and columns of the gradient are all zero."""
-    parts = slices([grad], group["batch_dims"], _rows(grad, group))
+    parts = slices([grad], group["batch_dims"], piece_counts([grad], group), group["views_dim"])
     return torch.stack([torch.stack(_zeros(part, group)) for part in parts])
-
-
-def _rows(param: Tensor, group: Mapping[str, Any]) -> list[int] | None:
-    rows = piece_rows(param, group)
-    return None if rows is None else [rows]
 
 
 def _zeros(grad: Tensor, group: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,9 @@ class HFac(FactoredOptimizer):
         dense: both moments whole, for any shape (default False).
         batch_dims: leading dimensions that index slices, each factored and clipped on its own; experts of shape
             E x a x b: 1 (default 0; docs/parameter-policy.md).
-        views: equal pieces of the next dimension, each likewise; (3, heads) of a fused QKV weight (default 1).
+        views: equal pieces of a fused weight, each likewise; (3, heads) of a fused QKV weight (default 1).
+        views_dim: the dimension after ``batch_dims`` that ``views`` cuts; 1 of weights that are in x out, as
+            transformers' Conv1D has them (default 0).
         matricize: "balanced" splits dimensions so that rows + columns are fewest, "flatten" takes the first as rows
             (default "balanced").
         rounding: "nearest", or "stochastic" for bfloat16 and float16 parameters (default "nearest"; docs/bf16.md).
@@ -106,6 +108,7 @@ class HFac(FactoredOptimizer):
         dense: bool = False,
         batch_dims: int = 0,
         views: int | tuple[int, ...] = 1,
+        views_dim: int = 0,
         maximize: bool = False,
         capturable: bool = False,
         backend: Backend = "auto",

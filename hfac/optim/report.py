@@ -11,7 +11,7 @@ from .. import clipping, functional, rounding
 from ..distributed import layout
 from . import diagnostics, options
 from .checkpoint import CheckpointedOptimizer
-from .state import has_state, piece_rows, sliced
+from .state import has_state, piece_counts, sliced
 from .table import Diagnostics
 
 
@@ -174,9 +174,8 @@ class ReportingOptimizer(CheckpointedOptimizer):
         norms: list[tuple[Tensor, bool]] = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None and not layout.is_sharded(p)]
-            rows = None if group["views"] == 1 else [piece_rows(p, group) or 1 for p in params]
             grads = [layout.local(p.grad) for p in params if p.grad is not None]
-            slices = functional.slices(grads, group["batch_dims"], rows)
+            slices = functional.slices(grads, group["batch_dims"], piece_counts(params, group), group["views_dim"])
             norms += [(norm, group["nonfinite"] == "skip") for norm in clipping.norms(slices)]
         return clipping.total(norms)
 

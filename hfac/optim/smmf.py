@@ -7,6 +7,7 @@ from typing import Any, get_args
 from torch.optim.optimizer import ParamsT
 
 from .. import matricize
+from ..distributed import layout
 from ..types import Backend, Master, Nonfinite, Rounding, Scalar, Signs, WeightDecayMode
 from . import options
 from .base import FactoredOptimizer
@@ -45,7 +46,9 @@ class SMMF(FactoredOptimizer):
         dense: both moments whole, for any shape (default False).
         batch_dims: leading dimensions that index slices, each with a square matrix of its own; experts of shape
             E x a x b: 1 (default 0; docs/parameter-policy.md).
-        views: equal pieces of the next dimension, each likewise; (3, heads) of a fused QKV weight (default 1).
+        views: equal pieces of a fused weight, each likewise; (3, heads) of a fused QKV weight (default 1).
+        views_dim: the dimension after ``batch_dims`` that ``views`` cuts; 1 of weights that are in x out, as
+            transformers' Conv1D has them (default 0).
         signs: of the first moment, "bits", or "bytes": bool of p.shape, which any placement can shard as the parameter.
             Parameters whose placement would split bytes of bits keep bytes in any case; loading converts either way
             (default "bits"; docs/distributed.md).
@@ -109,6 +112,7 @@ class SMMF(FactoredOptimizer):
         dense: bool = False,
         batch_dims: int = 0,
         views: int | tuple[int, ...] = 1,
+        views_dim: int = 0,
         maximize: bool = False,
         capturable: bool = False,
         backend: Backend = "auto",
@@ -136,6 +140,7 @@ class SMMF(FactoredOptimizer):
             for param in group["params"]
             if group["signs"] == "bits"
             and "exp_avg_sign" in self.state.get(param, ())
+            and layout.is_dtensor(param)
             and keeps_sign_bytes(param, group)
         ]
         if own:

@@ -1,5 +1,6 @@
 """Options of both optimizers, and state that follows the parameters; both are checked before anything is kept."""
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from operator import is_, itemgetter
 from typing import Any, ClassVar, get_args
@@ -29,6 +30,7 @@ COMMON_RULES: dict[str, options.Rule] = {
     "dense": options.flag,
     "batch_dims": options.whole(),
     "views": options.count,
+    "views_dim": options.whole(),
     "maximize": options.flag,
     "capturable": options.flag,
     "nonfinite": options.choice(*get_args(Nonfinite)),
@@ -45,6 +47,7 @@ _ADDED = {
     "dense": False,
     "batch_dims": 0,
     "views": 1,
+    "views_dim": 0,
     "rounding": "nearest",
     "seed": 0,
     "master": None,
@@ -52,7 +55,7 @@ _ADDED = {
     "watch": False,
 }
 #: options on which the shapes of the state depend
-FIXED = ("dense", "batch_dims", "views")
+FIXED = ("dense", "batch_dims", "views", "views_dim")
 #: options that say how a step runs, not what it computes; loading a checkpoint keeps the running optimizer's
 EXECUTION = ("capturable", "backend", "amp_scaling", "watch")
 #: state key of the bits that a bfloat16 parameter lacks of its master weight
@@ -163,8 +166,9 @@ class StatefulOptimizer(Optimizer):
         if sides is not None:
             sizes[spec.SIGNS] = sizes[spec.WHOLE] if in_bytes else (signs.bits_shape(whole), (0, 1))
             for name, (size, follows) in zip((spec.ROWS, spec.COLS), sides, strict=True):
-                if len(batch) > dims:  # pieces lie where their rows do, and those are whole everywhere
-                    size, follows = (batch[dims], *size), (0, *(d or None for d in follows))
+                if len(batch) > dims:  # pieces lie where the dimension that they cut does, and are whole in it
+                    along = group["views_dim"]
+                    size, follows = (batch[dims], *size), (along, *(None if d == along else d for d in follows))
                 sizes[name] = size, follows
         found: Layout = {}
         for state in (*op.states, spec.MASTER_LOW):
@@ -313,7 +317,7 @@ class StatefulOptimizer(Optimizer):
 
     def _check_layout(self, where: str, param: Tensor, group: Mapping[str, Any]) -> None:
         """Checks batch dimensions, and the options that exclude sharding, which may come after construction."""
-        batch, views = group["batch_dims"], group["views"]
+        batch, views, along = group["batch_dims"], group["views"], group["batch_dims"] + group["views_dim"]
         slicing, whole = (f"batch_dims={batch}", "batch_dims=0") if views == 1 else (f"views={views}", "views=1")
         if group["watch"] and layout.is_sharded(param) and not needs_reduction(param, group):
             raise ValueError(
@@ -327,23 +331,30 @@ class StatefulOptimizer(Optimizer):
                 f"{where} has shape {tuple(param.shape)}; batch_dims={batch} needs more than {batch} dimension(s), the "
                 "rest being those of a slice. Put the parameter into another group, with fewer batch_dims."
             )
-        if param.shape[batch] % views:
+        if views > 1 and along >= param.ndim:
             raise ValueError(
-                f"{where} has shape {tuple(param.shape)}; views={views} cuts dimension {batch} into so many equal "
-                f"pieces, and {views} does not divide {param.shape[batch]}. Put the parameter into another group."
+                f"{where} has shape {tuple(param.shape)}; views={views} with views_dim={group['views_dim']} and "
+                f"batch_dims={batch} cuts dimension {along}, which it does not have. Put the parameter into another "
+                "group, or give the dimension to cut, counted after the batch dimensions, as views_dim."
+            )
+        if views > 1 and param.shape[along] % views:
+            raise ValueError(
+                f"{where} has shape {tuple(param.shape)}; views={views} cuts dimension {along} into so many equal "
+                f"pieces, and {views} does not divide {param.shape[along]}. Put the parameter into another group."
             )
         if not layout.is_sharded(param):
             return
-        if views > 1 and not layout.has_whole_pieces(param, batch, param.shape[batch] // views):
+        if views > 1 and not layout.has_whole_pieces(param, along, param.shape[along] // views):
             raise ValueError(
                 f"{where} has views={views}, shape {tuple(param.shape)} and placements {tuple(param.placements)}; "  # type: ignore[attr-defined]
-                f"a rank would have part of a piece of {param.shape[batch] // views} rows. Shard dimension {batch} "
+                f"a rank would have part of a piece of {param.shape[along] // views} of dimension {along}. Shard that "
                 "alone, over so many ranks that each has whole pieces, or leave views=1."
             )
         if needs_reduction(param, group):
+            of_cut = "" if views == 1 else f" and dimension {along}, which views={views} cuts,"
             raise ValueError(
                 f"{where} has batch_dims={batch}, shape {tuple(param.shape)} and placements {tuple(param.placements)}; "  # type: ignore[attr-defined]
-                f"only the first {batch} dimension(s) can be sharded then. Shard those alone, or leave batch_dims=0."
+                f"only the first {batch} dimension(s){of_cut} can be sharded then. Shard those alone, or leave {whole}."
             )
         if group["nonfinite"] == "skip":
             raise ValueError(
@@ -492,13 +503,24 @@ class KnownOptions:
 
 def needs_reduction(param: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether a step needs sums over ranks: where slices are sharded. Ranks that have whole slices need none."""
-    return layout.is_sharded(param) and any(layout.sharded_by(param)[group["batch_dims"] + (group["views"] > 1) :])
+    if not layout.is_sharded(param):
+        return False
+    batch = group["batch_dims"]
+    along = batch + group["views_dim"] if group["views"] > 1 else None
+    return any(mesh_dims for d, mesh_dims in enumerate(layout.sharded_by(param)) if d >= batch and d != along)
 
 
 def keeps_sign_bytes(param: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether a parameter's signs are kept in bytes (`hfac.signs`): the group says so, or its placement would split
-    bytes of bits."""
-    return group.get("signs") == "bytes" or (needs_reduction(param, group) and layout.splits_sign_bytes(param))
+    """Whether a parameter's signs are kept in bytes (`hfac.signs`): the group says so, or its placement, or the pieces
+    of a fused weight, would split bytes of bits."""
+    if group.get("signs") == "bytes":
+        return True
+    if group["views"] == 1 or group["views_dim"] == 0:
+        return needs_reduction(param, group) and layout.splits_sign_bytes(param)
+    _, (_, *rest) = sliced(param, group)
+    if group["views_dim"] > 1 or math.prod(rest) % 8:
+        return True
+    return layout.is_sharded(param) and (group["batch_dims"] > 0 or layout.splits_sign_bytes(param))
 
 
 def sliced(param: Tensor, group: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -506,12 +528,17 @@ def sliced(param: Tensor, group: Mapping[str, Any]) -> tuple[tuple[int, ...], tu
     batch, views, shape = group["batch_dims"], group["views"], tuple(param.shape)
     if views == 1:
         return shape[:batch], shape[batch:]
-    return (*shape[:batch], views), (shape[batch] // views, *shape[batch + 1 :])
+    along = batch + group["views_dim"]
+    return (*shape[:batch], views), (*shape[batch:along], shape[along] // views, *shape[along + 1 :])
 
 
-def piece_rows(param: Tensor, group: Mapping[str, Any]) -> int | None:
-    """Rows of a piece that ``views`` makes of a parameter; None where it makes none."""
-    return None if group["views"] == 1 else max(1, param.shape[group["batch_dims"]] // group["views"])
+def piece_counts(params: Iterable[Tensor], group: Mapping[str, Any]) -> list[int] | None:
+    """How many of the pieces that ``views`` makes of each parameter are on this rank; None where it makes none."""
+    views, along = group["views"], group["batch_dims"] + group["views_dim"]
+    if views == 1:
+        return None
+    sizes = [(layout.local(param.detach()).shape[along], param.shape[along]) for param in params]
+    return [here * views // size if size else views for here, size in sizes]
 
 
 def _counters(
@@ -554,7 +581,9 @@ def _is_supported(param: Tensor, group: Mapping[str, Any]) -> bool:
     dims, views = group["batch_dims"], group["views"]
     if not dense or param.dtype not in ops.PARAM_DTYPES:
         return False
-    return (dims == 0 and views == 1) or (param.ndim > dims and param.shape[dims] % views == 0)
+    along = dims + group["views_dim"]
+    cut = views == 1 or (param.ndim > along and param.shape[along] % views == 0)
+    return cut and (dims == 0 or param.ndim > dims)
 
 
 def counter(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:

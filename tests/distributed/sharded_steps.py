@@ -280,25 +280,32 @@ def fused_all(cases):
     return run_all(cases, _fused)
 
 
-def _fused(name, options):
+#: by the dimension that is cut: shapes of fused weights, the first ones of eight pieces, the last of three; of the
+#: columns some pieces split bytes of SMMF's sign bits, and some do not
+FUSED = {0: ((24, 5), (24,), (6, 4)), 1: ((5, 24), (3, 64), (4, 6))}
+
+
+def _fused(name, options, along=0):
     """Differences of fused weights, of which every rank has whole pieces, from those of whole tensors; what a step
     sends, and what is said where a rank would have part of a piece. Of eight pieces four ranks have two each, of
     three one, one, one and none."""
-    mesh, kwargs = _mesh((4,)), {"lr": 0.01, **dict(options)}
+    mesh, kwargs, place = _mesh((4,)), {"lr": 0.01, **dict(options)}, [Shard(along)]
     generator = torch.Generator().manual_seed(0)
-    full = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((24, 5), (24,), (6, 4))]
-    ours = [torch.nn.Parameter(part_of(p, mesh, [S0])) for p in full]
+    full = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in FUSED[along]]
+    ours = [torch.nn.Parameter(part_of(p, mesh, place)) for p in full]
     theirs = [torch.nn.Parameter(p.clone()) for p in full]
-    optimizer, reference = (
-        getattr(hfac, name)([{"params": p[:2], "views": (2, 4)}, {"params": p[2:], "views": 3}], **kwargs)
-        for p in (ours, theirs)
-    )
+
+    def made(p):
+        groups = [{"params": p[:2], "views": (2, 4)}, {"params": p[2:], "views": 3}]
+        return getattr(hfac, name)([{**group, "views_dim": along} for group in groups], **kwargs)
+
+    optimizer, reference = made(ours), made(theirs)
     for step in range(4):
         for p, q in zip(ours, theirs, strict=True):
             q.grad = torch.randn(q.shape, generator=generator, dtype=q.dtype)
             if step == 2 and "nonfinite" in kwargs:
                 q.grad[0] = float("nan")
-            p.grad = part_of(q.grad, mesh, [S0])
+            p.grad = part_of(q.grad, mesh, place)
         optimizer.step()
         reference.step()
     errors = {"collectives": float(len(optimizer.collectives()) - 3 * ("max_grad_norm" in kwargs))}
@@ -307,21 +314,26 @@ def _fused(name, options):
         for key, value in reference.state[q].items():
             found = whole(optimizer.state[p][key])
             assert found.shape == value.shape, (i, key, found.shape, value.shape)
+            found, value = (signs.to_bits(each) if each.dtype == torch.bool else each for each in (found, value))
             errors[f"{i}.{key}"] = difference(found, value)
-    loaded = getattr(hfac, name)([{"params": theirs[:2], "views": 8}, {"params": theirs[2:], "views": 3}], **kwargs)
-    saved = optimizer.state_dict()
+    loaded, saved = made(theirs), optimizer.state_dict()
     saved["state"] = {i: {key: whole(value) for key, value in state.items()} for i, state in saved["state"].items()}
     loaded.load_state_dict(saved)
     for more, named in (({"nonfinite": "skip"}, "skip-step"), ({"watch": True}, "watch=False")):
         try:
-            getattr(hfac, name)(ours[:1], views=8, **more)
+            getattr(hfac, name)(ours[:1], views=8, views_dim=along, **more)
             errors["taken"] = 1.0
         except ValueError as error:
             assert "has views=8 and is sharded" in str(error) and named in str(error), error
-    for views, place in ((6, S0), (8, S1)):
+    small = full[0][:, :4] if along == 0 else full[0][:4]
+    for views, placed, told in (
+        (6, Shard(along), "a rank would have part of a piece"),
+        (8, Shard(1 - along), f"dimension {along}, which views=8 cuts, can be sharded"),
+    ):
         try:
-            getattr(hfac, name)([torch.nn.Parameter(part_of(full[0][:, :4].contiguous(), mesh, [place]))], views=views)
+            param = torch.nn.Parameter(part_of(small.contiguous(), mesh, [placed]))
+            getattr(hfac, name)([param], views=views, views_dim=along)
             errors["taken"] = 1.0
         except ValueError as error:
-            assert "a rank would have part of a piece" in str(error) and "views=1" in str(error), error
+            assert told in str(error) and "views=1" in str(error), error
     return errors

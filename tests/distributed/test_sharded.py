@@ -207,9 +207,11 @@ def test_a_rank_that_is_lost_ends_the_others(name, how, mode, tmp_path):
 
 def test_fused_weights_of_which_ranks_have_whole_pieces():
     """As whole tensors, without a word to other ranks but for the norm; state in global shapes, so that it loads
-    unsharded."""
+    unsharded. Pieces of rows and of columns."""
     more = ((), (("max_grad_norm", 0.5), ("nonfinite", "skip-step")), (("dense", True),))
     cases = [(name, options) for name in OPTIONS for options in more]
-    cases.append(("HFac", (("first_moment", "int8"),)))
+    cases += [(name, options, 1) for name, options in cases]
+    cases += [("HFac", (("first_moment", "int8"),), along) for along in (0, 1)]
+    cases.append(("SMMF", (("signs", "bytes"),), 1))
     (found,) = on_ranks(4, ("sharded_steps:fused_all", cases))
     agree(found, TOLERANCE[torch.float64])

@@ -97,6 +97,7 @@ def test_options_of_groups_are_those_of_the_optimizers():
             "dense",
             "batch_dims",
             "views",
+            "views_dim",
             "momentum",
         ):  # of which groups differ; a scheduler's
             options.pop(other, None)

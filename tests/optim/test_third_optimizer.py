@@ -67,7 +67,7 @@ class Third(FactoredOptimizer):
     _rules = {"beta2": options.number(0.0, 1.0, open_high=True), "eps": options.number(0.0, open_low=True)}
 
     def __init__(self, params, lr=1e-3, beta2=0.999, eps=1e-30, weight_decay=0.0, **common):
-        rest = dict(dense=False, batch_dims=0, views=1, maximize=False, capturable=False, backend="auto")
+        rest = dict(dense=False, batch_dims=0, views=1, views_dim=0, maximize=False, capturable=False, backend="auto")
         rest |= dict(nonfinite="propagate", amp_scaling=False, rounding="nearest", seed=0, master=None)
         rest |= dict(max_grad_norm=None, watch=False)
         super().__init__(params, dict(lr=lr, beta2=beta2, eps=eps, weight_decay=weight_decay, **(rest | common)))

@@ -133,7 +133,7 @@ def test_the_options_by_name_are_those_of_the_constructors():
 
     kept = {**typing.get_type_hints(types.HFacOptions), **typing.get_type_hints(types.SMMFOptions)}
     groups = typing.get_type_hints(types.GroupOptions)
-    decided = {"weight_decay", "dense", "batch_dims", "views"}
+    decided = {"weight_decay", "dense", "batch_dims", "views", "views_dim"}
     execution = {"capturable", "backend", "amp_scaling", "watch"}
     every = {**taken(hfac.HFac), **taken(hfac.SMMF)}
     for cls, options in ((hfac.HFac, types.HFacOptions), (hfac.SMMF, types.SMMFOptions)):
