@@ -36,7 +36,9 @@ LONG = ("test_parity_in_the_interpreter", "test_cuda_sanitizers", "test_sharded"
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        leave_out_partial(config, items)
     tables = {}
     for item in items:
         if item.get_closest_marker("pairwise"):
@@ -45,6 +47,17 @@ def pytest_collection_modifyitems(items):
         for item in left_out(table, list(map(values, table))):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: not any(name in item.nodeid for name in LONG))
+
+
+def leave_out_partial(config, items):
+    """Cases of a test that a slow one of its cases repeats."""
+    whole = {(item.path, item.originalname) for item in items if item.get_closest_marker("slow")}
+    repeated = [
+        item for item in items if item.get_closest_marker("partial") and (item.path, item.originalname) in whole
+    ]
+    if repeated:
+        config.hook.pytest_deselected(items=repeated)
+        items[:] = [item for item in items if item not in repeated]
 
 
 def pytest_collection_finish():

@@ -132,8 +132,12 @@ def threads_and_isa():
         cpu._C.set_isa("")
 
 
+#: The lists of a shorter run are the first of a longer one.
+FEW, MANY = pytest.param(12, marks=pytest.mark.partial), pytest.param(200, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("backend", KERNELS, indirect=True)
-@pytest.mark.parametrize("lists", [LISTS] if LISTS else [12, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lists", [LISTS] if LISTS else [FEW, MANY])
 def test_any_list(threads_and_isa, backend, lists):
     @settings(
         max_examples=lists,

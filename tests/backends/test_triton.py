@@ -47,7 +47,7 @@ STEPS = {
     ),
     "optim/test_clipping": ("triton", "triton and (matrices or slices or that_unscale)"),
     "backends/test_captures": (
-        "HFac and (no_gradient-moved or transposed-found or negated-moved or clipped) or goes_with or on_parts_cannot "
+        "HFac and (no_gradient or transposed-found or negated-moved or clipped) or goes_with or on_parts_cannot "
         "or (defaults and device and plain) or (several_streams and plain) or (first_step and HFac and plain) or "
         "(without_a_step and SMMF)",
         "HFac and no_gradient or goes_with or on_parts_cannot",
@@ -66,21 +66,22 @@ MORE_STEPS = {
     "clipped-steps": ["backends/test_clipped_steps"],
     "watched-steps": ["backends/test_watched_steps"],
     "stored-steps": ["backends/test_stored_steps"],
-    "steps": [file for file in STEPS if "backends/test_c" not in file and "ed_steps" not in file],
+    "steps": [*MORE, *(file for file in STEPS if "backends/test_c" not in file and "ed_steps" not in file)],
     "captures": ["backends/test_captures"],
 }
 
 
-def of_steps(k, files=tuple(STEPS)):
-    """The tests of `STEPS` in these files as pytest's -k takes them."""
-    return " or ".join(f"({file.split('/')[1]} and ({STEPS[file][k]}))" for file in files)
+def of_steps(k, files):
+    """The tests of `STEPS` in these files as pytest's -k takes them; of other files all."""
+    names = [(file.split("/")[1], STEPS.get(file)) for file in files]
+    return " or ".join(name if parts is None else f"({name} and ({parts[k]}))" for name, parts in names)
 
 
 @pytest.mark.parametrize(
     ("files", "part", "mark"),
     [
         pytest.param(KERNELS, "", "not slow", id="kernels"),
-        pytest.param([*MORE, *STEPS], f"triton_statistics or {of_steps(1)}", "not slow", id="steps"),
+        pytest.param([*MORE, *STEPS], of_steps(1, (*MORE, *STEPS)), "not slow", id="steps", marks=pytest.mark.partial),
         pytest.param(KERNELS, "HFac", "slow", id="more-of-HFac", marks=pytest.mark.slow),
         pytest.param(KERNELS, "not HFac", "slow", id="more-of-SMMF", marks=pytest.mark.slow),
         *(
