@@ -4,8 +4,6 @@ PYTHON ?= python3
 VENV ?= .venv
 # Named first, so that pip does not choose another build while it resolves the rest.
 TORCH ?= torch==2.13.0
-# Registers and spills are the compiler's: docs/triton-check.md is of this one.
-TRITON ?= triton==3.7.1
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # The CUDA kernels compiled for the host, for the tests.
@@ -65,9 +63,8 @@ gpu-report: ## on a machine with a GPU, torch and nvcc, in seven minutes: tests,
 gpu-objects: $(INSTALLED) ## compile for gpu-report beforehand, into build/gpu-objects (needs nvcc, no GPU; ARGS="--arch 90")
 	$(BIN)/python -m bench.gpu_objects $(ARGS)
 
-triton-check: $(INSTALLED) ## compile the Triton kernels for four GPUs that need not be here, check their budgets; writes docs/triton-check.md
-	$(BIN)/python -m pip install -q $(TRITON)
-	$(BIN)/python -m bench.triton_check $(ARGS)
+triton-check: $(INSTALLED) ## compile the Triton kernels by several versions of Triton, check their budgets; writes docs/triton-check.md
+	$(BIN)/python -m bench.triton_versions $(ARGS)
 
 plan: $(INSTALLED) ## what memory each optimizer takes of a model (ARGS="llama-3-8b --world-size 1,8")
 	$(BIN)/hfac plan $(ARGS)

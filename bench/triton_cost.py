@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from hfac.triton_kernels import table
-from hfac.triton_kernels.plan import Item, Launch, make_plan
+from hfac.triton_kernels.plan import Item, Launch, make_plan, merged_layout, packed_layout
 
 from .cubin import Code, codes
 from .cuda_check import find_cuobjdump
@@ -27,10 +27,11 @@ GPU, TARGET = GPUS["h200"], "sm_90"
 #: Where arguments begin among an sm_90 kernel's constants.
 _ARGUMENTS = 0x210
 #: Addresses that kernels are told: of tables, and of all else, which comes from the GPU's memory.
-_TABLES, _OPERANDS, _APART = 1 << 20, 1 << 40, 1 << 34
+_TABLES, _LAYOUTS, _OPERANDS, _APART = 1 << 20, 1 << 30, 1 << 40, 1 << 34
 #: Bytes of shared memory that the GPU takes of each program.
 RESERVED = 1024
 F32, BF16 = torch.float32, torch.bfloat16
+CHANNELS_LAST = 0
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Budget:
     """Of one kernel over one matrix.
 
     Attributes:
+        lies: how the gradient lies: 16, 4 or 2 bytes of which its address is a multiple; or CHANNELS_LAST, as the
+            parameter does, too.
         instructions: of a lane for an element of the bulk of a tile, at most; that is without what a program does
             before its first row and after its last.
         barriers: for an iteration, over the R rows that are in flight.
@@ -51,26 +54,47 @@ class Budget:
     instructions: float
     barriers: float
     programs: int = 1
+    lies: int = 16
 
     @property
     def item(self) -> Item:
         slice, codes = 8 if self.op.startswith("smmf") else 0, "int8" in self.op
-        return Item(*self.shape, self.dtype, self.dtype, True, slice, codes=codes)
+        whole = self.lies != CHANNELS_LAST
+        aligned = self.lies if whole else 16
+        return Item(*self.shape, self.dtype, self.dtype, whole, slice, codes=codes, aligned=aligned)
+
+    @property
+    def layout(self) -> list[int]:
+        """Of the parameter and of its gradient, as kernels read it."""
+        if self.lies != CHANNELS_LAST:
+            return [0]
+        rows, cols = self.shape
+        return packed_layout(merged_layout((rows, cols // 9, 3, 3), (cols, 1, cols // 3, cols // 9)))
 
 
-#: What each costs today, by Triton 3.6.0 or 3.7.1, whichever is more; whoever makes one cheaper lowers it here.
+#: What each costs today by whichever of the checked versions of Triton takes most; whoever makes one cheaper lowers it
+#: here.
 BUDGETS: Sequence[Budget] = (
-    Budget("smmf_tiles", "smmf_step_", (4096, 4096), BF16, 42, 0, 256),
-    Budget("smmf_tiles", "smmf_step_", (4096, 4096), F32, 74, 14, 256),
-    Budget("hfac_stats", "hfac_step_", (65536, 256), BF16, 14.2, 0, 256),
-    Budget("hfac_stats", "hfac_step_", (4096, 1024), BF16, 12.2, 0, 64),
-    Budget("hfac_stats", "hfac_step_", (4096, 4096), BF16, 18, 3, 64),
-    Budget("hfac_stats", "hfac_step_", (4096, 14336), BF16, 16.7, 4, 32),
+    Budget("smmf_tiles", "smmf_step_", (4096, 4096), BF16, 44, 0, 256),
+    Budget("smmf_tiles", "smmf_step_", (4096, 4096), F32, 70, 8, 512),
+    Budget("hfac_stats", "hfac_step_", (65536, 256), BF16, 14.5, 0, 256),
+    Budget("hfac_stats", "hfac_step_", (4096, 1024), BF16, 12.5, 0, 64),
+    Budget("hfac_stats", "hfac_step_", (4096, 4096), BF16, 15, 3, 64),
+    Budget("hfac_stats", "hfac_step_", (4096, 14336), BF16, 17, 4, 32),
     Budget("hfac_stats", "hfac_step_", (4096, 1024), F32, 15.1, 10, 64),
+    Budget("hfac_stats", "hfac_step_", (4096, 4096), F32, 19.5, 3, 64),
     Budget("hfac_update", "hfac_step_", (4096, 4096), BF16, 15.1, 0, 256),
     Budget("hfac_update", "hfac_step_", (4096, 4096), F32, 15.1, 0, 256),
-    Budget("hfac_update", "hfac_int8_step_", (4096, 4096), BF16, 57, 0, 256),
+    Budget("hfac_update", "hfac_int8_step_", (4096, 4096), BF16, 60, 0, 256),
     Budget("hfac_update", "hfac_int8_step_", (4096, 4096), F32, 78, 2, 256),
+    # Gradients at odd addresses, as DDP's buckets have them, and of channels-last convolutions.
+    Budget("smmf_tiles", "smmf_step_", (4096, 4096), BF16, 48, 0, 256, 4),
+    Budget("hfac_stats", "hfac_step_", (4096, 1024), BF16, 22, 16, 64, 4),
+    Budget("hfac_stats", "hfac_step_", (4096, 4096), BF16, 20, 8, 64, 4),
+    Budget("hfac_update", "hfac_step_", (4096, 4096), BF16, 16, 0, 256, 4),
+    Budget("smmf_tiles", "smmf_step_", (2048, 576), BF16, 110, 16, 256, CHANNELS_LAST),
+    Budget("hfac_stats", "hfac_step_", (2048, 576), BF16, 110, 16, 32, CHANNELS_LAST),
+    Budget("hfac_update", "hfac_step_", (2048, 576), BF16, 75, 4, 256, CHANNELS_LAST),
 )
 
 HEAD = f"""Executed by one program over a matrix that it divides, on the bulk, of a plain clipped step; found by a walk
@@ -115,8 +139,9 @@ class Cost:
 
     def row(self) -> str:
         b, wrong = self.budget, "".join(f" **{text}**" for text in self.faults())
+        lies = {16: "", CHANNELS_LAST: ", channels last"}.get(b.lies, f", gradient at a multiple of {b.lies} bytes")
         cells = (
-            b.kernel, f"{b.shape[0]}x{b.shape[1]}", str(b.dtype).removeprefix("torch."), self.tile, self.programs,
+            b.kernel, f"{b.shape[0]}x{b.shape[1]}{lies}", str(b.dtype).removeprefix("torch."), self.tile, self.programs,
             self.registers, f"{self.instructions:.1f}, {self.with_ends:.1f}", f"{self.barriers:g}",
             f"{self.shuffles:g}", f"{self.in_flight / 1024:.0f}", self.bound, f"{100 * self.share:.0f} %",
             f"{100 * self.alone:.0f} %{wrong}",
@@ -140,8 +165,9 @@ def dump(cubin: bytes, what: str) -> str:
         return subprocess.run([cuobjdump, what, file.name], check=True, capture_output=True, text=True).stdout
 
 
-def walked(code: Code, launch: Launch, items: Sequence[Item], index: int = 0) -> Warp:
-    """The first warp of a program; others do the same."""
+def walked(code: Code, launch: Launch, items: Sequence[Item], index: int = 0, layout: Sequence[int] = (0,)) -> Warp:
+    """The first warp of a program; others do the same. ``layout``: of parameters and of gradients, where they are not
+    whole."""
     at = {name: _TABLES * (1 + k) for k, name in enumerate(table.MEMORY)}
     records, grads, free = [], [], _OPERANDS
     for item in items:
@@ -150,8 +176,10 @@ def walked(code: Code, launch: Launch, items: Sequence[Item], index: int = 0) ->
             if re.match(r"space_|sum_|new_|first_(row|col)|second_|signs|codes_at|param$|low_bits", name):
                 record[field] = free
                 free += _APART
+            elif name.endswith("_layout"):
+                record[field] = _LAYOUTS
         records += record
-        grads += [free, 0]
+        grads += [free, _LAYOUTS]
         free += _APART
     # All that decides something; the rest is float, and not followed.
     scalars = [0.0] * (table.OWN.value + table.OWNED.value * (1 + len(items)))
@@ -163,6 +191,7 @@ def walked(code: Code, launch: Launch, items: Sequence[Item], index: int = 0) ->
         "flags": ([0] * len(items), torch.int32),
     }
     known = [(at[name], _bytes(*of)) for name, of in tables.items()]
+    known.append((_LAYOUTS, _bytes(layout, torch.int64)))
     arguments = _bytes([at[name] for name in launch.memory], torch.int64)
     arguments += bytes(code.constants - _ARGUMENTS - len(arguments))  # Triton's own
     walker = Walker(code, Memory(known, operands=_OPERANDS))
@@ -209,11 +238,11 @@ def cost(budget: Budget, compiled: Callable[[Launch], Any]) -> Cost:
     programs, warps = len(launch.tiles), launch.warps
     elements = item.elements / programs / (LANES * warps)
     index = launch.tiles.index((0, 0))
-    whole = walked(code, launch, [item], index)
+    whole = walked(code, launch, [item], index, budget.layout)
     # Twice as many rows of a tile, so that the ends fall out.
     tile_rows = item.stats_rows if budget.kernel == "hfac_stats" else item.tile_rows
     item.tile_rows, item.stats_rows = 2 * tile_rows, 2 * tile_rows
-    more = walked(code, launch, [item], index)
+    more = walked(code, launch, [item], index, budget.layout)
     iterations = tile_rows / rows
     resident = GPU.resident(LANES * warps, code.registers, kernel.metadata.shared + RESERVED)
     few = min(resident, math.ceil(programs / GPU.multiprocessors))
@@ -234,11 +263,3 @@ def cost(budget: Budget, compiled: Callable[[Launch], Any]) -> Cost:
         whole.in_flight * warps * resident, next(n for n, s in times.items() if s >= 0.97 * listed),
         times["bytes"] / listed, times["bytes"] / alone, sum(whole.undecided.values()), whole.local,
     )  # fmt: skip
-
-
-def document(costs: Sequence[Cost]) -> list[str]:
-    """Lines of Markdown."""
-    return [
-        HEAD.replace("\n", " "), "", "| " + " | ".join(COLUMNS) + " |", "| --- " * len(COLUMNS) + "|",
-        *(one.row() for one in costs),
-    ]  # fmt: skip

@@ -29,7 +29,16 @@ from .table import *
 
 @triton.jit
 def look(
-    tiles, items, grads, scalars, flags, G: tl.constexpr, T: tl.constexpr, WHOLE: tl.constexpr, SCALED: tl.constexpr
+    tiles,
+    items,
+    grads,
+    scalars,
+    flags,
+    G: tl.constexpr,
+    T: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """flags[parameter] = 1 where an element of its gradient is not finite. Every program that says so writes the same
     word."""
@@ -37,7 +46,7 @@ def look(
     count = tl.load(record + ROWS) * tl.load(record + COLS)
     if WHOLE:
         count = tl.multiple_of(count, 8)
-    grad, layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED)
+    grad, layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED, ALIGNED)
     first = index * LOOKED
     bad = tl.zeros([RUN], tl.int32)
     for start in range(first, tl.minimum(first + LOOKED, count), RUN):
@@ -76,6 +85,7 @@ def smmf_dense(
     G: tl.constexpr,
     T: tl.constexpr,
     WHOLE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     LOW: tl.constexpr,
     ROUGH: tl.constexpr,
@@ -96,7 +106,7 @@ def smmf_dense(
     lr = tl.load(scalars + LR)
     weight_decay = tl.load(scalars + WEIGHT_DECAY)
     eps = tl.load(scalars + EPS).to(T)
-    grad, layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED)
+    grad, layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED, ALIGNED)
     g = gradient(grad, at, layout, mask, scale, T, WHOLE, SCALED, NEGATE)
     param, layout, low, low_layout = weights(record, W, WHOLE, LOW)
     to = param + offsets(at, layout, WHOLE)
@@ -133,6 +143,7 @@ def hfac_dense_look(
     G: tl.constexpr,
     T: tl.constexpr,
     WHOLE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     LOOK: tl.constexpr,
     SCALED: tl.constexpr,
 ):
@@ -142,7 +153,7 @@ def hfac_dense_look(
     at = index * RUN + tl.arange(0, RUN)
     mask = at < count
     b1, rest1, b2, rest2 = decays(scalars, item, T)
-    grad, layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED)
+    grad, layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED, ALIGNED)
     g = gradient(grad, at, layout, mask, scale, T, WHOLE, SCALED)
     if LOOK:
         bad = tl.max((finite(g, count) == 0).to(tl.int32), 0)
@@ -174,6 +185,7 @@ def hfac_dense(
     G: tl.constexpr,
     T: tl.constexpr,
     WHOLE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     LOW: tl.constexpr,
     CLIPPED: tl.constexpr,
@@ -190,7 +202,7 @@ def hfac_dense(
     at = index * RUN + tl.arange(0, RUN)
     mask = at < count
     b1, rest1, b2, rest2 = decays(scalars, item, T)
-    grad, layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED)
+    grad, layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED, ALIGNED)
     g = gradient(grad, at, layout, mask, scale, T, WHOLE, SCALED, NEGATE)
     param, layout, low, low_layout = weights(record, W, WHOLE, LOW)
     to = param + offsets(at, layout, WHOLE)

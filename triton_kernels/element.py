@@ -7,7 +7,8 @@ Pointer arguments of kernels are described by `table.MEMORY`. Compile-time argum
 
     W, G, T       types of the parameter, of the gradient, of the arithmetic
     R, C          rows in flight and columns of a tile
-    WHOLE         contiguous, aligned, rows of whole vectors of 8
+    WHOLE         contiguous, aligned but perhaps for the gradient, rows of whole vectors of 8
+    ALIGNED       bytes of which a WHOLE gradient's address is a multiple
     LAYOUT        how SMMF's signs are packed (`table.NO_SIGNS` and so on)
     SHARD         the matrix is a block of a larger one
     STOCHASTIC    how random bits are drawn (`table.NEAREST` and so on)
@@ -110,12 +111,12 @@ def pointer(record, FIELD: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
-def operand(address, TYPE: tl.constexpr, WHOLE: tl.constexpr):
+def operand(address, TYPE: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr = 16):
     """Pointer to a tensor. From a table it has lost its alignment, and without 16 bytes of it every access would be of
-    one element."""
+    one element; with 4, of 4 bytes."""
     p = address.to(tl.pointer_type(TYPE))
     if WHOLE:
-        p = tl.multiple_of(p, 16)
+        p = tl.multiple_of(p, ALIGNED)
     return p
 
 
@@ -131,29 +132,85 @@ def length(record, FIELD: tl.constexpr, WHOLE: tl.constexpr):
 
 @triton.jit
 def offsets(at, layout, WHOLE: tl.constexpr):
-    """Where the row-major elements `at` (int64) lie, in elements from the start; any strides."""
+    """Where the row-major elements `at` (int64) lie, in elements from the start; any strides. Of fewer than 2^31
+    elements with offsets below that (a negative number of dimensions) a product replaces each division."""
     if WHOLE:
         offset = at
     else:
         layout = layout.to(tl.pointer_type(tl.int64))
-        offset = tl.zeros_like(at)
-        rest = at
-        for d in range(0, tl.load(layout).to(tl.int32)):
-            size = tl.load(layout + 1 + 2 * d)
-            outer = rest // size
-            offset += (rest - outer * size) * tl.load(layout + 2 + 2 * d)
-            rest = outer
-        offset += rest  # contiguous: no dimensions
+        dims = tl.load(layout).to(tl.int32)
+        offset = at
+        if dims < 0:
+            short = at.to(tl.int32)
+            lies = tl.zeros_like(short)
+            for d in range(0, -1 - dims):
+                outer = divided(short, tl.load(layout + 3 + 3 * d))
+                inner = short - outer * tl.load(layout + 1 + 3 * d).to(tl.int32)
+                lies += inner * tl.load(layout + 2 + 3 * d).to(tl.int32)
+                short = outer
+            lies += short * tl.load(layout - 1 - 3 * dims).to(tl.int32)
+            offset = lies.to(tl.int64)
+        elif dims > 0:
+            rest = at
+            offset = tl.zeros_like(at)
+            for d in range(0, dims - 1):
+                size = tl.load(layout + 1 + 3 * d)
+                outer = rest // size
+                offset += (rest - outer * size) * tl.load(layout + 2 + 3 * d)
+                rest = outer
+            offset += rest * tl.load(layout - 1 + 3 * dims)
     return offset
 
 
 @triton.jit
-def gradients(grads, scalars, item, G: tl.constexpr, T: tl.constexpr, WHOLE: tl.constexpr, SCALED: tl.constexpr):
+def offsets_beside(at, layout, other, known, WHOLE: tl.constexpr):
+    """As `offsets`, which are `known` of the `other` layout. Gradients mostly lie as their parameters do."""
+    offset = known
+    if not WHOLE:
+        if layout != other:
+            offset = offsets(at, layout, WHOLE)
+    return offset
+
+
+@triton.jit
+def divided(n, factor):
+    """Quotients of int32 numbers that are not negative by a size, of which `factor` (`plan.factor_of`) has a shift and
+    a multiplier in its upper and its lower 32 bits."""
+    product = n.to(tl.uint32).to(tl.uint64) * factor.to(tl.uint32).to(tl.uint64)
+    return (product >> (factor >> 32).to(tl.uint64)).to(tl.int32)
+
+
+@triton.jit
+def slices_of(at, slice, factor):
+    """Which slice of so many elements each of the elements `at` (int64) is in, and where in it, as int64. `factor` as
+    `divided` takes it; 0: numbers are too large for it."""
+    if factor == 0:
+        outer = at // slice
+        within = at - outer * slice
+    else:
+        short = at.to(tl.int32)
+        of = divided(short, factor)
+        outer = of.to(tl.int64)
+        within = (short - of * slice.to(tl.int32)).to(tl.int64)
+    return outer, within
+
+
+@triton.jit
+def gradients(
+    grads,
+    scalars,
+    item,
+    G: tl.constexpr,
+    T: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SCALED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     """A parameter's gradient: pointer, address of its layout, and what it is divided by."""
     scale = 0
     if SCALED:
         scale = tl.load(scalars + GRAD_SCALE).to(T)
-    return operand(tl.load(grads + 2 * item), G, WHOLE), tl.load(grads + 2 * item + 1), scale
+    return operand(tl.load(grads + 2 * item), G, WHOLE, ALIGNED), tl.load(grads + 2 * item + 1), scale
 
 
 @triton.jit
@@ -181,6 +238,34 @@ def seen(g, scale, mask, T: tl.constexpr, SCALED: tl.constexpr, NEGATE: tl.const
     if NEGATE:
         g = -g
     return g
+
+
+@triton.jit
+def fetch(
+    i, last_row, in_cols, in_bytes, j, jb, start_at, stride, row_step, grad, param, low, signs, r_M, r_V,
+    LAYOUT: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """Loads of what rows on the bulk need: gradient, weights and their low bits, signs (or codes, which are a byte per
+    element, too), and two factors of each row."""
+    in_rows = i < last_row
+    mask = in_rows[:, None] & in_cols[None, :]
+    at = start_at + i[:, None] * stride + j[None, :]
+    g = tl.load(grad + at, mask, 0.0)
+    w = tl.load(param + at, mask, 0.0)
+    rest = w
+    if LOW != 0:
+        rest = tl.load(low + at, mask, 0)
+    row_V = tl.load(r_V + i * row_step, in_rows, 0.0)
+    row_M = row_V
+    packed = w
+    if LAYOUT == WHOLE_BYTES:
+        byte_at = signs + start_at // 8 + i[:, None] * (stride // 8) + jb[None, :]
+        packed = tl.load(byte_at, in_rows[:, None] & in_bytes[None, :], 0)
+    elif LAYOUT == BYTE_PER_ELEMENT:
+        packed = tl.load(signs + at, mask, 0)
+    if LAYOUT != NO_SIGNS:
+        row_M = tl.load(r_M + i * row_step, in_rows, 0.0)
+    return g, w, rest, packed, row_M, row_V
 
 
 @triton.jit

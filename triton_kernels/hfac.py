@@ -35,11 +35,13 @@ from .element import (
     decays,
     divide,
     excess,
+    fetch,
     finite,
     gradient,
     gradients,
     length,
     offsets,
+    offsets_beside,
     operand,
     partial_sums,
     pointer,
@@ -52,7 +54,7 @@ from .element import (
     watch,
     zeros,
 )
-from .rounding import calls, counter, kept, load, random_bits, store, weights
+from .rounding import calls, counter, kept, load, random_bits, store, weights, widened
 from .table import *
 
 
@@ -68,6 +70,7 @@ def hfac_stats(
     R: tl.constexpr,
     C: tl.constexpr,
     WHOLE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PIECES: tl.constexpr,
     APART: tl.constexpr,
     WIDE: tl.constexpr,
@@ -88,7 +91,7 @@ def hfac_stats(
     tile_rows = tl.load(record + STATS_ROWS)
     first_row = row_tile * tile_rows
     last_row = tl.minimum(first_row + tile_rows, rows)
-    grad, layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED)
+    grad, layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED, ALIGNED)
     r_old = pointer(record, SECOND_ROW, T)
     row_sum = pointer(record, SPACE_ROWS, T)
     row_square = pointer(record, SPACE_SQUARES, T)
@@ -504,6 +507,7 @@ def hfac_update(
     R: tl.constexpr,
     C: tl.constexpr,
     WHOLE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     LOW: tl.constexpr,
     ROUGH: tl.constexpr,
@@ -522,7 +526,7 @@ def hfac_update(
     cols = length(record, COLS, WHOLE)
     _, col_tile, first_row, last_row = tile_of(record, index)
     param, param_layout, low, low_layout = weights(record, W, WHOLE, LOW)
-    grad, grad_layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED)
+    grad, grad_layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED, ALIGNED)
     seed, t, position, first, index_layout = counter(record, scalars, item, STOCHASTIC)
     half_phi = pointer(record, SPACE_ROWS, T)
     row_scale = pointer(record, SPACE_SQUARES, T)
@@ -540,19 +544,41 @@ def hfac_update(
         clip = tl.load(clip_at(record)).to(T)
     change = tl.zeros([R], tl.float64)
     same = tl.zeros([R], tl.int32)
+    # Of codes much is computed, meanwhile the next rows are under way; of wider types they would not fit the registers.
+    AHEAD: tl.constexpr = CODES and WHOLE and ROUGH
+    if AHEAD:
+        g_next, w_next, low_next, q_next, of_next, scale_next = fetch(
+            first_row + tl.arange(0, R).to(tl.int64), last_row, in_cols, in_cols, j, j, 0, cols, 1,
+            grad, param, low, codes, half_phi, row_scale, BYTE_PER_ELEMENT, LOW,
+        )  # fmt: skip
     for step in range(first_row, last_row, R):
         i = step + tl.arange(0, R).to(tl.int64)
         in_rows = i < last_row
         mask = in_rows[:, None] & in_cols[None, :]
         at = i[:, None] * cols + j[None, :]
-        g = gradient(grad, at, grad_layout, mask, scale, T, WHOLE, SCALED, NEGATE)
-        to = param + offsets(at, param_layout, WHOLE)
-        w = load(to, low, low_layout, at, mask, T, WHOLE, LOW)
-        of_row = tl.load(half_phi + i, in_rows, 0.0)[:, None]
-        U = g * col_scale * tl.load(row_scale + i, in_rows, 0.0)[:, None]
+        lies = offsets(at, param_layout, WHOLE)
+        to = param + lies
+        if AHEAD:
+            g, w, rest, q, of_row, of_scale = g_next, w_next, low_next, q_next, of_next, scale_next
+            g_next, w_next, low_next, q_next, of_next, scale_next = fetch(
+                i + R, last_row, in_cols, in_cols, j, j, 0, cols, 1,
+                grad, param, low, codes, half_phi, row_scale, BYTE_PER_ELEMENT, LOW,
+            )  # fmt: skip
+            g = seen(g, scale, mask, T, SCALED, NEGATE)
+            w = widened(w, rest, T, LOW)
+        else:
+            g = tl.load(grad + offsets_beside(at, grad_layout, param_layout, lies, WHOLE), mask, 0.0)
+            g = seen(g, scale, mask, T, SCALED, NEGATE)
+            w = load(to, low, low_layout, at, mask, T, WHOLE, LOW)
+            of_row = tl.load(half_phi + i, in_rows, 0.0)
+            of_scale = tl.load(row_scale + i, in_rows, 0.0)
+        of_row = of_row[:, None]
+        U = g * col_scale * of_scale[:, None]
         if CODES:
             code_at = codes + offsets(at, codes_layout, WHOLE)
-            q = tl.load(code_at, mask, 0).to(tl.int32)
+            if not AHEAD:
+                q = tl.load(code_at, mask, 0)
+            q = q.to(tl.int32)
             held = decode(q, T, ROUGH)
             fresh = rest1 * U
             x = of_row * half_psi * held + fresh

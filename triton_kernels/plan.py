@@ -5,6 +5,7 @@ take too much memory, and nothing is tuned at run time: the order of every sum i
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -23,15 +24,21 @@ REGISTERS = 128
 
 #: Bytes that partial sums may take. A longer list of SMMF is taken in groups that share them; one of H-Fac, whose sums
 #: are all needed at once where the norm of all gradients clips, in fewer tiles of more rows.
-WORKSPACE, HFAC_WORKSPACE = 64 << 20, 128 << 20
+WORKSPACE, HFAC_WORKSPACE = 96 << 20, 128 << 20
 
 #: (rows in flight, columns, warps) of a tile: 8 elements per lane for SMMF and for H-Fac's codes, which need many
-#: registers for each, 16 for H-Fac. One warp holds whole rows of the tile, so that their sums need no shared memory.
+#: registers for each, 16 for H-Fac. One warp holds whole rows of the tile, so that their sums need no shared memory: of
+#: 32 bits a lane holds 4 neighbours, and a row is half as long. Where elements are read one by one a warp's lanes hold
+#: neighbours, and the wider a tile is the more of a row's elements are a lane's own.
 SMMF_TILES = ((32, 64, 8), (8, 256, 8))
+SMMF_32_BITS = (SMMF_TILES[0], (16, 128, 8))
+SMMF_ANY = (SMMF_TILES[0], (2, 1024, 8))
 NARROW, BROAD = HFAC_TILES = ((64, 64, 8), (16, 256, 8))
 #: Of H-Fac's statistics, which hold whole rows: up to 1024 columns one warp does, beyond that all of a program's. Rows
-#: beyond the last are read a second time.
-STATS = (NARROW, BROAD, (8, 1024, 8), (4, 4096, 16))
+#: beyond the last are read a second time. The more neighbours of a long row a lane has, the fewer lanes meet for its
+#: sums: 16 of 16 bits; of 32 bits 8, or the sums would not fit the registers.
+STATS = (NARROW, BROAD, (8, 1024, 8), (2, 4096, 8))
+STATS_32_BITS = (*STATS[:-1], (2, 4096, 16))
 
 
 @dataclass
@@ -41,7 +48,8 @@ class Item:
     Attributes:
         rows, cols: the matrix; of whole moments: the elements and 1.
         slice: elements of one slice along the first dimension; 0 without signs.
-        whole: contiguous and aligned, rows and runs in whole vectors of 8.
+        whole: contiguous and aligned, but perhaps for the gradient; rows and runs in whole vectors of 8.
+        aligned: bytes of which the address of a whole item's gradient is a multiple: 16, 4 or those of an element.
         owner: of a block: the index of its parameter.
         start, stride, row, row_step, col: where the block lies (`hfac.matricize.Block`).
         all_rows, all_cols: of the whole matrix, where this is a shard; else 0.
@@ -69,6 +77,7 @@ class Item:
     stochastic: int = table.NEAREST.value
     low: int = 0
     codes: bool = False
+    aligned: int = 16
     tile_rows: int = field(default=0, init=False)
     row_tiles: int = field(default=0, init=False)
     col_tiles: int = field(default=0, init=False)
@@ -101,6 +110,7 @@ class Item:
             "G": TYPES[self.grad_dtype],
             "T": TYPES[self.wide],
             "WHOLE": self.whole,
+            "ALIGNED": self.aligned if self.whole else 16,
             "LAYOUT": self.signs,
             "STOCHASTIC": self.stochastic,
             "LOW": self.low,
@@ -114,6 +124,7 @@ class Item:
         values = {
             **{name: value for name, value in vars(self).items() if name in table.FIELD},
             "slice_bytes": -(-self.slice // 8),
+            "slice_factor": factor_of(self.slice, self.start + self.rows * (self.stride or self.cols)),
             "all_rows": self.all_rows or self.rows,
             "all_cols": self.all_cols or self.cols,
             **self.spaces,
@@ -157,12 +168,13 @@ def compile_options(constants: dict[str, Any], warps: int, maker: str) -> dict[s
     """Triton's own options of a launch, for GPUs of ``maker``: "cuda", "hip" or another.
 
     A bound on registers lets two programs of 256 lanes run on a multiprocessor; without one ptxas aims at three of some
-    kernels and spills registers. A lane that holds the sums of several pieces of a row has twice as many, and one
-    program runs. AMD's waves have 64 lanes.
+    kernels and spills registers. A lane that holds the sums of several pieces of a row, or of two of a long one whose
+    gradients it divides, has twice as many, and one program runs. AMD's waves have 64 lanes.
     """
     options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
     if maker == "cuda":
         many = constants.get("T") == tl.float64 or constants.get("PIECES", 1) > 2
+        many = many or (constants.get("PIECES", 1) > 1 and constants["C"] > 1024 and constants.get("SCALED", False))
         options["maxnreg"] = 2 * REGISTERS - 32 if many else REGISTERS
     if maker == "hip":
         options["num_warps"] = max(1, warps // 2)
@@ -207,12 +219,19 @@ def _cut_stats(item: Item) -> None:
     item.row_tiles = -(-item.rows // item.stats_rows)
 
 
-def _cut(item: Item) -> None:
-    """Rows per tile: partial sums of columns cost 1/32 byte per element and statistic at 256 rows; smaller matrices,
-    whose partial sums stay in the cache, take fewer, to make enough programs."""
+def _smmf_shapes(item: Item) -> tuple[Shape, ...]:
+    """A weight of 16 bits with 16 low bits steps as the float32 does, with the same sums."""
+    if not item.whole:
+        return SMMF_ANY
+    return SMMF_32_BITS if item.dtype == torch.float32 or item.low == 16 else SMMF_TILES
+
+
+def _cut(item: Item, shapes: tuple[Shape, ...]) -> None:
+    """A tile's columns are those of its shape. Of its rows partial sums of columns cost 1/32 byte per element and
+    statistic at 256; smaller matrices, whose partial sums stay in the cache, take fewer, to make enough programs."""
     item.tile_rows = 64 if item.elements < 4 << 20 else 128 if item.elements < 16 << 20 else 256
     item.row_tiles = -(-item.rows // item.tile_rows)
-    item.col_tiles = -(-item.cols // _fit(HFAC_TILES, item)[1])
+    item.col_tiles = -(-item.cols // _fit(shapes, item)[1])
 
 
 def _fit(shapes: tuple[Shape, ...], item: Item, fewer: int = 2) -> Shape:
@@ -229,7 +248,7 @@ def _held(rows: int, cols: int, warps: int, wide: bool) -> dict[str, int]:
     """How a tile of the statistics lies in lanes that hold 8 neighbours of 16 bits: PIECES of each row that are a
     lane's own, and how many rows are APART, different lanes'; of those that are not, a lane adds up its own. Of rows of
     256 a warp holds two, so that what is done once for a row is done for both."""
-    pieces = cols // 256 if 256 < cols <= 1024 else 2 if cols == 256 and not wide else 1
+    pieces = cols // 256 if 256 < cols <= 1024 else 2 if cols == 256 and not wide else max(1, cols // (256 * warps))
     apart = 1 if cols > 1024 else 256 * warps // max(1, cols // pieces)
     return {"PIECES": pieces, "APART": min(max(1, rows), apart)}
 
@@ -332,7 +351,7 @@ def _smmf_groups(items: Sequence[Item]) -> tuple[list[list[int]], int]:
     groups: list[list[int]] = []
     at = workspace = 0
     for i, item in enumerate(items):
-        _cut(item)
+        _cut(item, _smmf_shapes(item))
         size = item.wide.itemsize
         sizes = {
             "space_rows": 2 * item.col_tiles * item.rows * size,
@@ -350,7 +369,9 @@ def _smmf_groups(items: Sequence[Item]) -> tuple[list[list[int]], int]:
 
 
 def _smmf_tiles(items: Sequence[Item], group: Sequence[int], shard: bool) -> list[Launch]:
-    return _launches(smmf.smmf_tiles, items, _tiles, of=group, shape=lambda item: _fit(SMMF_TILES, item), SHARD=shard)
+    return _launches(
+        smmf.smmf_tiles, items, _tiles, of=group, shape=lambda item: _fit(_smmf_shapes(item), item), SHARD=shard
+    )
 
 
 def _chunks_touched(block: Item) -> set[int]:
@@ -366,7 +387,7 @@ def _chunks_touched(block: Item) -> set[int]:
 def _hfac_spaces(items: Sequence[Item], *names: str) -> int:
     """Tilings, and the spaces of these names; returns the workspace's bytes."""
     for item in items:
-        _cut(item)
+        _cut(item, HFAC_TILES)
         _cut_stats(item)
     while (end := _hfac_reserve(items, names)) > HFAC_WORKSPACE and any(item.row_tiles > 1 for item in items):
         for item in items:
@@ -419,7 +440,8 @@ def _hfac_apply(items: Sequence[Item]) -> Plan:
 
 def _hfac_stats(items: Sequence[Item], columns: bool) -> list[Launch]:
     def shape(item: Item) -> Shape:
-        return _fit(HFAC_TILES if item.constants["WIDE"] else STATS, item, 4)
+        narrow = item.grad_dtype.itemsize == 2
+        return _fit(HFAC_TILES if item.constants["WIDE"] else STATS if narrow else STATS_32_BITS, item, 4)
 
     return _launches(hfac.hfac_stats, items, lambda item: item.row_tiles, shape=shape, COLUMNS=columns)
 
@@ -483,6 +505,27 @@ def merged_layout(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
         else:
             dims.append((size, stride))
     return [len(dims), *(x for pair in dims for x in pair)]
+
+
+def packed_layout(layout: Sequence[int]) -> list[int]:
+    """A merged layout as kernels read it: dimensions, then of each size, stride and what divides by the size. Where
+    the number of elements and all offsets are below 2^31, the number of dimensions is negative."""
+    dims, *pairs = layout
+    sizes, strides = pairs[::2], pairs[1::2]
+    reach = max(math.prod(sizes), 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)))
+    factors = [factor_of(size, reach) for size in sizes]
+    packed = [x for one in zip(sizes, strides, factors, strict=True) for x in one]
+    return [dims if 0 in factors else -dims, *packed]
+
+
+def factor_of(size: int, reach: int) -> int:
+    """What `element.divided` takes to divide by a size numbers below ``reach``; 0 where these are too large. With a
+    shift by 31 bits more than the size has, the quotient of the multiplier's rounding stays below one half unit for all
+    numbers below 2^31."""
+    if size < 1 or max(size, reach) >= 1 << 31:
+        return 0
+    shift = 31 + (size - 1).bit_length()
+    return shift << 32 | -(-(1 << shift) // size)
 
 
 def bits_of(layout: Sequence[int], first: int, whole: bool) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import spec
 from . import table
-from .plan import Item, bits_of, merged_layout
+from .plan import Item, bits_of, merged_layout, packed_layout
 
 Tensors = Sequence[Tensor]
 Scalar = float | Tensor
@@ -55,6 +55,13 @@ def aligned(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
 
 
+def alignment(tensor: Tensor) -> int:
+    """Bytes of which a gradient's address is a multiple, as kernels are compiled for it: DDP's buckets hold gradients
+    one behind the other."""
+    address = tensor.data_ptr()
+    return 16 if address % 16 == 0 else 4 if address % 4 == 0 and tensor.itemsize < 4 else tensor.itemsize
+
+
 class Records:
     """What kernels read of the tensors of a call: a record for each parameter or, of SMMF's shards, for each block that
     has elements.
@@ -72,6 +79,7 @@ class Records:
         lists, offsets = operands.lists, operands.places
         self.items = _items(operands, grads)
         self.numbers = [0]
+        self._starts: dict[tuple[int, ...], int] = {}
         of = [item.owner for item in self.items]
         fields = fields_of(operands.op)
         addresses = {fields[name]: list(map(Tensor.data_ptr, tensors)) for name, tensors in lists.items()}
@@ -114,8 +122,12 @@ class Records:
         return [0 if layout == [0] else self._add(layout) for layout in layouts]
 
     def _add(self, layout: list[int]) -> int:
-        self.numbers.extend(layout)
-        return len(self.numbers) - len(layout)
+        """Where a layout lies in ``numbers``: once however many tensors have it, by which kernels see that they do."""
+        packed = packed_layout(layout)
+        start = self._starts.setdefault(tuple(packed), len(self.numbers))
+        if start == len(self.numbers):
+            self.numbers.extend(packed)
+        return start
 
     def _add_vectors(self, vectors: Mapping[str, Tensor]) -> list[Tensor]:
         """Addresses of numbers that are one per parameter, in the type of its arithmetic. Where that makes new tensors,
@@ -157,7 +169,7 @@ def _items(operands: Operands, grads: Tensors) -> list[Item]:
         for size in (spec.ROWS, spec.COLS)
     )
     in_vectors = [tensors for name, tensors in lists.items() if sizes[name] in (spec.WHOLE, spec.SIGNS)]
-    in_vectors += [operands.params, grads]
+    in_vectors += [operands.params] * op.updates  # of others these are the gradients
     signed = spec.SIGNS in map(sizes.get, lists)
     lows = lists.get(spec.MASTER_LOW.name)
     found = []
@@ -180,8 +192,9 @@ def _items(operands: Operands, grads: Tensors) -> list[Item]:
         else:
             whole = {f"all_{side}": counts[side][i] for side in ("rows", "cols") if side in counts}
             items = [Item(m, n, dtype, grad.dtype, **whole, **more)]
-        whole = all([aligned(tensors[i]) for tensors in in_vectors])
+        whole = grad.is_contiguous() and all([aligned(tensors[i]) for tensors in in_vectors])
         for item in items:
+            item.aligned = alignment(grad)
             lengths = (item.start, item.stride, item.rows if rows is None else item.cols)
             item.whole = whole and all(length % 8 == 0 for length in lengths) and item.signs != table.SHARED_BYTES.value
         found += items

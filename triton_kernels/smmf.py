@@ -19,17 +19,19 @@ import triton.language as tl
 from .element import (
     decays,
     divide,
-    gradient,
+    fetch,
     gradients,
     length,
     moved,
     offsets,
+    offsets_beside,
     operand,
     partial_sums,
     pointer,
     program,
     quotient,
     seen,
+    slices_of,
     squares,
     stretch,
     tile_of,
@@ -54,6 +56,7 @@ def smmf_tiles(
     R: tl.constexpr,
     C: tl.constexpr,
     WHOLE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     LAYOUT: tl.constexpr,
     SHARD: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -73,7 +76,7 @@ def smmf_tiles(
     cols = length(record, COLS, WHOLE)
     row_tile, col_tile, first_row, last_row = tile_of(record, index)
     param, param_layout, low, low_layout = weights(record, W, WHOLE, LOW)
-    grad, grad_layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED)
+    grad, grad_layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED, ALIGNED)
     seed, t, position, first, index_layout = counter(record, scalars, item, STOCHASTIC)
     if SHARD:
         start_at = length(record, START, WHOLE)
@@ -116,6 +119,7 @@ def smmf_tiles(
     calls_at = col_tile * C + calls(C, STOCHASTIC)
     if LAYOUT == SHARED_BYTES:
         slice = tl.load(record + SLICE)
+        slice_factor = tl.load(record + SLICE_FACTOR)
         slice_bytes = tl.load(record + SLICE_BYTES)
         start = tl.load(record + SIGNS)
     change = tl.zeros([R], tl.float64)
@@ -134,7 +138,8 @@ def smmf_tiles(
         in_rows = i < last_row
         mask = in_rows[:, None] & in_cols[None, :]
         at = start_at + i[:, None] * stride + j[None, :]
-        to = param + offsets(at, param_layout, WHOLE)
+        lies = offsets(at, param_layout, WHOLE)
+        to = param + lies
         byte_at = signs + start_at // 8 + i[:, None] * (stride // 8) + jb[None, :]
         byte_mask = in_rows[:, None] & in_bytes[None, :]
         if WHOLE:
@@ -146,7 +151,8 @@ def smmf_tiles(
             g = seen(g, scale, mask, T, SCALED, NEGATE)
             w = widened(w, rest, T, LOW)
         else:
-            g = gradient(grad, at, grad_layout, mask, scale, T, WHOLE, SCALED, NEGATE)
+            g = tl.load(grad + offsets_beside(at, grad_layout, param_layout, lies, WHOLE), mask, 0.0)
+            g = seen(g, scale, mask, T, SCALED, NEGATE)
             w = load(to, low, low_layout, at, mask, T, WHOLE, LOW)
             row_V = tl.load(r_V + i * row_step, in_rows, 0.0)
             row_M = row_V
@@ -172,8 +178,7 @@ def smmf_tiles(
                     packed = tl.load(signs + at, mask, 0)
                 bits = packed.to(tl.int32)
             else:
-                outer = at // slice
-                within = at - outer * slice
+                outer, within = slices_of(at, slice, slice_factor)
                 byte = outer * slice_bytes + within // 8
                 bits = tl.load(signs + byte, mask, 0).to(tl.int32) >> (within % 8).to(tl.int32)
             M = signed((b1 * row_M)[:, None] * c_M[None, :], bits) + rest1 * g
@@ -219,33 +224,6 @@ def smmf_tiles(
         watch(watched, item, CHANGE, tl.sum(change, 0))
         watch(watched, item, KEPT, tl.sum(same, 0))
         watch(watched, item, DIRECTION, tl.sum(sum_D, 0))
-
-
-@triton.jit
-def fetch(
-    i, last_row, in_cols, in_bytes, j, jb, start_at, stride, row_step, grad, param, low, signs, r_M, r_V,
-    LAYOUT: tl.constexpr, LOW: tl.constexpr,
-):  # fmt: skip
-    """Loads of what rows on the bulk need: gradient, weights and their low bits, signs, and the rows' factors."""
-    in_rows = i < last_row
-    mask = in_rows[:, None] & in_cols[None, :]
-    at = start_at + i[:, None] * stride + j[None, :]
-    g = tl.load(grad + at, mask, 0.0)
-    w = tl.load(param + at, mask, 0.0)
-    rest = w
-    if LOW != 0:
-        rest = tl.load(low + at, mask, 0)
-    row_V = tl.load(r_V + i * row_step, in_rows, 0.0)
-    row_M = row_V
-    packed = w
-    if LAYOUT == WHOLE_BYTES:
-        byte_at = signs + start_at // 8 + i[:, None] * (stride // 8) + jb[None, :]
-        packed = tl.load(byte_at, in_rows[:, None] & in_bytes[None, :], 0)
-    elif LAYOUT == BYTE_PER_ELEMENT:
-        packed = tl.load(signs + at, mask, 0)
-    if LAYOUT != NO_SIGNS:
-        row_M = tl.load(r_M + i * row_step, in_rows, 0.0)
-    return g, w, rest, packed, row_M, row_V
 
 
 @triton.jit

@@ -299,7 +299,7 @@ def options_of(
 
 
 def _read(grads: Tensors) -> tuple[list[int], tuple[Any, ...]]:
-    """Where gradients lie, and how: types, strides where one of them is not contiguous, and which are aligned."""
+    """Where gradients lie, and how: types, strides where one of them is not contiguous, and where within 16 bytes."""
     strides = None if all(map(Tensor.is_contiguous, grads)) else list(map(Tensor.stride, grads))
     addresses = list(map(Tensor.data_ptr, grads))
-    return addresses, (list(map(_DTYPE, grads)), strides, [address % 16 == 0 for address in addresses])
+    return addresses, (list(map(_DTYPE, grads)), strides, [address % 16 for address in addresses])

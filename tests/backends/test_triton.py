@@ -121,6 +121,8 @@ def plans(optimizer, shapes, dtype):
         ("SMMF", "gpt2", 12),
         ("HFac", "resnet50", 20),
         ("SMMF", "resnet50", 20),
+        ("HFac", "2000x 64x64", 12),
+        ("SMMF", "2000x 64x64", 12),
         ("HFac", "400x 768 + 100x 64x64", 12),
         ("SMMF", "400x 768 + 100x 64x64", 12),
     ],
@@ -169,6 +171,63 @@ def test_launches_of_a_sharded_step():
         assert [len(made.launches) for made in (sums, update, smmf)] == [3, 2, 3]
     blocks = [tiles for launch in smmf.launches if launch.name == "smmf_shard_fold" for tiles in launch.tiles]
     assert len(blocks) == len(set(blocks))  # no two programs add to the same sums
+
+
+#: Launches of a plain step that clips its own update, of the lists of docs/launch-plan.md in float32 and bfloat16.
+PLAIN = {
+    ("llama-3-8b", "HFac"): (8, 8),
+    ("llama-3-8b", "HFac-int8"): (8, 8),
+    ("llama-3-8b", "SMMF"): (32, 32),
+    ("gpt2", "HFac"): (8, 8),
+    ("gpt2", "HFac-int8"): (8, 8),
+    ("gpt2", "SMMF"): (4, 4),
+    ("resnet50", "HFac"): (14, 14),
+    ("resnet50", "HFac-int8"): (14, 14),
+    ("resnet50", "SMMF"): (7, 7),
+    ("2000x64x64", "HFac"): (4, 4),
+    ("2000x64x64", "HFac-int8"): (4, 4),
+    ("2000x64x64", "SMMF"): (3, 3),
+}
+
+
+@pytest.mark.parametrize(("name", "optimizer"), PLAIN)
+def test_launches_do_not_grow(name, optimizer):
+    """Whoever needs fewer lowers the numbers."""
+    from bench import launch_plan, triton_plan
+
+    shapes = launch_plan.shapes_of(name)
+    counts = []
+    for dtype in (torch.float32, torch.bfloat16):
+        made = triton_plan.plans(optimizer, shapes, dtype)
+        counts.append(sum(not x.when or "CLIPPED" in x.when for plan, _ in made for x in plan.launches))
+    assert all(count <= most for count, most in zip(counts, PLAIN[name, optimizer], strict=True)), counts
+
+
+def test_divisions_are_products():
+    """To the last of 2^31 numbers, of sizes around powers of two and others."""
+    from hfac.triton_kernels import plan
+
+    top = (1 << 31) - 1
+    sizes = {1 << k for k in range(31)} | {(1 << k) + d for k in range(2, 31) for d in (-1, 1)} | {3, 9, 4608, 50257}
+    for size in sizes:
+        factor = plan.factor_of(size, top)
+        shift, by = factor >> 32, factor & 0xFFFFFFFF
+        assert factor < 1 << 63 and by << 32 >> 32 == by
+        ends = {k * size + d for k in (0, 1, 2, top // size // 2, top // size) for d in (-1, 0, 1)} | {top}
+        for n in ends:
+            if 0 <= n <= top:
+                assert n * by >> shift == n // size, (n, size)
+    assert plan.factor_of(3, 1 << 31) == plan.factor_of(0, 5) == 0
+
+
+def test_a_layout_is_there_once():
+    from hfac.triton_kernels import plan
+
+    channels_last = plan.merged_layout((4, 6, 3, 3), (54, 1, 18, 6))
+    assert channels_last == [3, 9, 6, 6, 1, 4, 54]
+    dims, *of = plan.packed_layout(channels_last)
+    assert dims == -3 and (of[::3], of[1::3]) == ([9, 6, 4], [6, 1, 54])
+    assert plan.packed_layout([1, 1 << 31, 2])[0] == 1  # offsets beyond 31 bits
 
 
 def test_variants_are_bounded():

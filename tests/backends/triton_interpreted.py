@@ -119,10 +119,14 @@ def strided(shape, how, seed):
     return laid_out(gradient(shape, seed, torch.float32), how)
 
 
-@pytest.mark.parametrize("how", ["transposed", "permuted", "padded", "shifted"])
+@pytest.mark.parametrize("how", ["transposed", "permuted", "padded", "shifted", "permuted, of many"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_layouts(name, how):
-    """Parameters and gradients of any layout: the same as of contiguous copies, and nothing outside them is touched."""
+def test_layouts(name, how, monkeypatch):
+    """Parameters and gradients of any layout: the same as of contiguous copies, and nothing outside them is touched.
+    ``of many``: as where there are 2^31 elements, too many for products in place of divisions."""
+    how, _, many = how.partition(", ")
+    if many:
+        monkeypatch.setattr(plan, "factor_of", lambda size, reach: 0)
     kwargs = OPTIONS[name]["all"]
     for shape in ((16, 24), (4, 3, 8, 5), (5, 7)):
         param = torch.nn.Parameter(strided(shape, how, 0))
@@ -141,6 +145,36 @@ def test_layouts(name, how):
             agree(name, param.detach(), twin.detach(), before, kwargs["lr"])
             states_agree(name, optimizer.state[param], reference.state[twin], grad)
         assert torch.equal(around.isnan(), outside)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_gradients_beside_other_layouts(name):
+    """A gradient that does not lie as its parameter does, and one that is misaligned: of these only the first is read
+    element by element."""
+    for how, whole in (("shifted", True), ("transposed", False)):
+        shape = (16, 24)
+        param = torch.nn.Parameter(gradient(shape, 0, torch.float32))
+        twin = torch.nn.Parameter(param.detach().clone())
+        optimizer = getattr(hfac, name)([param], lr=0.1, backend="triton")
+        reference = getattr(hfac, name)([twin], lr=0.1, backend="reference")
+        for t in range(1, 3):
+            twin.data.copy_(param.data)
+            reference.state[twin] = copy.deepcopy(optimizer.state[param])
+            before = param.detach().clone()
+            grad = strided(shape, how, t)
+            seen = []
+            with pytest.MonkeyPatch.context() as patched:
+                run = step.Room.run
+                patched.setattr(step.Room, "run", lambda *of, run=run, seen=seen: (seen.append(of[1]), run(*of)))
+                step_with(optimizer, [param], [grad])
+            step_with(reference, [twin], [grad.contiguous()])
+            agree(name, param.detach(), twin.detach(), before, 0.1)
+            states_agree(name, optimizer.state[param], reference.state[twin], grad)
+            of_gradients = [launch for launch in seen[0] if "ALIGNED" in launch.constants]
+            assert of_gradients
+            assert {(x.constants["WHOLE"], x.constants["ALIGNED"]) for x in of_gradients} == {
+                (whole, 4 if whole else 16)
+            }
 
 
 def test_expanded_gradients():
