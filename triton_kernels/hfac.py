@@ -465,11 +465,22 @@ def hfac_shard_cols(tiles, items, T: tl.constexpr):
 
 @triton.jit
 def hfac_shard_fold(
-    tiles, items, scalars, T: tl.constexpr, CODES: tl.constexpr, NEGATE: tl.constexpr, CLIPPED: tl.constexpr
+    tiles,
+    items,
+    scalars,
+    flags,
+    T: tl.constexpr,
+    CODES: tl.constexpr,
+    NEGATE: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    SKIP: tl.constexpr,
 ):
     """`hfac_fold` and `hfac_scale` of shards, whose sums over the whole are known. A shard without rows still has
     columns, and one without columns rows."""
     item, record, index = program(tiles, items)
+    if SKIP:
+        if tl.load(flags + item) != 0:
+            return
     b1, rest1, b2, rest2 = decays(scalars, item, T)
     k = index * CHUNK + tl.arange(0, CHUNK)
 

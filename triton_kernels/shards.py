@@ -20,7 +20,7 @@ from .step import options_of
 
 
 class ShardCall:
-    """An op on shards. ``grad_scale`` as for `triton_kernels.step.Step`."""
+    """An op on shards. ``grad_scale`` and ``found_inf`` as for `triton_kernels.step.Bound`."""
 
     unscales = True
 
@@ -39,10 +39,7 @@ class ShardCall:
             return
         device = grads[0].device
         if platform.capturing(device):
-            raise RuntimeError(
-                "an op on shards brings its tables from the host in every call, and cannot be part of the CUDA graph "
-                "that is being captured. Step sharded parameters outside of graphs."
-            )
+            self.check_capture(grads)
         rows_only = any(one.optional and one.name not in self._operands.lists for one in self._op.operands)
         name = "hfac_row_sums" if rows_only else self._op.name
         with platform.current(device):
@@ -54,6 +51,13 @@ class ShardCall:
         if self._operands.written:
             increment_version(self._operands.written)
 
+    def check_capture(self, grads: Tensors, nonfinite: None = None, clip_threshold: Any = None) -> None:
+        """Refuses to be captured."""
+        raise RuntimeError(
+            "Triton's ops on shards bring their tables from the host in every call, and cannot be part of the CUDA "
+            "graph that is being captured. Use backend='cuda', or step sharded parameters outside of graphs."
+        )
+
 
 class _Room(Launcher):
     """Device memory of one call."""
@@ -63,8 +67,8 @@ class _Room(Launcher):
     ) -> None:
         self.device = device
         self.workspace = torch.empty(max(plan.workspace, 16), dtype=torch.uint8, device=device)
-        self.flags = torch.empty(1, dtype=torch.int32, device=device)  # of steps that skip nothing, unread
         of = [item.owner for item in records.items]
+        self.flags = torch.zeros(len(of), dtype=torch.int32, device=device)
         scalars = scalars_of(numbers, on_host=True)
         scalars[table.SHARED :] = [_of_records(value, of) for value in scalars[table.SHARED :]]
         values = scalar_values(scalars, numbers.get("seed") or 0, len(of))

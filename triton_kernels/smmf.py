@@ -267,10 +267,13 @@ def fold_moment(record, index, WHICH: tl.constexpr, ROW_FIELD: tl.constexpr, COL
 
 
 @triton.jit
-def smmf_shard_fold(tiles, items, T: tl.constexpr, FIRST: tl.constexpr):
+def smmf_shard_fold(tiles, items, flags, T: tl.constexpr, FIRST: tl.constexpr, SKIP: tl.constexpr):
     """Adds the sums of a parameter's blocks to those of the whole, block after block. A tile is the first of the blocks
     and a chunk of the whole's rows and columns, so that no two programs add to the same number."""
-    _, record, index = program(tiles, items)
+    item, record, index = program(tiles, items)
+    if SKIP:
+        if tl.load(flags + item) != 0:
+            return
     low = index * CHUNK
     k = low + tl.arange(0, CHUNK)
     in_rows = k < tl.load(record + ALL_ROWS)

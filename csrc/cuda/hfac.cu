@@ -229,6 +229,7 @@ __global__ void __launch_bounds__(kTileThreads) hfac_sums_fold(Arguments a) {
 // of a shard that has rows and no columns, or columns and no rows.
 template <class T, bool kCodes>
 HFAC_DEVICE void apply_fold(const Arguments& a) {
+  if (skipped(a)) return;
   const Tile tile = tile_of(a);
   const DeviceItem& it = a.items[tile.item];
   const DeviceShard& shard = a.shards[tile.item];

@@ -384,6 +384,7 @@ __global__ void __launch_bounds__(kTileThreads) smmf_fold(Arguments a) {
 template <class T>
 __global__ void __launch_bounds__(kTileThreads) smmf_sums_fold(Arguments a) {
   __shared__ T shared[4 * kTileThreads];
+  if (skipped(a)) return;
   const Tile tile = tile_of(a);
   const DeviceItem* const items = a.items + tile.item;
   const DeviceShard* const shards = a.shards + tile.item;

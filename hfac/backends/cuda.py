@@ -1,6 +1,6 @@
 """The CUDA kernels of `hfac._C`: lists of tensors become a plan, and a table in device memory where the kernels find
-addresses and sizes. Of whole parameters both stay from step to step, and the table is copied anew only where an address
-changed: a step waits for nothing and allocates nothing, but for the memory that grows with the list.
+addresses and sizes. Both stay from step to step, and the table is copied anew only where an address changed: a step
+waits for nothing and allocates nothing, but for the memory that grows with the list.
 
 Everything here is written over a platform, which knows the module with the launch functions and the device's memory:
 `Cuda`, or that of tests, for kernels that run on the host.
@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.autograd.graph import increment_version  # tells autograd of writes that it cannot see
 
 from ..spec import Op
+from ..staging import Staged, refused
 from . import addresses, cpu
 from .contract import Operands, Statistics
 from .planned import Cuda, Planned, launch_arguments, scalar
+from .snapshots import Snapshot, same, snapshot
 
 Tensors = Sequence[Tensor]
 
@@ -138,31 +140,64 @@ class CudaCall:
 
 
 class CudaShardCall:
-    """An op on shards, whose table is made anew in every call. ``grad_scale`` as for `CudaCall`."""
+    """Calls of one op on shards. ``grad_scale`` and ``found_inf`` are as for `CudaCall`, and the table stays likewise;
+    where the host has one number of each parameter, these go to the device with the table in every call. Partial sums
+    have memory of their own each time, so that many such ops keep none."""
 
     unscales = True
 
     def __init__(self, platform: Cuda, operands: Operands) -> None:
         self._platform, self._operands = platform, operands
+        self._device = operands.params[0].device
         self._make = _maker(platform, operands)
+        self._staged = Staged(self._device, torch.uint8, platform.host_table)
+        self._plan: Any = None
+        self._seen: Snapshot | None = None  # the gradients that the plan is of
+        self._stale = True  # the table is not the plan's
+        #: as of `CudaCall`
+        self.captured: list[Any] = []
 
     def __call__(self, grads: Tensors, nonfinite: None = None, **numbers: Any) -> None:
-        plan = self._make(**addresses.of_grads(grads))
-        if plan.table_bytes:
-            self._launch(plan, numbers)
+        self._look(grads)
+        if self._plan.table_bytes:
+            self._launch(numbers)
         if self._operands.written:
             increment_version(self._operands.written)
 
-    def _launch(self, plan: Any, numbers: dict[str, Any]) -> None:
-        """Scalars on the host that have one entry per parameter go to the device with the table, in the same copy, so
+    def capturing(self) -> bool:
+        """As `CudaCall.capturing`."""
+        return self._platform.capturing()
+
+    def check_capture(self, grads: Tensors, nonfinite: None, clip_threshold: float | None) -> None:
+        """As `CudaCall.check_capture`."""
+        self._look(grads)
+        self._check_room()
+
+    def workspace_bytes(self) -> int:
+        """Bytes on the device that are kept from step to step: the table."""
+        return 0 if self._staged.table is None else self._staged.table.numel()
+
+    def _look(self, grads: Tensors) -> None:
+        """Plans anew where gradients are others than in the last step, or lie elsewhere."""
+        seen = snapshot(list(grads))
+        if self._plan is None or not same(seen, self._seen):
+            self._plan = self._seen = None  # whatever may fail before both are there
+            self._plan, self._stale = self._make(**addresses.of_grads(grads)), True
+            self._seen = seen
+
+    def _check_room(self) -> None:
+        if not self._plan.table_bytes:
+            return
+        if self._staged.table is None:
+            raise refused("this is the first step on these tensors")
+        if self._stale and not self._staged.can_be_captured(self._plan.table_bytes):
+            raise refused("its gradients are not where the last step found them, or not of the same kind")
+
+    def _launch(self, numbers: dict[str, Any]) -> None:
+        """Numbers on the host that have one entry per parameter go to the device with the table, in the same copy, so
         that nothing waits for the device."""
-        if self._platform.capturing():
-            raise RuntimeError(
-                "an op on shards of parameters brings its table from the host in every call, and cannot be part of the "
-                "CUDA graph that is being captured. Step sharded parameters outside of graphs."
-            )
-        device = self._operands.params[0].device
-        memory: dict[str, Tensor | None] = {"grad_scale": numbers.pop("grad_scale", None)}
+        capturing, plan = self._platform.capturing(), self._plan
+        memory: dict[str, Tensor | None] = {name: numbers.pop(name, None) for name in ("grad_scale", "found_inf")}
         end = -(-plan.table_bytes // 8) * 8
         found: dict[str, Any] = {}
         held: list[Tensor] = []
@@ -174,18 +209,27 @@ class CudaShardCall:
             elif isinstance(value, Tensor) and value.is_cpu and not value.ndim:
                 found[name] = value.item()
             else:
-                found[name] = scalar(value, device, held)
-        host = self._platform.host_table(end)
-        table = torch.empty(end, dtype=torch.uint8, device=device)
-        plan.write_table(host.data_ptr())
-        for name, (value, first, last) in ranges.items():
-            host[first:last].view(torch.float64).copy_(value)
+                found[name] = scalar(value, self._device, held)
+        if capturing:
+            self._check_room()
+            if ranges:
+                raise refused(f"the host has {' and '.join(ranges)} of each parameter, not the device")
+
+        def write(host: Tensor) -> None:
+            plan.write_table(host.data_ptr())
+            for value, first, last in ranges.values():
+                host[first:last].view(torch.float64).copy_(value)
+
+        table = self._staged.bring(end, write if self._stale or ranges else None, capturing)
+        self._stale = False
+        for name, (_, first, _) in ranges.items():
             found[name] = table.data_ptr() + first, True, 1
-        table.copy_(host, non_blocking=True)
-        workspace = torch.empty(max(plan.workspace_bytes, 1), dtype=torch.uint8, device=device)
+        workspace = torch.empty(max(plan.workspace_bytes, 1), dtype=torch.uint8, device=self._device)
         self._platform.before_launch(workspace)
         memory |= {"table": table, "workspace": workspace, "counters": None}
-        plan.launch(**launch_arguments(self._platform.stream(device), device, memory, found))
+        plan.launch(**launch_arguments(self._platform.stream(self._device), self._device, memory, found))
+        if capturing:
+            self.captured += [plan, self._staged.source, *memory.values(), *held]
 
 
 def _maker(platform: Cuda, operands: Operands) -> Callable[..., Any]:

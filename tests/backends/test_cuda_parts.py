@@ -101,6 +101,10 @@ def test_gradients_are_clipped():
     test_parts.test_gradients_are_clipped(**HERE)
 
 
+def test_found_inf_leaves_every_bit_alone():
+    test_parts.test_found_inf_leaves_every_bit_alone(**HERE)
+
+
 def test_the_order_of_blocks_changes_no_bit_of_a_part(monkeypatch):
     found = []
     for order in emulated.ORDERS:

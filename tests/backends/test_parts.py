@@ -478,6 +478,38 @@ def test_gradients_are_clipped(backend="cpu"):
         assert same_bits(*found)
 
 
+def test_found_inf_leaves_every_bit_alone(backend="cpu"):
+    """Of gradients that are not finite; and where it is zero a step has the bits of one without it."""
+    matrices = MatrixParts(["rows", "tile", "no columns"], [torch.float32, torch.bfloat16, torch.float64])
+    blocks_ = BlockParts(["rows with a head and a tail", "runs from within a byte"], [torch.bfloat16, torch.float32])
+    known, found = matrices.known(), torch.ones(())
+    old = [matrices.params, *matrices.by_row.values(), *matrices.by_col.values()]
+    of_codes = [matrices.params, matrices.codes, matrices.by_row["exp_avg_sq_rows"], matrices.by_col["exp_avg_sq_cols"]]
+    of_blocks = [blocks_.params, *(blocks_.states[name] for name in SIGNED)]
+    cases = (
+        (matrices, lambda **more: matrices.apply(backend, known, **HFAC_OPTIONS["clipped"], **more), old),
+        (matrices, lambda **more: matrices.apply_codes(backend, known, **HFAC_OPTIONS["clipped"], **more), of_codes),
+        (blocks_, lambda **more: blocks_.step(backend, **SMMF_OPTIONS["decoupled"], **more), of_blocks),
+    )
+    for parts, act, before in cases:
+        plain, given = _written(act()), parts.grads
+        assert same_bits(_written(act(found_inf=torch.zeros(()))), plain)
+        parts.grads = [torch.full_like(grad, torch.inf) for grad in given]
+        ours = _written(act(found_inf=found))
+        assert same_bits(ours, sum(map(list, before), []))
+        parts.grads = given
+
+
+#: of SMMF's lists those that are no sums
+SIGNED = ("exp_avg_rows", "exp_avg_cols", "exp_avg_sq_rows", "exp_avg_sq_cols", "exp_avg_signs")
+
+
+def _written(found):
+    """Parameters and states, without sums, of a step of parts."""
+    params, states = found
+    return [*params, *(tensor for name, entries in states.items() if "new" not in name for tensor in entries)]
+
+
 def test_the_table_has_blocks_of_every_kind():
     """With strides, heads and tails, and a thousand of them."""
     found = {name: BlockParts([name], [torch.float32]).blocks[0] for name in BLOCK_PARTS}

@@ -709,6 +709,10 @@ def test_gradients_of_parts_are_clipped():
     test_parts.test_gradients_are_clipped("triton")
 
 
+def test_found_inf_leaves_every_bit_of_parts_alone():
+    test_parts.test_found_inf_leaves_every_bit_alone("triton")
+
+
 @pytest.mark.slow
 def test_smmf_on_parts_of_several_tiles():
     """Blocks that share columns and rows with each other, over several tiles and chunks: the same sums twice, and the

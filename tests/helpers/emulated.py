@@ -136,8 +136,8 @@ class Plan:
         self._plan.write_table(host)
 
     def launch(self, **arguments: Any) -> None:
-        if self.prepared is not None:  # a gradient may have the place of one that was freed
-            self.of_grads = self._found(self.prepared)
+        # A gradient may have the place of one that was freed. Ops on shards are made of theirs.
+        self.of_grads = self._found(self.prepared or {"grads": self.arguments.get("grads")})
         given = {name: arguments[name] for name in MEMORY if arguments.get(name)}
         given |= {name: value[0] for name in SCALARS if isinstance(value := arguments.get(name), tuple)}
         memories = {**self.memories, **self.of_grads, **{name: [self._at(name, at)] for name, at in given.items()}}
