@@ -30,6 +30,8 @@ MODES: dict[str, dict[str, Any]] = {
     "plain": {},
     "clipped": {"max_grad_norm": 1.0},
     "skip": {"nonfinite": "skip"},
+    "skip-step": {"nonfinite": "skip-step"},
+    "capturable": {"capturable": True, "max_grad_norm": 1.0},
 }
 
 

@@ -10,6 +10,12 @@ from torch import Tensor
 _C_TYPES = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on a device's current stream is captured in a CUDA graph: nothing can be waited for
+    then, and no number fetched."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class Fetched:
     """Numbers on their way from the device to the host: the copy is queued behind what has been queued before, and only
     reading them waits for it.

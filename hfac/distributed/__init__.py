@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..functional import pick
-from ..staging import Fetched
+from ..staging import Fetched, capturing, refused
 from . import hfac, layout, norm, schedule, smmf, watch
 from .bucket import Bucket, Entries, Entry, Options
 from .gradients import Gradients
@@ -44,11 +44,19 @@ class Sharded:
         algorithm: "hfac" or "smmf".
         entries: in the optimizer's order, which is that of every rank.
         gradients: the optimizer's.
+        may_move: whether counts of steps on the device may be given other memory (`hfac.ops.DeviceCounters`).
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, in which nothing can be bound.
     """
 
-    def __init__(self, algorithm: str, entries: Sequence[Entry], gradients: Gradients) -> None:
-        self._shards: list[smmf.Shards] = smmf.buckets(entries) if algorithm == "smmf" else []
-        self._buckets: Sequence[Bucket] = self._shards or hfac.buckets(entries)
+    def __init__(self, algorithm: str, entries: Sequence[Entry], gradients: Gradients, may_move: bool = False) -> None:
+        if capturing(layout.local(entries[0].param).device):
+            raise refused("this is the first step on these tensors")
+        self._shards: list[smmf.Shards] = smmf.buckets(entries, may_move) if algorithm == "smmf" else []
+        self._buckets: Sequence[Bucket] = self._shards or hfac.buckets(entries, may_move)
+        #: whether the device counts steps, and may be told whether to make one (`Options.forbidden`)
+        self.decides_on_device = all(bucket.counted is not None for bucket in self._buckets)
         self._sendings = smmf.sendings(self._shards)
         self._entries, self._gradients_of = list(entries), gradients.of_all
         states = [value for entry in entries for value in entry.state.values() if layout.is_dtensor(value)]
@@ -64,13 +72,35 @@ class Sharded:
         self._planned: tuple[list[bool], list[Collective]] | None = None
         #: which of the entries those of a bucket are, or of a mesh
         self._places: dict[Entries, list[int]] = {}
+        #: what steps have been made (`_kind`), and who has stepped in graphs
+        self._kinds: set[tuple[object, ...]] = set()
+        self._in_graphs: list[object] = []
         #: of the step that is being prepared, by entry
         self._grads: list[Tensor | None] | None = None
 
     def is_valid(self) -> bool:
         """Whether the shards of parameters and states are still in the same memory, and steps on the same stream: a
-        step on another must not meet the last one in its buffers."""
-        return self._stream_now() == self._stream and self._addresses_now() == self._addresses
+        step on another must not meet the last one in its buffers. One that is captured in a graph takes the buffers of
+        the steps before; whoever replays it orders it among them."""
+        return (
+            (self.capturing or self._stream_now() == self._stream)
+            and self._addresses_now() == self._addresses
+            and all(bucket.counted is None or bucket.counted.holds() for bucket in self._buckets)
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """That of the shards."""
+        return self._buckets[0].device
+
+    @property
+    def capturing(self) -> bool:
+        """Whether a step would be captured in a CUDA graph."""
+        return capturing(self.device)
+
+    def workspace_bytes(self) -> int:
+        """As `Bucket.workspace_bytes`, of all."""
+        return sum(bucket.workspace_bytes() for bucket in self._buckets)
 
     def _stream_now(self) -> object:
         device = self._buckets[0].device
@@ -82,22 +112,26 @@ class Sharded:
         return list(map(Tensor.data_ptr, map(_LOCAL, self._dtensors)))
 
     def settle(self) -> None:
-        """Checks of the last step what no one has waited for, before the next.
+        """Checks of the last step, and of replays since, what no one has waited for, before the next. Not while a graph
+        is being captured, when nothing can be waited for.
 
         Raises:
             RuntimeError: ranks did not agree on which parameters have a gradient.
         """
         self._grads = None
-        settle([*self._buckets, *(self._norms or ())])
+        if not self.capturing:
+            settle([*self._buckets, *(self._norms or ())])
 
     def norms(self, options: Mapping[int, Options]) -> list[Found]:
         """The norms of whole gradients. Every rank must ask for them: one all-reduce for each mesh."""
         skips = {group: option.skip for group, option in options.items()}
+        if self.capturing and self._present() not in (present for present, *_ in self._kinds):
+            raise refused("this is the first step on these tensors")
         return [found for mesh in self._by_mesh() for found in mesh.by_skip(mesh.of(self._of(mesh)), skips)]
 
     def skip(self, refused: Tensor) -> bool:
-        """Whether the step is left out, because this number, which is the same on all ranks, is not zero: the host
-        waits for it, and counts the step as skipped."""
+        """Whether the step is left out, because this number, which is the same on all ranks, is not zero, and counts it
+        as skipped: for where the host decides."""
         if not Fetched(refused[None]).read()[0]:
             return False
         for entry, grad in zip(self._entries, self._gradients(), strict=True):
@@ -151,7 +185,8 @@ class Sharded:
             options: by group.
 
         Raises:
-            RuntimeError: ranks do not agree on which parameters have a gradient. On the CPU it is raised before
+            RuntimeError: a CUDA graph is being captured of which the step cannot be part; or ranks do not agree on
+                which parameters have a gradient. On the CPU it is raised before
                 anything is written; elsewhere it may be found when the step has been made (`settle`), and of SMMF,
                 which sends its sums off during the step, when that is completed (`smmf.Shards.take`).
         """
@@ -162,11 +197,16 @@ class Sharded:
     ) -> Generator[dist.Work, None, Callable[[], Callable[[], None]]]:
         """`prepare`, which with ``async_op`` stops at every collective and yields it, to be waited for before it goes
         on."""
+        kind = self._kind(options)
+        if self.capturing:
+            self._check_capture(kind, options)
         planned = self._plan(options)
         jobs = [bucket.job(bucket.turned(self._of(bucket)), options[bucket.group]) for bucket in self._buckets]
         self._grads = None
         found = yield from schedule.running(jobs, planned, async_op)
         steps = dict(zip(self._buckets, found, strict=True))
+
+        first = next(iter(options.values()))  # what forbids a step is one number for all of it
 
         def begin() -> Callable[[], None]:
             works = []
@@ -183,11 +223,42 @@ class Sharded:
                 errors = [error for sending, work in pending for error in sending.take(work)]
                 if errors:
                     raise errors[0]
-                self._watch([group for group, option in options.items() if option.watch])
+                self._watch([group for group, option in options.items() if option.watch], first.forbidden)
+                self._kinds.add(kind)
 
             return complete
 
         return begin
+
+    def _kind(self, options: Mapping[int, Options]) -> tuple[object, ...]:
+        """What a step makes once, the first of its kind: who has a gradient, and what is done besides."""
+        besides = [
+            (group, each.skip, each.watch, each.clip is None, each.forbidden is None, each.backend)
+            + (each.scalars.get("eps"), each.scalars.get("clip_threshold") is None)
+            for group, each in options.items()
+        ]
+        return (self._present(), *besides)
+
+    def _present(self) -> tuple[bool, ...]:
+        """Which entries have a gradient."""
+        return tuple(grad is not None for grad in self._gradients())
+
+    def _check_capture(self, kind: tuple[object, ...], options: Mapping[int, Options]) -> None:
+        """That a step of this kind can be part of the CUDA graph that is being captured; and keeps what that reads in
+        every replay, for as long as this object lives.
+
+        Raises:
+            RuntimeError: it needs memory on the host, or waits for numbers.
+        """
+        if not self.decides_on_device:
+            raise RuntimeError(
+                "sharded parameters whose steps the host counts cannot be part of the CUDA graph that is being "
+                "captured. Set capturable=True in all groups."
+            )
+        if kind not in self._kinds:
+            raise refused("this is the first step on these tensors")
+        for bucket in self._buckets:
+            self._in_graphs.append(bucket.check_capture(bucket.turned(self._of(bucket))))
 
     def _by_watched(self, groups: Sequence[int]) -> list[watch.Watched]:
         key = tuple(groups)
@@ -196,8 +267,9 @@ class Sharded:
             self._watchers[key] = watch.by_mesh(entries, self._buckets[0].device)
         return self._watchers[key]
 
-    def _watch(self, groups: Sequence[int]) -> None:
-        """Adds up over the ranks what the step has told of itself: one all-reduce for each mesh, on every rank."""
+    def _watch(self, groups: Sequence[int], forbidden: Tensor | None) -> None:
+        """Adds up over the ranks what the step has told of itself: one all-reduce for each mesh, on every rank. NaN
+        where it was ``forbidden``."""
         self.watched = {}
         found: dict[Entry, Tensor] = {}
         for bucket in self._buckets:
@@ -206,6 +278,9 @@ class Sharded:
                 bucket.watched = None
         for mesh in self._by_watched(groups) if groups else ():
             self.watched |= mesh.of(found)
+        if forbidden is not None:
+            nothing = forbidden != 0
+            self.watched = {param: row.masked_fill(nothing, torch.nan) for param, row in self.watched.items()}
 
     def collectives(
         self, skip: Mapping[int, bool], clips: bool, watched: Sequence[int] = ()
@@ -235,6 +310,8 @@ def settle(everything: Iterable[Entries]) -> None:
         RuntimeError: ranks did not agree on which parameters have a gradient.
     """
     everything = list(everything)
+    for each in everything:
+        each.verify_replays()
     checks = [check for each in everything for check in each.unverified]
     for each in everything:
         each.unverified = []  # what is wrong is said once

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import clipping, ops, schedules, spec
+from ..functional import pick
 from ..rounding import BitOffset
-from ..staging import Fetched
+from ..staging import Fetched, capturing
 from . import layout
+from .counts import DeviceCounts
 from .lists import Members
 from .schedule import Job, Needs, Stage, stages
 
@@ -31,6 +33,7 @@ class Entry:
         param: the DTensor.
         state: its state by key: DTensors, and plain ``step`` and ``skipped``.
         bit_offset: the random bits of this rank's shard, if it is rounded stochastically.
+        capturable: whether ``step`` is read on its device, wherever that is.
     """
 
     label: str
@@ -38,6 +41,12 @@ class Entry:
     param: Tensor
     state: Mapping[str, Tensor]
     bit_offset: BitOffset | None = None
+    capturable: bool = False
+
+    @property
+    def counts_on_device(self) -> bool:
+        """Whether the device counts steps, and may be told whether to make one (`Options.forbidden`)."""
+        return self.capturable or not self.state["step"].is_cpu
 
     @property
     def storage(self) -> tuple[torch.dtype | None, bool]:
@@ -55,14 +64,24 @@ class Entry:
 
 @dataclass(frozen=True)
 class Options:
-    """What one group passes at every step; ``clip``: what gradients are multiplied by, 0-d, which is not read;
-    ``watch``: whether the step tells of itself (`Bucket.watch`)."""
+    """What one group passes at every step.
+
+    Attributes:
+        skip: whether gradients that are not finite are left out, each by itself.
+        clip: what gradients are multiplied by: 0-d, not read.
+        watch: whether the step tells of itself (`Bucket.watch`).
+        forbidden: 0-d float32, the same on all ranks, not read: where it is not zero no bit of a parameter or a state
+            changes, and the step is not counted. Only where all steps are counted on the device.
+        refused: likewise: whether a step that is forbidden counts as skipped.
+    """
 
     scalars: Mapping[str, Any]
     skip: bool
     backend: str
     clip: Tensor | None = None
     watch: bool = False
+    forbidden: Tensor | None = None
+    refused: Tensor | None = None
 
 
 class Joint:
@@ -87,12 +106,17 @@ class Entries:
 
     Attributes:
         unverified: what is left to be checked of the last step; calls raise RuntimeError where ranks disagreed.
+        disagreed: of captured steps, by entry, on how many ranks there was a gradient where that was wrong, else NaN;
+            replays write it. None before the first capture.
     """
 
     def __init__(self, entries: Sequence[Entry], dtype: torch.dtype, device: torch.device) -> None:
         self.entries, self.dtype, self.device = list(entries), dtype, device
         self.ranks = [ranks_that_share(entry.param) for entry in entries]
         self.unverified: list[Callable[[], object]] = []
+        self.disagreed: Tensor | None = None
+        self._unseen = torch.full((len(entries),), torch.nan, dtype=dtype, device=device)
+        self._all_ranks = torch.tensor(self.ranks, dtype=dtype, device="cpu").to(device)
         self._members: list[Members] = []
 
     def members(self, index: Sequence[int]) -> Members:
@@ -100,6 +124,7 @@ class Entries:
         found = next((known for known in self._members if known.index == index), None)
         if found is None:
             found = Members(index, len(self.entries), self.dtype, self.device)
+            found.bound["expected"] = found.flags * self._all_ranks
             self._members = [*self._members[-7:], found]
         return found
 
@@ -107,9 +132,15 @@ class Entries:
         who = self.members([i for i, grad in enumerate(grads) if grad is not None])
         return who, [grad for grad in grads if grad is not None]
 
-    def verify(self, numbers: Fetched, who: Members, now: str = "Nothing was updated.") -> None:
+    def verify(self, present: Tensor, who: Members, now: str = "Nothing was updated.") -> None:
         """Checks that ranks agree on who has a gradient, given on how many there is one: at once where that lies on the
-        host, else before the next step, when the step will have been made. ``now``: how the message ends at once."""
+        host, else before the next step, when the step will have been made; of replays of a graph that is being
+        captured, when that is asked for (`settle`). ``now``: how the message ends at once."""
+        if capturing(self.device):
+            self.disagreed = self._unseen
+            self.disagreed.copy_(torch.where(present == who.bound["expected"], self.disagreed, present))
+            return
+        numbers = Fetched(present)
 
         def check(outcome: str = f"This was found after the step. {OUTCOME}") -> None:
             if "ranks" not in who.bound:
@@ -123,9 +154,24 @@ class Entries:
         else:
             self.unverified.append(check)
 
+    def verify_replays(self) -> None:
+        """Adds to ``unverified`` what replays have found since the last time, for which the host waits."""
+        if self.disagreed is None:
+            return
+        found = self.disagreed.tolist()
+        self.disagreed.fill_(torch.nan)
+        wrong = [i for i, count in enumerate(found) if count == count]
+        entries, counts, ranks = pick(self.entries, wrong), pick(found, wrong), pick(self.ranks, wrong)
+        here = [k for k, count in enumerate(counts) if not count]  # else there would be nothing wrong
+        outcome = f"This was found after a graph's replay. {OUTCOME}"
+        self.unverified.append(lambda: agreed(entries, counts, ranks, here, outcome))
+
 
 class Bucket(Entries):
     """Entries of one group with the same types and process groups. Subclasses say what is summed.
+
+    Args:
+        may_move: whether counts may be given other memory (`ops.DeviceCounters`).
 
     Nothing of a step waits for the device: buffers, and what depends on who has a gradient, stay from step to step
     (`Members`), and what the host must know comes to it behind the sums (`Fetched`).
@@ -133,13 +179,19 @@ class Bucket(Entries):
 
     algorithm: str
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
+    def __init__(self, entries: Sequence[Entry], may_move: bool = False) -> None:
         self.params = [layout.local(entry.param) for entry in entries]
         super().__init__(entries, ops.state_dtype(entries[0].param.dtype), self.params[0].device)
         self.group = entries[0].group
         low, stochastic = entries[0].storage
         self.lows = None if low is None else [entry.local_state(LOW) for entry in entries]
         self.bit_offsets = [entry.bit_offset for entry in entries] if stochastic else None
+        #: where the device counts steps
+        self.counted: DeviceCounts | None = None
+        if entries[0].counts_on_device:
+            skipped = [entry.state["skipped"] for entry in entries if "skipped" in entry.state]
+            counts = skipped if len(skipped) == len(entries) else None
+            self.counted = DeviceCounts([entry.state["step"] for entry in entries], counts, may_move)
         #: by name, an op with lists and counts that have one entry for each of the bucket's
         self.ops: dict[str, tuple[spec.Op, Mapping[str, Sequence[Any]]]] = {}
         self.sizes = self.on_device([entry.param.numel() for entry in entries])
@@ -195,6 +247,11 @@ class Bucket(Entries):
         """A step with these gradients, to be run by `schedule.running`."""
         raise NotImplementedError
 
+    def workspace_bytes(self) -> int:
+        """Bytes on the device that backends keep from step to step."""
+        calls = (value for who in self._members for value in who.bound.values() if isinstance(value, ops.OpCall))
+        return sum(call.workspace_bytes() for call in calls)
+
     def turned(self, shards: Sequence[Any]) -> list[Any]:
         """Shards, or None, as parameters are seen here."""
         return list(shards)
@@ -207,16 +264,24 @@ class Bucket(Entries):
 
     def decays(self, who: Members, options: Options) -> dict[str, Any]:
         """beta1 and beta2 of the next step, and "step", its number: numbers, or, where members have made different
-        numbers of steps, one entry for each on the host."""
-        counters = self.steps(who)
-        made: Any = counters.common()
-        if made is None:
-            made = torch.tensor(counters.read(), dtype=torch.float64, device="cpu") if counters else 0.0
+        numbers of steps, one entry for each on the host; where the device counts them, one for each there."""
+        made: Any
+        if self.counted is not None:
+            made = who.numbers(self.counted.made()).to(schedules.step_dtype(self.device))
+        else:
+            counters = self.steps(who)
+            made = counters.common()
+            if made is None:
+                made = torch.tensor(counters.read(), dtype=torch.float64, device="cpu") if counters else 0.0
         t = made + 1
         return {**spec.ALGORITHMS[self.algorithm].decays(t, options.scalars), "step": t}
 
-    def advance(self, who: Members) -> None:
-        self.steps(who).advance()
+    def advance(self, who: Members, options: Options) -> None:
+        """Counts a step, as far as it was made."""
+        if self.counted is not None:
+            self.counted.advance(who, options.forbidden, options.refused)
+        else:
+            self.steps(who).advance()
 
     def call(self, name: str, who: Members, backend: str) -> ops.OpCall:
         """One of `ops`, bound to members."""
@@ -232,6 +297,18 @@ class Bucket(Entries):
             found = ops.OpCall(op.name, who.of(self.params), given, counts=counts, places=places, backend=backend)
             who.bound[name] = found
         return found
+
+    def check_capture(self, grads: Sequence[Tensor | None]) -> Members:
+        """That a step with these gradients, of which there has been one of its kind, can be captured; and who steps.
+
+        Raises:
+            RuntimeError: it needs memory on the host.
+        """
+        who, here = self.with_gradient(grads)
+        for name in self.ops:
+            if name in who.bound:
+                who.bound[name].check_capture_of_shards(here)
+        return who
 
     def clipped(self, call: ops.OpCall, grads: list[Tensor], options: Options) -> tuple[list[Tensor], Tensor | None]:
         """Gradients multiplied by ``options.clip`` in place; or as they are, and what is left to multiply them by, for
@@ -254,9 +331,10 @@ class Bucket(Entries):
         taken = self.numbers(call.op, options, numbers)
         if options.watch and watched is not None:
             self.watch(*self.ops[watched[0]], watched[1], grads, clip, taken)
-        inputs = call.prepare(grads, **taken)
+        forbidden = options.forbidden if call.op.updates else None
+        inputs = call.prepare(grads, found_inf=forbidden, **taken)
         if clip is not None and not inputs.unscales:  # gradients that the kernels cannot read
-            inputs, clip = call.prepare([grad * clip for grad in grads], **taken), None
+            inputs, clip = call.prepare([grad * clip for grad in grads], found_inf=forbidden, **taken), None
         call.apply(inputs, clip=clip)
 
     def numbers(self, op: spec.Op, options: Options, more: Mapping[str, Any]) -> dict[str, Any]:
@@ -282,9 +360,11 @@ class Bucket(Entries):
 
         def going() -> Members:
             left = numbers.read()
+            forbidden = options.forbidden  # which is not counted
+            one = 1 if forbidden is None else (forbidden == 0).to(torch.int32)
             for i in who.index:
                 if left[i]:
-                    self.entries[i].state["skipped"].add_(1)
+                    self.entries[i].state["skipped"].add_(one)
             return self.members([i for i in who.index if not left[i]])
 
         return going

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..functional import pick
+from ..staging import capturing, refused
 from . import layout
 from .bucket import Entry
 
@@ -45,10 +46,21 @@ class Gradients:
 
         Raises:
             RuntimeError: a gradient is placed otherwise on one rank than on another, or is missing on some of those
-                that must redistribute it; every rank raises it.
+                that must redistribute it; every rank raises it. Or the host would wait for an answer, and a CUDA graph
+                is being captured.
         """
         if len(params) == self._count:
             params = [param for param in params if param in self._moved] if self._moved else []
+            if params and capturing(layout.local(params[0]).device):
+                raise RuntimeError(
+                    f"the gradient of {label(params[0])} has been placed otherwise than its parameter. To redistribute "
+                    "it, ranks tell each other in every step whether they have it, which cannot be part of the CUDA "
+                    "graph that is being captured. Redistribute it before the step, in the graph or outside of it: "
+                    "param.grad = param.grad.redistribute(placements=param.placements); and construct the optimizer "
+                    "anew, or capture no graph."
+                )
+        elif capturing(layout.local(params[0]).device):
+            raise refused("this is the first step on these tensors")
         else:
             self._count = len(params)
         meshes: dict[DeviceMesh, list[Tensor]] = {}

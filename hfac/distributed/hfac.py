@@ -18,7 +18,6 @@ from torch import Tensor
 from .. import ops, spec
 from ..rounding import BitOffset
 from ..schedules import Scalar
-from ..staging import Fetched
 from . import layout
 from .bucket import Bucket, Entry, Options
 from .lists import Flat, Joined, Members, Pieces, joined
@@ -34,15 +33,16 @@ _DENSE_KEYS = [str(state.key) for state in spec.HFAC_DENSE_STEP.states]
 TOGETHER = 2**20
 
 
-def buckets(entries: Sequence[Entry]) -> list[Bucket]:
-    """Entries sorted into buckets, in an order that is the same on every rank."""
+def buckets(entries: Sequence[Entry], may_move: bool) -> list[Bucket]:
+    """Entries sorted into buckets, in an order that is the same on every rank; ``may_move`` as of `Bucket`."""
     matrices: dict[tuple[object, ...], list[Entry]] = {}
     vectors: dict[tuple[object, ...], list[Entry]] = {}
     for entry in entries:
         names = tuple(tuple(stage.name for stage in each) for each in _stages(entry))
         key = entry.group, entry.param.dtype, entry.storage, names, _transposed(entry), _CODES in entry.state
         (vectors if _cut(entry) is None else matrices).setdefault(key, []).append(entry)
-    return [Matrices(mine) for mine in matrices.values()] + [Vectors(mine) for mine in vectors.values()]
+    found: list[Bucket] = [Matrices(mine, may_move) for mine in matrices.values()]
+    return found + [Vectors(mine, may_move) for mine in vectors.values()]
 
 
 def _cut(entry: Entry) -> int | None:
@@ -89,8 +89,8 @@ class Matrices(Bucket):
 
     algorithm = "hfac"
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
-        super().__init__(entries)
+    def __init__(self, entries: Sequence[Entry], may_move: bool = False) -> None:
+        super().__init__(entries, may_move)
         self.transposed = _transposed(entries[0])
         self.row_stages, self.col_stages, self.number_stages = _stages(entries[0])
         keys = [_KEYS[i] for i in ((1, 0, 3, 2) if self.transposed else (0, 1, 2, 3))]
@@ -197,7 +197,7 @@ class Matrices(Bucket):
         rest: Scalar
         if isinstance(beta2, Tensor):
             keep, rest = (
-                of.spread(who.from_host(numbers, fill, self.device).to(self.dtype))
+                of.spread(who.filled(numbers, fill, self.device).to(self.dtype))
                 for numbers, fill in ((beta2, 1.0), (1 - beta2, 0.0))
             )
         else:
@@ -252,7 +252,7 @@ class Matrices(Bucket):
         if self.number_rooms:
             yield from reduced(self.number_rooms, lambda: self.number_rooms[0].copy_(norms))
             norms = self.number_rooms[-1].to(norms.dtype)
-        self.verify(Fetched(present), who)
+        self.verify(present, who)
         going = self.going(refused, who, options)
         mean_squares = (totals * norms / self.whole).to(self.dtype)
 
@@ -263,7 +263,7 @@ class Matrices(Bucket):
             vectors |= dict(zip(("old_totals",), map(members.numbers, old_totals), strict=False))
             call, taken = self.call("apply", members, backend), who.part(here, members)
             self.run(call, taken, clip, options, numbers | vectors, ("apply", members))
-            self.advance(members)
+            self.advance(members, options)
 
         return apply
 
@@ -274,8 +274,8 @@ class Vectors(Bucket):
 
     algorithm = "hfac"
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
-        super().__init__(entries)
+    def __init__(self, entries: Sequence[Entry], may_move: bool = False) -> None:
+        super().__init__(entries, may_move)
         self.stages = _stages(entries[0])[1]
         moments = [[entry.local_state(key) for entry in entries] for key in _DENSE_KEYS]
         self.lists = [*moments, self.params, *([] if self.lows is None else [self.lows])]
@@ -328,7 +328,7 @@ class Vectors(Bucket):
 
         yield from reduced(self.rooms, fill)
         norms, present, refused = self.rooms[-1].split(count)
-        self.verify(Fetched(present), who)
+        self.verify(present, who)
         going = self.going(refused, who, options)
         mean_squares = (norms / self.sizes).to(self.dtype)
 
@@ -349,9 +349,14 @@ class Vectors(Bucket):
                 given |= {operand.name: [tensor] for operand, tensor in lists}
                 if places is not None:
                     given["places"] = places[each.members]
+                written = [average, square, param, *low]
+                before = [tensor.clone() for tensor in written] if options.forbidden is not None else []
                 ops.run("hfac_dense_step_", [param], [gradient(each, taken)], **given, backend="reference")
+                if options.forbidden is not None:
+                    for tensor, old in zip(written, before, strict=True):
+                        tensor.copy_(torch.where(options.forbidden != 0, old, tensor))
                 each.write()
-            self.advance(members)
+            self.advance(members, options)
 
         return apply
 

@@ -82,11 +82,14 @@ class Members:
         else:
             to.index_copy_(0, self._on_device, numbers.to(to.dtype))
 
-    def from_host(self, numbers: Tensor, fill: float, device: torch.device) -> Tensor:
-        """Numbers of the members that lie on the host, as one for each entry on the device."""
-        every = torch.full((self.count,), fill, dtype=numbers.dtype, device="cpu")
-        every[self.index] = numbers
-        return to_device(every, device)
+    def filled(self, numbers: Tensor, fill: float, device: torch.device) -> Tensor:
+        """Numbers of the members, which may lie on the host, as one for each entry on the device."""
+        every = torch.full((self.count,), fill, dtype=numbers.dtype, device=numbers.device)
+        if numbers.is_cpu:
+            every[self.index] = numbers
+            return to_device(every, device)
+        self.put(every, numbers)
+        return every
 
 
 class Flat:

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import clipping, schedules
-from ..staging import Fetched
 from . import layout
 from .bucket import Entries, Entry, Joint
+from .lists import Members
 from .schedule import Sent, Stage
 
 
@@ -28,6 +28,7 @@ class Norms(Entries):
         device = layout.local(entries[0].param).device
         super().__init__(entries, schedules.step_dtype(device), device)  # squares overflow before norms do
         self.joint = Joint([entry.param for entry in entries])
+        self._parts: dict[tuple[int, ...], Members] = {}
 
     @property
     def bytes(self) -> int:
@@ -49,7 +50,9 @@ class Norms(Entries):
         """`of` gradients, of whose shards on this rank these are the norms. Those that it does not contribute are not
         read."""
         who, _ = self.with_gradient(norms)
-        mine = self.members([i for i in who.index if self.joint.contributes[i]])
+        if "contributed" not in who.bound:
+            who.bound["contributed"] = self.members([i for i in who.index if self.joint.contributes[i]])
+        mine: Members = who.bound["contributed"]
         numbers = torch.zeros(2, len(norms), dtype=self.dtype, device=self.device)
         squares, present = numbers
         if mine.index:
@@ -58,7 +61,7 @@ class Norms(Entries):
             present.copy_(mine.flags)
         for stage in self.joint.stages:
             stage.run(numbers)
-        self.verify(Fetched(present), who)
+        self.verify(present, who)
         double = any(entry.param.dtype == torch.float64 for entry in self.entries)
         return clipping.roots(squares, torch.float64 if double else torch.float32)
 
@@ -66,9 +69,12 @@ class Norms(Entries):
         """Norms by whether those that are not finite are left out, which ``skips`` says of each group."""
         found = []
         for skip in (False, True):
-            mine = [i for i, entry in enumerate(self.entries) if skips[entry.group] == skip]
-            if mine:
-                found.append(Found(self.members(mine).numbers(norms), [self.entries[i].param for i in mine], skip))
+            index = tuple(i for i, entry in enumerate(self.entries) if skips[entry.group] == skip)
+            if index:
+                if index not in self._parts:
+                    self._parts[index] = Members(index, len(self.entries), self.dtype, self.device)
+                params = [self.entries[i].param for i in index]
+                found.append(Found(self._parts[index].numbers(norms), params, skip))
         return found
 
 
@@ -138,8 +144,16 @@ class Total:
         self._sum_of |= {param: i for i, mine in enumerate(cut.values()) for param in mine}
         # Also where all of this rank's parameters share one sum: others may have more, which changes their norm.
         self._agreement = everywhere(params, [group for groups, _ in declared for group in groups], copies=True)
+        self._places: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
         self._device = layout.local(params[0]).device if params else torch.device("cpu")
         self._dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+
+    def _picked(self, norms: Tensor, index: tuple[int, ...]) -> Tensor:
+        """Some of them, whose places the device is told once."""
+        key = norms.device, index
+        if key not in self._places:
+            self._places[key] = torch.tensor(index, dtype=torch.int64, device="cpu").to(norms.device)
+        return norms.index_select(0, self._places[key])
 
     @property
     def is_local(self) -> bool:
@@ -164,7 +178,7 @@ class Total:
                     if self._contributes.get(param, True):
                         mine.setdefault(self._sum_of.get(param), []).append(i)
                 for target, index in mine.items():
-                    norms = each.norms if len(index) == len(each.norms) else each.norms[index]
+                    norms = each.norms if len(index) == len(each.norms) else self._picked(each.norms, tuple(index))
                     if target is None:
                         everywhere.append((norms, each.skip))
                         continue

@@ -8,6 +8,7 @@ other meshes and types, and of unsharded parameters), and at the end of the step
 from __future__ import annotations  # not every torch has the types that are named here
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,15 +17,15 @@ from torch import Tensor
 
 from .. import ops, spec
 from ..scratch import Scratch
-from ..staging import Fetched
+from ..staging import on_host
 from . import layout
 from .bucket import OUTCOME, Bucket, Entry, Joint, Options
-from .lists import Members, Pieces
+from .lists import Flat, Members, Pieces
 from .schedule import Collective, Job, Stage, reduced
 
 
-def buckets(entries: Sequence[Entry]) -> list[Shards]:
-    """Entries sorted into buckets, in an order that is the same on every rank."""
+def buckets(entries: Sequence[Entry], may_move: bool) -> list[Shards]:
+    """Entries sorted into buckets, in an order that is the same on every rank; ``may_move`` as of `Bucket`."""
     mesh_dims: dict[object, set[int]] = {}
     for entry in entries:
         mesh_dims.setdefault(_mesh(entry), set()).update(sum(layout.sharded_by(entry.param), []))
@@ -32,7 +33,7 @@ def buckets(entries: Sequence[Entry]) -> list[Shards]:
     for entry in entries:
         op = spec.ALGORITHMS["smmf"].op_of(list(entry.state))
         found.setdefault((entry.group, entry.param.dtype, entry.storage, _mesh(entry), op), []).append(entry)
-    return [Shards(mine, op, sorted(mesh_dims[mesh])) for (*_, mesh, op), mine in found.items()]
+    return [Shards(mine, op, sorted(mesh_dims[mesh]), may_move) for (*_, mesh, op), mine in found.items()]
 
 
 def _mesh(entry: Entry) -> object:
@@ -52,8 +53,8 @@ class Shards(Bucket):
 
     algorithm = "smmf"
 
-    def __init__(self, entries: Sequence[Entry], op: object, mesh_dims: Sequence[int]) -> None:
-        super().__init__(entries)
+    def __init__(self, entries: Sequence[Entry], op: object, mesh_dims: Sequence[int], may_move: bool = False) -> None:
+        super().__init__(entries, may_move)
         self.joint = Joint([entry.param for entry in entries], mesh_dims)
         self.op = spec.SMMF_SUMS_STEP if op is spec.SMMF_STEP else spec.SMMF_DENSE_STEP
         self.states: dict[str, Sequence[Any]] = {
@@ -97,7 +98,9 @@ class Shards(Bucket):
 
     def contributed(self, who: Members) -> Tensor:
         """1 at the members that this rank contributes to the sums, 0 elsewhere."""
-        return self.members([i for i in who.index if self.joint.contributes[i]]).flags
+        if "contributed" not in who.bound:
+            who.bound["contributed"] = self.members([i for i in who.index if self.joint.contributes[i]]).flags
+        return who.bound["contributed"]
 
     def requests(self, skip: bool) -> list[tuple[Stage, int]]:
         return [(stage, 2 * len(self.entries)) for stage in self.joint.stages] if skip else []
@@ -120,11 +123,12 @@ class Shards(Bucket):
 
             yield from reduced(self.rooms, fill)
             refused, present = self.rooms[-1].split(len(self.entries))
-            self.verify(Fetched(present), who)
+            self.verify(present, who)
             going = self.going(refused, who, options)
 
         def step() -> None:
             self.stepped = members = who if going is None else going()
+            self.options = options
             call, taken = self.call("step", members, options.backend), who.part(here, members)
             for scratch in self.scratch:
                 scratch.fill(members.index)
@@ -134,6 +138,14 @@ class Shards(Bucket):
             self.present.copy_(self.contributed(members))
 
         return step
+
+    @cached_property
+    def before(self) -> list[Flat]:
+        """Of each list of factors those of the last step, to be read as one."""
+        return [
+            Flat(mine, torch.empty(pieces.total, dtype=self.dtype, device=self.device))
+            for (mine, _), pieces in zip(self.factors, self.pieces, strict=True)
+        ]
 
     def copies_of(self, who: Members) -> Callable[[], object]:
         """What brings members' factors from the room to their states."""
@@ -148,17 +160,19 @@ class Shards(Bucket):
         Raises:
             RuntimeError: ranks do not agree on which parameters have a gradient; the step is complete for all others.
         """
-        who = self.stepped
-        counts = Fetched(self.present)
-        if counts.is_here:
-            found = counts.read()
+        who, forbidden = self.stepped, self.options.forbidden
+        if self.present.is_cpu:  # what ranks disagree on stays as it is
+            found = on_host(self.present)
             who = self.members([i for i in who.index if found[i] == self.ranks[i]])
         for k in range(0, len(self.factors), 2):
             total = self.pieces[k + 1].sums(self.sums[k + 1])
             self.sums[k + 1].div_(self.pieces[k + 1].spread(total.masked_fill_(total == 0, 1).to(self.dtype)))
+        if forbidden is not None:
+            for old, sums in zip(self.before, self.sums, strict=True):
+                sums.copy_(torch.where(forbidden != 0, old.read(), sums))
         self.copies_of(who)()
-        self.advance(who)
-        self.verify(counts, self.stepped, now=OUTCOME)
+        self.advance(who, self.options)
+        self.verify(self.present, self.stepped, now=OUTCOME)
 
 
 class Sending:

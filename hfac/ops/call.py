@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, clipping, memory, spec
+from .. import backends, clipping, memory, spec, staging
 from ..backends.snapshots import Snapshot, alike, same, snapshot
 from ..rounding import BitOffset
 from ..schedules import Scalar
@@ -156,7 +156,7 @@ class OpCall:
         capturing = getattr(self._call, "capturing", None)
         if capturing is not None:
             return capturing()
-        return self._call is not None and self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return self._call is not None and staging.capturing(self.device)
 
     def tensors(self) -> list[Tensor]:
         """The states that a step reads and writes."""
@@ -253,6 +253,12 @@ class OpCall:
         check = getattr(inputs.call, "check_capture", None)
         if check is not None and (statistics is None or statistics.sums is None):  # else that has been checked
             check(inputs.grads, inputs.nonfinite, inputs.numbers.get("clip_threshold"))
+
+    def check_capture_of_shards(self, grads: Tensors) -> None:
+        """`check_capture` of an op on shards, before the step has its numbers."""
+        check = getattr(self._call, "check_capture", None)
+        if check is not None:
+            check(grads, None, None)
 
     def apply(self, inputs: Inputs, statistics: Statistics | None = None, clip: Tensor | None = None) -> None:
         """Makes the step, once. ``statistics`` are those of the same inputs; ``clip``, a 0-d float32 or float64 tensor,

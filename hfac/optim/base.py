@@ -1,7 +1,6 @@
 """The step of both optimizers: statistics of gradients, sums over ranks, the norm of all gradients, the update."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import repeat
 from operator import is_not
 from typing import Any, TypeVar, overload
@@ -16,16 +15,13 @@ from ..distributed import layout
 from ..rounding import BitOffset
 from . import options
 from .cache import SingleParamCache, StepCache
-from .report import ReportingOptimizer
+from .norms import NormOptimizer, Ready
 from .state import KnownOptions, has_state, is_trained, needs_reduction, piece_counts
-from .units import Units
 
-#: a validated step: what is bound, gradients and steps by group, and of sharded parameters options by group
-Ready = tuple[StepCache, list[list[Any]], list[functional.Step | None], dict[int, distributed.Options]]
 Loss = TypeVar("Loss")
 
 
-class FactoredOptimizer(ReportingOptimizer):
+class FactoredOptimizer(NormOptimizer):
     """Base of `hfac.HFac` and `hfac.SMMF`; not for use by itself.
 
     State is created when parameters are added; of frozen parameters, and those of lazy modules, when they are first
@@ -33,35 +29,25 @@ class FactoredOptimizer(ReportingOptimizer):
     float32 tensor on the host, and with nonfinite="skip" or "skip-step" the count ``skipped``. Entries that wrappers
     add are left alone. With ``capturable``, ``nonfinite`` or ``amp_scaling`` only the device knows whether a step is
     made, so ``step`` is on the parameter's device. State of a DTensor is DTensors, whose global shapes do not depend on
-    how it is sharded; their ``step`` stays on the host, where the sums over ranks, and a GradScaler, say
-    which steps are made.
+    how it is sharded; with nonfinite="skip" their ``step`` stays on the host, which the sums over ranks tell what is
+    stepped.
     """
 
-    _cache: StepCache | None
     #: by group: which of its parameters had a gradient, and those parameters, bound
     _bound: dict[int, tuple[list[bool], functional.Group]]
     #: parameters that `step_param` has stepped
     _single: dict[Tensor, SingleParamCache]
-    #: the sharded parameters, bound; None where there are none, or they must be bound again
-    _sharded: distributed.Sharded | None = None
-    #: the sharded parameters that the backward pass steps
-    _units: Units | None = None
     #: how gradients are placed on the ranks
     _gradients: distributed.Gradients
-    #: the norm of all gradients; None where each rank has it by itself
-    _total: distributed.Total | None = None
-    _norm_group: Any = None
-    #: what `hfac.clip_grad_norm_` has found for the next step: the norm of all gradients, and its limit
-    _given_norm: tuple[Tensor, float] | None = None
-    #: what captured CUDA graphs read and write: replays need it, whatever later steps bind or load
-    _captured: list[Any]
+    #: sharded parameters of captured steps
+    _in_graphs: list[distributed.Sharded]
 
     def _scalars(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The algorithm's own arguments of its functional form."""
         return {name: group[name] for name in self._spec.options}
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        self._captured = []
+        self._captured, self._in_graphs = [], []
         self._gradients = distributed.Gradients()
         self._known = KnownOptions(self._all_rules())
         self._forget()
@@ -85,38 +71,11 @@ class FactoredOptimizer(ReportingOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy has none; an optimizer that loads state keeps its own.
-        self.__dict__.setdefault("_captured", [])
+        for name in ("_captured", "_in_graphs"):
+            self.__dict__.setdefault(name, [])
         self.__dict__.setdefault("_gradients", distributed.Gradients())
         super().__setstate__(state)
         _keep_uncompiled(type(self))
-
-    @property
-    def norm_group(self) -> Any:
-        """For ``max_grad_norm``, where ranks have different parameters: experts under ``ignored_params``, stages of a
-        pipeline. A dict from these parameters to the process group over which the squares of their gradients are added
-        up; to several, over one after the other; of a DTensor, after those of its mesh. Process groups alone stand for
-        all plain tensors. A DeviceMesh stands for its process groups. None (the default): all ranks have the same ones.
-        Set it on all ranks, before the first step; state dicts do not have it.
-
-        Raises (when set):
-            TypeError: it is none of these.
-            ValueError: a key is no parameter of this optimizer.
-        """
-        return self._norm_group
-
-    @norm_group.setter
-    def norm_group(self, group: Any) -> None:
-        for each in group.values() if isinstance(group, dict) else [group]:
-            distributed.process_groups(f"{type(self).__name__}: norm_group", each)
-        for key in group if isinstance(group, dict) else ():
-            if not isinstance(key, Tensor) or self._find(key) is None:
-                given = f"a tensor of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
-                raise ValueError(
-                    f"{type(self).__name__}: the keys of norm_group must be parameters of this optimizer, and {given} "
-                    "is in none of its groups. Pass the parameters themselves, once they have been added."
-                )
-        self._norm_group = group
-        self._forget()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -164,17 +123,20 @@ class FactoredOptimizer(ReportingOptimizer):
             finds = (limit is not None or skips) and self._units is None
             norm = self._norm_of(ready) if finds else None
         if norm is not None:
+            norm = self._unless_forbidden(norm)
             self._grad_norm, norm_coefficient = norm, clipping.coefficient(norm, limit)
             refused = clipping.refused(norm) if skips else None
         clip = norm_coefficient if scale is None else (1.0 if norm_coefficient is None else norm_coefficient) / scale
-        if clip is not None:
-            shared = {i: replace(options, clip=clip) for i, options in shared.items()}
+        if sharded is not None:
+            shared = self._decided(sharded, shared, clip, refused)
         for step in steps:
             if step is not None and refused is not None:
                 step.refuse(refused)
         begin = None
-        if sharded is not None and (refused is None or not sharded.skip(refused)):
+        if sharded is not None and (refused is None or sharded.decides_on_device or not sharded.skip(refused)):
             begin = sharded.prepare(shared)
+            if self._is_capturing():
+                self._keep_captured(sharded)
         for step in steps:
             if step is not None:
                 step.check_capture(norm_coefficient)
@@ -205,50 +167,6 @@ class FactoredOptimizer(ReportingOptimizer):
         steps = [self._prepare(index, group, grads[index], cache) for index, group in enumerate(self.param_groups)]
         groups = enumerate(self.param_groups) if self._sharded is not None else ()
         return cache, grads, steps, {i: self._shared(group) for i, group in groups}
-
-    def _is_forbidden(self) -> bool:
-        """Whether a GradScaler has found, on any rank, a gradient that is not finite. Of sharded parameters a rank may
-        have the part that is, and torch tells the ranks of the first gradient's mesh alone; all must make the step, or
-        none. The host waits for it, as it does in a GradScaler's step of other optimizers."""
-        self._settle()
-        cache = self._validated()
-        if not any(map(layout.is_sharded, cache.dtensors)):
-            return False
-        self.found_inf = found = getattr(self, "found_inf").clone()  # noqa: B009 (a GradScaler has set it)
-        for stage in distributed.norm.everywhere(cache.dtensors):
-            stage.run(found)
-        forbidden = bool(found.item())
-        if forbidden:
-            self._given_norm = None
-            self._grad_norm = None if self.max_grad_norm is None else torch.full_like(found, torch.nan)
-        return forbidden
-
-    def _norm_of(self, ready: Ready) -> Tensor | None:
-        """The norm of all gradients, the same on every rank; None where there are none."""
-        if self._total is not None:
-            return self._total.of(self._norms(ready))
-        *_, steps, shared = ready
-        skips = [group["nonfinite"] == "skip" for group in self.param_groups]
-        local = [[] if step is None else step.norms() for step in steps]
-        own = [(norm, skip) for skip, each in zip(skips, local, strict=True) for norm in each]
-        return clipping.total([*own, *((each.norms, each.skip) for each in self._shared_norms(shared))])
-
-    def _norms(self, ready: Ready) -> list[distributed.Found]:
-        """The norms of all gradients, and whose they are."""
-        cache, grads, steps, shared = ready
-        found = []
-        for index, (group, step) in enumerate(zip(self.param_groups, steps, strict=True)):
-            if step is not None:
-                params = [p for p, g in zip(cache.local[index], grads[index], strict=True) if g is not None]
-                for values, mine in zip(step.norms(), step.owners(), strict=True):
-                    found.append(distributed.Found(values, [params[i] for i in mine], group["nonfinite"] == "skip"))
-        return found + self._shared_norms(shared)
-
-    def _shared_norms(self, shared: dict[int, distributed.Options]) -> list[distributed.Found]:
-        """Those of sharded parameters, of gradients that a GradScaler has scaled once they are unscaled."""
-        found = [] if self._sharded is None else self._sharded.norms(shared)
-        scale = getattr(self, "grad_scale", None)
-        return found if scale is None else [replace(each, norms=each.norms / scale) for each in found]
 
     @torch.no_grad()
     def step_param(
@@ -432,7 +350,7 @@ class FactoredOptimizer(ReportingOptimizer):
         """A sharded parameter of the group of this index; ``position`` is that among all of the optimizer's."""
         group = self.param_groups[index]
         state, offset = self._needed_state(param, group), self._bit_offset(param, group, position)
-        return distributed.Entry(self._label(param), index, param, state, offset)
+        return distributed.Entry(self._label(param), index, param, state, offset, group["capturable"])
 
     def _bind_sharded(self, cache: StepCache) -> distributed.Sharded | None:
         """Binds the sharded parameters of all groups, whether or not they have gradients, so that all ranks agree."""
@@ -443,25 +361,19 @@ class FactoredOptimizer(ReportingOptimizer):
             for param in group["params"]
             if needs_reduction(param, group) and has_state(self.state, param) and param not in released
         ]
-        return distributed.Sharded(self._algorithm, entries, self._gradients) if entries else None
+        may_move = not self._captured  # else a graph reads counts where they are
+        return distributed.Sharded(self._algorithm, entries, self._gradients, may_move) if entries else None
 
-    def _bind_total(self, cache: StepCache) -> distributed.Total | None:
-        everything = [p for group in self.param_groups for p in group["params"]]
-        if self.norm_group is None and not any(map(layout.is_dtensor, everything)):
-            return None
-        total = distributed.Total(everything, [p for mine in cache.local for p in mine], self._declared())
-        return None if total.is_local else total
-
-    def _declared(self) -> list[tuple[Sequence[Any], list[Tensor]]]:
-        """Process groups on whose ranks parameters are different ones, and these parameters."""
-        given = self.norm_group
-        if given is None or not isinstance(given, dict):
-            plain = [p for group in self.param_groups for p in group["params"] if not layout.is_dtensor(p)]
-            return [(groups, plain)] if (groups := distributed.process_groups("norm_group", given)) else []
-        return [(distributed.process_groups("norm_group", groups), [param]) for param, groups in given.items()]
+    def _keep_captured(self, sharded: distributed.Sharded) -> None:
+        """Keeps what a graph reads and writes of sharded parameters in every replay."""
+        if not any(known is sharded for known in self._in_graphs):
+            self._in_graphs.append(sharded)
+        given = [*(value for group in self.param_groups for value in group.values()), self._given_norm]
+        given += [getattr(self, name, None) for name in ("grad_scale", "found_inf")]
+        self._captured += [self._total, *(value for value in given if isinstance(value, Tensor | tuple))]
 
     def _settle(self) -> None:
-        for each in (self._sharded, self._units):
+        for each in (*self._in_graphs, self._sharded, self._units):
             if each is not None:
                 each.settle()
 
@@ -487,7 +399,8 @@ class FactoredOptimizer(ReportingOptimizer):
         """Bytes on the device that fused kernels keep between steps, beside the state; 0 before the first step."""
         groups = [group for _, group in self._bound.values()]
         groups += [single.bound for single in self._single.values() if single.bound is not None]
-        return sum(group.workspace_bytes() for group in groups)
+        of_shards = 0 if self._sharded is None else self._sharded.workspace_bytes()
+        return of_shards + sum(group.workspace_bytes() for group in groups)
 
     def collectives(self) -> list[tuple[int, int]]:
         """The all-reduces and broadcasts of a step, in order: (ranks, bytes) of each; with `hfac.release_gradients`
@@ -539,10 +452,11 @@ class FactoredOptimizer(ReportingOptimizer):
             for param in group["params"]:
                 self._check_stepped(param, group)
         self._sync_state()
-        self._cache = cache = StepCache(self.param_groups, self.state, self._spec)
+        cache = StepCache(self.param_groups, self.state, self._spec)
         self._watched = {param: sums for param, sums in self._watched.items() if param in cache.positions}
         self._sharded = self._bind_sharded(cache)
         self._total = self._bind_total(cache)
+        self._cache = cache  # last: nothing is taken for bound where binding has failed
         return cache
 
 

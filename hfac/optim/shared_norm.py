@@ -53,7 +53,9 @@ def clip_grad_norm_(
     groups = distributed.process_groups("clip_grad_norm_: norm_group", norm_group)
     ready = [optimizer._ready() for optimizer in given]
     found = [each for optimizer, mine in zip(given, ready, strict=True) for each in optimizer._norms(mine)]
-    norm = _total(given, groups, [cache for cache, *_ in ready]).of(found)
+    total = _total(given, groups, [cache for cache, *_ in ready])
+    given[0]._captured += [total] if any(each._is_capturing() for each in given) else []
+    norm = total.of(found)
     if norm is None:
         norm = torch.zeros((), dtype=torch.float32, device="cpu")
     for optimizer in given:

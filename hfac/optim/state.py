@@ -324,6 +324,12 @@ class StatefulOptimizer(Optimizer):
                 f"{where} has {slicing} and is sharded; watch=True is not supported with both: no rank has all slices. "
                 f"Leave watch=False, or {whole}."
             )
+        if group["capturable"] and group["nonfinite"] == "skip" and needs_reduction(param, group):
+            raise ValueError(
+                f"{where} is sharded, and capturable=True is not supported with nonfinite='skip' then: the host waits "
+                "in every step for which parameters the ranks leave alone. Use nonfinite='skip-step', which the device "
+                "decides, or leave capturable=False."
+            )
         if batch == 0 and views == 1:
             return
         if batch >= param.ndim:
@@ -373,11 +379,6 @@ class StatefulOptimizer(Optimizer):
                 layout.bit_offset(param, 0)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
-        if group["capturable"]:
-            raise ValueError(
-                f"{where} is sharded, and capturable=True is not supported with sharded parameters: whether ranks make "
-                "a step is decided on the host. Leave capturable=False."
-            )
         if not needs_reduction(param, group):
             return
         if not self._spec.shard_ops:
@@ -545,10 +546,12 @@ def _counters(
     param: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]
 ) -> dict[str, tuple[torch.dtype, torch.device]]:
     """By key, type and device that a parameter's counters must have. Where only the device knows whether a step is
-    made, or reads its number, ``step`` is on the parameter's."""
+    made, or reads its number, ``step`` is on the parameter's. With nonfinite="skip" ranks tell each other's hosts which
+    parameters they leave alone."""
     counted = group["nonfinite"] != "propagate"
-    beside = counted or group["capturable"] or group["amp_scaling"]
-    found = {"step": (torch.float32, param.device if beside and not needs_reduction(param, group) else HOST)}
+    beside = group["capturable"] or group["amp_scaling"] or group["nonfinite"] == "skip-step"
+    beside = beside or (counted and not needs_reduction(param, group))
+    found = {"step": (torch.float32, param.device if beside else HOST)}
     if counted or "skipped" in state:
         found["skipped"] = (torch.int32, param.device)
     return found

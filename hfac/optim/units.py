@@ -60,6 +60,11 @@ class Unit:
         sharded = self.bound()
         if sharded is None:
             return
+        if sharded.capturing:
+            raise RuntimeError(
+                "a step in the backward pass of sharded parameters (hfac.release_gradients) cannot be part of the CUDA "
+                "graph that is being captured. Step outside of graphs, or capture a step() without release_gradients."
+            )
         sharded.settle()
         options = {}
         for index in self.groups:

@@ -66,11 +66,16 @@ OPTIONS = {
         "skip": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, clip_threshold=0.7, nonfinite="skip"),
         "limit": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, nonfinite="skip", max_grad_norm=0.5),
         "skip-step": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, nonfinite="skip-step"),
+        "capturable": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, clip_threshold=0.7, capturable=True),
+        "capturable-skip-step": dict(
+            lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, nonfinite="skip-step", max_grad_norm=0.5, capturable=True
+        ),
         "dense": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, clip_threshold=0.7, dense=True),
         "int8": dict(lr=0.01, betas=(0.8, 0.95), weight_decay=0.1, clip_threshold=0.7, first_moment="int8"),
         "int8-limit": dict(
             lr=0.01, betas=(0.8, 0.95), first_moment="int8", nonfinite="skip", max_grad_norm=0.5, maximize=True
         ),
+        "int8-capturable": dict(lr=0.01, first_moment="int8", nonfinite="skip-step", capturable=True),
         "int8-skip-step": dict(lr=0.01, first_moment="int8", nonfinite="skip-step", max_grad_norm=0.5),
     },
     "SMMF": {
@@ -81,6 +86,10 @@ OPTIONS = {
         "limit": dict(lr=0.01, weight_decay=0.1, nonfinite="skip", max_grad_norm=0.5),
         "skip-step": dict(lr=0.01, weight_decay=0.1, nonfinite="skip-step", max_grad_norm=0.5),
         "bytes": dict(lr=0.01, weight_decay=0.1, nonfinite="skip", max_grad_norm=0.5, signs="bytes"),
+        "capturable": dict(lr=0.01, weight_decay=0.1, decay_rate=-0.8, capturable=True),
+        "capturable-skip-step": dict(
+            lr=0.01, weight_decay=0.1, nonfinite="skip-step", max_grad_norm=0.5, capturable=True
+        ),
     },
 }
 
@@ -133,6 +142,7 @@ def run_case(name, options, case, dtype, backend, steps=STEPS):
     theirs = [torch.nn.Parameter(p.clone()) for p in full]
     optimizer = getattr(hfac, name)(ours, **kwargs, backend=backend)
     reference = getattr(hfac, name)(theirs, **kwargs, backend="reference")
+    schedulers = _scheduled(optimizer, reference) if kwargs.get("capturable") else []
     norms = []
     for step in range(steps):
         for i, (p, q, (shape, places)) in enumerate(zip(ours, theirs, params, strict=True)):
@@ -148,6 +158,8 @@ def run_case(name, options, case, dtype, backend, steps=STEPS):
         before = _bits(ours, optimizer)
         optimizer.step()
         reference.step()
+        for scheduler in schedulers:
+            scheduler.step()
         if kwargs.get("nonfinite") == "skip-step" and step == 2:
             assert _bits(ours, optimizer) == before
             norms.append((torch.zeros(()), torch.zeros(())))
@@ -170,6 +182,14 @@ def run_case(name, options, case, dtype, backend, steps=STEPS):
             assert found.shape == value.shape and found.dtype == value.dtype, (i, key, found.shape, value.shape)
             errors[f"{i}.{key}"] = difference(found, value, spare_signs=int(dtype == torch.float32))
     return errors
+
+
+def _scheduled(*optimizers):
+    """Learning rates that are tensors, which a scheduler writes."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
+    return [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)) for optimizer in optimizers]
 
 
 def _bits(params, optimizer):

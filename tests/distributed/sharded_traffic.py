@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from sharded_models import OPTIMIZERS, everything, loss_of, model, optimizer_of, train, wrap
+from sharded_offload import offloaded
 from sharded_steps import CASES, difference, mesh_of, part_of, run_all, whole
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -169,13 +170,21 @@ def refusals():
         param.grad = param.detach().clone()
         hfac.HFac([param]).step_param(param)
 
+    def skip_later(param):
+        optimizer = hfac.SMMF([param], capturable=True)
+        optimizer.param_groups[0]["nonfinite"] = "skip"
+        optimizer.step()
+
     def release(kind):
         net = wrap(kind, model())
         hfac.release_gradients(net, optimizer_of("HFac", net))
 
     cases = {
         "partial": lambda: hfac.HFac([made((4, 6), [Partial(), Replicate()])]),
-        "capturable": lambda: hfac.HFac([made((4, 6), [Shard(0), Replicate()])], capturable=True),
+        "capturable-skip": lambda: hfac.HFac(
+            [made((4, 6), [Shard(0), Replicate()])], capturable=True, nonfinite="skip"
+        ),
+        "skip-later": lambda: skip_later(made((4, 6), [Shard(0), Replicate()])),
         "watch-slices": lambda: hfac.HFac([made((4, 6, 8), [Shard(0), Replicate()])], watch=True, batch_dims=1),
         "triton": lambda: hfac.SMMF([made((4, 6), [Shard(0), Replicate()])], backend="cuda"),
         "step-param": lambda: step_of(made((4, 6), [Shard(0), Replicate()])),
@@ -191,19 +200,43 @@ def refusals():
     return found
 
 
+def on_cpus(net):
+    """A model whose shards FSDP2 has offloaded, without FSDP2, whose policy wants a GPU."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in net.modules():
+        for name, param in module.named_parameters(recurse=False):
+            part = offloaded(part_of(param.detach(), mesh, [Shard(0)]))
+            setattr(module, name, torch.nn.Parameter(part, requires_grad=param.requires_grad))
+    return net
+
+
+def train_by_hand(net, optimizer, steps, first=0):
+    """Steps with gradients that no backward pass has made."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for step in range(first, first + steps):
+        for param in filter(lambda param: param.requires_grad, net.parameters()):
+            grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(step), dtype=param.dtype)
+            param.grad = offloaded(part_of(grad, mesh, [Shard(0)]))
+        optimizer.step()
+
+
 def lose_one(folder, name, how, mode=""):
     """Rank 2 dies, or raises, in the middle of the third step. The others write down what they got, and when."""
     rank = dist.get_rank()
-    net = wrap("fsdp", model())
+    net = on_cpus(model()) if mode == "offloaded" else wrap("fsdp", model())
     optimizer = optimizer_of(name, net, backend="reference")
     if mode == "released":
         hfac.release_gradients(net, optimizer)
     if mode == "watched":
         optimizer.param_groups[0]["watch"] = True
+    if mode in ("capturable", "skip-step"):
+        optimizer.param_groups[0]["capturable"] = mode == "capturable"
+        optimizer.param_groups[0]["nonfinite"] = "skip-step"
     if mode == "scaled":
         optimizer.param_groups[0]["amp_scaling"] = True
         optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())  # as a GradScaler sets them
-    train(net, optimizer, 2)
+    steps = train_by_hand if mode == "offloaded" else train
+    steps(net, optimizer, 2)
     model_state, state = get_state_dict(net, optimizer)
     dcp.save({"model": model_state, "optimizer": state}, checkpoint_id=f"{folder}/checkpoint")
     lost = "hfac_sums" if name == "HFac" else "smmf_sums_step_"
@@ -220,7 +253,7 @@ def lose_one(folder, name, how, mode=""):
         ops.OpCall.apply = broken
     start = time.monotonic()
     try:
-        train(net, optimizer, 1, first=2)
+        steps(net, optimizer, 1, first=2)
         outcome = "nothing"
     except Exception as error:
         outcome = type(error).__name__

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import sharded_host
 from bench.imagined import equal_ranks, idle_kernels, imagined_ranks, unread_numbers
+from hfac.staging import Fetched
 
 #: of torch, for a step of any number of parameters
 OPERATIONS = 200
@@ -47,11 +48,20 @@ class Device(TorchDispatchMode):
 
 @pytest.mark.parametrize("mode", sharded_host.MODES)
 @pytest.mark.parametrize("name", ["HFac", "SMMF"])
-def test_nothing_is_exchanged_with_the_device(idle, name, mode):
-    """After the first step, but for what is fetched behind the sums."""
+def test_nothing_is_exchanged_with_the_device(idle, name, mode, monkeypatch):
+    """After the first step, but for what is fetched behind the sums; and of that, where not single parameters are left
+    out, nothing is read before the next step."""
     optimizer = sharded_host.optimizer_of(name, 10, backend=idle, device="meta", **sharded_host.MODES[mode])
     with unread_numbers():
         for _ in range(2):
             optimizer.step()
+        if mode != "skip":
+            optimizer._settle()
+            monkeypatch.setattr(Fetched, "read", _read)
         with Device():
             optimizer.step()
+        monkeypatch.undo()
+
+
+def _read(fetched):
+    raise AssertionError("the host waits for a number")

@@ -102,6 +102,8 @@ def test_collectives_of_a_step():
         ("fsdp", "HFac", ("nonfinite", "skip")),
         ("fsdp", "HFac", ("nonfinite", "skip-step")),
         ("fsdp-tp", "SMMF", ("nonfinite", "skip-step")),
+        *(("fsdp", name, ("nonfinite", "skip-step"), ("capturable", True), ("watch", True)) for name in OPTIONS),
+        *(("hsdp", name, ("capturable", True)) for name in OPTIONS),
         ("hsdp", "HFac", ("max_grad_norm", 1e6)),
         ("fsdp-tp", "HFac", ("max_grad_norm", 1e6)),
         ("fsdp-tp", "SMMF", ("max_grad_norm", 0.1)),
@@ -116,6 +118,10 @@ def test_collectives_of_a_step():
         ("fsdp", "SMMF", ("nonfinite", "skip")): [4, 4],
         ("fsdp", "HFac", ("nonfinite", "skip-step")): [4, 4, 4],
         ("fsdp-tp", "SMMF", ("nonfinite", "skip-step")): 4 * [2] + 2 * [2] + 4 * [2],
+        **{
+            ("fsdp", name, ("nonfinite", "skip-step"), ("capturable", True), ("watch", True)): [4, 4, 4, 4]
+            for name in OPTIONS
+        },
         ("hsdp", "HFac", ("max_grad_norm", 1e6)): 2 * [2] + 2 * [2] + 2 * [2],
         ("hsdp", "HFac", ("max_grad_norm", 0.1)): 2 * [2] + 2 * [2] + 2 * [2],
         ("fsdp-tp", "HFac", ("max_grad_norm", 1e6)): 4 * [2] + 2 * [2] + 5 * [2],
@@ -134,6 +140,7 @@ def test_a_gradient_on_some_ranks_only():
     """In the step itself, and before anything is updated; SMMF, which adds up nothing before a plain step, completes it
     for all other parameters."""
     options = (("max_grad_norm", 0.1), ("nonfinite", "skip"), ("watch", True), ("amp_scaling", True))
+    options += (("capturable", True), ("nonfinite", "skip-step"))
     cases = [(name, *more) for name in OPTIONS for more in ((), *((option,) for option in options))]
     found = on_ranks(4, *(("sharded_traffic:part_ways", *case) for case in cases))
     for case, (message, untouched, gradients_kept, step, steps, stale) in zip(cases, found, strict=True):
@@ -175,7 +182,8 @@ def test_what_cannot_be_sharded_is_refused():
     (found,) = on_ranks(4, ("sharded_traffic:refusals",))
     patterns = {
         "partial": r"ValueError: HFac: parameter 0 .* Partial placement.*redistribute",
-        "capturable": r"ValueError: HFac: parameter 0 .* sharded, and capturable=True is not supported",
+        "capturable-skip": r"ValueError: HFac: parameter 0 .* sharded, and capturable=True .*nonfinite='skip-step'",
+        "skip-later": r"ValueError: SMMF: parameter 0 .* sharded, and capturable=True .*nonfinite='skip-step'",
         "watch-slices": r"ValueError: HFac: parameter 0 .* batch_dims=1 and is sharded; watch=True is not supported",
         "triton": r"RuntimeError: backend='cuda' was asked for",
         "release-ddp": r"RuntimeError: release_gradients: DistributedDataParallel averages .*fully_shard",
@@ -185,7 +193,7 @@ def test_what_cannot_be_sharded_is_refused():
         assert re.match(pattern, found[case] or "nothing"), (case, found[case])
 
 
-@pytest.mark.parametrize("mode", ["", "released", "scaled", "watched"])
+@pytest.mark.parametrize("mode", ["", "released", "scaled", "watched", "skip-step", "capturable", "offloaded"])
 @pytest.mark.parametrize("how", ["dies", "raises"])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.pairwise

@@ -7,6 +7,8 @@ from test_sharded import agree
 
 def test_scaled_steps_equal_the_bare_model():
     options = ((), (("max_grad_norm", 0.2),), (("nonfinite", "skip"),))
+    on_device = (("capturable", True),)
+    options += (on_device, (*on_device, ("max_grad_norm", 0.2)), (*on_device, ("nonfinite", "skip-step")))
     cases = [(kind, name, False, *more) for name in OPTIMIZERS for kind in ("fsdp", "hsdp") for more in options]
     cases += [("fsdp", name, True, ("max_grad_norm", 0.2)) for name in OPTIMIZERS]
     (found,) = on_ranks(4, ("sharded_scaling:compare_all", cases))

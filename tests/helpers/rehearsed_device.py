@@ -17,6 +17,8 @@ from torch import Tensor
 
 CUDA, PINNED = "cuda", "pinned"
 DEVICE = torch.device("cuda", 0)
+#: Their results are places, which the next operation checks while it is captured.
+_INDICES = {torch.ops.aten.repeat_interleave.Tensor}
 _NOT_PERMITTED = "CUDA error: operation not permitted when stream is capturing"
 
 
@@ -388,8 +390,8 @@ class Graph:
         for one in flat(results):
             if one.is_floating_point():
                 one.fill_(float("nan"))
-            elif one.dtype != torch.bool:
-                one.fill_(111)
+            elif one.dtype != torch.bool and func not in _INDICES:
+                one.fill_(1)  # which may be a place
 
         def node() -> None:
             found = func(*map(placed, args), **{name: placed(value) for name, value in kwargs.items()})
