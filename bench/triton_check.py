@@ -37,7 +37,7 @@ TARGETS = {
 #: Where instructions are counted.
 COUNTED = triton_cost.TARGET
 #: Bytes that a lane may spill in kernels that take all registers as it is: SMMF's tiles, where low bits add an address;
-#: H-Fac's statistics, where gradients are divided; and watched steps.
+#: where gradients are divided; where elements are read one by one; and in watched steps.
 SPARE = 48
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 #: How most weights are stored, and names of the ways to draw random bits.
@@ -237,7 +237,7 @@ def complaints(variant: Variant, report: Report, target: GPUTarget, shared: int)
     exact = low == 16 and tile
     watched = variant.constants.get("WATCH", False)
     divided = variant.constants.get("SCALED", False)
-    spare = (tile or divided or watched) and bulk and target.backend == "cuda"
+    spare = (tile or divided or watched or not bulk) and target.backend == "cuda"
     if report.spills > (SPARE if spare else 0):
         found.append(f"{report.spills} spilled")
     if report.shared > shared:

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from hfac.triton_kernels import table
-from hfac.triton_kernels.plan import Item, Launch, make_plan, merged_layout, packed_layout
+from hfac.triton_kernels.layouts import merged_layout, packed_layout
+from hfac.triton_kernels.plan import Item, Launch, make_plan
 
 from .cubin import Code, codes
 from .cuda_check import find_cuobjdump
@@ -92,9 +93,9 @@ BUDGETS: Sequence[Budget] = (
     Budget("hfac_stats", "hfac_step_", (4096, 1024), BF16, 22, 16, 64, 4),
     Budget("hfac_stats", "hfac_step_", (4096, 4096), BF16, 20, 8, 64, 4),
     Budget("hfac_update", "hfac_step_", (4096, 4096), BF16, 16, 0, 256, 4),
-    Budget("smmf_tiles", "smmf_step_", (2048, 576), BF16, 110, 16, 256, CHANNELS_LAST),
-    Budget("hfac_stats", "hfac_step_", (2048, 576), BF16, 110, 16, 32, CHANNELS_LAST),
-    Budget("hfac_update", "hfac_step_", (2048, 576), BF16, 75, 4, 256, CHANNELS_LAST),
+    Budget("smmf_tiles", "smmf_step_", (2048, 1008), BF16, 122, 8, 32, CHANNELS_LAST),
+    Budget("hfac_stats", "hfac_step_", (2048, 1008), BF16, 66, 12, 32, CHANNELS_LAST),
+    Budget("hfac_update", "hfac_step_", (2048, 1008), BF16, 66, 2, 128, CHANNELS_LAST),
 )
 
 HEAD = f"""Executed by one program over a matrix that it divides, on the bulk, of a plain clipped step; found by a walk
@@ -132,7 +133,7 @@ class Cost:
             yield f"{self.barriers:g} barriers per iteration, more than {b.barriers:g}"
         if self.programs < b.programs:
             yield f"{self.programs} programs, fewer than {b.programs}"
-        if self.local:
+        if self.local and b.lies != CHANNELS_LAST:
             yield "local memory is used on the executed path"
         if self.undecided:
             yield f"{self.undecided} branches were not decided, so that its counts are not to be trusted"

@@ -34,9 +34,9 @@ Asserted, of every version: on the bulk (contiguous, 16-byte aligned, rows of wh
 bits and, except for SMMF's sign bytes, none of 8 or 16 bits; no more registers than the plan asks for, 128 of most
 kernels; nothing spilled; shared memory within the target's; no fused multiply-adds but those that the source asks for;
 roots and quotients rounded as IEEE's but for weights of 16 bits alone, and but for subnormal numbers, which Triton 3.3
-takes for 0 there; and the budgets below. smmf_tiles with low bits, kernels that divide gradients, and watched kernels
-may spill {spare} bytes per lane. With 16 low bits, elements are laid out as a float32's, which takes accesses of 64
-bits.
+takes for 0 there; and the budgets below. smmf_tiles with low bits, kernels that divide gradients or read them one by
+one, and watched kernels may spill {spare} bytes per lane. With 16 low bits, elements are laid out as a float32's, which
+takes accesses of 64 bits.
 
 Not compiled: for Intel GPUs. Their compiler is in none of PyPI's wheels of Triton and comes with torch's own builds for
 them."""

@@ -174,8 +174,8 @@ def offsets_beside(at, layout, other, known, WHOLE: tl.constexpr):
 
 @triton.jit
 def divided(n, factor):
-    """Quotients of int32 numbers that are not negative by a size, of which `factor` (`plan.factor_of`) has a shift and
-    a multiplier in its upper and its lower 32 bits."""
+    """Quotients of int32 numbers that are not negative by a size, of which `factor` (`layouts.factor_of`) has a shift
+    and a multiplier in its upper and its lower 32 bits."""
     product = n.to(tl.uint32).to(tl.uint64) * factor.to(tl.uint32).to(tl.uint64)
     return (product >> (factor >> 32).to(tl.uint64)).to(tl.int32)
 

@@ -5,7 +5,6 @@ take too much memory, and nothing is tuned at run time: the order of every sum i
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from . import dense, hfac, smmf, table
+from . import dense, hfac, hfac_folds, layouts, smmf, table
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
 
@@ -32,7 +31,7 @@ WORKSPACE, HFAC_WORKSPACE = 96 << 20, 128 << 20
 #: neighbours, and the wider a tile is the more of a row's elements are a lane's own.
 SMMF_TILES = ((32, 64, 8), (8, 256, 8))
 SMMF_32_BITS = (SMMF_TILES[0], (16, 128, 8))
-SMMF_ANY = (SMMF_TILES[0], (2, 1024, 8))
+SMMF_ANY = (*SMMF_TILES, (2, 1024, 8))
 NARROW, BROAD = HFAC_TILES = ((64, 64, 8), (16, 256, 8))
 #: Of H-Fac's statistics, which hold whole rows: up to 1024 columns one warp does, beyond that all of a program's. Rows
 #: beyond the last are read a second time. The more neighbours of a long row a lane has, the fewer lanes meet for its
@@ -124,7 +123,7 @@ class Item:
         values = {
             **{name: value for name, value in vars(self).items() if name in table.FIELD},
             "slice_bytes": -(-self.slice // 8),
-            "slice_factor": factor_of(self.slice, self.start + self.rows * (self.stride or self.cols)),
+            "slice_factor": layouts.factor_of(self.slice, self.start + self.rows * (self.stride or self.cols)),
             "all_rows": self.all_rows or self.rows,
             "all_cols": self.all_cols or self.cols,
             **self.spaces,
@@ -416,17 +415,17 @@ def _hfac(items: Sequence[Item]) -> Plan:
     spaces = "space_rows", "space_squares", "space_cols", "space_psi", "space_scale", "space_totals"
     workspace = _hfac_spaces(items, *spaces)
     statistics = _hfac_stats(items, True)
-    squares = _launches(hfac.hfac_squares, items, lambda item: _chunks(item.cols))
-    squares += _launches(hfac.hfac_add_squares, items, lambda item: 1)
-    folds = _launches(hfac.hfac_fold, items, lambda item: _chunks(max(item.rows, item.cols)), warps=16)
-    folds += _launches(hfac.hfac_scale, items, lambda item: _chunks(item.rows))
+    squares = _launches(hfac_folds.hfac_squares, items, lambda item: _chunks(item.cols))
+    squares += _launches(hfac_folds.hfac_add_squares, items, lambda item: 1)
+    folds = _launches(hfac_folds.hfac_fold, items, lambda item: _chunks(max(item.rows, item.cols)), warps=16)
+    folds += _launches(hfac_folds.hfac_scale, items, lambda item: _chunks(item.rows))
     return Plan([*statistics, *folds, *_hfac_updates(items)], workspace, len(statistics), squares)
 
 
 def _hfac_sums(items: Sequence[Item], columns: bool = True) -> Plan:
     """The rows' sums go where the caller has them, so the workspace is the columns'."""
     workspace = _hfac_spaces(items, *["space_cols"] * columns)
-    sums = _launches(hfac.hfac_shard_cols, items, lambda item: _chunks(item.cols), warps=16) if columns else []
+    sums = _launches(hfac_folds.hfac_shard_cols, items, lambda item: _chunks(item.cols), warps=16) if columns else []
     return Plan([*_hfac_stats(items, columns), *sums], workspace)
 
 
@@ -434,7 +433,7 @@ def _hfac_apply(items: Sequence[Item]) -> Plan:
     more = ["space_totals"] * any(item.codes for item in items)
     workspace = _hfac_spaces(items, "space_rows", "space_squares", "space_psi", "space_scale", *more)
     # A shard without elements still has moments of rows or columns.
-    folds = _launches(hfac.hfac_shard_fold, items, lambda item: _chunks(max(item.rows, item.cols)), empty=True)
+    folds = _launches(hfac_folds.hfac_shard_fold, items, lambda item: _chunks(max(item.rows, item.cols)), empty=True)
     return Plan([*folds, *_hfac_updates(items)], workspace)
 
 
@@ -492,47 +491,3 @@ MAKERS: dict[str, Callable[[Sequence[Item]], Plan]] = {
     "hfac_int8_apply_": _hfac_apply,
     "smmf_sums_step_": _smmf_sums,
 }
-
-
-def merged_layout(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
-    """{dimensions, then size and stride of each}, the last dimension first, neighbours that lie as one made one."""
-    dims: list[tuple[int, int]] = []
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if size == 1:
-            continue
-        if dims and stride == dims[-1][0] * dims[-1][1]:
-            dims[-1] = dims[-1][0] * size, dims[-1][1]
-        else:
-            dims.append((size, stride))
-    return [len(dims), *(x for pair in dims for x in pair)]
-
-
-def packed_layout(layout: Sequence[int]) -> list[int]:
-    """A merged layout as kernels read it: dimensions, then of each size, stride and what divides by the size. Where
-    the number of elements and all offsets are below 2^31, the number of dimensions is negative."""
-    dims, *pairs = layout
-    sizes, strides = pairs[::2], pairs[1::2]
-    reach = max(math.prod(sizes), 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)))
-    factors = [factor_of(size, reach) for size in sizes]
-    packed = [x for one in zip(sizes, strides, factors, strict=True) for x in one]
-    return [dims if 0 in factors else -dims, *packed]
-
-
-def factor_of(size: int, reach: int) -> int:
-    """What `element.divided` takes to divide by a size numbers below ``reach``; 0 where these are too large. With a
-    shift by 31 bits more than the size has, the quotient of the multiplier's rounding stays below one half unit for all
-    numbers below 2^31."""
-    if size < 1 or max(size, reach) >= 1 << 31:
-        return 0
-    shift = 31 + (size - 1).bit_length()
-    return shift << 32 | -(-(1 << shift) // size)
-
-
-def bits_of(layout: Sequence[int], first: int, whole: bool) -> int:
-    """How the random bits of a tensor are drawn, the first of whose elements has this index and whose others follow
-    from this layout; ``whole``: rows and runs are whole vectors of 8."""
-    dims, *pairs = layout
-    steps = [stride for stride in pairs[1::2]]
-    if not whole or first % 8 or steps[:1] not in ([], [1]) or any(n % 8 for n in (*pairs[:1], *steps[1:])):
-        return table.EACH.value
-    return (table.EIGHT_APART if dims > 1 else table.EIGHT).value

@@ -19,14 +19,14 @@ def _fields(number: int) -> list[tl.constexpr]:
     return [tl.constexpr(next(_field)) for _ in range(number)]
 
 
-#: address of the parameter; address of its layout (`plan.packed_layout`)
+#: address of the parameter; address of its layout (`layouts.packed_layout`)
 PARAM, PARAM_LAYOUT = _fields(2)
 #: the matrix; for whole moments: the elements and 1
 ROWS, COLS = _fields(2)
 #: addresses of the states. H-Fac: u, v, r, s. SMMF: r_M, c_M, r_V, c_V. Whole moments: in the row fields
 FIRST_ROW, FIRST_COL, SECOND_ROW, SECOND_COL, SIGNS = _fields(5)
 #: elements and bytes of one slice along the first dimension (`hfac.signs.pack_signs`), and what divides by the
-#: elements (`plan.factor_of`)
+#: elements (`layouts.factor_of`)
 SLICE, SLICE_BYTES, SLICE_FACTOR = _fields(3)
 #: tiling of the matrix; rows of a tile of H-Fac's statistics, of which there are ROW_TILES
 TILE_ROWS, ROW_TILES, COL_TILES, STATS_ROWS = _fields(4)

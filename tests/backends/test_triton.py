@@ -1,6 +1,7 @@
 """The Triton backend without a GPU: parity in Triton's interpreter (triton_interpreted.py and its like, in a
 process of their own), launches of real lists, and what is said where it cannot be had."""
 
+import ast
 import math
 import os
 import subprocess
@@ -203,31 +204,40 @@ def test_launches_do_not_grow(name, optimizer):
     assert all(count <= most for count, most in zip(counts, PLAIN[name, optimizer], strict=True)), counts
 
 
+def test_kernels_are_of_the_language_of_triton_3_3():
+    """Which takes no chain of `and` or `or`, but in parentheses."""
+    for path in (ROOT / "triton_kernels").glob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef) and "triton.jit" in map(ast.unparse, function.decorator_list):
+                chains = [x for x in ast.walk(function) if isinstance(x, ast.BoolOp) and len(x.values) > 2]
+                assert not chains, f"{path.name}: {function.name}: {ast.unparse(chains[0])}"
+
+
 def test_divisions_are_products():
     """To the last of 2^31 numbers, of sizes around powers of two and others."""
-    from hfac.triton_kernels import plan
+    from hfac.triton_kernels import layouts
 
     top = (1 << 31) - 1
     sizes = {1 << k for k in range(31)} | {(1 << k) + d for k in range(2, 31) for d in (-1, 1)} | {3, 9, 4608, 50257}
     for size in sizes:
-        factor = plan.factor_of(size, top)
+        factor = layouts.factor_of(size, top)
         shift, by = factor >> 32, factor & 0xFFFFFFFF
         assert factor < 1 << 63 and by << 32 >> 32 == by
         ends = {k * size + d for k in (0, 1, 2, top // size // 2, top // size) for d in (-1, 0, 1)} | {top}
         for n in ends:
             if 0 <= n <= top:
                 assert n * by >> shift == n // size, (n, size)
-    assert plan.factor_of(3, 1 << 31) == plan.factor_of(0, 5) == 0
+    assert layouts.factor_of(3, 1 << 31) == layouts.factor_of(0, 5) == 0
 
 
 def test_a_layout_is_there_once():
-    from hfac.triton_kernels import plan
+    from hfac.triton_kernels import layouts
 
-    channels_last = plan.merged_layout((4, 6, 3, 3), (54, 1, 18, 6))
+    channels_last = layouts.merged_layout((4, 6, 3, 3), (54, 1, 18, 6))
     assert channels_last == [3, 9, 6, 6, 1, 4, 54]
-    dims, *of = plan.packed_layout(channels_last)
+    dims, *of = layouts.packed_layout(channels_last)
     assert dims == -3 and (of[::3], of[1::3]) == ([9, 6, 4], [6, 1, 54])
-    assert plan.packed_layout([1, 1 << 31, 2])[0] == 1  # offsets beyond 31 bits
+    assert layouts.packed_layout([1, 1 << 31, 2])[0] == 1  # offsets beyond 31 bits
 
 
 def test_variants_are_bounded():
@@ -323,7 +333,7 @@ def test_two_pieces_are_cut_as_float32():
 
 def test_how_random_bits_are_made():
     from hfac.triton_kernels import table
-    from hfac.triton_kernels.plan import bits_of, merged_layout
+    from hfac.triton_kernels.layouts import bits_of, merged_layout
 
     for shape, strides, first, whole, wanted in (
         ((4, 16), None, 8, True, table.EIGHT),
@@ -342,7 +352,7 @@ def test_how_random_bits_are_made():
 
 
 def test_strides_are_merged():
-    from hfac.triton_kernels.plan import merged_layout
+    from hfac.triton_kernels.layouts import merged_layout
 
     assert merged_layout((4, 6), (6, 1)) == [1, 24, 1]
     assert merged_layout((4, 6), (1, 4)) == [2, 6, 4, 4, 1]

@@ -33,7 +33,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/backends/test_trito
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from hfac.triton_kernels import element, plan, records, shards, step, table  # noqa: E402
+from hfac.triton_kernels import element, layouts, plan, records, shards, step, table  # noqa: E402
 from hfac.triton_kernels import rounding as kernels  # noqa: E402
 
 __all__ = ["ieee_square_roots", "test_autograd_notices_the_write"]
@@ -126,7 +126,7 @@ def test_layouts(name, how, monkeypatch):
     ``of many``: as where there are 2^31 elements, too many for products in place of divisions."""
     how, _, many = how.partition(", ")
     if many:
-        monkeypatch.setattr(plan, "factor_of", lambda size, reach: 0)
+        monkeypatch.setattr(layouts, "factor_of", lambda size, reach: 0)
     kwargs = OPTIONS[name]["all"]
     for shape in ((16, 24), (4, 3, 8, 5), (5, 7)):
         param = torch.nn.Parameter(strided(shape, how, 0))
