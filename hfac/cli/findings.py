@@ -119,7 +119,7 @@ def _kind(optimizer: Optimizer, parameter: Parameter, load: Load, share: float) 
     state = optimizer.state_bytes(parameter.shape, load.dtype, options=options)
     if state <= share * ADAMW.state_bytes(parameter.shape, load.dtype):
         return None
-    shape = parameter.shape[options.batch_dims :] if optimizer.name in OURS else parameter.shape
+    shape = options.slices(parameter.shape)[1] if optimizer.name in OURS else parameter.shape
     numel = math.prod(shape)
     pieces = optimizer.pieces(shape, load.dtype)
     if optimizer.name == "adafactor":
@@ -150,7 +150,7 @@ def _finding(
 
     mine = sorted(mine, key=lambda parameter: -of(parameter))
     why, advice = _WORDS[kind, optimizer.name]
-    largest = mine[0].shape[mine[0].batch_dims :] if optimizer.name in OURS else mine[0].shape
+    largest = load.options(mine[0]).slices(mine[0].shape)[1] if optimizer.name in OURS else mine[0].shape
     values: dict[str, object] = {"shape": written(largest)}
     if kind in ("thin", "nearly prime"):
         sides = _sides(optimizer, largest, load)

@@ -150,7 +150,8 @@ class Factored(Optimizer):
             return 0
         total = 0
         for (shape, options), n in load.kinds.items():
-            if not math.prod(shape) or not shape or options.batch_dims:  # a rank has all of its slices
+            # A rank has all of its slices, and whole pieces of fused weights.
+            if not math.prod(shape) or not shape or options.batch_dims or options.views > 1:
                 continue
             pieces = self.pieces(shape, load.dtype, options)
             if self.cls is hfac.HFac:
@@ -181,15 +182,28 @@ class Factored(Optimizer):
         )
 
     def _packed_bytes(self, load: Load, rank: Rank) -> int:
-        """Bits of signs that are kept in bytes, which stay from step to step, and the temporaries of packing them, of
-        one parameter at a time."""
-        bits = most = 0
+        """What stays from step to step for states that ops cannot take as they are kept: bits of signs in bytes, and
+        states of pieces of columns; and the temporaries of packing signs, of one parameter at a time."""
+        kept = most = 0
         for (shape, options), n in load.kinds.items():
             part, batch = rank.part(shape), options.batch_dims
-            if options.signs == "bytes" and "exp_avg_sign" in self.pieces(shape, load.dtype, options) and 0 not in part:
-                bits += n * math.prod(signs.bits_shape(part, batch))
-                most = max(most, min(math.prod(part), max(signs.TOGETHER, math.prod(part[batch + 1 :]))))
-        return bits + 2 * most
+            pieces = self.pieces(shape, load.dtype, options)
+            if 0 in part:
+                continue
+            columns = options.views > 1 and options.views_dim > 0
+            for key, piece in pieces.items():
+                if key == "exp_avg_sign" and self.is_in_bytes(shape, load, options):
+                    count, one = options.slices(part)
+                    kept += n * count * math.prod(signs.bits_shape(one))
+                    most = max(most, min(math.prod(part), max(signs.TOGETHER, math.prod(part[batch + 1 :]))))
+                elif columns and key in ("exp_avg_sign", "exp_avg_q", "exp_avg", "exp_avg_sq"):
+                    kept += n * piece.bytes(rank)
+        return kept + 2 * most
+
+    def is_in_bytes(self, shape: Shape, load: Load, options: Options) -> bool:
+        """Whether signs are kept in bytes."""
+        layout = _layout_of(self.cls, shape, load.dtype, options, self.more)
+        return layout["exp_avg_sign"][1] == signs.BYTES
 
     def _partial_sums(self, load: Load, rank: Rank) -> int:
         """Workspace of the CUDA kernels on a rank's shards: a call for each group of options."""
@@ -203,12 +217,12 @@ class Factored(Optimizer):
         whole: list[int] = []
         batch = options.batch_dims
         for shape, n in shapes:
-            part, one = rank.part(shape), shape[batch:]
+            part, one = rank.part(shape), options.slices(shape)[1]
             if not math.prod(part):
                 continue
-            if batch:  # matrices of their own
-                n, part = n * math.prod(part[:batch]), one
-            pieces = self.pieces(one, load.dtype, options._replace(batch_dims=0))
+            if batch or options.views > 1:  # matrices of their own
+                n, part = n * math.prod(part) // math.prod(one), one
+            pieces = self.pieces(one, load.dtype, options._replace(batch_dims=0, views=1))
             numel = math.prod(part)
             if "exp_avg_sq_col" in pieces:
                 cols = math.prod(pieces["exp_avg_sq_col"].shape)
@@ -237,15 +251,29 @@ def _asked(
     cls: Any, shape: Shape, dtype: torch.dtype, options: Options, more: tuple[tuple[str, str], ...]
 ) -> dict[str, Piece]:
     """The state that an optimizer of hfac creates for a parameter on the meta device."""
-    param = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
-    own = {name: value for name, value in options._asdict().items() if name in cls._all_rules()}
-    optimizer = cls([{"params": [param], **own}], **dict(more))
+    param, optimizer = _made(cls, shape, dtype, options, more)
     layout = optimizer._layout(param, optimizer.param_groups[0])
     found = {}
     for key, value in optimizer.state[param].items():
         _, _, follows = layout.get(key, (None, None, ()))
         found[key] = Piece(tuple(value.shape), value.element_size(), follows.index(0) if 0 in follows else None)
     return found
+
+
+@lru_cache(maxsize=4096)
+def _layout_of(
+    cls: Any, shape: Shape, dtype: torch.dtype, options: Options, more: tuple[tuple[str, str], ...]
+) -> dict[str, Any]:
+    param, optimizer = _made(cls, shape, dtype, options, more)
+    return optimizer._layout(param, optimizer.param_groups[0])
+
+
+def _made(
+    cls: Any, shape: Shape, dtype: torch.dtype, options: Options, more: tuple[tuple[str, str], ...]
+) -> tuple[torch.nn.Parameter, Any]:
+    param = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+    own = {name: value for name, value in options._asdict().items() if name in cls._all_rules()}
+    return param, cls([{"params": [param], **own}], **dict(more))
 
 
 ADAMW = AdamW("adamw-fp32", "AdamW, fp32 state", torch.float32)

@@ -68,6 +68,16 @@ class Options(NamedTuple):
     rounding: str = "nearest"
     master: str | None = None
     signs: str = "bits"
+    views: int = 1
+    views_dim: int = 0
+
+    def slices(self, shape: Shape) -> tuple[int, Shape]:
+        """How many slices a parameter of ``shape`` has, pieces of fused weights included, and the shape of one."""
+        batch, along = self.batch_dims, self.batch_dims + self.views_dim
+        count = math.prod(shape[:batch]) * self.views
+        if self.views == 1:
+            return count, shape[batch:]
+        return count, (*shape[batch:along], shape[along] // self.views, *shape[along + 1 :])
 
 
 PLAIN = Options()
@@ -112,7 +122,8 @@ class Load:
 
     def options(self, parameter: Parameter) -> Options:
         """The options of HFac and SMMF for a parameter."""
-        return Options(parameter.dense, parameter.batch_dims, self.rounding, self.master, self.signs)
+        p = parameter
+        return Options(p.dense, p.batch_dims, self.rounding, self.master, self.signs, p.views, p.views_dim)
 
     def weight_bytes(self, rank: Rank = ALONE) -> int:
         return sum(n * math.ceil(size * math.prod(rank.part(shape))) for (shape, size), n in self.weights.items())

@@ -25,7 +25,7 @@ class Parameter:
         trainable: it has a gradient and optimizer state.
         itemsize: bytes of an element if its type is not the planned one, such as a quantized one. A fraction if
             several elements share a byte or a scale.
-        dense, batch_dims: options of its group, as in `hfac.param_groups`.
+        dense, batch_dims, views, views_dim: options of its group, as in `hfac.param_groups`.
         labels: what patterns may match besides its name: further names of tied weights, and classes of the modules
             that hold it.
     """
@@ -36,6 +36,8 @@ class Parameter:
     itemsize: float | None = None
     dense: bool = False
     batch_dims: int = 0
+    views: int = 1
+    views_dim: int = 0
     labels: tuple[str, ...] = ()
 
     @property
@@ -63,11 +65,18 @@ class Model:
                 f"required is a model with something to train; {self.source} has no parameter that requires_grad"
             )
 
-    def grouped(self, dense: Iterable[str], batch_dims: Mapping[str, int]) -> Model:
-        """The model with ``dense`` and ``batch_dims`` set where patterns match, as in `hfac.param_groups`.
+    def grouped(
+        self,
+        dense: Iterable[str],
+        batch_dims: Mapping[str, int],
+        views: Mapping[str, int] | None = None,
+        views_dim: Mapping[str, int] | None = None,
+    ) -> Model:
+        """The model with these options set where patterns match, as in `hfac.param_groups`.
 
         Raises:
-            UsageError: a pattern matches nothing that is trained, or a stack does not have that many dimensions.
+            UsageError: a pattern matches nothing that is trained, a stack does not have that many dimensions, or a
+                fused weight cannot be cut into that many pieces.
         """
         parameters = list(self.parameters)
         for pattern in dense:
@@ -82,7 +91,36 @@ class Model:
                         f"{max(len(shape), 1) - 1} is required; name the stacks alone in its patterns"
                     )
                 parameters[i] = replace(parameters[i], batch_dims=count)
+        for pattern, dim in (views_dim or {}).items():
+            for i in self._matching("--views-dim", pattern):
+                parameters[i] = replace(parameters[i], views_dim=dim)
+        for pattern, pieces in (views or {}).items():
+            for i in self._matching("--views", pattern):
+                name, shape, cut = parameters[i].name, parameters[i].shape, parameters[i]
+                along = cut.batch_dims + cut.views_dim
+                if pieces < 1 or along >= len(shape) or shape[along] % pieces:
+                    raise UsageError(
+                        f"--views says {pieces} of {name}, which has shape {shape}: a number is required into which "
+                        f"dimension {along} can be cut; name the fused weights alone in its patterns, and another "
+                        "dimension with --views-dim"
+                    )
+                parameters[i] = replace(cut, views=pieces)
         return replace(self, parameters=tuple(parameters))
+
+    def check_pieces(self, worlds: Iterable[int]) -> None:
+        """Raise `UsageError` if FSDP2 would give some of so many ranks parts of a fused weight's pieces, which HFac
+        and SMMF refuse."""
+        for world in worlds:
+            for each in self.parameters:
+                if each.views == 1 or each.batch_dims or world == 1:
+                    continue
+                share, piece = -(-each.shape[0] // world), each.shape[0] // each.views
+                if each.views_dim or share % piece:
+                    raise UsageError(
+                        f"--views {each.views} of {each.name}, of shape {each.shape}, cannot be sharded over {world} "
+                        f"GPUs: FSDP2 gives each {share} of {each.shape[0]} rows, which are no whole pieces. Leave "
+                        "--views out, or plan numbers of GPUs that each have whole pieces of rows"
+                    )
 
     def _matching(self, option: str, pattern: str) -> list[int]:
         trained = [(i, parameter) for i, parameter in enumerate(self.parameters) if parameter.trainable]

@@ -44,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=tuple(memory.DTYPES), default="bf16", help=meaning)
     meaning = "parameters that are stacks, and how many of their leading dimensions index slices; may be repeated"
     parser.add_argument("--batch-dims", type=_stack, action="append", metavar="PATTERN=N", help=meaning)
+    meaning = "fused weights, and of how many equal pieces they are made; may be repeated"
+    parser.add_argument("--views", type=_stack, action="append", metavar="PATTERN=N", help=meaning)
+    meaning = "fused weights that are cut along another dimension than their first, and that; may be repeated"
+    parser.add_argument("--views-dim", type=_stack, action="append", metavar="PATTERN=DIM", help=meaning)
     meaning = "parameters whose moments HFac and SMMF keep whole; may be repeated"
     parser.add_argument("--dense", action="append", metavar="PATTERN", help=meaning)
     meaning = "master weights that HFac and SMMF keep beside bfloat16 weights (default: none)"
@@ -82,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.plot is not None:
         outputs.check_picture("--plot", args.plot)
-    model = sources.read(args.model).grouped(args.dense or (), dict(args.batch_dims or ()))
+    counts = (dict(given or ()) for given in (args.batch_dims, args.views, args.views_dim))
+    model = sources.read(args.model).grouped(args.dense or (), *counts)
+    model.check_pieces(args.world_size)
     load = memory.Load(model, dtype, args.rounding, args.master, args.signs)
     worlds = {world: footprints.rows(load, world) for world in args.world_size}
     found = findings.find(model, load, args.world_size)
@@ -161,6 +167,7 @@ def _options_told(model: sources.Model, load: memory.Load) -> str:
     for name, count in (
         ("dense", sum(parameter.dense for parameter in model.parameters)),
         ("batch_dims", sum(parameter.batch_dims > 0 for parameter in model.parameters)),
+        ("views", sum(parameter.views > 1 for parameter in model.parameters)),
     ):
         if count:
             said.append(f"{name} for {count:,} tensor{'s'[: count != 1]}")
@@ -240,6 +247,7 @@ def _as_json(
         "signs": load.signs,
         "dense": [parameter.name for parameter in model.parameters if parameter.dense],
         "batch_dims": {parameter.name: parameter.batch_dims for parameter in model.parameters if parameter.batch_dims},
+        "views": {each.name: [each.views, each.views_dim] for each in model.parameters if each.views > 1},
         "assumed": list(model.assumed),
         "world_sizes": [
             {"world_size": world, "optimizers": [_row_as_json(row, load) for row in rows]}

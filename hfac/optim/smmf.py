@@ -7,11 +7,10 @@ from typing import Any, get_args
 from torch.optim.optimizer import ParamsT
 
 from .. import matricize
-from ..distributed import layout
 from ..types import Backend, Master, Nonfinite, Rounding, Scalar, Signs, WeightDecayMode
 from . import options
 from .base import FactoredOptimizer
-from .state import Side, keeps_sign_bytes
+from .state import Side, placement_splits_bytes
 
 SIGNS = get_args(Signs)
 
@@ -140,8 +139,7 @@ class SMMF(FactoredOptimizer):
             for param in group["params"]
             if group["signs"] == "bits"
             and "exp_avg_sign" in self.state.get(param, ())
-            and layout.is_dtensor(param)
-            and keeps_sign_bytes(param, group)
+            and placement_splits_bytes(param, group)
         ]
         if own:
             yield (

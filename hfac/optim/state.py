@@ -512,16 +512,27 @@ def needs_reduction(param: Tensor, group: Mapping[str, Any]) -> bool:
 
 
 def keeps_sign_bytes(param: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether a parameter's signs are kept in bytes (`hfac.signs`): the group says so, or its placement, or the pieces
-    of a fused weight, would split bytes of bits."""
-    if group.get("signs") == "bytes":
-        return True
+    """Whether a parameter's signs are kept in bytes (`hfac.signs`): the group says so, or the pieces of a fused weight,
+    or its placement, would split bytes of bits."""
+    return group.get("signs") == "bytes" or _pieces_split_bytes(param, group) or placement_splits_bytes(param, group)
+
+
+def _pieces_split_bytes(param: Tensor, group: Mapping[str, Any]) -> bool:
+    if group["views"] == 1 or group["views_dim"] == 0:
+        return False
+    _, (_, *rest) = sliced(param, group)
+    return group["views_dim"] > 1 or math.prod(rest) % 8 != 0
+
+
+def placement_splits_bytes(param: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether bytes of sign bits that the parameter would have on one device cannot be sharded as it is."""
+    if _pieces_split_bytes(param, group):
+        return False
     if group["views"] == 1 or group["views_dim"] == 0:
         return needs_reduction(param, group) and layout.splits_sign_bytes(param)
-    _, (_, *rest) = sliced(param, group)
-    if group["views_dim"] > 1 or math.prod(rest) % 8:
-        return True
-    return layout.is_sharded(param) and (group["batch_dims"] > 0 or layout.splits_sign_bytes(param))
+    batch = group["batch_dims"]
+    cut_is_sharded = layout.is_sharded(param) and any(layout.sharded_by(param)[batch + group["views_dim"]])
+    return cut_is_sharded and (batch > 0 or layout.splits_sign_bytes(param))
 
 
 def sliced(param: Tensor, group: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:

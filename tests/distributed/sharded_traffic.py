@@ -186,6 +186,7 @@ def refusals():
         ),
         "skip-later": lambda: skip_later(made((4, 6), [Shard(0), Replicate()])),
         "watch-slices": lambda: hfac.HFac([made((4, 6, 8), [Shard(0), Replicate()])], watch=True, batch_dims=1),
+        "part-of-slices": lambda: hfac.SMMF([made((4, 6, 8), [Replicate(), Shard(1)])], batch_dims=1),
         "triton": lambda: hfac.SMMF([made((4, 6), [Shard(0), Replicate()])], backend="cuda"),
         "step-param": lambda: step_of(made((4, 6), [Shard(0), Replicate()])),
         "release-ddp": lambda: release("ddp"),

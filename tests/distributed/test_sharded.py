@@ -185,6 +185,7 @@ def test_what_cannot_be_sharded_is_refused():
         "capturable-skip": r"ValueError: HFac: parameter 0 .* sharded, and capturable=True .*nonfinite='skip-step'",
         "skip-later": r"ValueError: SMMF: parameter 0 .* sharded, and capturable=True .*nonfinite='skip-step'",
         "watch-slices": r"ValueError: HFac: parameter 0 .* batch_dims=1 and is sharded; watch=True is not supported",
+        "part-of-slices": r"ValueError: SMMF: parameter 0 .* only the first 1 dimension\(s\) can be sharded then",
         "triton": r"RuntimeError: backend='cuda' was asked for",
         "release-ddp": r"RuntimeError: release_gradients: DistributedDataParallel averages .*fully_shard",
         "step-param": r"RuntimeError: HFac.step_param: parameter 0 of group 0 .* is sharded, .*Call step\(\)",

@@ -201,6 +201,8 @@ OPTIONS = {
     "stacks with masters": ({"master": "split"}, {"batch_dims": 1}, "bf16"),
     "signs in bytes": ({"signs": "bytes"}, {}, "fp32"),
     "stacks with signs in bytes": ({"signs": "bytes"}, {"batch_dims": 1}, "fp32"),
+    "pieces of rows": ({}, {"views": 3}, "fp32"),
+    "pieces of columns of stacks": ({}, {"batch_dims": 1, "views": 4, "views_dim": 1}, "fp32"),
 }
 
 
@@ -213,8 +215,8 @@ def stacks():
 def grouped(module, everywhere, some, dtype):
     """The model as it is planned, and the groups that its optimizers get."""
     dense = ["experts_*"] if some.get("dense") else []
-    batch_dims = {"experts_*": 1} if some.get("batch_dims") else {}
-    model = parameters.of_module(module, "model", "here").grouped(dense, batch_dims)
+    given = ({"experts_*": some[name]} if name in some else {} for name in ("batch_dims", "views", "views_dim"))
+    model = parameters.of_module(module, "model", "here").grouped(dense, *given)
     chosen = {name: everywhere[name] for name in ("rounding", "master", "signs") if name in everywhere}
     load = memory.Load(model, memory.DTYPES[dtype], **chosen)
     experts = [param for name, param in module.items() if name.startswith("experts")]
@@ -242,20 +244,22 @@ def test_bytes_under_options_are_those_of_real_tensors(name, label):
 
 def test_bits_beside_signs_in_bytes_are_those_that_the_optimizer_keeps():
     module = stacks()
-    for some in ({}, {"batch_dims": 1}):
+    for some in ({}, {"batch_dims": 1}, {"views": 2, "views_dim": 1}, {"batch_dims": 1, "views": 4, "views_dim": 1}):
         load, groups = grouped(module, {"signs": "bytes"}, some, "fp32")
         with_gradients(module)
         optimizer = hfac.SMMF(groups, backend="cpu")
         optimizer.step()
         planned, least = footprints.OPTIMIZERS["smmf"], 2 * 6 * 20 * 12  # temporaries, of the largest parameter
         assert planned._packed_bytes(load, memory.ALONE) == optimizer.workspace_bytes() + least
+        if "views" in some:  # bits of pieces of columns are gathered, too
+            continue
         bits, _ = grouped(module, {}, some, "fp32")
         more = planned.transient(load, memory.ALONE).bytes - planned.transient(bits, memory.ALONE).bytes
         assert more == optimizer.workspace_bytes() + least
         assert "bits of the signs" in planned.transient(load, memory.ALONE).origin
 
 
-@pytest.mark.parametrize(("label", "world"), list(zip(OPTIONS, (13, 14, 15, 17, 18, 3, 19), strict=True)))
+@pytest.mark.parametrize(("label", "world"), list(zip(OPTIONS, (13, 14, 15, 17, 18, 3, 19, 3, 5), strict=True)))
 def test_shards_under_options_are_torchs(label, world):
     from torch.distributed.fsdp import fully_shard
 
@@ -464,11 +468,14 @@ def test_what_was_asked_for_is_no_finding():
 def test_options_are_planned_and_told(capsys):
     arguments = ["gpt2", "--dense", "*wpe*", "--batch-dims", "*.c_fc.weight=1", "--master", "split"]
     arguments += ["--rounding", "stochastic", "--signs", "bytes"]
+    arguments += ["--views", "*.c_attn.weight=3", "--views-dim", "*.c_attn.weight=1"]
     found = json.loads(plan(capsys, *arguments, "--json"))
     assert found["dense"] == ["transformer.wpe.weight"] and len(found["batch_dims"]) == 12
     assert (found["master"], found["rounding"], found["signs"]) == ("split", "stochastic", "bytes")
+    assert len(found["views"]) == 12 and set(map(tuple, found["views"].values())) == {(3, 1)}
     text = " ".join(plan(capsys, *arguments).split())
-    assert "master=split, rounding=stochastic, signs=bytes, dense for 1 tensor, batch_dims for 12 tensors" in text
+    told = "master=split, rounding=stochastic, signs=bytes, dense for 1 tensor, batch_dims for 12 tensors, views for 12"
+    assert told in text
     bare = json.loads(plan(capsys, "gpt2", "--json"))
     for shown, plain in zip(*(entry["world_sizes"][0]["optimizers"] for entry in (found, bare)), strict=True):
         ours = shown["optimizer"] in ("hfac-int8", "hfac", "smmf")
@@ -481,6 +488,12 @@ def test_options_are_planned_and_told(capsys):
         (["--dense", "nothing*"], "'nothing*' matches no parameter that is trained"),
         (["--batch-dims", "*wpe*=2"], "a number from 0 to 1 is required"),
         (["--batch-dims", "*wpe*"], "required is PATTERN=N"),
+        (["--views", "*.c_attn.weight=5"], "a number is required into which dimension 0 can be cut"),
+        (["--views", "*.c_attn.bias=3", "--views-dim", "*.c_attn.bias=1"], "into which dimension 1 can be cut"),
+        (
+            ["--views", "*.c_attn.weight=3", "--world-size", "1,8"],
+            "FSDP2 gives each 96 of 768 rows, which are no whole",
+        ),
         (["--batch-dims", "*wpe*=x"], "required is a whole number of at least 0"),
         (["--master", "split", "--dtype", "fp32"], "are for weights of fewer bits"),
         (["--rounding", "stochastic", "--dtype", "fp32"], "are for weights of fewer bits"),
