@@ -289,9 +289,22 @@ def test_a_sharded_step_on_another_stream_has_buffers_of_its_own(name, backend):
     assert found[0] is found[1] is not found[2]
 
 
+def prepared_by_accelerate(net, optimizer, monkeypatch):
+    """Both offloaded by accelerate's plugin; the process group is there already."""
+    accelerate = pytest.importorskip("accelerate")
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    for key, value in (ranks | {"ACCELERATE_USE_FSDP": "true"}).items():
+        monkeypatch.setenv(key, value)
+    for state in (accelerate.state.PartialState, accelerate.state.AcceleratorState):
+        monkeypatch.setattr(state, "_shared_state", {})  # that of this test alone
+    plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=True, auto_wrap_policy="no_wrap")
+    return accelerate.Accelerator(fsdp_plugin=plugin).prepare(net, optimizer)
+
+
 @pytest.mark.skipif(not HAS_GPU, reason="FSDP2's offload policy wants a GPU")
+@pytest.mark.parametrize("by", ["fully_shard", "accelerate"])
 @BOTH
-def test_what_fsdp2_offloads_is_stepped_on_the_cpu(name):
+def test_what_fsdp2_offloads_is_stepped_on_the_cpu(name, by, monkeypatch):
     """On one rank, beside the same model on the CPU."""
     torch.distributed.init_process_group(
         "cpu:gloo,cuda:nccl", store=torch.distributed.HashStore(), rank=0, world_size=1
@@ -300,9 +313,12 @@ def test_what_fsdp2_offloads_is_stepped_on_the_cpu(name):
         torch.manual_seed(0)
         plain = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Tanh(), torch.nn.Linear(96, 8))
         net = copy.deepcopy(plain).cuda()
-        mesh = torch.distributed.device_mesh.init_device_mesh("cuda", (1,))
-        fully_shard(net, mesh=mesh, offload_policy=CPUOffloadPolicy())
+        if by == "fully_shard":
+            mesh = torch.distributed.device_mesh.init_device_mesh("cuda", (1,))
+            fully_shard(net, mesh=mesh, offload_policy=CPUOffloadPolicy())
         optimizers = [getattr(hfac, name)(each.parameters(), lr=0.01) for each in (net, plain)]
+        if by == "accelerate":  # which shards what the optimizer has already
+            net, optimizers[0] = prepared_by_accelerate(net, optimizers[0], monkeypatch)
         for seed in range(3):
             x = torch.randn(8, 64, generator=torch.Generator().manual_seed(seed))
             for each, optimizer in zip((net, plain), optimizers, strict=True):

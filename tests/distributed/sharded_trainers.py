@@ -2,6 +2,7 @@
 rank."""
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, FullyShardedDataParallel, OffloadPolicy
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
@@ -56,8 +57,12 @@ def windows(start: int, count: int) -> torch.Tensor:
     return torch.stack([torch.randint(VOCABULARY, (WINDOW,), generator=g) for g in generators])
 
 
-def with_accelerate(name: str, folder: str) -> dict[str, Any]:
-    """Losses of whole parameters, of sharded ones, and of those that went on from a checkpoint; what the state is."""
+def with_accelerate(name: str, folder: str, offload: bool = False) -> dict[str, Any]:
+    """Losses of whole parameters, of sharded ones, and of those that went on from a checkpoint; what the state is.
+
+    ``offload``: under FSDP2's CPUOffloadPolicy, which without a GPU has no memory to pin, and with the weights loaded
+    as accelerate does it by default: on rank 0, which sends them to the others.
+    """
 
     def run(model: torch.nn.Module, optimizer: Any, steps: range, accelerator: Accelerator | None) -> list[float]:
         losses = []
@@ -78,7 +83,8 @@ def with_accelerate(name: str, folder: str) -> dict[str, Any]:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         state_dict_type="SHARDED_STATE_DICT",
-        cpu_ram_efficient_loading=False,
+        cpu_offload=CPUOffloadPolicy(pin_memory=False) if offload else False,
+        cpu_ram_efficient_loading=offload,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["GPT2Block"],
     )
@@ -94,6 +100,9 @@ def with_accelerate(name: str, folder: str) -> dict[str, Any]:
             accelerator.load_state(folder)
         losses[seed] = run(prepared, optimizer, range(SAVED_AT, STEPS), accelerator)
         accelerator.free_memory()
+    units = [each for each in prepared.modules() if isinstance(each, FSDPModule)]
+    policies = {type(unit._get_fsdp_state()._fsdp_param_group.offload_policy) for unit in units}
+    assert policies == {CPUOffloadPolicy if offload else OffloadPolicy}
     sharded_states = states(optimizer)
     forget()
     return {"whole": expected, "sharded": before + losses[0], "resumed": losses[1], "states": sharded_states}
@@ -170,7 +179,11 @@ def run_all(names: list[str], folder: str) -> dict[tuple[str, str], Any]:
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks)
     refused = {("FSDP1", name): refused_by(name) for name in names}  # before accelerate changes anything
     let_fsdp_train_on_cpus()
-    trainers = {"accelerate": with_accelerate, "transformers": with_trainer}
+    trainers = {
+        "accelerate": with_accelerate,
+        "accelerate, offloaded": partial(with_accelerate, offload=True),
+        "transformers": with_trainer,
+    }
     trained = {
         (trainer, name): train(name, f"{folder}/{trainer}-{name}")
         for trainer, train in trainers.items()

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
 )
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 
-TRAINERS = ("accelerate", "transformers")
+TRAINERS = ("accelerate", "accelerate, offloaded", "transformers")
 EACH = pytest.mark.parametrize("name", ["HFac", pytest.param("SMMF", marks=pytest.mark.slow)], scope="module")
 
 

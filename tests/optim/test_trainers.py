@@ -1,11 +1,13 @@
-"""transformers' Trainer, accelerate and Lightning end on the bits of a loop written by hand, clipping gradients and
-moving learning rates, and go on from their checkpoints bit for bit."""
+"""transformers' Trainer, accelerate, Lightning and axolotl end on the bits of a loop written by hand, clipping
+gradients and moving learning rates, and go on from their checkpoints bit for bit."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import documents
 import pytest
 import torch
 from running import bits
@@ -177,11 +179,74 @@ def with_lightning(
     return module.model, trainer.optimizers[0]
 
 
+def with_axolotl(
+    name: str, precision: str, folder: Path, seed: int, resume: bool
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """By axolotl's own builder, with the plugin of docs/trainers.md: what `axolotl train` does with them, without the
+    loading of models and data."""
+    pytest.importorskip("axolotl")
+    import datasets
+    import transformers
+    from axolotl.integrations.base import BasePlugin, PluginManager
+    from axolotl.utils.dict import DictDefault
+    from axolotl.utils.trainer import setup_trainer
+
+    (page,) = (page for page in documents.PAGES if page.name == "trainers.md")
+    (block,) = (block for block in documents.blocks(page) if block.after("not run") == "needs axolotl")
+    sys.modules["my_plugin"] = plugin = type(sys)("my_plugin")
+    exec(block.compiled(), plugin.__dict__)
+    hook = plugin.HFacPlugin.post_trainer_create
+
+    def with_options(self: Any, cfg: Any, trainer: Any) -> None:
+        hook(self, cfg, trainer)
+        made, options = trainer.optimizer_cls_and_kwargs
+        assert made is hfac.HFac
+        trainer.optimizer_cls_and_kwargs = (getattr(hfac, name), options | OPTIONS[name])
+
+    class OnCPU(BasePlugin):
+        def get_training_args(self, cfg: Any) -> dict[str, Any]:
+            return {"use_cpu": True, "train_sampling_strategy": "sequential", "disable_tqdm": True}
+
+    plugin.HFacPlugin.post_trainer_create, plugin.OnCPU = with_options, OnCPU
+    cfg = DictDefault(
+        plugins=["my_plugin.HFacPlugin", "my_plugin.OnCPU"],
+        optimizer="adamw_torch",
+        output_dir=str(folder),
+        bf16=precision == "autocast",
+        max_steps=STEPS,
+        num_epochs=1,
+        save_steps=SAVED_AT,
+        micro_batch_size=PER_STEP,
+        gradient_accumulation_steps=1,
+        learning_rate=LR,
+        weight_decay=DECAY,
+        max_grad_norm=CLIP,
+        lr_scheduler="linear",
+        warmup_steps=0,
+        val_set_size=0,
+        sequence_len=5,
+        seed=0,
+    )
+    plugins = PluginManager.get_instance()
+    for each in cfg.plugins:
+        plugins.register(each)
+    plugins.cfg = cfg
+    module = model(precision, seed)
+    data = datasets.Dataset.from_list(samples()).with_format("torch")
+    trainer = setup_trainer(cfg, data, None, module, None, None, STEPS)
+    plugins.post_trainer_create(cfg, trainer)
+    trainer.data_collator = trainer.train_data_collator = transformers.default_data_collator  # there is no text to pad
+    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{SAVED_AT}") if resume else None)
+    assert trainer.state.global_step == STEPS
+    return module, trainer.optimizer
+
+
 RUNS: dict[str, Run] = {
     "transformers": with_transformers,
     "transformers, an instance": with_transformers_instance,
     "accelerate": with_accelerate,
     "lightning": with_lightning,
+    "axolotl": with_axolotl,
 }
 
 
@@ -211,3 +276,12 @@ def test_training_is_that_of_a_loop_by_hand_and_goes_on(
     whole = left(RUNS[trainer](name, precision, tmp_path, 0, False))
     assert not differing(whole, left(by_hand(name, precision)))
     assert not differing(whole, left(RUNS[trainer](name, precision, tmp_path, 1, True)))  # that began elsewhere
+
+
+@pytest.mark.parametrize("name", ["hfac", "HFac", "hfac.HFac", "smmf"])
+def test_transformers_takes_no_optimizer_of_another_package_by_name(name: str, tmp_path: Path) -> None:
+    """Should this fail, docs/trainers.md has a shorter way to show."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    with pytest.raises(ValueError, match=f"{name} is not a valid OptimizerNames"):
+        transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, optim=name)
