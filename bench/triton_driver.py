@@ -39,8 +39,8 @@ class Driver:
         return 0
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        def launch(*given: Any) -> None:
-            self.launched(metadata.name, given[:3], given[_BEFORE:])
+        def launch(*given: Any) -> None:  # Triton keeps kernels for longer than drivers
+            triton.runtime.driver.active.launched(metadata.name, given[:3], given[_BEFORE:])
 
         return launch
 

@@ -1,7 +1,9 @@
 """Launches of a plan: the first of each kernel goes through Triton, which compiles it or finds it compiled; those that
 follow go straight to what came of that."""
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +12,20 @@ from triton.compiler import CompiledKernel
 
 from . import table
 from .plan import Launch, compile_options
+
+_timed: list[tuple[str, float]] | None = None
+
+
+@contextmanager
+def timed() -> Iterator[list[tuple[str, float]]]:
+    """Kernels that are launched through Triton meanwhile, and the seconds until each was compiled, or found compiled,
+    and launched."""
+    global _timed
+    before, _timed = _timed, []
+    try:
+        yield _timed
+    finally:
+        _timed = before
 
 
 class Launcher:
@@ -43,7 +59,10 @@ class Launcher:
         constants = launch.constants | {name: options[name] for name in launch.options}
         maker = "hip" if torch.version.hip else self.device.type
         given = dict(zip(launch.memory, memory, strict=True)) | constants
+        begin = time.perf_counter()
         found = launch.kernel[(len(launch.tiles),)](**given, **compile_options(constants, launch.warps, maker))
+        if _timed is not None:
+            _timed.append((launch.name, time.perf_counter() - begin))
         if isinstance(found, CompiledKernel):  # the interpreter finds nothing, nor does a hook that stops Triton
             launch.compiled[key] = launched_by(found, launch, constants)
 

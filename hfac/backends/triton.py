@@ -6,6 +6,7 @@ Nothing of Triton is imported before a step asks for it.
 import functools
 import importlib.util
 import os
+import tempfile
 from collections.abc import Callable
 
 import torch
@@ -98,3 +99,20 @@ def bind(operands: Operands) -> Callable[..., None]:
     from ..triton_kernels.step import Bound
 
     return ShardCall(operands) if operands.op.shard else Bound(operands)
+
+
+def cold(step: Callable[[], object]) -> list[tuple[str, float]]:
+    """Makes a step with nothing in Triton's cache on disk, and returns the kernels that it compiles, with the seconds
+    of each. What this process has compiled before is not compiled again."""
+    from ..triton_kernels import launcher
+
+    kept = os.environ.get("TRITON_CACHE_DIR")
+    with tempfile.TemporaryDirectory(prefix="hfac-triton-") as folder, launcher.timed() as found:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        try:
+            step()
+        finally:
+            del os.environ["TRITON_CACHE_DIR"]
+            if kept is not None:
+                os.environ["TRITON_CACHE_DIR"] = kept
+    return found

@@ -12,6 +12,7 @@ import torch
 from torch.nn import Parameter
 
 from hfac import SMMF, HFac, parity
+from hfac.backends import triton
 
 #: Scalars, vectors, a single row, primes, odd numbers of sign bytes, more columns than a block has, five dimensions, an
 #: empty tensor, and a matrix large enough for several threads and tiles.
@@ -32,6 +33,8 @@ SHAPES: tuple[parity.Shape, ...] = (
 )
 #: For Triton's interpreter, which takes as long for a thousand elements as kernels do for a million.
 INTERPRETED: tuple[parity.Shape, ...] = ((), (7,), (1, 64), (17, 19), (24, 18), (6, 4, 3, 3), (0, 5))
+#: As a language model's: matrices of every width that kernels are compiled for, and vectors.
+FIRST_SHAPES: tuple[parity.Shape, ...] = ((64, 64), (256, 256), (256, 1024), (256, 4096), (256, 8192), (1024,))
 OPTIMIZERS = (HFac, SMMF)
 COMMON: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1}
 #: What is checked for each optimizer: the name of the case, the parameters' type, options.
@@ -77,6 +80,21 @@ def check(device: torch.device, names: list[str]) -> Iterator[dict[str, Any]]:
                     rest = f"not checked: the error before has left {device} unusable until Python is restarted"
                     yield {**row, "case": "all further cases", "differences": [rest]}
                     return
+
+
+def first_steps(device: torch.device) -> Iterator[dict[str, Any]]:
+    """What each optimizer's first step by the Triton kernels compiles on a device, for bfloat16 parameters of many
+    shapes. Ask before anything else has compiled them in this process.
+
+    Yields:
+        ``optimizer``; ``kernels``, how many were compiled; ``seconds``, of all of them.
+    """
+    for optimizer in OPTIMIZERS:
+        params = [Parameter(torch.zeros(shape, dtype=torch.bfloat16, device=device)) for shape in FIRST_SHAPES]
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        found = triton.cold(optimizer(params, backend="triton").step)
+        yield {"optimizer": optimizer.__name__, "kernels": len(found), "seconds": sum(s for _, s in found)}
 
 
 def takes(optimizer: type[HFac] | type[SMMF], options: dict[str, Any]) -> bool:

@@ -13,6 +13,7 @@ import platform
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,8 @@ def _check(device: torch.device, names: list[str], found: dict[str, Any], quiet:
     if not names:
         say(f"\nCheck on {device}: only the reference is here, and there is nothing to compare it with.")
         return
+    if "triton" in names and device.type != "cpu":
+        _first_steps(device, found, say)
     say(f"\nCheck on {device}, steps compared with the reference's:")
     differing = set()
     for row in check.check(device, names):
@@ -128,6 +131,15 @@ def _check(device: torch.device, names: list[str], found: dict[str, Any], quiet:
             f"{', '.join(sorted(differing))}: steps on {device} differ from the reference's. Use another backend "
             "(backend='reference' is always right), and report this output."
         )
+
+
+def _first_steps(device: torch.device, found: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Says how many kernels a first step compiles, which later processes find in Triton's cache, and adds it to
+    ``found``."""
+    say(f"\nFirst step of the Triton kernels on {device}, bfloat16, nothing compiled before:")
+    for row in check.first_steps(device):
+        found.setdefault("first_steps", []).append({"device": str(device)} | row)
+        say(f"  {row['optimizer']}: {row['kernels']} kernels compiled in {row['seconds']:.1f} s")
 
 
 def examine() -> dict[str, Any]:

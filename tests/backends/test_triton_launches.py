@@ -2,15 +2,18 @@
 its launches to a function."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
 
 import hfac
 from hfac import backends
+from hfac.cli import check, doctor
 
 triton = pytest.importorskip("triton")
 
+from hfac.triton_kernels import launcher  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from bench import triton_driver  # noqa: E402
@@ -78,6 +81,7 @@ def test_arguments_are_those_of_the_first_launch(driver):
     for _ in range(2):
         optimizer.step()
     half = len(driver.launches) // 2
+    assert half > 3
     for (name, grid, first), (again, same, later) in zip(driver.launches[:half], driver.launches[half:], strict=True):
         assert (again, same) == (name, grid)
         assert [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in first] == list(later)
@@ -100,7 +104,7 @@ def test_what_a_kernel_is_compiled_for_is_asked_again(driver, asked):
 
 
 def test_memory_of_another_alignment_is_another_kernel(driver, asked):
-    from hfac.triton_kernels import launcher, plan
+    from hfac.triton_kernels import plan
 
     made = plan.make_plan("smmf_dense_step_", [plan.Item(24, 1, torch.float32, torch.float32)])
     memory = torch.zeros(64, dtype=torch.int64)
@@ -124,3 +128,36 @@ def test_a_launch_that_compiles_nothing_is_made_again(driver, asked, monkeypatch
     count = len(asked)
     optimizer.step()
     assert len(asked) == 2 * count and not driver.launches
+
+
+def test_doctor_says_what_a_first_step_compiles(driver, tmp_path, monkeypatch):
+    """Each kernel that a step launches, with a cache of its own, which is gone afterwards as the variable is."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(check, "FIRST_SHAPES", ((16, 64), (24,)))
+    caches, run = set(), triton.runtime.jit.JITFunction.run
+
+    def observed(self, *arguments, **options):
+        caches.add(os.environ["TRITON_CACHE_DIR"])
+        return run(self, *arguments, **options)
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", observed)
+    found, said = {}, []
+    doctor._first_steps(CPU, found, said.append)
+    rows = {row["optimizer"]: row for row in found["first_steps"]}
+    names = [name for name, _, _ in driver.launches]
+    assert rows.keys() == {"HFac", "SMMF"} and sum(row["kernels"] for row in rows.values()) == len(names)
+    assert rows["SMMF"]["kernels"] == sum(name.startswith("smmf") for name in names) > 0
+    assert all(row["seconds"] > 0 for row in rows.values())
+    assert f"{rows['HFac']['kernels']} kernels compiled in {rows['HFac']['seconds']:.1f} s" in said[1]
+    assert len(caches) == 2 and str(tmp_path) not in caches and not any(map(os.path.exists, caches))
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path)
+
+
+def test_later_steps_are_not_first_ones(driver):
+    params, optimizer = stepped()
+    give_grads(params)
+    with launcher.timed() as found:
+        optimizer.step()
+        first = len(found)
+        optimizer.step()
+    assert 0 < first == len(found) == len(driver.launches) // 2
