@@ -4,16 +4,14 @@ They advance the steps, evaluate the step's scalars, and hand tensors that can s
 The classes `hfac.HFac` and `hfac.SMMF` keep a `Group` of the tensors of each parameter group from step to step.
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import memory, ops, schedules, spec
+from .buckets import Bucket, Owners, Step, Together, pick
 from .rounding import BitOffset
 from .schedules import Scalar
 from .scratch import Scratch
@@ -143,129 +141,6 @@ def _step(algorithm: str, grads: Sequence[Tensor], **arguments: Any) -> None:
     step.apply()
 
 
-@dataclass
-class _Bucket:
-    """Parameters that share one call: they agree in layout of state, device, types and step. The call is on their
-    slices, where they have batch dimensions."""
-
-    call: ops.OpCall
-    index: list[int] | None  # places in the group's lists; None where it is all of them
-    grad_dtype: torch.dtype
-    steps: list[Tensor]
-    skipped: list[Tensor] | None
-    on_host: ops.Counters | None  # the steps are read, and agree; else each parameter has its own decays, on the device
-    batch_dims: int
-    owners: "_Owners | None"  # with batch dimensions, where the device must know whose slice is whose
-    views: list[int] | None  # of each parameter, how many pieces it is cut into
-    views_dim: int  # the dimension that is cut, after the batch dimensions
-    counts: list[int]  # of each parameter, how many entries of the call are its slices
-    made: ops.DeviceCounters | None = None  # the steps, where the device counts them
-    left: ops.DeviceCounters | None = None  # steps that were skipped
-
-    def count(self, flags: Tensor | None, forbidden: Tensor | None, refused: Tensor | None) -> None:
-        """Counts a step. ``flags``: of the call's entries, which were skipped; ``forbidden``: 0-d, whether the step was
-        not made at all; ``refused``: 0-d, whether that counts as skipped."""
-        made = self.made
-        if self.on_host is not None:
-            self.on_host.advance()
-        elif made is not None:
-            made.add_(1)
-        if made is None and forbidden is not None:  # another group of the optimizer has amp_scaling
-            made = ops.DeviceCounters(self.steps)
-        if made is not None and self.left is not None and flags is not None and not _are_down(flags):
-            some, every = (flags, flags) if self.owners is None else self.owners.left(flags)
-            self.left.add_(some)
-            made.add_(every, alpha=-1)
-        if made is not None and forbidden is not None:
-            made.add_(forbidden, alpha=-1)
-        if self.left is not None and refused is not None:
-            self.left.add_(refused)
-
-    def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """What the call takes of a list that has one entry for each parameter of the group."""
-        mine = tensors if self.index is None else pick(tensors, self.index)
-        return list(slices(mine, self.batch_dims, self.views, self.views_dim))
-
-
-class _Together:
-    """Buckets whose steps, or the skipped ones, are counted on one device: their decays are computed together."""
-
-    def __init__(self, buckets: Sequence[_Bucket], may_move: bool, capturing: bool) -> None:
-        self._ends = list(accumulate(len(bucket.steps) for bucket in buckets))
-        self._buckets = buckets
-        self._counters = [
-            ops.DeviceCounters([s for bucket in buckets for s in bucket.steps], may_move, one_by_one=capturing)
-        ]
-        for bucket in buckets:
-            bucket.made = ops.DeviceCounters(bucket.steps, one_by_one=capturing)
-        if buckets[0].skipped is not None:
-            self._counters.append(
-                ops.DeviceCounters([s for b in buckets for s in b.skipped or ()], may_move, one_by_one=capturing)
-            )
-            for bucket in buckets:
-                bucket.left = ops.DeviceCounters(bucket.skipped or (), one_by_one=capturing)
-
-    def holds(self) -> bool:
-        return all(counters.holds() for counters in self._counters)
-
-    def decays(
-        self, algorithm: spec.Algorithm, options: Mapping[str, Any]
-    ) -> Iterator[tuple[_Bucket, Any, dict[str, Any]]]:
-        """Of the buckets whose steps the device alone knows, the number of their next step, and their decays."""
-        if self._buckets[0].on_host is not None:
-            return
-        made = self._counters[0].values()
-        t = made.to(schedules.step_dtype(made.device)) + 1
-        found = {"step": t, **algorithm.decays(t, options)}
-        for bucket, end in zip(self._buckets, self._ends, strict=True):
-            start = end - len(bucket.steps)
-            mine = {n: v[start:end] if isinstance(v, Tensor) and v.ndim else v for n, v in found.items()}
-            if bucket.owners is not None:
-                spread = bucket.owners.spread
-                mine = {n: spread(v) if isinstance(v, Tensor) and v.ndim else v for n, v in mine.items()}
-            yield bucket, mine.pop("step"), mine
-
-
-def _are_down(flags: Tensor) -> bool:
-    """Whether no flag is up, where the host can say so without waiting."""
-    return flags.is_cpu and type(flags) is Tensor and not flags.any()
-
-
-class _Owners:
-    """Whose slice each entry of a call is. Nothing here comes from the host, so that a CUDA graph may hold it."""
-
-    def __init__(self, counts: Sequence[int], device: torch.device) -> None:
-        self._of = torch.cat([torch.full((n,), i, dtype=torch.int64, device=device) for i, n in enumerate(counts)])
-        self._counts = self._sums(torch.ones_like(self._of, dtype=torch.int32), len(counts))
-
-    def spread(self, per_param: Tensor) -> Tensor:
-        """One entry for each slice."""
-        self._use()
-        return per_param[self._of]
-
-    def left(self, flags: Tensor) -> tuple[Tensor, Tensor]:
-        """1 for parameters of which a slice has its flag up, and for those of which all have."""
-        self._use()
-        up = self._sums(flags, len(self._counts))
-        some = up.clamp(max=1)
-        return some, some * (up == self._counts)
-
-    def _use(self) -> None:
-        """Tells the allocator of the stream that reads this now, which may not be the one that it was made on."""
-        device = self._of.device
-        if device.type in ("cuda", "xpu"):
-            stream = getattr(torch, device.type).current_stream(device)
-            for tensor in (self._of, self._counts):
-                tensor.record_stream(stream)
-
-    def _sums(self, flags: Tensor, count: int) -> Tensor:
-        return torch.zeros(count, dtype=torch.int32, device=flags.device).index_add_(0, self._of, flags)
-
-
-def pick(entries: Sequence[Any], index: Sequence[int]) -> list[Any]:
-    return [entries[i] for i in index]
-
-
 class Group:
     """The parameters of one group with their states, bucketed and checked once; every step brings gradients and
     options.
@@ -325,12 +200,12 @@ class Group:
                         f"{flag.device}"
                     )
         self._batch_dims = dims = batch_dims if views is None else batch_dims + 1
+        states_read = (state for tensors in read.values() for state in tensors if state is not None)
+        self._tensors = [*params, *states_read, *state_steps, *(skipped or ())]
         if dims:
             if batch_dims:
                 _check_batch(batch_dims, params, read)
             self._params = list(params)
-            self._sliced = [*params, *(state for tensors in read.values() for state in tensors if state is not None)]
-            self._known = ops.snapshot(self._sliced)
             # Slices are of what shares memory and version, and no more: a view would own its tensor, which torch then
             # refuses to swap (torch.utils.swap_tensors).
             params = [param.detach() for param in params]
@@ -390,7 +265,7 @@ class Group:
             told = dims and (skipped is not None or not on_host)
             counts = [param.shape[:dims].numel() for param in mine]
             self._buckets.append(
-                _Bucket(
+                Bucket(
                     call,
                     None if len(index) == len(params) else index,
                     grad_dtype,
@@ -398,7 +273,7 @@ class Group:
                     None if skipped is None else pick(skipped, index),
                     ops.Counters(steps) if on_host else None,
                     batch_dims,
-                    _Owners(counts, steps[0].device) if told else None,
+                    Owners(counts, steps[0].device) if told else None,
                     None if views is None else pick(views, index),
                     views_dim,
                     counts,
@@ -407,15 +282,26 @@ class Group:
         # States of an optimizer may be moved, unless a graph reads them where they are, or would do the moving.
         capturing = any(bucket.call.capturing() for bucket in self._buckets)
         may_move = captured is not None and not captured and not capturing
-        counted: dict[tuple[torch.device, bool], list[_Bucket]] = {}
+        counted: dict[tuple[torch.device, bool], list[Bucket]] = {}
         for bucket in self._buckets:
             if bucket.on_host is None or bucket.skipped is not None:
                 counted.setdefault((bucket.steps[0].device, bucket.on_host is not None), []).append(bucket)
-        self._together = [_Together(mine, may_move and not read, capturing) for (_, read), mine in counted.items()]
+        self._together = [Together(mine, may_move and not read, capturing) for (_, read), mine in counted.items()]
+        self._known = ops.snapshot(self._tensors)  # which the counters may have moved
+        #: whether a step is told nothing but gradients and numbers, unless it is clipped or scaled
+        self._repeats = not (self._together or self._scratch or watch or skips_steps)
+        #: of gradients that have been found right
+        self._known_grads: ops.Snapshot | None = None
 
-    def _holds(self, bucket: _Bucket) -> bool:
-        """Parameters and states are where they were; of slices, the memory that they were taken of."""
-        return ops.same(ops.snapshot(self._sliced), self._known) if self._batch_dims else bucket.call.holds()
+    def look(self, grads: list[Tensor]) -> ops.Snapshot | None:
+        """A snapshot of gradients, where such of the same types, devices, shapes and strides have been found right and
+        kernels can read them as they lie: the same object for as long as they lie where they lay. None of others, which
+        must be checked."""
+        known = self._known_grads
+        found = ops.compare(grads, known)
+        if found == ops.ALIKE:
+            self._known_grads = known = ops.snapshot(grads)
+        return None if found == ops.OTHER or memory.bypassed() or ops.any_negated(grads) else known
 
     def workspace_bytes(self) -> int:
         """Bytes on the device that fused kernels keep between steps, and those of `Scratch`."""
@@ -429,157 +315,81 @@ class Group:
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         **options: Any,
-    ) -> "Step | None":
+    ) -> Step | None:
         """Checks a step with these gradients; ``options`` are those of `hfac` or `smmf` that are no tensors' lists,
         ``grad_scale`` and ``found_inf`` as `ops.OpCall.prepare` takes them. None where the group must be bound anew:
         parameters or states do not lie where they lay, gradients have other types than they had, or the steps of one
         bucket have come apart."""
-        scalars = {
-            **self._algorithm.scalars(options),
-            "maximize": options["maximize"],
-            **{name: schedules.as_scalar(name, options[name]) for name in ("lr", "weight_decay")},
-        }
-        if self._batch_dims:
-            ops.check_grads(self._params, grads)
-        if not all(together.holds() for together in self._together):
+        rates = {name: schedules.as_scalar(name, options[name]) for name in ("lr", "weight_decay")}
+        grads = list(grads)
+        if ops.compare(self._tensors, self._known) != ops.SAME:
             return None
+        seen = self.look(grads)
+        if seen is None:
+            self._known_grads = None
+            if self._batch_dims:
+                ops.check_grads(self._params, grads)
+        scalars = {**self._algorithm.scalars(options), "maximize": options["maximize"], **rates}
         on_device = {
-            id(bucket): (t, decays)
+            id(bucket): found
             for together in self._together
-            for bucket, t, decays in together.decays(self._algorithm, options)
+            for bucket, *found in together.decays(self._algorithm, options)
         }
-        calls = []
+        told = []
         for bucket in self._buckets:
-            mine = bucket.of(grads)
-            known = bucket.call.knows(mine)
-            if not self._holds(bucket) or not (known or all(grad.dtype == bucket.grad_dtype for grad in mine)):
+            if seen is None and not all(grad.dtype == bucket.grad_dtype for grad in bucket.among(grads)):
                 return None
             t: Any
             if bucket.on_host is None:
                 t, decays = on_device[id(bucket)]
             else:
-                made = bucket.on_host.common()
+                made = bucket.on_host.common(hold=True)
                 if made is None:
                     return None
                 t = made + 1
                 decays = self._algorithm.decays(t, options)
-            flags, watched = None, None
-            forbidden = found_inf
-            if self._skips_steps:  # the step's own, for `Step.refuse` to write
-                forbidden = torch.zeros((), dtype=torch.float32, device=bucket.steps[0].device)
-                forbidden = forbidden if found_inf is None else found_inf.reshape(()).clone()
-            elif bucket.skipped is not None:
-                flags = torch.zeros(len(mine), dtype=torch.int32, device=bucket.steps[0].device)
-            if self._watch:
-                watched = torch.zeros(len(mine), spec.WATCHED, dtype=torch.float64, device=mine[0].device)
-            inputs = bucket.call.prepare(
-                mine,
-                flags,
-                grad_scale=grad_scale,
-                found_inf=forbidden,
-                seed=options.get("seed", 0),
-                step=t,
-                watched=watched,
-                known=known,
-                **decays,
-                **scalars,
-            )
-            calls.append((bucket, inputs))
+            told.append((bucket, t, {**decays, **scalars}))
+        given = {"grad_scale": grad_scale, "found_inf": found_inf}
+        step = Step(self._inputs, grads, seen, told, given, options, self._captured, self._scratch)
+        on_host = not any(isinstance(value, Tensor) for value in rates.values())
+        if not (self._repeats and on_host and seen is not None and grad_scale is found_inf is None):
+            step.check()
+        if seen is None and memory.PLAIN.issuperset(map(type, grads)) and not any(map(Tensor._is_zerotensor, grads)):
+            self._known_grads = ops.snapshot(grads)
+        return step
 
-        tensors = [value for value in (*options.values(), grad_scale) if isinstance(value, Tensor)]
-        return Step(calls, found_inf, self._captured, tensors, self._scratch)
-
-
-class Step:
-    """A validated step of a `Group`: ask for its norms, or not, then apply it, once.
-
-    ``captured``: what a graph reads is added there; ``tensors``: of what the step has been given; ``scratch``:
-    states that ops cannot take as they are kept.
-    """
-
-    def __init__(
+    def _inputs(
         self,
-        calls: list[tuple[_Bucket, ops.Inputs]],
-        found_inf: Tensor | None,
-        captured: list[Any],
-        tensors: list[Tensor],
-        scratch: Sequence[Scratch] = (),
-    ) -> None:
-        self._calls, self._found_inf, self._scratch = calls, found_inf, scratch
-        self._refused: Tensor | None = None
-        self._captured, self._tensors = captured, tensors
-        self._statistics: list[ops.Statistics | None] = [None] * len(calls)
-
-    def norms(self) -> list[Tensor]:
-        """The gradients' norms, those of slices where there are batch dimensions. `apply` goes on from the statistics
-        that give them."""
-        found = [bucket.call.statistics(inputs) for bucket, inputs in self._calls]
-        self._statistics = [*found]
-        return [statistics.norms for statistics in found]
-
-    def refuse(self, refused: Tensor) -> None:
-        """Before `apply`, of a group that ``skips_steps``: where this 0-d float32 tensor, which is not read, is not
-        zero, nothing is written, and the step is counted as skipped unless ``found_inf`` forbids it as well."""
-        self._refused = refused
-        for _, inputs in self._calls:
-            forbidden = inputs.scaling["found_inf"]
-            torch.maximum(forbidden, refused.to(forbidden.device), out=forbidden)
-
-    def owners(self) -> list[list[int]]:
-        """Of each entry of the `norms`, whose it is: the position in the group's lists."""
-        indices = [(bucket.index or range(len(bucket.counts)), bucket.counts) for bucket, _ in self._calls]
-        return [[i for i, n in zip(index, counts, strict=True) for _ in range(n)] for index, counts in indices]
-
-    @property
-    def unscales(self) -> bool:
-        """Whether gradients are multiplied as they are read, and stay as they are."""
-        return any(inputs.unscales for _, inputs in self._calls)
-
-    def watched(self) -> Iterator[tuple[list[int] | None, Tensor]]:
-        """Of a step that has been made and was watched: places in the group's lists (None: all of them, in order), and
-        rows as `hfac.reference` describes them, those of a parameter's slices one after the other; NaN where no step
-        was made."""
-        for bucket, inputs in self._calls:
-            found = inputs.numbers.get("watched")
-            if found is not None:
-                if inputs.nonfinite is not None:
-                    found = found.masked_fill((inputs.nonfinite != 0)[:, None], math.nan)
-                forbidden = inputs.scaling.get("found_inf")
-                if forbidden is not None:
-                    found = found.masked_fill(forbidden.reshape(1, 1) != 0, math.nan)
-                yield bucket.index, found
-
-    def check_capture(self, clip: Tensor | None = None) -> None:
-        """Checks, before `apply` and with its arguments, that the step can be part of a CUDA graph that is being
-        captured, if one is, and keeps what the graph reads in every replay.
-
-        Raises:
-            RuntimeError: it cannot be: it needs memory on the host; nothing has been written.
-        """
-        if not any(bucket.call.capturing() for bucket, _ in self._calls):
-            return
-        for (bucket, inputs), found in zip(self._calls, self._statistics, strict=True):
-            bucket.call.check_capture(inputs, found)
-            self._captured += [*bucket.call.tensors(), *bucket.steps, *(bucket.skipped or ()), bucket.owners]
-            self._captured += [inputs.nonfinite, inputs.numbers.get("watched"), inputs.scaling.get("found_inf")]
-        self._captured += [clip, self._refused, self._found_inf, *self._tensors]
-        self._captured += [tensor for scratch in self._scratch for tensor in scratch.tensors()]
-
-    def apply(self, clip: Tensor | None = None) -> None:
-        """Makes the step, on gradients multiplied by ``clip``, and counts it."""
-        for scratch in self._scratch:
-            scratch.fill()
-        for (bucket, inputs), found in zip(self._calls, self._statistics, strict=True):
-            bucket.call.apply(inputs, found, clip)
-            forbidden = inputs.scaling.get("found_inf")
-            refused = None
-            if forbidden is not None:
-                forbidden = refused = forbidden.view(())
-                if self._found_inf is not None:
-                    refused = forbidden - self._found_inf.view(()).to(forbidden.device)
-            bucket.count(inputs.nonfinite, forbidden, None if self._refused is None else refused)
-        for scratch in self._scratch:
-            scratch.empty()
+        bucket: Bucket,
+        grads: list[Tensor],
+        t: Any,
+        numbers: Mapping[str, Any],
+        scaling: Mapping[str, Tensor | None],
+        seed: int,
+        seen: ops.Snapshot | None,
+    ) -> ops.Inputs:
+        """What a bucket's call is handed in the step ``t``, checked, with memory for what the step says of itself."""
+        mine, found_inf = bucket.of(grads), scaling["found_inf"]
+        flags, watched = None, None
+        forbidden = found_inf
+        if self._skips_steps:  # the step's own, for `Step.refuse` to write
+            forbidden = torch.zeros((), dtype=torch.float32, device=bucket.steps[0].device)
+            forbidden = forbidden if found_inf is None else found_inf.reshape(()).clone()
+        elif bucket.skipped is not None:
+            flags = torch.zeros(len(mine), dtype=torch.int32, device=bucket.steps[0].device)
+        if self._watch:
+            watched = torch.zeros(len(mine), spec.WATCHED, dtype=torch.float64, device=mine[0].device)
+        return bucket.call.prepare(
+            mine,
+            flags,
+            grad_scale=scaling["grad_scale"],
+            found_inf=forbidden,
+            seed=seed,
+            step=t,
+            watched=watched,
+            seen=seen,
+            **numbers,
+        )
 
 
 def _check_batch(batch_dims: int, params: Sequence[Tensor], states: Mapping[str, States]) -> None:

@@ -37,6 +37,8 @@ def as_scalar(name: str, value: Scalar) -> Scalar:
     Raises:
         TypeError: ``value`` is neither a number nor a tensor; the message contains ``name``.
     """
+    if value.__class__ is float:  # as nearly every one is
+        return value
     if isinstance(value, Tensor):
         return value.item() if value.device.type == "cpu" else value.to(step_dtype(value.device)).reshape(())
     if not hasattr(value, "__float__"):

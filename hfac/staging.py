@@ -47,6 +47,12 @@ def on_host(numbers: Tensor) -> list[float]:
     return list(values.from_address(numbers.data_ptr())) if numbers.numel() else []
 
 
+def write(numbers: Tensor, values: list[float]) -> None:
+    """Writes values to a contiguous float64 tensor on the host, without an operation of torch."""
+    found = (ctypes.c_double * len(values))(*values)
+    ctypes.memmove(numbers.data_ptr(), found, ctypes.sizeof(found))
+
+
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:
     """Numbers of the host on a device, which is handed them without waiting; of the device, the same tensor."""
     here = device.type == "cpu" or not numbers.is_cpu

@@ -4,6 +4,7 @@ follow go straight to what came of that."""
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,13 +42,18 @@ class Launcher:
     squares: Tensor | None = None
     watched: Tensor | None = None
 
-    def run(self, launches: Sequence[Launch], tiles: Sequence[Tensor], options: Mapping[str, bool]) -> None:
-        """``options``: of the step, by name (`table`); ``tiles``: a table for each launch."""
-        for launch, mine in zip(launches, tiles, strict=True):
-            if not launch.when or any([options[name] for name in launch.when]):
-                self._launch(launch, mine, options)
+    def run(
+        self, launches: Sequence[Launch], tiles: Sequence[Tensor], options: Mapping[str, bool]
+    ) -> list[Callable[[], None] | None]:
+        """``options``: of the step, by name (`table`); ``tiles``: a table for each launch. Returns what repeats each
+        launch, on the same memory; None for one that went through Triton."""
+        return [
+            self._launch(launch, mine, options)
+            for launch, mine in zip(launches, tiles, strict=True)
+            if not launch.when or any([options[name] for name in launch.when])
+        ]
 
-    def _launch(self, launch: Launch, tiles: Tensor, options: Mapping[str, bool]) -> None:
+    def _launch(self, launch: Launch, tiles: Tensor, options: Mapping[str, bool]) -> Callable[[], None] | None:
         """Triton compiles a kernel for its constants and for whether each address is a multiple of 16."""
         memory = self._memory(launch, tiles)
         addresses = [tensor.data_ptr() for tensor in memory]
@@ -55,7 +61,7 @@ class Launcher:
         run = launch.compiled.get(key)
         if run is not None:
             run(*addresses)
-            return
+            return partial(run, *addresses)
         constants = launch.constants | {name: options[name] for name in launch.options}
         maker = "hip" if torch.version.hip else self.device.type
         given = dict(zip(launch.memory, memory, strict=True)) | constants
@@ -65,6 +71,7 @@ class Launcher:
             _timed.append((launch.name, time.perf_counter() - begin))
         if isinstance(found, CompiledKernel):  # the interpreter finds nothing, nor does a hook that stops Triton
             launch.compiled[key] = launched_by(found, launch, constants)
+        return None
 
     def _memory(self, launch: Launch, tiles: Tensor) -> list[Tensor]:
         """What the kernel is told the addresses of, in order."""

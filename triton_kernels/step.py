@@ -5,7 +5,8 @@ parameters' size. Numbers of a step (learning rate, decays, ...) are values in d
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version  # tells autograd of writes that it cannot see
 
+from .. import staging
 from ..staging import Staged, refused
 from . import platform, table
 from .launcher import Launcher
@@ -38,6 +40,10 @@ class Room(Launcher):
         self.stream = platform.stream_of(self.device)  # of the last step
         self._known: tuple[Any, ...] | None = None
         self._addresses: list[int] = []
+        #: of the gradients at ``_addresses``: their snapshot (`hfac.backends`), where there was one
+        self._seen: Any = None
+        #: what repeats the last step, where that was told nothing but gradients and numbers
+        self.last: Repeatable | None = None
         self.staged = Staged(self.device, torch.int64, partial(platform.host_memory, self.device))  # grad_table
 
     def check_capture(self, grads: Tensors) -> None:
@@ -61,8 +67,13 @@ class Room(Launcher):
         tables = [*self.tiles, *self.square_tiles, self.items, self.layouts, self.grad_table]
         return [*tables, self.workspace, self.scalars, self.flags]
 
-    def locate(self, grads: Tensors, capturing: bool) -> None:
-        """Finds out where the gradients are, and plans anew where their types or layouts have changed."""
+    def locate(self, grads: Tensors, capturing: bool, seen: Any = None) -> None:
+        """Finds out where the gradients are, and plans anew where their types or layouts have changed. ``seen``: their
+        snapshot."""
+        if seen is not None and seen is self._seen:
+            self.grad_table = self.staged.bring(2 * len(grads), None, capturing)
+            return
+        self._seen = None
         addresses, kind = _read(grads)
         write = None
         if addresses != self._addresses or kind != self._known:
@@ -73,7 +84,7 @@ class Room(Launcher):
                 self._make(grads)
                 self._known = kind
         self.grad_table = self.staged.bring(2 * len(grads), write, capturing)
-        self._addresses = addresses
+        self._addresses, self._seen = addresses, seen
 
     def _write(self, addresses: list[int], host: Tensor) -> None:
         rows = [x for pair in zip(addresses, self._grad_layouts, strict=True) for x in pair]
@@ -100,7 +111,7 @@ class Room(Launcher):
         else:
             values = scalar_values(scalars, seed, len(self._operands.params))
             host = platform.host_memory(self.device, len(values), torch.float64)
-            host.copy_(torch.tensor(values, dtype=torch.float64, device="cpu"))
+            staging.write(host, values)
             self.scalars[: len(values)].copy_(host, non_blocking=True)
         copy_scalars(self.scalars, scalars, fill=capturing)
 
@@ -129,6 +140,16 @@ class Statistics:
             self._rooms.append(room)
 
 
+@dataclass(frozen=True)
+class Repeatable:
+    """The launches of a step, for one of the same gradients (``seen``) and other numbers of the same kind
+    (`_kind_of`)."""
+
+    seen: Any
+    kind: tuple[bool, ...]
+    launches: list[Callable[[], None]]
+
+
 class Bound:
     """An op on these parameters and lists, for as long as they lie where they lie.
 
@@ -145,6 +166,8 @@ class Bound:
 
     #: The kernels divide by a GradScaler's scale and look at its found_inf themselves.
     unscales = True
+    #: Where gradients have not moved their addresses are not read anew.
+    compares = True
 
     def __init__(self, operands: Operands) -> None:
         self._operands, self._params = operands, operands.params
@@ -159,6 +182,7 @@ class Bound:
         grads: Tensors,
         nonfinite: Tensor | None = None,
         *,
+        seen: Any = None,
         statistics: Statistics | None = None,
         clip: Tensor | None = None,
         watched: Tensor | None = None,
@@ -167,6 +191,7 @@ class Bound:
         """One step.
 
         Args:
+            seen: a snapshot of the gradients (`hfac.backends`), or None.
             nonfinite: as the op's function in `hfac.reference` fills it.
             statistics: of the same gradients and numbers, but for grad_scale, which is now also divided by ``clip``.
                 Where that is 1 they are the step's, elsewhere they are taken again, and with them ``nonfinite``.
@@ -183,7 +208,7 @@ class Bound:
         with self._lock, platform.current(self.device):
             room = None if statistics is None or clip is None else statistics.take_room()
             if room is None or statistics is None or clip is None:
-                room = self._open(grads, options, numbers)
+                room = self._open(grads, options, numbers, seen)
             else:
                 options["AGAIN"] = watched is None or statistics.counted
                 self._resume(room, options, clip)
@@ -192,24 +217,34 @@ class Bound:
                     contiguous = torch.contiguous_format
                     room.watched = watched if aligned(watched) else torch.zeros_like(watched, memory_format=contiguous)
                 room.scale(numbers)
-                room.run(room.plan.launches, room.tiles, options)
+                again = room.run(room.plan.launches, room.tiles, options)
                 self._close(room, nonfinite, numbers)
                 if watched is not None and room.watched is not watched:
                     watched.add_(room.watched)
+                told = any(options[name] for name in ("SCALED", "SKIP", "WATCH", "AGAIN")) or statistics is not None
+                if not (seen is None or told or self.capturing()):
+                    launches = [launch for launch in again if launch is not None]
+                    room.last = Repeatable(seen, _kind_of(numbers), launches) if len(launches) == len(again) else None
             finally:
                 room.watched = room.squares = None
                 self._rooms.append(room)
         increment_version(self._params)
 
     def statistics(
-        self, grads: Tensors, nonfinite: Tensor | None = None, *, watched: Tensor | None = None, **numbers: Any
+        self,
+        grads: Tensors,
+        nonfinite: Tensor | None = None,
+        *,
+        seen: Any = None,
+        watched: Tensor | None = None,
+        **numbers: Any,
     ) -> Statistics:
         """The statistics of the step that a call with these arguments would make, of an op that ``reads_twice``.
         ``nonfinite`` is filled as by a step. ``watched`` is not written; with it, a step that is watched need not take
         the statistics again."""
         options = options_of(self._operands, numbers, nonfinite, watched)
         with self._lock, platform.current(self.device):
-            room = self._open(grads, options, numbers)
+            room = self._open(grads, options, numbers, seen)
             room.squares = torch.zeros(len(self._params), dtype=torch.float64, device=self.device)
             found = Statistics(self._rooms, room, room.squares, watched is not None)
             room.scale(numbers)
@@ -233,16 +268,32 @@ class Bound:
         """Bytes of partial sums that are kept from step to step; 0 before the first."""
         return sum(room.workspace.numel() for room in self._rooms if room.workspace is not None)
 
-    def _open(self, grads: Tensors, options: Mapping[str, bool], numbers: Mapping[str, Any]) -> Room:
+    def again(self, seen: Any, numbers: Mapping[str, Any]) -> bool:
+        """As `hfac.backends` describes it."""
+        with self._lock, platform.current(self.device):
+            room = self._rooms[-1] if self._rooms else None
+            last = None if room is None else room.last
+            if room is None or last is None or last.seen is not seen or last.kind != _kind_of(numbers):
+                return False
+            if self.capturing() or platform.stream_of(self.device) != room.stream or room.stream != self._stream:
+                return False
+            room.set_scalars(numbers, capturing=False)
+            for launch in last.launches:
+                launch()
+        increment_version(self._params)
+        return True
+
+    def _open(self, grads: Tensors, options: Mapping[str, bool], numbers: Mapping[str, Any], seen: Any) -> Room:
         """A room with all that the launches of a step read."""
         capturing = self.capturing()
         room = self._rooms.pop() if self._rooms else Room(self._operands)
+        room.last = None
         try:
             if capturing:
                 room.check_capture(grads)
             else:
                 self._follow(room)
-            room.locate(grads, capturing)
+            room.locate(grads, capturing, seen)
             room.set_scalars(numbers, capturing)
             if options["SKIP"]:
                 room.flags.zero_()
@@ -296,6 +347,12 @@ def options_of(
         "WATCH": watched is not None,
         "AGAIN": False,
     }
+
+
+def _kind_of(numbers: Mapping[str, Any]) -> tuple[bool, ...]:
+    """What of a step's numbers kernels are compiled for."""
+    clipped = numbers.get("clip_threshold") is not None
+    return numbers.get("decoupled_weight_decay", True), numbers.get("maximize", False), clipped
 
 
 def _read(grads: Tensors) -> tuple[list[int], tuple[Any, ...]]:

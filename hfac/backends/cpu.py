@@ -5,7 +5,7 @@ except the list comprehensions that read what the extension is told.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ..spec import Op
 from . import addresses
 from .contract import Operands, Statistics
 
+Snapshot = Any  # of `hfac.backends.snapshots`, which reads through the extension that is loaded here
 Tensors = Sequence[Tensor]
 
 try:
@@ -62,31 +63,58 @@ def has(op: Op) -> bool:
 class CpuCall:
     """An op bound to its operands; see `hfac.backends`."""
 
+    #: Where gradients have not moved their addresses are not read anew.
+    compares = True
+
     def __init__(self, operands: Operands) -> None:
         self._name, self._written = operands.op.name.removesuffix("_"), operands.written
         self._operands = addresses.of_operands(operands)
+        #: of the last step, where it had one: a snapshot of its gradients, and what the extension was told of them
+        self._told: tuple[Snapshot, dict[str, Any]] | None = None
+        #: of the last step, where it was told nothing but gradients and numbers: their snapshot, and all of it
+        self._last: tuple[Snapshot, dict[str, Any]] | None = None
 
     def __call__(
         self,
         grads: Tensors,
         nonfinite: Tensor | None = None,
         *,
+        seen: Snapshot | None = None,
         statistics: Statistics | None = None,
         watched: Tensor | None = None,
         **numbers: Any,
     ) -> None:
         """The op, as the function of `hfac.reference` computes it; with ``statistics`` of these gradients and numbers,
         the rest of it."""
+        alone = statistics is None and watched is None and nonfinite is None
         if statistics is not None:
             numbers.update(stage="rest", kept=statistics.memory)
         if watched is not None:
             numbers.update(watched=watched.data_ptr())
         if self._written:
             increment_version(self._written)
-        self._run(grads, nonfinite, numbers)
+        self._last = None
+        told = self._run(grads, nonfinite, numbers, seen)
+        if alone and seen is not None and not any(isinstance(value, Tensor) for value in numbers.values()):
+            self._last = seen, told
+
+    def again(self, seen: Snapshot, numbers: Mapping[str, Any]) -> bool:
+        last = self._last  # another thread may replace it
+        if last is None or last[0] is not seen:
+            return False
+        if self._written:
+            increment_version(self._written)
+        getattr(_C, self._name)(**{**last[1], **numbers, "threads": torch.get_num_threads()})
+        return True
 
     def statistics(
-        self, grads: Tensors, nonfinite: Tensor | None = None, *, watched: Tensor | None = None, **numbers: Any
+        self,
+        grads: Tensors,
+        nonfinite: Tensor | None = None,
+        *,
+        seen: Snapshot | None = None,
+        watched: Tensor | None = None,
+        **numbers: Any,
     ) -> Statistics:
         """Of H-Fac's matrices: 2 numbers a row and 3 a column lie behind the sums of squares, in their memory.
         ``watched`` is the step's to write."""
@@ -95,25 +123,34 @@ class CpuCall:
         start = -(-8 * max(count, 1) // 64) * 64  # on a line of the cache
         room = torch.empty(start + _C.hfac_kept(**sizes), dtype=torch.uint8, device="cpu")
         found = Statistics(room[: 8 * count].view(torch.float64).zero_(), room.data_ptr() + start)
-        self._run(grads, nonfinite, numbers | {"stage": "statistics", "kept": found.memory, "squares": room.data_ptr()})
+        numbers |= {"stage": "statistics", "kept": found.memory, "squares": room.data_ptr()}
+        self._run(grads, nonfinite, numbers, seen)
         return found
 
-    def _run(self, grads: Tensors, nonfinite: Tensor | None, numbers: dict[str, Any]) -> None:
-        given = addresses.of_grads(grads)
-        if 0 in given["grads"]:  # empty, or zeros without memory
-            grads = memory.without_zerotensors(grads)
-            given["grads"] = addresses.addresses(grads)
+    def _run(
+        self, grads: Tensors, nonfinite: Tensor | None, numbers: dict[str, Any], seen: Snapshot | None
+    ) -> dict[str, Any]:
+        """What the extension was told."""
+        before = self._told  # another thread may replace it
+        if before is not None and before[0] is seen:
+            given = dict(before[1])
+        else:
+            given = addresses.of_grads(grads)
+            if 0 in given["grads"]:  # empty, or zeros without memory
+                grads = memory.without_zerotensors(grads)
+                given["grads"] = addresses.addresses(grads)
+            elif seen is not None:
+                self._told = seen, dict(given)
         flags = None
         if nonfinite is not None:
             flags = nonfinite.contiguous()
             given["nonfinite"] = flags.data_ptr()
-        getattr(_C, self._name)(
-            **(self._operands | given),
-            **{name: value.tolist() if isinstance(value, Tensor) else value for name, value in numbers.items()},
-            threads=torch.get_num_threads(),
-        )
+        given |= {name: value.tolist() if isinstance(value, Tensor) else value for name, value in numbers.items()}
+        told = self._operands | given | {"threads": torch.get_num_threads()}
+        getattr(_C, self._name)(**told)
         if flags is not nonfinite and nonfinite is not None and flags is not None:
             nonfinite.copy_(flags)
+        return told
 
 
 bind = CpuCall

@@ -8,7 +8,7 @@ Everything here is written over a platform, which knows the module with the laun
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,8 +20,8 @@ from ..spec import Op
 from ..staging import Staged, refused
 from . import addresses, cpu
 from .contract import Operands, Statistics
-from .planned import Cuda, Planned, launch_arguments, scalar
-from .snapshots import Snapshot, same, snapshot
+from .planned import Cuda, Planned, index_of, launch_arguments, scalar
+from .snapshots import SAME, Snapshot, compare, snapshot
 
 Tensors = Sequence[Tensor]
 
@@ -68,6 +68,8 @@ class CudaCall:
 
     #: The kernels divide by a GradScaler's scale and look at its found_inf themselves.
     unscales = True
+    #: Where gradients have not moved their addresses are not read anew.
+    compares = True
 
     def __init__(self, platform: Cuda, operands: Operands) -> None:
         self.params = list(operands.params)
@@ -88,6 +90,7 @@ class CudaCall:
         grads: Tensors,
         nonfinite: Tensor | None = None,
         *,
+        seen: Snapshot | None = None,
         statistics: Statistics | None = None,
         clip: Tensor | None = None,
         **numbers: Any,
@@ -101,12 +104,14 @@ class CudaCall:
             if statistics is not None:
                 assert self._split is not None
                 plan, workspace = self._split, statistics.memory
-            plan.look(grads, nonfinite, numbers.get("clip_threshold"))
+            plan.look(grads, nonfinite, numbers.get("clip_threshold"), seen)
             plan.launch(nonfinite, self.captured, workspace, {"clip": clip}, numbers)
             if statistics is not None:  # whose memory the next ones have
                 plan.workspace, plan.squares = workspace, statistics.squares
 
-    def statistics(self, grads: Tensors, nonfinite: Tensor | None = None, **numbers: Any) -> Statistics:
+    def statistics(
+        self, grads: Tensors, nonfinite: Tensor | None = None, *, seen: Snapshot | None = None, **numbers: Any
+    ) -> Statistics:
         """Of the step that the same arguments would make: for every gradient, divided by ``grad_scale``, the sum of its
         squares, 0 for what is empty, NaN where ``found_inf`` is not zero; squares are float32, so their sums may be
         inf. ``nonfinite`` is set as the step sets it."""
@@ -114,12 +119,17 @@ class CudaCall:
             if self._split is None:
                 self._split = self._new(norm=True)
             plan = self._split
-            plan.look(grads, nonfinite, numbers.get("clip_threshold"))
+            plan.look(grads, nonfinite, numbers.get("clip_threshold"), seen)
             squares = plan.squares_room(len(grads))
             plan.launch(nonfinite, self.captured, None, {"squares": squares}, numbers)
             found = Statistics(squares, plan.workspace)
             plan.workspace = plan.squares = None  # others that take statistics have memory of their own
             return found
+
+    def again(self, seen: Snapshot, numbers: Mapping[str, Any]) -> bool:
+        with self._lock:
+            increment_version(self.params)
+            return self._plain.again(seen, numbers)
 
     def capturing(self) -> bool:
         """Whether a graph is being captured, in whose replays what is launched now will run."""
@@ -179,11 +189,10 @@ class CudaShardCall:
 
     def _look(self, grads: Tensors) -> None:
         """Plans anew where gradients are others than in the last step, or lie elsewhere."""
-        seen = snapshot(list(grads))
-        if self._plan is None or not same(seen, self._seen):
+        if self._plan is None or compare(list(grads), self._seen) != SAME:
             self._plan = self._seen = None  # whatever may fail before both are there
             self._plan, self._stale = self._make(**addresses.of_grads(grads)), True
-            self._seen = seen
+            self._seen = snapshot(list(grads))
 
     def _check_room(self) -> None:
         if not self._plan.table_bytes:
@@ -227,7 +236,7 @@ class CudaShardCall:
         workspace = torch.empty(max(plan.workspace_bytes, 1), dtype=torch.uint8, device=self._device)
         self._platform.before_launch(workspace)
         memory |= {"table": table, "workspace": workspace, "counters": None}
-        plan.launch(**launch_arguments(self._platform.stream(self._device), self._device, memory, found))
+        plan.launch(**launch_arguments(self._platform.stream(self._device), index_of(self._device), memory, found))
         if capturing:
             self.captured += [plan, self._staged.source, *memory.values(), *held]
 

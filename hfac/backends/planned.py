@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..staging import Staged, refused
 from . import addresses, cpu
-from .snapshots import Snapshot, same, snapshot
+from .snapshots import SAME, Snapshot, compare, snapshot
 
 Tensors = Sequence[Tensor]
 #: What a launch is told by address.
@@ -60,7 +60,7 @@ class Planned:
     """
 
     def __init__(self, platform: Cuda, device: torch.device, step: Any) -> None:
-        self.platform, self.device, self.step = platform, device, step
+        self.platform, self.device, self.index, self.step = platform, device, index_of(device), step
         self.staged = Staged(device, torch.uint8, platform.host_table)
         self.stale = True  # the table is not the plan's
         self.counters: Tensor | None = None
@@ -68,6 +68,7 @@ class Planned:
         self.squares: Tensor | None = None  # likewise
         self.stream: Any = None  # of the last launch
         self.looked: tuple[Snapshot | None, bool, bool] | None = None  # what `look` has told the plan
+        self.last: dict[str, Any] | None = None  # what the last launch was told, where that may serve the next
 
     def squares_room(self, count: int) -> Tensor:
         """Where sums of squares of so many gradients go; what nothing writes there is 0."""
@@ -89,6 +90,7 @@ class Planned:
 
         ``workspace``: that of statistics, which is not to be overwritten; None: the plan's own. ``memory``: what a
         launch is told by address, and ``numbers`` the rest."""
+        self.last = None
         capturing = self.platform.capturing()
         stream = self.platform.stream(self.device)
         if capturing:
@@ -99,17 +101,35 @@ class Planned:
         if workspace is None:
             workspace = self._room()
             self.platform.before_launch(workspace)
-        assert self.table is not None and self.counters is not None
         flags = None if nonfinite is None else nonfinite.contiguous()
-        memory |= {"nonfinite": flags, **{name: numbers.pop(name, None) for name in _MEMORY}}
+        memory |= {"nonfinite": flags, **{name: numbers.pop(name) for name in _MEMORY if name in numbers}}
+        alone = not capturing and all(one is None for one in memory.values())
         memory |= {"table": self.table, "workspace": workspace, "counters": self.counters}
         kept: list[Tensor] = []
         told = {name: scalar(value, self.device, kept) for name, value in numbers.items()}
-        self.step.launch(**launch_arguments(stream, self.device, memory, told))
+        arguments = launch_arguments(stream, self.index, memory, told)
+        self.step.launch(**arguments)
+        self.last = arguments if alone and not kept else None
         if nonfinite is not None and flags is not None and flags is not nonfinite:
             nonfinite.copy_(flags)
         if capturing:
             captured += [self.staged.source, *memory.values(), *kept]
+
+    def again(self, seen: Snapshot, numbers: Mapping[str, Any]) -> bool:
+        """A launch on the same gradients as the last one, which was told nothing but numbers, with these numbers; False
+        where that was another."""
+        last, looked, workspace = self.last, self.looked, self.workspace
+        if last is None or workspace is None or looked is None or looked[0] is not seen or looked[2]:
+            return False
+        if (numbers.get("clip_threshold") is not None) != looked[1] or self.platform.capturing():
+            return False
+        if self.platform.stream(self.device) != self.stream:
+            return False
+        self.platform.before_launch(workspace)
+        arguments = {**last, **numbers}
+        arguments["coupled"] = not arguments.pop("decoupled_weight_decay", True)
+        self.step.launch(**arguments)
+        return True
 
     @property
     def table(self) -> Tensor | None:
@@ -120,12 +140,22 @@ class Planned:
         kept = (self.table, self.workspace, self.counters)
         return sum(tensor.numel() for tensor in kept if tensor is not None)
 
-    def look(self, grads: Tensors, nonfinite: Tensor | None, clip_threshold: float | None) -> None:
-        """Tells the plan what this step brings."""
-        seen, options = snapshot(list(grads)), (clip_threshold is not None, nonfinite is not None)
-        if self.looked is not None and options == self.looked[1:] and same(seen, self.looked[0]):
-            return
-        self.looked = None
+    def look(
+        self,
+        grads: Tensors,
+        nonfinite: Tensor | None,
+        clip_threshold: float | None,
+        seen: Snapshot | None = None,
+    ) -> None:
+        """Tells the plan what this step brings. ``seen``: as `hfac.backends` describes it; None: they are compared
+        here."""
+        options = clip_threshold is not None, nonfinite is not None
+        if self.looked is not None and options == self.looked[1:]:
+            before = self.looked[0]
+            if before is seen is not None or (seen is None and compare(list(grads), before) == SAME):
+                return
+        seen = snapshot(list(grads)) if seen is None else seen
+        self.looked = self.last = None
         if self.step.prepare(**addresses.of_grads(grads), clip=options[0], nonfinite=options[1]):
             self.stale = True  # until the table is written, whatever may fail before
         self.looked = seen, *options
@@ -166,22 +196,28 @@ class Planned:
         return self.workspace
 
 
+#: What a launch is told where an op has no such number.
+_WITHOUT: dict[str, Any] = dict.fromkeys(("lr", "weight_decay", "beta1", "beta2", "eps"), 0.0)
+_WITHOUT |= {"clip_threshold": None, "maximize": False, "decoupled_weight_decay": True}
+
+
 def launch_arguments(
-    stream: Any, device: torch.device, memory: Mapping[str, Tensor | None], numbers: dict[str, Any]
+    stream: Any, device: int, memory: Mapping[str, Tensor | None], numbers: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a plan is launched with. ``memory``: what kernels are told by address; ``numbers``: the op's, tensors among
-    them as `scalar` gives them."""
-    found: dict[str, Any] = dict.fromkeys(("lr", "weight_decay", "beta1", "beta2", "eps"), 0.0)
-    found.update(clip_threshold=None, maximize=False, coupled=not numbers.pop("decoupled_weight_decay", True))
-    found |= numbers
-    found |= {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in memory.items()}
-    return found | {"device": index_of(device), "stream": getattr(stream, "cuda_stream", stream)}
+    """What a plan is launched with. ``device``: its index; ``memory``: what kernels are told by address; ``numbers``:
+    the op's, tensors among them as `scalar` gives them."""
+    found = {**_WITHOUT, **numbers, "device": device, "stream": getattr(stream, "cuda_stream", stream)}
+    found["coupled"] = not found.pop("decoupled_weight_decay")
+    for name, tensor in memory.items():
+        if tensor is not None:
+            found[name] = tensor.data_ptr()
+    return found
 
 
 def scalar(value: Any, device: torch.device, kept: list[Tensor]) -> Any:
     """A number, or of a tensor, which is not read here, its address on the device, whether it is of doubles, and 1 for
     one entry per parameter. What lies there is added to ``kept``."""
-    if not isinstance(value, Tensor):
+    if value.__class__ is float or not isinstance(value, Tensor):
         return value
     if value.dtype not in (torch.float32, torch.float64) or value.device != device:
         value = value.to(device=device, dtype=torch.float64)

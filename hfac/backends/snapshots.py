@@ -7,7 +7,7 @@ read.
 
 from collections.abc import Sequence
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -17,11 +17,15 @@ from .. import memory
 from . import cpu
 
 _CAPSULE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+_IS_NEG, _GRAD = Tensor.is_neg, attrgetter("grad")
+
+#: How a list is, beside a snapshot: of other types, shapes, strides or devices; but for addresses the same; the same.
+OTHER, ALIKE, SAME = range(3)
 
 
 def _extension() -> Any:
-    """The extension, where it can take snapshots; None of one that was built before it could."""
-    take = getattr(cpu._C, "set_exchange_api", None)
+    """The extension, where it can compare snapshots with lists; None of one that was built before it could."""
+    take = getattr(cpu._C, "set_exchange_api", None) if hasattr(cpu._C, "holds_none") else None
     return cpu._C if take is not None and _CAPSULE is not None and take(_CAPSULE) else None
 
 
@@ -35,11 +39,14 @@ class Attributes:
         self._kinds = [(type(t), t.device, t.dtype, t.layout, t.shape, t.stride(), _is_zero(t)) for t in tensors]
         self.addresses = list(map(memory.address, tensors))
 
-    def alike(self, other: "Attributes") -> bool:
-        return self._kinds == other._kinds
-
-    def same(self, other: "Attributes") -> bool:
-        return self.addresses == other.addresses and self._kinds == other._kinds
+    def compare(self, tensors: Sequence[Any]) -> int:
+        try:
+            now = Attributes(tensors)
+        except (AttributeError, RuntimeError):  # None; sparse
+            return OTHER
+        if now._kinds != self._kinds:
+            return OTHER
+        return SAME if now.addresses == self.addresses else ALIKE
 
 
 Snapshot = Any  # one of `Attributes`, or of the extension's class
@@ -57,14 +64,24 @@ def snapshot(tensors: list[Any]) -> Snapshot | None:
         return None
 
 
-def alike(now: Any, before: Any) -> bool:
-    """Whether two lists agree in all but addresses."""
-    return now is not None and type(now) is type(before) and now.alike(before)
+def compare(tensors: list[Any], before: Snapshot | None) -> int:
+    """How the tensors are beside those of a snapshot: OTHER, ALIKE or SAME. Nothing is made."""
+    return OTHER if before is None else before.compare(tensors)
 
 
-def same(now: Any, before: Any) -> bool:
-    """Whether two lists agree in everything."""
-    return now is not None and type(now) is type(before) and now.same(before)
+def grads_of(params: list[Tensor]) -> list[Any]:
+    """The parameters' gradients; None where there is none."""
+    return list(map(_GRAD, params)) if _native is None else _native.attributes(params, "grad")
+
+
+def holds_none(entries: list[Any]) -> bool:
+    """Whether an entry is None."""
+    return any(entry is None for entry in entries) if _native is None else _native.holds_none(entries)
+
+
+def any_negated(tensors: list[Tensor]) -> bool:
+    """Whether one of the tensors is a view that negates, which no snapshot shows."""
+    return any(map(_IS_NEG, tensors)) if _native is None else _native.any_is(tensors, _IS_NEG)
 
 
 def identical(now: list[Any], before: list[Any]) -> bool:

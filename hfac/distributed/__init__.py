@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..functional import pick
+from ..buckets import pick
 from ..staging import Fetched, capturing, refused
 from . import hfac, layout, norm, schedule, smmf, watch
 from .bucket import Bucket, Entries, Entry, Options

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..functional import pick
+from ..buckets import pick
 from ..staging import capturing, refused
 from . import layout
 from .bucket import Entry

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, schedules
-from ..functional import pick
+from ..buckets import pick
 from ..staging import to_device
 
 

@@ -11,28 +11,47 @@ Errors of every op:
     RuntimeError: a sparse or complex tensor; tensors on different devices; a backend that cannot serve them.
 """
 
-from ..backends.snapshots import identical, same, snapshot, values_are
+from ..backends.snapshots import (
+    ALIKE,
+    OTHER,
+    SAME,
+    Snapshot,
+    any_negated,
+    compare,
+    grads_of,
+    holds_none,
+    identical,
+    snapshot,
+    values_are,
+)
 from .call import Inputs, OpCall, Statistics, run
 from .checks import PARAM_DTYPES, check_grads, check_length, check_tensor, check_writable, state_dtype
 from .counters import Counters, DeviceCounters, copier, hfac_dense_squares, nonfinite
 
 __all__ = [
+    "ALIKE",
     "Counters",
     "DeviceCounters",
     "Inputs",
+    "OTHER",
     "OpCall",
     "PARAM_DTYPES",
+    "SAME",
+    "Snapshot",
     "Statistics",
+    "any_negated",
     "check_grads",
     "check_length",
     "check_tensor",
     "check_writable",
+    "compare",
     "copier",
+    "grads_of",
     "hfac_dense_squares",
+    "holds_none",
     "identical",
     "nonfinite",
     "run",
-    "same",
     "snapshot",
     "state_dtype",
     "values_are",

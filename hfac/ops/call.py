@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, clipping, memory, spec, staging
-from ..backends.snapshots import Snapshot, alike, same, snapshot
+from ..backends.snapshots import Snapshot
 from ..rounding import BitOffset
 from ..schedules import Scalar
 from ..spec import MASTER_LOW, REQUIRED, WATCHED
@@ -30,6 +30,7 @@ class Inputs:
         numbers: of the op by name; ``seed`` and ``step`` where bits are drawn, ``watched`` where that is given.
         scaling: of ``grad_scale`` and ``found_inf`` what is given.
         negated: whether gradients may be views that negate, which must be copied before memory is read.
+        seen: as `OpCall.prepare` takes it; None of gradients that kernels cannot read as they lie.
     """
 
     call: Callable[..., None] | None
@@ -38,6 +39,7 @@ class Inputs:
     numbers: Mapping[str, Any]
     scaling: Mapping[str, Tensor]
     negated: bool = False
+    seen: Snapshot | None = None
 
     @property
     def unscales(self) -> bool:
@@ -46,6 +48,12 @@ class Inputs:
 
     def readable(self, grads: list[Tensor]) -> list[Tensor]:
         return memory.materialized(grads) if self.negated else grads
+
+    def seen_as(self, grads: list[Tensor]) -> dict[str, Snapshot]:
+        """What a call is told of gradients that it is handed, beside them."""
+        if self.seen is None or grads is not self.grads or not getattr(self.call, "compares", False):
+            return {}
+        return {"seen": self.seen}
 
 
 @dataclass(frozen=True)
@@ -67,8 +75,8 @@ class OpCall:
     """An op with the parameters and lists that it updates, found right once; `prepare` checks what a step brings,
     `statistics` reads the gradients for their norms, and `apply` makes the step, with statistics or without.
 
-    To look at every state of many small tensors anew in every step would cost more than the step. What a step must
-    know is whether a tensor lies where it lay.
+    To look at every tensor of many small ones anew in every step would cost more than the step: whoever keeps an op
+    from step to step knows whether its tensors lie where they lay (`hfac.functional.Group`).
 
     Args:
         op: name of the op (`hfac.spec.OPS`).
@@ -96,7 +104,7 @@ class OpCall:
         captured: list[Any] | None = None,
     ) -> None:
         self.op = spec.OPS[op]
-        self._params, self._backend, self._stochastic = list(params), backend, places is not None
+        self._params, self._backend, self.stochastic = list(params), backend, places is not None
         self._may_lack_first = self.op.without_first
         self._first = not self._may_lack_first or any(o.moment == 1 and o.name in lists for o in self.op.operands)
         self._lists = self._needed(lists)
@@ -114,11 +122,6 @@ class OpCall:
         if captured is not None and hasattr(self._call, "captured"):
             self._call.captured = captured
         self._shapes = list(map(_SHAPE, self._params))
-        #: of gradients that have been found right
-        self._known_grads: Snapshot | None = None
-        if not self.op.shard:
-            self._bound = [*self._params, *self.tensors()]
-            self._known = snapshot(self._bound)
 
     def _why_no_kernel(self) -> str | None:
         """Why memory cannot be read and written as it lies, as a clause; None where it can."""
@@ -162,14 +165,6 @@ class OpCall:
         """The states that a step reads and writes."""
         return [tensor for tensors in self._lists.values() for tensor in tensors]
 
-    def holds(self) -> bool:
-        """Parameters and states have the addresses, shapes, strides and types that they had."""
-        return self._call is None or same(snapshot(self._bound), self._known)
-
-    def knows(self, grads: list[Tensor]) -> bool:
-        """Gradients of the same types, devices, shapes and strides have been found right."""
-        return self._call is not None and alike(snapshot(grads), self._known_grads)
-
     def prepare(
         self,
         grads: Tensors,
@@ -180,10 +175,12 @@ class OpCall:
         seed: int = 0,
         step: Scalar = 0.0,
         watched: Tensor | None = None,
-        known: bool | None = None,
+        seen: Snapshot | None = None,
         **numbers: Any,
     ) -> Inputs:
-        """Checks what a step brings. ``known``: what `knows` has said of these gradients; None asks it.
+        """Checks what a step brings. ``seen``: of gradients of which nothing but addresses can have changed since an
+        earlier step found them right, and that kernels can read as they lie: a snapshot, the same object for as long as
+        they lie where they lay. None of others, which are checked.
 
         ``seed`` and ``step`` are read where the op has places. ``grad_scale`` and ``found_inf`` are what
         `torch.amp.GradScaler` hands to an optimizer that unscales gradients itself: float32 tensors of one element.
@@ -202,22 +199,17 @@ class OpCall:
         if call is None:
             check_length("grads", grads, 0)
             return Inputs(None, grads, nonfinite, numbers, scaling)
-        known = self.knows(grads) if known is None else known
-        if not known:
-            self._known_grads = None
+        if seen is None:
             self._check_grads(grads)
-            if memory.PLAIN.issuperset(map(type, grads)) and not any(map(Tensor._is_zerotensor, grads)):
-                self._known_grads = snapshot(grads)
         self._check_given(len(grads), nonfinite, watched, scaling)
-        if self._stochastic:
+        if self.stochastic:
             numbers.update(seed=seed, step=step)
         if watched is not None:
             numbers["watched"] = watched
         unscales = getattr(call, "unscales", False)
         # The C++ kernels' backend sees by a null address which gradients are zeros without memory.
-        zeros = not known and (unscales or self.op.shard) and any(map(Tensor._is_zerotensor, grads))
-        odd = any(map(Tensor.is_neg, grads)) if known else not memory.plain(grads)
-        if self._reads_memory and (zeros or odd or memory.bypassed()):
+        zeros = seen is None and (unscales or self.op.shard) and any(map(Tensor._is_zerotensor, grads))
+        if self._reads_memory and seen is None and (zeros or not memory.plain(grads) or memory.bypassed()):
             grads = memory.without_zerotensors(grads)
             reason = memory.reason({"grads": grads}, negated=True)
             if reason is not None:
@@ -226,7 +218,7 @@ class OpCall:
                 grads = memory.materialized(grads)
             else:
                 negated = True  # they may have to be multiplied in place first
-        return Inputs(call, grads, nonfinite, numbers, scaling, negated)
+        return Inputs(call, grads, nonfinite, numbers, scaling, negated, seen)
 
     def statistics(self, inputs: Inputs) -> Statistics:
         """The gradients' norms. H-Fac's kernels take them from the step's first read of the gradients, from which the
@@ -240,7 +232,8 @@ class OpCall:
             norms, scale = torch.stack(clipping.norms(inputs.grads)), inputs.scaling.get("grad_scale")
             return Statistics(norms if scale is None else norms / scale, inputs.grads)
         scaling = inputs.scaling if inputs.unscales else {}
-        sums = take(inputs.readable(grads), inputs.nonfinite, **scaling, **inputs.numbers)
+        seen = inputs.seen_as(grads)
+        sums = take(inputs.readable(grads), inputs.nonfinite, **seen, **scaling, **inputs.numbers)
         double = any(grad.dtype == torch.float64 for grad in grads)
         return Statistics(clipping.roots(sums.squares, torch.float64 if double else torch.float32), grads, sums)
 
@@ -279,7 +272,7 @@ class OpCall:
             if sums is not None and clip is not None:
                 more = {"clip": clip.to(torch.float32), "statistics": sums}
             more |= _divided(inputs.scaling, clip)
-            call(inputs.grads, inputs.nonfinite, **more, **inputs.numbers)
+            call(inputs.grads, inputs.nonfinite, **inputs.seen_as(inputs.grads), **more, **inputs.numbers)
             return
         taken = statistics is not None and statistics.sums is not None
         forbidden = taken and _is_forbidden(inputs)  # statistics may be older than what forbids
@@ -292,7 +285,15 @@ class OpCall:
             grads = clipping.scaled(grads, clip)
             if sums is not None and clip.item() == 1:
                 more = {"statistics": sums}
-        call(inputs.readable(grads), inputs.nonfinite, **more, **inputs.numbers)
+        call(inputs.readable(grads), inputs.nonfinite, **inputs.seen_as(grads), **more, **inputs.numbers)
+
+    def again(self, seen: Snapshot, seed: int, step: float, numbers: Mapping[str, Any]) -> bool:
+        """Makes the step that `prepare` and `apply` would make of the gradients of ``seen``, where the last one was of
+        them, too, and all that either was told beside are numbers. False, with nothing done, where it was another."""
+        again = getattr(self._call, "again", None)
+        if again is None:
+            return False
+        return again(seen, {**numbers, "seed": seed, "step": step} if self.stochastic else numbers)
 
     def _check_given(
         self, count: int, nonfinite: Tensor | None, watched: Tensor | None, scaling: Mapping[str, Tensor]

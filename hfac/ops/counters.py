@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, memory
-from ..backends.snapshots import Snapshot, same, snapshot
+from ..backends.snapshots import SAME, Snapshot, compare, snapshot
 from ..schedules import Scalar
 from ..staging import to_device
 from .checks import Tensors, state_dtype
@@ -29,11 +29,11 @@ class Counters:
     def read(self) -> list[float]:
         return [step.item() for step in self._steps]
 
-    def common(self) -> float | None:
-        """What all of them are; None where they differ. To be asked before `advance`: the steps may have moved."""
-        now = snapshot(self._steps)
-        if not same(now, self._known):
-            self._known, self._native = now, self._bound()
+    def common(self, hold: bool = False) -> float | None:
+        """What all of them are; None where they differ. To be asked before `advance`: the steps may have moved.
+        ``hold``: they lie where they lay when this was last asked."""
+        if self._known is None or not (hold or compare(self._steps, self._known) == SAME):
+            self._known, self._native = snapshot(self._steps), self._bound()
         if self._native is not None:
             return self._native.common()
         values = self.read()
@@ -75,7 +75,7 @@ class DeviceCounters:
 
     def holds(self) -> bool:
         """They lie where they lay."""
-        return same(snapshot(self._tensors), self._known)
+        return compare(self._tensors, self._known) == SAME
 
     def values(self) -> Tensor:
         """[tensors], which is not to be written."""

@@ -1,8 +1,6 @@
 """The step of both optimizers: statistics of gradients, sums over ranks, the norm of all gradients, the update."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import repeat
-from operator import is_not
 from typing import Any, TypeVar, overload
 
 import torch
@@ -15,6 +13,7 @@ from ..distributed import layout
 from ..rounding import BitOffset
 from . import options
 from .cache import SingleParamCache, StepCache
+from .grad_mode import without_grad
 from .norms import NormOptimizer, Ready
 from .state import KnownOptions, has_state, is_trained, needs_reduction, piece_counts
 
@@ -33,8 +32,10 @@ class FactoredOptimizer(NormOptimizer):
     stepped.
     """
 
-    #: by group: which of its parameters had a gradient, and those parameters, bound
-    _bound: dict[int, tuple[list[bool], functional.Group]]
+    #: by group: which of its parameters had a gradient, None where all had, and those parameters, bound
+    _bound: dict[int, tuple[list[bool] | None, functional.Group]]
+    #: by group, what `_given_of` has found
+    _given: dict[int, tuple[tuple[Any, ...], dict[str, Any], float | None]]
     #: parameters that `step_param` has stepped
     _single: dict[Tensor, SingleParamCache]
     #: how gradients are placed on the ranks
@@ -88,7 +89,7 @@ class FactoredOptimizer(NormOptimizer):
     @overload
     def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
-    @torch.no_grad()
+    @without_grad
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step on every parameter that has a gradient.
 
@@ -148,7 +149,7 @@ class FactoredOptimizer(NormOptimizer):
                     step.apply(norm_coefficient)
                     if self.param_groups[index]["watch"]:
                         self._keep_sums(step, self.param_groups[index], cache.local[index], grads[index])
-                    if step.unscales:
+                    if norm_coefficient is not None and step.unscales:
                         self._norm_coefficient = norm_coefficient
         finally:
             if complete is not None:  # other ranks rely on the collectives under way, even if this one has failed
@@ -168,7 +169,7 @@ class FactoredOptimizer(NormOptimizer):
         groups = enumerate(self.param_groups) if self._sharded is not None else ()
         return cache, grads, steps, {i: self._shared(group) for i, group in groups}
 
-    @torch.no_grad()
+    @without_grad
     def step_param(
         self, param: Tensor, group: dict[str, Any] | None = None, *, clip: Tensor | None = None, lr_scale: float = 1.0
     ) -> None:
@@ -193,15 +194,17 @@ class FactoredOptimizer(NormOptimizer):
         """
         self._check_graph_capture()
         single = self._single.get(param) if isinstance(param, Tensor) else None
-        if single is None or not single.is_valid(self.param_groups, self.state):
+        if single is None or not single.is_in(self.param_groups):
             single = self._single_of(param)
         self._check_changes(single.group_index)
+        checked, options, limit = self._given_of(single.group_index)
+        single.is_valid(self.param_groups, self.state, checked)
         if group is not None and group is not single.group:
             raise ValueError(
                 f"{type(self).__name__}.step_param: {single.label} was given with another group. Pass its own entry of "
                 "param_groups, or None to have it looked up."
             )
-        if clip is None and self._common_limit([single.group]) is not None:  # checking all groups would cost too much
+        if clip is None and limit is not None:  # checking all groups would cost too much
             raise RuntimeError(
                 f"{type(self).__name__}.step_param: max_grad_norm clips by the norm of all gradients, and a step of "
                 "one parameter knows one. Use hfac.release_gradients, which clips by the norm of the backward pass "
@@ -213,12 +216,11 @@ class FactoredOptimizer(NormOptimizer):
                 "parameter is stepped, and a step of one parameter knows one. Use nonfinite='skip', which leaves out "
                 "single parameters, or call step()."
             )
-        grad = layout.gradient(param, single.label)
+        grad = param.grad if param.__class__ is torch.nn.Parameter else layout.gradient(param, single.label)
         if grad is None:
             return
-        options = self._options(single.group)
         if lr_scale != 1.0:
-            options["lr"] = schedules.as_scalar("lr", options["lr"]) * lr_scale
+            options = {**options, "lr": schedules.as_scalar("lr", options["lr"]) * lr_scale}
 
         def bind() -> functional.Group:
             single.bound = None
@@ -258,8 +260,9 @@ class FactoredOptimizer(NormOptimizer):
     ) -> functional.Step | None:
         """Validates a step of one group's unsharded parameters and returns it; None where none has a gradient."""
         params = cache.local[group_index]
-        present = list(map(is_not, grads, repeat(None)))
-        if not all(present):
+        present = None
+        if ops.holds_none(grads):
+            present = [grad is not None for grad in grads]
             params = [param for param, here in zip(params, present, strict=True) if here]
             grads = [grad for grad in grads if grad is not None]
         if not grads:
@@ -272,7 +275,7 @@ class FactoredOptimizer(NormOptimizer):
 
         held = self._bound.get(group_index)
         known = held[1] if held is not None and held[0] == present else None
-        return self._prepared(known, bind, params, grads, self._options(group))
+        return self._prepared(known, bind, params, grads, self._given_of(group_index)[1])
 
     def _prepared(
         self,
@@ -299,6 +302,15 @@ class FactoredOptimizer(NormOptimizer):
     def _options(self, group: dict[str, Any]) -> dict[str, Any]:
         """The options of a group that are passed at every step."""
         return {**{name: group[name] for name in ("lr", "weight_decay", "maximize", "seed")}, **self._scalars(group)}
+
+    def _given_of(self, index: int) -> tuple[tuple[Any, ...], dict[str, Any], float | None]:
+        """The options of a group as they were last checked, one object until one of them changes; those that are passed
+        at every step; and its ``max_grad_norm``."""
+        checked, known = self._known.values(index), self._given.get(index)
+        if known is None or known[0] is not checked:
+            group = self.param_groups[index]
+            self._given[index] = known = checked, self._options(group), self._common_limit([group])
+        return known
 
     def _bit_offset(self, param: Tensor, group: Mapping[str, Any], position: int) -> BitOffset | None:
         """Where a parameter's random bits come from, if it is rounded stochastically; ``position`` is that among all of
@@ -383,6 +395,7 @@ class FactoredOptimizer(NormOptimizer):
         self._cache = None
         self._bound = {}
         self._single = {}
+        self._given = {}
         self._index = {}
 
     def _check_graph_capture(self) -> None:

@@ -5,10 +5,11 @@ from operator import is_, itemgetter
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from .. import spec
 from ..distributed import Gradients, layout
-from ..ops import identical, values_are
+from ..ops import grads_of, identical, values_are
 from .state import EXECUTION, has_state, is_at, needs_reduction, own_keys
 
 Groups = list[dict[str, Any]]
@@ -60,7 +61,7 @@ class StepCache:
         """This rank's gradients of the parameters in ``local``; None where there is none."""
         params = self.local[group_index]
         if not self.dtensors:
-            return [param.grad for param in params]
+            return grads_of(params)
         label = f"a parameter of group {group_index}"
         return [found.of(param, label) for param in params]
 
@@ -102,11 +103,16 @@ class SingleParamCache:
         self.group_index, self._index = group_index, index
         self._algorithm, self._own_keys = algorithm, own_keys(algorithm)
 
-    def is_valid(self, groups: Groups, state: States) -> bool:
-        """Whether the parameter still has its index in its group. Drops ``bound`` where that is stale."""
-        if not is_at(groups, self.param, self.group_index, self._index) or groups[self.group_index] is not self.group:
+    def is_in(self, groups: Groups) -> bool:
+        """Whether the parameter still has its index in its group."""
+        return is_at(groups, self.param, self.group_index, self._index) and groups[self.group_index] is self.group
+
+    def is_valid(self, groups: Groups, state: States, options: Any = None) -> bool:
+        """`is_in`. Drops ``bound`` where that is stale. ``options``: the group's, one object until one of them changes;
+        None: they are compared."""
+        if not self.is_in(groups):
             return False
-        if self.bound is not None and not self._bound_is_valid(groups, state):
+        if self.bound is not None and not self._bound_is_valid(groups, state, options):
             self.bound = None
         return True
 
@@ -121,9 +127,10 @@ class SingleParamCache:
         self._state, self._values = state[self.param], dict(state[self.param])
         self._shard = getattr(self.param, "_local_tensor", None)
         self._options, self._position = _cached_options(self.group, self._algorithm), self.position(groups)
+        self._given_options: Any = None  # of which ``_options`` are some
         self.bound = bound
 
-    def _bound_is_valid(self, groups: Groups, state: States) -> bool:
+    def _bound_is_valid(self, groups: Groups, state: States, options: Any) -> bool:
         entry = state.get(self.param)
         if entry is not self._state:
             return False
@@ -131,11 +138,12 @@ class SingleParamCache:
             if not _identical(*(_own_values(values, self._own_keys) for values in (entry, self._values))):
                 return False
             self._values = dict(entry)  # a wrapper has replaced entries of its own
-        return (
-            self.position(groups) == self._position
-            and getattr(self.param, "_local_tensor", None) is self._shard
-            and _cached_options(self.group, self._algorithm) == self._options
-        )
+        if options is None or options is not self._given_options:
+            if _cached_options(self.group, self._algorithm) != self._options:
+                return False
+            self._given_options = options
+        shard = None if self.param.__class__ is Parameter else getattr(self.param, "_local_tensor", None)
+        return shard is self._shard and self.position(groups) == self._position
 
 
 def _cached_options(group: Mapping[str, Any], algorithm: spec.Algorithm) -> tuple[Any, ...]:

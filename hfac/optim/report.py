@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import clipping, functional, rounding
+from .. import clipping, functional, rounding, slicing
 from ..distributed import layout
 from . import diagnostics, options
 from .checkpoint import CheckpointedOptimizer
@@ -175,7 +175,7 @@ class ReportingOptimizer(CheckpointedOptimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None and not layout.is_sharded(p)]
             grads = [layout.local(p.grad) for p in params if p.grad is not None]
-            slices = functional.slices(grads, group["batch_dims"], piece_counts(params, group), group["views_dim"])
+            slices = slicing.slices(grads, group["batch_dims"], piece_counts(params, group), group["views_dim"])
             norms += [(norm, group["nonfinite"] == "skip") for norm in clipping.norms(slices)]
         return clipping.total(norms)
 

@@ -489,6 +489,10 @@ class KnownOptions:
     def keep(self, index: int, group: Mapping[str, Any]) -> None:
         self._groups[index] = group, self._get(group)
 
+    def values(self, index: int) -> tuple[Any, ...]:
+        """Those of a group that is known: the same object until one of them changes."""
+        return self._groups[index][1]
+
     def changed(self, index: int, group: Mapping[str, Any]) -> dict[str, Any]:
         """By name, the former values of the options that are other objects now. Of a group that is not known, all, with
         their present values."""

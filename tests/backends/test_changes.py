@@ -10,7 +10,7 @@ import torch
 from torch.nn import Parameter
 
 import hfac
-from hfac import ops
+from hfac import functional, ops
 from hfac.backends import cpu, snapshots
 
 BACKENDS = ["reference", "cpu", emulated.NAME]
@@ -323,6 +323,23 @@ def options_changed(run):
 
 
 @change
+def eps_and_clipping_changed(run):
+    run.group.update({"eps": 1e-2} | ({"clip_threshold": None} if "clip_threshold" in run.group else {}))
+
+
+@change
+def weight_decay_changed(run):
+    run.group.update(
+        {"weight_decay": 0.2} | ({"weight_decay_mode": "adam"} if "weight_decay_mode" in run.group else {})
+    )
+
+
+@change
+def rates_as_tensors(run):
+    run.group.update(lr=torch.tensor(0.3), weight_decay=torch.tensor(0.1))
+
+
+@change
 def state_dict_loaded(run):
     loaded = copy.deepcopy(run.optimizer.state_dict())
     for state in loaded["state"].values():
@@ -357,6 +374,41 @@ def test_a_warm_step_sees_what_has_changed(name, change, backend):
         assert any(moved)
     run.receive_grads()  # and the step after it is warm again
     assert stepped(run.optimizer) is None or any(p.is_meta for p in params) or change == "data_shape"
+
+
+def give_grads_in_place(run):
+    for param in run.params:
+        param.grad.copy_(torch.randn_like(param))
+
+
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("name", ["HFac", "SMMF"])
+def test_a_step_of_gradients_where_they_lay_repeats_the_last_calls(name, released, backend, monkeypatch):
+    """With the bits of a new optimizer's step, other rates among them; what the calls were handed is not made anew."""
+    run = Run(name, backend)
+
+    def step():
+        if released:
+            for param in run.params:
+                run.optimizer.step_param(param)
+        else:
+            run.optimizer.step()
+
+    for _ in range(2):
+        step()
+        give_grads_in_place(run)
+    prepared = []
+    prepare = ops.OpCall.prepare
+    monkeypatch.setattr(ops.OpCall, "prepare", lambda call, *a, **k: prepared.append(call) or prepare(call, *a, **k))
+    for rate in (0.3, 0.05):
+        give_grads_in_place(run)
+        run.group.update(lr=rate, weight_decay=rate / 2)
+        before = len(prepared)
+        other = run.cold()
+        step()
+        assert (len(prepared) > before) == (backend == "reference")
+        other.step()
+        torch.testing.assert_close(values_of(run.optimizer), values_of(other), rtol=0, atol=0)
 
 
 def test_the_table_has_errors_and_results(backend):
@@ -396,21 +448,31 @@ def test_another_gradient_in_the_place_of_one_that_was_freed(count, native, monk
         monkeypatch.setattr(snapshots, "_native", None)
     rng, arena = random.Random(count), torch.zeros(24 * 8, dtype=torch.uint8)
     param = torch.randn(4, 6)
-    state = {"exp_avgs": [torch.zeros(4, 6)], "exp_avg_sqs": [torch.zeros(4, 6)]}
-    call = ops.OpCall("hfac_dense_step_", [param], state, backend="reference")
-    scalars = dict(lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8, clip_threshold=None, weight_decay=0.0)
-    known, seen = None, 0
+    states = {"exp_avgs": [torch.zeros(4, 6)], "exp_avg_sqs": [torch.zeros(4, 6)]}
+    options = dict(lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8, clip_threshold=None, weight_decay=0.0, maximize=False)
+
+    def bound_to(grad):
+        steps = [torch.zeros(())]
+        return functional.Group("hfac", [param], [grad], states, steps, None, True, False, "reference")
+
+    group, dtype, known, seen = bound_to(param), param.dtype, None, 0
     for _ in range(count):
         grad = gradient_at(arena, rng)
         kind = grad.dtype, grad.shape, grad.stride()
-        assert call.knows([grad]) == (kind == known)
+        assert (group.look([grad]) is not None) == (kind == known)
         seen += kind == known
         if grad.shape == param.shape:
-            call.prepare([grad], **scalars)
+            if group.prepare([grad], **options) is None:  # it is of another type
+                group = bound_to(grad)
+                assert group.prepare([grad], **options) is not None
             known = kind
+            dtype = grad.dtype
         elif rng.random() < 0.1:
-            with pytest.raises(ValueError, match="must have its parameter's shape"):
-                call.prepare([grad], **scalars)
+            if grad.dtype == dtype:
+                with pytest.raises(ValueError, match="must have its parameter's shape"):
+                    group.prepare([grad], **options)
+            else:
+                assert group.prepare([grad], **options) is None
             known = None
     assert count // 100 < seen < count // 2
 

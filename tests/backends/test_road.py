@@ -41,17 +41,27 @@ class Road:
 
 
 @pytest.mark.parametrize("name", ["HFac", "SMMF"])
-def test_a_warm_step_is_six_calls_in_fourteen_files(name, emulated_backend, monkeypatch):
-    """One descent to check, one to launch: no layer is asked twice."""
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_warm_step_is_seven_calls_in_eighteen_files(name, moved, emulated_backend, monkeypatch):
+    """One descent to check, one to launch: no layer is asked twice. Where gradients lie where they lay the last calls
+    are repeated, and nothing is made anew for them."""
     param = Parameter(torch.randn(24, 16))
     optimizer = getattr(hfac, name)([param], backend=emulated.NAME)
     for _ in range(2):
         param.grad = torch.randn(24, 16)
         optimizer.step()
+        old = param.grad  # whose memory the next one does not get
+    if moved:
+        param.grad = torch.randn(24, 16)
+        assert param.grad.data_ptr() != old.data_ptr()
     road = Road(optimizer.step, emulated.ops.platform, monkeypatch)
     (launch,) = road.launches
-    expected = ["FactoredOptimizer.step", "Step.apply", "OpCall.apply", "CudaCall.__call__", "Planned.launch"]
-    assert launch == expected  # and the extension's launch is the sixth
-    assert len(road.files) <= 14, sorted(road.files)
-    once = (*expected, "Group.prepare", "OpCall.prepare", "Step.check_capture", "OpCall.holds")
+    assert launch.pop(0) == "without_grad.<locals>.wrapped"
+    repeated, made = ("OpCall.again", "CudaCall.again", "Planned.again"), ("OpCall.prepare", "OpCall.apply")
+    last = ["Step._apply", "OpCall.apply", "CudaCall.__call__", "Planned.launch"] if moved else [*repeated]
+    expected = ["FactoredOptimizer.step", "Step.apply", "Step._repeat", *last]
+    assert launch == expected  # and the extension's launch is the last
+    assert len(road.files) <= 18, sorted(road.files)
+    once = (*expected, "Group.prepare", "Group.look", "Step.check_capture", *(made if moved else ()))
     assert {call: road.calls[call] for call in once} == dict.fromkeys(once, 1)
+    assert moved or not any(road.calls[call] for call in made)

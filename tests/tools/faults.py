@@ -20,6 +20,7 @@ class Fault(NamedTuple):
 PARITY = "tests/backends/test_parity.py"
 EMULATED = "tests/backends/test_cuda_emulated.py"
 CLIPPED = "tests/backends/test_clipped_steps.py"
+CHANGES = "tests/backends/test_changes.py"
 SHARDED = "tests/distributed/test_sharded.py"
 
 FAULTS = [
@@ -229,6 +230,21 @@ FAULTS = [
         "return some, 0 * some",
         "tests/optim/test_batch_dims.py",
     ),
+    # What a warm step sees.
+    Fault(
+        "a repeated launch has the last step's numbers",
+        "hfac",
+        "arguments = {**last, **numbers}",
+        "arguments = {**numbers, **last}",
+        f"{CHANGES} -k repeats",
+    ),
+    Fault(
+        "gradients that have moved are taken for those that lay there",
+        "hfac",
+        "if found == ops.ALIKE:",
+        "if found == ops.SAME:",
+        f"{CHANGES} -k nothing",
+    ),
     Fault(
         "found_inf is not looked at",
         "csrc",
@@ -268,8 +284,8 @@ FAULTS = [
     Fault(
         "a cache does not notice that it is stale",
         "hfac",
-        "groups[self.group_index] is not self.group",
-        "groups is None",
+        "if _cached_options(self.group, self._algorithm) != self._options:",
+        "if self._options is None:",
         "tests/optim/test_release.py -k follows_every_change",
     ),
     Fault(

@@ -42,8 +42,10 @@ ALLOWED = {
         "triton_kernels",
     },
     "ops": {"spec", "backends", "clipping", "memory", "matricize", "rounding", "schedules", "staging"},
-    "functional": {"spec", "ops", "memory", "rounding", "schedules", "scratch", "slicing", "types"},
+    "buckets": {"spec", "ops", "schedules", "scratch", "slicing"},
+    "functional": {"buckets", "spec", "ops", "memory", "rounding", "schedules", "scratch", "slicing", "types"},
     "distributed": {
+        "buckets",
         "spec",
         "functional",
         "ops",
