@@ -29,10 +29,10 @@ BOUNDS = {
     "hfac_int8_tiles": 128,
     "hfac_small": 80,
     "hfac_stats": 128,
+    "hfac_stats_four": 128,
+    "hfac_stats_long": 128,
     "hfac_stats_wide": 128,
 }
-#: of csrc/cuda/table.h's Width
-_WIDTHS = ("short", "1 vector", "2 vectors", "4 vectors", "long")
 _TYPES = {"f": "float32", "d": "float64", "BFloat16": "bfloat16", "Float16": "float16"}
 #: accesses of csrc/cuda/stored.cuh -> what they make of a parameter
 _STORED = {"Drawn": "bfloat16 stochastically", "Split": "bfloat16 and int16", "Split8": "bfloat16 and int8"}
@@ -86,7 +86,7 @@ class Kernel:
                 f"{self.spilled} bytes spilled, a stack of {self.stack} bytes, {self.local} accesses to local memory"
             )
         bound = BOUNDS.get(f"{self.name}, {self.operands.split(', ')[-1]}", BOUNDS.get(self.name, 255))
-        if self.watched or self.operands.endswith("4 vectors, options"):
+        if self.watched or (self.name == "hfac_stats_four" and self.operands.endswith(", options")):
             bound = 255  # one block of 256 threads at a time
         if self.registers > bound:
             yield f"{self.registers} registers, more than {bound}"
@@ -99,7 +99,7 @@ class Kernel:
 def describe(symbol: str) -> tuple[str, str]:
     """(kernel, operands) of a mangled name."""
     name = re.search(
-        r"\d(smmf_tiles|smmf_fold|smmf_sums_fold|hfac_small|hfac_stats_wide|hfac_stats|hfac_collect|hfac_unflag|hfac_fold|"
+        r"\d(smmf_tiles|smmf_fold|smmf_sums_fold|hfac_small|hfac_stats_wide|hfac_stats_long|hfac_stats_four|hfac_stats|hfac_collect|hfac_unflag|hfac_fold|"
         r"hfac_int8_fold|hfac_sums_fold|hfac_apply_fold|hfac_int8_apply_fold|hfac_update_tiles|hfac_int8_tiles|look|"
         r"dense_look|hfac_dense|smmf_dense)[IE]",
         symbol,
@@ -107,11 +107,10 @@ def describe(symbol: str) -> tuple[str, str]:
     if name is None:
         raise ValueError(f"a kernel of csrc/cuda is needed, got {symbol}; add it to bench/cuda_check.py")
     rest = symbol[name.end() :]
-    vectors = re.search(r"Li(\d+)E", rest)
     flags = re.findall(r"Lb([01])E", rest)  # is it one on blocks of shards (SMMF's tiles only), is it watched
     suffix = ", watched" if flags[-1:] == ["1"] else ""
-    if vectors:  # H-Fac's statistics, of gradients that are scaled or looked at, or plain
-        suffix = f", {_WIDTHS[int(vectors[1])]}{', options' if flags[-1:] == ['1'] else ''}"
+    if name[1].startswith("hfac_stats"):  # of gradients that are scaled or looked at, or plain
+        suffix = suffix.replace("watched", "options")
     suffix = ", blocks of shards" if flags == ["1", "0"] else suffix
     if rest.startswith("NS_12StoredAccess"):
         return name[1], f"any, float32, stochastically or with a lower piece{suffix}"

@@ -75,13 +75,11 @@ def code_of(launch: dict[str, Any], arch: str) -> Code:
     )
     access, width = launch["access"], launch["width"]
     operands = _OPERANDS.get(access) or f"bulk, {access} with {access} gradients"
-    if width == "wide":
-        name += "_wide"
-    for (kernel, of), code in kernels_of(arch).items():
-        vectors = of.removeprefix(operands)
-        fits = vectors == "" if width in ("", "wide") else vectors == f", {width}"
-        if kernel == name and of.startswith(operands) and fits:
-            return code
+    if width in ("four", "long", "wide"):
+        name += f"_{width}"
+    code = kernels_of(arch).get((name, operands))
+    if code is not None:
+        return code
     raise LookupError(f"no kernel {name} for {operands} {width} was compiled for sm_{arch}")
 
 

@@ -36,7 +36,7 @@ inline const char* name_of(Access access) {
 }
 
 inline const char* name_of(Width width) {
-  static const char* const names[] = {"short", "1 vector", "2 vectors", "4 vectors", "long", "wide"};
+  static const char* const names[] = {"rows", "four", "long", "wide"};
   return names[static_cast<int>(width)];
 }
 
@@ -84,11 +84,11 @@ inline int held_bytes(Access access) {
   return access == Access::kDouble ? 8 : 4;
 }
 
+// Of long rows that are read element by element sums are in memory.
 inline Width width_of(const DeviceItem& it, Access access) {
   const bool bulk = access != Access::kAny && access != Access::kDouble;
-  if (it.cols <= 64 && held_bytes(access) == 2) return Width::kShort;
-  for (const Width w : {Width::kOne, Width::kTwo, Width::kFour, Width::kLong}) {
-    if (it.cols <= stats_cols(w) && (bulk || w <= Width::kTwo)) return w;
+  for (const Width w : {Width::kRows, Width::kFour, Width::kLong}) {
+    if (it.cols <= stats_cols(w) && (bulk || w == Width::kRows)) return w;
   }
   return Width::kWide;
 }

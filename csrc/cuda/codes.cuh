@@ -16,22 +16,39 @@ template <class T>
 constexpr T kRound = sizeof(T) == sizeof(float) ? T(12582912 + 128) : T(6755399441055744 + 128);
 constexpr uint32_t kBias = 0x80808080u;  // of four codes that are kept as signed bytes
 
-// What all 256 bytes stand for, made by the block's threads: a division for each, where arithmetic would take one per
-// element. A warp's codes lie in 32 banks, 8 of these to each.
+// In shared memory: what all 256 bytes stand for, made by the block's threads: a division for each, where arithmetic
+// would take one per element. A warp's codes lie in 32 banks, 8 of these to each.
 template <class T>
-using CodeTable = T[256];
+struct CodeTable {
+  T number[256];
+  T round, one;
+};
+
+// Constants of the loop in registers, which are read from memory so that the compiler does not know them: an
+// instruction has room for one number, and so it would bring others of the same instruction anew for every element.
+template <class T>
+struct CodeConstants {
+  T round, one;  // kRound, 1
+  HFAC_DEVICE explicit CodeConstants(const CodeTable<T>& table) : round(table.round), one(table.one) {}
+};
 
 template <class T>
 HFAC_DEVICE void make_table(CodeTable<T>& table) {
   static_assert(kTileThreads == 256, "one byte for each thread");
   const T q = static_cast<T>(static_cast<int>(threadIdx.x) - 128), size = q < T(0) ? -q : q;
-  table[threadIdx.x] = q * size / (T(127.5 * 127.5) - q * q);
+  table.number[threadIdx.x] = q * size / (T(127.5 * 127.5) - q * q);
+  if (threadIdx.x == 0) {
+    table.round = kRound<T>;
+    table.one = T(1);
+  }
 }
 
-// Eight codes, biased.
+// Eight codes, as they lie in memory or biased.
 struct Codes {
   uint32_t word[kVector / 4];
 };
+// From one to the other, and back.
+HFAC_DEVICE Codes biased(const Codes& codes) { return {{codes.word[0] ^ kBias, codes.word[1] ^ kBias}}; }
 
 // Where a parameter's codes lie: whole aligned vectors, or anything.
 template <class A>
@@ -46,22 +63,21 @@ struct CodesAt {
   HFAC_DEVICE Codes load(int64_t first, int count) const {
     if constexpr (A::kWhole) {
       const uint2 both = *reinterpret_cast<const uint2*>(data + first);
-      return {{both.x ^ kBias, both.y ^ kBias}};
+      return {{both.x, both.y}};
     }
-    Codes codes{{kBias, kBias}};
+    Codes codes{};
     HFAC_UNROLLED (k, kVector) {
-      if (k < count) codes.word[k / 4] ^= uint32_t{static_cast<uint8_t>(at(first + k))} << k % 4 * 8;
+      if (k < count) codes.word[k / 4] |= uint32_t{static_cast<uint8_t>(at(first + k))} << k % 4 * 8;
     }
     return codes;
   }
   HFAC_DEVICE void store(int64_t first, int count, const Codes& codes) const {
-    const uint32_t word[] = {codes.word[0] ^ kBias, codes.word[1] ^ kBias};
     if constexpr (A::kWhole) {
-      *reinterpret_cast<uint2*>(data + first) = make_uint2(word[0], word[1]);
+      *reinterpret_cast<uint2*>(data + first) = make_uint2(codes.word[0], codes.word[1]);
       return;
     }
     HFAC_UNROLLED (k, kVector) {
-      if (k < count) at(first + k) = static_cast<int8_t>(word[k / 4] >> k % 4 * 8 & 0xffu);
+      if (k < count) at(first + k) = static_cast<int8_t>(codes.word[k / 4] >> k % 4 * 8 & 0xffu);
     }
   }
 };
@@ -116,35 +132,36 @@ HFAC_DEVICE float rough_level_of(float s, float zero) {
 #endif
 HFAC_DEVICE double level_of(double s, double zero) { return root(s / (1.0 + s)) + zero; }
 
-// kRound + the code of x, before it comes to rest. What is beyond 126 has the last code, as 126 has. `x * 0` is NaN
-// where x is not finite, whose code is 0. `rough`: 1 of some 30,000 codes may be a neighbour.
+// kRound, which is `round`, + the code of x, before it comes to rest. What is beyond 126 has the last code, as 126 has.
+// `x * 0` is NaN where x is not finite, whose code is 0. `rough`: 1 of some 30,000 codes may be a neighbour.
 template <class T>
-HFAC_DEVICE T nearest_code(T x, bool rough) {
+HFAC_DEVICE T nearest_code(T x, bool rough, T round) {
   const T size = lesser(magnitude(x), T(126)), zero = x * T(0);
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (rough) return fused(127.5f, with_sign(or_zero(rough_level_of(size, zero)), x), kRound<float>);
+    if (rough) return fused(127.5f, with_sign(or_zero(rough_level_of(size, zero)), x), round);
   }
   return T(127.5) * with_sign(or_zero(level_of(size, zero)), x) + kRound<T>;
 }
 
-// The number that eight codes of the moment stand for go on to x = first unit number + fresh, and the codes with it.
+// The numbers that eight codes, biased, of the moment stand for go on to x = first unit number + fresh, and the codes
+// with them.
 template <class T>
 HFAC_DEVICE void step_codes(Codes& codes, const CodeTable<T>& table, T first, const T (&unit)[kVector],
-                            const T (&fresh)[kVector], bool rough, T (&x)[kVector]) {
+                            const T (&fresh)[kVector], const CodeConstants<T>& constants, bool rough, T (&x)[kVector]) {
   T code[kVector];
   HFAC_UNROLLED (k, kVector) {
     const uint32_t byte = codes.word[k / 4] >> k % 4 * 8 & 0xffu;
     T old;
     if constexpr (sizeof(T) == sizeof(float)) {  // the bytes of kRound + q above the lowest do not depend on q
-      old = float_of(__byte_perm(codes.word[k / 4], bits_of(kRound<float>), 0x7650u | static_cast<unsigned>(k % 4)));
+      old = float_of(__byte_perm(codes.word[k / 4], bits_of(constants.round), 0x7650u | static_cast<unsigned>(k % 4)));
     } else {
-      old = kRound<T> - T(128) + static_cast<T>(byte);
+      old = constants.round - T(128) + static_cast<T>(byte);
     }
-    const T held = table[byte];
+    const T held = table.number[byte];
     x[k] = first * unit[k] * held + fresh[k];
-    code[k] = nearest_code(x[k], rough);
+    code[k] = nearest_code(x[k], rough, constants.round);
     // Where it would stay although |x| is smaller it goes one towards zero, or small codes would never come to rest.
-    if (code[k] == old && magnitude(x[k]) < magnitude(held)) code[k] = code[k] - with_sign(T(1), x[k]);
+    if (code[k] == old && magnitude(x[k]) < magnitude(held)) code[k] = code[k] - with_sign(constants.one, x[k]);
   }
   HFAC_UNROLLED (k, kVector / 4) {
     const uint32_t low = __byte_perm(low_word(code[4 * k]), low_word(code[4 * k + 1]), 0x0040);

@@ -25,7 +25,7 @@ struct FoldCol {
 template <class T, class Each>
 HFAC_DEVICE void sum_tiles(const T* cols, int tiles, int64_t width, const FoldCol& col, T (&sums)[kSums],
                            const Each& each) {
-  constexpr int kTogether = 4;
+  constexpr int kTogether = 8;
   __shared__ T shared[kFoldWays][kSums][kFoldCols];
   HFAC_UNROLLED (j, kSums) sums[j] = T(0);
   for (int t = col.way; t < tiles && col.k < width; t += kFoldWays * kTogether) {
@@ -149,6 +149,7 @@ HFAC_DEVICE void fold(const Arguments& a) {
   if (k < m) {
     zeros[0] = is_minus_zero(sum) ? 1 : 0;
     totals[0] = static_cast<double>(r);
+    space.row_square[k] = T(1) / root(r);
     if constexpr (kCodes) {
       totals[2] = static_cast<double>(row_before);
       space.row_sum[k] = step_unit(it.second_row, k, row_before, r);
@@ -240,6 +241,7 @@ HFAC_DEVICE void apply_fold(const Arguments& a) {
   const int64_t k = static_cast<int64_t>(tile.index) * kFoldChunk + threadIdx.x;
   if (k < it.rows) {
     const T r = static_cast<const T*>(shard.row[1])[k];
+    space.row_square[k] = T(1) / root(r);
     if constexpr (kCodes) {
       space.row_sum[k] = step_unit(it.second_row, k, static_cast<const T*>(it.second_row)[k], r);
     } else {

@@ -1,5 +1,6 @@
 // H-Fac of a matrix that one block holds: a whole step in one launch, from one read of the gradient. Sums are added in
 // the order of hfac_stats.cu, hfac.cu and hfac_update.cuh, whose bits these are.
+#include "hfac_element.cuh"
 #include "hfac_moments.cuh"
 
 namespace hfac {
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(kTileThreads, 3) hfac_small(Arguments a) {
     HFAC_UNROLLED (k, kVector) {
       old[k] = w[k];
       const T step = gradient.negate ? -g[r][k] : g[r][k];
-      w[k] = common::hfac_update(w[k], step, first_of, firsts[k], scales[k], scale_of, lr, weight_decay);
+      w[k] = updated(w[k], step, first_of, firsts[k], scales[k], scale_of, lr, weight_decay, A::rough(param));
     }
     if constexpr (kWatched) watch.add(param, old, w, kVector);
     A::store(param, a.layouts, row * cols + col, kVector, w);

@@ -124,20 +124,17 @@ struct Stats {
 // copies what it will use itself, so that it has nobody to wait for, and copies are under way all the time. While the
 // sums of a batch's rows, one from each warp, become visible, all warps sum the rows of the next one. Each warp then
 // finishes the rows on its own.
-template <class A, int kAs, bool kOptions>
-__global__ void __launch_bounds__(stats_threads(Width(kAs)), stats_threads(Width(kAs)) == 256 && A::kWhole &&
-                                                                     !(kOptions && Width(kAs) == Width::kFour)
-                                                                 ? 2
-                                                                 : 1) hfac_stats(Arguments a) {
+template <class A, Width kWidth, int kVectors, bool kFewer, bool kOptions>
+HFAC_DEVICE void sum_rows(const Arguments& a) {
   using T = typename A::T;
   using Grad = typename A::Grad;
   constexpr int kElement = static_cast<int>(sizeof(Grad)) / kVector, kChunks = static_cast<int>(sizeof(Grad)) / 16;
-  constexpr Width kWidth = Width(kAs);
-  constexpr int kVectors = stats_vectors(kWidth), kThreads = stats_threads(kWidth), kWarps = kThreads / kWarp;
-  constexpr int kRows = stats_rows(kWidth, kElement), kStages = stats_stages(kWidth, kElement), kValues = 2 * kRows;
+  constexpr int kThreads = stats_threads(kWidth), kWarps = kThreads / kWarp;
+  constexpr int kRows = stats_rows(kVectors, kElement, kFewer), kValues = 2 * kRows;
+  constexpr int kStages = stats_stages(kVectors, kElement, kFewer, kWidth);
+  static_assert(stats_ring(kVectors, kElement, kFewer, kWidth) <= stats_shared(kWidth, kElement), "the ring");
   static_assert(kSums * kVector * sizeof(T) * kThreads <= stats_shared(kWidth, kElement), "sums of columns");
   __shared__ T of_warps[2][kWarps][kValues];
-  if (skipped(a) || unclipped(a)) return;
   Stats<A, kOptions> s(a, tile_of(a));
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, lanes = s.it.tiling.lanes;
   // Quotients by `lanes`, exact for as few threads.
@@ -290,19 +287,53 @@ __global__ void __launch_bounds__(stats_threads(Width(kAs)), stats_threads(Width
     }
     return;
   }
-  // Threads of the same columns: their sums meet in the ring's memory, in the order of y. Rows have one vector per
-  // thread.
+  // Threads of the same columns: their sums meet in the ring's memory, in the order of y.
   T* const meet = reinterpret_cast<T*>(dynamic_shared());
-  __syncthreads();
-  HFAC_UNROLLED (k, kSums * kVector) meet[k * kThreads + thread] = sums[0][k / kVector][k % kVector];
-  __syncthreads();
-  if (!here) return;
-  for (int k = y; k < kSums * kVector; k += ys) {
-    T sum = T(0);
-    for (int from = 0; from < ys; ++from) sum = sum + meet[k * kThreads + from * lanes + x];
-    const int col = first_col + k % kVector;
-    if (col < cols) out[k / kVector * cols + col] = sum;
+  HFAC_UNROLLED (v, kVectors) {
+    __syncthreads();
+    HFAC_UNROLLED (k, kSums * kVector) meet[k * kThreads + thread] = sums[v][k / kVector][k % kVector];
+    __syncthreads();
+    for (int k = y; here && k < kSums * kVector; k += ys) {
+      T sum = T(0);
+      for (int from = 0; from < ys; ++from) sum = sum + meet[k * kThreads + from * lanes + x];
+      const int col = first_col + v * step + k % kVector;
+      if (col < cols) out[k / kVector * cols + col] = sum;
+    }
   }
+}
+
+// Rows of all lengths but the longest, in one launch.
+template <class A, bool kOptions>
+__global__ void __launch_bounds__(stats_threads(Width::kRows), A::kWhole ? 2 : 1) hfac_stats(Arguments a) {
+  constexpr int kElement = static_cast<int>(sizeof(typename A::Grad)) / kVector;
+  if (skipped(a) || unclipped(a)) return;
+  const Tiling tiling = a.items[tile_of(a).item].tiling;
+  if constexpr (kElement == 2) {
+    if (fewer_rows(Width::kRows, tiling.vectors, tiling.lanes, kElement)) {
+      return sum_rows<A, Width::kRows, 1, true, kOptions>(a);
+    }
+  }
+  switch (tiling.vectors) {
+    case 1:
+      return sum_rows<A, Width::kRows, 1, false, kOptions>(a);
+    case 2:
+      return sum_rows<A, Width::kRows, 2, false, kOptions>(a);
+    default:
+      return sum_rows<A, Width::kRows, 3, false, kOptions>(a);
+  }
+}
+
+// Its columns' sums take all the registers of a thread, of which the other lengths would have some.
+template <class A, bool kOptions>
+__global__ void __launch_bounds__(stats_threads(Width::kFour), kOptions ? 1 : 2) hfac_stats_four(Arguments a) {
+  if (skipped(a) || unclipped(a)) return;
+  sum_rows<A, Width::kFour, stats_vectors(Width::kFour), false, kOptions>(a);
+}
+
+template <class A, bool kOptions>
+__global__ void __launch_bounds__(stats_threads(Width::kLong), 1) hfac_stats_long(Arguments a) {
+  if (skipped(a) || unclipped(a)) return;
+  sum_rows<A, Width::kLong, stats_vectors(Width::kLong), true, kOptions>(a);
 }
 
 // Rows of any length: a few at a time, read twice, with the columns' sums in the workspace.
@@ -378,14 +409,10 @@ bool fits(const Launch& l) {
 
 template <class A, bool kOptions>
 KernelFunction stats_kernel(Width width) {
-  if (width == Width::kOne) return hfac_stats<A, static_cast<int>(Width::kOne), kOptions>;
-  if (width == Width::kTwo) return hfac_stats<A, static_cast<int>(Width::kTwo), kOptions>;
+  if (width == Width::kRows) return hfac_stats<A, kOptions>;
   if constexpr (A::kWhole) {
-    if (width == Width::kFour) return hfac_stats<A, static_cast<int>(Width::kFour), kOptions>;
-    if (width == Width::kLong) return hfac_stats<A, static_cast<int>(Width::kLong), kOptions>;
-    if constexpr (sizeof(typename A::Grad) == 2 * kVector) {
-      if (width == Width::kShort) return hfac_stats<A, static_cast<int>(Width::kShort), kOptions>;
-    }
+    if (width == Width::kFour) return hfac_stats_four<A, kOptions>;
+    if (width == Width::kLong) return hfac_stats_long<A, kOptions>;
   }
   return hfac_stats_wide<A>;
 }

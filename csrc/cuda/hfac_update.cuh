@@ -1,12 +1,12 @@
 // H-Fac's second read of a gradient, which updates a tile of the parameter: of both forms of the first moment.
 #pragma once
 
-#include "../common/math/hfac.h"
 #include "codes.cuh"
+#include "hfac_element.cuh"
 
 namespace hfac {
 
-// What the update reads of a row: the fold's number and the factor of the gradient.
+// What the update needs of a row: the fold's number and the factor of the gradient.
 template <class T>
 struct UpdateRows {
   T first[kRowsInFlight * kTileThreads], scale[kRowsInFlight * kTileThreads];
@@ -17,13 +17,24 @@ struct CodeRows : UpdateRows<T> {
   CodeTable<T> table;
 };
 
+// Of the table what stays in registers, where there is one.
+template <class T, bool kCodes>
+struct Constants {
+  HFAC_DEVICE explicit Constants(const UpdateRows<T>&) {}
+};
+template <class T>
+struct Constants<T, true> : CodeConstants<T> {
+  HFAC_DEVICE explicit Constants(const CodeRows<T>& rows) : CodeConstants<T>(rows.table) {}
+};
+
 // Rows of a thread whose loads are issued together. `kAhead`: of two such sets one is under way while the other is
-// worked on. Not where there are codes, which take so many registers that it would be slower.
+// worked on. Not where there are codes, which take so many registers that it would be slower. Nothing is worked out of
+// what is loaded before all loads of a set are under way: it would have to be waited for.
 template <class A, bool kCodes>
 struct UpdateLoads {
   static constexpr bool kAhead = A::kWhole && !kCodes;
   static constexpr int kSets = kAhead ? 2 : 1;
-  static constexpr int kRows = kAhead ? A::kRows : kCodes && A::kRows == 1 ? 2 : kRowsInFlight;
+  static constexpr int kRows = kAhead || (kCodes && A::kRows == 1) ? 2 : kRowsInFlight;
   typename A::Grad g[kRows];
   typename A::Param w[kRows];
   [[maybe_unused]] Codes codes[kCodes ? kRows : 1];
@@ -67,28 +78,27 @@ HFAC_DEVICE void update_tile(const Arguments& a) {
     }
   };
   Loads loads[Loads::kSets];
-  if constexpr (Loads::kAhead) load(loads[0], y);
+  load(loads[0], y);
 
   const T scale = *space.scale, divisor = *space.divisor;
-  const T* r = static_cast<const T*>(it.second_row);
   const Decay<T> b1(a.scalars.beta1, it.index);
-  if constexpr (kCodes) {
-    make_table(shared.table);
-    const T growth = *space.growth, part = (a.options.maximize ? -b1.rest : b1.rest) * scale;
-    for (int k = static_cast<int>(threadIdx.x); k < tile_rows; k += kTileThreads) {
-      shared.first[k] = growth == T(0) ? T(0) : b1.beta * (space.row_sum[first_row + k] * growth);
-      shared.scale[k] = part * (T(1) / root(r[first_row + k]));
-    }
-  } else {
-    for (int k = static_cast<int>(threadIdx.x); k < tile_rows; k += kTileThreads) {
-      shared.first[k] = space.row_sum[first_row + k];
-      shared.scale[k] = scale * (T(1) / root(r[first_row + k])) / divisor;
-    }
-  }
   T col_first[kVector], col_scale[kVector];
   HFAC_UNROLLED (k, kVector) {
     col_first[k] = k < count ? space.col_first[col + k] : T(0);
     col_scale[k] = k < count ? space.col_scale[col + k] : T(0);
+  }
+  if constexpr (kCodes) make_table(shared.table);
+  [[maybe_unused]] const T growth = kCodes ? *space.growth : T(0),
+                           part = (a.options.maximize ? -b1.rest : b1.rest) * scale;
+  for (int k = static_cast<int>(threadIdx.x); k < tile_rows; k += kTileThreads) {
+    const T first = space.row_sum[first_row + k], inverse = space.row_square[first_row + k];
+    if constexpr (kCodes) {
+      shared.first[k] = growth == T(0) ? T(0) : b1.beta * (first * growth);
+      shared.scale[k] = part * inverse;
+    } else {
+      shared.first[k] = first;
+      shared.scale[k] = scale * inverse / divisor;
+    }
   }
   const Gradient<T> gradient(a);
   const T lr = static_cast<T>(value_of(a.scalars.lr, 0));
@@ -96,6 +106,7 @@ HFAC_DEVICE void update_tile(const Arguments& a) {
   [[maybe_unused]] const T step = lr * (T(1) / divisor), decay = lr * weight_decay;
   __syncthreads();
 
+  [[maybe_unused]] const Constants<T, kCodes> constants(shared);
   Watch<A> watch;
   const auto update = [&](const Loads& loaded, int r, int row) {
     const int64_t at = (first_row + row) * cols + col;
@@ -110,14 +121,16 @@ HFAC_DEVICE void update_tile(const Arguments& a) {
     const T first = shared.first[row], row_scale = shared.scale[row];  // here: earlier, some kernels would spill
     if constexpr (kCodes) {
       T moment[kVector];
-      Codes codes = loaded.codes[r];
+      Codes codes = biased(loaded.codes[r]);
       HFAC_UNROLLED (j, kVector) g[j] = g[j] * col_scale[j] * row_scale;
-      step_codes(codes, shared.table, first, col_first, g, A::rough(param), moment);
-      HFAC_UNROLLED (j, kVector) w[j] = common::hfac_int8_update(w[j], moment[j], g[j], b1.beta, step, decay);
-      codes_at.store(at, count, codes);
+      step_codes(codes, shared.table, first, col_first, g, constants, A::rough(param), moment);
+      HFAC_UNROLLED (j, kVector) {
+        w[j] = updated_by_moment(w[j], moment[j], g[j], b1.beta, step, decay, A::rough(param));
+      }
+      codes_at.store(at, count, biased(codes));
     } else {
       HFAC_UNROLLED (j, kVector) {
-        w[j] = common::hfac_update(w[j], g[j], first, col_first[j], col_scale[j], row_scale, lr, weight_decay);
+        w[j] = updated(w[j], g[j], first, col_first[j], col_scale[j], row_scale, lr, weight_decay, A::rough(param));
       }
     }
     if constexpr (kWatched) {
@@ -131,14 +144,11 @@ HFAC_DEVICE void update_tile(const Arguments& a) {
   for (int base = 0; base < end; base += Loads::kSets * of_set) {
     HFAC_UNROLLED (s, Loads::kSets) {
       const int row = base + s * of_set + y;
-      if constexpr (Loads::kAhead) {
-        load(loads[(s + 1) % 2], row + of_set);
-      } else {
-        load(loads[s], row);
-      }
+      if constexpr (Loads::kAhead) load(loads[(s + 1) % 2], row + of_set);
       HFAC_UNROLLED (r, Loads::kRows) {
         if (row + r * ys < end) update(loads[s], r, row + r * ys);
       }
+      if constexpr (!Loads::kAhead) load(loads[s], row + of_set);
     }
   }
   if constexpr (kWatched) watch.finish(a, it);

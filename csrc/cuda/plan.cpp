@@ -11,9 +11,8 @@ namespace hfac {
 namespace {
 
 constexpr int64_t kWorkspaceCap = 64 << 20;  // of SMMF's and of shards' partial sums: longer lists are taken in groups
-constexpr int64_t kFewBytes = 512ll << 20;   // of gradients: lists of no more are few groups, which fit L2 if they can
-constexpr int64_t kFewGroups = 4;
-// Of a group of a longer list: what L2 would save costs more, in launches and in the partial sums of short tiles.
+// Of a group of H-Fac's: gradients that fit L2 would be read from memory once, but what that saves of a longer list
+// costs more in launches, in blocks that the last wave of each lacks, and in the partial sums of short tiles.
 constexpr int64_t kGroupElements = 512ll << 20;
 
 int64_t state_bytes(const DeviceItem& it) { return is_double(it) ? 8 : 4; }
@@ -39,10 +38,9 @@ class Planner {
       DeviceItem& it = items_[i];
       it.counter = static_cast<int32_t>(i) * kCounters;
       if (elements(it) == 0) continue;  // a shard that has moments, and no tiles
-      const int64_t together = group_elements(of_list, size_of(it.grad.dtype));
-      const int64_t launched = std::max(elements(it), std::min(of_list, together));
+      const int64_t launched = std::max(elements(it), std::min(of_list, kGroupElements));
       if (smmf_matrices()) it.tiling = cut_smmf(it);
-      if (whole_hfac() || applies()) it.update = cut_update(it, bulk_[i], codes(), launched);
+      if (whole_hfac() || applies()) it.update = cut_update(it, bulk_[i], launched);
     }
     if (whole_hfac() || options_.op == OpKind::kHfacSums) {
       for (const Group& group : hfac_groups(all())) cut_group(group);
@@ -227,9 +225,14 @@ class Planner {
     }
   }
 
-  // One launch per access (and width) that occurs in the group.
-  void emit(Kernel kernel, const Group& group) {
+  // One launch per access (and width) that occurs in the group. Of the statistics the largest tiles first, so that what
+  // multiprocessors still have to do when there are no more is short.
+  void emit(Kernel kernel, Group group) {
     const bool by_width = kernel == Kernel::hfac_stats;
+    if (by_width) {
+      const auto tile = [this](int32_t i) { return item(i).tiling.rows * item(i).cols; };
+      std::stable_sort(group.begin(), group.end(), [&](int32_t a, int32_t b) { return tile(a) > tile(b); });
+    }
     for (int w = 0; w < (by_width ? kWidths : 1); ++w) {
       for (int a = 0; a < kAccesses; ++a) {
         Launch launch = next_;
@@ -293,8 +296,7 @@ class Planner {
 
   void cut_group(const Group& group) {
     int64_t launched[kWidths] = {};
-    // Short rows are a width of their own in some types only.
-    const auto of = [&](int32_t i) { return static_cast<int>(std::max(stats_width(i), Width::kOne)); };
+    const auto of = [&](int32_t i) { return static_cast<int>(stats_width(i)); };
     for (const int32_t i : group) launched[of(i)] += elements(item(i));
     for (const int32_t i : group) {
       DeviceItem& it = item(i);
@@ -305,20 +307,7 @@ class Planner {
     }
   }
 
-  // About how many elements, of so many bytes, a group has of a list of so many.
-  int64_t group_elements(int64_t of_list, int64_t bytes) const {
-    return of_list * bytes > kFewBytes ? kGroupElements : std::max(cache() / bytes, of_list / kFewGroups);
-  }
-
-  // Gradients that fit the cache together are one group, in the list's order. Lists with few bytes get few groups, if
-  // need be larger than the cache.
-  std::vector<Group> hfac_groups(const Group& among) const {
-    if (gradients(among) > kFewBytes) return divided(among, kGroupElements, elements);
-    for (int64_t limit = std::max<int64_t>(cache(), 1);; limit += limit / 16 + 1) {
-      std::vector<Group> groups = divided(among, limit, grad_bytes);
-      if (static_cast<int64_t>(groups.size()) <= kFewGroups) return groups;
-    }
-  }
+  std::vector<Group> hfac_groups(const Group& among) const { return divided(among, kGroupElements, elements); }
 
   int64_t gradients(const Group& group) const {
     int64_t bytes = 0;

@@ -23,33 +23,39 @@ constexpr int64_t kRun = 4 * kTileCols;  // elements of a block of the dense ops
 constexpr int kCounters = 3;
 constexpr int kSignEdges = 1;
 
-// How H-Fac's statistics take rows, by their length: the vectors of a thread, a power of two, whose columns' sums stay
-// in registers. Of the longest, or with too little shared memory, sums are in memory.
-enum class Width { kShort, kOne, kTwo, kFour, kLong, kWide };
+// How H-Fac's statistics take rows, by their length: up to three vectors of a thread, whose columns' sums stay in
+// registers; four; four of twice as many threads; or, with sums in memory, of any length.
+enum class Width { kRows, kFour, kLong, kWide };
 constexpr int kWidths = static_cast<int>(Width::kWide) + 1;
-HFAC_HD constexpr int stats_vectors(Width w) {
-  return w == Width::kShort || w == Width::kOne ? 1 : w == Width::kTwo ? 2 : 4;
-}
 // Two blocks share a multiprocessor's registers. Three sums of 32 columns take 96 of the 128 that a thread may have,
 // and so the longest rows take all threads.
-HFAC_HD constexpr int stats_threads(Width w) { return w == Width::kLong || w == Width::kWide ? 512 : 256; }
+HFAC_HD constexpr int stats_threads(Width w) { return w == Width::kRows || w == Width::kFour ? kTileThreads : 512; }
+HFAC_HD constexpr int stats_vectors(Width w) { return w == Width::kRows ? 3 : 4; }  // of a thread and a row, at most
 HFAC_HD constexpr int64_t stats_cols(Width w) { return int64_t{stats_vectors(w)} * kVector * stats_threads(w); }
-// Rows come through a ring of batches in shared memory. A thread has 128 bytes of a batch, or one row; of short rows,
-// of which there are so many that fewer threads share one than have its sums, 64. `element`: its bytes.
-HFAC_HD constexpr int stats_rows(Width w, int element) {
-  const int row = stats_vectors(w) * kVector * element, share = w == Width::kShort || w == Width::kLong ? 64 : 128;
-  return row < share ? share / row : 1;
+// Rows come through a ring of batches in shared memory. Of a batch a thread has 128 bytes, or one row; with `fewer` it
+// has 64. `element`: its bytes.
+HFAC_HD constexpr int stats_rows(int vectors, int element, bool fewer) {
+  const int most = (fewer ? 64 : 128) / (vectors * kVector * element);
+  return most < 1 ? 1 : most < 2 ? 1 : most < 4 ? 2 : most < 8 ? 4 : 8;
 }
-HFAC_HD constexpr int stats_batch_bytes(Width w, int element) {
-  return stats_rows(w, element) * stats_vectors(w) * kVector * element * stats_threads(w);
+// Of rows of 64 columns of 16 bits, which fewer threads share than would have their sums, and of long ones.
+HFAC_HD constexpr bool fewer_rows(Width w, int vectors, int lanes, int element) {
+  return w == Width::kLong || lanes < 2 * stats_rows(vectors, element, false);
+}
+HFAC_HD constexpr int stats_batch_bytes(int vectors, int element, bool fewer, Width w) {
+  return stats_rows(vectors, element, fewer) * vectors * kVector * element * stats_threads(w);
 }
 // Every GPU has 99 KB for a block; with three batches one is under way, or more, while two are used.
 constexpr int kRingBytes = 96 << 10;
-HFAC_HD constexpr int stats_stages(Width w, int element) {
-  return 3 * stats_batch_bytes(w, element) > kRingBytes ? 2 : 3;
+HFAC_HD constexpr int stats_stages(int vectors, int element, bool fewer, Width w) {
+  return 3 * stats_batch_bytes(vectors, element, fewer, w) > kRingBytes ? 2 : 3;
 }
+HFAC_HD constexpr int stats_ring(int vectors, int element, bool fewer, Width w) {
+  return stats_stages(vectors, element, fewer, w) * stats_batch_bytes(vectors, element, fewer, w);
+}
+// Of a block of a launch, which may have rows of several lengths.
 HFAC_HD constexpr int stats_shared(Width w, int element) {
-  return stats_stages(w, element) * stats_batch_bytes(w, element);
+  return w == Width::kRows ? kRingBytes : stats_ring(stats_vectors(w), element, w == Width::kLong, w);
 }
 
 struct Operand {
@@ -80,9 +86,10 @@ constexpr int kSmallRows = 2;  // of a thread, of a matrix of H-Fac's that a blo
 
 constexpr int kSmmfRows = 1024;  // of a tile of SMMF's at most
 
-// How a matrix is cut. `lanes` threads, a power of two, share a row; the others of the block take further rows.
+// How a matrix is cut. `lanes` threads share a row; the others of the block take further rows. `vectors`: of a row and
+// a thread, in H-Fac's statistics.
 struct Tiling {
-  int32_t rows, cols, row_tiles, col_tiles, lanes;
+  int32_t rows, cols, row_tiles, col_tiles, lanes, vectors;
 };
 
 struct Operands {
@@ -207,7 +214,8 @@ template <class T>
 struct HfacSpace {
   double* norms;                // [chunks, 3] sum of r; sum of w_j / s_j; of codes the sum of r as it was
   T *scale, *divisor, *growth;  // sqrt(R); what U is divided by; of codes how sqrt(R) has grown, 0 where it was 0
-  T *row_sum, *row_square;      // [rows] sum of the gradient, then phi / 2, of codes sqrt(r_old / r); the new r
+  T *row_sum, *row_square;      // [rows] sum of the gradient, then phi / 2, of codes sqrt(r_old / r); the new r, then
+                                // 1 / sqrt(r)
   T *col_first, *col_scale;     // [cols] psi / 2, of codes sqrt(s_old / s); 1 / sqrt(s)
   T* collected;                 // [3, cols] `cols` added up, where that outlasts its group; else null
   T* cols;                      // [row_tiles, 3, cols] sums of g, g^2, g^2 / r_i

@@ -9,9 +9,8 @@ namespace {
 constexpr int kWarp = 32;
 
 constexpr int64_t kStatsBlocks = 128, kStatsTile = 128 << 10;  // elements
-constexpr int64_t kStatsRows = 8;                              // of a thread in a batch, at most
+constexpr int64_t kManyWaves = 256 << 20;                      // elements of a launch that has two if it can
 constexpr int32_t kSmmfLanes = 64;  // of SMMF's tiles where there are so many columns: 1 KB of a row of bfloat16
-constexpr int32_t kCodeRows = 32;   // of a tile of the update of codes
 constexpr int64_t kAnyTile = 2048;  // elements of tiles that go one by one, which takes ten times as long
 
 int32_t power_of_two(int64_t at_least) {
@@ -35,38 +34,67 @@ int64_t smmf_tile(const DeviceItem& it) {
 
 // Rows per tile of H-Fac's statistics, of which `launched` elements are launched together. A multiprocessor, of which
 // there are 108 to 148, holds two blocks, or one of long rows. All that are held at a time take as long, and so tiles
-// are as many as there can be, or a few times as many; of small launches half as many, because a tile's partial sums
-// cost 24 bytes per column, written and read.
+// are as many as there can be, or a few times as many: matrices are no multiples of a tile, and so the last ones would
+// leave most of a large wave empty. Of small launches half as many, because a tile's partial sums cost 24 bytes per
+// column, written and read; of very large ones fewer, of which the last wave is a small part.
 int32_t statistics_rows(int64_t launched, int64_t cols, Width width) {
   const int64_t blocks = stats_threads(width) == kTileThreads ? 2 * kStatsBlocks : kStatsBlocks;
   int64_t tile = ceil_quotient(launched, blocks);
   if (tile < kStatsTile) tile = ceil_quotient(launched, kStatsBlocks);
   const int64_t most = std::max<int64_t>(256, kStatsTile / 2 / cols), rows = ceil_quotient(tile, cols);
-  return static_cast<int32_t>(std::max<int64_t>(16, ceil_quotient(rows, ceil_quotient(rows, most))));
+  int64_t waves = ceil_quotient(rows, most);
+  if (launched <= kManyWaves) waves = std::max(waves, std::min<int64_t>(2, rows / 64));
+  return static_cast<int32_t>(std::max<int64_t>(16, ceil_quotient(rows, waves)));
 }
 
 bool in_one_block(const DeviceItem& it, bool bulk) {
   const int lanes = it.tiling.lanes;
-  return pair_access(it, bulk) < Access::kAny && lanes <= kWarp && it.rows <= kSmallRows * (kTileThreads / lanes);
+  return pair_access(it, bulk) < Access::kAny && it.tiling.vectors == 1 && lanes <= kWarp &&
+         it.rows <= kSmallRows * (kTileThreads / lanes);
 }
 
 // Columns are divided evenly, so that no tile of a row of tiles leaves most of its threads idle. At least as many rows
 // as the block has in flight at once.
-Tiling cut_update(const DeviceItem& it, bool bulk, bool codes, int64_t launched) {
+Tiling cut_update(const DeviceItem& it, bool bulk, int64_t launched) {
   Tiling t;
   t.col_tiles = static_cast<int32_t>(ceil_quotient(it.cols, kTileCols));
   const int64_t vectors = ceil_quotient(ceil_quotient(it.cols, t.col_tiles), kVector);
   t.cols = static_cast<int32_t>(vectors * kVector);
   t.lanes = power_of_two(vectors);
   const int32_t at_once = kTileThreads / t.lanes * (bulk ? kRowsInFlight : 1);
-  const auto rows = bulk ? (codes ? kCodeRows : updated_rows(launched)) : static_cast<int32_t>(kAnyTile / t.cols);
+  const auto rows = bulk ? updated_rows(launched) : static_cast<int32_t>(kAnyTile / t.cols);
   t.rows = std::max(rows, at_once);
   t.row_tiles = static_cast<int32_t>(ceil_quotient(it.rows, t.rows));
   return t;
 }
 
-// Whole rows, of whole warps or of lanes that a warp shares out evenly; tiles of whole batches, whatever the type and
-// the layout, so that these change no bit.
+// Threads that share a row of so many vectors when each has some: whole warps, or lanes that a warp shares out evenly.
+// Never fewer than have a row's sums.
+int32_t stats_lanes(int64_t vectors, int of_thread) {
+  const int64_t lanes = ceil_quotient(vectors, of_thread);
+  return lanes > kWarp ? static_cast<int32_t>(ceil_quotient(lanes, kWarp) * kWarp) : std::max(8, power_of_two(lanes));
+}
+
+// Vectors of a thread that leave the fewest threads idle. Two where that does not matter: with more of them there is
+// less to do for every row, and more to keep. One where a warp has the row, which adds as the step of small matrices
+// does.
+int32_t vectors_of_thread(int64_t vectors) {
+  if (vectors <= kWarp) return 1;
+  int32_t best = 0;
+  int64_t most = 0;
+  for (const int32_t v : {2, 3, 1}) {
+    if (vectors > int64_t{v} * kTileThreads) continue;
+    const int64_t at_once = vectors * (kTileThreads / stats_lanes(vectors, v)) * 60 / v;
+    if (most == 0 || at_once * 20 > most * 21) {
+      most = at_once;
+      best = v;
+    }
+  }
+  return best;
+}
+
+// Whole rows; tiles of whole batches, whatever the type and the layout, so that these change no bit; all of a matrix as
+// large as each other.
 Tiling cut_statistics(const DeviceItem& it, Access access, int32_t rows) {
   const Width width = width_of(it, access);
   Tiling t;
@@ -75,14 +103,13 @@ Tiling cut_statistics(const DeviceItem& it, Access access, int32_t rows) {
   t.cols = static_cast<int32_t>(vectors * kVector);
   int64_t batch = kWideRows;
   t.lanes = stats_threads(width);
+  t.vectors = width == Width::kRows ? vectors_of_thread(vectors) : stats_vectors(width);
   if (width != Width::kWide) {
-    const int64_t lanes = ceil_quotient(vectors, stats_vectors(width));
-    const int rows_of_thread = stats_rows(width, held_bytes(access));
-    t.lanes = lanes > 32 ? static_cast<int32_t>(ceil_quotient(lanes, 32) * 32)
-                         : std::max({8, 2 * rows_of_thread, power_of_two(lanes)});
-    batch = stats_threads(width) / t.lanes * kStatsRows;
+    t.lanes = stats_lanes(vectors, t.vectors);
+    batch = stats_threads(width) / t.lanes * stats_rows(t.vectors, 2, false);
   }
-  t.rows = static_cast<int32_t>(ceil_quotient(rows, batch) * batch);
+  const int64_t near = std::max<int64_t>(1, (rows + batch / 2) / batch) * batch, tiles = ceil_quotient(it.rows, near);
+  t.rows = static_cast<int32_t>(ceil_quotient(ceil_quotient(it.rows, tiles), batch) * batch);
   t.row_tiles = static_cast<int32_t>(ceil_quotient(it.rows, t.rows));
   return t;
 }

@@ -18,7 +18,7 @@ Tiling cut_statistics(const DeviceItem& it, Access access, int32_t rows);
 // Does a block hold the matrix, whose statistics are cut? Then one launch is its step.
 bool in_one_block(const DeviceItem& it, bool bulk);
 
-// Of H-Fac's update. `bulk`: in whole vectors; `codes`: of a first moment in 8 bits.
-Tiling cut_update(const DeviceItem& it, bool bulk, bool codes, int64_t launched);
+// Of H-Fac's update. `bulk`: in whole vectors.
+Tiling cut_update(const DeviceItem& it, bool bulk, int64_t launched);
 
 }  // namespace hfac

@@ -26,7 +26,7 @@ def planned(run):
     return run.call._call._split
 
 
-@pytest.mark.parametrize(("l2_bytes", "shares", "groups"), [(1, 9, 9), (60_000, 4, 5), (0, 1, 1)])
+@pytest.mark.parametrize(("l2_bytes", "shares", "groups"), [(1, 9, 9), (60_000, 4, 4), (0, 1, 1)])
 def test_groups_share_the_memory_of_their_tiles(l2_bytes, shares, groups, monkeypatch):
     """Of an item 2 numbers per row and 5 per column last, and 3 doubles for every 256 rows or 32 columns; the tiles'
     sums are in memory for one share of the list."""

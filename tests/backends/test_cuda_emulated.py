@@ -22,7 +22,8 @@ pytestmark = [
 ROWS = [(name, key) for name, rows in OPTIONS.items() for key in rows]
 #: Beyond the common table: borders of tiles, rows that no register holds, and both paths of each.
 LARGE = [(300, 2100), (2100, 300), (300, 2104), (2104, 304), (5, 9000), (20, 14344), (3, 17001)]
-LARGE += [(700, 64), (40, 5000), (35, 16424)]  # H-Fac's statistics take rows in other ways, by their length
+# H-Fac's statistics take rows in other ways, by their length.
+LARGE += [(700, 64), (90, 512), (60, 1536), (40, 5000), (35, 16424)]
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +65,7 @@ def test_autograd_notices_the_write(name):
     test_parity.test_autograd_notices_the_write(name, emulated.NAME)
 
 
-@pytest.mark.parametrize("shape", [(80, 64), (40, 1024), (40, 4096), (40, 8192), (40, 16384)], ids=shape_id)
+@pytest.mark.parametrize("shape", [(80, 64), (160, 256), (40, 768), (40, 4096), (40, 8192), (40, 16384)], ids=shape_id)
 def test_a_copy_that_is_used_before_its_wait_is_seen(shape):
     """Statistics of rows of every length that reach shared memory by copies; the emulation leaves out their waits."""
     _, plain = steps("HFac", [shape], count=1)

@@ -21,6 +21,16 @@ def test_gpt2_takes_at_most_twenty_launches(algorithm, dtype):
     assert len(launches) <= 20, [launch["kernel"] for launch in launches]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_rows_of_all_lengths_share_a_launch(dtype):
+    """GPT-2's of 768, 2304 and 3072 columns; vectors have their own step."""
+    found = [launch["kernel"] for launch in launch_plan.plan("hfac", gpt2(), dtype)]
+    assert found == ["hfac_stats", "hfac_fold", "hfac_update", "hfac_dense"]
+    shapes = [(512, 64), (512, 768), (512, 4096), (512, 8192), (512, 16384), (512, 20000)]
+    stats = [la for la in launch_plan.plan("hfac", shapes, dtype) if la["kernel"] == "hfac_stats"]
+    assert [la["width"] for la in stats] == ["rows", "four", "long", "wide"]
+
+
 @pytest.mark.parametrize(("algorithm", "most"), [("hfac", 8.15), ("smmf", 6.5)])
 def test_llama_moves_few_bytes(algorithm, most):
     shapes = llama3_8b()

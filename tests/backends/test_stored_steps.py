@@ -121,7 +121,8 @@ class Pair:
                 share = stored_agree("HFac", param, next(states), expected, next(states), W, given["lr"])
                 assert share > 0.95 or self.kind.low == torch.int16  # whose last bits nearly all are others
             else:
-                rough = self.op == "smmf_step_" and low is None
+                fused = self.op in ("hfac_step_", "hfac_int8_step_") and self.backend.startswith("cuda")
+                rough = (self.op == "smmf_step_" or fused) and low is None
                 assert same(param, expected) or rough and smmf_agrees(param, expected, old, given["lr"], self.backend)
                 assert low is None or torch.equal(low, rest)
             W.copy_(joined(param, low))
