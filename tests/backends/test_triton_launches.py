@@ -13,7 +13,7 @@ from hfac.cli import check, doctor
 
 triton = pytest.importorskip("triton")
 
-from hfac.triton_kernels import launcher  # noqa: E402
+from hfac.triton_kernels import launcher, table  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from bench import triton_driver  # noqa: E402
@@ -161,3 +161,24 @@ def test_later_steps_are_not_first_ones(driver):
         first = len(found)
         optimizer.step()
     assert 0 < first == len(found) == len(driver.launches) // 2
+
+
+def test_a_step_of_gradients_where_they_lay_repeats_the_launches(driver, monkeypatch):
+    """On the same memory, with its own numbers, and nothing else is told of it; other options are launched anew."""
+    params, optimizer = stepped()
+    give_grads(params)
+    for _ in range(3):
+        optimizer.step()
+    before = driver.launches[-(len(driver.launches) // 3) :]
+    driver.launches.clear()
+    ran, run = [], launcher.Launcher.run
+    monkeypatch.setattr(launcher.Launcher, "run", lambda *given: ran.append(given) or run(*given))
+    optimizer.param_groups[0].update(lr=0.25, weight_decay=0.5)
+    optimizer.step()
+    assert driver.launches == before and not ran
+    for bucket in optimizer._bound[0][1]._buckets:
+        (room,) = bucket.call._call._rooms
+        assert room.scalars[[table.LR.value, table.WEIGHT_DECAY.value]].tolist() == [0.25, 0.5]
+    optimizer.param_groups[0].update(weight_decay_mode="adam")
+    optimizer.step()
+    assert ran
