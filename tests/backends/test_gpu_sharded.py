@@ -6,6 +6,7 @@ rehearsed (tests/helpers/rehearsal.py): the other ranks are imagined, and have w
 
 import math
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -272,6 +273,31 @@ def test_a_graph_waits_for_nothing(name):
         pair.capture().replay()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.graphs
+@BOTH
+def test_a_captured_step_sends_what_a_plain_one_does(name, monkeypatch):
+    """In the same order, as the optimizer says, and on one stream: the one that captures."""
+    pair = Pair(name, amp_scaling=True, nonfinite="skip-step", max_grad_norm=0.5, watch=True)
+    optimizer, sent = pair.sides[0].optimizer, []
+
+    def noted(real, tensor, *given, group=None, **more):
+        bytes_, stream = tensor.numel() * tensor.itemsize, torch.cuda.current_stream().cuda_stream
+        sent.append(((dist.get_world_size(group), bytes_), stream))
+        return real(tensor, *given, group=group, **more)
+
+    for kind in ("all_reduce", "broadcast"):
+        monkeypatch.setattr(dist, kind, partial(noted, getattr(dist, kind)))
+    pair.step()
+    found = []
+    for act in (pair.sides[0].step, pair.capture):
+        sent.clear()
+        act()
+        found.append([what for what, _ in sent])
+        streams = {stream for _, stream in sent}
+    assert found[0] == found[1] == optimizer.collectives() and len(found[0]) >= 4
+    assert len(streams) == 1 and streams != {torch.cuda.current_stream().cuda_stream}
 
 
 @pytest.mark.skipif(HAS_GPU, reason="one rank cannot disagree")
