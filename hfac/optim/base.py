@@ -15,7 +15,8 @@ from . import options
 from .cache import SingleParamCache, StepCache
 from .grad_mode import without_grad
 from .norms import NormOptimizer, Ready
-from .state import KnownOptions, has_state, is_trained, needs_reduction, piece_counts
+from .slices import needs_reduction, piece_counts
+from .state import KnownOptions, has_state, is_trained
 
 Loss = TypeVar("Loss")
 

@@ -10,7 +10,8 @@ from torch.nn import Parameter
 from .. import spec
 from ..distributed import Gradients, layout
 from ..ops import grads_of, identical, values_are
-from .state import EXECUTION, has_state, is_at, needs_reduction, own_keys
+from .slices import needs_reduction
+from .state import EXECUTION, has_state, is_at, own_keys
 
 Groups = list[dict[str, Any]]
 #: an optimizer's ``state``: of each parameter by key, and whatever wrappers of the optimizer add

@@ -22,7 +22,8 @@ from torch import Tensor
 from .. import codes, matricize, rounding, schedules, signs, spec
 from ..distributed import layout
 from ..slicing import slices
-from .state import COUNTERS, LOW, piece_counts, sliced
+from .slices import piece_counts, sliced
+from .state import COUNTERS, LOW
 
 Metrics = dict[str, Tensor]
 #: a matrix that is computed some rows at a time: slice of rows -> [rows, columns]

@@ -11,7 +11,8 @@ from .. import clipping, functional, rounding, slicing
 from ..distributed import layout
 from . import diagnostics, options
 from .checkpoint import CheckpointedOptimizer
-from .state import has_state, piece_counts, sliced
+from .slices import piece_counts, sliced
+from .state import has_state
 from .table import Diagnostics
 
 

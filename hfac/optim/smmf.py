@@ -10,7 +10,8 @@ from .. import matricize
 from ..types import Backend, Master, Nonfinite, Rounding, Scalar, Signs, WeightDecayMode
 from . import options
 from .base import FactoredOptimizer
-from .state import Side, placement_splits_bytes
+from .slices import placement_splits_bytes
+from .state import Side
 
 SIGNS = get_args(Signs)
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .. import clipping, distributed, schedules
 from ..distributed import Sent, layout
 from .cache import SingleParamCache
-from .state import has_state, is_trained, needs_reduction
+from .slices import needs_reduction
+from .state import has_state, is_trained
 
 if TYPE_CHECKING:
     import torch.distributed as dist
