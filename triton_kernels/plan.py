@@ -168,13 +168,17 @@ def compile_options(constants: dict[str, Any], warps: int, maker: str) -> dict[s
 
     A bound on registers lets two programs of 256 lanes run on a multiprocessor; without one ptxas aims at three of some
     kernels and spills registers. A lane that holds the sums of several pieces of a row, or of two of a long one whose
-    gradients it divides, has twice as many, and one program runs. AMD's waves have 64 lanes.
+    gradients it divides, or that loads misaligned gradients for them, has twice as many, and one program runs. AMD's
+    waves have 64 lanes.
     """
     options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
     if maker == "cuda":
-        many = constants.get("T") == tl.float64 or constants.get("PIECES", 1) > 2
-        many = many or (constants.get("PIECES", 1) > 1 and constants["C"] > 1024 and constants.get("SCALED", False))
+        pieces = constants.get("PIECES", 0)  # of H-Fac's statistics alone
+        many = constants.get("T") == tl.float64 or pieces > 2
+        many = many or (pieces > 1 and constants["C"] > 1024 and constants.get("SCALED", False))
         options["maxnreg"] = 2 * REGISTERS - 32 if many else REGISTERS
+        if pieces > 0 and warps <= 8 and constants["ALIGNED"] < 16:
+            options["maxnreg"] = 2 * REGISTERS - 1  # the most that a lane can have
     if maker == "hip":
         options["num_warps"] = max(1, warps // 2)
     return options
