@@ -9,7 +9,6 @@ table in Markdown beside it.
 
 import argparse
 import json
-import shutil
 import tempfile
 import threading
 import time
@@ -129,33 +128,29 @@ def _bytes(tensor: Any) -> int:
     return shard.numel() * shard.itemsize
 
 
-def _rank(rank: int, ranks: int, layers: int, names: Sequence[str], folder: str) -> None:
+def _rank(rank: int, ranks: int, layers: int, name: str, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
     try:
-        for name in names:
-            found = measured(name, layers, folder)
-            everyone: list[Any] = [None] * ranks
-            dist.all_gather_object(everyone, found)
-            if rank == 0:
-                worst = {
-                    key: value if isinstance(value, str) else max(r[key] for r in everyone)
-                    for key, value in found.items()
-                }
-                with open(f"{folder}/rows", "a") as file:
-                    file.write(json.dumps(worst) + "\n")
-                shutil.rmtree(f"{folder}/save")
-                shutil.rmtree(f"{folder}/async")
-            dist.barrier()
+        found = measured(name, layers, folder)
+        everyone: list[Any] = [None] * ranks
+        dist.all_gather_object(everyone, found)
+        if rank == 0:
+            worst = {
+                key: value if isinstance(value, str) else max(r[key] for r in everyone) for key, value in found.items()
+            }
+            Path(folder, "row").write_text(json.dumps(worst))
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-def rows_of(ranks: int, layers: int, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Starts the ranks, and returns a row for each optimizer: the most that any rank needed."""
+def row_of(ranks: int, layers: int, name: str) -> dict[str, Any]:
+    """The most that any rank needed with this optimizer. Ranks are started for each: memory that a process has freed is
+    still resident, and would not count when it is used again."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (ranks, layers, names, folder), nprocs=ranks, start_method="spawn")
-        return [json.loads(line) for line in Path(folder, "rows").read_text().splitlines()]
+        mp.start_processes(_rank, (ranks, layers, name, folder), nprocs=ranks, start_method="spawn")
+        return json.loads(Path(folder, "row").read_text())  # type: ignore[no-any-return]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -181,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--out", type=Path, help="a JSON file to write, with a table beside it")
     args = parser.parse_args(argv)
-    rows = rows_of(args.ranks, args.layers, args.optimizers)
+    rows = [row_of(args.ranks, args.layers, name) for name in args.optimizers]
     print(table(rows))
     if args.out:
         machine = describe(torch.device("cpu"))
