@@ -138,12 +138,15 @@ def agree(watched, expected, run, backend):
     another order than the twin: some elements may lie where two roundings part."""
     kept, wanted = watched[:, 1], expected[:, 1]
     share = 0.01 if backend == "triton" and "hfac" in run.op else 0
-    if run.op == "smmf_step_" and backend in ROUGH and run.lows is None:
+    fused = backend.startswith("cuda") and run.op in ("hfac_step_", "hfac_int8_step_")
+    if (run.op == "smmf_step_" and backend in ROUGH or fused) and run.lows is None:
         share = ROUGH_SHARE
     off = torch.tensor([share * p.numel() * (p.dtype.itemsize == 2 or share > ROUGH_SHARE) for p in run.params]).ceil()
     assert ((kept - wanted).abs() <= off).all(), (kept, wanted)
     assert torch.equal(watched[:, 3:], expected[:, 3:])
-    assert torch.allclose(watched[:, [0, 2]], expected[:, [0, 2]], rtol=2e-5, atol=0, equal_nan=True)
+    # CUDA's fused multiply-adds round a weight of 16 bits less often, which shows in changes that are small beside it.
+    rtol = 5e-4 if fused else 2e-5
+    assert torch.allclose(watched[:, [0, 2]], expected[:, [0, 2]], rtol=rtol, atol=0, equal_nan=True)
 
 
 @pytest.mark.pairwise
