@@ -145,8 +145,10 @@ def agree(watched, expected, run, backend):
     assert ((kept - wanted).abs() <= off).all(), (kept, wanted)
     assert torch.equal(watched[:, 3:], expected[:, 3:])
     # CUDA's fused multiply-adds round a weight of 16 bits less often, which shows in changes that are small beside it.
-    rtol = 5e-4 if fused else 2e-5
-    assert torch.allclose(watched[:, [0, 2]], expected[:, [0, 2]], rtol=rtol, atol=0, equal_nan=True)
+    narrow = torch.tensor([fused and run.lows is None and p.dtype.itemsize == 2 for p in run.params])
+    for rows, rtol in ((narrow, 5e-4), (~narrow, 2e-5)):
+        found, wanted = watched[rows][:, [0, 2]], expected[rows][:, [0, 2]]
+        assert torch.allclose(found, wanted, rtol=rtol, atol=0, equal_nan=True), (found, wanted)
 
 
 @pytest.mark.pairwise
