@@ -90,7 +90,7 @@ clean: ## remove .venv and everything built
 $(INSTALLED): pyproject.toml setup.py $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install -e ".[cli,test,docs]"
+	$(BIN)/python -m pip install -v -e ".[cli,test,docs]"
 	touch $@
 
 $(EMULATED): $(INSTALLED) $(shell find csrc -type f)

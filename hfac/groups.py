@@ -47,7 +47,8 @@ def param_groups(
 
     Args:
         model: frozen parameters (requires_grad False) are left out.
-        weight_decay: of the parameters that decay (default 0.1).
+        weight_decay: of the parameters that decay (default 0.1). The groups carry it, so one that is given to the
+            optimizer's constructor does not reach them.
         dense: patterns of parameters with dense moments (group option ``dense``; default none).
         no_decay: patterns of further parameters without weight decay (default none).
         batch_dims: patterns of stacks, each with the number of leading dimensions that index slices (group option

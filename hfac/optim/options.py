@@ -205,10 +205,11 @@ def by_name(hints: Mapping[str, str]) -> Callable[[_Init], _Init]:
 
         @functools.wraps(init)
         def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-            for given in kwargs:
-                if given not in known:
-                    end = instead(given, known, hints)
-                    raise TypeError(f"{type(self).__name__} has no argument {given!r}; {end}")
+            foreign = [
+                f"has no argument {name!r}; {instead(name, known, hints)}" for name in kwargs if name not in known
+            ]
+            if foreign:
+                raise TypeError(f"{type(self).__name__} {'. It '.join(foreign)}")
             init(self, *args, **kwargs)
 
         return checked  # type: ignore[return-value]

@@ -13,15 +13,22 @@ _FRACTIONS = {"unmoved"}
 _COUNTS = {"zero_rows", "zero_cols", "skipped"}
 #: metrics whose bars and pictures are relative to the largest one of all parameters
 _SIZES = {"update_rms", "direction_rms", "clip_factor"}
+_EMPTY = (
+    "no numbers: no step has been watched, and no parameter has a gradient. Construct the optimizer with watch=True "
+    "and ask after step(), or ask between backward() and zero_grad()"
+)
 
 
 class Diagnostics(dict[int | str, dict[str, Tensor]]):
     """What `FactoredOptimizer.diagnostics` returns: by parameter a dict of metrics.
 
-    A dict like any other. Printed, it is a table with a row for each parameter (of a stack for each slice) and a column
-    for each metric; as the last line of a notebook's cell a table with bars; ``plot()`` makes a picture. Each of these
-    reads the values and waits for the device.
+    A dict like any other; a key that it lacks is a KeyError that lists those it has. Printed, it is a table with a row
+    for each parameter (of a stack for each slice) and a column for each metric; as the last line of a notebook's cell a
+    table with bars; ``plot()`` makes a picture. Each of these reads the values and waits for the device.
     """
+
+    def __missing__(self, key: int | str) -> dict[str, Tensor]:
+        raise KeyError(f"{key!r}: {', '.join(map(repr, self)) if self else _EMPTY}")
 
     def rows(self) -> Iterator[tuple[str, dict[str, float]]]:
         """Of each parameter, of a stack of each slice ("experts.up[3]"), its name and its metrics as numbers."""
@@ -34,6 +41,8 @@ class Diagnostics(dict[int | str, dict[str, Tensor]]):
         return list(dict.fromkeys(metric for metrics in self.values() for metric in metrics))
 
     def __str__(self) -> str:
+        if not self:
+            return _EMPTY
         columns = self.columns()
         lines = [["parameter", *columns]]
         lines += [[name, *(_shown(metric, found.get(metric)) for metric in columns)] for name, found in self.rows()]
@@ -44,6 +53,8 @@ class Diagnostics(dict[int | str, dict[str, Tensor]]):
 
     def _repr_html_(self) -> str:
         """A table whose cells have bars: of fractions their part of 1, of sizes that of the largest in the column."""
+        if not self:
+            return f"<p>{html.escape(_EMPTY)}</p>"
         columns, rows = self.columns(), list(self.rows())
         largest = {metric: _largest(found.get(metric) for _, found in rows) for metric in columns}
 

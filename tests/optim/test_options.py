@@ -104,6 +104,11 @@ def test_options_of_groups_are_those_of_the_optimizers():
         assert len(hfac.param_groups(torch.nn.Linear(2, 2), **options)) == 2
 
 
+def test_all_arguments_that_are_not_ours_are_named_at_once():
+    with pytest.raises(TypeError, match="no argument 'fused'; .* no argument 'learning_rate'; the nearest: lr"):
+        HFac(params_of(), fused=True, lr=1e-3, learning_rate=1e-3)
+
+
 def test_options_of_the_other_optimizer_are_refused_in_groups():
     """They were ignored: hfac.param_groups takes the options of both. The optimizer is left as it was."""
     takers = {HFac: types.HFacOptions.__optional_keys__, SMMF: types.SMMFOptions.__optional_keys__}

@@ -57,7 +57,6 @@ def test_what_is_missing_or_no_number_is_shown_as_such():
     found = Diagnostics({0: {"update_rms": torch.tensor(math.nan)}, 1: {"skipped": torch.tensor(3)}})
     assert [row.split() for row in str(found).splitlines()[2:]] == [["0", "nan"], ["1", "3"]]
     assert "nan" in found._repr_html_()
-    assert str(Diagnostics()) == "parameter\n---------" and Diagnostics()._repr_html_()
 
 
 def test_the_picture_has_a_bar_for_each_row(found, tmp_path):
@@ -76,3 +75,15 @@ def test_the_picture_without_matplotlib_says_what_to_install(found, monkeypatch)
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "hfac\[cli\]"'):
         found.plot()
+
+
+def test_without_numbers_it_says_when_there_are_some():
+    optimizer = hfac.HFac(torch.nn.Linear(3, 2).named_parameters())
+    found = optimizer.diagnostics()
+    assert found == {}
+    for said in (str(found), found._repr_html_()):
+        assert "watch=True" in said and "zero_grad()" in said
+    with pytest.raises(KeyError, match="'weight': no numbers"):
+        found["weight"]
+    with pytest.raises(KeyError, match="'wieght': 'weight', 'bias'"):
+        Diagnostics({"weight": {}, "bias": {}})["wieght"]
