@@ -104,6 +104,9 @@ def test_pieces_of_columns_are_stepped_as_slices_of_a_stack(cls, options, along,
     )
     for step in range(4):
         gradients(ours, step)
+        if options == "limit":  # norms in any order of elements are the same to the bit
+            for p in ours:
+                p.grad.mul_(16).round_().div_(16)
         if step == 2 and options.startswith("skip"):
             ours[0].grad.view(-1)[4] = NAN
         if step == 3:
