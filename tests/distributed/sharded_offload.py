@@ -1,13 +1,26 @@
 """Parameters that FSDP2 has offloaded to the CPU, as its CPUOffloadPolicy leaves them: shards on the CPU, on a mesh of
 another device; runs on every rank."""
 
+from functools import partial
+
 import torch
+from sharded_models import Model, loss_of, sharded
 from sharded_steps import CASES, OPTIONS, difference, mesh_of, part_of, run_all
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 import hfac
+from bench.memory import peak_transient_bytes
+
+#: by name, how the optimizer of `memory` is made
+MEASURED = {
+    "AdamW": torch.optim.AdamW,
+    "HFac": hfac.HFac,
+    "HFac-int8": partial(hfac.HFac, first_moment="int8"),
+    "SMMF": hfac.SMMF,
+}
 
 
 def offloaded(tensor):
@@ -77,3 +90,27 @@ def without_a_backend():
     finally:
         DeviceMesh.get_group = get_group
     return "nothing"
+
+
+def memory(blocks=12):
+    """By optimizer, of a model of equal blocks that fully_shard offloads to the CPU, bytes of this rank's state, and
+    the most that a step allocates beside it: both in multiples of this rank's weights."""
+    found = {}
+    for name, make in MEASURED.items():
+        torch.manual_seed(0)
+        policy = CPUOffloadPolicy(pin_memory=False)  # what pins is a GPU
+        net = Model(width=256, hidden=1024, blocks=blocks)
+        net = sharded(net, init_device_mesh("cpu", (torch.distributed.get_world_size(),)), offload_policy=policy)
+        params = [param for param in net.parameters() if param.requires_grad]
+        optimizer = make(params, lr=1e-3)
+        for step in range(2):
+            loss_of(net, step).backward()
+            if step == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+        transient = peak_transient_bytes(optimizer.step, torch.device("cpu"))
+        weights = sum(param.to_local().nbytes for param in params)
+        values = [value for state in optimizer.state.values() for value in state.values()]
+        state = sum((value.to_local() if isinstance(value, DTensor) else value).nbytes for value in values)
+        found[name] = state / weights, transient / weights
+    return found
