@@ -34,4 +34,4 @@ def test_memory_of_offloaded_state_is_as_the_page_says():
         assert abs(float(transient) - numbers[1]) <= 0.3 * numbers[1], (
             row,
             numbers,
-        )  # threads differ in what they need
+        )  # threads differ
