@@ -56,7 +56,7 @@ bool in_one_block(const DeviceItem& it, bool bulk) {
 // Columns are divided evenly, so that no tile of a row of tiles leaves most of its threads idle. At least as many rows
 // as the block has in flight at once.
 Tiling cut_update(const DeviceItem& it, bool bulk, int64_t launched) {
-  Tiling t;
+  Tiling t{};  // what has no meaning for an op is 0: tables are compared
   t.col_tiles = static_cast<int32_t>(ceil_quotient(it.cols, kTileCols));
   const int64_t vectors = ceil_quotient(ceil_quotient(it.cols, t.col_tiles), kVector);
   t.cols = static_cast<int32_t>(vectors * kVector);
@@ -97,7 +97,7 @@ int32_t vectors_of_thread(int64_t vectors) {
 // large as each other.
 Tiling cut_statistics(const DeviceItem& it, Access access, int32_t rows) {
   const Width width = width_of(it, access);
-  Tiling t;
+  Tiling t{};
   t.col_tiles = 1;
   const int64_t vectors = ceil_quotient(it.cols, kVector);
   t.cols = static_cast<int32_t>(vectors * kVector);
@@ -127,7 +127,7 @@ Tiling cut_smmf(const DeviceItem& it) {
       if (ceil_quotient(vectors, other) * other < ceil_quotient(vectors, lanes) * lanes) lanes = other;
     }
   }
-  Tiling t;
+  Tiling t{};
   t.lanes = lanes;
   t.col_tiles = static_cast<int32_t>(ceil_quotient(vectors, lanes));
   t.cols = static_cast<int32_t>(ceil_quotient(vectors, t.col_tiles) * kVector);

@@ -429,8 +429,11 @@ def test_stacks_that_are_cut_otherwise(cls, meshes):
     along = Parameter(sharded(value, meshes((2,), 0), (0,)))
     with pytest.raises(ValueError, match="nonfinite='skip' is not supported with both"):
         cls([along], batch_dims=1, nonfinite="skip")
-    with pytest.raises(ValueError, match="capturable=True is not supported"):
-        cls([along], batch_dims=1, capturable=True)
+    own = Parameter(along.to_local().detach().clone())  # this rank's slices, which it steps by itself
+    for param, ones in ((along, sharded(torch.ones_like(value), meshes((2,), 0), (0,))), (own, torch.ones(2, 4, 6))):
+        param.grad = ones
+        cls([param], batch_dims=1, capturable=True).step()
+    assert torch.equal(along.to_local(), own) and not own.eq(1).any()
 
     # trainers swap parameters for sharded ones
     swapped = Parameter(value.clone())
