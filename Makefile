@@ -17,7 +17,7 @@ help: ## list the targets
 
 install: $(INSTALLED) ## create .venv and install hfac with everything its commands and tests need
 
-compare: $(INSTALLED) ## train a byte-level GPT on real text with AdamW, Adafactor, HFac and SMMF; ends with a table
+compare: $(INSTALLED) ## train a byte-level GPT on real text with AdamW, Adafactor, HFac (with an int8 moment, too) and SMMF; ends with a table
 	$(BIN)/hfac compare $(ARGS)
 
 test: lint $(EMULATED) ## check style and run the tests, the CUDA kernels' among them (no GPU needed; 7 minutes on 2 cores)

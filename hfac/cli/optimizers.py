@@ -50,7 +50,7 @@ _BUILT: dict[str, tuple[str, Callable[..., torch.optim.Optimizer]]] = {
 }
 CHOICES = {name: Choice(*built, ADAMW_RATE * ADVISED[name][0]) for name, built in _BUILT.items()}
 #: Those that are compared where none are named.
-USUAL = ("adamw", "adafactor", "hfac", "smmf")
+USUAL = ("adamw", "adafactor", "hfac-int8", "smmf", "hfac")
 
 
 #: Those that can round bfloat16 weights stochastically or keep master weights.

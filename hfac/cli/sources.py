@@ -3,6 +3,7 @@ Nothing is downloaded, and no memory is allocated for weights."""
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import re
@@ -51,7 +52,9 @@ def read(target: str) -> Model:
             ". If that is a model of the Hugging Face hub: nothing is downloaded here. Download its config.json "
             "(hf download ID config.json) and give that file, or MODULE:CALLABLE that builds the model"
         )
-    raise UsageError(f"required is {FORMS}; there is no file, folder or name {target!r}{hub}")
+    if not hub and (near := difflib.get_close_matches(target, [*shapes.NAMED, *shapes.ALIASES], n=1)):
+        hub = f" (did you mean {near[0]}?)"
+    raise UsageError(f"unknown model {target!r}: no list, file or folder has this name{hub}. Required is {FORMS}")
 
 
 @contextmanager

@@ -388,6 +388,34 @@ FAULTS = [
         "found[placement.dim] = _piece(whole, placement, count, count - 1 - coordinate[mesh_dim])",
         f"tests/distributed/test_sharded_checkpoints.py {SHARDED} -k 'checkpoints or every_placement'",
     ),
+    Fault(
+        "a pipeline's stages do not add up their norms",
+        "hfac",
+        "                else:\n                    sums[then] += total",
+        "                else:\n                    sums[then] += 0 * total",
+        "tests/distributed/test_pipeline.py",
+    ),
+    Fault(
+        "a fused weight is cut along its first dimension, whichever is asked for",
+        "hfac",
+        "return [t.movedim(d, batch_dims) for t in found] if dim else found",
+        "return found",
+        "tests/optim/test_views.py",
+    ),
+    Fault(
+        "signs in bytes change sides when they become bits",
+        "hfac",
+        "packed.copy_(pack_signs(rows))",
+        "packed.copy_(pack_signs(~rows))",
+        "tests/optim/test_signs.py",
+    ),
+    Fault(
+        "a module that is stepped in the backward pass forgets the factor of its learning rate",
+        "hfac",
+        'lr = schedules.as_scalar("lr", found.scalars["lr"]) * lr_scale',
+        'lr = schedules.as_scalar("lr", found.scalars["lr"])',
+        "tests/distributed/test_sharded_release.py",
+    ),
     # Refusals and structure.
     Fault(
         "sparse gradients are not refused",

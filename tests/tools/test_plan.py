@@ -619,8 +619,9 @@ def test_a_callable_is_built_without_memory(home, capsys):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("llama-4", "required is a known model"),
-        ("no/such/config.json", "no file, folder or name 'no/such/config.json'"),
+        ("llama-4", "unknown model 'llama-4'"),
+        ("llama3-8", "did you mean llama3-8b?"),
+        ("no/such/config.json", "unknown model 'no/such/config.json'"),
         ("no_such_module_of_plan:make", "No module named 'no_such_module_of_plan'"),
         ("models_of_plan:nothing", "has no attribute 'nothing'"),
         ("models_of_plan:text", "required is a callable without arguments"),

@@ -122,6 +122,8 @@ def stepped(built: Path, python: str, folder: Path) -> str:
             str(folder / "bin" / "python"),
             "-W",
             "error::UserWarning",
+            "-W",  # where numpy is not installed, torch warns of it, and hfac does not need it
+            "ignore:Failed to initialize NumPy:UserWarning",
             "-c",
             f"import sys; sys.path.append({torch!r})\n{STEP}",
         ],
