@@ -172,6 +172,7 @@ class Step:
         #: what is made of ``told`` for the buckets' calls, if it has been
         self._checked: list[tuple[Bucket, ops.Inputs]] | None = None
         self._statistics: list[ops.Statistics | None] = [None] * len(told)
+        self._joined = False  # the norms of all buckets have been found together
 
     def check(self) -> list[tuple[Bucket, ops.Inputs]]:
         """What the buckets' calls are handed, checked the first time. Of gradients that an earlier step has checked
@@ -189,7 +190,9 @@ class Step:
         that give them."""
         found = [bucket.call.statistics(inputs) for bucket, inputs in self.check()]
         self._statistics = [*found]
-        return [statistics.norms for statistics in found]
+        together = ops.joined(found)
+        self._joined = together is not None
+        return [statistics.norms for statistics in found] if together is None else [together]
 
     def refuse(self, refused: Tensor) -> None:
         """Before `apply`, of a group that ``skips_steps``: where this 0-d float32 tensor, which is not read, is not
@@ -200,9 +203,10 @@ class Step:
             torch.maximum(forbidden, refused.to(forbidden.device), out=forbidden)
 
     def owners(self) -> list[list[int]]:
-        """Of each entry of the `norms`, whose it is: the position in the group's lists."""
+        """Of each entry of the `norms` that have been found, whose it is: the position in the group's lists."""
         indices = [(bucket.index or range(len(bucket.counts)), bucket.counts) for bucket, *_ in self._told]
-        return [[i for i, n in zip(index, counts, strict=True) for _ in range(n)] for index, counts in indices]
+        found = [[i for i, n in zip(index, counts, strict=True) for _ in range(n)] for index, counts in indices]
+        return [[i for mine in found for i in mine]] if self._joined else found
 
     @property
     def unscales(self) -> bool:

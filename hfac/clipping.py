@@ -57,7 +57,7 @@ def roots(squares: Tensor, dtype: torch.dtype) -> Tensor:
     threads. They then wait busily for milliseconds, on the cores that the step's kernels run on next; those of 1 / sqrt
     do not.
     """
-    found = squares.rsqrt().reciprocal() if squares.is_cpu else squares.sqrt()
+    found = squares.rsqrt().reciprocal_() if squares.is_cpu else squares.sqrt()
     return found.to(dtype)
 
 
@@ -77,10 +77,14 @@ def total(norms: Sequence[tuple[Tensor, bool]]) -> Tensor | None:
         return None
     device = next((norm.device for norm, _ in norms if not norm.is_cpu), norms[0][0].device)
     flat = {skip: [norm.to(device).reshape(-1) for norm, mine in norms if mine == skip] for skip in (False, True)}
-    stacks = [torch.cat(mine) for mine in flat.values() if mine]
+    stacks = [_in_one(mine) for mine in flat.values() if mine]
     if flat[True]:
         stacks[-1] = torch.nan_to_num(stacks[-1], nan=0.0, posinf=0.0)
-    return torch.linalg.vector_norm(torch.cat(stacks))
+    return torch.linalg.vector_norm(_in_one(stacks))
+
+
+def _in_one(vectors: list[Tensor]) -> Tensor:
+    return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
 
 
 def coefficient(norm: Tensor, limit: float | None) -> Tensor:
@@ -88,7 +92,7 @@ def coefficient(norm: Tensor, limit: float | None) -> Tensor:
     device, not read."""
     if limit is None:
         return torch.ones_like(norm)
-    return (limit / (norm + 1e-6)).clamp(max=1.0)
+    return (norm + 1e-6).reciprocal_().mul_(limit).clamp_(max=1.0)
 
 
 def refused(norm: Tensor) -> Tensor:

@@ -58,6 +58,45 @@ def look(
 
 
 @triton.jit
+def run_squares(
+    tiles,
+    items,
+    grads,
+    scalars,
+    G: tl.constexpr,
+    T: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """Shares of a gradient's sum of squares, in double as their total."""
+    item, record, index = program(tiles, items)
+    count = tl.load(record + ROWS) * tl.load(record + COLS)
+    if WHOLE:
+        count = tl.multiple_of(count, 8)
+    grad, layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED, ALIGNED)
+    first = index * LOOKED
+    total = tl.zeros([RUN], T)
+    for start in range(first, tl.minimum(first + LOOKED, count), RUN):
+        at = start + tl.arange(0, RUN).to(tl.int64)
+        g = gradient(grad, at, layout, at < count, scale, T, WHOLE, SCALED)
+        total += g * g
+    tl.store(pointer(record, SPACE_TOTALS, tl.float64) + index * 2, tl.sum(total.to(tl.float64), 0))
+
+
+@triton.jit
+def add_squares(tiles, items, squares, OF_RUNS: tl.constexpr):
+    """A parameter's shares added up: those of `run_squares`, or of chunks of columns (`hfac_folds.hfac_squares`)."""
+    item, record, _ = program(tiles, items)
+    cols = tl.load(record + COLS)
+    if OF_RUNS:
+        shares = tl.cdiv(tl.load(record + ROWS) * cols, LOOKED).to(tl.int32)
+    else:
+        shares = tl.cdiv(cols, CHUNK).to(tl.int32)
+    tl.store(squares + item, total_of(pointer(record, SPACE_TOTALS, tl.float64), shares, 2, tl.float64))
+
+
+@triton.jit
 def run_bits(record, scalars, item, index, STOCHASTIC: tl.constexpr):
     """Random bits of a run's elements, where there are any."""
     seed, t, position, first, layout = counter(record, scalars, item, STOCHASTIC)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .codes import unit_change
-from .element import decays, divide, excess, partial_sums, pointer, program, root, total_of, watch, zeros
+from .element import decays, divide, excess, partial_sums, pointer, program, root, watch, zeros
 from .table import *
 
 
@@ -20,14 +20,6 @@ def hfac_squares(tiles, items, T: tl.constexpr):
     sums = pointer(record, SPACE_COLS, T)
     square = partial_sums(sums + n, 3 * n, row_tiles, k, k < n, tl.float64)
     tl.store(pointer(record, SPACE_TOTALS, tl.float64) + index * 2, tl.sum(square, 0))
-
-
-@triton.jit
-def hfac_add_squares(tiles, items, squares):
-    """A parameter's shares added up."""
-    item, record, _ = program(tiles, items)
-    chunks = tl.cdiv(tl.load(record + COLS), CHUNK).to(tl.int32)
-    tl.store(squares + item, total_of(pointer(record, SPACE_TOTALS, tl.float64), chunks, 2, tl.float64))
 
 
 @triton.jit

@@ -191,7 +191,7 @@ class Plan:
     Attributes:
         workspace: bytes.
         statistics: the first so many launches are H-Fac's statistics.
-        squares: launches that follow those where the gradients' sums of squares are asked for.
+        squares: launches after these, and after no others, where the gradients' sums of squares are asked for.
     """
 
     launches: list[Launch]
@@ -307,8 +307,8 @@ def _chunks(length: int) -> int:
     return -(-length // table.CHUNK.value)
 
 
-def _runs(item: Item) -> int:
-    return -(-item.elements // table.RUN.value)
+def _runs(item: Item, length: int = table.RUN.value) -> int:
+    return -(-item.elements // length)
 
 
 def _tiles(item: Item) -> int:
@@ -316,19 +316,24 @@ def _tiles(item: Item) -> int:
 
 
 def _look(items: Sequence[Item], of: Iterable[int] | None = None) -> list[Launch]:
-    per_program = table.LOOKED.value
-    return _launches(dense.look, items, lambda item: -(-item.elements // per_program), of=of, warps=8, when=("LOOK",))
+    return _launches(dense.look, items, lambda item: _runs(item, table.LOOKED.value), of=of, warps=8, when=("LOOK",))
+
+
+def _squares(items: Sequence[Item], of: Iterable[int] | None = None) -> list[Launch]:
+    shares = _launches(dense.run_squares, items, lambda item: _runs(item, table.LOOKED.value), of=of, warps=8)
+    return shares + _launches(dense.add_squares, items, lambda item: 1, of=of, OF_RUNS=True)
 
 
 def _smmf(items: Sequence[Item]) -> Plan:
     groups, workspace = _smmf_groups(items)
-    launches = []
+    launches, squares = [], []
     for group in groups:
+        squares += _squares(items, group)
         launches += _look(items, group)
         launches += _smmf_tiles(items, group, False)
         launches += _launches(smmf.smmf_fold, items, lambda item: _chunks(item.rows), of=group)
         launches += _launches(smmf.smmf_normalize, items, lambda item: _chunks(item.cols), of=group)
-    return Plan(launches, workspace)
+    return Plan(launches, workspace, squares=squares)
 
 
 def _smmf_sums(items: Sequence[Item]) -> Plan:
@@ -359,7 +364,7 @@ def _smmf_groups(items: Sequence[Item]) -> tuple[list[list[int]], int]:
         sizes = {
             "space_rows": 2 * item.col_tiles * item.rows * size,
             "space_cols": 2 * item.row_tiles * item.cols * size,
-            "space_totals": 2 * _chunks(item.rows) * size,
+            "space_totals": max(2 * _chunks(item.rows) * size, 16 * _runs(item, table.LOOKED.value)),
         }
         end = _reserve(item, at, sizes)
         if not groups or end > WORKSPACE:
@@ -380,11 +385,8 @@ def _smmf_tiles(items: Sequence[Item], group: Sequence[int], shard: bool) -> lis
 def _chunks_touched(block: Item) -> set[int]:
     """Of the whole's rows and columns, those that a block adds to."""
     last_row = block.row + (block.rows - 1) * block.row_step
-    return {
-        chunk
-        for first, last in ((block.row, last_row), (block.col, block.col + block.cols - 1))
-        for chunk in range(first // table.CHUNK.value, last // table.CHUNK.value + 1)
-    }
+    sides, size = ((block.row, last_row), (block.col, block.col + block.cols - 1)), table.CHUNK.value
+    return {chunk for first, last in sides for chunk in range(first // size, last // size + 1)}
 
 
 def _hfac_spaces(items: Sequence[Item], *names: str) -> int:
@@ -420,7 +422,7 @@ def _hfac(items: Sequence[Item]) -> Plan:
     workspace = _hfac_spaces(items, *spaces)
     statistics = _hfac_stats(items, True)
     squares = _launches(hfac_folds.hfac_squares, items, lambda item: _chunks(item.cols))
-    squares += _launches(hfac_folds.hfac_add_squares, items, lambda item: 1)
+    squares += _launches(dense.add_squares, items, lambda item: 1, OF_RUNS=False)
     folds = _launches(hfac_folds.hfac_fold, items, lambda item: _chunks(max(item.rows, item.cols)), warps=16)
     folds += _launches(hfac_folds.hfac_scale, items, lambda item: _chunks(item.rows))
     return Plan([*statistics, *folds, *_hfac_updates(items)], workspace, len(statistics), squares)
@@ -478,8 +480,9 @@ def _dense(kernel: Any, items: Sequence[Item], look: list[Launch]) -> Plan:
 
     at = 0
     for item in items:
-        at = _reserve(item, at, {"space_totals": (_runs(item) + 1) * item.wide.itemsize})
-    return Plan([*look, *_launches(kernel, items, _runs, shape=shape)], at)
+        totals = (_runs(item) + 1) * item.wide.itemsize  # beside which the shares of `run_squares` are few
+        at = _reserve(item, at, {"space_totals": totals})
+    return Plan([*look, *_launches(kernel, items, _runs, shape=shape)], at, squares=_squares(items))
 
 
 #: Plans of items, by op; of ``hfac_sums`` without lists of columns apart.

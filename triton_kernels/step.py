@@ -239,9 +239,9 @@ class Bound:
         watched: Tensor | None = None,
         **numbers: Any,
     ) -> Statistics:
-        """The statistics of the step that a call with these arguments would make, of an op that ``reads_twice``.
-        ``nonfinite`` is filled as by a step. ``watched`` is not written; with it, a step that is watched need not take
-        the statistics again."""
+        """The statistics of the step that a call with these arguments would make. ``nonfinite`` is filled as by a step
+        of an op that ``reads_twice``, of others by the step alone. ``watched`` is not written; with it, a step that is
+        watched need not take the statistics again."""
         options = options_of(self._operands, numbers, nonfinite, watched)
         with self._lock, platform.current(self.device):
             room = self._open(grads, options, numbers, seen)

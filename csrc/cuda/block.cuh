@@ -116,6 +116,19 @@ HFAC_DEVICE bool last_block(int32_t* counter, int64_t blocks) {
   return last;
 }
 
+// Adds up what `blocks` blocks have, each in its place among `partials`, always in the same order; the last of them
+// stores the total. `shared` has one element for each warp.
+HFAC_DEVICE void add_up(double mine, int64_t block, int64_t blocks, double* partials, int32_t* counter, double* shared,
+                        double* total) {
+  mine = block_sum(mine, shared);
+  if (threadIdx.x == 0) partials[block] = mine;
+  if (!last_block(counter, blocks)) return;
+  mine = 0;
+  for (int64_t b = threadIdx.x; b < blocks; b += kTileThreads) mine += load_fresh(partials + b);
+  mine = block_sum(mine, shared);
+  if (threadIdx.x == 0) *total = mine;
+}
+
 HFAC_DEVICE double value_of(const Scalar& s, int32_t index) {
   if (!s.address) return s.value;
   const int64_t at = static_cast<int64_t>(index) * s.stride;

@@ -130,30 +130,37 @@ HFAC_DEVICE void store_param(const Target& target, const int64_t* layouts, int64
   }
 }
 
-template <class A, int kTogether>
-HFAC_DEVICE bool run_nonfinite(const Arguments& a, const DeviceItem& it, const Run& run) {
+// A run's gradients, unscaled: body(g, count), where those from `count` on repeat one of the others or are zeros.
+template <class A, int kTogether, class Body>
+HFAC_DEVICE void each_gradient(const Arguments& a, const DeviceItem& it, const Run& run, const Body& body) {
   using T = typename A::T;
   const Gradient<T> gradient(a);
   const Operand grad = it.grad;
-  const T elements = static_cast<T>(it.rows * it.cols);
-  bool bad = false;
-  const auto look_at = [&](T(&g)[kVector]) {
-    gradient.unscale(g);
-    const bool here = nonfinite(g, elements);
-    bad = bad || here;
-  };
   each_vector<A, kTogether>(
       run, [&](int64_t at) { return A::grad(grad, a.layouts, at, kVector, false); },
-      [&](const typename A::Grad& raw, int64_t, int) {
+      [&](const typename A::Grad& raw, int64_t, int count) {
         T g[kVector];
         A::widen(raw, g);
-        look_at(g);
+        gradient.unscale(g);
+        body(g, count);
       });
   each_rest(run, [&](int64_t at) {
     T g[kVector];
     load_any(rest_of<A>(it.grad), a.layouts, at, 1, g);
     repeat(g);
-    look_at(g);
+    gradient.unscale(g);
+    body(g, 1);
+  });
+}
+
+template <class A, int kTogether>
+HFAC_DEVICE bool run_nonfinite(const Arguments& a, const DeviceItem& it, const Run& run) {
+  using T = typename A::T;
+  const T elements = static_cast<T>(it.rows * it.cols);
+  bool bad = false;
+  each_gradient<A, kTogether>(a, it, run, [&](const T(&g)[kVector], int) {
+    const bool here = nonfinite(g, elements);
+    bad = bad || here;
   });
   return bad;
 }
@@ -164,6 +171,27 @@ __global__ void __launch_bounds__(kTileThreads) look(Arguments a) {
   const Tile tile = tile_of(a);
   const DeviceItem& it = a.items[tile.item];
   if (run_nonfinite<A, A::kWhole ? 4 : 1>(a, it, Run(it, tile.index))) atomicOr(a.nonfinite + it.index, 1);
+}
+
+// Sums of squares of gradients: of each thread's elements in the arithmetic's type, of all threads and blocks in
+// double.
+template <class A>
+__global__ void __launch_bounds__(kTileThreads) squares(Arguments a) {
+  using T = typename A::T;
+  __shared__ double shared[kTileWarps];
+  const Tile tile = tile_of(a);
+  const DeviceItem& it = a.items[tile.item];
+  if (skipped(a)) {
+    if (tile.index == 0 && threadIdx.x == 0) a.squares[it.index] = static_cast<double>(NAN);
+    return;
+  }
+  T sum = T(0);
+  each_gradient<A, A::kWhole ? 4 : 1>(a, it, Run(it, tile.index), [&](const T(&g)[kVector], int count) {
+    HFAC_UNROLLED (k, kVector) sum = sum + (k < count ? g[k] * g[k] : T(0));
+  });
+  double* const sums = reinterpret_cast<double*>(a.workspace + it.partials);
+  const int64_t runs = ceil_quotient(it.rows * it.cols, kRun);
+  add_up(static_cast<double>(sum), tile.index, runs, sums, a.counters + it.counter, shared, a.squares + it.index);
 }
 
 // A parameter of one run is looked at by the block that steps it; true: it keeps every bit.
@@ -427,6 +455,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks<A, kWatched>) smmf_dense
 }  // namespace
 
 KernelFunction look_kernel(const Launch& l, const Arguments&) { HFAC_BY_GRADIENT(l, look); }
+KernelFunction squares_kernel(const Launch& l, const Arguments&) { HFAC_BY_GRADIENT(l, squares); }
 KernelFunction dense_look_kernel(const Launch& l, const Arguments&) { HFAC_BY_GRADIENT(l, dense_look); }
 KernelFunction hfac_dense_kernel(const Launch& l, const Arguments& a) {
   HFAC_BY_ACCESS(l, a, PairAccesses, hfac_dense);

@@ -78,15 +78,7 @@ __global__ void __launch_bounds__(kTileThreads) hfac_collect(Arguments a) {
     HFAC_UNROLLED (j, kSums) space.collected[j * it.cols + col.k] = sums[j];
   }
   if (!a.squares) return;
-
-  total = block_sum(total, shared);
-  if (threadIdx.x == 0) space.norms[tile.index] = total;
-  const int64_t chunks = collect_chunks(it);
-  if (!last_block(a.counters + it.counter, chunks)) return;
-  total = 0;
-  for (int64_t c = threadIdx.x; c < chunks; c += kTileThreads) total += load_fresh(space.norms + c);
-  total = block_sum(total, shared);
-  if (threadIdx.x == 0) a.squares[it.index] = total;
+  add_up(total, tile.index, collect_chunks(it), space.norms, a.counters + it.counter, shared, a.squares + it.index);
 }
 
 // Flags of statistics that are about to be taken again.

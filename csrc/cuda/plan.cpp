@@ -45,6 +45,7 @@ class Planner {
     if (whole_hfac() || options_.op == OpKind::kHfacSums) {
       for (const Group& group : hfac_groups(all())) cut_group(group);
     }
+    if (options_.norm && !whole_hfac()) squares();
     switch (options_.op) {
       case OpKind::kHfac:
       case OpKind::kHfacInt8:
@@ -129,6 +130,7 @@ class Planner {
       case Kernel::smmf_dense:
         return {pair_access(it, bulk), runs(it)};
       case Kernel::look:
+      case Kernel::squares:
       case Kernel::dense_look:
         return {grad_access(it, bulk), runs(it)};
       case Kernel::hfac_collect:
@@ -150,6 +152,9 @@ class Planner {
     const int64_t moments = options_.first_moment ? 2 : 1;
     const int64_t statistics = number * (3 * it.tiling.row_tiles * it.cols + 2 * it.rows);
     switch (kernel) {
+      case Kernel::squares:
+        b.partial += 2 * runs(it) * int64_t{sizeof(double)};
+        [[fallthrough]];
       case Kernel::look:
         b.grad += grad;
         break;
@@ -389,6 +394,19 @@ class Planner {
     }
     plan_.workspace_bytes = static_cast<size_t>(most);
     return shares;
+  }
+
+  // The sums of the blocks lie where the step that follows has its own.
+  void squares() {
+    int64_t at = 0;
+    for (DeviceItem& it : items_) {
+      it.partials = at;
+      at += runs(it) * int64_t{sizeof(double)};
+    }
+    plan_.workspace_bytes = static_cast<size_t>(at);
+    next_.phase = Phase::kSquares;
+    emit(Kernel::squares, all());
+    next_.phase = Phase::kStep;
   }
 
   // A short run is looked at by the block that steps it; of a longer one all blocks must have looked first.

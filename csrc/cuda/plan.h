@@ -14,6 +14,7 @@ namespace hfac {
 // Every kernel that a plan can have. csrc/cuda/*.cu define <name>_kernel, which picks the instantiation for a launch.
 #define HFAC_KERNELS(KERNEL) \
   KERNEL(look)               \
+  KERNEL(squares)            \
   KERNEL(smmf_tiles)         \
   KERNEL(smmf_fold)          \
   KERNEL(smmf_sums_fold)     \
@@ -30,7 +31,8 @@ namespace hfac {
 enum class Kernel { HFAC_KERNELS(HFAC_ENUMERATOR) };
 #undef HFAC_ENUMERATOR
 
-// A plan has one phase, the step; H-Fac's with `norm` takes all statistics before, for the norm of all gradients.
+// A plan has one phase, the step; with `norm` another comes before, for the norm of all gradients: H-Fac's takes all
+// statistics in it, others' only add up squares.
 enum class Phase { kStep, kSquares };
 
 struct PlanOptions {
@@ -38,7 +40,7 @@ struct PlanOptions {
   bool first_moment = true;  // SMMF
   bool clip = true;          // H-Fac
   bool nonfinite = false;    // gradients may be refused
-  bool norm = false;         // H-Fac: statistics in a phase of their own
+  bool norm = false;         // sums of squares in a phase of their own, with H-Fac's statistics
   int64_t l2_bytes = 50 << 20;
   double l2_share = 0.6;  // of which a group's gradients may fill
 };

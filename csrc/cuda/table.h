@@ -98,10 +98,11 @@ struct Operands {
 
 // One parameter, or one block of a shard of SMMF's.
 struct DeviceItem : Operands, Moments {
-  int64_t sign_bytes;     // of all slices
-  int32_t codes_layout;   // as an operand's
-  int64_t workspace;      // bytes from its start
-  int64_t partials;       // as `workspace`: tiles' sums, where they are collected; 0: they follow the rest
+  int64_t sign_bytes;    // of all slices
+  int32_t codes_layout;  // as an operand's
+  int64_t workspace;     // bytes from its start
+  // As `workspace`: tiles' sums, where they are collected; 0: they follow the rest. Without tiles, sums of squares.
+  int64_t partials;
   int32_t index;          // in the caller's list
   int32_t counter;        // its first among the counters
   Tiling tiling, update;  // of the first pass; of H-Fac's second

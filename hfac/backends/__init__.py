@@ -6,8 +6,9 @@ and one function for all of them: ``bind(operands)`` takes `Operands` and return
 numbers and vectors by name, where bits are drawn ``seed`` and ``step``, and ``watched``. Gradients lie in memory as
 their strides say (`hfac.memory`), unless the backend has ``READS_MEMORY`` False. A call may have, besides,
 
-* of an op that ``reads_twice``, ``statistics(grads, nonfinite, **numbers)``, which gives `Statistics`; it then takes
-  them by that name together with ``clip``, what gradients are multiplied by;
+* ``statistics(grads, nonfinite, **numbers)``, which gives `Statistics`, with all that a step goes on from of an op that
+  ``reads_twice``, of others at least the squares, with ``nonfinite`` still to be filled; it then takes them by that
+  name together with ``clip``, what gradients are multiplied by;
 * ``unscales`` True: it takes ``grad_scale`` and ``found_inf``, and multiplies gradients as it reads them;
 * ``compares`` True: it takes ``seen``, a snapshot (`hfac.backends.snapshots`) of the gradients, which is the same
   object for as long as they lie where they lay, or None;

@@ -84,8 +84,8 @@ class CpuCall:
         watched: Tensor | None = None,
         **numbers: Any,
     ) -> None:
-        """The op, as the function of `hfac.reference` computes it; with ``statistics`` of these gradients and numbers,
-        the rest of it."""
+        """The op, as the function of `hfac.reference` computes it; with ``statistics`` of these gradients and numbers
+        (`CpuTwice`), the rest of it."""
         alone = statistics is None and watched is None and nonfinite is None
         if statistics is not None:
             numbers.update(stage="rest", kept=statistics.memory)
@@ -106,26 +106,6 @@ class CpuCall:
             increment_version(self._written)
         getattr(_C, self._name)(**{**last[1], **numbers, "threads": torch.get_num_threads()})
         return True
-
-    def statistics(
-        self,
-        grads: Tensors,
-        nonfinite: Tensor | None = None,
-        *,
-        seen: Snapshot | None = None,
-        watched: Tensor | None = None,
-        **numbers: Any,
-    ) -> Statistics:
-        """Of H-Fac's matrices: 2 numbers a row and 3 a column lie behind the sums of squares, in their memory.
-        ``watched`` is the step's to write."""
-        sizes = {name: self._operands[name] for name in ("rows", "cols", "param_dtypes")}
-        count = len(grads)
-        start = -(-8 * max(count, 1) // 64) * 64  # on a line of the cache
-        room = torch.empty(start + _C.hfac_kept(**sizes), dtype=torch.uint8, device="cpu")
-        found = Statistics(room[: 8 * count].view(torch.float64).zero_(), room.data_ptr() + start)
-        numbers |= {"stage": "statistics", "kept": found.memory, "squares": room.data_ptr()}
-        self._run(grads, nonfinite, numbers, seen)
-        return found
 
     def _run(
         self, grads: Tensors, nonfinite: Tensor | None, numbers: dict[str, Any], seen: Snapshot | None
@@ -153,7 +133,32 @@ class CpuCall:
         return told
 
 
-bind = CpuCall
+class CpuTwice(CpuCall):
+    """Of H-Fac's matrices, whose statistics may be taken first."""
+
+    def statistics(
+        self,
+        grads: Tensors,
+        nonfinite: Tensor | None = None,
+        *,
+        seen: Snapshot | None = None,
+        watched: Tensor | None = None,
+        **numbers: Any,
+    ) -> Statistics:
+        """2 numbers a row and 3 a column lie behind the sums of squares, in their memory. ``watched`` is the step's to
+        write."""
+        sizes = {name: self._operands[name] for name in ("rows", "cols", "param_dtypes")}
+        count = len(grads)
+        start = -(-8 * max(count, 1) // 64) * 64  # on a line of the cache
+        room = torch.empty(start + _C.hfac_kept(**sizes), dtype=torch.uint8, device="cpu")
+        found = Statistics(room[: 8 * count].view(torch.float64).zero_(), room.data_ptr() + start)
+        numbers |= {"stage": "statistics", "kept": found.memory, "squares": room.data_ptr()}
+        self._run(grads, nonfinite, numbers, seen)
+        return found
+
+
+def bind(operands: Operands) -> CpuCall:
+    return (CpuTwice if operands.op.reads_twice else CpuCall)(operands)
 
 
 def squares(grads: Tensors) -> Tensor:

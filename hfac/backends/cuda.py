@@ -81,8 +81,8 @@ class CudaCall:
         self._lock = threading.Lock()
         self._new = lambda **more: Planned(platform, device, make(**more))
         self._plain = self._new()
-        #: of H-Fac's matrices: a plan whose statistics are taken before the norm of all gradients is known. Where all
-        #: steps clip, the plain plan takes no memory.
+        #: a plan whose statistics are taken before the norm of all gradients is known. Where all steps clip, the plain
+        #: plan takes no memory.
         self._split: Planned | None = None
 
     def __call__(
@@ -114,7 +114,8 @@ class CudaCall:
     ) -> Statistics:
         """Of the step that the same arguments would make: for every gradient, divided by ``grad_scale``, the sum of its
         squares, 0 for what is empty, NaN where ``found_inf`` is not zero; squares are float32, so their sums may be
-        inf. ``nonfinite`` is set as the step sets it."""
+        inf. ``nonfinite`` is set as the step sets it where that goes on from more than squares (an op that
+        ``reads_twice``)."""
         with self._lock:
             if self._split is None:
                 self._split = self._new(norm=True)

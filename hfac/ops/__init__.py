@@ -24,7 +24,7 @@ from ..backends.snapshots import (
     snapshot,
     values_are,
 )
-from .call import Inputs, OpCall, Statistics, run
+from .call import Inputs, OpCall, Statistics, joined, run
 from .checks import PARAM_DTYPES, check_grads, check_length, check_tensor, check_writable, state_dtype
 from .counters import Counters, DeviceCounters, copier, hfac_dense_squares, nonfinite
 
@@ -50,6 +50,7 @@ __all__ = [
     "hfac_dense_squares",
     "holds_none",
     "identical",
+    "joined",
     "nonfinite",
     "run",
     "snapshot",

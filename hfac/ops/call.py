@@ -29,6 +29,7 @@ class Inputs:
         grads: one for each parameter.
         numbers: of the op by name; ``seed`` and ``step`` where bits are drawn, ``watched`` where that is given.
         scaling: of ``grad_scale`` and ``found_inf`` what is given.
+        double: whether a gradient is float64.
         negated: whether gradients may be views that negate, which must be copied before memory is read.
         seen: as `OpCall.prepare` takes it; None of gradients that kernels cannot read as they lie.
     """
@@ -38,6 +39,7 @@ class Inputs:
     nonfinite: Tensor | None
     numbers: Mapping[str, Any]
     scaling: Mapping[str, Tensor]
+    double: bool = False
     negated: bool = False
     seen: Snapshot | None = None
 
@@ -61,14 +63,34 @@ class Statistics:
     """What a first read of the gradients gives, for the step to go on from.
 
     Attributes:
-        norms: of the gradients once they are unscaled: [parameters], float32 (float64 for float64 gradients).
+        found: norms of the gradients once they are unscaled, [parameters], where there are no ``sums``.
         grads: the gradients; with ``sums`` of a backend that does not unscale, divided by the scale.
         sums: the backend's, where it takes them in this read.
+        dtype: of the norms: float32, or float64 for float64 gradients.
     """
 
-    norms: Tensor
+    found: Tensor | None
     grads: list[Tensor]
     sums: backends.Statistics | None = None
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def norms(self) -> Tensor:
+        """Of the gradients once they are unscaled: [parameters]."""
+        if self.found is not None:
+            return self.found
+        assert self.sums is not None
+        return clipping.roots(self.sums.squares, self.dtype)
+
+
+def joined(statistics: Sequence[Statistics]) -> Tensor | None:
+    """The norms of several calls' gradients, one behind the other, in as few operations as those of one take; None
+    where they are not all known by their squares, of one type and device."""
+    squares = [one.sums.squares for one in statistics if one.found is None and one.sums is not None]
+    kinds = {(one.dtype, mine.device) for one, mine in zip(statistics, squares, strict=False)}
+    if len(squares) != len(statistics) or len(kinds) != 1:
+        return None
+    return clipping.roots(torch.cat(squares) if len(squares) > 1 else squares[0], statistics[0].dtype)
 
 
 class OpCall:
@@ -109,6 +131,7 @@ class OpCall:
         self._first = not self._may_lack_first or any(o.moment == 1 and o.name in lists for o in self.op.operands)
         self._lists = self._needed(lists)
         self._call: Callable[..., None] | None = None
+        self._double = False  # of gradients that have been checked
         if not self._params:
             return
         self.device = self._params[0].device
@@ -201,6 +224,7 @@ class OpCall:
             return Inputs(None, grads, nonfinite, numbers, scaling)
         if seen is None:
             self._check_grads(grads)
+            self._double = torch.float64 in map(_DTYPE, grads)
         self._check_given(len(grads), nonfinite, watched, scaling)
         if self.stochastic:
             numbers.update(seed=seed, step=step)
@@ -218,15 +242,15 @@ class OpCall:
                 grads = memory.materialized(grads)
             else:
                 negated = True  # they may have to be multiplied in place first
-        return Inputs(call, grads, nonfinite, numbers, scaling, negated, seen)
+        return Inputs(call, grads, nonfinite, numbers, scaling, self._double, negated, seen)
 
     def statistics(self, inputs: Inputs) -> Statistics:
-        """The gradients' norms. H-Fac's kernels take them from the step's first read of the gradients, from which the
-        step then goes on; for everything else gradients are read for their norms."""
+        """The gradients' norms. Kernels on a GPU add up squares of the whole list at once; of H-Fac's matrices they and
+        those of the CPU do it in the step's first read of the gradients, from which the step then goes on."""
         call = inputs.call
         if call is None:
             return Statistics(torch.zeros(0, dtype=torch.float32, device="cpu"), inputs.grads)
-        take = getattr(call, "statistics", None) if self.op.reads_twice else None
+        take = getattr(call, "statistics", None)
         grads = None if take is None else _unscaled(inputs)
         if take is None or grads is None:
             norms, scale = torch.stack(clipping.norms(inputs.grads)), inputs.scaling.get("grad_scale")
@@ -234,8 +258,7 @@ class OpCall:
         scaling = inputs.scaling if inputs.unscales else {}
         seen = inputs.seen_as(grads)
         sums = take(inputs.readable(grads), inputs.nonfinite, **seen, **scaling, **inputs.numbers)
-        double = any(grad.dtype == torch.float64 for grad in grads)
-        return Statistics(clipping.roots(sums.squares, torch.float64 if double else torch.float32), grads, sums)
+        return Statistics(None, grads, sums, torch.float64 if inputs.double else torch.float32)
 
     def check_capture(self, inputs: Inputs, statistics: Statistics | None = None) -> None:
         """Of a step in a CUDA graph that is being captured: that it can be part of it.

@@ -13,6 +13,9 @@ __all__ = ["ieee_square_roots"]  # a fixture of every test here
 pytestmark = pytest.mark.usefixtures("all_orders")
 EACH = pytest.mark.parametrize("backend", KERNELS, indirect=True)
 EACH_OP = pytest.mark.parametrize("op", ALL_OPS)
+ON_GPUS = pytest.mark.parametrize("backend", [name for name in KERNELS if name != "cpu"], indirect=True)
+#: of which kernels on a GPU add up squares alone, before the step
+OTHER_OPS = pytest.mark.parametrize("op", [op for op in ALL_OPS if op not in TWICE])
 NAN, INF = float("nan"), float("inf")
 
 
@@ -159,6 +162,32 @@ def test_refused_parameters(op, backend, clip, skips):
         assert [i for i, stays in enumerate(kept) if stays] == sorted({*refused, len(SEVERAL) - 1})
 
 
+@pytest.mark.parametrize(("clip", "scale"), [(1.0, None), (0.3, 3.0)])
+@OTHER_OPS
+@ON_GPUS
+def test_other_ops_add_up_squares(op, backend, clip, scale):
+    """Of one run of elements and of many; a step of other gradients comes between, which has the same memory."""
+    these = [*SMALLER, *cases([(33000,)]), *cases([(9, 1000)], BF16)]
+    one, other = Run(op, these, backend), Run(op, these, backend)
+    more = {} if scale is None else {"grad_scale": torch.tensor(scale)}
+    for t in range(2):
+        squares = both(one, other, t, clip, **more)
+        assert close(squares, one.grads(t), scale or 1.0) and one.agrees(other)
+
+
+@pytest.mark.parametrize("clip", [1.0, 1e-15])
+@OTHER_OPS
+@ON_GPUS
+def test_other_ops_refuse_parameters(op, backend, clip):
+    test_refused_parameters(op, backend, clip, True)
+
+
+@OTHER_OPS
+@ON_GPUS
+def test_found_inf_keeps_every_bit_of_other_ops(op, backend):
+    test_found_inf_keeps_every_bit_of_a_clipped_step(op, backend, 0.5)
+
+
 @EACH
 def test_flags_that_are_not_contiguous(op, backend):
     run = Run(op, SMALL, backend)
@@ -248,7 +277,7 @@ def test_gradients_divided_by_a_power_of_two_give_the_same_bits(backend, op):
 
 @pytest.mark.parametrize("scale", [3.0, 2.0**-40])
 @EACH_OP
-@pytest.mark.parametrize("backend", [name for name in KERNELS if name != "cpu"], indirect=True)
+@ON_GPUS
 def test_gradients_are_divided(backend, op, scale):
     """As in the reference with quotients for gradients; what has become too large to be squared is refused."""
     ours, theirs = Run(op, SEVERAL, backend), Run(op, SEVERAL, "reference")

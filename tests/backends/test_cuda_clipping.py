@@ -17,8 +17,8 @@ pytestmark = [
 ONE = torch.tensor(1.0)
 
 
-def made(these=SMALL):
-    return Run("hfac_step_", these, emulated.NAME)
+def made(these=SMALL, op="hfac_step_"):
+    return Run(op, these, emulated.NAME)
 
 
 def planned(run):
@@ -112,9 +112,23 @@ def test_what_a_graph_reads_is_left_alone(monkeypatch):
     assert close(squares, first) and run.agrees(plain)
 
 
-def test_other_ops_take_no_statistics():
-    run = Run("hfac_dense_step_", cases([(5,)]), emulated.NAME)
-    assert run.step(run.grads(), clip=ONE, norm=True).sums is None
+def test_other_ops_read_gradients_once_more():
+    """In a launch for each way to reach elements. SMMF's matrices are vectors throughout, or not at all."""
+    for op, launches in (("hfac_dense_step_", 1), ("smmf_dense_step_", 1), ("smmf_step_", 2)):
+        run = made(cases([(5,), (40000,), (24, 16)]), op)
+        run.step(run.grads(), clip=ONE, norm=True)
+        plan = planned(run).step.plan()
+        assert [launch["kernel"] for launch in plan if launch["phase"] == "squares"] == ["squares"] * launches
+        assert not any(launch["conditional"] for launch in plan)
+        alone = made(cases([(5,), (40000,), (24, 16)]), op)
+        alone.step(alone.grads())
+        steps = [launch["kernel"] for launch in plan if launch["phase"] == "step"]
+        assert steps == [launch["kernel"] for launch in alone.call._call._plain.step.plan()]
+        assert run.call._call._plain.table is None
+
+
+def test_an_empty_list_has_statistics():
+    run = made()
     empty = ops.OpCall("hfac_step_", [], {name: [] for name in calls.STATES["hfac_step_"]})
     inputs = empty.prepare([], **run.numbers)
     empty.apply(inputs, empty.statistics(inputs), ONE)

@@ -34,7 +34,7 @@ STEPS = {
         "triton and not large",
         "triton and not (large or several-1.0 or several-nan or (refused_parameters and (0.3 or nan or propagate)) "
         "or (refused_parameter_keeps and (inf or 1e+19)) or (of_smaller and not float32) or power_of_two "
-        "or (are_divided and 3.0 and dense))",
+        "or (are_divided and 3.0 and dense) or (other_ops and smmf))",
     ),
     "backends/test_stored_steps": (
         "triton",

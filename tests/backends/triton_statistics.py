@@ -26,7 +26,7 @@ def test_what_is_launched(monkeypatch):
     del names[:]
     inputs = run.call.prepare(run.grads(), **run.numbers)
     found = run.call.statistics(inputs)
-    assert names == ["hfac_stats", "hfac_squares", "hfac_add_squares"]
+    assert names == ["hfac_stats", "hfac_squares", "add_squares"]
     del names[:]
     run.call.apply(inputs, found, ONE)
     assert names == ["hfac_stats", "hfac_fold", "hfac_scale", "hfac_update"]

@@ -230,7 +230,7 @@ def test_expanded_gradients(cls, scaled):
 @pytest.mark.parametrize("backend", KERNELS, indirect=True)
 @pytest.mark.parametrize("limit", [1e4, 0.1])
 def test_matrices_are_not_read_for_their_norm(backend, limit, monkeypatch):
-    """H-Fac has it from its statistics, also of slices; vectors are read."""
+    """H-Fac has it from its statistics, also of slices; vectors are read, on a GPU by its kernels."""
     read = []
     norms = clipping.norms
     monkeypatch.setattr(clipping, "norms", lambda grads: read.extend(grads) or norms(grads))
@@ -242,7 +242,7 @@ def test_matrices_are_not_read_for_their_norm(backend, limit, monkeypatch):
         wanted = nn.utils.get_total_norm([param.grad for param in params + stack])
         optimizer.step()
         assert optimizer.grad_norm.item() == pytest.approx(wanted.item(), rel=1e-6)
-    assert [tuple(grad.shape) for grad in read] == [(7,)] * 3
+    assert [tuple(grad.shape) for grad in read] == [(7,)] * 3 * (backend == "cpu")
 
 
 @BOTH
