@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 EMULATED := $(VENV)/.emulated
 
 .DEFAULT_GOAL := help
-.PHONY: help install compare test test-all test-torch planted test-emulated cuda-check triton-check sanitize fuzz bench gpu-report gpu-objects plan doctor docs lint clean
+.PHONY: help install compare test test-all test-torch test-triton planted test-emulated cuda-check triton-check sanitize fuzz bench gpu-report gpu-objects plan doctor docs lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,12 @@ test-torch: $(INSTALLED) ## run the parity, state, conformance and sharded tests
 	$(OTHER)/bin/python -m pip install -q torch==$(VERSION)
 	$(OTHER)/bin/python -m pip install -q pytest pytest-xdist hypothesis numpy setuptools
 	$(OTHER)/bin/python -m pytest -n auto --dist worksteal $(TORCH_TESTS) $(ARGS)
+
+# What another Triton could break: numbers in its interpreter, plans, launches.
+TRITON_TESTS := $(addprefix tests/,backends/test_triton.py backends/test_triton_launches.py tools/test_triton_plan.py)
+
+test-triton: $(INSTALLED) ## run the Triton kernels' tests with another Triton (VERSION=3.6.0; ARGS='-m ""' adds the slow ones)
+	$$($(BIN)/python -m bench.triton_versions --python $(VERSION)) -m pytest -n auto --dist worksteal $(TRITON_TESTS) $(ARGS)
 
 planted: $(EMULATED) ## plant faults in a copy of this checkout and see whether `make test` notices (ARGS="clip sharded" chooses)
 	$(BIN)/python tests/tools/planted.py $(ARGS)

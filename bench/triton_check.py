@@ -20,7 +20,8 @@ import torch
 import triton
 import triton.language as tl
 from hfac.triton_kernels import hfac, smmf
-from hfac.triton_kernels.plan import MAKERS, REGISTERS, STATS, Item, Launch, compile_options, make_plan
+from hfac.triton_kernels.items import FINE, STATS, Item
+from hfac.triton_kernels.plan import MAKERS, REGISTERS, Launch, compile_options, make_plan
 from hfac.triton_kernels.table import EACH, EIGHT, EIGHT_APART, MEMORY, NEAREST, NO_SIGNS, RUN
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -43,6 +44,8 @@ F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float6
 #: How most weights are stored, and names of the ways to draw random bits.
 _PLAIN = {"STOCHASTIC": NEAREST.value, "LOW": 0}
 _BITS = {EIGHT.value: "stochastic", EIGHT_APART.value: "stochastic apart", EACH.value: "stochastic each"}
+#: Of SMMF, tiles and signs that meet less often: a narrow matrix, and a long vector.
+_CROSSED = [(64, 64, 8), (256, 256, 1)]
 _STEPS = "smmf_step_", "hfac_step_", "hfac_int8_step_", "smmf_dense_step_", "hfac_dense_step_"
 _SHARDS = "smmf_sums_step_", "hfac_apply_", "hfac_int8_apply_"
 #: Ways to store weights on the bulk: type, random bits, low bits.
@@ -123,13 +126,14 @@ def _launched(
     """Launches of ops on parameters of a type; ``any_layout``: the type of gradients that are not on the bulk."""
     stochastic = options.pop("stochastic", NEAREST.value)
     whole = any_layout is None
+    pairs = not (low or stochastic or options) and aligned == 16
     for op in ops:
         items = [
             Item(
                 rows, cols, dtype, any_layout or dtype, whole, slice,
                 stochastic=stochastic, low=low, codes="int8" in op, aligned=aligned,
             )
-            for rows, cols, slice in _matrices(op, whole, dtype)
+            for rows, cols, slice in _matrices(op, whole, dtype, pairs)
         ]  # fmt: skip
         plan = make_plan(op, items)
         for launch in (*plan.launches, *plan.squares):
@@ -144,16 +148,19 @@ def plain(launch: Launch, **options: Any) -> Variant:
     )
 
 
-def _matrices(op: str, whole: bool, dtype: torch.dtype) -> list[tuple[int, int, int]]:
-    """Rows, columns and slices of parameters for which all shapes of tiles and ways to pack signs are launched."""
+def _matrices(op: str, whole: bool, dtype: torch.dtype, pairs: bool) -> list[tuple[int, int, int]]:
+    """Rows, columns and slices of parameters for which all shapes of tiles and ways to pack signs are launched;
+    ``pairs``: every one of these with every other."""
     if "dense" in op:
         return [(RUN.value, 1, 0)]
     if "smmf" in op:
         if dtype == F64:
             return [(256, 256, 8)]
-        return [(64, 64, 1), (256, 256, 8)] if whole else [(256, 256, 0), (256, 256, 9)]
+        return [(64, 64, 1), (256, 256, 8), *_CROSSED * pairs] if whole else [(256, 256, 0), (256, 256, 9)]
     widest = STATS[-1][1]
-    return [(256, cols, 0) for cols in ((*(cols for _, cols, _ in STATS), 2 * widest) if whole else (256, 2 * widest))]
+    if not whole:
+        return [(256, cols, 0) for cols in (256, 2 * widest)]
+    return [(max(256, FINE // cols), cols, 0) for cols in (*(cols for _, cols, _ in STATS), 2 * widest)]
 
 
 def compile_variant(variant: Variant, target: GPUTarget) -> Any:

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from hfac.triton_kernels import table
+from hfac.triton_kernels.items import Item
 from hfac.triton_kernels.layouts import merged_layout, packed_layout
-from hfac.triton_kernels.plan import Item, Launch, make_plan
+from hfac.triton_kernels.plan import Launch, make_plan
 
 from .cubin import Code, codes
 from .cuda_check import find_cuobjdump
@@ -79,22 +80,24 @@ BUDGETS: Sequence[Budget] = (
     Budget("smmf_tiles", "smmf_step_", (4096, 4096), BF16, 44, 0, 256),
     Budget("smmf_tiles", "smmf_step_", (4096, 4096), F32, 70, 8, 512),
     Budget("hfac_stats", "hfac_step_", (65536, 256), BF16, 14.5, 0, 256),
-    Budget("hfac_stats", "hfac_step_", (4096, 1024), BF16, 12.5, 0, 64),
-    Budget("hfac_stats", "hfac_step_", (4096, 4096), BF16, 15, 3, 64),
-    Budget("hfac_stats", "hfac_step_", (4096, 14336), BF16, 17, 4, 32),
-    Budget("hfac_stats", "hfac_step_", (4096, 1024), F32, 15.1, 10, 64),
-    Budget("hfac_stats", "hfac_step_", (4096, 4096), F32, 19.5, 3, 64),
+    Budget("hfac_stats", "hfac_step_", (8192, 512), BF16, 15, 0, 128),
+    Budget("hfac_stats", "hfac_step_", (4096, 1024), BF16, 12.5, 0, 128),
+    Budget("hfac_stats", "hfac_step_", (8192, 2048), BF16, 19, 4, 128),
+    Budget("hfac_stats", "hfac_step_", (4096, 4096), BF16, 15, 3, 128),
+    Budget("hfac_stats", "hfac_step_", (4096, 14336), BF16, 17, 4, 128),
+    Budget("hfac_stats", "hfac_step_", (4096, 1024), F32, 15.1, 10, 128),
+    Budget("hfac_stats", "hfac_step_", (4096, 4096), F32, 19.5, 3, 128),
     Budget("hfac_update", "hfac_step_", (4096, 4096), BF16, 15.1, 0, 256),
     Budget("hfac_update", "hfac_step_", (4096, 4096), F32, 15.1, 0, 256),
     Budget("hfac_update", "hfac_int8_step_", (4096, 4096), BF16, 60, 0, 256),
     Budget("hfac_update", "hfac_int8_step_", (4096, 4096), F32, 78, 2, 256),
     # Gradients at odd addresses, as DDP's buckets have them, and of channels-last convolutions.
     Budget("smmf_tiles", "smmf_step_", (4096, 4096), BF16, 48, 0, 256, 4),
-    Budget("hfac_stats", "hfac_step_", (4096, 1024), BF16, 22, 16, 64, 4),
-    Budget("hfac_stats", "hfac_step_", (4096, 4096), BF16, 20, 8, 64, 4),
+    Budget("hfac_stats", "hfac_step_", (4096, 1024), BF16, 22, 16, 128, 4),
+    Budget("hfac_stats", "hfac_step_", (4096, 4096), BF16, 20, 8, 128, 4),
     Budget("hfac_update", "hfac_step_", (4096, 4096), BF16, 16, 0, 256, 4),
     Budget("smmf_tiles", "smmf_step_", (2048, 1008), BF16, 122, 8, 32, CHANNELS_LAST),
-    Budget("hfac_stats", "hfac_step_", (2048, 1008), BF16, 66, 12, 32, CHANNELS_LAST),
+    Budget("hfac_stats", "hfac_step_", (2048, 1008), BF16, 66, 12, 128, CHANNELS_LAST),
     Budget("hfac_update", "hfac_step_", (2048, 1008), BF16, 66, 2, 128, CHANNELS_LAST),
 )
 

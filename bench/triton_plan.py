@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 import triton
 from hfac.triton_kernels import table
-from hfac.triton_kernels.plan import Item, Launch, Plan, make_plan
+from hfac.triton_kernels.items import Item
+from hfac.triton_kernels.plan import Launch, Plan, make_plan
 
 from . import triton_check, triton_cost
 from .cubin import Code, codes

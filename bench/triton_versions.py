@@ -85,7 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "versions", nargs="*", help=f"(default: {' '.join(VERSIONS)}, which writes docs/triton-check.md)"
     )
-    versions = parser.parse_args(arguments).versions or list(VERSIONS)
+    parser.add_argument("--python", action="store_true", help="only make the environments, and print their Pythons")
+    args = parser.parse_args(arguments)
+    versions = args.versions or list(VERSIONS)
+    if args.python:
+        print(*map(environment, versions), sep="\n")
+        return 0
     found: dict[str, Any] = {}
     for version in versions:
         path, process = started(version, MORE if version == VERSIONS[-1] else TARGETS)

@@ -1,138 +1,28 @@
 """From shapes, types and layouts to launches: which kernel runs over which tiles, in which order.
 
-The tiling is a function of the shape alone, but for H-Fac's statistics of lists so long that their partial sums would
-take too much memory, and nothing is tuned at run time: the order of every sum is fixed.
+How a parameter is cut into tiles depends on its shape (`items`), and nothing is tuned at run time: the order of every
+sum is fixed.
 """
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import torch
 import triton.language as tl
 
-from . import dense, hfac, hfac_folds, layouts, smmf, table
+from . import dense, hfac, hfac_folds, smmf, table
+from .items import HFAC_TILES, SMMF_TILES, Item, Shape, cut, cut_stats, fit, held, recut_stats, smmf_shapes, stats_shape
 
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
-
-Shape = tuple[int, int, int]
 REGISTERS = 128
-
 #: Bytes that partial sums may take. A longer list of SMMF is taken in groups that share them; one of H-Fac, whose sums
 #: are all needed at once where the norm of all gradients clips, in fewer tiles of more rows.
 WORKSPACE, HFAC_WORKSPACE = 96 << 20, 128 << 20
-
-#: (rows in flight, columns, warps) of a tile: 8 elements per lane for SMMF and for H-Fac's codes, which need many
-#: registers for each, 16 for H-Fac. One warp holds whole rows of the tile, so that their sums need no shared memory: of
-#: 32 bits a lane holds 4 neighbours, and a row is half as long. Where elements are read one by one a warp's lanes hold
-#: neighbours, and the wider a tile is the more of a row's elements are a lane's own.
-SMMF_TILES = ((32, 64, 8), (8, 256, 8))
-SMMF_32_BITS = (SMMF_TILES[0], (16, 128, 8))
-SMMF_ANY = (*SMMF_TILES, (2, 1024, 8))
-NARROW, BROAD = HFAC_TILES = ((64, 64, 8), (16, 256, 8))
-#: Of H-Fac's statistics, which hold whole rows: up to 1024 columns one warp does, beyond that all of a program's. Rows
-#: beyond the last are read a second time. The more neighbours of a long row a lane has, the fewer lanes meet for its
-#: sums: 16 of 16 bits; of 32 bits 8, or the sums would not fit the registers.
-STATS = (NARROW, BROAD, (8, 1024, 8), (2, 4096, 8))
-STATS_32_BITS = (*STATS[:-1], (2, 4096, 16))
-
-
-@dataclass
-class Item:
-    """One record: a parameter, or a block of an SMMF shard. What is named as a field of `table` is written to it.
-
-    Attributes:
-        rows, cols: the matrix; of whole moments: the elements and 1.
-        slice: elements of one slice along the first dimension; 0 without signs.
-        whole: contiguous and aligned, but perhaps for the gradient; rows and runs in whole vectors of 8.
-        aligned: bytes of which the address of a whole item's gradient is a multiple: 16, 4 or those of an element.
-        owner: of a block: the index of its parameter.
-        start, stride, row, row_step, col: where the block lies (`hfac.matricize.Block`).
-        all_rows, all_cols: of the whole matrix, where this is a shard; else 0.
-        stochastic: how its random bits are drawn (`table.NEAREST` and so on).
-        low: low bits of its master weight that are stored apart; 0: none.
-        codes: H-Fac's first moment is in codes of 8 bits.
-        tile_rows, row_tiles, col_tiles, stats_rows, blocks: set by `make_plan`, see `table`.
-        spaces: where its partial sums begin in the workspace, in bytes, by field; set by `make_plan`.
-    """
-
-    rows: int
-    cols: int
-    dtype: torch.dtype
-    grad_dtype: torch.dtype
-    whole: bool = True
-    slice: int = 0
-    owner: int = 0
-    start: int = 0
-    stride: int = 0
-    row: int = 0
-    row_step: int = 1
-    col: int = 0
-    all_rows: int = 0
-    all_cols: int = 0
-    stochastic: int = table.NEAREST.value
-    low: int = 0
-    codes: bool = False
-    aligned: int = 16
-    tile_rows: int = field(default=0, init=False)
-    row_tiles: int = field(default=0, init=False)
-    col_tiles: int = field(default=0, init=False)
-    stats_rows: int = field(default=0, init=False)
-    blocks: int = field(default=0, init=False)
-    spaces: dict[str, int] = field(default_factory=dict, init=False)
-
-    @property
-    def wide(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
-    @property
-    def elements(self) -> int:
-        return self.rows * self.cols
-
-    @property
-    def signs(self) -> int:
-        if not self.slice:
-            return table.NO_SIGNS.value
-        if self.slice == 1:
-            return table.BYTE_PER_ELEMENT.value
-        whole = all(length % 8 == 0 for length in (self.cols, self.slice, self.start, self.stride))
-        return (table.WHOLE_BYTES if whole else table.SHARED_BYTES).value
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """What kernels are compiled for; each takes those that its signature names."""
-        return {
-            "W": TYPES[self.dtype],
-            "G": TYPES[self.grad_dtype],
-            "T": TYPES[self.wide],
-            "WHOLE": self.whole,
-            "ALIGNED": self.aligned if self.whole else 16,
-            "LAYOUT": self.signs,
-            "STOCHASTIC": self.stochastic,
-            "LOW": self.low,
-            "CODES": self.codes,
-            "ROUGH": not self.low and self.dtype.itemsize == 2,
-            "WIDE": self.cols > STATS[-1][1],
-        }
-
-    def record(self) -> list[int]:
-        """Its record, but for addresses; its workspace begins at 0."""
-        values = {
-            **{name: value for name, value in vars(self).items() if name in table.FIELD},
-            "slice_bytes": -(-self.slice // 8),
-            "slice_factor": layouts.factor_of(self.slice, self.start + self.rows * (self.stride or self.cols)),
-            "all_rows": self.all_rows or self.rows,
-            "all_cols": self.all_cols or self.cols,
-            **self.spaces,
-        }
-        return [values.get(name, 0) for name in table.FIELD]
-
-
-#: What a plan depends on of an item, in the order of its arguments.
-KEY = attrgetter(*(one.name for one in fields(Item) if one.init))
+#: Programs that a list's statistics are cut into where they can: one for each multiprocessor of a large GPU. More would
+#: leave more sums than the fold adds up in the time that they save.
+ENOUGH = 128
 
 
 @dataclass
@@ -214,48 +104,6 @@ def prepare(op: str, items: Sequence[Item], device: torch.device) -> tuple[Plan,
     return plan, records, [table.to(device) for table in tiles]
 
 
-def _cut_stats(item: Item) -> None:
-    """Of H-Fac's statistics a program takes whole rows, so that a matrix has no more programs than tiles of rows, each
-    of which leaves three sums of every column: 12 bytes for as many elements as it has rows."""
-    least = 64 if item.elements < 32 << 20 else 128
-    item.stats_rows = max(least, min(256, 1 << max(0, (item.rows // 64).bit_length() - 1)))
-    item.row_tiles = -(-item.rows // item.stats_rows)
-
-
-def _smmf_shapes(item: Item) -> tuple[Shape, ...]:
-    """A weight of 16 bits with 16 low bits steps as the float32 does, with the same sums."""
-    if not item.whole:
-        return SMMF_ANY
-    return SMMF_32_BITS if item.dtype == torch.float32 or item.low == 16 else SMMF_TILES
-
-
-def _cut(item: Item, shapes: tuple[Shape, ...]) -> None:
-    """A tile's columns are those of its shape. Of its rows partial sums of columns cost 1/32 byte per element and
-    statistic at 256; smaller matrices, whose partial sums stay in the cache, take fewer, to make enough programs."""
-    item.tile_rows = 64 if item.elements < 4 << 20 else 128 if item.elements < 16 << 20 else 256
-    item.row_tiles = -(-item.rows // item.tile_rows)
-    item.col_tiles = -(-item.cols // _fit(shapes, item)[1])
-
-
-def _fit(shapes: tuple[Shape, ...], item: Item, fewer: int = 2) -> Shape:
-    """The first that holds the item's columns, else the last; with fewer rows in flight where every element's address
-    takes registers of its own, and fewer still where its random bits do. Sixteen low bits change nothing: sums have the
-    order that they have for a float32."""
-    rows, cols, warps = next((shape for shape in shapes if item.cols <= shape[1]), shapes[-1])
-    if item.stochastic == table.EACH.value:
-        fewer *= 2
-    return rows if item.whole else max(1, rows // fewer), cols, warps
-
-
-def _held(rows: int, cols: int, warps: int, wide: bool) -> dict[str, int]:
-    """How a tile of the statistics lies in lanes that hold 8 neighbours of 16 bits: PIECES of each row that are a
-    lane's own, and how many rows are APART, different lanes'; of those that are not, a lane adds up its own. Of rows of
-    256 a warp holds two, so that what is done once for a row is done for both."""
-    pieces = cols // 256 if 256 < cols <= 1024 else 2 if cols == 256 and not wide else max(1, cols // (256 * warps))
-    apart = 1 if cols > 1024 else 256 * warps // max(1, cols // pieces)
-    return {"PIECES": pieces, "APART": min(max(1, rows), apart)}
-
-
 def _launches(
     kernel: Any,
     items: Sequence[Item],
@@ -285,7 +133,7 @@ def _launches(
             continue
         rows, cols, warps = (0, 0, warps) if shape is None else shape(items[i])
         given = (
-            items[i].constants | {"R": rows, "C": cols} | _held(rows, cols, warps, items[i].constants["WIDE"]) | fixed
+            items[i].constants | {"R": rows, "C": cols} | held(rows, cols, warps, items[i].constants["WIDE"]) | fixed
         )
         constants = {name: given[name] for name in kernel.arg_names if name in given}
         key = warps, *constants.values()
@@ -359,7 +207,7 @@ def _smmf_groups(items: Sequence[Item]) -> tuple[list[list[int]], int]:
     groups: list[list[int]] = []
     at = workspace = 0
     for i, item in enumerate(items):
-        _cut(item, _smmf_shapes(item))
+        cut(item, smmf_shapes(item))
         size = item.wide.itemsize
         sizes = {
             "space_rows": 2 * item.col_tiles * item.rows * size,
@@ -378,7 +226,7 @@ def _smmf_groups(items: Sequence[Item]) -> tuple[list[list[int]], int]:
 
 def _smmf_tiles(items: Sequence[Item], group: Sequence[int], shard: bool) -> list[Launch]:
     return _launches(
-        smmf.smmf_tiles, items, _tiles, of=group, shape=lambda item: _fit(_smmf_shapes(item), item), SHARD=shard
+        smmf.smmf_tiles, items, _tiles, of=group, shape=lambda item: fit(smmf_shapes(item), item), SHARD=shard
     )
 
 
@@ -392,12 +240,14 @@ def _chunks_touched(block: Item) -> set[int]:
 def _hfac_spaces(items: Sequence[Item], *names: str) -> int:
     """Tilings, and the spaces of these names; returns the workspace's bytes."""
     for item in items:
-        _cut(item, HFAC_TILES)
-        _cut_stats(item)
+        cut(item, HFAC_TILES)
+        cut_stats(item)
+    while sum(item.row_tiles for item in items) < ENOUGH:
+        if not any([recut_stats(item, 0.5) for item in items]):
+            break
     while (end := _hfac_reserve(items, names)) > HFAC_WORKSPACE and any(item.row_tiles > 1 for item in items):
         for item in items:
-            item.stats_rows *= 2
-            item.row_tiles = -(-item.rows // item.stats_rows)
+            recut_stats(item, 2)
     return end
 
 
@@ -444,16 +294,12 @@ def _hfac_apply(items: Sequence[Item]) -> Plan:
 
 
 def _hfac_stats(items: Sequence[Item], columns: bool) -> list[Launch]:
-    def shape(item: Item) -> Shape:
-        narrow = item.grad_dtype.itemsize == 2
-        return _fit(HFAC_TILES if item.constants["WIDE"] else STATS if narrow else STATS_32_BITS, item, 4)
-
-    return _launches(hfac.hfac_stats, items, lambda item: item.row_tiles, shape=shape, COLUMNS=columns)
+    return _launches(hfac.hfac_stats, items, lambda item: item.row_tiles, shape=stats_shape, COLUMNS=columns)
 
 
 def _hfac_updates(items: Sequence[Item]) -> list[Launch]:
     def shape(item: Item) -> Shape:
-        return _fit(SMMF_TILES if item.codes else HFAC_TILES, item)
+        return fit(SMMF_TILES if item.codes else HFAC_TILES, item)
 
     launches = _launches(hfac.hfac_update, items, _tiles, shape=shape)
     for launch in launches:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import spec
 from . import table
+from .items import Item
 from .layouts import bits_of, merged_layout, packed_layout
-from .plan import Item
 
 Tensors = Sequence[Tensor]
 Scalar = float | Tensor

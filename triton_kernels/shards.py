@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import platform, table
+from .items import KEY, Item
 from .launcher import Launcher
-from .plan import KEY, Item, Plan, prepare
+from .plan import Plan, prepare
 from .records import Operands, Records, Tensors, copy_scalars, scalar_values, scalars_of
 from .step import options_of
 

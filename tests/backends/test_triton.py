@@ -265,8 +265,8 @@ def test_partial_sums_are_bounded():
 
 
 def test_partial_sums_of_a_long_list_take_fewer_tiles():
-    """H-Fac's of Llama-3-8B would take 0.85 GB; the tiles of a matrix still cover it, and a short list's stay as they
-    are."""
+    """H-Fac's of Llama-3-8B would take 0.85 GB; the tiles of a matrix still cover it, and a matrix alone has enough to
+    fill a GPU."""
     from hfac.triton_kernels import plan
 
     long, _ = plans("HFac", shapes_of("llama-3-8b"), torch.bfloat16)
@@ -279,7 +279,66 @@ def test_partial_sums_of_a_long_list_take_fewer_tiles():
         for item in items[:count]:
             assert item.row_tiles * item.stats_rows >= item.rows > (item.row_tiles - 1) * item.stats_rows
         assert len(stats.tiles) == sum(item.row_tiles for item in items[:count])
-        assert (item.stats_rows == 64) == (count == 1)
+        assert item.stats_rows == 32 if count == 1 else item.stats_rows > 64
+
+
+def test_statistics_of_a_short_list_fill_a_gpu():
+    """As far as tiles of 16 rows, or of the rows in flight, do; a list that fills it is cut by its shapes alone."""
+    from hfac.triton_kernels import items, plan
+
+    def rows_of(*shapes):
+        made = [plan.Item(*shape, torch.bfloat16, torch.bfloat16) for shape in shapes]
+        (*stats,) = plan.make_plan("hfac_step_", made).launches[:1]
+        assert sum(len(launch.tiles) for launch in stats) == sum(item.row_tiles for item in made)
+        return [item.stats_rows for item in made], sum(item.row_tiles for item in made)
+
+    assert rows_of((4096, 4096)) == ([32], plan.ENOUGH)
+    assert rows_of((768, 768)) == ([items.FEWEST_ROWS], 48)
+    assert rows_of((4096, 64)) == ([64], 64)
+    alone = plan.Item(768, 768, torch.bfloat16, torch.bfloat16)
+    items.cut_stats(alone)
+    assert rows_of(*[(768, 768)] * 48)[0] == 48 * [alone.stats_rows] != 48 * [items.FEWEST_ROWS]
+
+
+#: Columns -> at most so much of the statistics' tiles is beyond the last of them; of other kernels' an eighth.
+BEYOND = {cols: 1 / 4 for cols in (64, 256, 512, 768, 1024, 1536, 1600, 2048, 3072, 4096, 6400, 14336)}
+BEYOND |= {1280: 3 / 8, 2304: 7 / 16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tiles_fit_the_columns_of_usual_models(dtype):
+    """All lanes of a tile compute, those beyond the last column for nothing."""
+    from hfac.triton_kernels import plan
+
+    for cols, most in BEYOND.items():
+        item = plan.Item(max(4096, 1 << 22 // cols), cols, dtype, dtype, slice=8)
+        for op in ("hfac_step_", "smmf_step_"):
+            for launch in plan.make_plan(op, [item]).launches:
+                width = launch.constants.get("C")
+                if width:
+                    beyond = 1 - cols / (width * -(-cols // width))
+                    assert beyond <= (most if launch.name == "hfac_stats" else 1 / 8), (cols, launch.name, width)
+
+
+def test_small_matrices_share_a_launch_of_their_statistics():
+    """Which would take longer than what a tile that fits saves."""
+    from hfac.triton_kernels import items, plan
+
+    for rows, launches in ((1024, 1), (items.FINE // 512, 2)):
+        both = [plan.Item(rows, cols, torch.bfloat16, torch.bfloat16) for cols in (512, 1024)]
+        assert plan.make_plan("hfac_step_", both).statistics == launches
+
+
+def test_rows_of_32_bits_whose_signs_are_bytes_have_narrow_tiles():
+    """In wider ones Triton 3.9 spills registers (docs/triton-check.md)."""
+    from hfac.triton_kernels import plan
+
+    for low, dtype in ((0, torch.float32), (16, torch.bfloat16)):
+        for slice, tile in ((1, (16, 64)), (8, (16, 128))):
+            item = plan.Item(256, 256, dtype, dtype, slice=slice, low=low)
+            (tiles,) = (x for x in plan.make_plan("smmf_step_", [item]).launches if x.name == "smmf_tiles")
+            assert (tiles.constants["R"], tiles.constants["C"]) == tile
+            assert len(tiles.tiles) == item.row_tiles * item.col_tiles == 4 * 256 // tile[1]
 
 
 def test_a_vector_is_totalled_once():

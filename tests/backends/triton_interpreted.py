@@ -33,7 +33,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/backends/test_trito
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from hfac.triton_kernels import element, layouts, plan, records, shards, step, table  # noqa: E402
+from hfac.triton_kernels import element, items, layouts, plan, records, shards, step, table  # noqa: E402
 from hfac.triton_kernels import rounding as kernels  # noqa: E402
 
 __all__ = ["ieee_square_roots", "test_autograd_notices_the_write"]
@@ -290,7 +290,7 @@ def test_rounding_is_the_definition(how, dtype, low):
     )
     back = values.clone()
     HOW = getattr(table, how).value
-    rounded[(1,)](back, drawn, out, lows, scalars, record, 1024, plan.TYPES[dtype], HOW, low)
+    rounded[(1,)](back, drawn, out, lows, scalars, record, 1024, items.TYPES[dtype], HOW, low)
     bits = None
     if place is not None:
         bits = rounding.random_bits(place, shape, seed, float(t), torch.device("cpu")).view(-1)
@@ -324,7 +324,7 @@ def test_nearest_is_the_definition(dtype, low):
     """Of every kind of number; what is none stays so, whatever its bits carry over."""
     values = hard_numbers(1024)
     wanted = values.to(dtype).float() if low is None else rounding.join(*rounding.split(values, low, None))
-    rounded_to_nearest[(1,)](values, 1024, plan.TYPES[dtype], 0 if low is None else 8 * low.itemsize)
+    rounded_to_nearest[(1,)](values, 1024, items.TYPES[dtype], 0 if low is None else 8 * low.itemsize)
     assert torch.equal(values.isnan(), wanted.isnan())
     assert torch.equal(values.nan_to_num(), wanted.nan_to_num())
 
@@ -393,9 +393,13 @@ def test_groups_of_a_long_list_share_their_partial_sums(monkeypatch):
     assert sizes[1] < sizes[0]
 
 
-def test_wide_rows_are_read_twice():
-    """Rows beyond the widest that registers hold; the table's 3 x 4097 is one, and this one has several tiles."""
-    shape = (70, table.CHUNK.value * 17)
+@pytest.mark.parametrize(("cols", "tile"), [(table.CHUNK.value * 17, 256), (1160, 2048), (504, 512)])
+def test_rows_of_every_length(cols, tile, monkeypatch):
+    """Rows beyond the widest that registers hold, which are read twice (the table's 3 x 4097 is one, and this one has
+    several tiles); and those of tiles that only matrices of many more elements have."""
+    shape = (70, cols)
+    monkeypatch.setattr(items, "FINE", 0)
+    assert items.stats_shape(items.Item(*shape, torch.float32, torch.float32))[1] == tile
     params = [torch.nn.Parameter(gradient(shape, 0, torch.float32)) for _ in range(2)]
     grad = gradient(shape, 1, torch.float32)
     states = []

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from hfac.triton_kernels import plan as triton_kernels_plan  # noqa: E402
 
-from bench import launch_model, launch_plan, triton_cost, triton_plan  # noqa: E402
+from bench import launch_model, launch_plan, triton_check, triton_cost, triton_plan  # noqa: E402
 from bench.cubin import Code  # noqa: E402
 from bench.launch_model import Walked  # noqa: E402
 
@@ -92,3 +92,17 @@ def test_bytes_of_every_kernel_that_a_step_launches_are_known():
             for launch in made.launches:
                 if launch.name != "look":
                     assert math.isfinite(triton_cost.moved(launch.name, items[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", ["hfac_step_", "hfac_int8_step_", "smmf_step_", "hfac_sums", "smmf_sums_step_"])
+def test_whatever_a_plain_step_launches_is_checked(op, dtype):
+    """`make triton-check` compiles it, whatever the matrix and however its signs lie."""
+    compiled = {(variant.kernel, variant.label) for variant in triton_check.variants()}
+    for cols in (8, 64, 72, 256, 512, 768, 1024, 2048, 2304, 4096, 4104, 16384):
+        for rows in (64, 1 << 15):
+            for slice in (1, 8) if "smmf" in op else (0,):
+                item = triton_kernels_plan.Item(rows, cols, dtype, dtype, slice=slice, codes="int8" in op)
+                for launch in triton_kernels_plan.make_plan(op, [item]).launches:
+                    plain = triton_check.plain(launch)
+                    assert (plain.kernel, plain.label) in compiled, (rows, cols, plain.label)
