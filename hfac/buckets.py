@@ -93,11 +93,13 @@ class Together:
         for bucket, end in zip(self._buckets, self._ends, strict=True):
             start = end - len(bucket.steps)
             told = {**found, "step": t} if bucket.call.stochastic else found
-            mine = {n: v[start:end] if isinstance(v, Tensor) and v.ndim else v for n, v in told.items()}
+            mine = told
+            if len(self._ends) > 1:
+                mine = {n: v[start:end] if isinstance(v, Tensor) and v.ndim else v for n, v in told.items()}
             if bucket.owners is not None:
                 spread = bucket.owners.spread
                 mine = {n: spread(v) if isinstance(v, Tensor) and v.ndim else v for n, v in mine.items()}
-            yield bucket, mine.pop("step", 0.0), mine
+            yield bucket, mine.get("step", 0.0), {n: v for n, v in mine.items() if n != "step"}
 
 
 def _are_down(flags: Tensor) -> bool:

@@ -289,7 +289,7 @@ class Group:
         self._together = [Together(mine, may_move and not read, capturing) for (_, read), mine in counted.items()]
         self._known = ops.snapshot(self._tensors)  # which the counters may have moved
         #: whether a step is told nothing but gradients and numbers, unless it is clipped or scaled
-        self._repeats = not (self._together or self._scratch or watch or skips_steps)
+        self._repeats = skipped is None and not (self._scratch or watch or skips_steps)
         #: of gradients that have been found right
         self._known_grads: ops.Snapshot | None = None
 
@@ -351,8 +351,7 @@ class Group:
             told.append((bucket, t, {**decays, **scalars}))
         given = {"grad_scale": grad_scale, "found_inf": found_inf}
         step = Step(self._inputs, grads, seen, told, given, options, self._captured, self._scratch)
-        on_host = not any(isinstance(value, Tensor) for value in rates.values())
-        if not (self._repeats and on_host and seen is not None and grad_scale is found_inf is None):
+        if not (self._repeats and seen is not None and grad_scale is found_inf is None):
             step.check()
         if seen is None and memory.PLAIN.issuperset(map(type, grads)) and not any(map(Tensor._is_zerotensor, grads)):
             self._known_grads = ops.snapshot(grads)

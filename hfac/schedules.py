@@ -4,10 +4,13 @@ Each function takes the step t (counted from 1) as a float, evaluated on the hos
 evaluated on its device in float64 (with ``capturable=True`` the step is on the device). Both give the same bits.
 """
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from . import staging
 
 Scalar = float | Tensor
 T = TypeVar("T", float, Tensor)
@@ -17,6 +20,35 @@ def hfac_decay(step: T, beta: float) -> T:
     """beta (1 - beta^(t-1)) / (1 - beta^t): 0 at t = 1, so the first step forgets the zero state (H-Fac, Algorithm
     1)."""
     return beta * (1.0 - beta ** (step - 1.0)) / (1.0 - beta**step)
+
+
+def hfac_decays(step: T, betas: Sequence[float]) -> list[T]:
+    """`hfac_decay` of every beta; of steps on a device, in as many operations as one beta takes."""
+    if type(step) is not Tensor or step.ndim != 1:
+        return [hfac_decay(step, beta) for beta in betas]
+    held = tuple(betas)
+    before, now = (1.0 - _constants(held, 3, step) ** (step + _constants((-1.0, 0.0), 2, step))).unbind(1)
+    return list((_constants(held, 2, step) * before / now).unbind())
+
+
+#: numbers -> where they lie on a device. They stay, because graphs may read them.
+_kept: dict[tuple[tuple[float, ...], int, torch.device, torch.dtype], Tensor] = {}
+_MOST = 64
+
+
+def _constants(values: tuple[float, ...], ndim: int, like: Tensor) -> Tensor:
+    """These numbers beside a tensor, along the first of so many dimensions. While a graph is captured nothing comes
+    from the host."""
+    key = values, ndim, like.device, like.dtype
+    found = _kept.get(key)
+    if found is not None:
+        return found
+    shape = (len(values), *[1] * (ndim - 1))
+    if staging.capturing(like.device) or len(_kept) >= _MOST:
+        return torch.stack([like.new_full((), value) for value in values]).view(shape)
+    found = torch.tensor(values, dtype=like.dtype, device="cpu").view(shape).to(like.device)
+    _kept[key] = found
+    return found
 
 
 def smmf_decay_first(step: T, beta: float, growth_rate: float) -> T:

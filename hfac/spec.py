@@ -260,7 +260,8 @@ SMMF_SUMS_STEP = Op(
 
 
 def _hfac_decays(step: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: schedules.hfac_decay(step, options[name]) for name in ("beta1", "beta2")}
+    beta1, beta2 = schedules.hfac_decays(step, (options["beta1"], options["beta2"]))
+    return {"beta1": beta1, "beta2": beta2}
 
 
 def _hfac_scalars(options: Mapping[str, Any]) -> dict[str, Any]:

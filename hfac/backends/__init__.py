@@ -12,7 +12,7 @@ their strides say (`hfac.memory`), unless the backend has ``READS_MEMORY`` False
 * ``unscales`` True: it takes ``grad_scale`` and ``found_inf``, and multiplies gradients as it reads them;
 * ``compares`` True: it takes ``seen``, a snapshot (`hfac.backends.snapshots`) of the gradients, which is the same
   object for as long as they lie where they lay, or None;
-* ``again(seen, numbers)``, a call with the gradients of ``seen`` and these numbers, none of them a tensor, that reads
+* ``again(seen, numbers)``, a call with the gradients of ``seen`` and these numbers, all that the op has, that reads
   nothing but numbers anew. It returns False, and has done nothing, where the last call was not one of the same
   gradients that was told nothing else;
 * ``workspace_bytes()``: what it keeps on the device from step to step;

@@ -95,7 +95,7 @@ class CpuCall:
             increment_version(self._written)
         self._last = None
         told = self._run(grads, nonfinite, numbers, seen)
-        if alone and seen is not None and not any(isinstance(value, Tensor) for value in numbers.values()):
+        if alone and seen is not None:
             self._last = seen, told
 
     def again(self, seen: Snapshot, numbers: Mapping[str, Any]) -> bool:
@@ -104,7 +104,7 @@ class CpuCall:
             return False
         if self._written:
             increment_version(self._written)
-        getattr(_C, self._name)(**{**last[1], **numbers, "threads": torch.get_num_threads()})
+        getattr(_C, self._name)(**{**last[1], **_on_host(numbers), "threads": torch.get_num_threads()})
         return True
 
     def _run(
@@ -125,12 +125,17 @@ class CpuCall:
         if nonfinite is not None:
             flags = nonfinite.contiguous()
             given["nonfinite"] = flags.data_ptr()
-        given |= {name: value.tolist() if isinstance(value, Tensor) else value for name, value in numbers.items()}
+        given |= _on_host(numbers)
         told = self._operands | given | {"threads": torch.get_num_threads()}
         getattr(_C, self._name)(**told)
         if flags is not nonfinite and nonfinite is not None and flags is not None:
             nonfinite.copy_(flags)
         return told
+
+
+def _on_host(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers as the extension takes them."""
+    return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in numbers.items()}
 
 
 class CpuTwice(CpuCall):

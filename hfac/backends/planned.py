@@ -105,19 +105,18 @@ class Planned:
         memory |= {"nonfinite": flags, **{name: numbers.pop(name) for name in _MEMORY if name in numbers}}
         alone = not capturing and all(one is None for one in memory.values())
         memory |= {"table": self.table, "workspace": workspace, "counters": self.counters}
-        kept: list[Tensor] = []
-        told = {name: scalar(value, self.device, kept) for name, value in numbers.items()}
+        told, kept = self._told(numbers)
         arguments = launch_arguments(stream, self.index, memory, told)
         self.step.launch(**arguments)
-        self.last = arguments if alone and not kept else None
+        self.last = arguments if alone else None
         if nonfinite is not None and flags is not None and flags is not nonfinite:
             nonfinite.copy_(flags)
         if capturing:
             captured += [self.staged.source, *memory.values(), *kept]
 
     def again(self, seen: Snapshot, numbers: Mapping[str, Any]) -> bool:
-        """A launch on the same gradients as the last one, which was told nothing but numbers, with these numbers; False
-        where that was another."""
+        """A launch on the same gradients as the last one, which was told nothing but numbers, with these numbers in
+        place of all that it had; False where that was another."""
         last, looked, workspace = self.last, self.looked, self.workspace
         if last is None or workspace is None or looked is None or looked[0] is not seen or looked[2]:
             return False
@@ -126,10 +125,17 @@ class Planned:
         if self.platform.stream(self.device) != self.stream:
             return False
         self.platform.before_launch(workspace)
-        arguments = {**last, **numbers}
+        told, _kept = self._told(numbers)  # of tensors that live until the launch
+        arguments = last | told
         arguments["coupled"] = not arguments.pop("decoupled_weight_decay", True)
         self.step.launch(**arguments)
         return True
+
+    def _told(self, numbers: Mapping[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
+        """A launch's numbers, and the tensors whose addresses are among them."""
+        kept: list[Tensor] = []
+        told = {n: scalar(x, self.device, kept) if isinstance(x, Tensor) else x for n, x in numbers.items()}
+        return told, kept
 
     @property
     def table(self) -> Tensor | None:

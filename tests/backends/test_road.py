@@ -40,13 +40,14 @@ class Road:
             self.open.pop()
 
 
+@pytest.mark.parametrize("options", [{}, {"capturable": True}], ids=str)
 @pytest.mark.parametrize("name", ["HFac", "SMMF"])
 @pytest.mark.parametrize("moved", [False, True])
-def test_a_warm_step_is_seven_calls_in_eighteen_files(name, moved, emulated_backend, monkeypatch):
+def test_a_warm_step_is_seven_calls_in_eighteen_files(name, moved, options, emulated_backend, monkeypatch):
     """One descent to check, one to launch: no layer is asked twice. Where gradients lie where they lay the last calls
-    are repeated, and nothing is made anew for them."""
+    are repeated, and nothing is made anew for them, whoever counts steps."""
     param = Parameter(torch.randn(24, 16))
-    optimizer = getattr(hfac, name)([param], backend=emulated.NAME)
+    optimizer = getattr(hfac, name)([param], backend=emulated.NAME, **options)
     for _ in range(2):
         param.grad = torch.randn(24, 16)
         optimizer.step()

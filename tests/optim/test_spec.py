@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hfac
-from hfac import functional, reference, spec
+from hfac import functional, reference, schedules, spec
 
 POSITIONAL, KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 #: Lists that functional forms have had since a later version.
@@ -110,3 +110,16 @@ def test_options_choose_the_op_and_its_states_tell_it():
 def test_lists_that_came_later_stand_last_in_the_functional_form():
     """Calls by position go on to mean what they meant."""
     assert names(functional.hfac, POSITIONAL)[8:] == ["state_steps", "skipped", spec.MASTER_LOW.name, "exp_avg_qs"]
+
+
+@pytest.mark.parametrize("most", [64, 0], ids=["kept", "not kept"])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.5)], ids=str)
+def test_decays_of_both_moments_have_the_bits_of_one_alone(betas, most, monkeypatch):
+    """On a device, of any number of parameters; where its constants are kept, and where they are made anew."""
+    monkeypatch.setattr(schedules, "_kept", {})
+    monkeypatch.setattr(schedules, "_MOST", most)
+    for count in (1, 3, 100, 100):
+        steps = torch.arange(1.0, count + 1, dtype=torch.float64)
+        for decays, beta in zip(schedules.hfac_decays(steps, betas), betas, strict=True):
+            assert torch.equal(decays, schedules.hfac_decay(steps, beta)) and decays[0] == 0
+    assert len(schedules._kept) == (3 if most else 0)
