@@ -234,8 +234,8 @@ FAULTS = [
     Fault(
         "a repeated launch has the last step's numbers",
         "hfac",
-        "arguments = {**last, **numbers}",
-        "arguments = {**numbers, **last}",
+        "arguments = last | told",
+        "arguments = told | last",
         f"{CHANGES} -k repeats",
     ),
     Fault(

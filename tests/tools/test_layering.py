@@ -18,7 +18,7 @@ ALLOWED = {
     "_version": set(),
     "groups": {"optim", "types"},
     "matricize": {"types"},
-    "schedules": set(),
+    "schedules": {"staging"},
     "spec": {"schedules"},
     "types": {"schedules"},
     "rounding": {"schedules"},
