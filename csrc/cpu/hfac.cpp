@@ -206,7 +206,8 @@ class HfacOp : public HfacReader<T> {
   static bool known(const Item& it) { return it.shard || it.kept; }
   static Sums<T> space(const Item& it, void* workspace) { return sums_in<T>(it.kept ? it.kept : workspace, it); }
   static int64_t update_rows(const Item& it) {
-    return std::max<int64_t>(kRowsAtOnce, ceil_div(ceil_div(kChunkElements * 4, it.cols), kRowsAtOnce) * kRowsAtOnce);
+    const int64_t some = std::clamp(it.rows * it.cols / 8, kChunkElements, kChunkElements * 4);
+    return std::max<int64_t>(kRowsAtOnce, ceil_div(ceil_div(some, it.cols), kRowsAtOnce) * kRowsAtOnce);
   }
 
   void fold(int64_t i, Sums<T> at) {
@@ -291,13 +292,12 @@ class HfacOp : public HfacReader<T> {
     }
   }
 
-  // Chunks run backwards: the end of the gradient was read last and is the likeliest to be in cache still.
   void update(int64_t i, int64_t c, Sums<T> at, Scratch& scratch) {
     if (this->refused(i)) return;
     const Item& it = item(i);
     const Route<T>& to = this->to(i);
     Watched* const watched = this->watched(i, c);
-    const int64_t first = (chunks(i, 1) - 1 - c) * update_rows(it), end = std::min(first + update_rows(it), it.rows);
+    const int64_t first = c * update_rows(it), end = std::min(first + update_rows(it), it.rows);
     HfacUpdate<T> a{};
     a.grad_stride = a.param_stride = a.cols = it.cols;
     a.col_first = at.col_sum;

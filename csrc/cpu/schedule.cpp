@@ -26,10 +26,13 @@ constexpr int64_t kPerThread = 32768;
 constexpr int64_t kPerSleeper = 131072;
 
 struct Task {
-  int64_t first, last;  // items [first, last) in all their phases, where phase < 0; else only `first`
+  int64_t first, last;  // items [first, last) in all their phases, where phase < 0; else a chunk of `first`
   int phase;
-  int64_t chunk;
+  size_t shares;  // where the phase's entries in `taken_` begin
 };
+
+// Every phase goes back over what the one before left in the caches.
+int64_t in_order(int phase, int64_t k, int64_t chunks) { return phase % 2 == 0 ? k : chunks - 1 - k; }
 
 struct Progress {
   std::atomic<int64_t> left{0};  // chunks of the current phase
@@ -91,6 +94,7 @@ class Run {
     for (int64_t i = 0; i < op.items(); ++i) elements += op.elements(i);
     const int64_t share = threads > 1 && threads_are_awake() ? kPerThread : kPerSleeper;
     const int64_t useful = std::max<int64_t>(1, std::min<int64_t>(threads, elements / share + 1));
+    threads_ = useful;
     plan(useful, elements);
     const int count = static_cast<int>(std::min<int64_t>(useful, static_cast<int64_t>(tasks_.size())));
     scratch_ = std::vector<Scratch>(static_cast<size_t>(std::max(count, 1)));
@@ -101,7 +105,7 @@ class Run {
   }
 
   void go() {
-    parallel(static_cast<int>(scratch_.size()), [this](int index) { work(scratch_[static_cast<size_t>(index)]); });
+    parallel(static_cast<int>(scratch_.size()), [this](int index) { work(index); });
   }
 
   size_t workspace() const { return workspace_.total(); }
@@ -113,6 +117,7 @@ class Run {
     const int64_t items = op_.items();
     const int phases = op_.phases();
     int64_t batch = -1, batched = 0;
+    size_t shares = 0;
     const auto close = [&](int64_t end) {
       if (batch >= 0) tasks_.push_back({batch, end, -1, 0});
       batch = -1;
@@ -134,13 +139,29 @@ class Run {
       }
       progress_[static_cast<size_t>(i)].left = op_.chunks(i, 0);
       for (int phase = 0; phase < phases; ++phase) {
-        for (int64_t c = 0; c < op_.chunks(i, phase); ++c) tasks_.push_back({i, i + 1, phase, c});
+        for (int64_t c = 0; c < op_.chunks(i, phase); ++c) tasks_.push_back({i, i + 1, phase, shares});
+        shares += static_cast<size_t>(threads);
       }
     }
     close(items);
+    taken_ = std::vector<std::atomic<int64_t>>(shares);
   }
 
-  void work(Scratch& scratch) {
+  // A chunk of the task's phase that nobody has taken: of the thread's own share, which is the same rows in every phase
+  // and every step and may be in its caches still, or else of another's. There are as many tasks as chunks.
+  int64_t take_chunk(const Task& task, int64_t thread) {
+    const int64_t chunks = op_.chunks(task.first, task.phase);
+    for (int64_t k = 0; k < threads_; ++k) {
+      const int64_t share = (thread + k) % threads_;
+      const int64_t first = chunks * share / threads_, count = chunks * (share + 1) / threads_ - first;
+      const int64_t mine = taken_[task.shares + static_cast<size_t>(share)].fetch_add(1, std::memory_order_relaxed);
+      if (mine < count) return first + in_order(task.phase, mine, count);
+    }
+    return -1;  // never
+  }
+
+  void work(int thread) {
+    Scratch& scratch = scratch_[static_cast<size_t>(thread)];
     try {
       for (;;) {
         const size_t ticket = next_.fetch_add(1, std::memory_order_relaxed);
@@ -149,7 +170,7 @@ class Run {
         if (task.phase < 0) {
           for (int64_t i = task.first; i < task.last; ++i) whole(i, scratch);
         } else {
-          part(task, scratch);
+          part(task, thread, scratch);
         }
       }
     } catch (...) {
@@ -164,18 +185,19 @@ class Run {
     void* workspace = nullptr;
     if (!take(item, workspace)) return;
     for (int phase = 0; phase < op_.phases(); ++phase) {
-      for (int64_t c = 0; c < op_.chunks(item, phase); ++c) op_.chunk(item, phase, c, workspace, scratch);
+      const int64_t chunks = op_.chunks(item, phase);
+      for (int64_t k = 0; k < chunks; ++k) op_.chunk(item, phase, in_order(phase, k, chunks), workspace, scratch);
       op_.finish(item, phase, workspace);
     }
     give(workspace);
   }
 
-  void part(const Task& task, Scratch& scratch) {
+  void part(const Task& task, int thread, Scratch& scratch) {
     Progress& p = progress_[static_cast<size_t>(task.first)];
     await(p, task.phase);
     if (failed_.load(std::memory_order_relaxed)) return;
     if (task.phase == 0 && !take(task.first, p.workspace)) return;
-    op_.chunk(task.first, task.phase, task.chunk, p.workspace, scratch);
+    op_.chunk(task.first, task.phase, take_chunk(task, thread), p.workspace, scratch);
     if (p.left.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
     op_.finish(task.first, task.phase, p.workspace);
     if (task.phase + 1 == op_.phases()) return give(p.workspace);
@@ -213,7 +235,9 @@ class Run {
   }
 
   Op& op_;
+  int64_t threads_ = 1;
   std::vector<Task> tasks_;
+  std::vector<std::atomic<int64_t>> taken_;  // chunks of every phase of a divided item, by thread whose share they are
   std::vector<Progress> progress_;
   std::vector<Scratch> scratch_;  // one for each thread
   std::atomic<size_t> next_{0};

@@ -13,6 +13,8 @@
 #include <new>
 #include <thread>
 
+#include "team.h"
+
 namespace hfac {
 namespace {
 
@@ -130,6 +132,7 @@ Pool* pool() {
 }  // namespace
 
 bool threads_are_awake() {
+  if (team_is_awake()) return true;
   Pool* const shared = pool();
   return shared && shared->awake > 0;
 }
@@ -140,7 +143,7 @@ void parallel(int threads, const std::function<void(int)>& body) {
   if (!shared) return body(0);
   std::unique_lock<std::mutex> mine(shared->busy, std::try_to_lock);
   if (!mine.owns_lock()) return body(0);
-  shared->run(threads, body);
+  if (!team(threads, body)) shared->run(threads, body);
 }
 
 }  // namespace hfac

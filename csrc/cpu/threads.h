@@ -1,5 +1,6 @@
-// A small pool of threads of our own: nothing of torch's is touched. A thread that has done its part stays awake for
-// 100 microseconds, so that the next of several calls in a step finds it, and then sleeps.
+// The threads of a call: torch's own (team.h), or where those cannot be had a small pool. A thread of the pool that
+// has done its part stays awake for 100 microseconds, so that the next of several calls in a step finds it, and then
+// sleeps.
 #pragma once
 
 #include <functional>

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 def test_callers_at_once(name, tmp_path):
     flag, fault, said = SANITIZERS[name]
     program = tmp_path / "driver"
-    sources = [HERE / "schedule_driver.cpp", CPU / "schedule.cpp", CPU / "threads.cpp"]
+    sources = [HERE / "schedule_driver.cpp", *(CPU / f"{name}.cpp" for name in ("schedule", "threads", "team"))]
     compiler = os.environ.get("CXX", "g++").split()
     command = [*compiler, "-std=c++17", "-O1", "-g", "-pthread", flag, "-fno-sanitize-recover=all", "-o", str(program)]
     subprocess.run([*command, *map(str, sources)], check=True)
