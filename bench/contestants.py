@@ -121,9 +121,9 @@ def op_contestant(op: str, backend: str, problem: Problem) -> Contestant | None:
     )
 
 
-def step_contestant(optimizer: str, backend: str, params: Sequence[Tensor]) -> Contestant:
+def step_contestant(optimizer: str, backend: str, params: Sequence[Tensor], **options: Any) -> Contestant:
     """The whole ``step()`` of an optimizer of hfac."""
-    built = getattr(hfac, optimizer)(params, lr=LR, weight_decay=WEIGHT_DECAY, backend=backend)
+    built = getattr(hfac, optimizer)(params, lr=LR, weight_decay=WEIGHT_DECAY, backend=backend, **options)
     return _whole(optimizer, backend, built, params)
 
 
