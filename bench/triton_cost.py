@@ -105,8 +105,8 @@ HEAD = f"""Executed by one program over a matrix that it divides, on the bulk, o
 through the code compiled for {TARGET}. Instructions of a lane per element: of the rows of a tile, and with what a
 program does before and after them. Barriers and shuffles are for the rows that are in flight at a time. Kilobytes under
 way on a multiprocessor of an {GPU.name}, what binds the launch there and its share of the copy rate are the model's of
-docs/launch-plan.md, in a list of many such matrices and of one matrix alone: nothing was timed. What is copied to
-shared memory without registers is not seen in flight."""
+docs/launch-plan.md, in a list of many such matrices, cut as one alone is, and of one matrix alone: nothing was timed.
+What is copied to shared memory without registers is not seen in flight."""
 
 
 @dataclass(frozen=True)
