@@ -78,7 +78,7 @@ class Budget:
 #: here.
 BUDGETS: Sequence[Budget] = (
     Budget("smmf_tiles", "smmf_step_", (4096, 4096), BF16, 44, 0, 256),
-    Budget("smmf_tiles", "smmf_step_", (4096, 4096), F32, 70, 8, 512),
+    Budget("smmf_tiles", "smmf_step_", (4096, 4096), F32, 72, 8, 512),
     Budget("hfac_stats", "hfac_step_", (65536, 256), BF16, 14.5, 0, 256),
     Budget("hfac_stats", "hfac_step_", (8192, 512), BF16, 15, 0, 128),
     Budget("hfac_stats", "hfac_step_", (4096, 1024), BF16, 12.5, 0, 128),
