@@ -26,7 +26,7 @@ TIMES = ("bytes", "issue", "latency", "waves")
 #: kernels of which a block takes a tile of rows and columns -> where its item says how it is cut
 _CUT = {"hfac_stats": "tiling", "smmf_tiles": "tiling", "hfac_update": "update", "hfac_int8_update": "update"}
 #: kernels of which a block takes a number of rows and of columns -> how many of each
-_CHUNKS = {"hfac_fold": (256, 32), "hfac_int8_fold": (256, 32), "smmf_fold": (64, 64)}
+_CHUNKS = {"hfac_fold": (256, 128), "hfac_int8_fold": (256, 128), "smmf_fold": (64, 64)}
 #: kernels of which the last block to be done for a tensor goes on alone
 _LAST = ("hfac_fold", "hfac_int8_fold", "dense_look")
 _COUNTS = ("instructions", "mufu", "shuffles", "barriers", "loaded", "stored", "wide", "local", "in_flight")
@@ -198,14 +198,16 @@ class Model:
             item = int(tiles[start, 0])
             classes = self._classes(launch, image, item, shapes[item], int(stop - start))
             found.elements += math.prod(shapes[item])
+            first = 0.0  # seconds of the item's first block, of which the last one to be done is walked as well
             for count, index, rows, last in classes:
                 one = self._block(
                     code, image, k, launch, item, shapes[item], int(start) + index, rows, last, {few, resident}
                 )
                 seconds = {r: one.cycles[r] / gpu.clock for r in (few, resident)}
                 if last:
-                    tail = max(tail, seconds[few] - order[-1][1])
+                    tail = max(tail, seconds[few] - first)
                     continue
+                first = first or seconds[few]
                 found.in_flight = max(found.in_flight, one.in_flight * resident)
                 for name in ("instructions", "mufu", "shuffles", "barriers", "wide", "local", "undecided"):
                     setattr(found, name, getattr(found, name) + count * getattr(one, name))

@@ -10,41 +10,71 @@
 namespace hfac {
 namespace {
 
-// A thread's column in a chunk, and which of the column's threads it is; the first has the column.
+// What a thread has of a chunk's columns: of all tiles that its warp takes kFoldVector neighbours from `first` on, and
+// when their sums have met column k, if there is one for it.
 struct FoldCol {
-  const int x = static_cast<int>(threadIdx.x) % kFoldCols, way = static_cast<int>(threadIdx.x) / kFoldCols;
-  const int64_t k;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, way = static_cast<int>(threadIdx.x) / kWarp;
+  const int x = static_cast<int>(threadIdx.x);
+  const int64_t first, k;
   const bool mine;
   HFAC_DEVICE FoldCol(int chunk, int64_t cols)
-      : k(static_cast<int64_t>(chunk) * kFoldCols + x), mine(way == 0 && k < cols) {}
+      : first(static_cast<int64_t>(chunk) * kFoldCols + lane * kFoldVector),
+        k(static_cast<int64_t>(chunk) * kFoldCols + x),
+        mine(x < kFoldCols && k < cols) {}
 };
+static_assert(kFoldCols == kWarp * kFoldVector, "a warp has a chunk's columns of a tile");
 
-// By a whole block, to the first thread of each of its columns: sums over all tiles of rows. Each of a column's threads
-// takes every kFoldWays-th tile, in their order, several of them before it adds any; then the threads' sums are added
-// in their order. each(j, sum) sees those of a tile.
+// Neighbouring numbers, 16 bytes at a time where they are aligned.
+template <class T>
+HFAC_DEVICE void load_aligned(const T* from, T (&to)[kFoldVector]) {
+  HFAC_UNROLLED (c, static_cast<int>(sizeof(to)) / 16) {
+    const Chunk chunk = load_chunk(reinterpret_cast<const char*>(from) + 16 * c, false);
+    memcpy(reinterpret_cast<char*>(to) + 16 * c, &chunk, 16);
+  }
+}
+template <class T>
+HFAC_DEVICE void load_some(const T* from, int64_t count, T (&to)[kFoldVector]) {
+  HFAC_UNROLLED (k, kFoldVector) to[k] = k < count ? from[k] : T(0);
+}
+
+// By a whole block, to the thread of each of its columns: sums over all tiles of rows. Each warp takes every
+// kFoldWays-th tile, in their order, several of them before it adds any; then the warps' sums are added in their order.
+// each(j, sum) sees those of a tile.
 template <class T, class Each>
 HFAC_DEVICE void sum_tiles(const T* cols, int tiles, int64_t width, const FoldCol& col, T (&sums)[kSums],
                            const Each& each) {
-  constexpr int kTogether = 8;
+  constexpr int kTogether = sizeof(T) == sizeof(float) ? 4 : 2;
   __shared__ T shared[kFoldWays][kSums][kFoldCols];
-  HFAC_UNROLLED (j, kSums) sums[j] = T(0);
-  for (int t = col.way; t < tiles && col.k < width; t += kFoldWays * kTogether) {
-    T loaded[kTogether][kSums];
-    HFAC_UNROLLED (u, kTogether * kSums) {
-      const int64_t tile = t + u / kSums * kFoldWays;
-      loaded[u / kSums][u % kSums] = tile < tiles ? cols[(tile * kSums + u % kSums) * width + col.k] : T(0);
+  T part[kSums][kFoldVector] = {};
+  const auto add_up = [&](const auto& load) {
+    for (int t = col.way; t < tiles; t += kFoldWays * kTogether) {
+      T loaded[kTogether][kSums][kFoldVector] = {};
+      HFAC_UNROLLED (u, kTogether) {
+        const int64_t tile = t + u * kFoldWays;
+        if (tile >= tiles) break;
+        HFAC_UNROLLED (j, kSums) load(cols + (tile * kSums + j) * width + col.first, loaded[u][j]);
+      }
+      HFAC_UNROLLED (u, kTogether * kSums * kFoldVector) {
+        const int j = u / kFoldVector % kSums;
+        const T sum = loaded[u / (kSums * kFoldVector)][j][u % kFoldVector];
+        part[j][u % kFoldVector] = part[j][u % kFoldVector] + sum;
+        each(j, sum);
+      }
     }
-    HFAC_UNROLLED (u, kTogether * kSums) {
-      sums[u % kSums] = sums[u % kSums] + loaded[u / kSums][u % kSums];
-      each(u % kSums, loaded[u / kSums][u % kSums]);
-    }
+  };
+  const int64_t count = width - col.first;
+  if (width % kFoldVector) {
+    add_up([&](const T* from, T(&to)[kFoldVector]) { load_some(from, count, to); });
+  } else if (count > 0) {
+    add_up([&](const T* from, T(&to)[kFoldVector]) { load_aligned(from, to); });
   }
-  HFAC_UNROLLED (j, kSums) shared[col.way][j][col.x] = sums[j];
+  HFAC_UNROLLED (u, kSums * kFoldVector) {
+    shared[col.way][u / kFoldVector][col.lane * kFoldVector + u % kFoldVector] = part[u / kFoldVector][u % kFoldVector];
+  }
   __syncthreads();
+  HFAC_UNROLLED (j, kSums) sums[j] = T(0);
   if (!col.mine) return;
-  for (int way = 1; way < kFoldWays; ++way) {
-    HFAC_UNROLLED (j, kSums) sums[j] = sums[j] + shared[way][j][col.x];
-  }
+  HFAC_UNROLLED (w, kFoldWays * kSums) sums[w % kSums] = sums[w % kSums] + shared[w / kSums][w % kSums][col.x];
 }
 
 // Collected sums are those of one tile: adding them to zero, and zeros to them, changes no bit.

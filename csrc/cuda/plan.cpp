@@ -10,10 +10,11 @@
 namespace hfac {
 namespace {
 
-constexpr int64_t kWorkspaceCap = 64 << 20;  // of SMMF's and of shards' partial sums: longer lists are taken in groups
+constexpr int64_t kWorkspaceCap = 64 << 20;  // of SMMF's partial sums and of clipped H-Fac's: longer lists go in groups
 // Of a group of H-Fac's: gradients that fit L2 would be read from memory once, but what that saves of a longer list
 // costs more in launches, in blocks that the last wave of each lacks, and in the partial sums of short tiles.
 constexpr int64_t kGroupElements = 512ll << 20;
+constexpr size_t kFew = 64;  // matrices that one block holds, beside others
 
 int64_t state_bytes(const DeviceItem& it) { return is_double(it) ? 8 : 4; }
 int64_t elements(const DeviceItem& it) { return it.rows * it.cols; }
@@ -230,14 +231,20 @@ class Planner {
     }
   }
 
-  // One launch per access (and width) that occurs in the group. Of the statistics the largest tiles first, so that what
-  // multiprocessors still have to do when there are no more is short.
+  // What a block of the first pass over an item takes, where the longest are launched first, so that what
+  // multiprocessors still have to do when there are no more is short; else 0. Blocks of a shard stay together.
+  int64_t cost_of(Kernel kernel, int32_t i) const {
+    const DeviceItem& it = item(i);
+    if (kernel == Kernel::hfac_stats) return statistics_cost(matrix(i), it.tiling);
+    const bool whole_smmf = kernel == Kernel::smmf_tiles && options_.op == OpKind::kSmmf;
+    return whole_smmf ? std::min<int64_t>(it.tiling.rows, it.rows) * it.tiling.cols : 0;
+  }
+
+  // One launch per access (and width) that occurs in the group.
   void emit(Kernel kernel, Group group) {
     const bool by_width = kernel == Kernel::hfac_stats;
-    if (by_width) {
-      const auto tile = [this](int32_t i) { return item(i).tiling.rows * item(i).cols; };
-      std::stable_sort(group.begin(), group.end(), [&](int32_t a, int32_t b) { return tile(a) > tile(b); });
-    }
+    std::stable_sort(group.begin(), group.end(),
+                     [&](int32_t a, int32_t b) { return cost_of(kernel, a) > cost_of(kernel, b); });
     for (int w = 0; w < (by_width ? kWidths : 1); ++w) {
       for (int a = 0; a < kAccesses; ++a) {
         Launch launch = next_;
@@ -283,10 +290,12 @@ class Planner {
     return groups;
   }
 
-  // Two kernels, one after the other, for each group whose partial sums fit the workspace.
+  // Two kernels, one after the other, for each group whose partial sums fit the workspace; statistics of shards in the
+  // groups that their tiles were cut for.
   void in_groups(Kernel first, Kernel second) {
     const auto bytes = [this](const DeviceItem& it) { return workspace_of(it) + 16; };
-    for (const Group& group : divided(all(), kWorkspaceCap, bytes)) {
+    const bool cut = first == Kernel::hfac_stats;
+    for (const Group& group : cut ? hfac_groups(all()) : divided(all(), kWorkspaceCap, bytes)) {
       allot(group);
       if (options_.nonfinite) emit(Kernel::look, group);
       emit(first, group);
@@ -297,18 +306,26 @@ class Planner {
 
   int64_t cache() const { return static_cast<int64_t>(static_cast<double>(options_.l2_bytes) * options_.l2_share); }
 
-  Width stats_width(int32_t i) const { return width_of(item(i), grad_access(item(i), bulk_[static_cast<size_t>(i)])); }
+  Matrix matrix(int32_t i) const { return {&item(i), grad_access(item(i), bulk_[static_cast<size_t>(i)])}; }
 
+  // What is launched together goes by the shapes alone, as the order of sums does.
   void cut_group(const Group& group) {
-    int64_t launched[kWidths] = {};
-    const auto of = [&](int32_t i) { return static_cast<int>(stats_width(i)); };
-    for (const int32_t i : group) launched[of(i)] += elements(item(i));
+    std::vector<Matrix> launched[2][kWidths];
+    const auto together = [&](int32_t i) -> std::vector<Matrix>& {
+      return launched[whole(item(i))][static_cast<int>(width_of(item(i), matrix(i).access))];
+    };
+    for (const int32_t i : group) {
+      if (elements(item(i))) together(i).push_back(matrix(i));
+    }
+    int64_t tile[2][kWidths] = {};
+    for (int k = 0; k < 2 * kWidths; ++k) {
+      const std::vector<Matrix>& matrices = launched[k / kWidths][k % kWidths];
+      if (!matrices.empty()) tile[k / kWidths][k % kWidths] = statistics_tile(matrices);
+    }
     for (const int32_t i : group) {
       DeviceItem& it = item(i);
       if (elements(it) == 0) continue;
-      const Width width = stats_width(i);
-      const int32_t rows = statistics_rows(launched[of(i)], it.cols, width);
-      it.tiling = cut_statistics(it, grad_access(it, bulk_[static_cast<size_t>(i)]), rows);
+      it.tiling = cut_statistics(matrix(i), tile[whole(it)][static_cast<int>(width_of(it, matrix(i).access))]);
     }
   }
 
@@ -320,12 +337,29 @@ class Planner {
     return bytes;
   }
 
+  // Matrices that one block holds, but for a few beside larger ones that are reached in the same way: by the model of
+  // bench/launch_plan.py a launch of their own takes longer than their share of the others, whose bits are the same.
+  std::vector<bool> in_one_block_each() const {
+    std::vector<bool> small(items_.size());
+    bool launched[kAccesses] = {};
+    const auto access = [&](size_t i) { return static_cast<int>(pair_access(items_[i], bulk_[i])); };
+    for (size_t i = 0; i < small.size(); ++i) {
+      small[i] = !codes() && elements(items_[i]) && in_one_block(items_[i], bulk_[i]);
+      if (!small[i] && elements(items_[i])) launched[access(i)] = true;
+    }
+    std::vector<size_t> few;
+    for (size_t i = 0; i < small.size(); ++i) {
+      if (small[i] && launched[access(i)]) few.push_back(i);
+    }
+    if (few.size() > kFew) return small;
+    for (const size_t i : few) small[i] = false;
+    return small;
+  }
+
   void hfac() {
     Group small, larger;
-    for (const int32_t i : all()) {
-      const bool one_block = !codes() && elements(item(i)) && in_one_block(item(i), bulk_[static_cast<size_t>(i)]);
-      (one_block ? small : larger).push_back(i);
-    }
+    const std::vector<bool> one_block = in_one_block_each();
+    for (const int32_t i : all()) (one_block[static_cast<size_t>(i)] ? small : larger).push_back(i);
     emit(Kernel::hfac_small, small);
     next_.group += small.empty() ? 0 : 1;
     for (const Group& group : hfac_groups(larger)) {

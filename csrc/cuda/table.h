@@ -15,8 +15,8 @@ constexpr int kTileThreads = 256;  // of the tile kernels, the folds and the den
 constexpr int kTileCols = kTileThreads * kVector;
 constexpr int kWideRows = 16;             // that the path for longer rows reads twice at a time
 constexpr int kFoldChunk = kTileThreads;  // rows of one block of a fold of H-Fac's
-// Columns of it, each with 8 threads, because there are as many sums to add up as tiles.
-constexpr int kFoldCols = 32, kFoldWays = kFoldChunk / kFoldCols;
+// Columns of it. While tiles are added up a thread has 16 bytes of float32 columns, and each warp takes tiles in turn.
+constexpr int kFoldCols = 128, kFoldVector = 4, kFoldWays = kFoldChunk * kFoldVector / kFoldCols;
 constexpr int kSmmfChunk = 64;           // rows and columns of a block of SMMF's: of each, 4 threads share the tiles
 constexpr int64_t kRun = 4 * kTileCols;  // elements of a block of the dense ops
 // Of each item in `Arguments::counters`: blocks that are done, then two words for flips at the ends of its signs.
@@ -179,7 +179,7 @@ HFAC_HD int64_t tiles_of(const Tiling& t) { return int64_t{t.row_tiles} * t.col_
 HFAC_HD int64_t fold_chunks(int64_t rows, int64_t cols, int chunk) {
   return ceil_quotient(rows > cols ? rows : cols, chunk);
 }
-// Of H-Fac's folds, whose threads share the columns' tiles.
+// Of H-Fac's folds, whose warps share the columns' tiles.
 HFAC_HD int64_t collect_chunks(const DeviceItem& it) { return ceil_quotient(it.cols, kFoldCols); }
 HFAC_HD int64_t hfac_chunks(const DeviceItem& it) {
   const int64_t of_rows = ceil_quotient(it.rows, kFoldChunk), of_cols = collect_chunks(it);

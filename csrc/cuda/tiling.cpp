@@ -2,16 +2,22 @@
 #include "tiling.h"
 
 #include <algorithm>
+#include <functional>
+#include <queue>
+#include <utility>
 
 namespace hfac {
 namespace {
 
 constexpr int kWarp = 32;
 
-constexpr int64_t kStatsBlocks = 128, kStatsTile = 128 << 10;  // elements
-constexpr int64_t kManyWaves = 256 << 20;                      // elements of a launch that has two if it can
-constexpr int32_t kSmmfLanes = 64;  // of SMMF's tiles where there are so many columns: 1 KB of a row of bfloat16
-constexpr int64_t kAnyTile = 2048;  // elements of tiles that go one by one, which takes ten times as long
+constexpr int64_t kMultiprocessors = 132;  // of an H100 and an H200; others have 108 to 148
+// Rows of a tile of H-Fac's statistics: at least; at most of those that a thread adds up.
+constexpr int64_t kStatsLeast = 16, kStatsMost = 256;
+constexpr int64_t kAnyFactor = 5;     // how much longer statistics take where elements are read one by one
+constexpr int32_t kSmmfLanes = 64;    // of SMMF's tiles where there are so many columns: 1 KB of a row of bfloat16
+constexpr int64_t kAnyTile = 2048;    // elements of tiles that go one by one, which takes ten times as long
+constexpr int64_t kAnyUpdate = 1024;  // the same of H-Fac's update
 
 int32_t power_of_two(int64_t at_least) {
   int32_t p = 1;
@@ -24,28 +30,15 @@ int32_t power_of_two(int64_t at_least) {
 int32_t updated_rows(int64_t launched) { return launched < (8 << 20) ? 16 : launched < (32 << 20) ? 32 : 64; }
 
 // Elements of SMMF's tiles: two blocks for each multiprocessor where a matrix has 16 M elements, and fewer partial sums
-// where it has more. By the matrix alone, so that it steps to the same bits in any list and in gradient release.
+// where it has more; smaller tiles of small ones, which are launched last and fill what the others leave. By the matrix
+// alone, so that it steps to the same bits in any list and in gradient release.
 int64_t smmf_tile(const DeviceItem& it) {
   if (!whole(it)) return kAnyTile;
-  return it.rows * it.cols < (32 << 20) ? 64 << 10 : 128 << 10;
+  const int64_t elements = it.rows * it.cols;
+  return elements < (1 << 20) ? 32 << 10 : elements < (32 << 20) ? 64 << 10 : 128 << 10;
 }
 
 }  // namespace
-
-// Rows per tile of H-Fac's statistics, of which `launched` elements are launched together. A multiprocessor, of which
-// there are 108 to 148, holds two blocks, or one of long rows. All that are held at a time take as long, and so tiles
-// are as many as there can be, or a few times as many: matrices are no multiples of a tile, and so the last ones would
-// leave most of a large wave empty. Of small launches half as many, because a tile's partial sums cost 24 bytes per
-// column, written and read; of very large ones fewer, of which the last wave is a small part.
-int32_t statistics_rows(int64_t launched, int64_t cols, Width width) {
-  const int64_t blocks = stats_threads(width) == kTileThreads ? 2 * kStatsBlocks : kStatsBlocks;
-  int64_t tile = ceil_quotient(launched, blocks);
-  if (tile < kStatsTile) tile = ceil_quotient(launched, kStatsBlocks);
-  const int64_t most = std::max<int64_t>(256, kStatsTile / 2 / cols), rows = ceil_quotient(tile, cols);
-  int64_t waves = ceil_quotient(rows, most);
-  if (launched <= kManyWaves) waves = std::max(waves, std::min<int64_t>(2, rows / 64));
-  return static_cast<int32_t>(std::max<int64_t>(16, ceil_quotient(rows, waves)));
-}
 
 bool in_one_block(const DeviceItem& it, bool bulk) {
   const int lanes = it.tiling.lanes;
@@ -62,7 +55,7 @@ Tiling cut_update(const DeviceItem& it, bool bulk, int64_t launched) {
   t.cols = static_cast<int32_t>(vectors * kVector);
   t.lanes = power_of_two(vectors);
   const int32_t at_once = kTileThreads / t.lanes * (bulk ? kRowsInFlight : 1);
-  const auto rows = bulk ? updated_rows(launched) : static_cast<int32_t>(kAnyTile / t.cols);
+  const auto rows = bulk ? updated_rows(launched) : static_cast<int32_t>(kAnyUpdate / t.cols);
   t.rows = std::max(rows, at_once);
   t.row_tiles = static_cast<int32_t>(ceil_quotient(it.rows, t.rows));
   return t;
@@ -93,25 +86,98 @@ int32_t vectors_of_thread(int64_t vectors) {
   return best;
 }
 
+// As how many elements of a matrix that keeps all threads busy `elements` of another count. A multiprocessor with idle
+// warps hides less of what the others wait for.
+int64_t elements_of(int64_t elements, const Matrix& matrix, const Tiling& t) {
+  const int64_t threads = stats_threads(width_of(*matrix.item, matrix.access)), busy = threads / t.lanes * t.lanes;
+  const int64_t of_busy = busy == threads ? elements : elements * threads * 9 / (busy * 8);
+  return of_busy * (whole(*matrix.item) ? 1 : kAnyFactor);
+}
+
 // Whole rows; tiles of whole batches, whatever the type and the layout, so that these change no bit; all of a matrix as
-// large as each other.
-Tiling cut_statistics(const DeviceItem& it, Access access, int32_t rows) {
-  const Width width = width_of(it, access);
+// large as each other. Where threads are idle, fewer elements take as long. Of rows that are read one by one as few as
+// the block's threads share: they take long.
+Tiling cut_statistics(const Matrix& matrix, int64_t tile) {
+  const DeviceItem& it = *matrix.item;
+  const Width width = width_of(it, matrix.access);
   Tiling t{};
   t.col_tiles = 1;
   const int64_t vectors = ceil_quotient(it.cols, kVector);
   t.cols = static_cast<int32_t>(vectors * kVector);
-  int64_t batch = kWideRows;
+  int64_t batch = kWideRows, at_once = 1;
   t.lanes = stats_threads(width);
   t.vectors = width == Width::kRows ? vectors_of_thread(vectors) : stats_vectors(width);
   if (width != Width::kWide) {
     t.lanes = stats_lanes(vectors, t.vectors);
-    batch = stats_threads(width) / t.lanes * stats_rows(t.vectors, 2, false);
+    at_once = stats_threads(width) / t.lanes;
+    batch = at_once * (whole(it) ? stats_rows(t.vectors, 2, false) : 1);
   }
+  const int64_t elements = tile * 1024 / elements_of(1024, matrix, t);
+  const int64_t rows = std::clamp(ceil_quotient(elements, it.cols), kStatsLeast, kStatsMost * at_once);
   const int64_t near = std::max<int64_t>(1, (rows + batch / 2) / batch) * batch, tiles = ceil_quotient(it.rows, near);
   t.rows = static_cast<int32_t>(ceil_quotient(ceil_quotient(it.rows, tiles), batch) * batch);
   t.row_tiles = static_cast<int32_t>(ceil_quotient(it.rows, t.rows));
   return t;
+}
+
+// One of 256 threads, of which a multiprocessor holds two, or half a block that it holds alone. Beginning and ending
+// take 20 K elements and what a column's sums take, by the model of bench/launch_plan.py.
+int64_t statistics_cost(const Matrix& matrix, const Tiling& t) {
+  const int64_t threads = stats_threads(width_of(*matrix.item, matrix.access));
+  const int64_t elements = elements_of(std::min<int64_t>(t.rows, matrix.item->rows) * t.cols, matrix, t);
+  return (elements + 12 * t.cols) * kTileThreads / threads + (20 << 10);
+}
+
+namespace {
+
+// What the statistics in such tiles take, from the first block to the last, with what the fold takes for their partial
+// sums: 24 bytes for a column and tile, written and read. The largest are launched first. `blocks` counts.
+int64_t statistics_time(const std::vector<Matrix>& matrices, int64_t tile, size_t& blocks) {
+  std::vector<std::pair<int64_t, int64_t>> found;  // what a block takes, and how many
+  int64_t sums = 0;
+  blocks = 0;
+  for (const Matrix& matrix : matrices) {
+    const Tiling t = cut_statistics(matrix, tile);
+    found.emplace_back(statistics_cost(matrix, t), t.row_tiles);
+    blocks += static_cast<size_t>(t.row_tiles);
+    sums += int64_t{t.row_tiles} * t.cols;
+  }
+  std::sort(found.rbegin(), found.rend());
+  const bool pairs = stats_threads(width_of(*matrices[0].item, matrices[0].access)) == kTileThreads;
+  // A block that is alone on its multiprocessor takes 5/8 of the time.
+  const int64_t slots = pairs && blocks > kMultiprocessors ? 2 * kMultiprocessors : kMultiprocessors;
+  std::priority_queue<int64_t, std::vector<int64_t>, std::greater<>> free(
+      std::greater<>(), std::vector<int64_t>(static_cast<size_t>(slots)));
+  int64_t end = 0;
+  for (const auto& [cost, count] : found) {
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t at = free.top() + cost;
+      free.pop();
+      free.push(at);
+      end = std::max(end, at);
+    }
+  }
+  return (pairs && slots == kMultiprocessors ? end * 5 / 8 : end) + sums / 24;
+}
+
+}  // namespace
+
+// Tried are sizes from four blocks on every multiprocessor to less than one: blocks are few, so that their sizes decide
+// how many multiprocessors are idle at the end, and small ones cost more than they gain.
+int64_t statistics_tile(const std::vector<Matrix>& matrices) {
+  int64_t launched = 0, best = 0, least = 0;
+  for (const Matrix& matrix : matrices) launched += matrix.item->rows * matrix.item->cols;
+  const int64_t most = ceil_quotient(launched, kMultiprocessors * 3 / 4);
+  for (int64_t tile = ceil_quotient(launched, 8 * kMultiprocessors); tile <= most; tile += tile / 32 + 1) {
+    size_t blocks = 0;
+    const int64_t time = statistics_time(matrices, tile, blocks);
+    if (best == 0 || time < least) {
+      least = time;
+      best = tile;
+    }
+    if (blocks == matrices.size()) break;  // and none is cut in larger tiles
+  }
+  return best;
 }
 
 bool whole(const DeviceItem& it) { return it.cols % kVector == 0 && it.signs.slice % kVector == 0; }

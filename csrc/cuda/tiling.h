@@ -1,6 +1,8 @@
 // How matrices are cut into tiles, one block each: with it goes the order in which sums are added.
 #pragma once
 
+#include <vector>
+
 #include "access.h"
 
 namespace hfac {
@@ -11,9 +13,16 @@ bool whole(const DeviceItem& it);
 // Of a matrix of SMMF.
 Tiling cut_smmf(const DeviceItem& it);
 
-// Rows of a tile of H-Fac's statistics, of which so many elements are launched together; and the tiles of so many.
-int32_t statistics_rows(int64_t launched, int64_t cols, Width width);
-Tiling cut_statistics(const DeviceItem& it, Access access, int32_t rows);
+// A matrix whose H-Fac statistics are taken, and how its gradient is read.
+struct Matrix {
+  const DeviceItem* item;
+  Access access;
+};
+// Elements of a tile of the statistics of `matrices`, which are launched together; and a matrix in such tiles.
+int64_t statistics_tile(const std::vector<Matrix>& matrices);
+Tiling cut_statistics(const Matrix& matrix, int64_t tile);
+// What a block of them takes, in the time of an element, of which there are as many in a full tile.
+int64_t statistics_cost(const Matrix& matrix, const Tiling& tiling);
 
 // Does a block hold the matrix, whose statistics are cut? Then one launch is its step.
 bool in_one_block(const DeviceItem& it, bool bulk);

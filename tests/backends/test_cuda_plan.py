@@ -6,7 +6,7 @@ import pytest
 
 from bench import launch_plan
 from bench.launch_plan import CODES
-from bench.shapes import gpt2, llama3_8b
+from bench.shapes import gpt2, llama3_8b, resnet50
 
 try:
     native = launch_plan.native()
@@ -91,8 +91,43 @@ def test_a_matrix_that_a_block_holds_takes_one_launch(dtype):
         assert launch_plan.plan("hfac", [shape], dtype)[0]["kernel"] == "hfac_stats"
     assert {la["kernel"] for la in launch_plan.plan("hfac", [(64, 64)], dtype, norm=True)} >= {"hfac_stats"}
     assert plan_of_codes([(64, 64)], CODES[dtype])[0]["kernel"] == "hfac_stats"
-    both = launch_plan.plan("hfac", [(64, 64), (512, 512)], dtype)
-    assert [la["kernel"] for la in both] == ["hfac_small", "hfac_stats", "hfac_fold", "hfac_update"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_few_small_matrices_share_the_launches_of_larger_ones(dtype):
+    """Where there are such, and reach their tensors in the same way: rows of 60 columns are not whole vectors."""
+    three = ["hfac_stats", "hfac_fold", "hfac_update"]
+    for beside, small, found in [
+        ((512, 512), 1, three),
+        ((512, 512), 64, three),
+        ((512, 512), 65, ["hfac_small", *three]),
+        ((40, 60), 1, ["hfac_small", *three]),
+        ((0, 512), 1, ["hfac_small"]),
+    ]:
+        launches = launch_plan.plan("hfac", [(64, 64)] * small + [beside], dtype)
+        assert [la["kernel"] for la in launches] == found
+
+
+def stats_of(shapes):
+    return [la for la in launch_plan.plan("hfac", shapes, "bfloat16") if la["kernel"] == "hfac_stats"]
+
+
+def test_statistics_fill_the_multiprocessors():
+    """132 with two blocks each: of GPT-2 nearly two full waves; of ResNet-50, whose largest matrices were a few tiles
+    that all others waited for, nearly all at once. What is read element by element is cut small for itself."""
+    (gpt,) = stats_of(gpt2())
+    assert 0.95 * 528 <= gpt["blocks"] <= 528
+    by_access = {la["access"]: la["blocks"] for la in stats_of(resnet50())}
+    assert 264 <= by_access["bfloat16"] <= 320
+    assert by_access["any"] == 4  # of 64 x 147
+    assert [la["blocks"] for la in stats_of([(4096, 4096)])] == [128]
+
+
+def test_statistics_add_up_few_partial_sums():
+    """Of a list twice 12 bytes for a column of hundreds of rows, and of every row a few numbers."""
+    for shapes, most in ((gpt2(), 0.12), ([(16384, 4096)] * 8, 0.11)):
+        (launch,) = stats_of(shapes)
+        assert launch["partial"] <= most * sum(math.prod(s) for s in shapes if len(s) > 1)
 
 
 def test_partial_sums_of_a_group_have_a_bound():

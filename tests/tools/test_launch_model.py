@@ -146,6 +146,18 @@ def test_a_tensors_last_block_goes_on_alone(model, monkeypatch):
     assert fold.instructions == 64 * 100  # the last is one of them
 
 
+def test_what_the_last_block_does_alone_is_measured_by_its_own_kind(model, monkeypatch):
+    """Of 8192 x 128 a block of the fold has rows and columns, 31 have rows alone and are done soon."""
+
+    def walk(self, code, image, k, launch, item, shape, position, rows, last, residents):
+        return block_of(100, lasting=7000 if last else 5250 if position == 0 else 1750)
+
+    monkeypatch.setattr(Model, "_walk", walk)
+    found = launch_plan.predicted("8192x128", "HFac", "bfloat16", H200).launched
+    (fold,) = [launch for launch in found if launch.kernel == "hfac_fold"]
+    assert fold.blocks == 32 and fold.seconds == pytest.approx(4e-6)
+
+
 def command(monkeypatch, *given):
     monkeypatch.setattr(sys, "argv", ["launch_plan", *given])
     launch_plan.main()
