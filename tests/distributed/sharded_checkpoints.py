@@ -62,7 +62,7 @@ def continue_all(folder, kind, checkpoints=PAIRS):
         options = StateDictOptions(flatten_optimizer_state_dict=flat)
         model_state, state = get_state_dict(net, optimizer, options=options)
         parts = {"model": model_state, "optimizer": state}
-        dcp.load(parts, checkpoint_id=place(folder, saved_on, name, flat), no_dist=not dist.is_initialized())
+        dcp.load(parts, checkpoint_id=place(folder, saved_on, name, flat))
         given = dict(model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
         set_state_dict(net, optimizer, **given, options=options)
         train(net, optimizer, AFTER, first=BEFORE)

@@ -79,7 +79,7 @@ def go_on(folder, saved, layout):
     zeros = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
     weights, optimizer = made(layout, zeros, signs="bytes")
     state = {"model": weights.state_dict(), "optimizer": get_optimizer_state_dict(weights, optimizer)}
-    dcp.load(state, checkpoint_id=str(Path(folder) / saved), no_dist=not dist.is_initialized())
+    dcp.load(state, checkpoint_id=str(Path(folder) / saved))
     weights.load_state_dict(state["model"])
     set_optimizer_state_dict(weights, optimizer, state["optimizer"])
     weights.train(optimizer, AFTER, first=BEFORE)

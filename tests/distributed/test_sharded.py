@@ -209,7 +209,7 @@ def test_a_rank_that_is_lost_ends_the_others(name, how, mode, tmp_path):
     optimizer = optimizer_of(name, net)
     model_state, state = get_state_dict(net, optimizer)
     parts = {"model": model_state, "optimizer": state}
-    dcp.load(parts, checkpoint_id=str(tmp_path / "checkpoint"), no_dist=True)
+    dcp.load(parts, checkpoint_id=str(tmp_path / "checkpoint"))
     set_state_dict(net, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
     assert {int(state["step"]) for state in optimizer.state.values()} == {2}
 
