@@ -87,9 +87,10 @@ class Pair:
         self.op, self.kind, self.device, self.backend = op, kind, device, backend
         plain = ("contiguous", "contiguous")
         layouts = layouts or [plain] * len(shapes)
-        # A program of Triton's has other rows where random bits are made one by one, and where a tensor is not read by
-        # whole vectors; sums are then added in another order than in float32.
-        self.reordered = backend == "triton" and (kind.drawn or layouts != [plain] * len(shapes))
+        # A program of Triton's has other rows where random bits are made one by one, where a tensor is not read by
+        # whole vectors, and SMMF's where 8 low bits are stored; sums are then added in another order than in float32.
+        other_rows = kind.drawn or layouts != [plain] * len(shapes) or (op == "smmf_step_" and kind.low == torch.int8)
+        self.reordered = backend == "triton" and other_rows
         self.masters = [master(shape, k).to(device) for k, shape in enumerate(shapes)]
         pieces = [stored(kind, *each) for each in zip(self.masters, layouts, strict=True)]
         self.params, lows = (list(each) for each in zip(*pieces, strict=True))
