@@ -5,7 +5,6 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from sharded_models import loss_of, model, wrap
 from sharded_steps import S0, S1, S2, STRIDED, R, _mesh, difference, part_of, whole
