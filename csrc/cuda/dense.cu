@@ -267,9 +267,14 @@ HFAC_DEVICE T dense_clip(const Arguments& a, const DeviceItem& it, T norm) {
   return T(1) / hfac_clip_divisor(root(norm / static_cast<T>(it.rows * it.cols)), a.options.clip_threshold);
 }
 
-// The norm of a parameter of several runs, whose last block adds those of all once.
+// The norm of a parameter of several runs, whose last block adds those of all once. Gradients of 32 bits take more
+// registers than a fourth block would leave.
 template <class A>
-__global__ void __launch_bounds__(kTileThreads, A::kWhole ? 4 : 1) dense_look(Arguments a) {
+constexpr int kLookBlocks = !A::kWhole                                 ? 1
+                            : sizeof(typename A::Grad) > sizeof(Chunk) ? 3
+                                                                       : 4;
+template <class A>
+__global__ void __launch_bounds__(kTileThreads, kLookBlocks<A>) dense_look(Arguments a) {
   using T = typename A::T;
   __shared__ T shared[kTileWarps];
   if (skipped(a)) return;
