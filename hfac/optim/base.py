@@ -1,12 +1,13 @@
 """The step of both optimizers: statistics of gradients, sums over ranks, the norm of all gradients, the update."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import wraps
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
+from torch.optim import Optimizer, optimizer
 
 from .. import clipping, distributed, functional, ops, rounding, schedules, spec
 from ..distributed import layout
@@ -484,6 +485,23 @@ def _keep_uncompiled(cls: type[Optimizer]) -> None:
     for name in ("step", "step_param"):
         method = getattr(cls, name)
         if not getattr(method, "uncompiled", False):
-            method = torch.compiler.disable(method)
+            method = torch.compiler.disable(_unobserved(method))
             method.uncompiled = True
             setattr(cls, name, method)
+
+
+def _unobserved(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A step around which torch (`Optimizer.profile_hook_step`) calls hooks and tells profilers, without either where
+    nobody listens: they take a tenth of a small model's step."""
+    if not getattr(method, "hooked", False):
+        return method
+    inner = getattr(method, "__wrapped__")  # noqa: B009 (functools.wraps sets it)
+    shared = optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks
+
+    @wraps(method)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hooks = *shared, self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks
+        observed = any(hooks) or torch.autograd._profiler_enabled()
+        return (method if observed else inner)(self, *args, **kwargs)
+
+    return step

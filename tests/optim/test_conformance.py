@@ -259,6 +259,32 @@ def test_step_hooks(cls):
     assert calls == []
 
 
+@pytest.mark.parametrize("which", ["pre", "post", "global pre", "global post", "profiler"])
+@BOTH
+def test_a_warm_step_is_seen_by_each_that_looks(cls, which):
+    """Hooks come and go, and a profiler is there for some steps."""
+    params, calls = parameters(), []
+    optimizer = cls(params, **OPTIONS[cls])
+    optimizer.step()
+    if which == "profiler":
+        with torch.autograd.profiler.profile() as profile:
+            optimizer.step()
+        assert f"Optimizer.step#{cls.__name__}.step" in [event.name for event in profile.function_events]
+        return
+    register = {
+        "pre": optimizer.register_step_pre_hook,
+        "post": optimizer.register_step_post_hook,
+        "global pre": register_optimizer_step_pre_hook,
+        "global post": register_optimizer_step_post_hook,
+    }[which]
+    handle = register(lambda *given: calls.append(which))
+    try:
+        optimizer.step()
+    finally:
+        handle.remove()
+    assert calls == [which]
+
+
 @BOTH
 def test_step_pre_hook_changes_arguments(cls):
     params, losses = parameters(), []
