@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from operator import itemgetter
 from typing import Any
 
@@ -15,7 +14,7 @@ from .scratch import Scratch
 from .slicing import slices
 
 
-@dataclass
+@dataclass(eq=False)
 class Bucket:
     """Parameters that share one call: they agree in layout of state, device, types and step. The call is on their
     slices, where they have batch dimensions."""
@@ -27,31 +26,17 @@ class Bucket:
     skipped: list[Tensor] | None
     on_host: ops.Counters | None  # the steps are read, and agree; else each parameter has its own decays, on the device
     batch_dims: int
-    owners: "Owners | None"  # with batch dimensions, where the device must know whose slice is whose
     views: list[int] | None  # of each parameter, how many pieces it is cut into
     views_dim: int  # the dimension that is cut, after the batch dimensions
     counts: list[int]  # of each parameter, how many entries of the call are its slices
-    made: ops.DeviceCounters | None = None  # the steps, where the device counts them
-    left: ops.DeviceCounters | None = None  # steps that were skipped
+    together: "Together | None" = None  # where the device counts its steps, or those that were skipped
 
-    def count(self, flags: Tensor | None, forbidden: Tensor | None, refused: Tensor | None) -> None:
-        """Counts a step. ``flags``: of the call's entries, which were skipped; ``forbidden``: 0-d, whether the step was
-        not made at all; ``refused``: 0-d, whether that counts as skipped."""
-        made = self.made
-        if self.on_host is not None:
-            self.on_host.advance()
-        elif made is not None:
-            made.add_(1)
-        if made is None and forbidden is not None:  # another group of the optimizer has amp_scaling
-            made = ops.DeviceCounters(self.steps)
-        if made is not None and self.left is not None and flags is not None and not _are_down(flags):
-            some, every = (flags, flags) if self.owners is None else self.owners.left(flags)
-            self.left.add_(some)
-            made.add_(every, alpha=-1)
-        if made is not None and forbidden is not None:
-            made.add_(forbidden, alpha=-1)
-        if self.left is not None and refused is not None:
-            self.left.add_(refused)
+    def count(self, forbidden: Tensor | None) -> None:
+        """Counts a step of what the host alone counts. ``forbidden``: 0-d, whether it was not made at all."""
+        assert self.on_host is not None
+        self.on_host.advance()
+        if forbidden is not None:  # another group of the optimizer has amp_scaling
+            ops.DeviceCounters(self.steps).add_(forbidden.view(()), alpha=-1)
 
     def among(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Its parameters' entries of a list that has one for each parameter of the group."""
@@ -62,44 +47,91 @@ class Bucket:
         return list(slices(self.among(tensors), self.batch_dims, self.views, self.views_dim))
 
 
+@dataclass
+class Marks:
+    """What the device says of one step of buckets that are counted together.
+
+    Attributes:
+        flags: which entries of their calls were skipped, those of one bucket behind those of another; None where none
+            can be.
+        of: each bucket's.
+        forbidden: 0-d, whether the step is not made at all; None where nothing forbids it.
+    """
+
+    flags: Tensor | None
+    of: Sequence[Tensor | None]
+    forbidden: Tensor | None
+
+
 class Together:
-    """Buckets whose steps, or the skipped ones, are counted on one device: their decays are computed together."""
+    """Buckets whose steps, or the skipped ones, are counted on one device: all of it is one operation for all."""
 
     def __init__(self, buckets: Sequence[Bucket], may_move: bool, capturing: bool) -> None:
-        self._ends = list(accumulate(len(bucket.steps) for bucket in buckets))
-        self._buckets = buckets
-        self._counters = [
-            ops.DeviceCounters([s for bucket in buckets for s in bucket.steps], may_move, one_by_one=capturing)
-        ]
-        for bucket in buckets:
-            bucket.made = ops.DeviceCounters(bucket.steps, one_by_one=capturing)
+        self.buckets = buckets
+        self.device = buckets[0].steps[0].device
+        self._on_host = buckets[0].on_host is not None
+        self._made = ops.DeviceCounters([s for b in buckets for s in b.steps], may_move, one_by_one=capturing)
+        self._left = None
         if buckets[0].skipped is not None:
-            self._counters.append(
-                ops.DeviceCounters([s for b in buckets for s in b.skipped or ()], may_move, one_by_one=capturing)
-            )
-            for bucket in buckets:
-                bucket.left = ops.DeviceCounters(bucket.skipped or (), one_by_one=capturing)
+            skipped = [s for b in buckets for s in b.skipped or ()]
+            self._left = ops.DeviceCounters(skipped, may_move, one_by_one=capturing)
+        self._entries = [sum(bucket.counts) for bucket in buckets]
+        sliced = any(bucket.batch_dims or bucket.views is not None for bucket in buckets)
+        #: with batch dimensions, where the device must know whose slice is whose
+        self.owners = Owners([n for b in buckets for n in b.counts], self.device) if sliced else None
+        for bucket in buckets:
+            bucket.together = self
 
     def decays(
         self, algorithm: spec.Algorithm, options: Mapping[str, Any]
     ) -> Iterator[tuple[Bucket, Any, dict[str, Any]]]:
         """Of the buckets whose steps the device alone knows, the number of their next step, where bits are drawn with
         it, and their decays."""
-        if self._buckets[0].on_host is not None:
+        if self._on_host:
             return
-        made = self._counters[0].values()
-        t = made.to(schedules.step_dtype(made.device)) + 1
+        t = schedules.following(self._made.values())
         found = algorithm.decays(t, options)
-        for bucket, end in zip(self._buckets, self._ends, strict=True):
-            start = end - len(bucket.steps)
-            told = {**found, "step": t} if bucket.call.stochastic else found
-            mine = told
-            if len(self._ends) > 1:
-                mine = {n: v[start:end] if isinstance(v, Tensor) and v.ndim else v for n, v in told.items()}
-            if bucket.owners is not None:
-                spread = bucket.owners.spread
-                mine = {n: spread(v) if isinstance(v, Tensor) and v.ndim else v for n, v in mine.items()}
-            yield bucket, mine.get("step", 0.0), {n: v for n, v in mine.items() if n != "step"}
+        if any(bucket.call.stochastic for bucket in self.buckets):
+            found["step"] = t
+        own = [name for name, value in found.items() if isinstance(value, Tensor) and value.ndim]
+        values = [found[name] if self.owners is None else self.owners.spread(found[name]) for name in own]
+        parts = [*map(self._parts, values)]
+        for i, bucket in enumerate(self.buckets):
+            told = {**found, **{name: mine[i] for name, mine in zip(own, parts, strict=True)}}
+            yield bucket, told.pop("step", 0.0), told
+
+    def marks(self, found_inf: Tensor | None, skips_steps: bool) -> Marks:
+        """Of a step that a GradScaler may forbid. ``skips_steps``: so may its gradients' norm, and ``forbidden`` is the
+        step's own, for that to be written."""
+        if skips_steps:
+            forbidden = torch.zeros((), dtype=torch.float32, device=self.device)
+            forbidden = forbidden if found_inf is None else found_inf.reshape(()).clone()
+            return Marks(None, [None] * len(self.buckets), forbidden)
+        if self._left is None:
+            return Marks(None, [None] * len(self.buckets), found_inf)
+        flags = torch.zeros(sum(self._entries), dtype=torch.int32, device=self.device)
+        return Marks(flags, self._parts(flags), found_inf)
+
+    def count(self, marks: Marks, refused: Tensor | None) -> None:
+        """Counts a step. ``refused``: 0-d, whether it counts as skipped where it was forbidden."""
+        made, left, flags, forbidden = self._made, self._left, marks.flags, marks.forbidden
+        if self._on_host:
+            for bucket in self.buckets:
+                bucket.count(None)
+        else:
+            made.add_(1)
+        if left is not None and flags is not None and not _are_down(flags):
+            some, every = (flags, flags) if self.owners is None else self.owners.left(flags)
+            left.add_(some)
+            made.add_(every, alpha=-1)
+        if forbidden is not None:
+            made.add_(forbidden.view(()), alpha=-1)
+        if left is not None and refused is not None:
+            left.add_(refused)
+
+    def _parts(self, entries: Tensor) -> Sequence[Tensor]:
+        """Each bucket's of what has an entry for each entry of their calls."""
+        return entries.split_with_sizes(self._entries) if len(self._entries) > 1 else [entries]
 
 
 def _are_down(flags: Tensor) -> bool:
@@ -146,14 +178,16 @@ class Step:
     """A validated step of a `Group`: ask for its norms, or not, then apply it, once.
 
     Args:
-        inputs: (bucket, grads, t, numbers, scaling, seed, seen) -> what the bucket's call is handed, checked.
+        inputs: (bucket, grads, t, numbers, scaling, seed, seen, flags) -> what the bucket's call is handed, checked.
         grads: of the group's parameters.
         seen: their snapshot, where nothing but addresses can have changed since an earlier step checked them.
         told: of each bucket the number of the step and its other numbers.
+        marks: of each `Together` what the device says of this step.
         scaling: ``grad_scale`` and ``found_inf``, or None.
         options: which the numbers come from.
         captured: where what a CUDA graph reads is added.
         scratch: states that ops cannot take as they are kept.
+        repeats: whether the buckets' calls may be made again as they last were, with other numbers.
     """
 
     def __init__(
@@ -162,14 +196,22 @@ class Step:
         grads: list[Tensor],
         seen: ops.Snapshot | None,
         told: list[tuple[Bucket, Any, dict[str, Any]]],
+        marks: Sequence[tuple[Together, Marks]],
         scaling: Mapping[str, Tensor | None],
         options: Mapping[str, Any],
         captured: list[Any],
         scratch: Sequence[Scratch],
+        repeats: bool,
     ) -> None:
         self._make, self._grads, self._seen, self._told = inputs, grads, seen, told
-        self._captured, self._scratch = captured, scratch
+        self._marks, self._captured, self._scratch, self._repeats = marks, captured, scratch, repeats
         self._scaling, self._options, self._found_inf = scaling, options, scaling["found_inf"]
+        #: of each bucket, where they can be up, and what forbids its step
+        self._flags: dict[Bucket, tuple[Tensor | None, Tensor | None]] = {
+            bucket: (flags, mine.forbidden)
+            for together, mine in marks
+            for bucket, flags in zip(together.buckets, mine.of, strict=True)
+        }
         self._refused: Tensor | None = None
         #: what is made of ``told`` for the buckets' calls, if it has been
         self._checked: list[tuple[Bucket, ops.Inputs]] | None = None
@@ -184,8 +226,12 @@ class Step:
         return self._checked
 
     def _inputs(self, bucket: Bucket, t: Any, numbers: Mapping[str, Any]) -> ops.Inputs:
-        seed = self._options.get("seed", 0)
-        return self._make(bucket, self._grads, t, numbers, self._scaling, seed, self._seen)
+        seed, flags = self._options.get("seed", 0), None
+        scaling = self._scaling
+        if bucket in self._flags:
+            flags, forbidden = self._flags[bucket]
+            scaling = {**scaling, "found_inf": forbidden}
+        return self._make(bucket, self._grads, t, numbers, scaling, seed, self._seen, flags)
 
     def norms(self) -> list[Tensor]:
         """The gradients' norms, those of slices where there are batch dimensions. `apply` goes on from the statistics
@@ -200,9 +246,9 @@ class Step:
         """Before `apply`, of a group that ``skips_steps``: where this 0-d float32 tensor, which is not read, is not
         zero, nothing is written, and the step is counted as skipped unless ``found_inf`` forbids it as well."""
         self._refused = refused
-        for _, inputs in self.check():
-            forbidden = inputs.scaling["found_inf"]
-            torch.maximum(forbidden, refused.to(forbidden.device), out=forbidden)
+        for _, marks in self._marks:
+            assert marks.forbidden is not None
+            torch.maximum(marks.forbidden, refused.to(marks.forbidden.device), out=marks.forbidden)
 
     def owners(self) -> list[list[int]]:
         """Of each entry of the `norms` that have been found, whose it is: the position in the group's lists."""
@@ -241,40 +287,34 @@ class Step:
         captured = self._captured
         for (bucket, inputs), found in zip(self.check(), self._statistics, strict=True):
             bucket.call.check_capture(inputs, found)
-            captured += [*bucket.call.tensors(), *bucket.steps, *(bucket.skipped or ()), bucket.owners]
+            captured += [*bucket.call.tensors(), *bucket.steps, *(bucket.skipped or ()), bucket.together]
             captured += [inputs.nonfinite, inputs.numbers.get("watched"), inputs.scaling.get("found_inf")]
         captured += [clip, self._refused, *self._scaling.values(), *self._options.values()]
         captured += [tensor for scratch in self._scratch for tensor in scratch.tensors()]
 
     def apply(self, clip: Tensor | None = None) -> None:
         """Makes the step, on gradients multiplied by ``clip``, and counts it."""
-        if self._checked is None and clip is None and self._seen is not None:
-            self._repeat(self._seen)
-            return
-        for scratch in self._scratch:
-            scratch.fill()
-        for (bucket, inputs), found in zip(self.check(), self._statistics, strict=True):
-            self._apply(bucket, inputs, found, clip)
-        for scratch in self._scratch:
-            scratch.empty()
+        if self._repeats and clip is None and self._checked is None:
+            for bucket, t, numbers in self._told:
+                flags, _ = self._flags.get(bucket, (None, None))
+                if not bucket.call.again(self._seen, self._options.get("seed", 0), t, numbers, flags):
+                    bucket.call.apply(self._inputs(bucket, t, numbers))
+                self._count(bucket)
+        else:
+            factor = None if clip is None else ops.Clip(clip)
+            for scratch in self._scratch:
+                scratch.fill()
+            for (bucket, inputs), found in zip(self.check(), self._statistics, strict=True):
+                bucket.call.apply(inputs, found, factor)
+                self._count(bucket)
+            for scratch in self._scratch:
+                scratch.empty()
+        for together, marks in self._marks:
+            refused = None if self._refused is None else marks.forbidden
+            if refused is not None and self._found_inf is not None:
+                refused = refused - self._found_inf.view(()).to(refused.device)
+            together.count(marks, refused)
 
-    def _repeat(self, seen: ops.Snapshot) -> None:
-        """Has the buckets repeat their last calls, with other numbers."""
-        seed = self._options.get("seed", 0)
-        for bucket, t, numbers in self._told:
-            if bucket.call.again(seen, seed, t, numbers):
-                bucket.count(None, None, None)
-            else:
-                self._apply(bucket, self._inputs(bucket, t, numbers), None, None)
-
-    def _apply(
-        self, bucket: Bucket, inputs: ops.Inputs, statistics: ops.Statistics | None, clip: Tensor | None
-    ) -> None:
-        bucket.call.apply(inputs, statistics, clip)
-        forbidden = inputs.scaling.get("found_inf")
-        refused = None
-        if forbidden is not None:
-            forbidden = refused = forbidden.view(())
-            if self._found_inf is not None:
-                refused = forbidden - self._found_inf.view(()).to(forbidden.device)
-        bucket.count(inputs.nonfinite, forbidden, None if self._refused is None else refused)
+    def _count(self, bucket: Bucket) -> None:
+        if bucket.together is None:
+            bucket.count(self._found_inf)

@@ -76,11 +76,17 @@ def total(norms: Sequence[tuple[Tensor, bool]]) -> Tensor | None:
     if not norms:
         return None
     device = next((norm.device for norm, _ in norms if not norm.is_cpu), norms[0][0].device)
-    flat = {skip: [norm.to(device).reshape(-1) for norm, mine in norms if mine == skip] for skip in (False, True)}
+    flat = {skip: [_flat(norm, device) for norm, mine in norms if mine == skip] for skip in (False, True)}
     stacks = [_in_one(mine) for mine in flat.values() if mine]
     if flat[True]:
         stacks[-1] = torch.nan_to_num(stacks[-1], nan=0.0, posinf=0.0)
     return torch.linalg.vector_norm(_in_one(stacks))
+
+
+def _flat(norm: Tensor, device: torch.device) -> Tensor:
+    """1-d on the device, by no operation where it is."""
+    norm = norm if norm.device == device else norm.to(device)
+    return norm if norm.ndim == 1 else norm.reshape(-1)
 
 
 def _in_one(vectors: list[Tensor]) -> Tensor:
@@ -92,7 +98,7 @@ def coefficient(norm: Tensor, limit: float | None) -> Tensor:
     device, not read."""
     if limit is None:
         return torch.ones_like(norm)
-    return (norm + 1e-6).reciprocal_().mul_(limit).clamp_(max=1.0)
+    return (norm + 1e-6).reciprocal_().mul_(limit).clamp_max_(1.0)
 
 
 def refused(norm: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import memory, ops, schedules, spec
-from .buckets import Bucket, Owners, Step, Together, pick
+from .buckets import Bucket, Step, Together, pick
 from .rounding import BitOffset
 from .schedules import Scalar
 from .scratch import Scratch
@@ -263,7 +263,6 @@ class Group:
                 backend="reference" if itself else backend,
                 captured=self._captured,
             )
-            told = dims and (skipped is not None or not on_host)
             counts = [param.shape[:dims].numel() for param in mine]
             self._buckets.append(
                 Bucket(
@@ -274,7 +273,6 @@ class Group:
                     None if skipped is None else pick(skipped, index),
                     ops.Counters(steps) if on_host else None,
                     batch_dims,
-                    Owners(counts, steps[0].device) if told else None,
                     None if views is None else pick(views, index),
                     views_dim,
                     counts,
@@ -291,8 +289,8 @@ class Group:
         self._known = ops.snapshot(self._tensors)  # which the counters may have moved
         #: of states alone: of a parameter with views torch swaps nothing (torch.utils.swap_tensors)
         self._held = ops.held(states_read)
-        #: whether a step is told nothing but gradients and numbers, unless it is clipped or scaled
-        self._repeats = skipped is None and not (self._scratch or watch or skips_steps)
+        #: whether a step is told nothing but gradients, numbers and flags, unless it is clipped or scaled
+        self._repeats = not (self._scratch or watch or skips_steps)
         #: of gradients that have been found right
         self._known_grads: ops.Snapshot | None = None
 
@@ -353,8 +351,10 @@ class Group:
                 decays = self._algorithm.decays(t, options)
             told.append((bucket, t, {**decays, **scalars}))
         given = {"grad_scale": grad_scale, "found_inf": found_inf}
-        step = Step(self._inputs, grads, seen, told, given, options, self._captured, self._scratch)
-        if not (self._repeats and seen is not None and grad_scale is found_inf is None):
+        marks = [(together, together.marks(found_inf, self._skips_steps)) for together in self._together]
+        repeats = self._repeats and seen is not None and grad_scale is found_inf is None
+        step = Step(self._inputs, grads, seen, told, marks, given, options, self._captured, self._scratch, repeats)
+        if not repeats:
             step.check()
         if seen is None and memory.PLAIN.issuperset(map(type, grads)) and not any(map(Tensor._is_zerotensor, grads)):
             self._known_grads = ops.snapshot(grads)
@@ -369,23 +369,17 @@ class Group:
         scaling: Mapping[str, Tensor | None],
         seed: int,
         seen: ops.Snapshot | None,
+        flags: Tensor | None,
     ) -> ops.Inputs:
         """What a bucket's call is handed in the step ``t``, checked, with memory for what the step says of itself."""
-        mine, found_inf = bucket.of(grads), scaling["found_inf"]
-        flags, watched = None, None
-        forbidden = found_inf
-        if self._skips_steps:  # the step's own, for `Step.refuse` to write
-            forbidden = torch.zeros((), dtype=torch.float32, device=bucket.steps[0].device)
-            forbidden = forbidden if found_inf is None else found_inf.reshape(()).clone()
-        elif bucket.skipped is not None:
-            flags = torch.zeros(len(mine), dtype=torch.int32, device=bucket.steps[0].device)
+        mine, watched = bucket.of(grads), None
         if self._watch:
             watched = torch.zeros(len(mine), spec.WATCHED, dtype=torch.float64, device=mine[0].device)
         return bucket.call.prepare(
             mine,
             flags,
             grad_scale=scaling["grad_scale"],
-            found_inf=forbidden,
+            found_inf=scaling["found_inf"],
             seed=seed,
             step=t,
             watched=watched,

@@ -27,8 +27,15 @@ def hfac_decays(step: T, betas: Sequence[float]) -> list[T]:
     if type(step) is not Tensor or step.ndim != 1:
         return [hfac_decay(step, beta) for beta in betas]
     held = tuple(betas)
-    before, now = (1.0 - _constants(held, 3, step) ** (step + _constants((-1.0, 0.0), 2, step))).unbind(1)
-    return list((_constants(held, 2, step) * before / now).unbind())
+    device, dtype = step.device, step.dtype
+    t = step + _constants((-1.0, 0.0), 2, device, dtype)
+    before, now = torch.rsub(_constants(held, 3, device, dtype).pow(t), 1.0).unbind(1)
+    return list((_constants(held, 2, device, dtype) * before / now).unbind())
+
+
+def following(made: Tensor) -> Tensor:
+    """The numbers of the steps that follow so many: float32 [parameters], in the type that scalars are evaluated in."""
+    return made + _constants((1.0,), 1, made.device, step_dtype(made.device))
 
 
 #: numbers -> where they lie on a device. They stay, because graphs may read them.
@@ -36,17 +43,16 @@ _kept: dict[tuple[tuple[float, ...], int, torch.device, torch.dtype], Tensor] = 
 _MOST = 64
 
 
-def _constants(values: tuple[float, ...], ndim: int, like: Tensor) -> Tensor:
-    """These numbers beside a tensor, along the first of so many dimensions. While a graph is captured nothing comes
-    from the host."""
-    key = values, ndim, like.device, like.dtype
+def _constants(values: tuple[float, ...], ndim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """These numbers along the first of so many dimensions. While a graph is captured nothing comes from the host."""
+    key = values, ndim, device, dtype
     found = _kept.get(key)
     if found is not None:
         return found
     shape = (len(values), *[1] * (ndim - 1))
-    if staging.capturing(like.device) or len(_kept) >= _MOST:
-        return torch.stack([like.new_full((), value) for value in values]).view(shape)
-    found = torch.tensor(values, dtype=like.dtype, device="cpu").view(shape).to(like.device)
+    if staging.capturing(device) or len(_kept) >= _MOST:
+        return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values]).view(shape)
+    found = torch.tensor(values, dtype=dtype, device="cpu").view(shape).to(device)
     _kept[key] = found
     return found
 

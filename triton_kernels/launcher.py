@@ -89,7 +89,8 @@ class Launcher:
     def scale(self, numbers: Mapping[str, Any]) -> None:
         """Copies a GradScaler's tensors."""
         if numbers.get("grad_scale") is not None:
-            self.scalars[table.GRAD_SCALE.value].copy_(numbers["grad_scale"].reshape(()))
+            at = table.GRAD_SCALE.value
+            self.scalars[at : at + 1].copy_(numbers["grad_scale"])
         if numbers.get("found_inf") is not None:
             self.flags.add_(numbers["found_inf"].reshape(()) != 0)
 

@@ -233,16 +233,20 @@ def scalar_values(scalars: Sequence[Any], seed: int, count: int) -> list[float]:
     return values
 
 
-def copy_scalars(to: Tensor, scalars: Sequence[Any], fill: bool = False) -> None:
-    """Copies the values of tensors on the device, without reading them here. ``fill``: of numbers, too, where each
-    parameter has its own."""
-    if all([value.__class__ is float for value in scalars]):
-        return
-    each = any(map(_is_each, scalars[table.SHARED :]))
-    own = to[_OWN:].view(-1, table.OWNED.value)
-    own = own[1:] if each else own[:1]
-    for at, (value, place) in enumerate(zip(scalars, [*to[: table.SHARED].split(1), *own.unbind(1)], strict=False)):
-        if isinstance(value, Tensor):
-            place.copy_(value.reshape(-1))
-        elif each and fill and at >= table.SHARED:
-            place.fill_(value)
+def places_of(scalars: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Where each of `table.SCALARS` lies: what is once for all parameters, and what each has for itself."""
+    shared, own = scalars[: table.SHARED].split(1), scalars[_OWN:].view(-1, table.OWNED.value)
+    return [*shared, *own[0].split(1)], [*shared, *own[1:].unbind(1)]
+
+
+def copy_scalars(places: tuple[list[Tensor], list[Tensor]], scalars: Sequence[Any], fill: bool = False) -> None:
+    """Copies the values of tensors on the device to their `places_of`, without reading them here. ``fill``: of numbers,
+    too, where each parameter has its own and other places than 0 are wanted."""
+    each = any([_is_each(value) for value in scalars[table.SHARED :] if value.__class__ is not float])
+    pairs = [pair for pair in zip(places[each], scalars, strict=False) if isinstance(pair[1], Tensor)]
+    if pairs:
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+    if each and fill:
+        for place, value in zip(places[1][table.SHARED :], scalars[table.SHARED :], strict=False):
+            if value.__class__ is float and value:
+                place.fill_(value)

@@ -16,7 +16,7 @@ from . import platform, table
 from .items import KEY, Item
 from .launcher import Launcher
 from .plan import Plan, prepare
-from .records import Operands, Records, Tensors, copy_scalars, scalar_values, scalars_of
+from .records import Operands, Records, Tensors, copy_scalars, places_of, scalar_values, scalars_of
 from .step import options_of
 
 
@@ -94,7 +94,7 @@ class _Room(Launcher):
         ):
             to[: len(values_)] = values_
         tables.copy_(host, non_blocking=True)
-        copy_scalars(self.scalars, scalars)
+        copy_scalars(places_of(self.scalars), scalars)
         self.scale(numbers)
 
 

@@ -20,7 +20,7 @@ from ..staging import Staged, refused
 from . import platform, table
 from .launcher import Launcher
 from .plan import Plan, prepare
-from .records import Operands, Records, Tensors, aligned, copy_scalars, scalar_values, scalars_of
+from .records import Operands, Records, Tensors, aligned, copy_scalars, places_of, scalar_values, scalars_of
 
 _DTYPE = attrgetter("dtype")
 
@@ -36,13 +36,17 @@ class Room(Launcher):
         self.device = params[0].device
         count = table.OWN.value + table.OWNED.value * (1 + len(params))
         self.scalars = torch.zeros(count, dtype=torch.float64, device=self.device)
+        self._places, self._once = places_of(self.scalars), self.scalars[: table.OWN.value + table.OWNED.value]
+        self.coefficient = self.scalars[table.COEFFICIENT.value]
         self.flags = torch.zeros(len(params), dtype=torch.int32, device=self.device)
         self.stream = platform.stream_of(self.device)  # of the last step
         self._known: tuple[Any, ...] | None = None
         self._addresses: list[int] = []
         #: of the gradients at ``_addresses``: their snapshot (`hfac.backends`), where there was one
         self._seen: Any = None
-        #: what repeats the last step, where that was told nothing but gradients and numbers
+        #: of the plan's launches by name, what they were last made for, and what repeats them
+        self._ready: dict[str, tuple[Any, list[Callable[[], None]]]] = {}
+        #: of the last step, where it was told nothing but gradients, numbers and flags
         self.last: Repeatable | None = None
         self.staged = Staged(self.device, torch.int64, partial(platform.host_memory, self.device))  # grad_table
 
@@ -62,10 +66,10 @@ class Room(Launcher):
 
     def memory(self) -> list[Tensor]:
         """What launches read and write."""
+        own = [self.scalars, self.flags] if self.squares is None else [self.scalars, self.flags, self.squares]
         if self._known is None or self.workspace is None:
-            return [self.scalars, self.flags]
-        tables = [*self.tiles, *self.square_tiles, self.items, self.layouts, self.grad_table]
-        return [*tables, self.workspace, self.scalars, self.flags]
+            return own
+        return [*self.tiles, *self.square_tiles, self.items, self.layouts, self.grad_table, self.workspace, *own]
 
     def locate(self, grads: Tensors, capturing: bool, seen: Any = None) -> None:
         """Finds out where the gradients are, and plans anew where their types or layouts have changed. ``seen``: their
@@ -100,20 +104,42 @@ class Room(Launcher):
         self._grad_layouts = [base + 8 * start for _, start in records.grads]
         count = len(self.plan.launches)
         self.tiles, self.square_tiles = tiles[:count], tiles[count:]
+        self._ready.clear()
+
+    def launch(self, which: str, options: Mapping[str, bool]) -> None:
+        """The plan's ``launches``, or its ``statistics`` or ``squares`` alone. Where the last ones were for the same
+        options and memory, they are repeated."""
+        moving = (self.grad_table, self.squares, self.watched)
+        key = *options.values(), *[None if tensor is None else tensor.data_ptr() for tensor in moving]
+        known = self._ready.get(which)
+        if known is not None and known[0] == key:
+            for again in known[1]:
+                again()
+            return
+        tiles, count = (self.square_tiles if which == "squares" else self.tiles), None
+        launches = self.plan.squares if which == "squares" else self.plan.launches
+        if which == "statistics":
+            count = self.plan.statistics
+        found = self.run(launches[:count], tiles[:count], options)
+        ready = [again for again in found if again is not None]
+        if len(ready) == len(found):
+            self._ready[which] = key, ready
 
     def set_scalars(self, numbers: Mapping[str, Any], capturing: bool) -> None:
         """Values to device memory. A tensor's value is copied on its device and never read here."""
-        scalars = scalars_of(numbers, on_host=not capturing)
-        seed = numbers.get("seed") or 0
+        here = {name: value for name, value in numbers.items() if isinstance(value, Tensor) and value.is_cpu}
+        if here and self.device.type != "cpu":
+            numbers = {**numbers, **{name: staging.to_device(value, self.device) for name, value in here.items()}}
+        scalars = scalars_of(numbers, on_host=False)
+        values = scalar_values(scalars, numbers.get("seed") or 0, 0)
         if capturing:  # a graph would copy from memory that has been given away since
-            for at, value in enumerate(scalar_values(scalars, seed, 0)):
+            for at, value in enumerate(values):
                 self.scalars[at].fill_(value)
         else:
-            values = scalar_values(scalars, seed, len(self._operands.params))
             host = platform.host_memory(self.device, len(values), torch.float64)
             staging.write(host, values)
-            self.scalars[: len(values)].copy_(host, non_blocking=True)
-        copy_scalars(self.scalars, scalars, fill=capturing)
+            self._once.copy_(host, non_blocking=True)
+        copy_scalars(self._places, scalars, fill=True)
 
 
 class Statistics:
@@ -142,12 +168,12 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Repeatable:
-    """The launches of a step, for one of the same gradients (``seen``) and other numbers of the same kind
+    """What a step was made for, for one of the same gradients (``seen``) and other numbers of the same kind
     (`_kind_of`)."""
 
     seen: Any
     kind: tuple[bool, ...]
-    launches: list[Callable[[], None]]
+    options: Mapping[str, bool]
 
 
 class Bound:
@@ -217,16 +243,16 @@ class Bound:
                     contiguous = torch.contiguous_format
                     room.watched = watched if aligned(watched) else torch.zeros_like(watched, memory_format=contiguous)
                 room.scale(numbers)
-                again = room.run(room.plan.launches, room.tiles, options)
+                room.launch("launches", options)
                 self._close(room, nonfinite, numbers)
                 if watched is not None and room.watched is not watched:
                     watched.add_(room.watched)
-                told = any(options[name] for name in ("SCALED", "SKIP", "WATCH", "AGAIN")) or statistics is not None
+                told = options["SCALED"] or statistics is not None or watched is not None
+                told = told or numbers.get("found_inf") is not None
                 if not (seen is None or told or self.capturing()):
-                    launches = [launch for launch in again if launch is not None]
-                    room.last = Repeatable(seen, _kind_of(numbers), launches) if len(launches) == len(again) else None
+                    room.last = Repeatable(seen, _kind_of(numbers, nonfinite), options)
             finally:
-                room.watched = room.squares = None
+                room.watched = None
                 self._rooms.append(room)
         increment_version(self._params)
 
@@ -245,12 +271,12 @@ class Bound:
         options = options_of(self._operands, numbers, nonfinite, watched)
         with self._lock, platform.current(self.device):
             room = self._open(grads, options, numbers, seen)
-            room.squares = torch.zeros(len(self._params), dtype=torch.float64, device=self.device)
+            if room.squares is None:  # what nothing writes there stays 0
+                room.squares = torch.zeros(len(self._params), dtype=torch.float64, device=self.device)
             found = Statistics(self._rooms, room, room.squares, watched is not None)
             room.scale(numbers)
-            count = room.plan.statistics
-            room.run(room.plan.launches[:count], room.tiles[:count], options)
-            room.run(room.plan.squares, room.square_tiles, options)
+            room.launch("statistics", options)
+            room.launch("squares", options)
             self._close(room, nonfinite, numbers)
         return found
 
@@ -268,18 +294,21 @@ class Bound:
         """Bytes of partial sums that are kept from step to step; 0 before the first."""
         return sum(room.workspace.numel() for room in self._rooms if room.workspace is not None)
 
-    def again(self, seen: Any, numbers: Mapping[str, Any]) -> bool:
+    def again(self, seen: Any, numbers: Mapping[str, Any], nonfinite: Tensor | None = None) -> bool:
         """As `hfac.backends` describes it."""
         with self._lock, platform.current(self.device):
             room = self._rooms[-1] if self._rooms else None
             last = None if room is None else room.last
-            if room is None or last is None or last.seen is not seen or last.kind != _kind_of(numbers):
+            if room is None or last is None or last.seen is not seen or last.kind != _kind_of(numbers, nonfinite):
                 return False
             if self.capturing() or platform.stream_of(self.device) != room.stream or room.stream != self._stream:
                 return False
             room.set_scalars(numbers, capturing=False)
-            for launch in last.launches:
-                launch()
+            if nonfinite is not None:
+                room.flags.zero_()
+            room.launch("launches", last.options)
+            if nonfinite is not None:
+                nonfinite.copy_(room.flags)
         increment_version(self._params)
         return True
 
@@ -306,7 +335,7 @@ class Bound:
         """Only the coefficient is missing."""
         if not self.capturing():
             self._follow(room)
-        room.scalars[table.COEFFICIENT.value].copy_(clip)
+        room.coefficient.copy_(clip)
         if options["SKIP"]:
             room.flags.mul_(clip == 1)
 
@@ -349,10 +378,10 @@ def options_of(
     }
 
 
-def _kind_of(numbers: Mapping[str, Any]) -> tuple[bool, ...]:
-    """What of a step's numbers kernels are compiled for."""
+def _kind_of(numbers: Mapping[str, Any], nonfinite: Tensor | None) -> tuple[bool, ...]:
+    """What kernels are compiled for of what a step is told."""
     clipped = numbers.get("clip_threshold") is not None
-    return numbers.get("decoupled_weight_decay", True), numbers.get("maximize", False), clipped
+    return numbers.get("decoupled_weight_decay", True), numbers.get("maximize", False), clipped, nonfinite is not None
 
 
 def _read(grads: Tensors) -> tuple[list[int], tuple[Any, ...]]:

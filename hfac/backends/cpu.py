@@ -71,7 +71,7 @@ class CpuCall:
         self._operands = addresses.of_operands(operands)
         #: of the last step, where it had one: a snapshot of its gradients, and what the extension was told of them
         self._told: tuple[Snapshot, dict[str, Any]] | None = None
-        #: of the last step, where it was told nothing but gradients and numbers: their snapshot, and all of it
+        #: of the last step, where it was told nothing but gradients, numbers and flags: their snapshot, and all of it
         self._last: tuple[Snapshot, dict[str, Any]] | None = None
 
     def __call__(
@@ -86,7 +86,7 @@ class CpuCall:
     ) -> None:
         """The op, as the function of `hfac.reference` computes it; with ``statistics`` of these gradients and numbers
         (`CpuTwice`), the rest of it."""
-        alone = statistics is None and watched is None and nonfinite is None
+        alone = statistics is None and watched is None and (nonfinite is None or nonfinite.is_contiguous())
         if statistics is not None:
             numbers.update(stage="rest", kept=statistics.memory)
         if watched is not None:
@@ -98,13 +98,16 @@ class CpuCall:
         if alone and seen is not None:
             self._last = seen, told
 
-    def again(self, seen: Snapshot, numbers: Mapping[str, Any]) -> bool:
+    def again(self, seen: Snapshot, numbers: Mapping[str, Any], nonfinite: Tensor | None = None) -> bool:
         last = self._last  # another thread may replace it
-        if last is None or last[0] is not seen:
+        if last is None or last[0] is not seen or ("nonfinite" in last[1]) != (nonfinite is not None):
             return False
         if self._written:
             increment_version(self._written)
-        getattr(_C, self._name)(**{**last[1], **_on_host(numbers), "threads": torch.get_num_threads()})
+        told = {**last[1], **_on_host(numbers), "threads": torch.get_num_threads()}
+        if nonfinite is not None:
+            told["nonfinite"] = nonfinite.data_ptr()
+        getattr(_C, self._name)(**told)
         return True
 
     def _run(

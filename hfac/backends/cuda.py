@@ -127,10 +127,10 @@ class CudaCall:
             plan.workspace = plan.squares = None  # others that take statistics have memory of their own
             return found
 
-    def again(self, seen: Snapshot, numbers: Mapping[str, Any]) -> bool:
+    def again(self, seen: Snapshot, numbers: Mapping[str, Any], nonfinite: Tensor | None = None) -> bool:
         with self._lock:
             increment_version(self.params)
-            return self._plain.again(seen, numbers)
+            return self._plain.again(seen, numbers, nonfinite)
 
     def capturing(self) -> bool:
         """Whether a graph is being captured, in whose replays what is launched now will run."""

@@ -103,7 +103,8 @@ class Planned:
             self.platform.before_launch(workspace)
         flags = None if nonfinite is None else nonfinite.contiguous()
         memory |= {"nonfinite": flags, **{name: numbers.pop(name) for name in _MEMORY if name in numbers}}
-        alone = not capturing and all(one is None for one in memory.values())
+        others = (tensor for name, tensor in memory.items() if name != "nonfinite")
+        alone = not capturing and flags is nonfinite and all(tensor is None for tensor in others)
         memory |= {"table": self.table, "workspace": workspace, "counters": self.counters}
         told, kept = self._told(numbers)
         arguments = launch_arguments(stream, self.index, memory, told)
@@ -114,13 +115,14 @@ class Planned:
         if capturing:
             captured += [self.staged.source, *memory.values(), *kept]
 
-    def again(self, seen: Snapshot, numbers: Mapping[str, Any]) -> bool:
-        """A launch on the same gradients as the last one, which was told nothing but numbers, with these numbers in
-        place of all that it had; False where that was another."""
+    def again(self, seen: Snapshot, numbers: Mapping[str, Any], nonfinite: Tensor | None) -> bool:
+        """A launch on the same gradients as the last one, which was told nothing but numbers and ``nonfinite``, with
+        these in place of all that it had; False where that was another."""
         last, looked, workspace = self.last, self.looked, self.workspace
-        if last is None or workspace is None or looked is None or looked[0] is not seen or looked[2]:
+        if last is None or workspace is None or looked is None or looked[0] is not seen:
             return False
-        if (numbers.get("clip_threshold") is not None) != looked[1] or self.platform.capturing():
+        options = numbers.get("clip_threshold") is not None, nonfinite is not None
+        if options != looked[1:] or self.platform.capturing():
             return False
         if self.platform.stream(self.device) != self.stream:
             return False
@@ -128,6 +130,8 @@ class Planned:
         told, _kept = self._told(numbers)  # of tensors that live until the launch
         arguments = last | told
         arguments["coupled"] = not arguments.pop("decoupled_weight_decay", True)
+        if nonfinite is not None:
+            arguments["nonfinite"] = nonfinite.data_ptr()
         self.step.launch(**arguments)
         return True
 
@@ -188,6 +192,8 @@ class Planned:
 
     def _bring(self, capturing: bool) -> None:
         """The plan's table to the device, where it is not there, and counters."""
+        if not (self.stale or capturing or self.counters is None or self.staged.source is not None):
+            return
         write = (lambda host: self.step.write_table(host.data_ptr())) if self.stale else None
         self.staged.bring(max(self.step.table_bytes, 1), write, capturing)
         self.stale = False

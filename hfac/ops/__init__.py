@@ -25,12 +25,13 @@ from ..backends.snapshots import (
     snapshot,
     values_are,
 )
-from .call import Inputs, OpCall, Statistics, joined, run
+from .call import Clip, Inputs, OpCall, Statistics, joined, run
 from .checks import PARAM_DTYPES, check_grads, check_length, check_tensor, check_writable, state_dtype
 from .counters import Counters, DeviceCounters, copier, hfac_dense_squares, nonfinite
 
 __all__ = [
     "ALIKE",
+    "Clip",
     "Counters",
     "DeviceCounters",
     "Inputs",

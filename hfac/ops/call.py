@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ _LAYOUT, _DTYPE, _DEVICE, _SHAPE = (attrgetter(name) for name in ("layout", "dty
 _IS_CPU = attrgetter("is_cpu")
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """What one step brings, checked. Other threads may step the same parameters, so it is kept apart from them.
 
     Attributes:
@@ -81,6 +80,23 @@ class Statistics:
             return self.found
         assert self.sums is not None
         return clipping.roots(self.sums.squares, self.dtype)
+
+
+class Clip:
+    """What gradients are multiplied by to clip them, and what the calls of a step are told of it, which is formed once
+    for a device and not for each."""
+
+    def __init__(self, coefficient: Tensor) -> None:
+        self._coefficient = coefficient
+        self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """The coefficient there; in float32; and in float32 what kernels divide by that multiply by no more."""
+        found = self._on.get(device)
+        if found is None:
+            here = self._coefficient.to(device)
+            self._on[device] = found = here, here.to(torch.float32), here.reciprocal().to(torch.float32)
+        return found
 
 
 def joined(statistics: Sequence[Statistics]) -> Tensor | None:
@@ -276,9 +292,9 @@ class OpCall:
         if check is not None:
             check(grads, None, None)
 
-    def apply(self, inputs: Inputs, statistics: Statistics | None = None, clip: Tensor | None = None) -> None:
-        """Makes the step, once. ``statistics`` are those of the same inputs; ``clip``, a 0-d float32 or float64 tensor,
-        is what the gradients are multiplied by.
+    def apply(self, inputs: Inputs, statistics: Statistics | None = None, clip: Tensor | Clip | None = None) -> None:
+        """Makes the step, once. ``statistics`` are those of the same inputs; ``clip`` is what the gradients are
+        multiplied by, a 0-d float32 or float64 tensor, or a `Clip` of it for several calls.
 
         Backends that unscale multiply and divide gradients as they read them, and write none. For others gradients are
         multiplied in place, as `torch.nn.utils.clip_grad_norm_` and the scaler would do it, and what decides is read on
@@ -288,13 +304,19 @@ class OpCall:
         if call is None:
             return
         more: dict[str, Any] = {}
-        if clip is not None:
-            clip = clip.to(self.device)
+        if isinstance(clip, Tensor):
+            clip = Clip(clip)
         sums = None if statistics is None or clip is None else statistics.sums
         if inputs.unscales:
-            if sums is not None and clip is not None:
-                more = {"clip": clip.to(torch.float32), "statistics": sums}
-            more |= _divided(inputs.scaling, clip)
+            scaling = dict(inputs.scaling)
+            if clip is not None:
+                coefficient, single, divisor = clip.on(self.device)
+                scale = scaling.get("grad_scale")
+                divisor = divisor if scale is None else (scale.reshape(()) / coefficient).to(torch.float32)
+                scaling["grad_scale"] = divisor
+                if sums is not None:
+                    more = {"clip": single, "statistics": sums}
+            more |= scaling
             call(inputs.grads, inputs.nonfinite, **inputs.seen_as(inputs.grads), **more, **inputs.numbers)
             return
         taken = statistics is not None and statistics.sums is not None
@@ -305,18 +327,22 @@ class OpCall:
                 inputs.nonfinite.zero_()
             return
         if clip is not None:
-            grads = clipping.scaled(grads, clip)
-            if sums is not None and clip.item() == 1:
+            coefficient, *_ = clip.on(self.device)
+            grads = clipping.scaled(grads, coefficient)
+            if sums is not None and coefficient.item() == 1:
                 more = {"statistics": sums}
         call(inputs.readable(grads), inputs.nonfinite, **inputs.seen_as(grads), **more, **inputs.numbers)
 
-    def again(self, seen: Snapshot, seed: int, step: float, numbers: Mapping[str, Any]) -> bool:
+    def again(
+        self, seen: Snapshot, seed: int, step: Scalar, numbers: Mapping[str, Any], nonfinite: Tensor | None = None
+    ) -> bool:
         """Makes the step that `prepare` and `apply` would make of the gradients of ``seen``, where the last one was of
-        them, too, and all that either was told beside are numbers. False, with nothing done, where it was another."""
+        them, too, and all that either was told beside are numbers, and ``nonfinite`` as `prepare` checks it. False,
+        with nothing done, where it was another."""
         again = getattr(self._call, "again", None)
         if again is None:
             return False
-        return again(seen, {**numbers, "seed": seed, "step": step} if self.stochastic else numbers)
+        return again(seen, {**numbers, "seed": seed, "step": step} if self.stochastic else numbers, nonfinite)
 
     def _check_given(
         self, count: int, nonfinite: Tensor | None, watched: Tensor | None, scaling: Mapping[str, Tensor]
@@ -408,13 +434,3 @@ def _is_forbidden(inputs: Inputs) -> bool:
     """Whether found_inf forbids the step; the host reads it."""
     found_inf = inputs.scaling.get("found_inf")
     return found_inf is not None and bool(found_inf.item())
-
-
-def _divided(scaling: Mapping[str, Tensor], clip: Tensor | None) -> dict[str, Tensor]:
-    """What kernels that unscale are told: they divide gradients by ``grad_scale``."""
-    found = dict(scaling)
-    if clip is not None:
-        scale = scaling.get("grad_scale")
-        divisor = clip.reciprocal() if scale is None else scale.reshape(()) / clip
-        found["grad_scale"] = divisor.to(torch.float32)
-    return found

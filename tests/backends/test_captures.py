@@ -384,7 +384,7 @@ def test_the_allocator_knows_of_the_streams_that_read_whose_slice_is_whose():
         with torch.cuda.stream(stream):
             optimizer.step()
         ((_, group),) = optimizer._bound.values()
-        owners = group._buckets[0].owners
+        owners = group._together[0].owners
         for tensor in (owners._of, owners._counts):
             assert stream.cuda_stream in gpu.memory(tensor).recorded
         torch.cuda.synchronize()

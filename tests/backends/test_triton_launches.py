@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hfac
-from hfac import backends
+from hfac import backends, schedules
 from hfac.cli import check, doctor
 
 triton = pytest.importorskip("triton")
@@ -182,3 +182,31 @@ def test_a_step_of_gradients_where_they_lay_repeats_the_launches(driver, monkeyp
     optimizer.param_groups[0].update(weight_decay_mode="adam")
     optimizer.step()
     assert ran
+
+
+@pytest.mark.parametrize("options", [{"nonfinite": "skip"}, {"capturable": True}, {"max_grad_norm": 1.0}], ids=str)
+def test_steps_that_are_told_more_repeat_their_launches_too(options, driver, monkeypatch):
+    """Whatever numbers they bring; those of the device are where the kernels look for them."""
+    params, optimizer = stepped(**options)
+    give_grads(params)
+    for _ in range(3):
+        optimizer.step()
+    before = driver.launches[-(len(driver.launches) // 3) :]
+    driver.launches.clear()
+    ran, run = [], launcher.Launcher.run
+    monkeypatch.setattr(launcher.Launcher, "run", lambda *given: ran.append(given) or run(*given))
+    for param in params:
+        param.grad.mul_(2)
+        optimizer.state[param]["step"].fill_(8.0)
+    optimizer.param_groups[0].update(lr=0.25)
+    optimizer.step()
+    assert driver.launches == before and not ran
+    for bucket in optimizer._bound[0][1]._buckets:
+        (room,) = bucket.call._call._rooms
+        assert room.scalars[table.LR.value] == 0.25
+        decays = room.scalars[table.OWN.value :].view(-1, table.OWNED.value)[:, :2]
+        mine = decays[1:] if "capturable" in options else decays[:1]
+        wanted = [schedules.smmf_decay_first(9.0, 0.9, 0.999), schedules.smmf_decay_second(9.0, -0.5)]
+        assert mine.tolist() == [wanted] * len(mine)
+        if "max_grad_norm" in options:
+            assert room.coefficient == optimizer._norm_coefficient

@@ -205,7 +205,7 @@ FAULTS = [
     Fault(
         "statistics of unclipped gradients serve the clipped step",
         "hfac",
-        "if sums is not None and clip.item() == 1:",
+        "if sums is not None and coefficient.item() == 1:",
         "if sums is not None:",
         CLIPPED,
     ),
