@@ -141,6 +141,24 @@ def _step(algorithm: str, grads: Sequence[Tensor], **arguments: Any) -> None:
     step.apply()
 
 
+class Numbers:
+    """A step's numbers, which parameters that are stepped one by one share: evaluated once for a number of the step,
+    for as long as the options are the same object."""
+
+    def __init__(self) -> None:
+        self._known: tuple[Mapping[str, Any], float, dict[str, Any]] | None = None
+
+    def of(self, algorithm: spec.Algorithm, options: Mapping[str, Any], t: float) -> dict[str, Any]:
+        known = self._known  # another thread may replace it
+        if known is not None and known[0] is options and known[1] == t:
+            return known[2]
+        rates = {name: schedules.as_scalar(name, options[name]) for name in ("lr", "weight_decay")}
+        found = {**algorithm.decays(t, options), **algorithm.scalars(options), "maximize": options["maximize"], **rates}
+        if not any(isinstance(value, Tensor) for value in options.values()):  # which may be written in place
+            self._known = options, t, found
+        return found
+
+
 class Group:
     """The parameters of one group with their states, bucketed and checked once; every step brings gradients and
     options.
@@ -303,6 +321,23 @@ class Group:
         if found == ops.ALIKE:
             self._known_grads = known = ops.snapshot(grads)
         return None if found == ops.OTHER or memory.bypassed() or ops.any_negated(grads) else known
+
+    def repeat(self, grads: list[Tensor], options: Mapping[str, Any], numbers: Numbers) -> bool:
+        """Makes the step of `prepare` and `Step.apply` where that repeats one call and the host counts it. False, with
+        nothing done, where it does not."""
+        bucket = self._buckets[0]
+        if len(self._buckets) > 1 or bucket.together is not None or bucket.on_host is None or not self._repeats:
+            return False
+        if ops.compare(self._tensors, self._known) != ops.SAME:
+            return False
+        seen, made = self.look(grads), bucket.on_host.common(hold=True)
+        if seen is None or made is None:
+            return False
+        t = made + 1
+        if not bucket.call.again(seen, options.get("seed", 0), t, numbers.of(self._algorithm, options, t)):
+            return False
+        bucket.count(None)
+        return True
 
     def workspace_bytes(self) -> int:
         """Bytes on the device that fused kernels keep between steps, and those of `Scratch`."""

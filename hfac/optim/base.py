@@ -40,6 +40,8 @@ class FactoredOptimizer(NormOptimizer):
     _given: dict[int, tuple[tuple[Any, ...], dict[str, Any], float | None]]
     #: parameters that `step_param` has stepped
     _single: dict[Tensor, SingleParamCache]
+    #: by group, the numbers of a step that parameters share which are stepped by themselves
+    _numbers: dict[int, functional.Numbers]
     #: how gradients are placed on the ranks
     _gradients: distributed.Gradients
     #: sharded parameters of captured steps
@@ -171,7 +173,6 @@ class FactoredOptimizer(NormOptimizer):
         groups = enumerate(self.param_groups) if self._sharded is not None else ()
         return cache, grads, steps, {i: self._shared(group) for i, group in groups}
 
-    @without_grad
     def step_param(
         self, param: Tensor, group: dict[str, Any] | None = None, *, clip: Tensor | None = None, lr_scale: float = 1.0
     ) -> None:
@@ -194,6 +195,28 @@ class FactoredOptimizer(NormOptimizer):
                 or ``max_grad_norm`` without ``clip``.
             TypeError, ValueError, RuntimeError: as `step`; nothing has been updated.
         """
+        if clip is None and lr_scale == 1.0 and self._repeated(param, group):
+            return
+        self._step_param(param, group, clip, lr_scale)
+
+    def _repeated(self, param: Tensor, group: dict[str, Any] | None) -> bool:
+        """Makes a step of one parameter whose last one was like it; False, with nothing done, where it was not."""
+        single = self._single.get(param) if param.__class__ is torch.nn.Parameter else None
+        if single is None or not (group is None or group is single.group):
+            return False
+        self._check_graph_capture()
+        if not single.is_warm(self.param_groups, self.state):
+            return False
+        scaled = "grad_scale" in self.__dict__ or "found_inf" in self.__dict__  # set by a GradScaler
+        grad = param.grad
+        if scaled or grad is None or single.warm is None:
+            return False
+        options, numbers, *_ = single.warm
+        return single.bound.repeat([grad], options, numbers)
+
+    @without_grad
+    def _step_param(self, param: Tensor, group: dict[str, Any] | None, clip: Tensor | None, lr_scale: float) -> None:
+        """`step_param`, once it is known to be another than the last."""
         self._check_graph_capture()
         single = self._single.get(param) if isinstance(param, Tensor) else None
         if single is None or not single.is_in(self.param_groups):
@@ -235,6 +258,8 @@ class FactoredOptimizer(NormOptimizer):
         step.apply(clip)
         if single.group["watch"]:
             self._keep_sums(step, single.group, [param], [grad])
+        if clip is None and lr_scale == 1.0:
+            single.follow(options, self._numbers.setdefault(single.group_index, functional.Numbers()))
 
     def _single_of(self, param: Tensor) -> SingleParamCache:
         """Looks up a parameter for `step_param`."""
@@ -397,7 +422,7 @@ class FactoredOptimizer(NormOptimizer):
         self._cache = None
         self._bound = {}
         self._single = {}
-        self._given = {}
+        self._given, self._numbers = {}, {}
         self._index = {}
 
     def _check_graph_capture(self) -> None:

@@ -101,6 +101,8 @@ class SingleParamCache:
         self.param: Tensor = self.group["params"][index]
         #: by itself, or with others (`hfac.optim.units.Unit`)
         self.bound: Any = None
+        #: options and numbers of the last step, if it was told nothing else, and of what it follows: dicts and values
+        self.warm: tuple[Mapping[str, Any], Any, list[Any], list[Any]] | None = None
         self.group_index, self._index = group_index, index
         self._algorithm, self._own_keys = algorithm, own_keys(algorithm)
 
@@ -116,6 +118,21 @@ class SingleParamCache:
         if self.bound is not None and not self._bound_is_valid(groups, state, options):
             self.bound = None
         return True
+
+    def is_warm(self, groups: Groups, state: States) -> bool:
+        """Whether ``bound`` holds and the last step was told options and numbers alone, by one look at all that a step
+        depends on beside tensors. Where it does not, `is_valid` may still find that nothing of it matters."""
+        if self.warm is None or self.bound is None or not self.is_in(groups):
+            return False
+        _, _, dicts, values = self.warm
+        if state.get(self.param) is not dicts[1] or not values_are(dicts, values):
+            return False
+        return self.position(groups) == self._position
+
+    def follow(self, options: Mapping[str, Any], numbers: Any) -> None:
+        """After a step of ``bound`` that was told options and numbers alone: `is_warm` from now on."""
+        dicts: list[Any] = [self.group, self._state]
+        self.warm = options, numbers, dicts, [value for one in dicts for value in one.values()]
 
     def position(self, groups: Groups) -> int:
         """The parameter's position among all of the optimizer's, which its random bits depend on; 0 without."""

@@ -88,9 +88,9 @@ def values_of(optimizer):
     return [p.detach().clone() for p in params], states
 
 
-def stepped(optimizer):
+def stepped(optimizer, param=None):
     try:
-        optimizer.step()
+        optimizer.step() if param is None else optimizer.step_param(param)
     except (RuntimeError, TypeError, ValueError) as error:
         return type(error), str(error)
     return None
@@ -374,6 +374,24 @@ def test_a_warm_step_sees_what_has_changed(name, change, backend):
         assert any(moved)
     run.receive_grads()  # and the step after it is warm again
     assert stepped(run.optimizer) is None or any(p.is_meta for p in params) or change == "data_shape"
+
+
+@pytest.mark.parametrize("change", sorted(CHANGES.keys() - {"parameter_on_another_device"}))
+@pytest.mark.parametrize("backend", [BACKENDS[1]], indirect=True)
+def test_a_warm_step_of_one_parameter_sees_what_has_changed(change, backend):
+    """Where `step_param` has stepped all of them, and goes on."""
+    run = Run("HFac", backend)
+    for _ in range(3):
+        for param in run.params:
+            run.optimizer.step_param(param)
+        give_grads_in_place(run)
+    CHANGES[change](run)
+    other = run.cold()
+    pairs = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in (run.optimizer, other)]
+    for mine, theirs in zip(*pairs, strict=True):
+        found = [stepped(run.optimizer, mine), stepped(other, theirs)]
+        assert found[0] == found[1]
+    torch.testing.assert_close(values_of(run.optimizer), values_of(other))
 
 
 @pytest.mark.skipif(snapshots._native is None, reason="attributes are read")
