@@ -94,8 +94,11 @@ class Clip:
         """The coefficient there; in float32; and in float32 what kernels divide by that multiply by no more."""
         found = self._on.get(device)
         if found is None:
-            here = self._coefficient.to(device)
-            self._on[device] = found = here, here.to(torch.float32), here.reciprocal().to(torch.float32)
+            here = self._coefficient if self._coefficient.device == device else self._coefficient.to(device)
+            single, divisor = here, here.reciprocal()
+            if here.dtype != torch.float32:
+                single, divisor = here.to(torch.float32), divisor.to(torch.float32)
+            self._on[device] = found = here, single, divisor
         return found
 
 
