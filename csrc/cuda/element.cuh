@@ -347,4 +347,38 @@ struct AnyAccess {
   }
 };
 
+// Contiguous tensors whose rows or addresses are not those of whole vectors: one element at a time, of known types.
+template <class T_, class Sw, class Sg>
+struct SingleAccess : AnyAccess<T_> {
+  using T = T_;
+  using Eight = typename AnyAccess<T>::Eight;
+
+  static HFAC_DEVICE Eight grad(const Operand& o, const int64_t*, int64_t at, int count, bool) {
+    Eight e{};
+    load_run<T, Sg>(o, nullptr, at, count, e.x);
+    return e;
+  }
+  static HFAC_DEVICE Eight param(const Operand& o, const int64_t*, int64_t at, int count) {
+    Eight e{};
+    load_run<T, Sw>(o, nullptr, at, count, e.x);
+    return e;
+  }
+  static HFAC_DEVICE void store(const Operand& o, const int64_t*, int64_t at, int count, const T (&x)[kVector]) {
+    store_run<T, Sw>(o, nullptr, at, count, x);
+  }
+  static HFAC_DEVICE T nearest(const Operand&, T x) { return hfac::nearest(x, Sw()); }
+  static HFAC_DEVICE bool rough(const Operand&) { return sizeof(Sw) == 2; }
+};
+
+// Of an access of whole vectors that stores nothing but the nearest value, the one for items that are `single`.
+template <class A>
+struct SingleOf {
+  static constexpr bool kThere = false;
+};
+template <class T, class Sw, class Sg>
+struct SingleOf<BulkAccess<T, Sw, Sg>> {
+  static constexpr bool kThere = true;
+  using Type = SingleAccess<T, Sw, Sg>;
+};
+
 }  // namespace hfac

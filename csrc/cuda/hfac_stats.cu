@@ -118,6 +118,63 @@ struct Stats {
   }
 };
 
+// Which part of a block's rows a thread has.
+struct RowThreads {
+  int lanes, ys, y, x;  // threads that share a row; rows at once; the thread's row, and its place in it
+  HFAC_DEVICE RowThreads(int of_row, int threads, int thread) : lanes(of_row) {
+    const int part_of = ((1 << 20) + lanes - 1) / lanes;  // quotients by `lanes`, exact for as few threads
+    ys = threads * part_of >> 20;
+    y = thread * part_of >> 20;
+    x = thread - y * lanes;
+  }
+};
+
+// A tile's sums of columns, from threads to memory. It finds out anew what it knows of its thread and its item: kept
+// from the beginning that would take registers which the rows have no other place for.
+template <class A, int kVectors, int kThreads, class T>
+HFAC_DEVICE void store_columns(const Arguments& a, const T (&sums)[kVectors][kSums][kVector], bool here) {
+  keep_order();
+  const int thread = kept(static_cast<int>(threadIdx.x));
+  const Stats<A, false> s(a, tile_of(a));
+  const RowThreads threads(s.it.tiling.lanes, kThreads, thread);
+  const int lanes = threads.lanes, ys = threads.ys, y = threads.y, x = threads.x;
+  const int cols = static_cast<int>(s.it.cols), step = lanes * kVector, first_col = x * kVector;
+  T* const out = s.of_columns();
+  if (ys == 1) {
+    if (!here) return;
+    HFAC_UNROLLED (v, kVectors) {
+      if (first_col + v * step >= cols) continue;
+      HFAC_UNROLLED (statistic, kSums) {
+        T* const to = out + (statistic * cols + first_col + v * step);
+        if constexpr (A::kWhole) {
+          Raw<T> raw;
+          pack(sums[v][statistic], raw);
+          store_raw(to, raw);
+        } else {
+          const int count = vector_count(first_col + v * step, cols);
+          HFAC_UNROLLED (k, kVector) {
+            if (k < count) to[k] = sums[v][statistic][k];
+          }
+        }
+      }
+    }
+    return;
+  }
+  // Threads of the same columns: their sums meet in the ring's memory, in the order of y.
+  T* const meet = reinterpret_cast<T*>(dynamic_shared());
+  HFAC_UNROLLED (v, kVectors) {
+    __syncthreads();
+    HFAC_UNROLLED (k, kSums * kVector) meet[k * kThreads + thread] = sums[v][k / kVector][k % kVector];
+    __syncthreads();
+    for (int k = y; here && k < kSums * kVector; k += ys) {
+      T sum = T(0);
+      for (int from = 0; from < ys; ++from) sum = sum + meet[k * kThreads + from * lanes + x];
+      const int col = first_col + v * step + k % kVector;
+      if (col < cols) out[k / kVector * cols + col] = sum;
+    }
+  }
+}
+
 // Rows of a few vectors per thread, whose columns' sums stay in registers for the whole tile.
 //
 // Rows come in batches, through a ring of batches in shared memory, which keeps them for both of their uses: a thread
@@ -136,10 +193,9 @@ HFAC_DEVICE void sum_rows(const Arguments& a) {
   static_assert(kSums * kVector * sizeof(T) * kThreads <= stats_shared(kWidth, kElement), "sums of columns");
   __shared__ T of_warps[2][kWarps][kValues];
   Stats<A, kOptions> s(a, tile_of(a));
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, lanes = s.it.tiling.lanes;
-  // Quotients by `lanes`, exact for as few threads.
-  const int part_of = ((1 << 20) + lanes - 1) / lanes, ys = kThreads * part_of >> 20, y = thread * part_of >> 20;
-  const int x = thread - y * lanes;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp;
+  const RowThreads threads(s.it.tiling.lanes, kThreads, thread);
+  const int lanes = threads.lanes, ys = threads.ys, y = threads.y, x = threads.x;
   const int warps = (lanes + kWarp - 1) / kWarp, batch = ys * kRows;
   // Else a warp that is left over. From the first lane, so that the compiler sees that a warp has one answer.
   const bool here = shuffle(static_cast<int>(y < ys), 0);
@@ -265,41 +321,7 @@ HFAC_DEVICE void sum_rows(const Arguments& a) {
     before = before_next;
   }
   s.finish();
-
-  T* const out = s.of_columns();
-  if (ys == 1) {
-    if (!here) return;
-    HFAC_UNROLLED (v, kVectors) {
-      if (v >= mine) continue;
-      HFAC_UNROLLED (statistic, kSums) {
-        T* const to = out + (statistic * cols + first_col + v * step);
-        if constexpr (A::kWhole) {
-          Raw<T> raw;
-          pack(sums[v][statistic], raw);
-          store_raw(to, raw);
-        } else {
-          const int count = vector_count(first_col + v * step, cols);
-          HFAC_UNROLLED (k, kVector) {
-            if (k < count) to[k] = sums[v][statistic][k];
-          }
-        }
-      }
-    }
-    return;
-  }
-  // Threads of the same columns: their sums meet in the ring's memory, in the order of y.
-  T* const meet = reinterpret_cast<T*>(dynamic_shared());
-  HFAC_UNROLLED (v, kVectors) {
-    __syncthreads();
-    HFAC_UNROLLED (k, kSums * kVector) meet[k * kThreads + thread] = sums[v][k / kVector][k % kVector];
-    __syncthreads();
-    for (int k = y; here && k < kSums * kVector; k += ys) {
-      T sum = T(0);
-      for (int from = 0; from < ys; ++from) sum = sum + meet[k * kThreads + from * lanes + x];
-      const int col = first_col + v * step + k % kVector;
-      if (col < cols) out[k / kVector * cols + col] = sum;
-    }
-  }
+  store_columns<A, kVectors, kThreads>(a, sums, here);
 }
 
 // Rows of all lengths but the longest, in one launch.
@@ -308,6 +330,11 @@ __global__ void __launch_bounds__(stats_threads(Width::kRows), A::kWhole ? 2 : 1
   constexpr int kElement = static_cast<int>(sizeof(typename A::Grad)) / kVector;
   if (skipped(a) || unclipped(a)) return;
   const Tiling tiling = a.items[tile_of(a).item].tiling;
+  if constexpr (A::kWhole) {
+    if (a.items[tile_of(a).item].single) {
+      return sum_rows<typename SingleOf<A>::Type, Width::kRows, 1, true, kOptions>(a);
+    }
+  }
   if constexpr (kElement == 2) {
     if (fewer_rows(Width::kRows, tiling.vectors, tiling.lanes, kElement)) {
       return sum_rows<A, Width::kRows, 1, true, kOptions>(a);

@@ -42,14 +42,10 @@ struct UpdateLoads {
 
 // No root and no division in the loop but those of codes: a tile's rows are prepared in shared memory, its columns in
 // registers. `kCodes`: the first moment is whole, in 8 bits.
-template <class A, bool kWatched, bool kCodes>
-HFAC_DEVICE void update_tile(const Arguments& a) {
+template <class A, bool kWatched, bool kCodes, class Shared>
+HFAC_DEVICE void update_tile_of(const Arguments& a, const Tile& tile, Shared& shared) {
   using T = typename A::T;
-  __shared__ std::conditional_t<kCodes, CodeRows<T>, UpdateRows<T>> shared;
-  if (skipped(a)) return;
-  const Tile tile = tile_of(a);
   const DeviceItem& it = a.items[tile.item];
-  if (refused(a, it)) return;
   const Tiling tiling = it.update;
   const HfacSpace<T> space(it, a.workspace);
   const int64_t rows = it.rows, cols = it.cols;
@@ -152,6 +148,20 @@ HFAC_DEVICE void update_tile(const Arguments& a) {
     }
   }
   if constexpr (kWatched) watch.finish(a, it);
+}
+
+template <class A, bool kWatched, bool kCodes>
+HFAC_DEVICE void update_tile(const Arguments& a) {
+  using T = typename A::T;
+  __shared__ std::conditional_t<kCodes, CodeRows<T>, UpdateRows<T>> shared;
+  if (skipped(a)) return;
+  const Tile tile = tile_of(a);
+  const DeviceItem& it = a.items[tile.item];
+  if (refused(a, it)) return;
+  if constexpr (SingleOf<A>::kThere && !kCodes) {
+    if (it.single) return update_tile_of<typename SingleOf<A>::Type, kWatched, kCodes>(a, tile, shared);
+  }
+  update_tile_of<A, kWatched, kCodes>(a, tile, shared);
 }
 
 }  // namespace hfac

@@ -123,8 +123,9 @@ class Planner {
       case Kernel::hfac_small:
         return {pair_access(it, bulk), 1};
       case Kernel::hfac_stats:
-        return {grad_access(it, bulk), tiles_of(it.tiling)};
+        return {grad_access(it, bulk || it.single), tiles_of(it.tiling)};
       case Kernel::hfac_update:
+        return {pair_access(it, bulk || it.single), tiles_of(it.update)};
       case Kernel::hfac_int8_update:
         return {pair_access(it, bulk), tiles_of(it.update)};
       case Kernel::hfac_dense:
@@ -308,16 +309,26 @@ class Planner {
 
   Matrix matrix(int32_t i) const { return {&item(i), grad_access(item(i), bulk_[static_cast<size_t>(i)])}; }
 
+  // Does it share the launches of whole vectors, one element at a time?
+  bool is_single(int32_t i) const {
+    const DeviceItem& it = item(i);
+    const bool known = bulk_access(it.param.dtype, it.grad.dtype) != Access::kAny && !is_stored(it);
+    return whole_hfac() && in_single_vectors(it) && known && !bulk_[static_cast<size_t>(i)] && it.param.layout < 0 &&
+           it.grad.layout < 0;
+  }
+
   // What is launched together goes by the shapes alone, as the order of sums does.
   void cut_group(const Group& group) {
     std::vector<Matrix> launched[2][kWidths];
-    const auto together = [&](int32_t i) -> std::vector<Matrix>& {
-      return launched[whole(item(i))][static_cast<int>(width_of(item(i), matrix(i).access))];
+    int64_t tile[2][kWidths] = {};
+    const auto at = [&](int32_t i) {
+      const bool beside = whole(item(i)) || (whole_hfac() && in_single_vectors(item(i)));
+      return std::pair(beside, static_cast<int>(width_of(item(i), matrix(i).access)));
     };
     for (const int32_t i : group) {
-      if (elements(item(i))) together(i).push_back(matrix(i));
+      const auto [beside, width] = at(i);
+      if (elements(item(i))) launched[beside][width].push_back(matrix(i));
     }
-    int64_t tile[2][kWidths] = {};
     for (int k = 0; k < 2 * kWidths; ++k) {
       const std::vector<Matrix>& matrices = launched[k / kWidths][k % kWidths];
       if (!matrices.empty()) tile[k / kWidths][k % kWidths] = statistics_tile(matrices);
@@ -325,7 +336,9 @@ class Planner {
     for (const int32_t i : group) {
       DeviceItem& it = item(i);
       if (elements(it) == 0) continue;
-      it.tiling = cut_statistics(matrix(i), tile[whole(it)][static_cast<int>(width_of(it, matrix(i).access))]);
+      const auto [beside, width] = at(i);
+      it.tiling = cut_statistics(matrix(i), tile[beside][width]);
+      it.single = is_single(i);
     }
   }
 
@@ -342,7 +355,9 @@ class Planner {
   std::vector<bool> in_one_block_each() const {
     std::vector<bool> small(items_.size());
     bool launched[kAccesses] = {};
-    const auto access = [&](size_t i) { return static_cast<int>(pair_access(items_[i], bulk_[i])); };
+    const auto access = [&](size_t i) {
+      return static_cast<int>(pair_access(items_[i], bulk_[i] || items_[i].single));
+    };
     for (size_t i = 0; i < small.size(); ++i) {
       small[i] = !codes() && elements(items_[i]) && in_one_block(items_[i], bulk_[i]);
       if (!small[i] && elements(items_[i])) launched[access(i)] = true;

@@ -90,7 +90,9 @@ bool Step::prepare(const std::vector<TensorRef>& grads, bool clip, bool nonfinit
     it.codes_layout = laid_out(items_[from_[k]].codes_strided, layouts);
     it.storage = stored(param.storage ? *param.storage : Storage{}, layouts);
     bulk.push_back(is_bulk(it, shards_.empty() ? DeviceShard{} : shards_[k], options_.op));
-    replan = replan || bulk[k] != bulk_[k] || it.grad.dtype != table_[k].grad.dtype;
+    replan = replan || bulk[k] != bulk_[k] || it.grad.dtype != table_[k].grad.dtype ||
+             (it.grad.layout < 0) != (table_[k].grad.layout < 0) ||
+             (it.param.layout < 0) != (table_[k].param.layout < 0);
     changed = changed || replan || !same(it.grad, table_[k].grad) || !same(it.param, table_[k].param);
   }
   if (!changed && layouts == layouts_) return false;

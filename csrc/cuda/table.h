@@ -100,6 +100,7 @@ struct Operands {
 struct DeviceItem : Operands, Moments {
   int64_t sign_bytes;    // of all slices
   int32_t codes_layout;  // as an operand's
+  int32_t single;        // 1: no whole vectors, but taken element by element in the launches of those
   int64_t workspace;     // bytes from its start
   // As `workspace`: tiles' sums, where they are collected; 0: they follow the rest. Without tiles, sums of squares.
   int64_t partials;

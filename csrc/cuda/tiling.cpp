@@ -180,6 +180,8 @@ int64_t statistics_tile(const std::vector<Matrix>& matrices) {
   return best;
 }
 
+bool in_single_vectors(const DeviceItem& it) { return vectors_of_thread(ceil_quotient(it.cols, kVector)) == 1; }
+
 bool whole(const DeviceItem& it) { return it.cols % kVector == 0 && it.signs.slice % kVector == 0; }
 
 // A tile has partial sums for its rows and its columns, so it is nearly square; its width is the one that leaves the

@@ -10,6 +10,10 @@ namespace hfac {
 // May it consist of whole vectors, by its shape?
 bool whole(const DeviceItem& it);
 
+// Does a thread of its H-Fac statistics have no more than a vector of a row? Then there are registers for rows that are
+// read element by element in a launch of whole vectors.
+bool in_single_vectors(const DeviceItem& it);
+
 // Of a matrix of SMMF.
 Tiling cut_smmf(const DeviceItem& it);
 

@@ -211,6 +211,28 @@ def test_a_matrix_that_a_block_holds_steps_to_the_bits_of_others(options, dtype)
     )
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("op", ["hfac_step", "hfac_int8_step"])
+def test_short_rows_of_no_whole_vectors_have_the_bits_of_any_layout(op, dtype):
+    """Contiguous they share the launches of whole vectors; where strides are in the way they have launches of their
+    own. A step may follow one of the other kind."""
+    shapes, odd = [(64, 147), (300, 24), (129, 127), (90, 5)], [0, 2, 3]
+    results = []
+    for strided in ((), (0, 1), (1,)):
+        _, params, states, scalars = zip(*(bound(op, shape, dtype) for shape in shapes), strict=True)
+        joined = {name: [state[name][0] for state in states] for name in states[0]}
+        step = calls.bind(emulated.ops, op, list(params), joined)
+        for k in range(2):
+            grads = [gradient(shape, 1 + k + 10 * i, dtype) for i, shape in enumerate(shapes)]
+            for i in odd if k in strided else ():
+                grads[i] = laid_out(grads[i], "transposed")
+            step(grads, **scalars[0])
+            found = {launch["access"] for launch in step._plain.step.plan() if launch["kernel"] == "hfac_stats"}
+            assert found == {str(dtype).removeprefix("torch.")} | ({"any"} if k in strided else set())
+        results.append([t for param, state in zip(params, states, strict=True) for t in everything(param, state)])
+    assert all(torch.equal(mine, other) for rest in results[1:] for mine, other in zip(results[0], rest, strict=True))
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_scalars_in_device_memory_give_the_same_bits(op):
     results = []
