@@ -6,9 +6,21 @@
 namespace hfac {
 namespace {
 
+// Blocks of a multiprocessor at a time. A fourth would leave too few registers for vectors of 32 bits, and by the
+// compiler's choices for sm_100 for those of 16; a third too few for what is watched.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kSmallMost = 3;
+#else
+constexpr int kSmallMost = 4;
+#endif
+template <class A, bool kWatched>
+constexpr int kSmallBlocks = kWatched                                                                   ? 2
+                             : sizeof(typename A::Grad) + sizeof(typename A::Param) > 2 * sizeof(Chunk) ? 3
+                                                                                                        : kSmallMost;
+
 // A thread has a vector of one row in kSmallRows; `lanes` threads of one warp share a row.
 template <class A, bool kWatched>
-__global__ void __launch_bounds__(kTileThreads, 3) hfac_small(Arguments a) {
+__global__ void __launch_bounds__(kTileThreads, kSmallBlocks<A, kWatched>) hfac_small(Arguments a) {
   using T = typename A::T;
   constexpr int kValues = 2 * kSmallRows, kCols = kWarp * kVector;
   alignas(16) __shared__ T meet[kSums][kTileThreads * kVector];
