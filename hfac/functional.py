@@ -218,9 +218,8 @@ class Group:
                         f"{flag.device}"
                     )
         self._batch_dims = dims = batch_dims if views is None else batch_dims + 1
-        states_read = [state for tensors in read.values() for state in tensors if state is not None]
-        states_read += [*state_steps, *(skipped or ())]
-        self._tensors = [*params, *states_read]
+        states_read = (state for tensors in read.values() for state in tensors if state is not None)
+        self._tensors = [*params, *states_read, *state_steps, *(skipped or ())]
         if dims:
             if batch_dims:
                 _check_batch(batch_dims, params, read)
@@ -305,8 +304,6 @@ class Group:
                 counted.setdefault((bucket.steps[0].device, bucket.on_host is not None), []).append(bucket)
         self._together = [Together(mine, may_move and not read, capturing) for (_, read), mine in counted.items()]
         self._known = ops.snapshot(self._tensors)  # which the counters may have moved
-        #: of states alone: of a parameter with views torch swaps nothing (torch.utils.swap_tensors)
-        self._held = ops.held(states_read)
         #: whether a step is told nothing but gradients, numbers and flags, unless it is clipped or scaled
         self._repeats = not (self._scratch or watch or skips_steps)
         #: of gradients that have been found right

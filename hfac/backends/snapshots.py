@@ -69,15 +69,6 @@ def compare(tensors: list[Any], before: Snapshot | None) -> int:
     return OTHER if before is None else before.compare(tensors)
 
 
-def held(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Views of tensors that Python alone refers to, to be kept for as long as they are compared. Without another
-    reference of torch's own, which a view has to its base, torch takes Python's lock twice for each tensor that it
-    reads, which is more than half of what `compare` costs. None of those whose views torch would not relate to them."""
-    if _native is None or memory.bypassed():
-        return []
-    return [tensor.view(tensor.shape) for tensor in tensors if type(tensor) is Tensor and not tensor.is_inference()]
-
-
 def grads_of(params: list[Tensor]) -> list[Any]:
     """The parameters' gradients; None where there is none."""
     return list(map(_GRAD, params)) if _native is None else _native.attributes(params, "grad")

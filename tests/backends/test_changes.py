@@ -394,17 +394,6 @@ def test_a_warm_step_of_one_parameter_sees_what_has_changed(change, backend):
     torch.testing.assert_close(values_of(run.optimizer), values_of(other))
 
 
-@pytest.mark.skipif(snapshots._native is None, reason="attributes are read")
-def test_torch_refers_to_states_and_not_to_parameters():
-    """Else reading a state costs more than twice as much; and a parameter with a view cannot be swapped."""
-    run = Run("HFac", "cpu")
-    held = [value for state in run.state.values() for value in state.values()]
-    assert min(map(torch._C.TensorBase._use_count, held)) > 1
-    for param in run.params:
-        param.grad = None
-        torch.utils.swap_tensors(param, Parameter(torch.randn_like(param)))
-
-
 def give_grads_in_place(run):
     for param in run.params:
         param.grad.copy_(torch.randn_like(param))
