@@ -28,6 +28,28 @@ from .table import *
 
 
 @triton.jit
+def looked_at(
+    tiles,
+    items,
+    grads,
+    scalars,
+    G: tl.constexpr,
+    T: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """A program of LOOKED elements: the parameter, its record and the program's index among its own; how many elements
+    there are; and the gradient, as of `gradients`."""
+    item, record, index = program(tiles, items)
+    count = tl.load(record + ROWS) * tl.load(record + COLS)
+    if WHOLE:
+        count = tl.multiple_of(count, 8)
+    grad, layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED, ALIGNED)
+    return item, record, index, count, grad, layout, scale
+
+
+@triton.jit
 def look(
     tiles,
     items,
@@ -42,11 +64,9 @@ def look(
 ):
     """flags[parameter] = 1 where an element of its gradient is not finite. Every program that says so writes the same
     word."""
-    item, record, index = program(tiles, items)
-    count = tl.load(record + ROWS) * tl.load(record + COLS)
-    if WHOLE:
-        count = tl.multiple_of(count, 8)
-    grad, layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED, ALIGNED)
+    item, record, index, count, grad, layout, scale = looked_at(
+        tiles, items, grads, scalars, G, T, WHOLE, ALIGNED, SCALED
+    )
     first = index * LOOKED
     bad = tl.zeros([RUN], tl.int32)
     for start in range(first, tl.minimum(first + LOOKED, count), RUN):
@@ -70,11 +90,9 @@ def run_squares(
     SCALED: tl.constexpr,
 ):
     """Shares of a gradient's sum of squares, in double as their total."""
-    item, record, index = program(tiles, items)
-    count = tl.load(record + ROWS) * tl.load(record + COLS)
-    if WHOLE:
-        count = tl.multiple_of(count, 8)
-    grad, layout, scale = gradients(grads, scalars, item, G, T, WHOLE, SCALED, ALIGNED)
+    item, record, index, count, grad, layout, scale = looked_at(
+        tiles, items, grads, scalars, G, T, WHOLE, ALIGNED, SCALED
+    )
     first = index * LOOKED
     total = tl.zeros([RUN], T)
     for start in range(first, tl.minimum(first + LOOKED, count), RUN):
