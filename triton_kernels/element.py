@@ -242,7 +242,7 @@ def seen(g, scale, mask, T: tl.constexpr, SCALED: tl.constexpr, NEGATE: tl.const
 
 @triton.jit
 def fetch(
-    i, last_row, in_cols, in_bytes, j, jb, start_at, stride, row_step, grad, param, low, signs, r_M, r_V,
+    i, row_at, last_row, in_cols, in_bytes, j, jb, start_at, stride, grad, param, low, signs, r_M, r_V,
     LAYOUT: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """Loads of what rows on the bulk need: gradient, weights and their low bits, signs (or codes, which are a byte per
@@ -255,7 +255,7 @@ def fetch(
     rest = w
     if LOW != 0:
         rest = tl.load(low + at, mask, 0)
-    row_V = tl.load(r_V + i * row_step, in_rows, 0.0)
+    row_V = tl.load(r_V + row_at, in_rows, 0.0)
     row_M = row_V
     packed = w
     if LAYOUT == WHOLE_BYTES:
@@ -264,7 +264,7 @@ def fetch(
     elif LAYOUT == BYTE_PER_ELEMENT:
         packed = tl.load(signs + at, mask, 0)
     if LAYOUT != NO_SIGNS:
-        row_M = tl.load(r_M + i * row_step, in_rows, 0.0)
+        row_M = tl.load(r_M + row_at, in_rows, 0.0)
     return g, w, rest, packed, row_M, row_V
 
 
@@ -292,15 +292,15 @@ def finite(g, count):
 
 @triton.jit
 def watch(watched, item, WHAT: tl.constexpr, value):
-    """Adds a program's share to what is watched of its parameter, in whatever order programs end: it is a report, by
-    which nothing goes."""
+    """Adds a program's share, which is of the arithmetic's type, to what is watched of its parameter, in double and in
+    whatever order programs end: it is a report, by which nothing goes."""
     tl.atomic_add(watched + item * WATCHED + WHAT, value.to(tl.float64), sem="relaxed")
 
 
 @triton.jit
 def squares(x, mask, AXIS: tl.constexpr):
-    """Sums of squares along an axis, in double."""
-    return tl.sum(tl.where(mask, x * x, 0.0), AXIS).to(tl.float64)
+    """Sums of squares along an axis."""
+    return tl.sum(tl.where(mask, x * x, 0.0), AXIS)
 
 
 @triton.jit

@@ -286,13 +286,14 @@ def hfac_update(
         codes_layout = tl.load(record + CODES_LAYOUT)
         b1, rest1, b2, rest2 = decays(scalars, item, T)
         clip = tl.load(clip_at(record)).to(T)
-    change = tl.zeros([R], tl.float64)
+    change = tl.zeros([R], T)
     same = tl.zeros([R], tl.int32)
     # Of codes much is computed, meanwhile the next rows are under way; of wider types they would not fit the registers.
     AHEAD: tl.constexpr = (CODES and WHOLE) and ROUGH
     if AHEAD:
+        i = first_row + tl.arange(0, R).to(tl.int64)
         g_next, w_next, low_next, q_next, of_next, scale_next = fetch(
-            first_row + tl.arange(0, R).to(tl.int64), last_row, in_cols, in_cols, j, j, 0, cols, 1,
+            i, i, last_row, in_cols, in_cols, j, j, 0, cols,
             grad, param, low, codes, half_phi, row_scale, BYTE_PER_ELEMENT, LOW,
         )  # fmt: skip
     for step in range(first_row, last_row, R):
@@ -305,7 +306,7 @@ def hfac_update(
         if AHEAD:
             g, w, rest, q, of_row, of_scale = g_next, w_next, low_next, q_next, of_next, scale_next
             g_next, w_next, low_next, q_next, of_next, scale_next = fetch(
-                i + R, last_row, in_cols, in_cols, j, j, 0, cols, 1,
+                i + R, i + R, last_row, in_cols, in_cols, j, j, 0, cols,
                 grad, param, low, codes, half_phi, row_scale, BYTE_PER_ELEMENT, LOW,
             )  # fmt: skip
             g = seen(g, scale, mask, T, SCALED, NEGATE)

@@ -58,8 +58,9 @@ def compile_options(constants: dict[str, Any], warps: int, maker: str) -> dict[s
 
     A bound on registers lets two programs of 256 lanes run on a multiprocessor; without one ptxas aims at three of some
     kernels and spills registers. A lane that holds the sums of several pieces of a row, or of two of a long one whose
-    gradients it divides, or that loads misaligned gradients for them, has twice as many, and one program runs. AMD's
-    waves have 64 lanes.
+    gradients it divides, or that loads misaligned gradients for them, has twice as many,
+    and one program runs. AMD's waves have 64 lanes, and programs half as many of them; where a lane's elements are each
+    of another row, a bit of every row for all lanes would be more than a wave can hold, and there are as many.
     """
     options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
     if maker == "cuda":
@@ -70,7 +71,8 @@ def compile_options(constants: dict[str, Any], warps: int, maker: str) -> dict[s
         if pieces > 0 and warps <= 8 and constants["ALIGNED"] < 16:
             options["maxnreg"] = 2 * REGISTERS - 1  # the most that a lane can have
     if maker == "hip":
-        options["num_warps"] = max(1, warps // 2)
+        scattered = constants.get("WIDE", False) and constants["WHOLE"] and constants["ALIGNED"] < 16
+        options["num_warps"] = warps if scattered else max(1, warps // 2)
     return options
 
 
@@ -299,7 +301,10 @@ def _hfac_stats(items: Sequence[Item], columns: bool) -> list[Launch]:
 
 def _hfac_updates(items: Sequence[Item]) -> list[Launch]:
     def shape(item: Item) -> Shape:
-        return fit(SMMF_TILES if item.codes else HFAC_TILES, item)
+        rows, cols, warps = fit(SMMF_TILES if item.codes else HFAC_TILES, item)
+        if item.low == 16 and not (item.whole or item.codes):  # of eight elements two addresses each are too many
+            rows //= 2
+        return rows, cols, warps
 
     launches = _launches(hfac.hfac_update, items, _tiles, shape=shape)
     for launch in launches:

@@ -112,15 +112,16 @@ def split(w, bits, STOCHASTIC: tl.constexpr, LOW: tl.constexpr):
 
 @triton.jit
 def nearest(w, W: tl.constexpr, T: tl.constexpr, LOW: tl.constexpr):
-    """The number that a new weight, rounded to nearest, would be stored as, in the type of the arithmetic."""
-    if LOW != 0:
+    """The number that a new weight, rounded to nearest, would be stored as, in the type of the arithmetic. Sixteen low
+    bits hold all of it."""
+    if LOW == 8:
         high, rest = split(w, 0, NEAREST, LOW)
         w = join(high, rest, LOW)
-    elif tl.bfloat16 == W:
+    elif LOW == 0 and tl.bfloat16 == W:
         u = w.to(tl.uint32, bitcast=True)
         rounded = ((u + ((u >> 16) & 1) + 0x7FFF) & 0xFFFF0000).to(tl.float32, bitcast=True)
         w = tl.where(not_a_number(u), w, rounded)
-    else:
+    elif LOW == 0:
         w = w.to(W).to(T)
     return w
 

@@ -122,15 +122,19 @@ def smmf_tiles(
         slice_factor = tl.load(record + SLICE_FACTOR)
         slice_bytes = tl.load(record + SLICE_BYTES)
         start = tl.load(record + SIGNS)
-    change = tl.zeros([R], tl.float64)
-    sum_D = tl.zeros([R], tl.float64)
+    change = tl.zeros([R], T)
+    sum_D = tl.zeros([R], T)
     same = tl.zeros([R], tl.int32)
     # A row's two sums leave as neighbours, by two lanes of those that hold the row: no other needs to be told of them.
     pair = tl.arange(0, C // 8)[None, :]
 
+    if SHARD:
+        r_M += first_row * row_step
+        r_V += first_row * row_step
     if WHOLE:  # of the first rows; from then on what the next rows need is under way while these are worked on
+        i = first_row + tl.arange(0, R).to(tl.int64)
         g_next, w_next, low_next, bits_next, r_M_next, r_V_next = fetch(
-            first_row + tl.arange(0, R).to(tl.int64), last_row, in_cols, in_bytes, j, jb, start_at, stride, row_step,
+            i, rows_at(i, first_row, row_step, SHARD), last_row, in_cols, in_bytes, j, jb, start_at, stride,
             grad, param, low, signs, r_M, r_V, LAYOUT, LOW,
         )  # fmt: skip
     for step in range(first_row, last_row, R):
@@ -145,7 +149,7 @@ def smmf_tiles(
         if WHOLE:
             g, w, rest, packed, row_M, row_V = g_next, w_next, low_next, bits_next, r_M_next, r_V_next
             g_next, w_next, low_next, bits_next, r_M_next, r_V_next = fetch(
-                i + R, last_row, in_cols, in_bytes, j, jb, start_at, stride, row_step,
+                i + R, rows_at(i + R, first_row, row_step, SHARD), last_row, in_cols, in_bytes, j, jb, start_at, stride,
                 grad, param, low, signs, r_M, r_V, LAYOUT, LOW,
             )  # fmt: skip
             g = seen(g, scale, mask, T, SCALED, NEGATE)
@@ -154,10 +158,11 @@ def smmf_tiles(
             g = tl.load(grad + offsets_beside(at, grad_layout, param_layout, lies, WHOLE), mask, 0.0)
             g = seen(g, scale, mask, T, SCALED, NEGATE)
             w = load(to, low, low_layout, at, mask, T, WHOLE, LOW)
-            row_V = tl.load(r_V + i * row_step, in_rows, 0.0)
+            row_at = rows_at(i, first_row, row_step, SHARD)
+            row_V = tl.load(r_V + row_at, in_rows, 0.0)
             row_M = row_V
             if LAYOUT != NO_SIGNS:
-                row_M = tl.load(r_M + i * row_step, in_rows, 0.0)
+                row_M = tl.load(r_M + row_at, in_rows, 0.0)
         before = w
         if COUPLED:
             g = g + weight_decay * w
@@ -224,6 +229,15 @@ def smmf_tiles(
         watch(watched, item, CHANGE, tl.sum(change, 0))
         watch(watched, item, KEPT, tl.sum(same, 0))
         watch(watched, item, DIRECTION, tl.sum(sum_D, 0))
+
+
+@triton.jit
+def rows_at(i, first_row, row_step, SHARD: tl.constexpr):
+    """Where a block's rows are among the whole's, from the tile's first on: 32 bits, for want of registers."""
+    at = i
+    if SHARD:
+        at = (i - first_row).to(tl.int32) * row_step.to(tl.int32)
+    return at
 
 
 @triton.jit

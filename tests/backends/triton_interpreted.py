@@ -742,6 +742,19 @@ def test_smmf_on_parts_of_several_tiles():
                 assert all(torch.equal(a, b) for a, b in zip(found[0][name], again[name], strict=True)), name
 
 
+def test_smmf_on_rows_apart_over_several_tiles():
+    """Every second row of the matrix, of more rows than a tile has, on the bulk and off it: each tile has factors of
+    rows of its own."""
+    cases = [cols_of((80, 320), range(80), first, last) for first, last in ((0, 160), (163, 180))]
+    arguments = smmf_parts(cases, torch.float32, True)
+    assert [(block.rows, block.row_step) for (block,) in arguments["blocks"]] == [(80, 2), (80, 2)]
+    scalars = SMMF_PARTS["adamw"] | dict(beta1=0.9, beta2=0.5)
+    ours, theirs = (copied(arguments)[0] for _ in range(2))
+    calls.smmf_sums_step_(**ours, **scalars, backend="triton")
+    calls.smmf_sums_step_(**theirs, **scalars, backend="reference")
+    smmf_agree(ours, theirs, arguments)
+
+
 def test_parts_of_any_layout():
     """A part need not be contiguous, nor its gradient of its type."""
     case = rows_of((16, 24), 2, 12)

@@ -106,3 +106,25 @@ def test_whatever_a_plain_step_launches_is_checked(op, dtype):
                 for launch in triton_kernels_plan.make_plan(op, [item]).launches:
                     plain = triton_check.plain(launch)
                     assert (plain.kernel, plain.label) in compiled, (rows, cols, plain.label)
+
+
+def test_elements_of_many_rows_have_as_many_waves():
+    """On AMD's GPUs a row's mask that all lanes share takes a register of the wave: of 16 rows they spilled."""
+
+    def waves(aligned):
+        item = triton_kernels_plan.Item(4096, 16384, torch.bfloat16, torch.bfloat16, aligned=aligned)
+        launch = triton_kernels_plan.make_plan("hfac_step_", [item]).launches[0]
+        return triton_kernels_plan.compile_options(launch.constants, launch.warps, "hip")["num_warps"]
+
+    assert (waves(16), waves(2)) == (4, 8)
+
+
+def test_an_update_read_element_by_element_has_fewer_rows_of_two_pieces():
+    """Two addresses of each element are too many for as many."""
+
+    def rows(low, whole):
+        item = triton_kernels_plan.Item(4096, 4096, torch.bfloat16, torch.bfloat16, whole, low=low)
+        launches = triton_kernels_plan.make_plan("hfac_step_", [item]).launches
+        return next(x.constants["R"] for x in launches if x.name == "hfac_update")
+
+    assert (rows(0, False), rows(16, False), rows(16, True)) == (8, 4, 16)
