@@ -29,10 +29,12 @@ SMMF_ANY = (*SMMF_TILES, (2, 1024, 8))
 NARROW, BROAD = HFAC_TILES = ((64, 64, 8), (16, 256, 8))
 #: Of H-Fac's statistics, which hold whole rows: up to 1024 columns one warp does, beyond that all of a program's. Rows
 #: beyond the last are read a second time. The more neighbours of a long row a lane has, the fewer lanes meet for its
-#: sums: 16 of 16 bits; of 32 bits 8, or the sums would not fit the registers. All lanes of a tile compute, those beyond
-#: the last column for nothing.
+#: sums: 16, but of aligned rows of 32 bits that are bound by bytes 8, of which more warps wait for memory. Of 64 bits a
+#: lane can hold half as many, and half as many rows are in flight. All lanes of a tile compute, those beyond the last
+#: column for nothing.
 STATS = (NARROW, BROAD, (8, 512, 8), (8, 1024, 8), (4, 2048, 8), (2, 4096, 8))
-STATS_32_BITS = (NARROW, BROAD, (8, 512, 8), (8, 1024, 8), (4, 2048, 16), (2, 4096, 16))
+STATS_32_BITS = (*STATS[:-1], (2, 4096, 16))
+STATS_64_BITS = (NARROW, (8, 256, 8), (4, 512, 8), (4, 1024, 8), (2, 2048, 8), (1, 4096, 8))
 #: Columns of the tiles that matrices of so many elements and more have; for smaller ones the next wider tile does, as a
 #: launch of their own would take longer than the lanes that it saves.
 FINER, FINE = (512, 2048), 2 << 20
@@ -154,7 +156,11 @@ def recut_stats(item: Item, times: float) -> bool:
 def stats_shape(item: Item) -> Shape:
     if item.constants["WIDE"]:
         return fit(HFAC_TILES, item, 4)
-    shapes = STATS if item.grad_dtype.itemsize == 2 else STATS_32_BITS
+    shapes = STATS
+    if item.wide == torch.float64:
+        shapes = STATS_64_BITS
+    elif item.grad_dtype == torch.float32 and item.constants["ALIGNED"] == 16:
+        shapes = STATS_32_BITS
     return fit(tuple(x for x in shapes if item.elements >= FINE or x[1] not in FINER), item, 4)
 
 

@@ -16,7 +16,8 @@ import triton.language as tl
 from . import dense, hfac, hfac_folds, smmf, table
 from .items import HFAC_TILES, SMMF_TILES, Item, Shape, cut, cut_stats, fit, held, recut_stats, smmf_shapes, stats_shape
 
-REGISTERS = 128
+#: Of a lane, and of a multiprocessor.
+REGISTERS, ALL_REGISTERS = 128, 1 << 16
 #: Bytes that partial sums may take. A longer list of SMMF is taken in groups that share them; one of H-Fac, whose sums
 #: are all needed at once where the norm of all gradients clips, in fewer tiles of more rows.
 WORKSPACE, HFAC_WORKSPACE = 96 << 20, 128 << 20
@@ -57,8 +58,8 @@ def compile_options(constants: dict[str, Any], warps: int, maker: str) -> dict[s
     """Triton's own options of a launch, for GPUs of ``maker``: "cuda", "hip" or another.
 
     A bound on registers lets two programs of 256 lanes run on a multiprocessor; without one ptxas aims at three of some
-    kernels and spills registers. A lane that holds the sums of several pieces of a row, or of two of a long one whose
-    gradients it divides, or that loads misaligned gradients for them, has twice as many,
+    kernels and spills registers. A lane that holds the sums of several pieces of a row, of a long one of 32 bits, or of
+    two pieces of a long one whose gradients it divides, or that loads misaligned gradients for them, has twice as many,
     and one program runs. AMD's waves have 64 lanes, and programs half as many of them; where a lane's elements are each
     of another row, a bit of every row for all lanes would be more than a wave can hold, and there are as many.
     """
@@ -66,10 +67,12 @@ def compile_options(constants: dict[str, Any], warps: int, maker: str) -> dict[s
     if maker == "cuda":
         pieces = constants.get("PIECES", 0)  # of H-Fac's statistics alone
         many = constants.get("T") == tl.float64 or pieces > 2
-        many = many or (pieces > 1 and constants["C"] > 1024 and constants.get("SCALED", False))
+        if pieces > 0 and constants["C"] > 1024:
+            many = many or constants["G"] == tl.float32 or (pieces > 1 and constants.get("SCALED", False))
         options["maxnreg"] = 2 * REGISTERS - 32 if many else REGISTERS
         if pieces > 0 and warps <= 8 and constants["ALIGNED"] < 16:
             options["maxnreg"] = 2 * REGISTERS - 1  # the most that a lane can have
+        options["maxnreg"] = min(options["maxnreg"], ALL_REGISTERS // (32 * warps))
     if maker == "hip":
         scattered = constants.get("WIDE", False) and constants["WHOLE"] and constants["ALIGNED"] < 16
         options["num_warps"] = warps if scattered else max(1, warps // 2)

@@ -108,6 +108,20 @@ def test_whatever_a_plain_step_launches_is_checked(op, dtype):
                     assert (plain.kernel, plain.label) in compiled, (rows, cols, plain.label)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", ["hfac_step_", "hfac_int8_step_", "smmf_step_", "hfac_sums", "smmf_sums_step_"])
+def test_a_program_fits_a_multiprocessor(op, dtype):
+    """One whose lanes may have more registers than there are is compiled, and not launched."""
+    for cols in (64, 256, 512, 1024, 2048, 4096, 16384):
+        for whole, aligned in ((True, 16), (True, dtype.itemsize), (False, 16)):
+            item = triton_kernels_plan.Item(1 << 13, cols, dtype, dtype, whole, 8 * ("smmf" in op), aligned=aligned)
+            item.codes = "int8" in op
+            for launch in triton_kernels_plan.make_plan(op, [item]).launches:
+                constants = triton_check.plain(launch, SCALED=True, WATCH=True).constants
+                options = triton_kernels_plan.compile_options(constants, launch.warps, "cuda")
+                assert 32 * options["num_warps"] * options["maxnreg"] <= 1 << 16, (launch.name, constants, options)
+
+
 def test_elements_of_many_rows_have_as_many_waves():
     """On AMD's GPUs a row's mask that all lanes share takes a register of the wave: of 16 rows they spilled."""
 
