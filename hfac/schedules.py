@@ -35,7 +35,10 @@ def hfac_decays(step: T, betas: Sequence[float]) -> list[T]:
 
 def following(made: Tensor) -> Tensor:
     """The numbers of the steps that follow so many: float32 [parameters], in the type that scalars are evaluated in."""
-    return made + _constants((1.0,), 1, made.device, step_dtype(made.device))
+    dtype = step_dtype(made.device)
+    if type(made) is not Tensor:  # such as a fake tensor, beside which no other can be
+        return made.to(dtype) + 1
+    return made + _constants((1.0,), 1, made.device, dtype)
 
 
 #: numbers -> where they lie on a device. They stay, because graphs may read them.
