@@ -74,6 +74,10 @@ NEEDED_SETUPTOOLS = 77
 class Distribution(setuptools.Distribution):
     """Reads pyproject.toml only where setuptools understands it: build_ext needs nothing of it, an install does."""
 
+    def __init__(self, attrs=None) -> None:
+        super().__init__(attrs)
+        self.verbose = 0  # not a line for each file that is copied: what compiles would be lost among them
+
     def parse_config_files(self, filenames=None, **options) -> None:
         if int(setuptools.__version__.split(".")[0]) < NEEDED_SETUPTOOLS:
             filenames = []

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ def _frontier(rows: list[Row], path: Path) -> None:
 
     longest = {task: max(row["steps"] for row in rows if row["task"] == task) for task in _tasks(rows)}
     figure = Figure(figsize=(5.6 * len(longest), 5), layout="constrained")
+    names: dict[Any, tuple[list[str], list[tuple[float, float]]]] = {}
     for axes, (task, steps) in zip(figure.subplots(1, len(longest), squeeze=False)[0], longest.items(), strict=True):
         mine = [row for row in rows if (row["task"], row["steps"]) == (task, steps)]
         for row in mine:
@@ -90,8 +92,6 @@ def _frontier(rows: list[Row], path: Path) -> None:
             x, sd = row["state_bytes_per_parameter"], row["against_sd"]
             spread = None if sd is None or math.isnan(sd) else sd / 100 * row["mean"]
             axes.errorbar(x, row["mean"], spread, color=color, marker=marker, markersize=8, capsize=3, linestyle="none")
-            name = CONTENDERS[row["optimizer"]].title
-            axes.annotate(name, (x, row["mean"]), xytext=(7, 4), textcoords="offset points", fontsize=7)
         _staircase(axes, mine)
         states = [math.log10(row["state_bytes_per_parameter"]) for row in mine]
         axes.set_xscale("log")
@@ -101,8 +101,26 @@ def _frontier(rows: list[Row], path: Path) -> None:
         axes.set_title(f"{ALL_TASKS[task].title}, {steps:,} steps", fontsize=10)
         axes.set(xlabel="optimizer state, bytes per parameter", ylabel=f"held-out loss, {ALL_TASKS[task].unit}")
         axes.grid(alpha=0.3)
+        places = [(row["state_bytes_per_parameter"], row["mean"]) for row in mine]
+        names[axes] = [CONTENDERS[row["optimizer"]].title for row in mine], places
     figure.suptitle("Loss at its memory: lower left is better (bars: sd of the difference to AdamW over seeds)")
+    figure.draw_without_rendering()  # from here on it is known where in the picture a point lies
+    for axes, (titles, places) in names.items():
+        _name(axes, titles, places)
     outputs.save_figure(figure, path)
+
+
+def _name(axes: Any, names: Sequence[str], places: Sequence[tuple[float, float]]) -> None:
+    """Each point's name beside it, from the lowest on; moved up where it would cover another's, or a point."""
+    from matplotlib.transforms import Bbox
+
+    taken = [Bbox.from_bounds(across - 8, up - 8, 16, 16) for across, up in axes.transData.transform(places)]
+    for name, place in sorted(zip(names, places, strict=True), key=lambda pair: pair[1][1]):
+        text = axes.annotate(name, place, xytext=(7, 2), textcoords="offset points", fontsize=7)
+        while any(text.get_window_extent().overlaps(other) for other in taken):
+            across, up = text.get_position()
+            text.set_position((across, up + 1))
+        taken.append(text.get_window_extent())
 
 
 def _staircase(axes: Any, rows: list[Row]) -> None:

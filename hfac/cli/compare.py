@@ -263,7 +263,9 @@ def _write_plot(directory: Path, comparison: Comparison) -> None:
         write_plot(directory / PLOT, comparison.results)
         said.append(f"Plot:    {directory / PLOT}")
     except ModuleNotFoundError as missing:
-        said.append(f"Plot skipped: it requires matplotlib ({missing}); install it with: pip install hfac[cli]")
+        said.append(
+            f"Plot skipped: it requires matplotlib ({missing}); install it with: python -m pip install matplotlib"
+        )
     except Exception as error:  # matplotlib's, of any kind
         raise OutputError(f"{directory / PLOT} could not be drawn ({told(error)})") from error
     finally:

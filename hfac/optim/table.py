@@ -87,7 +87,7 @@ class Diagnostics(dict[int | str, dict[str, Tensor]]):
         except ImportError as error:
             raise ImportError(
                 f"Diagnostics.plot requires matplotlib, which cannot be imported here ({error}); run: "
-                'python -m pip install "hfac[cli]", or print the diagnostics, which needs nothing'
+                "python -m pip install matplotlib, or print the diagnostics, which needs nothing"
             ) from error
         columns = [metric for metric in ("update_rms", "clip_factor", "unmoved") if metric in self.columns()]
         rows = list(self.rows())

@@ -357,7 +357,7 @@ def test_without_rich_and_matplotlib(compare, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert compare("--optimizers", "adamw")[0] == 0
     printed = capsys.readouterr().out
-    assert "pip install hfac[cli]" in printed and "optimizer ms/step" in printed
+    assert "python -m pip install matplotlib" in printed and "optimizer ms/step" in printed
     assert not (tmp_path / "out" / "compare.png").exists()
 
 

@@ -2,6 +2,7 @@
 without kernels says so by its name."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,14 @@ def test_a_wheel_without_kernels_has_the_tag_of_pure_python(source, tmp_path):
     assert not [name for name in files if name.endswith(".so") or ".data/" in name]
     assert "hfac/triton_kernels/__init__.py" in files and "hfac/py.typed" in files
     assert json.loads(files["hfac/_build_info.json"])["why_not"] == "built with HFAC_NATIVE=0"
+
+
+def test_a_build_prints_no_line_for_each_file_that_it_copies(source, tmp_path):
+    command = [sys.executable, "setup.py", "build", "--build-base", str(tmp_path)]
+    mine = os.environ | {"HFAC_NATIVE": "0"}
+    said = subprocess.run(command, cwd=source, env=mine, capture_output=True, text=True, check=True)
+    assert list(tmp_path.glob("lib*/hfac/reference.py"))
+    assert "copying" not in said.stdout + said.stderr
 
 
 def test_a_compiler_that_fails_makes_a_pure_wheel_with_its_words_and_fails_where_kernels_are_demanded(source, tmp_path):
