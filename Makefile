@@ -20,7 +20,7 @@ install: $(INSTALLED) ## create .venv and install hfac with everything its comma
 compare: $(INSTALLED) ## train a byte-level GPT on real text with AdamW, Adafactor, HFac (with an int8 moment, too) and SMMF; ends with a table
 	$(BIN)/hfac compare $(ARGS)
 
-test: lint $(EMULATED) ## check style and run the tests, the CUDA kernels' among them (no GPU needed; 13 minutes on 2 busy cores)
+test: lint $(EMULATED) ## check style and run the tests, the CUDA kernels' among them (no GPU needed; 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 test-all: lint $(EMULATED) ## the same, and the tests that take too long for `make test` (31 minutes on 2 busy cores)

@@ -34,6 +34,7 @@ from hfac.cli.model import ByteGPT
 #: class and peak learning rate; SMMF's authors advise decay_rate=-0.8 for Transformers
 OPTIMIZERS = {
     "hfac": (hfac.HFac, 2.5e-3),
+    "hfac-int8": (functools.partial(hfac.HFac, first_moment="int8"), 4.4e-3),
     "smmf": (functools.partial(hfac.SMMF, decay_rate=-0.8), 4e-3),
     "adamw": (torch.optim.AdamW, 4e-3),
 }

@@ -6,7 +6,7 @@ except the list comprehensions that read what the extension is told.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,28 @@ _BUILD_INFO = Path(__file__).parents[1] / "_build_info.json"
 def why_not(device: torch.device) -> str | None:
     """None where these kernels serve ``device``, else the reason and what to do."""
     if _C is None:
+        here, built = Path(__file__).parents[1], _hidden()
+        if built is not None:
+            return (
+                f"Python has imported hfac from {here}, where the extension hfac._C is not built, in place of the "
+                f"installed {built}, which has it. Start Python in another folder than the checkout, or run: "
+                "python -m pip install -e . there."
+            )
         return (
             f"the extension hfac._C is not built ({_build_failure()}). Build it with: python -m pip install -e . in a "
             "checkout of hfac, on a machine with a C++17 compiler."
         )
     if device.type != "cpu":
         return f"the C++ kernels serve tensors on the CPU, not on {device}. Use backend='auto'."
+    return None
+
+
+def _hidden() -> Path | None:
+    """The folder of an installed hfac that has the extension, where a checkout comes before it on the path."""
+    for found in metadata.distributions(name="hfac"):
+        folder = Path(str(found.locate_file("hfac")))
+        if folder.resolve() != _BUILD_INFO.parent.resolve() and any(folder.glob("_C*")):
+            return folder
     return None
 
 

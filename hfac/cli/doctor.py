@@ -126,6 +126,8 @@ def _check(device: torch.device, names: list[str], found: dict[str, Any], quiet:
             f"  {row['backend']}, {row['optimizer']}: {row['ms']:.2f} ms, {row['gb_per_s']:.4g} GB/s, {share:.0%} of a "
             f"copy's {row['copy_gb_per_s']:.4g} GB/s"
         )
+    if any(row["gb_per_s"] > row["copy_gb_per_s"] for row in rates):
+        say("  (more than a copy's: caches kept what is read twice)")
     if differing:
         say(
             f"{', '.join(sorted(differing))}: steps on {device} differ from the reference's. Use another backend "

@@ -131,6 +131,18 @@ def test_a_step_without_kernels_says_so_once(unbuilt):
     assert "plain torch" in said and "g++ failed: error: no" in said and "pip install" in said
 
 
+def test_a_checkout_that_hides_an_installed_hfac_with_kernels_says_so(unbuilt, monkeypatch, tmp_path):
+    installed = tmp_path / "hfac"
+    installed.mkdir()
+    (tmp_path / "hfac-0.2.0.dist-info").mkdir()
+    (tmp_path / "hfac-0.2.0.dist-info" / "METADATA").write_text("Name: hfac\nVersion: 0.2.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert str(installed) not in cpu.why_not(torch.device("cpu"))  # it has no kernels either
+    (installed / "_C.cpython-311-x86_64-linux-gnu.so").touch()
+    said = cpu.why_not(torch.device("cpu"))
+    assert str(installed) in said and "another folder" in said and "pip install -e" in said
+
+
 def test_the_doctor_shows_what_the_compiler_said(unbuilt, capsys):
     main(["doctor"])
     assert "the compiler said: x.cpp:1:\n      error: no" in capsys.readouterr().out
