@@ -205,30 +205,12 @@ class CudaStep {
     return step_->prepare(grads, clip, nonfinite);
   }
 
-  void launch(const py::kwargs& given) const {
+  void launch(const py::kwargs& given) {
     Keywords k(given);
-    Arguments a{};
-    a.scalars.lr = scalar(k.take("lr"), "lr");
-    a.scalars.weight_decay = scalar(k.take("weight_decay"), "weight_decay");
-    const py::object beta1 = k.take("beta1");
-    if (!beta1.is_none()) a.scalars.beta1 = scalar(beta1, "beta1");
-    a.scalars.beta2 = scalar(k.take("beta2"), "beta2");
-    a.scalars.totals = scalar(k.take("totals", py::float_(0.0)), "totals");
-    a.scalars.mean_squares = scalar(k.take("mean_squares", py::float_(0.0)), "mean_squares");
-    a.scalars.old_totals = scalar(k.take("old_totals", py::float_(0.0)), "old_totals");
-    const std::optional<double> threshold = k.optional_number("clip_threshold");
-    const double eps = k.number("eps");
-    const bool maximize = k.flag("maximize"), coupled = k.flag("coupled");
-    a.options = {eps, threshold.value_or(1.0), threshold.has_value(), maximize, coupled, first_moment_};
-    const py::object seed = k.optional("seed"), step = k.optional("step");
-    if (stochastic_) {
-      a.keys = keys_of(seed_of(seed));
-      if (step.is_none()) refuse("step", "needed where parameters are rounded stochastically");
-      a.step = scalar(step, "step");
-      const double value = a.step.value;
-      if (!(value >= 0 && value < 4294967296.0)) refuse("step", "a number in [0, 2^32) is needed");
-    }
-    const void* const table = k.address<void>("table");
+    Told told{};
+    take_numbers(k, told.arguments);
+    Arguments& a = told.arguments;
+    told.table = k.address<void>("table");
     a.workspace = k.address<char>("workspace");
     a.counters = k.address<int32_t>("counters");
     a.nonfinite = k.address<int32_t>("nonfinite");
@@ -237,18 +219,71 @@ class CudaStep {
     a.clip = k.address<float>("clip");
     a.squares = k.address<double>("squares");
     a.watched = k.address<double>("watched");
-    const int device = static_cast<int>(k.integer("device", 0));
-    void* const stream = k.address<void>("stream");
+    told.device = static_cast<int>(k.integer("device", 0));
+    told.stream = k.address<void>("stream");
     k.done();
-    if (step_->table_bytes() && !table) refuse("table", "a null address");
-    const py::gil_scoped_release release;
-    step_->launch(table, a, device, stream);
+    if (step_->table_bytes() && !told.table) refuse("table", "a null address");
+    last_ = told;
+    launch(told);
+  }
+
+  // All that the last launch was told, but for the numbers, flags and scale, which are these.
+  void again(const py::dict& numbers, uintptr_t nonfinite, uintptr_t grad_scale) const {
+    if (!last_) throw std::logic_error("no launch that could be made again");
+    Keywords k(numbers);
+    Told told = *last_;
+    take_numbers(k, told.arguments);
+    k.done();
+    told.arguments.nonfinite = reinterpret_cast<int32_t*>(nonfinite);
+    told.arguments.grad_scale = reinterpret_cast<float*>(grad_scale);
+    launch(told);
   }
 
   void write_table(uintptr_t host) const { step_->write_table(reinterpret_cast<void*>(host)); }
   const Step& step() const { return *step_; }
 
  private:
+  // What a launch is told.
+  struct Told {
+    const void* table;
+    Arguments arguments;
+    int device;
+    void* stream;
+  };
+
+  // The op's numbers; 0 of those that it does not have.
+  void take_numbers(Keywords& k, Arguments& a) const {
+    const py::float_ none(0.0);
+    a.scalars.lr = scalar(k.take("lr", none), "lr");
+    a.scalars.weight_decay = scalar(k.take("weight_decay", none), "weight_decay");
+    const py::object beta1 = k.take("beta1", none);
+    if (!beta1.is_none()) a.scalars.beta1 = scalar(beta1, "beta1");
+    a.scalars.beta2 = scalar(k.take("beta2", none), "beta2");
+    a.scalars.totals = scalar(k.take("totals", none), "totals");
+    a.scalars.mean_squares = scalar(k.take("mean_squares", none), "mean_squares");
+    a.scalars.old_totals = scalar(k.take("old_totals", none), "old_totals");
+    const py::object threshold = k.optional("clip_threshold");
+    const bool clip = !threshold.is_none();
+    const double eps = Value{k.take("eps", none), "eps"}.number();
+    const double limit = clip ? Value{threshold, "clip_threshold"}.number() : 1.0;
+    const bool maximize = k.flag("maximize", py::bool_(false));
+    const bool coupled = !k.flag("decoupled_weight_decay", py::bool_(true));
+    a.options = {eps, limit, clip, maximize, coupled, first_moment_};
+    const py::object seed = k.optional("seed"), step = k.optional("step");
+    if (!stochastic_) return;
+    a.keys = keys_of(seed_of(seed));
+    if (step.is_none()) refuse("step", "needed where parameters are rounded stochastically");
+    a.step = scalar(step, "step");
+    const double value = a.step.value;
+    if (!(value >= 0 && value < 4294967296.0)) refuse("step", "a number in [0, 2^32) is needed");
+  }
+
+  void launch(const Told& told) const {
+    const py::gil_scoped_release release;
+    step_->launch(told.table, told.arguments, told.device, told.stream);
+  }
+
+  std::optional<Told> last_;
   Kept kept_;
   std::unique_ptr<Step> step_;
   py::ssize_t size_ = 0;
@@ -294,7 +329,9 @@ void define_cuda(py::module_& m) {
   py::class_<CudaStep> step(m, "CudaStep", "The launches of one op over one list, and the table that they read.");
   step.def("prepare", &CudaStep::prepare,
            "Takes a step's gradients; true where the table in device memory is out of date.")
-      .def("launch", &CudaStep::launch)
+      .def("launch", py::overload_cast<const py::kwargs&>(&CudaStep::launch))
+      .def("again", &CudaStep::again, py::arg("numbers"), py::arg("nonfinite"), py::arg("grad_scale"),
+           "The last launch with these numbers, and flags and scale by address (0: none), in place of its own.")
       .def("write_table", &CudaStep::write_table, py::arg("host"))
       .def("plan", [](const CudaStep& s) { return described(s.step().plan()); })
       .def_property_readonly("table_bytes", [](const CudaStep& s) { return s.step().table_bytes(); })

@@ -12,6 +12,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -110,15 +111,24 @@ class List {
   bool same_ = false;
 };
 
-// Keyword arguments. Each is taken once, by its name; `done` refuses what nobody took. TypeError says of which one
-// argument is missing, unexpected or of another type.
+// A name, which is a literal, as Python's string: made once, so that a dict finds it by identity.
+inline PyObject* interned(const char* name) {
+  thread_local std::unordered_map<const char*, PyObject*> known;
+  PyObject*& found = known[name];
+  if (!found) found = PyUnicode_InternFromString(name);
+  if (!found) throw py::error_already_set();
+  return found;
+}
+
+// Keyword arguments, or a dict of them. Each is taken once, by its name; `done` refuses what nobody took. TypeError
+// says of which one argument is missing, unexpected or of another type.
 class Keywords {
  public:
-  explicit Keywords(const py::kwargs& given) : given_(given) { asked_.reserve(40); }
+  explicit Keywords(const py::dict& given) : given_(given) { asked_.reserve(40); }
 
   py::object take(const char* name, py::handle otherwise = {}) {
     asked_.push_back(name);
-    py::handle found = PyDict_GetItemString(given_.ptr(), name);
+    py::handle found = PyDict_GetItemWithError(given_.ptr(), interned(name));
     found_ += found ? 1 : 0;
     if (!found) found = otherwise;
     if (!found) throw py::type_error("missing the keyword argument '" + std::string(name) + "'");
@@ -167,7 +177,7 @@ class Keywords {
   }
 
  private:
-  const py::kwargs& given_;
+  const py::dict& given_;
   std::vector<const char*> asked_;
   size_t found_ = 0;
 };

@@ -127,10 +127,16 @@ class CudaCall:
             plan.workspace = plan.squares = None  # others that take statistics have memory of their own
             return found
 
-    def again(self, seen: Snapshot, numbers: Mapping[str, Any], nonfinite: Tensor | None = None) -> bool:
+    def again(
+        self,
+        seen: Snapshot,
+        numbers: Mapping[str, Any],
+        nonfinite: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> bool:
         with self._lock:
             increment_version(self.params)
-            return self._plain.again(seen, numbers, nonfinite)
+            return self._plain.again(seen, numbers, nonfinite, grad_scale)
 
     def capturing(self) -> bool:
         """Whether a graph is being captured, in whose replays what is launched now will run."""

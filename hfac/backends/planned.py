@@ -17,6 +17,8 @@ from .snapshots import SAME, Snapshot, compare, snapshot
 Tensors = Sequence[Tensor]
 #: What a launch is told by address.
 _MEMORY = ("grad_scale", "found_inf", "watched")
+#: Types of numbers that a launch takes as they are.
+_NUMBERS = frozenset((float, int, bool, type(None)))
 
 
 class Cuda:
@@ -68,7 +70,7 @@ class Planned:
         self.squares: Tensor | None = None  # likewise
         self.stream: Any = None  # of the last launch
         self.looked: tuple[Snapshot | None, bool, bool] | None = None  # what `look` has told the plan
-        self.last: dict[str, Any] | None = None  # what the last launch was told, where that may serve the next
+        self.repeats = False  # whether the last launch was told by address nothing that the next may not be told, too
 
     def squares_room(self, count: int) -> Tensor:
         """Where sums of squares of so many gradients go; what nothing writes there is 0."""
@@ -90,7 +92,7 @@ class Planned:
 
         ``workspace``: that of statistics, which is not to be overwritten; None: the plan's own. ``memory``: what a
         launch is told by address, and ``numbers`` the rest."""
-        self.last = None
+        self.repeats = False
         capturing = self.platform.capturing()
         stream = self.platform.stream(self.device)
         if capturing:
@@ -103,43 +105,40 @@ class Planned:
             self.platform.before_launch(workspace)
         flags = None if nonfinite is None else nonfinite.contiguous()
         memory |= {"nonfinite": flags, **{name: numbers.pop(name) for name in _MEMORY if name in numbers}}
-        others = (tensor for name, tensor in memory.items() if name != "nonfinite")
+        others = (tensor for name, tensor in memory.items() if name not in ("nonfinite", "grad_scale"))
         alone = not capturing and flags is nonfinite and all(tensor is None for tensor in others)
         memory |= {"table": self.table, "workspace": workspace, "counters": self.counters}
-        told, kept = self._told(numbers)
-        arguments = launch_arguments(stream, self.index, memory, told)
-        self.step.launch(**arguments)
-        self.last = arguments if alone else None
+        kept: list[Tensor] = []
+        self.step.launch(**launch_arguments(stream, self.index, memory, self._told(numbers, kept)))
+        self.repeats = alone
         if nonfinite is not None and flags is not None and flags is not nonfinite:
             nonfinite.copy_(flags)
         if capturing:
             captured += [self.staged.source, *memory.values(), *kept]
 
-    def again(self, seen: Snapshot, numbers: Mapping[str, Any], nonfinite: Tensor | None) -> bool:
-        """A launch on the same gradients as the last one, which was told nothing but numbers and ``nonfinite``, with
-        these in place of all that it had; False where that was another."""
-        last, looked, workspace = self.last, self.looked, self.workspace
-        if last is None or workspace is None or looked is None or looked[0] is not seen:
+    def again(
+        self, seen: Snapshot, numbers: Mapping[str, Any], nonfinite: Tensor | None, grad_scale: Tensor | None
+    ) -> bool:
+        """A launch on the same gradients as the last one, with these in place of all that it was told beside; False
+        where that was told more."""
+        looked, workspace, platform = self.looked, self.workspace, self.platform
+        if not self.repeats or workspace is None or looked is None or looked[0] is not seen:
             return False
-        options = numbers.get("clip_threshold") is not None, nonfinite is not None
-        if options != looked[1:] or self.platform.capturing():
+        if looked[1:] != (numbers.get("clip_threshold") is not None, nonfinite is not None):
             return False
-        if self.platform.stream(self.device) != self.stream:
+        if platform.capturing() or platform.stream(self.device) != self.stream:
             return False
-        self.platform.before_launch(workspace)
-        told, _kept = self._told(numbers)  # of tensors that live until the launch
-        arguments = last | told
-        arguments["coupled"] = not arguments.pop("decoupled_weight_decay", True)
-        if nonfinite is not None:
-            arguments["nonfinite"] = nonfinite.data_ptr()
-        self.step.launch(**arguments)
+        platform.before_launch(workspace)
+        kept: list[Tensor] = []  # until the launch
+        flags, scale = (0 if tensor is None else tensor.data_ptr() for tensor in (nonfinite, grad_scale))
+        self.step.again(self._told(numbers, kept), flags, scale)
         return True
 
-    def _told(self, numbers: Mapping[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
-        """A launch's numbers, and the tensors whose addresses are among them."""
-        kept: list[Tensor] = []
-        told = {n: scalar(x, self.device, kept) if isinstance(x, Tensor) else x for n, x in numbers.items()}
-        return told, kept
+    def _told(self, numbers: Mapping[str, Any], kept: list[Tensor]) -> Mapping[str, Any]:
+        """A launch's numbers; to ``kept`` are added the tensors whose addresses are among them."""
+        if _NUMBERS.issuperset(map(type, numbers.values())):
+            return numbers
+        return {name: scalar(value, self.device, kept) for name, value in numbers.items()}
 
     @property
     def table(self) -> Tensor | None:
@@ -165,7 +164,7 @@ class Planned:
             if before is seen is not None or (seen is None and compare(list(grads), before) == SAME):
                 return
         seen = snapshot(list(grads)) if seen is None else seen
-        self.looked = self.last = None
+        self.looked, self.repeats = None, False
         if self.step.prepare(**addresses.of_grads(grads), clip=options[0], nonfinite=options[1]):
             self.stale = True  # until the table is written, whatever may fail before
         self.looked = seen, *options
@@ -208,18 +207,12 @@ class Planned:
         return self.workspace
 
 
-#: What a launch is told where an op has no such number.
-_WITHOUT: dict[str, Any] = dict.fromkeys(("lr", "weight_decay", "beta1", "beta2", "eps"), 0.0)
-_WITHOUT |= {"clip_threshold": None, "maximize": False, "decoupled_weight_decay": True}
-
-
 def launch_arguments(
     stream: Any, device: int, memory: Mapping[str, Tensor | None], numbers: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What a plan is launched with. ``device``: its index; ``memory``: what kernels are told by address; ``numbers``:
     the op's, tensors among them as `scalar` gives them."""
-    found = {**_WITHOUT, **numbers, "device": device, "stream": getattr(stream, "cuda_stream", stream)}
-    found["coupled"] = not found.pop("decoupled_weight_decay")
+    found = {**numbers, "device": device, "stream": getattr(stream, "cuda_stream", stream)}
     for name, tensor in memory.items():
         if tensor is not None:
             found[name] = tensor.data_ptr()

@@ -43,7 +43,7 @@ STEP = dict(numels=[12], param_dtypes=1, shapes=[(3, 4)])
 STEP |= dict.fromkeys(("params", "exp_avgs", "exp_avg_sqs"), [4096])
 LOW = dict(master_lows=[4096], low_bytes=[2])
 LAUNCH = dict(table=4096, workspace=4096, counters=4096, lr=0.1, weight_decay=0.0, beta1=0.5, beta2=0.5, eps=1e-8)
-LAUNCH |= dict(clip_threshold=None, maximize=False, coupled=False)
+LAUNCH |= dict(clip_threshold=None, maximize=False, decoupled_weight_decay=True)
 
 
 @pytest.mark.parametrize(

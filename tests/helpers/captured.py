@@ -227,8 +227,11 @@ class Step:
         self.prepared = arguments
         return self.step.prepare(**arguments)
 
+    def again(self, numbers: dict[str, Any], nonfinite: int, grad_scale: int) -> None:
+        self.launch(**{**self.last, **numbers, "nonfinite": nonfinite, "grad_scale": grad_scale})
+
     def launch(self, **arguments: Any) -> None:
-        graph = self.device.graph
+        self.last, graph = arguments, self.device.graph
         if graph is None:
             self.device.launched(self.device.named(arguments.get(name) for name in _HIDDEN))
             self.step.launch(**arguments)

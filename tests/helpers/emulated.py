@@ -135,7 +135,11 @@ class Plan:
             raise AssertionError(f"{self.what}: the table is written by the host, but lies on the device")
         self._plan.write_table(host)
 
+    def again(self, numbers: dict[str, Any], nonfinite: int, grad_scale: int) -> None:
+        self.launch(**{**self.last, **numbers, "nonfinite": nonfinite, "grad_scale": grad_scale})
+
     def launch(self, **arguments: Any) -> None:
+        self.last = dict(arguments)
         # A gradient may have the place of one that was freed. Ops on shards are made of theirs.
         self.of_grads = self._found(self.prepared or {"grads": self.arguments.get("grads")})
         given = {name: arguments[name] for name in MEMORY if arguments.get(name)}

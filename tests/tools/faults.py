@@ -234,8 +234,8 @@ FAULTS = [
     Fault(
         "a repeated launch has the last step's numbers",
         "hfac",
-        "arguments = last | told",
-        "arguments = told | last",
+        "{**last[1], **_on_host(numbers), ",
+        "{**_on_host(numbers), **last[1], ",
         f"{CHANGES} -k repeats",
     ),
     Fault(
