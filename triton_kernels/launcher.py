@@ -1,6 +1,7 @@
 """Launches of a plan: the first of each kernel goes through Triton, which compiles it or finds it compiled; those that
 follow go straight to what came of that."""
 
+import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
@@ -15,6 +17,11 @@ from . import table
 from .plan import Launch, compile_options
 
 _timed: list[tuple[str, float]] | None = None
+#: How Triton launches what it has compiled. A version that does otherwise is left to do it.
+_LAUNCH = "self.run(grid[0], grid[1], grid[2], stream, self.function, self.packed_metadata, launch_metadata,"
+_is_known = _LAUNCH in inspect.getsource(CompiledKernel.__getitem__)
+#: where Triton keeps hooks around launches
+_hooks: Any = triton.knobs.runtime if hasattr(triton, "knobs") else CompiledKernel
 
 
 @contextmanager
@@ -58,10 +65,11 @@ class Launcher:
         memory = self._memory(launch, tiles)
         addresses = [tensor.data_ptr() for tensor in memory]
         key = *[options[name] for name in launch.options], *[address % 16 for address in addresses]
-        run = launch.compiled.get(key)
-        if run is not None:
-            run(*addresses)
-            return partial(run, *addresses)
+        known = launch.compiled.get(key)
+        if known is not None:
+            again = known(*addresses)
+            again()
+            return again
         constants = launch.constants | {name: options[name] for name in launch.options}
         maker = "hip" if torch.version.hip else self.device.type
         given = dict(zip(launch.memory, memory, strict=True)) | constants
@@ -95,9 +103,32 @@ class Launcher:
             self.flags.add_(numbers["found_inf"].reshape(()) != 0)
 
 
-def launched_by(compiled: CompiledKernel, launch: Launch, constants: Mapping[str, Any]) -> Callable[..., None]:
-    """Launches a compiled kernel, on the current stream, when called with addresses. What `JITFunction.run` does before
-    takes ten times as long: it asks what the kernel is to be compiled for, and compares every global that it names."""
-    run = compiled[len(launch.tiles), 1, 1]
+def launched_by(
+    compiled: CompiledKernel, launch: Launch, constants: Mapping[str, Any]
+) -> Callable[..., Callable[[], None]]:
+    """Given addresses, what launches a compiled kernel over them on the stream that is current then. What
+    `JITFunction.run` does before takes ten times as long: it asks what the kernel is to be compiled for, and compares
+    every global that it names. Launches that somebody observes are Triton's own."""
+    grid = len(launch.tiles), 1, 1
+    through = compiled[grid]
     others = [constants[name] for name in launch.kernel.arg_names if name in constants]
-    return lambda *addresses: run(*addresses, *others)
+
+    def bound(*addresses: int) -> Callable[[], None]:
+        if not _is_known or observed():
+            return partial(through, *addresses, *others)
+        known = compiled.function, compiled.packed_metadata, None, None, None  # of which the last three are for hooks
+        return partial(compiled.run, *grid, current_stream(), *known, *addresses, *others)
+
+    return bound
+
+
+def observed() -> bool:
+    """Whether Triton is to tell somebody of launches, such as a profiler."""
+    enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def current_stream() -> Any:
+    """The current device's, as Triton takes it."""
+    driver = triton.runtime.driver.active
+    return driver.get_current_stream(driver.get_current_device())

@@ -18,11 +18,13 @@ from torch.autograd.graph import increment_version  # tells autograd of writes t
 from .. import staging
 from ..staging import Staged, refused
 from . import platform, table
-from .launcher import Launcher
+from .launcher import Launcher, current_stream, observed
 from .plan import Plan, prepare
 from .records import Operands, Records, Tensors, aligned, copy_scalars, places_of, scalar_values, scalars_of
 
 _DTYPE = attrgetter("dtype")
+#: types of numbers on the host
+_PLAIN = frozenset((float, int, bool, type(None)))
 
 
 class Room(Launcher):
@@ -35,7 +37,7 @@ class Room(Launcher):
         self._operands, params = operands, operands.params
         self.device = params[0].device
         count = table.OWN.value + table.OWNED.value * (1 + len(params))
-        self.scalars = torch.zeros(count, dtype=torch.float64, device=self.device)
+        self.own_scalars = self.scalars = torch.zeros(count, dtype=torch.float64, device=self.device)
         self._places, self._once = places_of(self.scalars), self.scalars[: table.OWN.value + table.OWNED.value]
         self.coefficient = self.scalars[table.COEFFICIENT.value]
         self.flags = torch.zeros(len(params), dtype=torch.int32, device=self.device)
@@ -45,7 +47,7 @@ class Room(Launcher):
         #: of the gradients at ``_addresses``: their snapshot (`hfac.backends`), where there was one
         self._seen: Any = None
         #: of the plan's launches by name, what they were last made for, and what repeats them
-        self._ready: dict[str, tuple[Any, list[Callable[[], None]]]] = {}
+        self._ready: dict[str, tuple[Any, Any, list[Callable[[], None]]]] = {}
         #: of the last step, where it was told nothing but gradients, numbers and flags
         self.last: Repeatable | None = None
         self.staged = Staged(self.device, torch.int64, partial(platform.host_memory, self.device))  # grad_table
@@ -66,7 +68,7 @@ class Room(Launcher):
 
     def memory(self) -> list[Tensor]:
         """What launches read and write."""
-        own = [self.scalars, self.flags] if self.squares is None else [self.scalars, self.flags, self.squares]
+        own = [self.own_scalars, self.flags, *([] if self.squares is None else [self.squares])]
         if self._known is None or self.workspace is None:
             return own
         return [*self.tiles, *self.square_tiles, self.items, self.layouts, self.grad_table, self.workspace, *own]
@@ -108,12 +110,12 @@ class Room(Launcher):
 
     def launch(self, which: str, options: Mapping[str, bool]) -> None:
         """The plan's ``launches``, or its ``statistics`` or ``squares`` alone. Where the last ones were for the same
-        options and memory, they are repeated."""
-        moving = (self.grad_table, self.squares, self.watched)
+        options, memory and stream, they are repeated."""
+        moving = (self.grad_table, self.scalars, self.squares, self.watched)
         key = *options.values(), *[None if tensor is None else tensor.data_ptr() for tensor in moving]
-        known = self._ready.get(which)
-        if known is not None and known[0] == key:
-            for again in known[1]:
+        known = None if observed() else self._ready.get(which)
+        if known is not None and known[:2] == (key, current_stream()):
+            for again in known[2]:
                 again()
             return
         tiles, count = (self.square_tiles if which == "squares" else self.tiles), None
@@ -122,11 +124,12 @@ class Room(Launcher):
             count = self.plan.statistics
         found = self.run(launches[:count], tiles[:count], options)
         ready = [again for again in found if again is not None]
-        if len(ready) == len(found):
-            self._ready[which] = key, ready
+        if len(ready) == len(found) and not observed():
+            self._ready[which] = key, current_stream(), ready
 
     def set_scalars(self, numbers: Mapping[str, Any], capturing: bool) -> None:
         """Values to device memory. A tensor's value is copied on its device and never read here."""
+        self.scalars = self.own_scalars
         here = {name: value for name, value in numbers.items() if isinstance(value, Tensor) and value.is_cpu}
         if here and self.device.type != "cpu":
             numbers = {**numbers, **{name: staging.to_device(value, self.device) for name, value in here.items()}}
@@ -136,10 +139,38 @@ class Room(Launcher):
             for at, value in enumerate(values):
                 self.scalars[at].fill_(value)
         else:
-            host = platform.host_memory(self.device, len(values), torch.float64)
-            staging.write(host, values)
-            self._once.copy_(host, non_blocking=True)
+            _copy(values, self._once)
         copy_scalars(self._places, scalars, fill=True)
+
+
+def _copy(values: list[float], to: Tensor) -> None:
+    host = platform.host_memory(to.device, len(values), torch.float64)
+    staging.write(host, values)
+    to.copy_(host, non_blocking=True)
+
+
+class Shared:
+    """Numbers of a step in device memory, for all lists that repeat a step with them on one stream: gradient release
+    copies them once, and not for each parameter."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.scalars = torch.zeros(table.OWN.value + table.OWNED.value, dtype=torch.float64, device=device)
+        self.lock = threading.Lock()  # from `bring` to the launches
+        self._known: tuple[Any, ...] = ()
+
+    def bring(self, numbers: Mapping[str, Any], grad_scale: Tensor | None) -> None:
+        """Both are told by their identity. ``numbers``: none of them a tensor."""
+        if len(self._known) == 2 and self._known[0] is numbers and self._known[1] is grad_scale:
+            return
+        self._known = ()  # whatever may fail
+        _copy(scalar_values(scalars_of(numbers, on_host=False), numbers.get("seed") or 0, 0), self.scalars)
+        if grad_scale is not None:
+            self.scalars[table.GRAD_SCALE.value].copy_(grad_scale)
+        self._known = numbers, grad_scale
+
+
+#: by device and stream
+_shared: dict[tuple[torch.device, Any], Shared] = {}
 
 
 class Statistics:
@@ -247,10 +278,9 @@ class Bound:
                 self._close(room, nonfinite, numbers)
                 if watched is not None and room.watched is not watched:
                     watched.add_(room.watched)
-                told = options["SCALED"] or statistics is not None or watched is not None
-                told = told or numbers.get("found_inf") is not None
+                told = statistics is not None or watched is not None or numbers.get("found_inf") is not None
                 if not (seen is None or told or self.capturing()):
-                    room.last = Repeatable(seen, _kind_of(numbers, nonfinite), options)
+                    room.last = Repeatable(seen, _kind_of(numbers, nonfinite, numbers.get("grad_scale")), options)
             finally:
                 room.watched = None
                 self._rooms.append(room)
@@ -294,21 +324,39 @@ class Bound:
         """Bytes of partial sums that are kept from step to step; 0 before the first."""
         return sum(room.workspace.numel() for room in self._rooms if room.workspace is not None)
 
-    def again(self, seen: Any, numbers: Mapping[str, Any], nonfinite: Tensor | None = None) -> bool:
+    def again(
+        self,
+        seen: Any,
+        numbers: Mapping[str, Any],
+        nonfinite: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> bool:
         """As `hfac.backends` describes it."""
         with self._lock, platform.current(self.device):
             room = self._rooms[-1] if self._rooms else None
             last = None if room is None else room.last
-            if room is None or last is None or last.seen is not seen or last.kind != _kind_of(numbers, nonfinite):
+            kind = _kind_of(numbers, nonfinite, grad_scale)
+            if room is None or last is None or last.seen is not seen or last.kind != kind or self.capturing():
                 return False
-            if self.capturing() or platform.stream_of(self.device) != room.stream or room.stream != self._stream:
+            stream = platform.stream_of(self.device)
+            if stream != room.stream or stream != self._stream:
                 return False
-            room.set_scalars(numbers, capturing=False)
-            if nonfinite is not None:
-                room.flags.zero_()
-            room.launch("launches", last.options)
-            if nonfinite is not None:
-                nonfinite.copy_(room.flags)
+            if nonfinite is None and _PLAIN.issuperset(map(type, numbers.values())):
+                shared = _shared.get((self.device, stream)) or _shared.setdefault(
+                    (self.device, stream), Shared(self.device)
+                )
+                with shared.lock:
+                    shared.bring(numbers, grad_scale)
+                    room.scalars = shared.scalars
+                    room.launch("launches", last.options)
+            else:
+                room.set_scalars(numbers, capturing=False)
+                room.scale({"grad_scale": grad_scale})
+                if nonfinite is not None:
+                    room.flags.zero_()
+                room.launch("launches", last.options)
+                if nonfinite is not None:
+                    nonfinite.copy_(room.flags)
         increment_version(self._params)
         return True
 
@@ -378,10 +426,13 @@ def options_of(
     }
 
 
-def _kind_of(numbers: Mapping[str, Any], nonfinite: Tensor | None) -> tuple[bool, ...]:
+def _kind_of(
+    numbers: Mapping[str, Any], nonfinite: Tensor | None, grad_scale: Tensor | None = None
+) -> tuple[bool, ...]:
     """What kernels are compiled for of what a step is told."""
-    clipped = numbers.get("clip_threshold") is not None
-    return numbers.get("decoupled_weight_decay", True), numbers.get("maximize", False), clipped, nonfinite is not None
+    options = numbers.get("decoupled_weight_decay", True), numbers.get("maximize", False)
+    given = numbers.get("clip_threshold"), nonfinite, grad_scale
+    return *options, *[one is not None for one in given]
 
 
 def _read(grads: Tensors) -> tuple[list[int], tuple[Any, ...]]:
