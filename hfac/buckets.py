@@ -275,7 +275,7 @@ class Step:
                     found = found.masked_fill(forbidden.reshape(1, 1) != 0, math.nan)
                 yield bucket.index, found
 
-    def check_capture(self, clip: Tensor | None = None) -> None:
+    def check_capture(self, clip: Tensor | ops.Clip | None = None) -> None:
         """Checks, before `apply` and with its arguments, that the step can be part of a CUDA graph that is being
         captured, if one is, and keeps what the graph reads in every replay.
 
@@ -292,7 +292,7 @@ class Step:
         captured += [clip, self._refused, *self._scaling.values(), *self._options.values()]
         captured += [tensor for scratch in self._scratch for tensor in scratch.tensors()]
 
-    def apply(self, clip: Tensor | None = None) -> None:
+    def apply(self, clip: Tensor | ops.Clip | None = None) -> None:
         """Makes the step, on gradients multiplied by ``clip``, and counts it."""
         if self._repeats and clip is None and self._checked is None:
             for bucket, t, numbers in self._told:
@@ -301,7 +301,7 @@ class Step:
                     bucket.call.apply(self._inputs(bucket, t, numbers))
                 self._count(bucket)
         else:
-            factor = None if clip is None else ops.Clip(clip)
+            factor = ops.as_clip(clip)
             for scratch in self._scratch:
                 scratch.fill()
             for (bucket, inputs), found in zip(self.check(), self._statistics, strict=True):

@@ -107,11 +107,11 @@ def refused(norm: Tensor) -> Tensor:
     return (~(norm * norm).isfinite()).to(torch.float32)
 
 
-def scaled(grads: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
-    """The gradients times a 0-d tensor, in place; unchanged where the factor is 1 and reading it takes no device
-    synchronisation."""
+def scaled(grads: list[Tensor], factor: Tensor) -> list[Tensor]:
+    """The gradients times a 0-d tensor, in place; the same list, unchanged, where the factor is 1 and reading it takes
+    no device synchronisation."""
     if type(factor) is Tensor and factor.is_cpu and staging.on_host(factor) == [1.0]:
-        return list(grads)
+        return grads
     out = memory.writable(grads)
     if any(map(Tensor.is_neg, out)):  # torch takes no lists of tensors that negate
         for grad in out:

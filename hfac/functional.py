@@ -149,14 +149,20 @@ class Numbers:
         self._known: tuple[Mapping[str, Any], float, dict[str, Any]] | None = None
 
     def of(self, algorithm: spec.Algorithm, options: Mapping[str, Any], t: float) -> dict[str, Any]:
+        """All that an op has; the same object for as long as nothing changes."""
         known = self._known  # another thread may replace it
         if known is not None and known[0] is options and known[1] == t:
             return known[2]
-        rates = {name: schedules.as_scalar(name, options[name]) for name in ("lr", "weight_decay")}
-        found = {**algorithm.decays(t, options), **algorithm.scalars(options), "maximize": options["maximize"], **rates}
+        found = {**algorithm.decays(t, options), **constants_of(algorithm, options)}
         if not any(isinstance(value, Tensor) for value in options.values()):  # which may be written in place
             self._known = options, t, found
         return found
+
+
+def constants_of(algorithm: spec.Algorithm, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A step's numbers that its number does not change."""
+    rates = {name: schedules.as_scalar(name, options[name]) for name in ("lr", "weight_decay")}
+    return {**algorithm.scalars(options), "maximize": options["maximize"], **rates}
 
 
 class Group:
@@ -319,21 +325,35 @@ class Group:
             self._known_grads = known = ops.snapshot(grads)
         return None if found == ops.OTHER or memory.bypassed() or ops.any_negated(grads) else known
 
-    def repeat(self, grads: list[Tensor], options: Mapping[str, Any], numbers: Numbers) -> bool:
-        """Makes the step of `prepare` and `Step.apply` where that repeats one call and the host counts it. False, with
-        nothing done, where it does not."""
+    def repeat(
+        self, grads: list[Tensor], options: Mapping[str, Any], numbers: Numbers, clip: ops.Clip | None = None
+    ) -> bool:
+        """Makes the step of `prepare` and `Step.apply` where that repeats one call. False, with nothing done, where it
+        does not."""
         bucket = self._buckets[0]
-        if len(self._buckets) > 1 or bucket.together is not None or bucket.on_host is None or not self._repeats:
+        if not self._repeats or len(self._buckets) > 1 or ops.compare(self._tensors, self._known) != ops.SAME:
             return False
-        if ops.compare(self._tensors, self._known) != ops.SAME:
+        seen, together = self.look(grads), bucket.together
+        if seen is None or (together is not None and bucket.call.capturing()):
             return False
-        seen, made = self.look(grads), bucket.on_host.common(hold=True)
-        if seen is None or made is None:
+        if bucket.on_host is None:
+            assert together is not None
+            ((_, t, decays),) = together.decays(self._algorithm, options)
+            told = {**decays, **constants_of(self._algorithm, options)}
+        else:
+            made = bucket.on_host.common(hold=True)
+            if made is None:
+                return False
+            t = made + 1
+            told = numbers.of(self._algorithm, options, t)
+        marks = None if together is None else together.marks(None, False)
+        flags = None if marks is None else marks.of[0]
+        if not bucket.call.again(seen, options.get("seed", 0), t, told, flags, clip):
             return False
-        t = made + 1
-        if not bucket.call.again(seen, options.get("seed", 0), t, numbers.of(self._algorithm, options, t)):
-            return False
-        bucket.count(None)
+        if together is None or marks is None:
+            bucket.count(None)
+        else:
+            together.count(marks, None)
         return True
 
     def workspace_bytes(self) -> int:
@@ -353,7 +373,7 @@ class Group:
         ``grad_scale`` and ``found_inf`` as `ops.OpCall.prepare` takes them. None where the group must be bound anew:
         parameters or states do not lie where they lay, gradients have other types than they had, or the steps of one
         bucket have come apart."""
-        rates = {name: schedules.as_scalar(name, options[name]) for name in ("lr", "weight_decay")}
+        constants = constants_of(self._algorithm, options)  # before anything is written
         grads = list(grads)
         if ops.compare(self._tensors, self._known) != ops.SAME:
             return None
@@ -362,7 +382,6 @@ class Group:
             self._known_grads = None
             if self._batch_dims:
                 ops.check_grads(self._params, grads)
-        scalars = {**self._algorithm.scalars(options), "maximize": options["maximize"], **rates}
         on_device = {
             id(bucket): found
             for together in self._together
@@ -381,7 +400,7 @@ class Group:
                     return None
                 t = made + 1
                 decays = self._algorithm.decays(t, options)
-            told.append((bucket, t, {**decays, **scalars}))
+            told.append((bucket, t, {**decays, **constants}))
         given = {"grad_scale": grad_scale, "found_inf": found_inf}
         marks = [(together, together.marks(found_inf, self._skips_steps)) for together in self._together]
         repeats = self._repeats and seen is not None and grad_scale is found_inf is None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import clip_grad
 
-from . import clipping, distributed
+from . import clipping, distributed, ops
 from .distributed import layout
 from .optim import options
 from .optim.base import FactoredOptimizer
@@ -148,7 +148,7 @@ class ReleasedGradients:
         self._sorted: list[Tensor] = []  # the sharded parameters that are known
         self._ends = False  # whether the end of this backward pass calls back
         self._norm: Tensor | None = None
-        self._clip: tuple[float, Tensor] | None = None
+        self._clip: tuple[float, ops.Clip] | None = None
         for param in self._shared():
             if param.requires_grad and not is_lazy(param):
                 self._hooks[param] = param.register_post_accumulate_grad_hook(self._hook)
@@ -288,7 +288,7 @@ class ReleasedGradients:
             here = [param for param in unit.params if param.grad is not None]
             grads = [grad for param in here if (grad := layout.gradient(param, "a parameter")) is not None]
             norms = clipping.norms(grads)  # before they are clipped
-            clip = self._coefficient(limit, layout.local(unit.params[0].detach()).device)
+            clip = self._coefficient(limit, layout.local(unit.params[0].detach()).device).coefficient
             self._passed.update(zip(here, norms, strict=True))
         for param in unit.params:
             self._counts.pop(param, None)
@@ -326,23 +326,22 @@ class ReleasedGradients:
 
     def _step(self, param: Tensor, lr_scale: float = 1.0) -> None:
         found = self._optimizer._find(param)  # checking all groups for each parameter would cost too much
-        group = None if found is None else self._optimizer.param_groups[found[0]]
-        clip, limit = None, None if group is None else self._optimizer._common_limit([group])
-        if limit is not None:
-            grad = layout.gradient(param, "a parameter")
-            assert grad is not None
+        group = {} if found is None else self._optimizer.param_groups[found[0]]
+        if group.get("max_grad_norm") is None:
+            self._optimizer.step_param(param, lr_scale=lr_scale)
+        else:
+            limit, grad = self._optimizer._common_limit([group]), layout.gradient(param, "a parameter")
+            assert limit is not None and grad is not None
             (norm,) = clipping.norms([grad])
-            clip = self._coefficient(limit, grad.device)
-        self._optimizer.step_param(param, clip=clip, lr_scale=lr_scale)
-        if limit is not None:
+            self._optimizer.step_param(param, clip=self._coefficient(limit, grad.device), lr_scale=lr_scale)
             self._passed[param] = norm
         param.grad = None
 
-    def _coefficient(self, limit: float, device: torch.device) -> Tensor:
+    def _coefficient(self, limit: float, device: torch.device) -> ops.Clip:
         """What gradients are multiplied by, from the last complete norm."""
         if self._clip is None or self._clip[0] != limit:
             one = torch.ones((), dtype=torch.float32, device=device)
-            self._clip = limit, one if self._norm is None else clipping.coefficient(self._norm, limit)
+            self._clip = limit, ops.Clip(one if self._norm is None else clipping.coefficient(self._norm, limit))
         return self._clip[1]
 
     def _complete(self) -> None:

@@ -24,7 +24,7 @@ from ..backends.snapshots import (
     snapshot,
     values_are,
 )
-from .call import Clip, Inputs, OpCall, Statistics, joined, run
+from .call import Clip, Inputs, OpCall, Statistics, as_clip, joined, run
 from .checks import PARAM_DTYPES, check_grads, check_length, check_tensor, check_writable, state_dtype
 from .counters import Counters, DeviceCounters, copier, hfac_dense_squares, nonfinite
 
@@ -41,6 +41,7 @@ __all__ = [
     "Snapshot",
     "Statistics",
     "any_negated",
+    "as_clip",
     "check_grads",
     "check_length",
     "check_tensor",

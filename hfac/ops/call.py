@@ -87,19 +87,23 @@ class Clip:
     for a device and not for each."""
 
     def __init__(self, coefficient: Tensor) -> None:
-        self._coefficient = coefficient
+        self.coefficient = coefficient.detach() if coefficient.requires_grad else coefficient
         self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """The coefficient there; in float32; and in float32 what kernels divide by that multiply by no more."""
         found = self._on.get(device)
         if found is None:
-            here = self._coefficient if self._coefficient.device == device else self._coefficient.to(device)
+            here = self.coefficient if self.coefficient.device == device else self.coefficient.to(device)
             single, divisor = here, here.reciprocal()
             if here.dtype != torch.float32:
                 single, divisor = here.to(torch.float32), divisor.to(torch.float32)
             self._on[device] = found = here, single, divisor
         return found
+
+
+def as_clip(clip: Tensor | Clip | None) -> Clip | None:
+    return clip if clip is None or clip.__class__ is Clip else Clip(clip)  # type: ignore[arg-type]
 
 
 def joined(statistics: Sequence[Statistics]) -> Tensor | None:
@@ -150,6 +154,7 @@ class OpCall:
         self._first = not self._may_lack_first or any(o.moment == 1 and o.name in lists for o in self.op.operands)
         self._lists = self._needed(lists)
         self._call: Callable[..., None] | None = None
+        self._again: Callable[..., bool] | None = None
         self._double = False  # of gradients that have been checked
         if not self._params:
             return
@@ -161,6 +166,7 @@ class OpCall:
         kernels = choose(backend, self.device, reason, self.op)
         self._reads_memory = getattr(kernels, "READS_MEMORY", True)
         self._call = kernels.bind(self._operands)
+        self._again = getattr(self._call, "again", None)
         if captured is not None and hasattr(self._call, "captured"):
             self._call.captured = captured
         self._shapes = list(map(_SHAPE, self._params))
@@ -307,8 +313,7 @@ class OpCall:
         if call is None:
             return
         more: dict[str, Any] = {}
-        if isinstance(clip, Tensor):
-            clip = Clip(clip)
+        clip = as_clip(clip)
         sums = None if statistics is None or clip is None else statistics.sums
         if inputs.unscales:
             scaling = dict(inputs.scaling)
@@ -337,15 +342,28 @@ class OpCall:
         call(inputs.readable(grads), inputs.nonfinite, **inputs.seen_as(grads), **more, **inputs.numbers)
 
     def again(
-        self, seen: Snapshot, seed: int, step: Scalar, numbers: Mapping[str, Any], nonfinite: Tensor | None = None
+        self,
+        seen: Snapshot,
+        seed: int,
+        step: Scalar,
+        numbers: Mapping[str, Any],
+        nonfinite: Tensor | None = None,
+        clip: Clip | None = None,
     ) -> bool:
         """Makes the step that `prepare` and `apply` would make of the gradients of ``seen``, where the last one was of
-        them, too, and all that either was told beside are numbers, and ``nonfinite`` as `prepare` checks it. False,
-        with nothing done, where it was another."""
-        again = getattr(self._call, "again", None)
-        if again is None:
+        them, too, and all that either was told beside are numbers, ``nonfinite`` as `prepare` checks it, and ``clip``.
+        False, with nothing done, where it was another, or gradients had to be written to clip them."""
+        if self._again is None:
             return False
-        return again(seen, {**numbers, "seed": seed, "step": step} if self.stochastic else numbers, nonfinite)
+        if self.stochastic:
+            numbers = {**numbers, "seed": seed, "step": step}
+        if clip is None:
+            return self._again(seen, numbers, nonfinite)
+        coefficient, _, divisor = clip.on(self.device)
+        if self.unscales:
+            return self._again(seen, numbers, nonfinite, divisor)
+        one = coefficient.is_cpu and type(coefficient) is Tensor and staging.on_host(coefficient) == [1.0]
+        return one and self._again(seen, numbers, nonfinite)
 
     def _check_given(
         self, count: int, nonfinite: Tensor | None, watched: Tensor | None, scaling: Mapping[str, Tensor]

@@ -20,6 +20,9 @@ from .slices import needs_reduction, piece_counts
 from .state import KnownOptions, has_state, is_trained
 
 Loss = TypeVar("Loss")
+#: a group's options, one object until one of them changes; those that are passed at every step; its ``max_grad_norm``;
+#: and the numbers that parameters share which are stepped one by one
+_Given = tuple[tuple[Any, ...], dict[str, Any], float | None, functional.Numbers]
 
 
 class FactoredOptimizer(NormOptimizer):
@@ -37,11 +40,9 @@ class FactoredOptimizer(NormOptimizer):
     #: by group: which of its parameters had a gradient, None where all had, and those parameters, bound
     _bound: dict[int, tuple[list[bool] | None, functional.Group]]
     #: by group, what `_given_of` has found
-    _given: dict[int, tuple[tuple[Any, ...], dict[str, Any], float | None]]
+    _given: dict[int, _Given]
     #: parameters that `step_param` has stepped
     _single: dict[Tensor, SingleParamCache]
-    #: by group, the numbers of a step that parameters share which are stepped by themselves
-    _numbers: dict[int, functional.Numbers]
     #: how gradients are placed on the ranks
     _gradients: distributed.Gradients
     #: sharded parameters of captured steps
@@ -174,7 +175,12 @@ class FactoredOptimizer(NormOptimizer):
         return cache, grads, steps, {i: self._shared(group) for i, group in groups}
 
     def step_param(
-        self, param: Tensor, group: dict[str, Any] | None = None, *, clip: Tensor | None = None, lr_scale: float = 1.0
+        self,
+        param: Tensor,
+        group: dict[str, Any] | None = None,
+        *,
+        clip: Tensor | ops.Clip | None = None,
+        lr_scale: float = 1.0,
     ) -> None:
         """Steps one parameter, with the same bits as `step`; does nothing where it has no gradient. For hooks that step
         during the backward pass, as `hfac.release_gradients` makes them. The gradient stays.
@@ -185,8 +191,9 @@ class FactoredOptimizer(NormOptimizer):
         Args:
             param: a parameter of this optimizer.
             group: its entry of ``param_groups``; None looks it up.
-            clip: a 0-d tensor that the gradient is multiplied by. Required with ``max_grad_norm``, which has no effect
-                here: the norm of all gradients is not known yet.
+            clip: a 0-d tensor that the gradient is multiplied by, or an `hfac.ops.Clip` of it, which many parameters
+                share. Required with ``max_grad_norm``, which has no effect here: the norm of all gradients is not known
+                yet.
             lr_scale: multiplies the group's learning rate in this step.
 
         Raises:
@@ -195,35 +202,13 @@ class FactoredOptimizer(NormOptimizer):
                 or ``max_grad_norm`` without ``clip``.
             TypeError, ValueError, RuntimeError: as `step`; nothing has been updated.
         """
-        if clip is None and lr_scale == 1.0 and self._repeated(param, group):
-            return
-        self._step_param(param, group, clip, lr_scale)
-
-    def _repeated(self, param: Tensor, group: dict[str, Any] | None) -> bool:
-        """Makes a step of one parameter whose last one was like it; False, with nothing done, where it was not."""
-        single = self._single.get(param) if param.__class__ is torch.nn.Parameter else None
-        if single is None or not (group is None or group is single.group):
-            return False
-        self._check_graph_capture()
-        if not single.is_warm(self.param_groups, self.state):
-            return False
-        scaled = "grad_scale" in self.__dict__ or "found_inf" in self.__dict__  # set by a GradScaler
-        grad = param.grad
-        if scaled or grad is None or single.warm is None:
-            return False
-        options, numbers, *_ = single.warm
-        return single.bound.repeat([grad], options, numbers)
-
-    @without_grad
-    def _step_param(self, param: Tensor, group: dict[str, Any] | None, clip: Tensor | None, lr_scale: float) -> None:
-        """`step_param`, once it is known to be another than the last."""
         self._check_graph_capture()
         single = self._single.get(param) if isinstance(param, Tensor) else None
         if single is None or not single.is_in(self.param_groups):
             single = self._single_of(param)
         self._check_changes(single.group_index)
-        checked, options, limit = self._given_of(single.group_index)
-        single.is_valid(self.param_groups, self.state, checked)
+        checked, options, limit, numbers = self._given_of(single.group_index)
+        single.drop_stale(self.param_groups, self.state, checked)
         if group is not None and group is not single.group:
             raise ValueError(
                 f"{type(self).__name__}.step_param: {single.label} was given with another group. Pass its own entry of "
@@ -247,19 +232,28 @@ class FactoredOptimizer(NormOptimizer):
         if lr_scale != 1.0:
             options = {**options, "lr": schedules.as_scalar("lr", options["lr"]) * lr_scale}
 
+        clip, scaled = ops.as_clip(clip), "grad_scale" in self.__dict__ or "found_inf" in self.__dict__
+        if scaled or single.bound is None or not single.bound.repeat([grad], options, numbers, clip):
+            self._step_single(single, grad, options, clip)
+
+    @without_grad
+    def _step_single(
+        self, single: SingleParamCache, grad: Tensor, options: Mapping[str, Any], clip: ops.Clip | None
+    ) -> None:
+        """`step_param` of what does not repeat its last step."""
+        params = [single.param]
+
         def bind() -> functional.Group:
             single.bound = None
-            bound = self._bind(single.group, [param], [grad], [single.position(self.param_groups)], ".step_param")
+            bound = self._bind(single.group, params, [grad], [single.position(self.param_groups)], ".step_param")
             single.keep(bound, self.param_groups, self.state)
             return bound
 
-        step = self._prepared(single.bound, bind, [param], [grad], options)
+        step = self._prepared(single.bound, bind, params, [grad], options)
         step.check_capture(clip)
         step.apply(clip)
         if single.group["watch"]:
-            self._keep_sums(step, single.group, [param], [grad])
-        if clip is None and lr_scale == 1.0:
-            single.follow(options, self._numbers.setdefault(single.group_index, functional.Numbers()))
+            self._keep_sums(step, single.group, params, [grad])
 
     def _single_of(self, param: Tensor) -> SingleParamCache:
         """Looks up a parameter for `step_param`."""
@@ -330,13 +324,13 @@ class FactoredOptimizer(NormOptimizer):
         """The options of a group that are passed at every step."""
         return {**{name: group[name] for name in ("lr", "weight_decay", "maximize", "seed")}, **self._scalars(group)}
 
-    def _given_of(self, index: int) -> tuple[tuple[Any, ...], dict[str, Any], float | None]:
-        """The options of a group as they were last checked, one object until one of them changes; those that are passed
-        at every step; and its ``max_grad_norm``."""
+    def _given_of(self, index: int) -> _Given:
+        """What a group's options give to steps, as they were last checked."""
         checked, known = self._known.values(index), self._given.get(index)
         if known is None or known[0] is not checked:
             group = self.param_groups[index]
-            self._given[index] = known = checked, self._options(group), self._common_limit([group])
+            given = checked, self._options(group), self._common_limit([group]), functional.Numbers()
+            self._given[index] = known = given
         return known
 
     def _bit_offset(self, param: Tensor, group: Mapping[str, Any], position: int) -> BitOffset | None:
@@ -422,11 +416,11 @@ class FactoredOptimizer(NormOptimizer):
         self._cache = None
         self._bound = {}
         self._single = {}
-        self._given, self._numbers = {}, {}
+        self._given = {}
         self._index = {}
 
     def _check_graph_capture(self) -> None:
-        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+        if not torch.cuda.is_initialized() or not torch.cuda.is_current_stream_capturing():
             return
         if not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError(

@@ -1,7 +1,7 @@
 """Caches validated state between steps and detects when it is stale."""
 
 from collections.abc import Collection, Mapping
-from operator import is_, itemgetter
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from .. import spec
 from ..distributed import Gradients, layout
 from ..ops import grads_of, identical, values_are
 from .slices import needs_reduction
-from .state import EXECUTION, has_state, is_at, own_keys
+from .state import EXECUTION, has_state, own_keys
 
 Groups = list[dict[str, Any]]
 #: an optimizer's ``state``: of each parameter by key, and whatever wrappers of the optimizer add
@@ -101,38 +101,19 @@ class SingleParamCache:
         self.param: Tensor = self.group["params"][index]
         #: by itself, or with others (`hfac.optim.units.Unit`)
         self.bound: Any = None
-        #: options and numbers of the last step, if it was told nothing else, and of what it follows: dicts and values
-        self.warm: tuple[Mapping[str, Any], Any, list[Any], list[Any]] | None = None
         self.group_index, self._index = group_index, index
         self._algorithm, self._own_keys = algorithm, own_keys(algorithm)
 
     def is_in(self, groups: Groups) -> bool:
         """Whether the parameter still has its index in its group."""
-        return is_at(groups, self.param, self.group_index, self._index) and groups[self.group_index] is self.group
+        index, params = self._index, self.group["params"]
+        here = self.group_index < len(groups) and groups[self.group_index] is self.group
+        return here and index < len(params) and params[index] is self.param
 
-    def is_valid(self, groups: Groups, state: States, options: Any = None) -> bool:
-        """`is_in`. Drops ``bound`` where that is stale. ``options``: the group's, one object until one of them changes;
-        None: they are compared."""
-        if not self.is_in(groups):
-            return False
-        if self.bound is not None and not self._bound_is_valid(groups, state, options):
+    def drop_stale(self, groups: Groups, state: States, options: Any = None) -> None:
+        """Drops ``bound`` where it does not hold."""
+        if self.bound is not None and not self.holds(groups, state, options):
             self.bound = None
-        return True
-
-    def is_warm(self, groups: Groups, state: States) -> bool:
-        """Whether ``bound`` holds and the last step was told options and numbers alone, by one look at all that a step
-        depends on beside tensors. Where it does not, `is_valid` may still find that nothing of it matters."""
-        if self.warm is None or self.bound is None or not self.is_in(groups):
-            return False
-        _, _, dicts, values = self.warm
-        if state.get(self.param) is not dicts[1] or not values_are(dicts, values):
-            return False
-        return self.position(groups) == self._position
-
-    def follow(self, options: Mapping[str, Any], numbers: Any) -> None:
-        """After a step of ``bound`` that was told options and numbers alone: `is_warm` from now on."""
-        dicts: list[Any] = [self.group, self._state]
-        self.warm = options, numbers, dicts, [value for one in dicts for value in one.values()]
 
     def position(self, groups: Groups) -> int:
         """The parameter's position among all of the optimizer's, which its random bits depend on; 0 without."""
@@ -142,20 +123,23 @@ class SingleParamCache:
 
     def keep(self, bound: Any, groups: Groups, state: States) -> None:
         """Keeps the bound parameter until any of what it was made of changes."""
-        self._state, self._values = state[self.param], dict(state[self.param])
+        self._state, self._values = state[self.param], list(state[self.param].values())
+        self._own = _own_values(self._state, self._own_keys)
         self._shard = getattr(self.param, "_local_tensor", None)
         self._options, self._position = _cached_options(self.group, self._algorithm), self.position(groups)
         self._given_options: Any = None  # of which ``_options`` are some
         self.bound = bound
 
-    def _bound_is_valid(self, groups: Groups, state: States, options: Any) -> bool:
+    def holds(self, groups: Groups, state: States, options: Any = None) -> bool:
+        """Whether all that ``bound`` was made of is what it was. ``options``: the group's, one object until one of them
+        changes; None: they are compared."""
         entry = state.get(self.param)
         if entry is not self._state:
             return False
-        if not _identical(entry.values(), self._values.values()):
-            if not _identical(*(_own_values(values, self._own_keys) for values in (entry, self._values))):
+        if not values_are([entry], self._values):
+            if not identical(_own_values(entry, self._own_keys), self._own):
                 return False
-            self._values = dict(entry)  # a wrapper has replaced entries of its own
+            self._values = list(entry.values())  # a wrapper has replaced entries of its own
         if options is None or options is not self._given_options:
             if _cached_options(self.group, self._algorithm) != self._options:
                 return False
@@ -171,7 +155,3 @@ def _cached_options(group: Mapping[str, Any], algorithm: spec.Algorithm) -> tupl
 
 def _own_values(entry: Mapping[str, Any], keys: Collection[str]) -> list[Any]:
     return [value for key, value in entry.items() if key in keys]
-
-
-def _identical(now: Collection[Any], then: Collection[Any]) -> bool:
-    return len(now) == len(then) and all(map(is_, now, then))

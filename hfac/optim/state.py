@@ -484,10 +484,11 @@ class KnownOptions:
 
     def __init__(self, names: Collection[str]) -> None:
         self._names, self._get = tuple(names), itemgetter(*names)
-        self._groups: dict[int, tuple[Mapping[str, Any], tuple[Any, ...]]] = {}
+        #: by index the group, its options, and all of its values
+        self._groups: dict[int, tuple[Mapping[str, Any], tuple[Any, ...], list[Any]]] = {}
 
     def keep(self, index: int, group: Mapping[str, Any]) -> None:
-        self._groups[index] = group, self._get(group)
+        self._groups[index] = group, self._get(group), list(group.values())
 
     def values(self, index: int) -> tuple[Any, ...]:
         """Those of a group that is known: the same object until one of them changes."""
@@ -496,11 +497,14 @@ class KnownOptions:
     def changed(self, index: int, group: Mapping[str, Any]) -> dict[str, Any]:
         """By name, the former values of the options that are other objects now. Of a group that is not known, all, with
         their present values."""
+        known, before, everything = self._groups.get(index, (None, (), []))
+        if known is group and ops.values_are([known], everything):
+            return {}
         now = self._get(group)
-        known, before = self._groups.get(index, (None, now))
         if known is not group:
             return dict(zip(self._names, now, strict=True))
-        if all(map(is_, now, before)):
+        if all(map(is_, now, before)):  # others' entries have changed
+            self._groups[index] = group, before, list(group.values())
             return {}
         pairs = zip(self._names, now, before, strict=True)
         return {name: old for name, new, old in pairs if new is not old}

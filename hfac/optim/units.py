@@ -89,7 +89,8 @@ class Unit:
         if (
             sharded is not None
             and len(trained) == len(self._singles)
-            and all(single.is_valid(groups, state) and single.bound is sharded for single in self._singles)
+            and all(single.is_in(groups) and single.holds(groups, state) for single in self._singles)
+            and all(single.bound is sharded for single in self._singles)
             and sharded.is_valid()
         ):
             return sharded

@@ -436,6 +436,34 @@ def test_a_step_of_gradients_where_they_lay_repeats_the_last_calls(name, release
         assert [int(run.state[param]["skipped"]) for param in run.params] == [0, 1, 1]
 
 
+@pytest.mark.parametrize("options", [{}, {"nonfinite": "skip"}, {"capturable": True, "nonfinite": "skip"}], ids=str)
+@pytest.mark.parametrize("name", ["HFac", "SMMF"])
+def test_a_clipped_step_of_one_parameter_repeats_its_last_call(name, options, backend, monkeypatch):
+    """By whatever it is clipped, a bad gradient and clipping by the same tensor among it, unless gradients have to be
+    written; and a limit without what clips is refused as ever."""
+    run = Run(name, backend, max_grad_norm=1.0, **options)
+    prepared, prepare = [], ops.OpCall.prepare
+    monkeypatch.setattr(ops.OpCall, "prepare", lambda call, *a, **k: prepared.append(call) or prepare(call, *a, **k))
+    factors = 0.5, 0.25, 1.0, 1.0, 0.125, 0.125, 0.75
+    for k, factor in enumerate(factors):
+        give_grads_in_place(run)
+        if k == 5:
+            run.params[1].grad.view(-1)[3] = torch.nan
+        run.group.update(lr=0.1 / (1 + k))
+        other, before = run.cold(), len(prepared)
+        clip = ops.Clip(torch.tensor(factor)) if k % 2 else torch.tensor(factor)
+        for param in run.params:
+            run.optimizer.step_param(param, clip=clip)
+        if k > 1:
+            written = backend == "cpu" and {*factors[k - 1 : k + 1]} != {1.0}
+            assert (len(prepared) > before) == (backend == "reference" or written)
+        for param in other.param_groups[0]["params"]:
+            other.step_param(param, clip=torch.tensor(factor))
+        torch.testing.assert_close(values_of(run.optimizer), values_of(other), rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(RuntimeError, match="step_param: max_grad_norm clips by the norm of all gradients"):
+        run.optimizer.step_param(run.params[0])
+
+
 def test_the_table_has_errors_and_results(backend):
     """Else the comparison above would compare less than it says."""
     errors = set()

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import hfac
-from hfac import backends, schedules
+from hfac import backends, ops, schedules
 from hfac.cli import check, doctor
 
 triton = pytest.importorskip("triton")
 
-from hfac.triton_kernels import launcher, table  # noqa: E402
+from hfac.triton_kernels import launcher, step, table  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from bench import triton_driver  # noqa: E402
@@ -210,3 +210,58 @@ def test_steps_that_are_told_more_repeat_their_launches_too(options, driver, mon
         assert mine.tolist() == [wanted] * len(mine)
         if "max_grad_norm" in options:
             assert room.coefficient == optimizer._norm_coefficient
+
+
+@pytest.mark.parametrize("factor", [None, 0.25])
+def test_parameters_that_are_stepped_one_by_one_share_their_numbers(factor, driver, monkeypatch):
+    """One copy of them goes to the device for each step, with what the gradients are divided by, and kernels look for
+    it there; another group has numbers of its own."""
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in 2 * SHAPES]
+    groups = [{"params": params[:4]}, {"params": params[4:]}]
+    optimizer = hfac.SMMF(groups, backend="triton", vector_reshape=False)
+    give_grads(params)
+    clip = None if factor is None else ops.Clip(torch.tensor(factor))
+
+    def release():
+        for param in params:
+            optimizer.step_param(param, clip=clip)
+
+    for _ in range(3):
+        release()
+    copies, copy = [], step._copy
+    monkeypatch.setattr(step, "_copy", lambda values, to: copies.append(to) or copy(values, to))
+    for t in (4.0, 5.0):
+        driver.launches.clear()
+        del copies[:]
+        optimizer.param_groups[0]["lr"] = 0.25 / t
+        release()
+        assert len(copies) == 2 and copies[0] is copies[1]
+        shared = copies[0].data_ptr()
+        where = {name: shared in arguments for name, _, arguments in driver.launches}
+        assert where["smmf_tiles"] and where["smmf_dense"]
+    optimizer.step_param(params[0], clip=clip)
+    assert copies[-1][table.LR.value] == 0.05
+    assert copies[-1][table.GRAD_SCALE.value] == (1.0 if factor is None else 1 / factor)
+    assert copies[-1][table.OWN.value + 1] == schedules.smmf_decay_second(6.0, -0.5)
+
+
+def test_whoever_observes_launches_is_told_of_each(driver, monkeypatch):
+    """As profilers do, which come and go. Else nothing is made for them."""
+    params, optimizer = stepped()
+    give_grads(params)
+    for _ in range(3):
+        optimizer.step()
+    told, tell = [], launcher.CompiledKernel.launch_metadata
+    monkeypatch.setattr(launcher.CompiledKernel, "launch_metadata", lambda *given: told.append(1) or tell(*given))
+    hook = launcher._hooks.launch_enter_hook
+    for observed in (False, True, False):
+        if hook is None:  # of versions in which there is at most one
+            monkeypatch.setattr(launcher._hooks, "launch_enter_hook", print if observed else None)
+        else:
+            (hook.add if observed else hook.remove)(print)
+        assert launcher.observed() == observed
+        for _ in range(2):
+            driver.launches.clear()
+            del told[:]
+            optimizer.step()
+            assert driver.launches and len(told) == observed * len(driver.launches)
