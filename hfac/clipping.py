@@ -119,3 +119,27 @@ def scaled(grads: list[Tensor], factor: Tensor) -> list[Tensor]:
     elif out:
         torch._foreach_mul_(out, factor.to(out[0].device))
     return out
+
+
+class Clip:
+    """What gradients are multiplied by to clip them, and what the calls of a step are told of it, which is formed once
+    for a device and not for each."""
+
+    def __init__(self, coefficient: Tensor) -> None:
+        self.coefficient = coefficient.detach() if coefficient.requires_grad else coefficient
+        self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """The coefficient there; in float32; and in float32 what kernels divide by that multiply by no more."""
+        found = self._on.get(device)
+        if found is None:
+            here = self.coefficient if self.coefficient.device == device else self.coefficient.to(device)
+            single, divisor = here, here.reciprocal()
+            if here.dtype != torch.float32:
+                single, divisor = here.to(torch.float32), divisor.to(torch.float32)
+            self._on[device] = found = here, single, divisor
+        return found
+
+
+def as_clip(clip: Tensor | Clip | None) -> Clip | None:
+    return clip if clip is None or clip.__class__ is Clip else Clip(clip)  # type: ignore[arg-type]

@@ -373,7 +373,6 @@ class Group:
         ``grad_scale`` and ``found_inf`` as `ops.OpCall.prepare` takes them. None where the group must be bound anew:
         parameters or states do not lie where they lay, gradients have other types than they had, or the steps of one
         bucket have come apart."""
-        constants = constants_of(self._algorithm, options)  # before anything is written
         grads = list(grads)
         if ops.compare(self._tensors, self._known) != ops.SAME:
             return None
@@ -387,20 +386,19 @@ class Group:
             for together in self._together
             for bucket, *found in together.decays(self._algorithm, options)
         }
+        constants, numbers = constants_of(self._algorithm, options) if on_device else {}, Numbers()
         told = []
         for bucket in self._buckets:
             if seen is None and not all(grad.dtype == bucket.grad_dtype for grad in bucket.among(grads)):
                 return None
-            t: Any
             if bucket.on_host is None:
                 t, decays = on_device[id(bucket)]
+                told.append((bucket, t, {**decays, **constants}))
             else:
                 made = bucket.on_host.common(hold=True)
                 if made is None:
                     return None
-                t = made + 1
-                decays = self._algorithm.decays(t, options)
-            told.append((bucket, t, {**decays, **constants}))
+                told.append((bucket, made + 1, numbers.of(self._algorithm, options, made + 1)))
         given = {"grad_scale": grad_scale, "found_inf": found_inf}
         marks = [(together, together.marks(found_inf, self._skips_steps)) for together in self._together]
         repeats = self._repeats and seen is not None and grad_scale is found_inf is None

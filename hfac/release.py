@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import clip_grad
 
-from . import clipping, distributed, ops
+from . import clipping, distributed
 from .distributed import layout
 from .optim import options
 from .optim.base import FactoredOptimizer
@@ -148,7 +148,7 @@ class ReleasedGradients:
         self._sorted: list[Tensor] = []  # the sharded parameters that are known
         self._ends = False  # whether the end of this backward pass calls back
         self._norm: Tensor | None = None
-        self._clip: tuple[float, ops.Clip] | None = None
+        self._clip: tuple[float, clipping.Clip] | None = None
         for param in self._shared():
             if param.requires_grad and not is_lazy(param):
                 self._hooks[param] = param.register_post_accumulate_grad_hook(self._hook)
@@ -240,7 +240,7 @@ class ReleasedGradients:
                 self._finish()
                 if self._arriving is not None and self._arriving[0] is not unit:
                     self._close()
-            if param in self._passed:  # another backward pass without step() in between
+            if self._passed and param in self._passed:  # another backward pass without step() in between
                 self._complete()
             if unit is not None:
                 self._arrive(unit, param)
@@ -337,11 +337,11 @@ class ReleasedGradients:
             self._passed[param] = norm
         param.grad = None
 
-    def _coefficient(self, limit: float, device: torch.device) -> ops.Clip:
+    def _coefficient(self, limit: float, device: torch.device) -> clipping.Clip:
         """What gradients are multiplied by, from the last complete norm."""
         if self._clip is None or self._clip[0] != limit:
             one = torch.ones((), dtype=torch.float32, device=device)
-            self._clip = limit, ops.Clip(one if self._norm is None else clipping.coefficient(self._norm, limit))
+            self._clip = limit, clipping.Clip(one if self._norm is None else clipping.coefficient(self._norm, limit))
         return self._clip[1]
 
     def _complete(self) -> None:

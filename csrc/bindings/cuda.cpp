@@ -205,52 +205,31 @@ class CudaStep {
     return step_->prepare(grads, clip, nonfinite);
   }
 
-  void launch(const py::kwargs& given) {
-    Keywords k(given);
-    Told told{};
-    take_numbers(k, told.arguments);
-    Arguments& a = told.arguments;
-    told.table = k.address<void>("table");
-    a.workspace = k.address<char>("workspace");
-    a.counters = k.address<int32_t>("counters");
-    a.nonfinite = k.address<int32_t>("nonfinite");
-    a.grad_scale = k.address<float>("grad_scale");
-    a.found_inf = k.address<float>("found_inf");
-    a.clip = k.address<float>("clip");
-    a.squares = k.address<double>("squares");
-    a.watched = k.address<double>("watched");
-    told.device = static_cast<int>(k.integer("device", 0));
-    told.stream = k.address<void>("stream");
+  // Numbers of the op, and addresses, by name.
+  void launch(const py::dict& numbers, const py::dict& memory, int device, uintptr_t stream) const {
+    Keywords k(numbers), at(memory);
+    Arguments a{};
+    take_numbers(k, a);
     k.done();
-    if (step_->table_bytes() && !told.table) refuse("table", "a null address");
-    last_ = told;
-    launch(told);
-  }
-
-  // All that the last launch was told, but for the numbers, flags and scale, which are these.
-  void again(const py::dict& numbers, uintptr_t nonfinite, uintptr_t grad_scale) const {
-    if (!last_) throw std::logic_error("no launch that could be made again");
-    Keywords k(numbers);
-    Told told = *last_;
-    take_numbers(k, told.arguments);
-    k.done();
-    told.arguments.nonfinite = reinterpret_cast<int32_t*>(nonfinite);
-    told.arguments.grad_scale = reinterpret_cast<float*>(grad_scale);
-    launch(told);
+    const void* const table = at.address<void>("table");
+    a.workspace = at.address<char>("workspace");
+    a.counters = at.address<int32_t>("counters");
+    a.nonfinite = at.address<int32_t>("nonfinite");
+    a.grad_scale = at.address<float>("grad_scale");
+    a.found_inf = at.address<float>("found_inf");
+    a.clip = at.address<float>("clip");
+    a.squares = at.address<double>("squares");
+    a.watched = at.address<double>("watched");
+    at.done();
+    if (step_->table_bytes() && !table) refuse("table", "a null address");
+    const py::gil_scoped_release release;
+    step_->launch(table, a, device, reinterpret_cast<void*>(stream));
   }
 
   void write_table(uintptr_t host) const { step_->write_table(reinterpret_cast<void*>(host)); }
   const Step& step() const { return *step_; }
 
  private:
-  // What a launch is told.
-  struct Told {
-    const void* table;
-    Arguments arguments;
-    int device;
-    void* stream;
-  };
-
   // The op's numbers; 0 of those that it does not have.
   void take_numbers(Keywords& k, Arguments& a) const {
     const py::float_ none(0.0);
@@ -278,12 +257,6 @@ class CudaStep {
     if (!(value >= 0 && value < 4294967296.0)) refuse("step", "a number in [0, 2^32) is needed");
   }
 
-  void launch(const Told& told) const {
-    const py::gil_scoped_release release;
-    step_->launch(told.table, told.arguments, told.device, told.stream);
-  }
-
-  std::optional<Told> last_;
   Kept kept_;
   std::unique_ptr<Step> step_;
   py::ssize_t size_ = 0;
@@ -329,9 +302,8 @@ void define_cuda(py::module_& m) {
   py::class_<CudaStep> step(m, "CudaStep", "The launches of one op over one list, and the table that they read.");
   step.def("prepare", &CudaStep::prepare,
            "Takes a step's gradients; true where the table in device memory is out of date.")
-      .def("launch", py::overload_cast<const py::kwargs&>(&CudaStep::launch))
-      .def("again", &CudaStep::again, py::arg("numbers"), py::arg("nonfinite"), py::arg("grad_scale"),
-           "The last launch with these numbers, and flags and scale by address (0: none), in place of its own.")
+      .def("launch", &CudaStep::launch, py::arg("numbers"), py::arg("memory"), py::arg("device") = 0,
+           py::arg("stream") = 0)
       .def("write_table", &CudaStep::write_table, py::arg("host"))
       .def("plan", [](const CudaStep& s) { return described(s.step().plan()); })
       .def_property_readonly("table_bytes", [](const CudaStep& s) { return s.step().table_bytes(); })

@@ -7,6 +7,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <cstring>
 #include <deque>
 #include <optional>
@@ -124,10 +125,10 @@ inline PyObject* interned(const char* name) {
 // says of which one argument is missing, unexpected or of another type.
 class Keywords {
  public:
-  explicit Keywords(const py::dict& given) : given_(given) { asked_.reserve(40); }
+  explicit Keywords(const py::dict& given) : given_(given) {}
 
   py::object take(const char* name, py::handle otherwise = {}) {
-    asked_.push_back(name);
+    asked_.at(count_++) = name;
     py::handle found = PyDict_GetItemWithError(given_.ptr(), interned(name));
     found_ += found ? 1 : 0;
     if (!found) found = otherwise;
@@ -171,15 +172,15 @@ class Keywords {
     for (const auto& item : given_) {
       const auto name = py::cast<std::string>(item.first);
       bool asked = false;
-      for (const char* const one : asked_) asked = asked || name == one;
+      for (size_t i = 0; i < count_; ++i) asked = asked || name == asked_[i];
       if (!asked) throw py::type_error("unexpected keyword argument '" + name + "'");
     }
   }
 
  private:
   const py::dict& given_;
-  std::vector<const char*> asked_;
-  size_t found_ = 0;
+  std::array<const char*, 64> asked_;
+  size_t count_ = 0, found_ = 0;
 };
 
 inline std::vector<int64_t> counts(const py::handle& value, const char* name) {

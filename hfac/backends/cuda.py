@@ -20,7 +20,7 @@ from ..spec import Op
 from ..staging import Staged, refused
 from . import addresses, cpu
 from .contract import Operands, Statistics
-from .planned import Cuda, Planned, index_of, launch_arguments, scalar
+from .planned import Cuda, Planned, address_of, addresses_of, index_of, scalar
 from .snapshots import SAME, Snapshot, compare, snapshot
 
 Tensors = Sequence[Tensor]
@@ -243,7 +243,8 @@ class CudaShardCall:
         workspace = torch.empty(max(plan.workspace_bytes, 1), dtype=torch.uint8, device=self._device)
         self._platform.before_launch(workspace)
         memory |= {"table": table, "workspace": workspace, "counters": None}
-        plan.launch(**launch_arguments(self._platform.stream(self._device), index_of(self._device), memory, found))
+        stream = address_of(self._platform.stream(self._device))
+        plan.launch(found, addresses_of(memory), index_of(self._device), stream)
         if capturing:
             self.captured += [plan, self._staged.source, *memory.values(), *held]
 

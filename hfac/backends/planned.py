@@ -68,9 +68,10 @@ class Planned:
         self.counters: Tensor | None = None
         self.workspace: Tensor | None = None  # None while statistics have it
         self.squares: Tensor | None = None  # likewise
-        self.stream: Any = None  # of the last launch
+        self.stream: Any = None  # of the last launch outside of captures
+        self.stream_at = 0  # its address
         self.looked: tuple[Snapshot | None, bool, bool] | None = None  # what `look` has told the plan
-        self.repeats = False  # whether the last launch was told by address nothing that the next may not be told, too
+        self.last: dict[str, int] | None = None  # addresses that the last launch was told, where that serves the next
 
     def squares_room(self, count: int) -> Tensor:
         """Where sums of squares of so many gradients go; what nothing writes there is 0."""
@@ -92,9 +93,8 @@ class Planned:
 
         ``workspace``: that of statistics, which is not to be overwritten; None: the plan's own. ``memory``: what a
         launch is told by address, and ``numbers`` the rest."""
-        self.repeats = False
-        capturing = self.platform.capturing()
-        stream = self.platform.stream(self.device)
+        self.last = None
+        capturing, stream = self.platform.capturing(), self.platform.stream(self.device)
         if capturing:
             self.check_room()
         elif stream != self.stream:
@@ -105,24 +105,23 @@ class Planned:
             self.platform.before_launch(workspace)
         flags = None if nonfinite is None else nonfinite.contiguous()
         memory |= {"nonfinite": flags, **{name: numbers.pop(name) for name in _MEMORY if name in numbers}}
-        others = (tensor for name, tensor in memory.items() if name not in ("nonfinite", "grad_scale"))
-        alone = not capturing and flags is nonfinite and all(tensor is None for tensor in others)
-        memory |= {"table": self.table, "workspace": workspace, "counters": self.counters}
-        kept: list[Tensor] = []
-        self.step.launch(**launch_arguments(stream, self.index, memory, self._told(numbers, kept)))
-        self.repeats = alone
+        held = {"table": self.staged.table, "workspace": workspace, "counters": self.counters}
+        own, told, kept = addresses_of(held), addresses_of(memory), list[Tensor]()
+        self.step.launch(self._told(numbers, kept), own | told, self.index, address_of(stream))
+        if not capturing and flags is nonfinite and told.keys() <= {"nonfinite", "grad_scale"}:
+            self.last = own
         if nonfinite is not None and flags is not None and flags is not nonfinite:
             nonfinite.copy_(flags)
         if capturing:
-            captured += [self.staged.source, *memory.values(), *kept]
+            captured += [self.staged.source, *held.values(), *memory.values(), *kept]
 
     def again(
         self, seen: Snapshot, numbers: Mapping[str, Any], nonfinite: Tensor | None, grad_scale: Tensor | None
     ) -> bool:
         """A launch on the same gradients as the last one, with these in place of all that it was told beside; False
         where that was told more."""
-        looked, workspace, platform = self.looked, self.workspace, self.platform
-        if not self.repeats or workspace is None or looked is None or looked[0] is not seen:
+        looked, workspace, platform, last = self.looked, self.workspace, self.platform, self.last
+        if last is None or workspace is None or looked is None or looked[0] is not seen:
             return False
         if looked[1:] != (numbers.get("clip_threshold") is not None, nonfinite is not None):
             return False
@@ -130,8 +129,9 @@ class Planned:
             return False
         platform.before_launch(workspace)
         kept: list[Tensor] = []  # until the launch
-        flags, scale = (0 if tensor is None else tensor.data_ptr() for tensor in (nonfinite, grad_scale))
-        self.step.again(self._told(numbers, kept), flags, scale)
+        if nonfinite is not None or grad_scale is not None:
+            last = last | addresses_of({"nonfinite": nonfinite, "grad_scale": grad_scale})
+        self.step.launch(self._told(numbers, kept), last, self.index, self.stream_at)
         return True
 
     def _told(self, numbers: Mapping[str, Any], kept: list[Tensor]) -> Mapping[str, Any]:
@@ -164,7 +164,7 @@ class Planned:
             if before is seen is not None or (seen is None and compare(list(grads), before) == SAME):
                 return
         seen = snapshot(list(grads)) if seen is None else seen
-        self.looked, self.repeats = None, False
+        self.looked = self.last = None
         if self.step.prepare(**addresses.of_grads(grads), clip=options[0], nonfinite=options[1]):
             self.stale = True  # until the table is written, whatever may fail before
         self.looked = seen, *options
@@ -187,7 +187,7 @@ class Planned:
             self.platform.after(self.stream, self.device)
             mine = (self.table, self.workspace, self.counters, *more)
             self.platform.used_on_another_stream([tensor for tensor in mine if tensor is not None], self.device)
-        self.stream = stream
+        self.stream, self.stream_at = stream, address_of(stream)
 
     def _bring(self, capturing: bool) -> None:
         """The plan's table to the device, where it is not there, and counters."""
@@ -207,16 +207,12 @@ class Planned:
         return self.workspace
 
 
-def launch_arguments(
-    stream: Any, device: int, memory: Mapping[str, Tensor | None], numbers: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What a plan is launched with. ``device``: its index; ``memory``: what kernels are told by address; ``numbers``:
-    the op's, tensors among them as `scalar` gives them."""
-    found = {**numbers, "device": device, "stream": getattr(stream, "cuda_stream", stream)}
-    for name, tensor in memory.items():
-        if tensor is not None:
-            found[name] = tensor.data_ptr()
-    return found
+def addresses_of(memory: Mapping[str, Tensor | None]) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in memory.items() if tensor is not None}
+
+
+def address_of(stream: Any) -> int:
+    return getattr(stream, "cuda_stream", stream)
 
 
 def scalar(value: Any, device: torch.device, kept: list[Tensor]) -> Any:

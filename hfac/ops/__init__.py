@@ -24,7 +24,8 @@ from ..backends.snapshots import (
     snapshot,
     values_are,
 )
-from .call import Clip, Inputs, OpCall, Statistics, as_clip, joined, run
+from ..clipping import Clip, as_clip
+from .call import Inputs, OpCall, Statistics, joined, run
 from .checks import PARAM_DTYPES, check_grads, check_length, check_tensor, check_writable, state_dtype
 from .counters import Counters, DeviceCounters, copier, hfac_dense_squares, nonfinite
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import backends, clipping, memory, spec, staging
 from ..backends.snapshots import Snapshot
+from ..clipping import Clip, as_clip
 from ..rounding import BitOffset
 from ..schedules import Scalar
 from ..spec import MASTER_LOW, REQUIRED, WATCHED
@@ -31,6 +32,7 @@ class Inputs(NamedTuple):
         double: whether a gradient is float64.
         negated: whether gradients may be views that negate, which must be copied before memory is read.
         seen: as `OpCall.prepare` takes it; None of gradients that kernels cannot read as they lie.
+        unscales: whether gradients are multiplied as they are read, and stay as they are.
     """
 
     call: Callable[..., None] | None
@@ -41,11 +43,7 @@ class Inputs(NamedTuple):
     double: bool = False
     negated: bool = False
     seen: Snapshot | None = None
-
-    @property
-    def unscales(self) -> bool:
-        """Whether gradients are multiplied as they are read, and stay as they are."""
-        return getattr(self.call, "unscales", False)
+    unscales: bool = False
 
     def readable(self, grads: list[Tensor]) -> list[Tensor]:
         return memory.materialized(grads) if self.negated else grads
@@ -80,30 +78,6 @@ class Statistics:
             return self.found
         assert self.sums is not None
         return clipping.roots(self.sums.squares, self.dtype)
-
-
-class Clip:
-    """What gradients are multiplied by to clip them, and what the calls of a step are told of it, which is formed once
-    for a device and not for each."""
-
-    def __init__(self, coefficient: Tensor) -> None:
-        self.coefficient = coefficient.detach() if coefficient.requires_grad else coefficient
-        self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
-
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """The coefficient there; in float32; and in float32 what kernels divide by that multiply by no more."""
-        found = self._on.get(device)
-        if found is None:
-            here = self.coefficient if self.coefficient.device == device else self.coefficient.to(device)
-            single, divisor = here, here.reciprocal()
-            if here.dtype != torch.float32:
-                single, divisor = here.to(torch.float32), divisor.to(torch.float32)
-            self._on[device] = found = here, single, divisor
-        return found
-
-
-def as_clip(clip: Tensor | Clip | None) -> Clip | None:
-    return clip if clip is None or clip.__class__ is Clip else Clip(clip)  # type: ignore[arg-type]
 
 
 def joined(statistics: Sequence[Statistics]) -> Tensor | None:
@@ -267,7 +241,8 @@ class OpCall:
                 grads = memory.materialized(grads)
             else:
                 negated = True  # they may have to be multiplied in place first
-        return Inputs(call, grads, nonfinite, numbers, scaling, self._double, negated, seen)
+        unscales = getattr(call, "unscales", False)
+        return Inputs(call, grads, nonfinite, numbers, scaling, self._double, negated, seen, unscales)
 
     def statistics(self, inputs: Inputs) -> Statistics:
         """The gradients' norms. Kernels on a GPU add up squares of the whole list at once; of H-Fac's matrices they and

@@ -179,7 +179,7 @@ class FactoredOptimizer(NormOptimizer):
         param: Tensor,
         group: dict[str, Any] | None = None,
         *,
-        clip: Tensor | ops.Clip | None = None,
+        clip: Tensor | clipping.Clip | None = None,
         lr_scale: float = 1.0,
     ) -> None:
         """Steps one parameter, with the same bits as `step`; does nothing where it has no gradient. For hooks that step
@@ -191,9 +191,9 @@ class FactoredOptimizer(NormOptimizer):
         Args:
             param: a parameter of this optimizer.
             group: its entry of ``param_groups``; None looks it up.
-            clip: a 0-d tensor that the gradient is multiplied by, or an `hfac.ops.Clip` of it, which many parameters
-                share. Required with ``max_grad_norm``, which has no effect here: the norm of all gradients is not known
-                yet.
+            clip: a 0-d tensor that the gradient is multiplied by, or an `hfac.clipping.Clip` of it, which many
+                parameters share. Required with ``max_grad_norm``, which has no effect here: the norm of all gradients
+                is not known yet.
             lr_scale: multiplies the group's learning rate in this step.
 
         Raises:
@@ -232,13 +232,13 @@ class FactoredOptimizer(NormOptimizer):
         if lr_scale != 1.0:
             options = {**options, "lr": schedules.as_scalar("lr", options["lr"]) * lr_scale}
 
-        clip, scaled = ops.as_clip(clip), "grad_scale" in self.__dict__ or "found_inf" in self.__dict__
+        clip, scaled = clipping.as_clip(clip), "grad_scale" in self.__dict__ or "found_inf" in self.__dict__
         if scaled or single.bound is None or not single.bound.repeat([grad], options, numbers, clip):
             self._step_single(single, grad, options, clip)
 
     @without_grad
     def _step_single(
-        self, single: SingleParamCache, grad: Tensor, options: Mapping[str, Any], clip: ops.Clip | None
+        self, single: SingleParamCache, grad: Tensor, options: Mapping[str, Any], clip: clipping.Clip | None
     ) -> None:
         """`step_param` of what does not repeat its last step."""
         params = [single.param]

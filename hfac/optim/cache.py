@@ -148,9 +148,12 @@ class SingleParamCache:
         return shard is self._shard and self.position(groups) == self._position
 
 
+_BOUND = itemgetter(*EXECUTION, "nonfinite", "rounding", "master")
+
+
 def _cached_options(group: Mapping[str, Any], algorithm: spec.Algorithm) -> tuple[Any, ...]:
     """The options that binding depends on."""
-    return (*(group[n] for n in (*EXECUTION, "nonfinite", "rounding", "master")), algorithm.has_first(group))
+    return *_BOUND(group), algorithm.has_first(group)
 
 
 def _own_values(entry: Mapping[str, Any], keys: Collection[str]) -> list[Any]:

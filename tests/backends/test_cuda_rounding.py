@@ -42,8 +42,8 @@ def test_others_have_any(op, kind, layouts):
 STEP = dict(numels=[12], param_dtypes=1, shapes=[(3, 4)])
 STEP |= dict.fromkeys(("params", "exp_avgs", "exp_avg_sqs"), [4096])
 LOW = dict(master_lows=[4096], low_bytes=[2])
-LAUNCH = dict(table=4096, workspace=4096, counters=4096, lr=0.1, weight_decay=0.0, beta1=0.5, beta2=0.5, eps=1e-8)
-LAUNCH |= dict(clip_threshold=None, maximize=False, decoupled_weight_decay=True)
+NUMBERS = dict(lr=0.1, weight_decay=0.0, beta1=0.5, beta2=0.5, eps=1e-8)
+NUMBERS |= dict(clip_threshold=None, maximize=False, decoupled_weight_decay=True)
 
 
 @pytest.mark.parametrize(
@@ -94,4 +94,4 @@ def test_bad_calls_are_refused(given, message):
 def test_a_launch_without_seed_or_step_is_refused(given, message):
     step = emulated.native.CudaStep.smmf_dense_step(**STEP, places=[(1, 0, None)])
     with pytest.raises(ValueError, match=message):
-        step.launch(**LAUNCH, **given)
+        step.launch(NUMBERS | given, dict(table=4096, workspace=4096, counters=4096))

@@ -227,21 +227,18 @@ class Step:
         self.prepared = arguments
         return self.step.prepare(**arguments)
 
-    def again(self, numbers: dict[str, Any], nonfinite: int, grad_scale: int) -> None:
-        self.launch(**{**self.last, **numbers, "nonfinite": nonfinite, "grad_scale": grad_scale})
-
-    def launch(self, **arguments: Any) -> None:
-        self.last, graph = arguments, self.device.graph
+    def launch(self, numbers: dict[str, Any], memory: dict[str, int], device: int = 0, stream: int = 0) -> None:
+        graph = self.device.graph
         if graph is None:
-            self.device.launched(self.device.named(arguments.get(name) for name in _HIDDEN))
-            self.step.launch(**arguments)
+            self.device.launched(self.device.named(memory.get(name) for name in _HIDDEN))
+            self.step.launch(numbers, memory)
             return
         step = self.make()
         step.prepare(**self.prepared)
         lists = [value for value in self.make.keywords.values() if isinstance(value, list)]
-        numbers = [x for value in lists for x in value if isinstance(x, int)] + list(map(arguments.get, _ADDRESSES))
-        blocks = self.device.named([*numbers, *(v[0] for v in arguments.values() if isinstance(v, tuple))])
-        graph.append(lambda: ([block.look() for block in blocks], step.launch(**arguments)))
+        addresses = [x for value in lists for x in value if isinstance(x, int)] + list(map(memory.get, _ADDRESSES))
+        blocks = self.device.named([*addresses, *(v[0] for v in numbers.values() if isinstance(v, tuple))])
+        graph.append(lambda: ([block.look() for block in blocks], step.launch(numbers, memory)))
 
 
 class Host(emulated.Host):

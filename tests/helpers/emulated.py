@@ -99,14 +99,13 @@ def registered() -> Iterator[None]:
         backends.unregister(NAME)
 
 
-#: Lists of addresses among the arguments of `CudaStep`'s functions, and single ones among those of a launch.
+#: Lists of addresses among the arguments of `CudaStep`'s functions, and numbers of a launch that may be addresses.
 LISTS = {
     *("params", "grads", "master_lows", "exp_avgs", "exp_avg_sqs"),
     *(f"exp_avg_{what}" for what in ("rows", "cols", "signs", "qs", "sq_rows", "sq_cols")),
     *("old_rows", "row_sums", "new_rows", "col_sums", "col_squares", "col_ratios", "new_cols"),
     *("new_sq_rows", "new_sq_cols"),
 }
-MEMORY = ("table", "workspace", "counters", "nonfinite", "grad_scale", "found_inf", "clip", "squares", "watched")
 SCALARS = ("lr", "weight_decay", "beta1", "beta2", "step", "totals", "mean_squares", "old_totals")
 
 
@@ -135,20 +134,15 @@ class Plan:
             raise AssertionError(f"{self.what}: the table is written by the host, but lies on the device")
         self._plan.write_table(host)
 
-    def again(self, numbers: dict[str, Any], nonfinite: int, grad_scale: int) -> None:
-        self.launch(**{**self.last, **numbers, "nonfinite": nonfinite, "grad_scale": grad_scale})
-
-    def launch(self, **arguments: Any) -> None:
-        self.last = dict(arguments)
+    def launch(self, numbers: dict[str, Any], memory: dict[str, int], device: int = 0, stream: int = 0) -> None:
         # A gradient may have the place of one that was freed. Ops on shards are made of theirs.
         self.of_grads = self._found(self.prepared or {"grads": self.arguments.get("grads")})
-        given = {name: arguments[name] for name in MEMORY if arguments.get(name)}
-        given |= {name: value[0] for name in SCALARS if isinstance(value := arguments.get(name), tuple)}
+        given = {name: address for name, address in memory.items() if address}
+        given |= {name: value[0] for name in SCALARS if isinstance(value := numbers.get(name), tuple)}
         memories = {**self.memories, **self.of_grads, **{name: [self._at(name, at)] for name, at in given.items()}}
-        arguments.update(device=0, stream=0)
         if self.gpu.capture is None:
             self._use(memories)
-            self._plan.launch(**arguments)
+            self._plan.launch(numbers, memory)
             return
         frozen = self._plan
         if self.prepared is not None:  # a graph keeps the launches of now, whatever this plan will be told
@@ -158,9 +152,9 @@ class Plan:
 
         def node() -> None:
             self._use(memories)
-            if not _agrees(arguments["table"], *expected):
+            if not _agrees(memory["table"], *expected):
                 raise AssertionError(f"{self.what}: a replay reads a table that is not the one it was captured with")
-            frozen.launch(**arguments)
+            frozen.launch(numbers, memory)
 
         self.gpu.capture.nodes.append(node)
 
