@@ -81,6 +81,9 @@ class Idle(cuda.Cuda):
     def stream(self, device: torch.device) -> int:
         return 0
 
+    def is_current(self, stream: int, index: int) -> bool:
+        return True
+
     def capturing(self) -> bool:
         return False
 

@@ -301,7 +301,7 @@ class Step:
                     bucket.call.apply(self._inputs(bucket, t, numbers))
                 self._count(bucket)
         else:
-            factor = ops.as_clip(clip)
+            factor = None if clip is None else ops.as_clip(clip)
             for scratch in self._scratch:
                 scratch.fill()
             for (bucket, inputs), found in zip(self.check(), self._statistics, strict=True):

@@ -288,7 +288,7 @@ class OpCall:
         if call is None:
             return
         more: dict[str, Any] = {}
-        clip = as_clip(clip)
+        clip = None if clip is None else as_clip(clip)
         sums = None if statistics is None or clip is None else statistics.sums
         if inputs.unscales:
             scaling = dict(inputs.scaling)

@@ -45,6 +45,9 @@ class Host:
     def stream(self, device: torch.device) -> int:
         return 0
 
+    def is_current(self, stream: int, index: int) -> bool:
+        return stream == self.stream(torch.device("cpu"))
+
     def used_on_another_stream(self, tensors: Sequence[Tensor], device: torch.device) -> None:
         pass
 
@@ -238,6 +241,9 @@ def instead_of_a_gpu(gpu: Any) -> Iterator[None]:
 
     class Platform(cuda.Cuda):
         native = Kernels(gpu)
+
+        def is_current(self, stream: Any, index: int) -> bool:
+            return stream == torch.cuda.current_stream(index)
 
         def before_launch(self, workspace: Tensor) -> None:
             workspace.fill_(0xFF)
