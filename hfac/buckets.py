@@ -180,7 +180,8 @@ class Step:
     Args:
         inputs: (bucket, grads, t, numbers, scaling, seed, seen, flags) -> what the bucket's call is handed, checked.
         grads: of the group's parameters.
-        seen: their snapshot, where nothing but addresses can have changed since an earlier step checked them.
+        before, seen: snapshots of the last step's gradients and of these, where nothing but addresses can have changed
+            since an earlier step checked them: the same object if they have not.
         told: of each bucket the number of the step and its other numbers.
         marks: of each `Together` what the device says of this step.
         scaling: ``grad_scale`` and ``found_inf``, or None.
@@ -194,6 +195,7 @@ class Step:
         self,
         inputs: Callable[..., ops.Inputs],
         grads: list[Tensor],
+        before: ops.Snapshot | None,
         seen: ops.Snapshot | None,
         told: list[tuple[Bucket, Any, dict[str, Any]]],
         marks: Sequence[tuple[Together, Marks]],
@@ -203,7 +205,7 @@ class Step:
         scratch: Sequence[Scratch],
         repeats: bool,
     ) -> None:
-        self._make, self._grads, self._seen, self._told = inputs, grads, seen, told
+        self._make, self._grads, self._before, self._seen, self._told = inputs, grads, before, seen, told
         self._marks, self._captured, self._scratch, self._repeats = marks, captured, scratch, repeats
         self._scaling, self._options, self._found_inf = scaling, options, scaling["found_inf"]
         #: of each bucket, where they can be up, and what forbids its step
@@ -297,7 +299,8 @@ class Step:
         if self._repeats and clip is None and self._checked is None:
             for bucket, t, numbers in self._told:
                 flags, _ = self._flags.get(bucket, (None, None))
-                if not bucket.call.again(self._seen, self._options.get("seed", 0), t, numbers, flags):
+                moved = None if self._before is self._seen else (self._before, bucket.of(self._grads))
+                if not bucket.call.again(self._seen, self._options.get("seed", 0), t, numbers, flags, None, moved):
                     bucket.call.apply(self._inputs(bucket, t, numbers))
                 self._count(bucket)
         else:

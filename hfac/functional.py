@@ -315,15 +315,15 @@ class Group:
         #: of gradients that have been found right
         self._known_grads: ops.Snapshot | None = None
 
-    def look(self, grads: list[Tensor]) -> ops.Snapshot | None:
-        """A snapshot of gradients, where such of the same types, devices, shapes and strides have been found right and
-        kernels can read them as they lie: the same object for as long as they lie where they lay. None of others, which
-        must be checked."""
-        known = self._known_grads
+    def look(self, grads: list[Tensor]) -> tuple[ops.Snapshot | None, ops.Snapshot | None]:
+        """Two snapshots, of the last step's gradients and of these, where such of the same types, devices, shapes and
+        strides have been found right and kernels can read them as they lie: the same object for as long as they lie
+        where they lay. For the second None of others, which must be checked."""
+        before = known = self._known_grads
         found = ops.compare(grads, known)
         if found == ops.ALIKE:
             self._known_grads = known = ops.snapshot(grads)
-        return None if found == ops.OTHER or memory.bypassed() or ops.any_negated(grads) else known
+        return before, None if found == ops.OTHER or memory.bypassed() or ops.any_negated(grads) else known
 
     def repeat(
         self, grads: list[Tensor], options: Mapping[str, Any], numbers: Numbers, clip: ops.Clip | None = None
@@ -333,7 +333,7 @@ class Group:
         bucket = self._buckets[0]
         if not self._repeats or len(self._buckets) > 1 or ops.compare(self._tensors, self._known) != ops.SAME:
             return False
-        seen, together = self.look(grads), bucket.together
+        (before, seen), together = self.look(grads), bucket.together
         if seen is None or (together is not None and bucket.call.capturing()):
             return False
         if bucket.on_host is None:
@@ -348,7 +348,8 @@ class Group:
             told = numbers.of(self._algorithm, options, t)
         marks = None if together is None else together.marks(None, False)
         flags = None if marks is None else marks.of[0]
-        if not bucket.call.again(seen, options.get("seed", 0), t, told, flags, clip):
+        moved = None if seen is before else (before, bucket.of(grads))
+        if not bucket.call.again(seen, options.get("seed", 0), t, told, flags, clip, moved):
             return False
         if together is None or marks is None:
             bucket.count(None)
@@ -376,7 +377,7 @@ class Group:
         grads = list(grads)
         if ops.compare(self._tensors, self._known) != ops.SAME:
             return None
-        seen = self.look(grads)
+        before, seen = self.look(grads)
         if seen is None:
             self._known_grads = None
             if self._batch_dims:
@@ -402,7 +403,9 @@ class Group:
         given = {"grad_scale": grad_scale, "found_inf": found_inf}
         marks = [(together, together.marks(found_inf, self._skips_steps)) for together in self._together]
         repeats = self._repeats and seen is not None and grad_scale is found_inf is None
-        step = Step(self._inputs, grads, seen, told, marks, given, options, self._captured, self._scratch, repeats)
+        step = Step(
+            self._inputs, grads, before, seen, told, marks, given, options, self._captured, self._scratch, repeats
+        )
         if not repeats:
             step.check()
         if seen is None and memory.PLAIN.issuperset(map(type, grads)) and not any(map(Tensor._is_zerotensor, grads)):

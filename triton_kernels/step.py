@@ -6,7 +6,7 @@ parameters' size. Numbers of a step (learning rate, decays, ...) are values in d
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -111,6 +111,10 @@ class Room(Launcher):
     def launch(self, which: str, options: Mapping[str, bool]) -> None:
         """The plan's ``launches``, or its ``statistics`` or ``squares`` alone. Where the last ones were for the same
         options, memory and stream, they are repeated."""
+        launches = self.plan.squares if which == "squares" else self.plan.launches
+        launches = launches[: self.plan.statistics] if which == "statistics" else launches
+        if not launches:
+            return
         moving = (self.grad_table, self.scalars, self.squares, self.watched)
         key = *options.values(), *[None if tensor is None else tensor.data_ptr() for tensor in moving]
         known = None if observed() else self._ready.get(which)
@@ -118,13 +122,10 @@ class Room(Launcher):
             for again in known[2]:
                 again()
             return
-        tiles, count = (self.square_tiles if which == "squares" else self.tiles), None
-        launches = self.plan.squares if which == "squares" else self.plan.launches
-        if which == "statistics":
-            count = self.plan.statistics
-        found = self.run(launches[:count], tiles[:count], options)
+        tiles = self.square_tiles if which == "squares" else self.tiles
+        found = self.run(launches, tiles[: len(launches)], options)
         ready = [again for again in found if again is not None]
-        if len(ready) == len(found) and not observed():
+        if found and len(ready) == len(found) and not observed():
             self._ready[which] = key, current_stream(), ready
 
     def set_scalars(self, numbers: Mapping[str, Any], capturing: bool) -> None:
@@ -329,6 +330,7 @@ class Bound:
         seen: Any,
         numbers: Mapping[str, Any],
         nonfinite: Tensor | None = None,
+        moved: tuple[Any, Tensors] | None = None,
         grad_scale: Tensor | None = None,
     ) -> bool:
         """As `hfac.backends` describes it."""
@@ -336,11 +338,17 @@ class Bound:
             room = self._rooms[-1] if self._rooms else None
             last = None if room is None else room.last
             kind = _kind_of(numbers, nonfinite, grad_scale)
-            if room is None or last is None or last.seen is not seen or last.kind != kind or self.capturing():
+            if room is None or last is None or last.kind != kind or self.capturing():
+                return False
+            if last.seen is not seen and (moved is None or last.seen is not moved[0]):
                 return False
             stream = platform.stream_of(self.device)
             if stream != room.stream or stream != self._stream:
                 return False
+            if moved is not None and last.seen is not seen:
+                room.last = None  # until all is there, whatever may fail before
+                room.locate(moved[1], False, seen)
+                room.last = last = replace(last, seen=seen)
             if nonfinite is None and _PLAIN.issuperset(map(type, numbers.values())):
                 shared = _shared.get((self.device, stream)) or _shared.setdefault(
                     (self.device, stream), Shared(self.device)

@@ -12,10 +12,11 @@ their strides say (`hfac.memory`), unless the backend has ``READS_MEMORY`` False
 * ``unscales`` True: it takes ``grad_scale`` and ``found_inf``, and multiplies gradients as it reads them;
 * ``compares`` True: it takes ``seen``, a snapshot (`hfac.backends.snapshots`) of the gradients, which is the same
   object for as long as they lie where they lay, or None;
-* ``again(seen, numbers, nonfinite=None)``, and of what ``unscales`` ``grad_scale=None`` behind, a call with the
-  gradients of ``seen``, these numbers, all that the op has, and contiguous ``nonfinite``, that reads nothing else anew.
-  It returns False, and has done nothing, where the last call was not one of the same gradients that was told nothing
-  else. ``numbers`` that are one object have the same values;
+* ``again(seen, numbers, nonfinite=None, moved=None)``, and of what ``unscales`` ``grad_scale=None`` behind, a call with
+  the gradients of ``seen``, these numbers, all that the op has, and contiguous ``nonfinite``, that reads nothing else
+  anew. It returns False, and has done nothing, where the last call was not one of the same gradients, or of those whose
+  snapshot ``moved`` begins with (`contract.Moved`), or was told anything else. ``numbers`` that are one object have the
+  same values;
 * ``workspace_bytes()``: what it keeps on the device from step to step;
 * where CUDA graphs can capture it, ``capturing()``, ``check_capture(grads, nonfinite, clip_threshold)``, which refuses
   what could not be captured, and ``captured``, a list of what replays need, which the call's owner may replace by one

@@ -9,6 +9,9 @@ from torch import Tensor
 from ..rounding import BitOffset
 from ..spec import MASTER_LOW, Op
 
+#: A snapshot of gradients, and gradients of the same types, shapes and strides that lie elsewhere.
+Moved = tuple[Any, Sequence[Tensor]]
+
 
 @dataclass(frozen=True)
 class Operands:

@@ -19,7 +19,7 @@ from torch.autograd.graph import increment_version
 from .. import memory
 from ..spec import Op
 from . import addresses
-from .contract import Operands, Statistics
+from .contract import Moved, Operands, Statistics
 
 Snapshot = Any  # of `hfac.backends.snapshots`, which reads through the extension that is loaded here
 Tensors = Sequence[Tensor]
@@ -114,10 +114,20 @@ class CpuCall:
         if alone and seen is not None:
             self._last = seen, told
 
-    def again(self, seen: Snapshot, numbers: Mapping[str, Any], nonfinite: Tensor | None = None) -> bool:
+    def again(
+        self,
+        seen: Snapshot,
+        numbers: Mapping[str, Any],
+        nonfinite: Tensor | None = None,
+        moved: Moved | None = None,
+    ) -> bool:
         last = self._last  # another thread may replace it
-        if last is None or last[0] is not seen or ("nonfinite" in last[1]) != (nonfinite is not None):
+        if last is None or ("nonfinite" in last[1]) != (nonfinite is not None):
             return False
+        if last[0] is not seen:
+            if moved is None or last[0] is not moved[0]:
+                return False
+            self._last = last = seen, {**last[1], "grads": addresses.addresses(moved[1])}
         if self._written:
             increment_version(self._written)
         told = {**last[1], **_on_host(numbers), "threads": torch.get_num_threads()}

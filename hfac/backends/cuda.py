@@ -19,7 +19,7 @@ from torch.autograd.graph import increment_version  # tells autograd of writes t
 from ..spec import Op
 from ..staging import Staged, refused
 from . import addresses, cpu
-from .contract import Operands, Statistics
+from .contract import Moved, Operands, Statistics
 from .planned import Cuda, Planned, address_of, addresses_of, index_of, scalar
 from .snapshots import SAME, Snapshot, compare, snapshot
 
@@ -132,11 +132,12 @@ class CudaCall:
         seen: Snapshot,
         numbers: Mapping[str, Any],
         nonfinite: Tensor | None = None,
+        moved: Moved | None = None,
         grad_scale: Tensor | None = None,
     ) -> bool:
         with self._lock:
             increment_version(self.params)
-            return self._plain.again(seen, numbers, nonfinite, grad_scale)
+            return self._plain.again(seen, numbers, nonfinite, moved, grad_scale)
 
     def capturing(self) -> bool:
         """Whether a graph is being captured, in whose replays what is launched now will run."""

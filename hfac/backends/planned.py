@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..staging import Staged, refused
 from . import addresses, cpu
+from .contract import Moved
 from .snapshots import SAME, Snapshot, compare, snapshot
 
 Tensors = Sequence[Tensor]
@@ -114,34 +115,51 @@ class Planned:
             self.platform.before_launch(workspace)
         flags = None if nonfinite is None else nonfinite.contiguous()
         memory |= {"nonfinite": flags, **{name: numbers.pop(name) for name in _MEMORY if name in numbers}}
-        held = {"table": self.staged.table, "workspace": workspace, "counters": self.counters}
-        own, told, kept = addresses_of(held), addresses_of(memory), list[Tensor]()
+        own, told, kept = self._held(workspace), addresses_of(memory), list[Tensor]()
         self.step.launch(self._told(numbers, kept), own | told, self.index, address_of(stream))
         if not capturing and flags is nonfinite and told.keys() <= {"nonfinite", "grad_scale"}:
             self.last = own
         if nonfinite is not None and flags is not None and flags is not nonfinite:
             nonfinite.copy_(flags)
         if capturing:
-            captured += [self.staged.source, *held.values(), *memory.values(), *kept]
+            captured += [self.staged.source, self.table, workspace, self.counters, *memory.values(), *kept]
 
     def again(
-        self, seen: Snapshot, numbers: Mapping[str, Any], nonfinite: Tensor | None, grad_scale: Tensor | None
+        self,
+        seen: Snapshot,
+        numbers: Mapping[str, Any],
+        nonfinite: Tensor | None,
+        moved: Moved | None,
+        grad_scale: Tensor | None,
     ) -> bool:
-        """A launch on the same gradients as the last one, with these in place of all that it was told beside; False
-        where that was told more."""
+        """A launch on the same gradients as the last one, or on what has ``moved`` from there, with these in place of
+        all that it was told beside; False where that was told more."""
         looked, workspace, platform, last = self.looked, self.workspace, self.platform, self.last
-        if last is None or workspace is None or looked is None or looked[0] is not seen:
+        if last is None or workspace is None or looked is None:
             return False
-        if looked[1:] != (numbers.get("clip_threshold") is not None, nonfinite is not None):
+        if looked[0] is not seen and (moved is None or looked[0] is not moved[0]):
+            return False
+        threshold = numbers.get("clip_threshold")
+        if looked[1:] != (threshold is not None, nonfinite is not None):
             return False
         if platform.capturing() or not platform.is_current(self.stream, self.index):
             return False
+        if moved is not None and looked[0] is not seen:
+            self.look(moved[1], nonfinite, threshold, seen)
+            self._bring(False)
+            workspace = self._room()
         platform.before_launch(workspace)
+        if self.last is None:  # of other gradients
+            self.last = last = self._held(workspace)
         kept: list[Tensor] = []  # until the launch
         if nonfinite is not None or grad_scale is not None:
             last = last | addresses_of({"nonfinite": nonfinite, "grad_scale": grad_scale})
         self.step.launch(self._told(numbers, kept), last, self.index, self.stream_at)
         return True
+
+    def _held(self, workspace: Tensor) -> dict[str, int]:
+        """What every launch is told by address."""
+        return addresses_of({"table": self.table, "workspace": workspace, "counters": self.counters})
 
     def _told(self, numbers: Mapping[str, Any], kept: list[Tensor]) -> Mapping[str, Any]:
         """A launch's numbers; to ``kept`` are added the tensors whose addresses are among them."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, clipping, memory, spec, staging
+from ..backends.contract import Moved
 from ..backends.snapshots import Snapshot
 from ..clipping import Clip, as_clip
 from ..rounding import BitOffset
@@ -324,21 +325,23 @@ class OpCall:
         numbers: Mapping[str, Any],
         nonfinite: Tensor | None = None,
         clip: Clip | None = None,
+        moved: Moved | None = None,
     ) -> bool:
         """Makes the step that `prepare` and `apply` would make of the gradients of ``seen``, where the last one was of
-        them, too, and all that either was told beside are numbers, ``nonfinite`` as `prepare` checks it, and ``clip``.
-        False, with nothing done, where it was another, or gradients had to be written to clip them."""
+        them, too, or of those that they have ``moved`` from, and all that either was told beside are numbers,
+        ``nonfinite`` as `prepare` checks it, and ``clip``. False, with nothing done, where it was another, or gradients
+        had to be written to clip them."""
         if self._again is None:
             return False
         if self.stochastic:
             numbers = {**numbers, "seed": seed, "step": step}
         if clip is None:
-            return self._again(seen, numbers, nonfinite)
+            return self._again(seen, numbers, nonfinite, moved)
         coefficient, _, divisor = clip.on(self.device)
         if self.unscales:
-            return self._again(seen, numbers, nonfinite, divisor)
+            return self._again(seen, numbers, nonfinite, moved, divisor)
         one = coefficient.is_cpu and type(coefficient) is Tensor and staging.on_host(coefficient) == [1.0]
-        return one and self._again(seen, numbers, nonfinite)
+        return one and self._again(seen, numbers, nonfinite, moved)
 
     def _check_given(
         self, count: int, nonfinite: Tensor | None, watched: Tensor | None, scaling: Mapping[str, Tensor]

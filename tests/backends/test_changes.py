@@ -400,12 +400,13 @@ def give_grads_in_place(run):
 
 
 @pytest.mark.parametrize("options", [{}, {"nonfinite": "skip"}, {"capturable": True, "nonfinite": "skip"}], ids=str)
+@pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize("released", [False, True])
 @pytest.mark.parametrize("name", ["HFac", "SMMF"])
-def test_a_step_of_gradients_where_they_lay_repeats_the_last_calls(name, released, options, backend, monkeypatch):
-    """With the bits of a new optimizer's step, other rates among them, and gradients that are skipped; what the calls
-    were handed is not made anew."""
-    run = Run(name, backend, **options)
+def test_a_step_repeats_the_last_calls(name, released, moved, options, backend, monkeypatch):
+    """With the bits of a new optimizer's step, other rates among them, gradients that are skipped, and such as lie
+    elsewhere; what the calls were handed is not made anew."""
+    run, held = Run(name, backend, **options), []
 
     def step():
         if released:
@@ -421,7 +422,11 @@ def test_a_step_of_gradients_where_they_lay_repeats_the_last_calls(name, release
     prepare = ops.OpCall.prepare
     monkeypatch.setattr(ops.OpCall, "prepare", lambda call, *a, **k: prepared.append(call) or prepare(call, *a, **k))
     for rate, bad in ((0.3, 1), (0.05, 2), (0.2, None)):
-        give_grads_in_place(run)
+        if moved:
+            held += [param.grad for param in run.params]  # whose memory the next ones do not get
+            run.receive_grads()
+        else:
+            give_grads_in_place(run)
         if bad is not None and "nonfinite" in options:
             run.params[bad].grad.view(-1)[3] = torch.inf
         run.group.update(lr=rate, weight_decay=rate / 2)
@@ -512,7 +517,7 @@ def test_another_gradient_in_the_place_of_one_that_was_freed(count, native, monk
     for _ in range(count):
         grad = gradient_at(arena, rng)
         kind = grad.dtype, grad.shape, grad.stride()
-        assert (group.look([grad]) is not None) == (kind == known)
+        assert (group.look([grad])[1] is not None) == (kind == known)
         seen += kind == known
         if grad.shape == param.shape:
             if group.prepare([grad], **options) is None:  # it is of another type

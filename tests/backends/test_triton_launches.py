@@ -212,6 +212,34 @@ def test_steps_that_are_told_more_repeat_their_launches_too(options, driver, mon
             assert room.coefficient == optimizer._norm_coefficient
 
 
+@pytest.mark.parametrize("released", [False, True])
+def test_launches_are_repeated_for_gradients_that_lie_elsewhere(released, driver, monkeypatch):
+    """What kernels find of them in device memory is where they lie now."""
+    params, optimizer = stepped()
+    held = []
+
+    def make():
+        held.extend(param.grad for param in params)  # whose memory the next ones do not get
+        give_grads(params)
+        driver.launches.clear()
+        for param in params if released else [None]:
+            optimizer.step_param(param) if released else optimizer.step()
+
+    for _ in range(3):
+        make()
+    before = [*driver.launches]
+    ran, run = [], launcher.Launcher.run
+    monkeypatch.setattr(launcher.Launcher, "run", lambda *given: ran.append(given) or run(*given))
+    make()
+    assert driver.launches == before and not ran
+    groups = [optimizer._single[param].bound for param in params] if released else [optimizer._bound[0][1]]
+    for group, mine in zip(groups, [[p] for p in params] if released else [params], strict=True):
+        for bucket in group._buckets:
+            (room,) = bucket.call._call._rooms
+            found = room.grad_table.view(-1, 2)[:, 0].tolist()
+            assert found == [grad.data_ptr() for grad in bucket.of([param.grad for param in mine])]
+
+
 @pytest.mark.parametrize("factor", [None, 0.25])
 def test_parameters_that_are_stepped_one_by_one_share_their_numbers(factor, driver, monkeypatch):
     """One copy of them goes to the device for each step, with what the gradients are divided by, and kernels look for

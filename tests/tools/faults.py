@@ -341,7 +341,7 @@ FAULTS = [
     Fault(
         "memory that a graph reads is freed",
         "hfac",
-        "captured += [self.staged.source, *held.values(), *memory.values(), *kept]",
+        "captured += [self.staged.source, self.table, workspace, self.counters, *memory.values(), *kept]",
         "captured += [self.staged.source, *kept]",
         "tests/backends/test_captures.py",
     ),
