@@ -246,6 +246,20 @@ FAULTS = [
         f"{CHANGES} -k nothing",
     ),
     Fault(
+        "a repeated launch is not clipped",
+        "hfac",
+        "return self._again(seen, numbers, nonfinite, moved, divisor)",
+        "return self._again(seen, numbers, nonfinite, moved)",
+        f"{CHANGES} -k clipped",
+    ),
+    Fault(
+        "a step has the numbers that another group's has brought",
+        "triton_kernels",
+        "self._known[0] is numbers and self._known[1] is grad_scale",
+        "self._known[1] is grad_scale",
+        "tests/backends/test_triton_launches.py -k share",
+    ),
+    Fault(
         "found_inf is not looked at",
         "csrc",
         "HFAC_DEVICE bool skipped(const Arguments& a) { return a.found_inf && *a.found_inf != 0.0f; }",
