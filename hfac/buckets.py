@@ -174,6 +174,30 @@ def pick(entries: Sequence[Any], index: Sequence[int]) -> list[Any]:
     return list(itemgetter(*index)(entries)) if len(index) > 1 else [entries[i] for i in index]
 
 
+@dataclass
+class Repeated:
+    """A step of a `Group` in which nothing but addresses of gradients and numbers differ from an earlier one.
+
+    Attributes: as `Step`'s.
+    """
+
+    inputs: Callable[..., ops.Inputs]
+    grads: list[Tensor]
+    before: ops.Snapshot
+    seen: ops.Snapshot
+    told: list[tuple[Bucket, float, dict[str, Any]]]
+    seed: int
+
+    def apply(self) -> None:
+        """Makes the step, and counts it."""
+        for bucket, t, numbers in self.told:
+            moved = None if self.seen is self.before else (self.before, bucket.of(self.grads))
+            if not bucket.call.again(self.seen, self.seed, t, numbers, moved=moved):
+                scaling = {"grad_scale": None, "found_inf": None}
+                bucket.call.apply(self.inputs(bucket, self.grads, t, numbers, scaling, self.seed, self.seen, None))
+            bucket.count(None)
+
+
 class Step:
     """A validated step of a `Group`: ask for its norms, or not, then apply it, once.
 

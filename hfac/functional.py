@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import memory, ops, schedules, spec
-from .buckets import Bucket, Step, Together, pick
+from .buckets import Bucket, Repeated, Step, Together, pick
 from .rounding import BitOffset
 from .schedules import Scalar
 from .scratch import Scratch
@@ -312,6 +312,8 @@ class Group:
         self._known = ops.snapshot(self._tensors)  # which the counters may have moved
         #: whether a step is told nothing but gradients, numbers and flags, unless it is clipped or scaled
         self._repeats = not (self._scratch or watch or skips_steps)
+        #: and whether the host counts all of its steps
+        self.is_repeatable = self._repeats and not self._together
         #: of gradients that have been found right
         self._known_grads: ops.Snapshot | None = None
 
@@ -356,6 +358,24 @@ class Group:
         else:
             together.count(marks, None)
         return True
+
+    def repeated(self, grads: list[Any], options: Mapping[str, Any], numbers: Numbers) -> Repeated | None:
+        """What `prepare` would give where the host counts every bucket's steps, and the step is told nothing but
+        gradients like the last ones and ``numbers``, which are neither clipped nor scaled. None where it is another;
+        entries may be None then."""
+        if not self.is_repeatable or ops.compare(self._tensors, self._known) != ops.SAME:
+            return None
+        before, seen = self.look(grads)
+        if seen is None:
+            return None
+        told = []
+        for bucket in self._buckets:
+            assert bucket.on_host is not None
+            made = bucket.on_host.common(hold=True)
+            if made is None:
+                return None
+            told.append((bucket, made + 1, numbers.of(self._algorithm, options, made + 1)))
+        return Repeated(self._inputs, grads, before, seen, told, options.get("seed", 0))
 
     def workspace_bytes(self) -> int:
         """Bytes on the device that fused kernels keep between steps, and those of `Scratch`."""

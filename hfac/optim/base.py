@@ -114,6 +114,12 @@ class FactoredOptimizer(NormOptimizer):
                 loss = closure()
         if getattr(self, "found_inf", None) is not None and self._is_forbidden():
             return loss
+        repeated = self._repeated_steps()
+        if repeated is not None:
+            self._grad_norm = self._norm_coefficient = None
+            for each in repeated:
+                each.apply()
+            return loss
         ready = self._ready()
         cache, grads, steps, shared = ready
         sharded, given = self._sharded, self._given_norm
@@ -162,6 +168,28 @@ class FactoredOptimizer(NormOptimizer):
         if sharded is not None:
             self._watched |= sharded.watched
         return loss
+
+    def _repeated_steps(self) -> list[functional.Repeated] | None:
+        """The groups' steps, where each is like its last one, of all its parameters, and without clipping, scaling or
+        sums over ranks; None where `step` must look at more."""
+        cache, mine = self._cache, self.__dict__
+        if cache is None or cache.dtensors or self._sharded is not None or self._units is not None or self._in_graphs:
+            return None
+        if self._given_norm is not None or "grad_scale" in mine or "found_inf" in mine:  # set by a GradScaler
+            return None
+        steps: list[functional.Repeated] = []
+        for index in range(len(self.param_groups)):
+            present, bound = self._bound.get(index, (None, None))
+            _, options, limit, numbers = self._given_of(index)
+            if bound is None or present is not None or limit is not None or not bound.is_repeatable:
+                return None
+            if not steps and not cache.is_valid(self.param_groups, self.state):
+                return None
+            step = bound.repeated(cache.gradients(index, self._gradients), options, numbers)
+            if step is None:
+                return None
+            steps.append(step)
+        return steps
 
     def _ready(self) -> Ready:
         """Validates a step of all that has a gradient."""

@@ -56,6 +56,8 @@ _ADDED = {
 }
 #: options on which the shapes of the state depend
 FIXED = ("dense", "batch_dims", "views", "views_dim")
+#: options that schedulers write before every step, and on which no state depends
+RATES = {"lr", "weight_decay"}
 #: options that say how a step runs, not what it computes; loading a checkpoint keeps the running optimizer's
 EXECUTION = ("capturable", "backend", "amp_scaling", "watch")
 #: state key of the bits that a bfloat16 parameter lacks of its master weight
@@ -273,7 +275,8 @@ class StatefulOptimizer(Optimizer):
         if not before:
             return
         now = self._checked({name: group[name] for name in before})
-        for name, old in before.items():
+        for name in before.keys() - RATES:
+            old = before[name]
             fixed = name in (*FIXED, self._own_option, *self._state_options) and now[name] != old
             changes_keys = self._spec.has_first(group) != self._spec.has_first({**group, name: old})
             if (fixed or changes_keys) and any(has_state(self.state, param) for param in group["params"]):

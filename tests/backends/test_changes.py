@@ -469,6 +469,24 @@ def test_a_clipped_step_of_one_parameter_repeats_its_last_call(name, options, ba
         run.optimizer.step_param(run.params[0])
 
 
+@pytest.mark.parametrize("name", ["HFac", "SMMF"])
+def test_where_a_group_is_refused_those_before_it_are_not_stepped(name, backend):
+    params = [Parameter(torch.randn(shape)) for shape in SHAPES]
+    optimizer = getattr(hfac, name)([{"params": [param]} for param in params], backend=backend)
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+    with torch.no_grad():
+        params[-1].grad = torch.randn(SHAPES[-1]).to_sparse()
+    before = values_of(optimizer)
+    assert stepped(optimizer) is not None
+    torch.testing.assert_close(values_of(optimizer), before, rtol=0, atol=0)
+    params[-1].grad = torch.randn_like(params[-1])
+    assert stepped(optimizer) is None
+    assert not any(torch.equal(mine, old) for mine, old in zip(values_of(optimizer)[0], before[0], strict=True))
+
+
 def test_the_table_has_errors_and_results(backend):
     """Else the comparison above would compare less than it says."""
     errors = set()
