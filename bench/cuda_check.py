@@ -107,11 +107,15 @@ def describe(symbol: str) -> tuple[str, str]:
     if name is None:
         raise ValueError(f"a kernel of csrc/cuda is needed, got {symbol}; add it to bench/cuda_check.py")
     rest = symbol[name.end() :]
-    flags = re.findall(r"Lb([01])E", rest)  # is it one on blocks of shards (SMMF's tiles only), is it watched
+    # Of SMMF's tiles: is it one on blocks of shards, has it small matrices, too; is it watched
+    flags = re.findall(r"Lb([01])E", rest)
     suffix = ", watched" if flags[-1:] == ["1"] else ""
     if name[1].startswith("hfac_stats"):  # of gradients that are scaled or looked at, or plain
         suffix = suffix.replace("watched", "options")
-    suffix = ", blocks of shards" if flags == ["1", "0"] else suffix
+    if flags == ["1", "0", "0"]:
+        suffix = ", blocks of shards"
+    elif flags == ["0", "1", "0"] and "AnyAccess" not in rest and "StoredAccess" not in rest:
+        suffix = ", and small matrices"
     if rest.startswith("NS_12StoredAccess"):
         return name[1], f"any, float32, stochastically or with a lower piece{suffix}"
     stored = re.match(r"NS_\d+(Drawn|Split8?)AccessI(f|NS_8BFloat16E)E", rest)

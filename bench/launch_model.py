@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ _CHUNKS = {"hfac_fold": (256, 128), "hfac_int8_fold": (256, 128), "smmf_fold": (
 _LAST = ("hfac_fold", "hfac_int8_fold", "dense_look")
 _COUNTS = ("instructions", "mufu", "shuffles", "barriers", "loaded", "stored", "wide", "local", "in_flight")
 _VECTOR = 8  # elements of a row that a thread has
+_WARPS = 8  # of a block that has a tile for each of them
 _OPERANDS = {"any": "any, float32", "float64": "any, float64"}
 
 
@@ -77,10 +79,17 @@ def code_of(launch: dict[str, Any], arch: str) -> Code:
     operands = _OPERANDS.get(access) or f"bulk, {access} with {access} gradients"
     if width in ("four", "long", "wide"):
         name += f"_{width}"
+    if launch["small_blocks"] and access not in _OPERANDS:
+        operands += ", and small matrices"
     code = kernels_of(arch).get((name, operands))
     if code is not None:
         return code
     raise LookupError(f"no kernel {name} for {operands} {width} was compiled for sm_{arch}")
+
+
+def _tile_of(launch: dict[str, Any], block: int) -> int:
+    """The first tile of a block among all launches': the first blocks have one for each warp, the others one."""
+    return launch["first_tile"] + block + (_WARPS - 1) * min(block, launch["small_blocks"])
 
 
 class Walks:
@@ -168,8 +177,8 @@ class Model:
         tiles = np.frombuffer(plan["image"]["tiles"], np.int32).reshape(-1, 2)
         known: dict[Any, Predicted] = {}
         for k, launch in enumerate(plan["launches"]):
-            mine = tiles[launch["first_tile"] : launch["first_tile"] + launch["blocks"]]
-            items, counts = np.unique(mine[:, 0], return_counts=True)
+            mine = tiles[launch["first_tile"] : _tile_of(launch, launch["blocks"])]
+            items, counts = np.unique(mine[mine[:, 0] >= 0, 0], return_counts=True)
             of = tuple((*shapes[i], int(n)) for i, n in zip(items, counts, strict=True))
             alike = (launch["kernel"], launch["access"], launch["width"], launch["bytes"], of)
             if alike not in known:
@@ -193,27 +202,37 @@ class Model:
         )  # fmt: skip
         order: list[tuple[int, float]] = []
         latency = tail = 0.0
-        starts = np.flatnonzero(np.diff(tiles[:, 0], prepend=-1))
-        for start, stop in zip(starts, [*starts[1:], len(tiles)], strict=True):
+
+        def add(count: int, one: Walked) -> float:
+            """So many such blocks; the seconds of one."""
+            nonlocal latency
+            found.in_flight = max(found.in_flight, one.in_flight * resident)
+            for name in ("instructions", "mufu", "shuffles", "barriers", "wide", "local", "undecided"):
+                setattr(found, name, getattr(found, name) + count * getattr(one, name))
+            found.moved += count * (one.loaded + one.stored)
+            order.append((count, one.cycles[few] / gpu.clock))
+            latency += count * one.cycles[resident] / gpu.clock
+            return one.cycles[few] / gpu.clock
+
+        small = launch["small_blocks"]
+        for block in range(small):
+            items = [int(i) for i in tiles[_WARPS * block : _WARPS * (block + 1), 0] if i >= 0]
+            found.elements += sum(math.prod(shapes[i]) for i in items)
+            add(1, self._small(code, image, k, launch, items, [shapes[i] for i in items], block, {few, resident}))
+        starts = np.flatnonzero(np.diff(tiles[_WARPS * small :, 0], prepend=-1)) + _WARPS * small
+        for start, stop in pairwise([*starts, len(tiles)]):
             item = int(tiles[start, 0])
             classes = self._classes(launch, image, item, shapes[item], int(stop - start))
             found.elements += math.prod(shapes[item])
             first = 0.0  # seconds of the item's first block, of which the last one to be done is walked as well
             for count, index, rows, last in classes:
-                one = self._block(
-                    code, image, k, launch, item, shapes[item], int(start) + index, rows, last, {few, resident}
-                )
-                seconds = {r: one.cycles[r] / gpu.clock for r in (few, resident)}
+                block = int(start) + index - (_WARPS - 1) * small
+                one = self._block(code, image, k, launch, item, shapes[item], block, rows, last, {few, resident})
                 if last:
-                    tail = max(tail, seconds[few] - first)
+                    tail = max(tail, one.cycles[few] / gpu.clock - first)
                     continue
-                first = first or seconds[few]
-                found.in_flight = max(found.in_flight, one.in_flight * resident)
-                for name in ("instructions", "mufu", "shuffles", "barriers", "wide", "local", "undecided"):
-                    setattr(found, name, getattr(found, name) + count * getattr(one, name))
-                found.moved += count * (one.loaded + one.stored)
-                order.append((count, seconds[few]))
-                latency += count * seconds[resident]
+                seconds = add(count, one)
+                first = first or seconds
         slots = gpu.multiprocessors * few
         found.times = {
             "bytes": launch["bytes"] / gpu.copy,
@@ -287,7 +306,8 @@ class Model:
         rows: int | None, last: bool, residents: set[int],
     ) -> Walked:  # fmt: skip
         cut = _CUT.get(launch["kernel"])
-        index = int(np.frombuffer(image["tiles"], np.int32)[2 * (launch["first_tile"] + position) + 1])
+        tiles = np.frombuffer(image["tiles"], np.int32).reshape(-1, 2)
+        index = int(tiles[_tile_of(launch, position), 1])
         tilings = [t for name in ("tiling", "update") for t in self._tiling(image, name, item)]
         of = (*shape, *tilings, index, rows, last, launch["threads"])
 
@@ -296,21 +316,36 @@ class Model:
             if rows is not None and cut is not None:
                 at = self._at(image, cut, item)
                 items[at : at + 4] = int(rows).to_bytes(4, "little")
-            known = [(image["items_at"], bytes(items)), (image["tiles_at"], image["tiles"])]
-            resident = max(residents)
-            share = 160 << 10  # of shared memory and L1, for lines that are read again
-            walker = self._walkers.get(code.symbol) or Walker(code, Memory([]))
-            self._walkers[code.symbol] = walker
-            walker.memory = Memory(known, image["counters_at"], image["operands_at"])
-            walker.cached = share * LANES // (launch["threads"] * resident)
+            walker = self._walker(code, image, launch, bytes(items), max(residents))
             block = launch["blocks"] - 1 - position if launch["backward"] else position
-            blocks = int((np.frombuffer(image["tiles"], np.int32).reshape(-1, 2)[
-                launch["first_tile"] : launch["first_tile"] + launch["blocks"], 0] == item).sum())  # fmt: skip
+            blocks = int((tiles[launch["first_tile"] : _tile_of(launch, launch["blocks"]), 0] == item).sum())
             alike = self._alike(image, cut, item, launch["threads"], shape, rows) if cut else ()
             counted = blocks if last else 0
             return walker.block(image["arguments"][k], launch["threads"], launch["blocks"], block, counted, alike)
 
         return self.walks.walk(self.gpu, code, of, make, sorted(residents))
+
+    def _walker(self, code: Code, image: dict, launch: dict, items: bytes, resident: int) -> Walker:
+        share = 160 << 10  # of shared memory and L1, for lines that are read again
+        walker = self._walkers.get(code.symbol) or Walker(code, Memory([]))
+        self._walkers[code.symbol] = walker
+        known = [(image["items_at"], items), (image["tiles_at"], image["tiles"])]
+        walker.memory = Memory(known, image["counters_at"], image["operands_at"])
+        walker.cached = share * LANES // (launch["threads"] * resident)
+        return walker
+
+    def _small(
+        self, code: Code, image: dict, k: int, launch: dict, items: Sequence[int], shapes: Sequence[tuple[int, int]],
+        block: int, residents: set[int],
+    ) -> Walked:  # fmt: skip
+        """A block each of whose warps has an item of its own."""
+        of = (*((*shape, *self._tiling(image, "tiling", i)) for i, shape in zip(items, shapes, strict=True)),)
+
+        def make() -> list:
+            walker = self._walker(code, image, launch, image["items"], max(residents))
+            return walker.block(image["arguments"][k], launch["threads"], launch["blocks"], block)
+
+        return self.walks.walk(self.gpu, code, (*of, launch["threads"]), make, sorted(residents))
 
 
 def by_kernel(launches: Sequence[Predicted]) -> list[dict[str, Any]]:

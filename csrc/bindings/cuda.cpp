@@ -48,7 +48,8 @@ py::list described(const Plan& plan) {
     d["phase"] = name_of(launch.phase);
     d["conditional"] = launch.conditional;
     d["backward"] = launch.backward;
-    d["blocks"] = launch.tiles;
+    d["blocks"] = launch.blocks;
+    d["small_blocks"] = launch.small_blocks;
     d["first_tile"] = launch.first_tile;
     d["threads"] = launch.threads;
     d["shared"] = launch.shared;
@@ -98,6 +99,7 @@ py::dict image(std::vector<DeviceItem> items, const Plan& plan, const PlanOption
   for (const Launch& launch : plan.launches) {
     a.tiles = static_cast<const Tile*>(address(1, 1)) + launch.first_tile;
     a.backward = launch.backward;
+    a.small_blocks = static_cast<int32_t>(launch.small_blocks);
     arguments.append(bytes_of(&a, sizeof(a)));
   }
   py::dict d;

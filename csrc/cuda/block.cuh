@@ -77,13 +77,19 @@ HFAC_DEVICE T sum_values(T (&v)[n], int lanes) {
   return sum;
 }
 
+// Sums over a warp, in every thread.
+template <int n, class T>
+HFAC_DEVICE void warp_sums(T (&values)[n]) {
+  HFAC_UNROLLED (k, n) {
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) values[k] = values[k] + shuffle_xor(values[k], mask);
+  }
+}
+
 // Sums over the block, in every thread and always in the same order: over a warp by exchange, then over the warps.
 // `shared` has n elements for each warp.
 template <int n, class T>
 HFAC_DEVICE void block_sums(T (&values)[n], T* shared) {
-  HFAC_UNROLLED (k, n) {
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) values[k] = values[k] + shuffle_xor(values[k], mask);
-  }
+  warp_sums(values);
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   if (lane == 0) {
     HFAC_UNROLLED (k, n) shared[warp * n + k] = values[k];
@@ -210,13 +216,20 @@ struct Watch {
     }
   }
 
-  // By all threads of a block. Blocks add in any order, which counts do not notice.
-  HFAC_DEVICE void finish(const Arguments& a, const DeviceItem& it) const {
+  // By all threads of a block, or of a warp that has the item alone. Blocks add in any order, which counts do not
+  // notice.
+  HFAC_DEVICE void finish(const Arguments& a, const DeviceItem& it, int threads = kTileThreads) const {
     __shared__ double shared[3 * kTileWarps];
     double values[] = {static_cast<double>(moved), static_cast<double>(still), static_cast<double>(direction)};
-    block_sums(values, shared);
+    if (threads == kWarp) {
+      warp_sums(values);
+    } else {
+      block_sums(values, shared);
+    }
     HFAC_UNROLLED (k, 3) {
-      if (threadIdx.x == 0 && values[k] != 0) atomicAdd(a.watched + int64_t{it.index} * kWatchedNumbers + k, values[k]);
+      if ((threadIdx.x & (threads - 1)) == 0 && values[k] != 0) {
+        atomicAdd(a.watched + int64_t{it.index} * kWatchedNumbers + k, values[k]);
+      }
     }
   }
 };

@@ -84,7 +84,14 @@ HFAC_DEVICE int kept(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+// The thread's number, which no register holds until then.
+HFAC_DEVICE int thread_anew() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
 #else
+HFAC_DEVICE int thread_anew() { return static_cast<int>(threadIdx.x); }
 HFAC_DEVICE float kept(float x) { return x; }
 HFAC_DEVICE int kept(int x) { return x; }
 #endif

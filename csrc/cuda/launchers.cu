@@ -34,7 +34,8 @@ void Step::launch(const void* table, Arguments a, int device, void* stream) cons
     a.clip = launch.conditional ? clip : nullptr;
     a.tiles = tiles + launch.first_tile;
     a.backward = launch.backward;
-    hfac::launch(name_of(launch.kernel), kPick[static_cast<int>(launch.kernel)](launch, a), launch.tiles,
+    a.small_blocks = static_cast<int32_t>(launch.small_blocks);
+    hfac::launch(name_of(launch.kernel), kPick[static_cast<int>(launch.kernel)](launch, a), launch.blocks,
                  launch.threads, launch.kernel == Kernel::hfac_stats ? hfac_stats_shared(launch) : 0, stream, a);
   }
 }

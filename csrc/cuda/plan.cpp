@@ -14,7 +14,8 @@ constexpr int64_t kWorkspaceCap = 64 << 20;  // of SMMF's partial sums and of cl
 // Of a group of H-Fac's: gradients that fit L2 would be read from memory once, but what that saves of a longer list
 // costs more in launches, in blocks that the last wave of each lacks, and in the partial sums of short tiles.
 constexpr int64_t kGroupElements = 512ll << 20;
-constexpr size_t kFew = 64;  // matrices that one block holds, beside others
+constexpr size_t kFew = 64;                // matrices that one block holds, beside others
+constexpr int kWarps = kTileThreads / 32;  // of a block
 
 int64_t state_bytes(const DeviceItem& it) { return is_double(it) ? 8 : 4; }
 int64_t elements(const DeviceItem& it) { return it.rows * it.cols; }
@@ -241,6 +242,11 @@ class Planner {
     return whole_smmf ? std::min<int64_t>(it.tiling.rows, it.rows) * it.tiling.cols : 0;
   }
 
+  // Does a warp take it, beside those of its block? They begin first: a warp takes as long as a block does of a tile.
+  bool in_warps(Kernel kernel, int32_t i) const {
+    return kernel == Kernel::smmf_tiles && options_.op == OpKind::kSmmf && in_one_warp(item(i));
+  }
+
   // One launch per access (and width) that occurs in the group.
   void emit(Kernel kernel, Group group) {
     const bool by_width = kernel == Kernel::hfac_stats;
@@ -257,15 +263,27 @@ class Planner {
           launch.shared = stats_shared(launch.width, held_bytes(launch.access));
         }
         launch.first_tile = static_cast<int64_t>(plan_.tiles.size());
+        Group others;
         for (const int32_t i : group) {
-          const DeviceItem& it = item(i);
-          const auto [its, n] = cut_for(kernel, i);
-          if (its != launch.access || (by_width && width_of(it, its) != launch.width)) continue;
-          for (int64_t p = 0; p < n; ++p) plan_.tiles.push_back({i, static_cast<int32_t>(p)});
-          if (n) count(kernel, it, launch.bytes);
+          const Access its = cut_for(kernel, i).first;
+          if (its != launch.access || (by_width && width_of(item(i), its) != launch.width)) continue;
+          if (!in_warps(kernel, i)) {
+            others.push_back(i);
+            continue;
+          }
+          plan_.tiles.push_back({i, 0});
+          count(kernel, item(i), launch.bytes);
         }
-        launch.tiles = static_cast<int64_t>(plan_.tiles.size()) - launch.first_tile;
-        if (launch.tiles) plan_.launches.push_back(launch);
+        while ((plan_.tiles.size() - static_cast<size_t>(launch.first_tile)) % kWarps) plan_.tiles.push_back({-1, 0});
+        const auto after = static_cast<int64_t>(plan_.tiles.size());
+        launch.small_blocks = (after - launch.first_tile) / kWarps;
+        for (const int32_t i : others) {
+          const int64_t n = cut_for(kernel, i).second;
+          for (int64_t p = 0; p < n; ++p) plan_.tiles.push_back({i, static_cast<int32_t>(p)});
+          if (n) count(kernel, item(i), launch.bytes);
+        }
+        launch.blocks = launch.small_blocks + static_cast<int64_t>(plan_.tiles.size()) - after;
+        if (launch.blocks) plan_.launches.push_back(launch);
       }
     }
   }

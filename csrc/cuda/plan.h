@@ -60,8 +60,9 @@ struct Launch {
   Phase phase;
   bool conditional;  // runs only where gradients are clipped by their norm; its bytes are those that it then moves
   bool backward;
-  int threads, shared;        // of a block; bytes of dynamic shared memory
-  int64_t first_tile, tiles;  // one block each
+  int threads, shared;  // of a block; bytes of dynamic shared memory
+  // One block for each tile, but for SMMF's first ones, which have a tile for each warp.
+  int64_t first_tile, blocks, small_blocks;
   Bytes bytes;
 };
 

@@ -3,10 +3,11 @@
 // A block takes a tile of rows and up to 2048 columns. A thread holds eight neighbouring columns: their factors and
 // their sums stay in its registers for the whole tile. Sums of rows go through shuffles to shared memory, with no
 // barrier in the loop. Both leave as partial sums, which a second launch adds in fixed order and normalises; of a
-// matrix that is one tile the block does that itself.
+// matrix that is one tile the block does that itself. Matrices so small that a block's threads would have little more
+// to do than to begin and end have a warp each, eight in a block, with no barrier at all.
 #include "../common/math/smmf.h"
 #include "approximate.cuh"
-#include "stored.cuh"
+#include "smmf_tile.cuh"
 
 namespace hfac {
 namespace {
@@ -18,108 +19,20 @@ using common::smmf_second_moment;
 // Below it the root of a subnormal V counts beside eps, and the approximate root takes that for 0.
 constexpr double kRoughEps = 0x1p-43;
 
-// x, or -x where bit k is 0: the old moment's sign.
-template <class T>
-HFAC_DEVICE T signed_by(T x, unsigned bits, int k) {
-  return bits >> k & 1u ? x : -x;
-}
-
-// `bits` moved up by one, with "is x above zero" in the place of the first. (No NaN of a GPU's arithmetic has a sign.)
-HFAC_DEVICE unsigned push_sign(unsigned bits, float x) {
-#if defined(__CUDA_ARCH__)
-  return __funnelshift_l(bits_of(0.0f - x), bits, 1);
-#else
-  return bits << 1 | (x > 0.0f ? 1u : 0u);
-#endif
-}
-HFAC_DEVICE unsigned push_sign(unsigned bits, double x) { return bits << 1 | (x > 0.0 ? 1u : 0u); }
-
-// Of both moments.
-template <class T>
-struct alignas(2 * sizeof(T)) Both {
-  T m, v;
-};
-
-// Where an item's rows lie: one after the other, or as a block lies in its shard and in the whole's matrix.
-template <bool kShard>
-struct Layout {
-  int64_t first = 0, stride, row_at = 0, row_step = 1, col_at = 0;
-  HFAC_DEVICE Layout(const Arguments& a, int32_t item, int64_t cols) : stride(cols) {
-    if constexpr (kShard) {
-      const DeviceShard& shard = a.shards[item];
-      first = shard.first;
-      stride = shard.stride;
-      row_at = shard.row_at;
-      row_step = shard.row_step;
-      col_at = shard.col_at;
-    }
-  }
-  HFAC_DEVICE int64_t element(int64_t row, int64_t col) const {
-    return kShard ? first + row * stride + col : row * stride + col;
-  }
-  HFAC_DEVICE int64_t row(int64_t i) const { return kShard ? row_at + i * row_step : i; }
-  HFAC_DEVICE int64_t col(int64_t j) const { return kShard ? col_at + j : j; }
-};
-
-// Rows of a thread whose loads are issued together, before those of the last ones are used.
-template <class A>
-struct Loads {
-  typename A::Grad g[A::kRows];
-  typename A::Param w[A::kRows];
-  unsigned signs[A::kRows];
-};
-
-// Sums of a tile's rows, one by each warp of a row, and factors of its rows; then sums of its columns.
-constexpr int kShared = kTileThreads * 2 * kVector;
-static_assert(kShared >= kSmmfRows * 4, "of each moment: a sum and a factor; rows of several warps are fewer");
-
-// Adds values of which even threads have |M|'s and odd ones V's; `shared` has as many elements as twice the warps.
-// Every thread may read the sums after a barrier.
-template <class T>
-HFAC_DEVICE void add_alternate(T value, T* shared) {
-  for (int mask = kWarp / 2; mask > 1; mask /= 2) value = value + shuffle_xor(value, mask);
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  if (lane < 2) shared[threadIdx.x / kWarp * 2 + lane] = value;
-}
-template <class T>
-HFAC_DEVICE T alternate_sum(const T* shared, int moment) {
-  T sum = T(0);
-  HFAC_UNROLLED (w, kTileWarps) sum = sum + shared[2 * w + moment];
-  return sum;
-}
-
-// (SMMF, Algorithm 4) n >= m, so the columns' factors carry the normalisation; the rows' are sums as they stand.
-template <class T>
-HFAC_DEVICE T normalised(T sum, T total) {
-  return sum / (total == T(0) ? T(1) : total);
-}
-
-// Two blocks per multiprocessor: with the columns' factors and sums and four rows in flight, 128 registers suffice.
-// Watched, more are needed, so that is a kernel of its own.
-template <class A, bool kShard, bool kWatched>
-__global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) smmf_tiles(Arguments a) {
+template <class A, bool kShard, bool kWatched, class Team>
+HFAC_DEVICE void step_tile(const Arguments& a, const Team& team, typename A::T (&shared)[kShared],
+                           typename A::T (&tile_sums)[2 * kTileWarps]) {
   using T = typename A::T;
-  __shared__ T shared[kShared];
-  __shared__ T tile_sums[2 * kTileWarps];
-  if (skipped(a)) return;
-  const Tile tile = tile_of(a);
+  const Tile tile = team.tile;
   const DeviceItem& it = a.items[tile.item];
-  if (refused(a, it)) return;
-
+  const int threads = team.threads, thread = static_cast<int>(threadIdx.x) & (threads - 1);
   const Tiling tiling = it.tiling;
-  const bool alone = !kShard && tiles_of(tiling) == 1;
-  const int64_t rows = it.rows, cols = it.cols;
-  const int row_tile = tile.index / tiling.col_tiles, col_tile = tile.index - row_tile * tiling.col_tiles;
-  const int shift = log2_of(tiling.lanes), x = static_cast<int>(threadIdx.x) & (tiling.lanes - 1);
-  const int y = static_cast<int>(threadIdx.x) >> shift, ys = kTileThreads >> shift;
-  const int warps = tiling.lanes > kWarp ? tiling.lanes / kWarp : 1;  // that share a row
+  const Place p(it, tile, threads, thread);
+  const int64_t cols = it.cols, first_row = p.first_row, col = p.col;
+  const int x = p.x, y = p.y, ys = p.ys, warps = p.warps, tile_rows = p.tile_rows, count = p.count;
   const int width = tiling.lanes < kWarp ? tiling.lanes : kWarp;
-  const int64_t first_row = static_cast<int64_t>(row_tile) * tiling.rows;
-  const int tile_rows = static_cast<int>(rows - first_row < tiling.rows ? rows - first_row : tiling.rows);
-  const int64_t tile_end = static_cast<int64_t>(col_tile + 1) * tiling.cols;
-  const int64_t col = static_cast<int64_t>(col_tile) * tiling.cols + x * kVector;
-  const int count = vector_count(col, tile_end < cols ? tile_end : cols);  // 8 or 0 where vectors are whole
-  const int end = count ? tile_rows : 0;                                   // of this thread's rows
+  // Rows are numbered by their place in shared memory.
+  const int begin = team.lift, behind = begin + tile_rows, end = count ? behind : 0;  // `end` of this thread's
 
   const Layout<kShard> layout(a, tile.item, cols);
   const Operand grad = it.grad;
@@ -138,30 +51,30 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
     }
   };
   Loads<A> loads[2];
-  if constexpr (A::kWhole) load(loads[0], y, at);
+  if constexpr (A::kWhole) load(loads[0], begin + y, at);
 
   // What the loop needs of a row and of the step, so that it takes none of it from memory or from double.
   const Gradient<T> gradient(a);
   const bool coupled = a.options.coupled;
-  int changed = gradient.scaled || gradient.negate || coupled;  // the gradient
+  const bool changed = gradient.scaled || gradient.negate || coupled;  // the gradient
   const Decay<T> b1(a.scalars.beta1, it.index), b2(a.scalars.beta2, it.index);
   const double lr_wide = value_of(a.scalars.lr, 0), decay_wide = value_of(a.scalars.weight_decay, 0);
   T lr = static_cast<T>(lr_wide), weight_decay = static_cast<T>(decay_wide), eps = static_cast<T>(a.options.eps);
   T shrink = coupled ? T(1) : static_cast<T>(1 - lr_wide * decay_wide), rest1 = b1.rest, rest2 = b2.rest;
   lr = kept(lr);
   eps = kept(eps);
-  int rough = A::rough(param) && eps >= static_cast<T>(kRoughEps);
+  const bool rough = A::rough(param) && eps >= static_cast<T>(kRoughEps);
   shrink = kept(shrink);
   rest1 = kept(rest1);
   rest2 = kept(rest2);
-  changed = kept(changed);
-  rough = kept(rough);
+  int ways = (changed ? 1 : 0) | (rough ? 2 : 0);
+  if constexpr (!Team::kAnew) ways = kept(ways);
 
-  auto* const row_factors = reinterpret_cast<Both<T>*>(shared + 2 * warps * tiling.rows);
-  for (int k = static_cast<int>(threadIdx.x); k < tile_rows; k += kTileThreads) {
+  auto* const row_factors = reinterpret_cast<Both<T>*>(shared + kHalf);
+  for (int k = thread; k < tile_rows; k += threads) {
     const int64_t row = layout.row(first_row + k);
-    row_factors[k] = {first ? b1.beta * global(static_cast<const T*>(it.first_row))[row] : T(0),
-                      b2.beta * global(static_cast<const T*>(it.second_row))[row]};
+    row_factors[begin + k] = {first ? b1.beta * global(static_cast<const T*>(it.first_row))[row] : T(0),
+                              b2.beta * global(static_cast<const T*>(it.second_row))[row]};
   }
   T col_m[kVector], col_v[kVector], sum_m[kVector], sum_v[kVector];
   HFAC_UNROLLED (k, kVector) {
@@ -169,14 +82,18 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
     col_v[k] = k < count ? global(static_cast<const T*>(it.second_col))[layout.col(col + k)] : T(0);
     sum_m[k] = sum_v[k] = T(0);
   }
-  __syncthreads();
+  if (team.threads == kWarp) {
+    meet<kWarp>();
+  } else {
+    meet<kTileThreads>();
+  }
 
   Watch<A> watch;
   const auto step = [&](const Loads<A>& loaded, int r, int row, int64_t from, T& total_m, T& total_v) {
     T g[kVector], w[kVector], m[kVector];
     A::widen(loaded.g[r], g);
     A::widen(loaded.w[r], w);
-    if (changed) {
+    if (ways & 1) {
       gradient(g);
       if (coupled) {
         HFAC_UNROLLED (k, kVector) g[k] = g[k] + weight_decay * w[k];
@@ -211,7 +128,7 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
     T direction[kVector];
     bool done = false;
     if constexpr (sizeof(T) == sizeof(float)) {
-      if (rough) {
+      if (ways & 2) {
         HFAC_UNROLLED (k, kVector) {
           direction[k] = m[k] * approximate_inverse(approximate_root(v[k]) + eps);
           w[k] = fused(-lr, direction[k], w[k]);
@@ -236,7 +153,7 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
     A::store(param, a.layouts, from, count, w);
   };
 
-  for (int base = 0; base < tile_rows; base += ys * kRowsInFlight, at += kRowsInFlight * row_step) {
+  for (int base = begin; base < behind; base += ys * kRowsInFlight, at += kRowsInFlight * row_step) {
     T sums[kVector];
     HFAC_UNROLLED (s, kRowsInFlight / A::kRows) {
       const int row = base + s * A::kRows * ys + y;
@@ -256,62 +173,37 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
     }
     sum_lanes(sums, width, [&](int k, T sum) {
       const int row = base + k / 2 * ys + y;
-      if (row < tile_rows) shared[(row * 2 + k % 2) * warps + x / kWarp] = sum;
+      if (row < behind) shared[(row * 2 + k % 2) * warps + x / kWarp] = sum;
     });
   }
-  __syncthreads();
+  if constexpr (kWatched) watch.finish(a, it, team.threads);
+  const bool small = Team::kAnew && static_cast<int>(blockIdx.x) < a.small_blocks;
+  if (small) {
+    meet<kWarp>();
+  } else {
+    meet<kTileThreads>();
+  }
+  const Team same = Team::kAnew ? Team(a) : team;
+  const DeviceItem& here = Team::kAnew ? a.items[same.tile.item] : it;
+  if (small) {
+    finish_tile<kShard, kWarp>(a, here, same, p, shared, tile_sums, sum_m, sum_v);
+  } else {
+    finish_tile<kShard, kTileThreads>(a, here, same, p, shared, tile_sums, sum_m, sum_v);
+  }
+}
 
-  if constexpr (kWatched) watch.finish(a, it);
-
-  const SmmfSpace<T> space(it, a.workspace);
-  const int odd = static_cast<int>(threadIdx.x) % 2;  // this thread's moment among the sums of rows
-  T* row_to = space.rows + (static_cast<int64_t>(col_tile) * 2 + odd) * rows + first_row;
-  if (alone) row_to = static_cast<T*>(odd ? it.second_row : it.first_row);
-  T of_tile = T(0);
-  for (int k = static_cast<int>(threadIdx.x); k < 2 * tile_rows; k += kTileThreads) {
-    T sum = T(0);
-    for (int w = 0; w < warps; ++w) sum = sum + shared[k * warps + w];
-    if (first || odd) global(row_to)[k / 2] = sum;
-    of_tile = of_tile + sum;
-  }
-  add_alternate(of_tile, tile_sums);
-  __syncthreads();
-  if (alone) {
-    if (first && threadIdx.x == 0) settle_signs(a, it);
-  } else if (threadIdx.x < 2) {
-    space.totals[tile.index * 2 + threadIdx.x] = alternate_sum(tile_sums, static_cast<int>(threadIdx.x));
-  }
-
-  T *col_to_m = static_cast<T*>(it.first_col), *col_to_v = static_cast<T*>(it.second_col);
-  if (!alone) {
-    col_to_m = space.cols + static_cast<int64_t>(row_tile) * 2 * cols + static_cast<int64_t>(col_tile) * tiling.cols;
-    col_to_v = col_to_m + cols;
-  }
-  const auto put = [&](int k, T sum) {
-    const int moment = k / kVector;
-    if (k % kVector >= count || !(first || moment)) return;
-    T* const to = global(moment ? col_to_v : col_to_m) + x * kVector + k % kVector;
-    *to = alone ? normalised(sum, alternate_sum(tile_sums, moment)) : sum;
-  };
-  if (ys == 1) {
-    HFAC_UNROLLED (k, kVector) {
-      put(k, sum_m[k]);
-      put(kVector + k, sum_v[k]);
-    }
-    return;
-  }
-  // Threads of the same columns: their sums meet in shared memory, in the order of y.
-  HFAC_UNROLLED (k, kVector) {
-    shared[k * kTileThreads + static_cast<int>(threadIdx.x)] = sum_m[k];
-    shared[(kVector + k) * kTileThreads + static_cast<int>(threadIdx.x)] = sum_v[k];
-  }
-  __syncthreads();
-  if (y >= 2 * kVector) return;
-  for (int k = y; k < 2 * kVector; k += ys) {
-    T sum = T(0);
-    for (int from = 0; from < ys; ++from) sum = sum + shared[k * kTileThreads + from * tiling.lanes + x];
-    put(k, sum);
-  }
+// Two blocks per multiprocessor: with the columns' factors and sums and four rows in flight, 128 registers suffice.
+// Watched, more are needed, so that is a kernel of its own; and so is one of a launch in which matrices are small.
+template <class A, bool kShard, bool kSmall, bool kWatched>
+__global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) smmf_tiles(Arguments a) {
+  using T = typename A::T;
+  __shared__ T shared[kShared];
+  __shared__ T tile_sums[2 * kTileWarps];
+  if (skipped(a)) return;
+  const Team<kSmall> team(a);
+  if (kSmall && team.tile.item < 0) return;
+  if (refused(a, a.items[team.tile.item])) return;
+  step_tile<A, kShard, kWatched>(a, team, shared, tile_sums);
 }
 
 // The folds' threads: `x` is a row and a column of the chunk, which take the tiles y, y + 4, ... each.
@@ -371,7 +263,7 @@ __global__ void __launch_bounds__(kTileThreads) smmf_fold(Arguments a) {
   FoldSums<T> sums;
   if (k < cols) add_share(sums.col, space.cols, tiling.row_tiles, cols, k, first);
   if (k < rows) add_share(sums.row, space.rows, tiling.col_tiles, rows, k, first);
-  add_alternate(total, tile_sums);
+  add_alternate(total, static_cast<int>(threadIdx.x), tile_sums);
   add_shares(sums, shared, [&](bool col, int moment, T sum) {
     if (k >= (col ? cols : rows) || !(first || moment)) return;
     T* const to =
@@ -417,11 +309,13 @@ __global__ void __launch_bounds__(kTileThreads) smmf_sums_fold(Arguments a) {
 KernelFunction smmf_tiles_kernel(const Launch& l, const Arguments& a) {
   return kernel_for(l.access, PairAccesses(), [&](auto access) -> KernelFunction {
     using A = decltype(access);
+    // Where speed is not what counts, one for launches with and without small matrices.
     if constexpr (!kPlainStep) {
-      if (a.shards) return smmf_tiles<A, true, false>;
-      if (a.watched) return smmf_tiles<A, false, true>;
+      if (a.shards) return smmf_tiles<A, true, false, false>;
+      if (a.watched) return smmf_tiles<A, false, true, true>;
     }
-    return smmf_tiles<A, false, false>;
+    if (l.small_blocks || !A::kWhole) return smmf_tiles<A, false, true, false>;
+    return smmf_tiles<A, false, !A::kWhole, false>;
   });
 }
 KernelFunction smmf_fold_kernel(const Launch& l, const Arguments&) { HFAC_BY_STATE(l, smmf_fold); }

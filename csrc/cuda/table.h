@@ -85,6 +85,8 @@ struct DeviceStorage {
 constexpr int kSmallRows = 2;  // of a thread, of a matrix of H-Fac's that a block holds
 
 constexpr int kSmmfRows = 1024;  // of a tile of SMMF's at most
+// Of a matrix of SMMF's that a warp takes, at most: as many as a thread of a block has of a tile of 32 K.
+constexpr int kSmmfWarpRows = 128, kSmmfWarpElements = 4096;
 
 // How a matrix is cut. `lanes` threads share a row; the others of the block take further rows. `vectors`: of a row and
 // a thread, in H-Fac's statistics.
@@ -157,10 +159,11 @@ struct Arguments {
   int32_t* counters;  // [items, kCounters], zero between steps
   int32_t* nonfinite;
   const float *grad_scale, *found_inf;
-  const float* clip;  // of a launch that has nothing to do where it is 1
-  double* squares;    // [entries] sums of squares, where the launch is to write them
-  double* watched;    // [entries, kWatchedNumbers] what kernels add to, where a step is watched
-  int32_t backward;   // tiles from the last to the first
+  const float* clip;     // of a launch that has nothing to do where it is 1
+  double* squares;       // [entries] sums of squares, where the launch is to write them
+  double* watched;       // [entries, kWatchedNumbers] what kernels add to, where a step is watched
+  int32_t backward;      // tiles from the last to the first
+  int32_t small_blocks;  // SMMF: the first blocks, each of whose warps has a tile, a small matrix (or none: item -1)
   Scalars scalars;
   Options options;
   Scalar step;  // with `keys`: what random bits depend on beside a BitOffset

@@ -184,6 +184,10 @@ bool in_single_vectors(const DeviceItem& it) { return vectors_of_thread(ceil_quo
 
 bool whole(const DeviceItem& it) { return it.cols % kVector == 0 && it.signs.slice % kVector == 0; }
 
+bool in_one_warp(const DeviceItem& it) {
+  return whole(it) && it.tiling.lanes <= kWarp && it.rows <= kSmmfWarpRows && it.rows * it.cols <= kSmmfWarpElements;
+}
+
 // A tile has partial sums for its rows and its columns, so it is nearly square; its width is the one that leaves the
 // fewest threads idle.
 Tiling cut_smmf(const DeviceItem& it) {

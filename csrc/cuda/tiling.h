@@ -16,6 +16,9 @@ bool in_single_vectors(const DeviceItem& it);
 
 // Of a matrix of SMMF.
 Tiling cut_smmf(const DeviceItem& it);
+// Does a warp take it, which is cut and not in shards? By the matrix alone, as its sums are then added in another
+// order.
+bool in_one_warp(const DeviceItem& it);
 
 // A matrix whose H-Fac statistics are taken, and how its gradient is read.
 struct Matrix {

@@ -211,6 +211,36 @@ def test_a_matrix_that_a_block_holds_steps_to_the_bits_of_others(options, dtype)
     )
 
 
+#: Matrices of SMMF's that a warp takes: of one row at a time and of 32, of 128 rows, with lanes that have no column.
+SMALL = [(64, 64), (16, 256), (127, 8), (48, 40), (62, 32), (24, 24), (8, 8), (1, 64), (128, 24)]
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SMALL, ids=shape_id)
+@pytest.mark.parametrize("options", OPTIONS["SMMF"])
+def test_a_matrix_that_a_warp_holds(options, shape, dtype, monkeypatch, all_orders):
+    monkeypatch.setattr(test_parity, "STEPS", 5)
+    test_parity.test_twenty_steps(emulated.NAME, "SMMF", options, shape, dtype)
+
+
+@pytest.mark.parametrize("order", emulated.ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS["SMMF"])
+def test_warps_of_a_block_step_their_matrices_to_the_bits_of_one_alone(options, dtype, order):
+    """Two blocks of them, of which the second is not full, beside matrices that take blocks; and in another layout."""
+    emulated.native.set_block_order(order)
+    shapes = [*SMALL, (96, 64), (70, 23), (300, 40)]
+    params, states = steps("SMMF", shapes, dtype=dtype, count=2, **OPTIONS["SMMF"][options])
+    for k, shape in enumerate(shapes):
+        param = torch.nn.Parameter(laid_out(gradient(shape, k, dtype), "transposed"))
+        alone = hfac.SMMF([param], **OPTIONS["SMMF"][options], backend=emulated.NAME)
+        for step in (1, 2):
+            param.grad = laid_out(gradient(shape, 100 * k + step, dtype), "transposed")
+            alone.step()
+        assert_same_bits(([params[k]], [states[k]]), ([param], [alone.state[param]]))
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("op", ["hfac_step", "hfac_int8_step"])
 def test_short_rows_of_no_whole_vectors_have_the_bits_of_any_layout(op, dtype):

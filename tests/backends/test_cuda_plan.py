@@ -76,7 +76,8 @@ def test_two_thousand_small_matrices_take_few_launches():
     shapes = [(64, 64)] * 2000
     assert [la["kernel"] for la in launch_plan.plan("hfac", shapes, "bfloat16")] == ["hfac_small"]
     assert len(launch_plan.plan("hfac", shapes, "bfloat16", norm=True)) <= 6
-    assert [la["kernel"] for la in launch_plan.plan("smmf", shapes, "bfloat16")] == ["smmf_tiles"]
+    (smmf,) = launch_plan.plan("smmf", shapes, "bfloat16")
+    assert (smmf["kernel"], smmf["blocks"], smmf["small_blocks"]) == ("smmf_tiles", 250, 250)  # a warp each
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -191,6 +192,26 @@ def test_a_matrix_of_one_tile_has_no_partial_sums():
     """Of each moment its factors are read and written."""
     (launch,) = launch_plan.plan("smmf", [(64, 64)], "float32")
     assert launch["partial"] == 0 and launch["states"] == 2 * 2 * 4 * (64 + 64)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_small_matrices_of_smmf_have_a_warp_each(dtype):
+    """By the matrix alone, so that it steps to the same bits in every list; in the launch of all others, where they
+    come first. Eight are a block."""
+
+    def blocks(shapes):
+        (tiles, *_) = [la for la in launch_plan.plan("smmf", shapes, dtype) if la["access"] == dtype] or [None]
+        return (0, 0) if tiles is None else (tiles["small_blocks"], tiles["blocks"])
+
+    for small in [(64, 64), (16, 256), (127, 8), (8, 8), (1, 64)]:
+        assert blocks([small]) == (1, 1) and blocks([small] * 8) == (1, 1) and blocks([small] * 9) == (2, 2)
+        assert blocks([(96, 64), *[small] * 9, (96, 64)]) == (2, 4)
+    for larger in [(72, 64), (137, 8), (128, 128)]:  # of more elements, of more rows
+        assert blocks([larger]) == (0, 1) and blocks([larger, (64, 64)]) == (1, 2)
+    assert blocks([(31, 31)]) == (0, 0)  # no whole vectors
+    (launch,) = launch_plan.plan("smmf", [(64, 64)] * 9, dtype)
+    assert launch["grad"] == launch["param_read"] == 9 * 64 * 64 * (2 if dtype == "bfloat16" else 4)
+    assert launch["partial"] == 0 and launch["states"] == 9 * 2 * 2 * 4 * (64 + 64)
 
 
 def test_statistics_for_the_norm_come_first_and_again_where_it_clips():

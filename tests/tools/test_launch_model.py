@@ -89,6 +89,7 @@ def model(monkeypatch):
         pytest.skip(str(error))
     monkeypatch.setattr(launch_model, "code_of", lambda launch, arch: Code("kernel", 128, 1024, 0, ""))
     monkeypatch.setattr(Model, "_walk", lambda self, *given: block_of(6000))
+    monkeypatch.setattr(Model, "_small", lambda self, *given: block_of(6000))
     return Model(H200)
 
 
@@ -105,6 +106,22 @@ def test_a_launch_takes_the_largest_of_four_times(model):
     assert tiles.times["waves"] == pytest.approx(2e-6 * -(-tiles.blocks // 264))
     assert tiles.times["bytes"] == tiles.bytes / 4.3e12
     assert tiles.instructions == 6000 * tiles.blocks and tiles.elements == 65536 * 64
+
+
+def test_a_block_of_small_matrices_is_one_walk(model, monkeypatch):
+    """Eight to a block, but for the last, which are other launches' ninth tiles; others' tiles follow."""
+    walked = []
+
+    def small(self, code, image, k, launch, items, shapes, block, residents):
+        walked.append((block, items, [*shapes]))
+        return block_of(1000 * len(items))
+
+    monkeypatch.setattr(Model, "_small", small)
+    monkeypatch.setitem(launch_plan.LISTS, "mixed", lambda: [(512, 64), *[(64, 64)] * 9, (16, 16)])
+    (tiles,) = launch_plan.predicted("mixed", "SMMF", "bfloat16", H200).launched
+    assert walked == [(0, [*range(1, 9)], [(64, 64)] * 8), (1, [9, 10], [(64, 64), (16, 16)])]
+    assert tiles.blocks == 3 and tiles.elements == 512 * 64 + 9 * 64 * 64 + 16 * 16
+    assert tiles.instructions == 8000 + 2000 + 6000 and tiles.seconds == pytest.approx(2e-6)
 
 
 def test_long_tiles_are_a_line_through_two_walks(model, monkeypatch):
