@@ -275,7 +275,7 @@ struct BulkAccess {
   using T = T_;
   using Param = Raw<Sw>;
   using Grad = Raw<Sg>;
-  static constexpr bool kWhole = true;
+  static constexpr bool kWhole = true, kAhead = true;
   // Rows whose loads SMMF issues together: 64 bytes, or too few registers are left for the arithmetic.
   static constexpr int kRows = sizeof(Sw) + sizeof(Sg) <= 4 ? 2 : 1;
 
@@ -323,6 +323,7 @@ struct AnyAccess {
   using Param = Eight;
   using Grad = Eight;
   static constexpr bool kWhole = false;
+  static constexpr bool kAhead = false;  // are the loads of rows issued before the last ones are worked on?
   static constexpr int kRows = 1;
 
   static HFAC_DEVICE Grad grad(const Operand& o, const int64_t* layouts, int64_t at, int count, bool) {
@@ -359,6 +360,7 @@ template <class T_, class Sw, class Sg>
 struct SingleAccess : AnyAccess<T_> {
   using T = T_;
   using Eight = typename AnyAccess<T>::Eight;
+  static constexpr bool kAhead = true;
 
   static HFAC_DEVICE Eight grad(const Operand& o, const int64_t*, int64_t at, int count, bool) {
     Eight e{};
@@ -372,6 +374,21 @@ struct SingleAccess : AnyAccess<T_> {
   }
   static HFAC_DEVICE void store(const Operand& o, const int64_t*, int64_t at, int count, const T (&x)[kVector]) {
     store_run<T, Sw>(o, nullptr, at, count, x);
+  }
+  static HFAC_DEVICE unsigned signs(const Signs& s, int64_t at, int count) {
+    if (s.slice != 1) return load_signs(s, at, count);
+    unsigned bits = 0;
+    HFAC_UNROLLED (k, kVector) {
+      if (k < count) bits |= (global(s.data)[at + k] & 1u) << k;
+    }
+    return bits;
+  }
+  // A vector's signs are a byte each, which is nobody else's.
+  static HFAC_DEVICE void store(const SharedSigns& s, int64_t at, int count, unsigned old, unsigned fresh) {
+    if (s.slice != 1) return store_signs(s, at, count, old, fresh);
+    HFAC_UNROLLED (k, kVector) {
+      if (k < count) global(s.data)[at + k] = static_cast<uint8_t>(fresh >> k & 1u);
+    }
   }
   static HFAC_DEVICE T nearest(const Operand&, T x) { return hfac::nearest(x, Sw()); }
   static HFAC_DEVICE bool rough(const Operand&) { return sizeof(Sw) == 2; }

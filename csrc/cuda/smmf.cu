@@ -5,6 +5,8 @@
 // barrier in the loop. Both leave as partial sums, which a second launch adds in fixed order and normalises; of a
 // matrix that is one tile the block does that itself. Matrices so small that a block's threads would have little more
 // to do than to begin and end have a warp each, eight in a block, with no barrier at all.
+#include <type_traits>
+
 #include "../common/math/smmf.h"
 #include "approximate.cuh"
 #include "smmf_tile.cuh"
@@ -51,7 +53,7 @@ HFAC_DEVICE void step_tile(const Arguments& a, const Team& team, typename A::T (
     }
   };
   Loads<A> loads[2];
-  if constexpr (A::kWhole) load(loads[0], begin + y, at);
+  if constexpr (A::kAhead) load(loads[0], begin + y, at);
 
   // What the loop needs of a row and of the step, so that it takes none of it from memory or from double.
   const Gradient<T> gradient(a);
@@ -71,17 +73,22 @@ HFAC_DEVICE void step_tile(const Arguments& a, const Team& team, typename A::T (
   if constexpr (!Team::kAnew) ways = kept(ways);
 
   auto* const row_factors = reinterpret_cast<Both<T>*>(shared + kHalf);
-  for (int k = thread; k < tile_rows; k += threads) {
-    const int64_t row = layout.row(first_row + k);
-    row_factors[begin + k] = {first ? b1.beta * global(static_cast<const T*>(it.first_row))[row] : T(0),
-                              b2.beta * global(static_cast<const T*>(it.second_row))[row]};
-  }
+  const auto take_row_factors = [&] {
+    for (int k = thread; k < tile_rows; k += threads) {
+      const int64_t row = layout.row(first_row + k);
+      row_factors[begin + k] = {first ? b1.beta * global(static_cast<const T*>(it.first_row))[row] : T(0),
+                                b2.beta * global(static_cast<const T*>(it.second_row))[row]};
+    }
+  };
+  if constexpr (A::kWhole) take_row_factors();
   T col_m[kVector], col_v[kVector], sum_m[kVector], sum_v[kVector];
   HFAC_UNROLLED (k, kVector) {
     col_m[k] = first && k < count ? global(static_cast<const T*>(it.first_col))[layout.col(col + k)] : T(0);
     col_v[k] = k < count ? global(static_cast<const T*>(it.second_col))[layout.col(col + k)] : T(0);
     sum_m[k] = sum_v[k] = T(0);
   }
+  // Behind loads that nobody waits for until the rows; of whole vectors the compiler sees to that.
+  if constexpr (!A::kWhole) take_row_factors();
   if (team.threads == kWarp) {
     meet<kWarp>();
   } else {
@@ -159,7 +166,7 @@ HFAC_DEVICE void step_tile(const Arguments& a, const Team& team, typename A::T (
       const int row = base + s * A::kRows * ys + y;
       const int64_t from = at + s * A::kRows * row_step;
       // The next rows are under way while these are worked on.
-      if constexpr (A::kWhole) {
+      if constexpr (A::kAhead) {
         load(loads[(s + 1) % 2], row + A::kRows * ys, from + A::kRows * row_step);
       } else {
         load(loads[s % 2], row, from);
@@ -202,7 +209,19 @@ __global__ void __launch_bounds__(kTileThreads, A::kWhole && !kWatched ? 2 : 1) 
   if (skipped(a)) return;
   const Team<kSmall> team(a);
   if (kSmall && team.tile.item < 0) return;
-  if (refused(a, a.items[team.tile.item])) return;
+  const DeviceItem& it = a.items[team.tile.item];
+  if (refused(a, it)) return;
+  // Vectors, and other rows of no whole vectors: of known types, if nothing is in the way.
+  if constexpr (std::is_same_v<A, AnyAccess<float>> && !kShard && !kWatched) {
+    if (it.param.layout < 0 && it.grad.layout < 0 && it.param.dtype == it.grad.dtype) {
+      if (it.param.dtype == DType::kFloat32) {
+        return step_tile<SingleAccess<float, float, float>, kShard, kWatched>(a, team, shared, tile_sums);
+      }
+      if (it.param.dtype == DType::kBFloat16) {
+        return step_tile<SingleAccess<float, BFloat16, BFloat16>, kShard, kWatched>(a, team, shared, tile_sums);
+      }
+    }
+  }
   step_tile<A, kShard, kWatched>(a, team, shared, tile_sums);
 }
 
