@@ -333,7 +333,8 @@ class ReleasedGradients:
             limit, grad = self._optimizer._common_limit([group]), layout.gradient(param, "a parameter")
             assert limit is not None and grad is not None
             (norm,) = clipping.norms([grad])
-            self._optimizer.step_param(param, clip=self._coefficient(limit, grad.device), lr_scale=lr_scale)
+            shared: Any = self._coefficient(limit, grad.device)  # taken like its tensor, and formed once for all
+            self._optimizer.step_param(param, clip=shared, lr_scale=lr_scale)
             self._passed[param] = norm
         param.grad = None
 

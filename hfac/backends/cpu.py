@@ -29,16 +29,17 @@ try:
 except ImportError as error:  # not built, or built for another Python: `why_not` tells
     _C, _IMPORT_ERROR = None, str(error)
 
-_BUILD_INFO = Path(__file__).parents[1] / "_build_info.json"
+_HERE = Path(__file__).parents[1]
+_BUILD_INFO = _HERE / "_build_info.json"
 
 
 def why_not(device: torch.device) -> str | None:
     """None where these kernels serve ``device``, else the reason and what to do."""
     if _C is None:
-        here, built = Path(__file__).parents[1], _hidden()
+        built = _hidden()
         if built is not None:
             return (
-                f"Python has imported hfac from {here}, where the extension hfac._C is not built, in place of the "
+                f"Python has imported hfac from {_HERE}, where the extension hfac._C is not built, in place of the "
                 f"installed {built}, which has it. Start Python in another folder than the checkout, or run: "
                 "python -m pip install -e . there."
             )
@@ -55,7 +56,7 @@ def _hidden() -> Path | None:
     """The folder of an installed hfac that has the extension, where a checkout comes before it on the path."""
     for found in metadata.distributions(name="hfac"):
         folder = Path(str(found.locate_file("hfac")))
-        if folder.resolve() != _BUILD_INFO.parent.resolve() and any(folder.glob("_C*")):
+        if folder.resolve() != _HERE.resolve() and any(folder.glob("_C*")):
             return folder
     return None
 

@@ -203,12 +203,7 @@ class FactoredOptimizer(NormOptimizer):
         return cache, grads, steps, {i: self._shared(group) for i, group in groups}
 
     def step_param(
-        self,
-        param: Tensor,
-        group: dict[str, Any] | None = None,
-        *,
-        clip: Tensor | clipping.Clip | None = None,
-        lr_scale: float = 1.0,
+        self, param: Tensor, group: dict[str, Any] | None = None, *, clip: Tensor | None = None, lr_scale: float = 1.0
     ) -> None:
         """Steps one parameter, with the same bits as `step`; does nothing where it has no gradient. For hooks that step
         during the backward pass, as `hfac.release_gradients` makes them. The gradient stays.
@@ -219,9 +214,8 @@ class FactoredOptimizer(NormOptimizer):
         Args:
             param: a parameter of this optimizer.
             group: its entry of ``param_groups``; None looks it up.
-            clip: a 0-d tensor that the gradient is multiplied by, or an `hfac.clipping.Clip` of it, which many
-                parameters share. Required with ``max_grad_norm``, which has no effect here: the norm of all gradients
-                is not known yet.
+            clip: a 0-d tensor that the gradient is multiplied by. Required with ``max_grad_norm``, which has no effect
+                here: the norm of all gradients is not known yet.
             lr_scale: multiplies the group's learning rate in this step.
 
         Raises:
@@ -260,9 +254,9 @@ class FactoredOptimizer(NormOptimizer):
         if lr_scale != 1.0:
             options = {**options, "lr": schedules.as_scalar("lr", options["lr"]) * lr_scale}
 
-        clip, scaled = clipping.as_clip(clip), "grad_scale" in self.__dict__ or "found_inf" in self.__dict__
-        if scaled or single.bound is None or not single.bound.repeat([grad], options, numbers, clip):
-            self._step_single(single, grad, options, clip)
+        factor, scaled = clipping.as_clip(clip), "grad_scale" in self.__dict__ or "found_inf" in self.__dict__
+        if scaled or single.bound is None or not single.bound.repeat([grad], options, numbers, factor):
+            self._step_single(single, grad, options, factor)
 
     @without_grad
     def _step_single(
