@@ -206,14 +206,25 @@ def differences(kernels: Iterable[Kernel]) -> Iterable[str]:
                 yield f"| {name} | {arch} | {' | '.join(f'{n - plain:.1f}' for n in each)} |"
 
 
-def table(kernels: Iterable[Kernel]) -> str:
+def faults_of(kernels: Iterable[Kernel]) -> list[str]:
+    return [f"{k.name} ({k.operands}, sm_{k.arch}): {fault}" for k in kernels for fault in k.faults()]
+
+
+def table(kernels: list[Kernel]) -> str:
+    kernels = sorted(kernels, key=lambda k: (not k.bulk, k.name, k.operands, int(k.arch)))
+    faults = [f"* {fault}" for fault in faults_of(kernels)]
     lines = [
         "# The CUDA kernels as compiled",
         "",
         "Written by `make cuda-check`; registers, stack and spills from ptxas, accesses of 16 bytes and to local",
         "memory from the machine code (how often they stand there, not how often they are executed). Bulk kernels",
-        "are those for aligned, contiguous tensors; they must not spill. The others take any layout, and are there to",
-        "be right. No kernel adds floats atomically, but for what a watched step tells, which has kernels of its own.",
+        "are those for aligned, contiguous tensors; they must not spill, and the check fails for those that do. The",
+        "others take any layout, and are there to be right. No kernel adds floats atomically, but for what a watched",
+        "step tells, which has kernels of its own.",
+        "",
+        f"Complaints: {len(faults) or 'none'}",
+        "",
+        *faults,
         "",
         "Instructions per element are those of the loop over rows that writes parameters, for each of the elements",
         "that a thread has in it, 32 or, with codes of 8 bits, 16 of some operands. They count what is seldom or never",
@@ -230,7 +241,7 @@ def table(kernels: Iterable[Kernel]) -> str:
         "| kernel | operands | sm | registers | stack | spilled | shared | 16-byte loads | stores | local | element |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for k in sorted(kernels, key=lambda k: (not k.bulk, k.name, k.operands, int(k.arch))):
+    for k in kernels:
         lines.append(
             f"| {k.name} | {k.operands} | {k.arch} | {k.registers} | {k.stack} | {k.spilled} | {k.shared} "
             f"| {k.loads} | {k.stores} | {k.local} | {f'{k.loop / k.loop_elements:.1f}' if k.loop else ''} |"
@@ -259,7 +270,7 @@ def main() -> None:
         kernels += [k for k in old if (k.name, k.operands, k.arch) not in fresh]
         args.keep.write_text(dumps([asdict(k) for k in kernels]))
     args.out.write_text(table(kernels))
-    faults = [f"{k.name} ({k.operands}, sm_{k.arch}): {fault}" for k in kernels for fault in k.faults()]
+    faults = faults_of(kernels)
     print(f"{len(kernels)} kernels, written to {args.out}", *faults, sep="\n")
     sys.exit(1 if faults else 0)
 
