@@ -46,6 +46,10 @@ class Bucket:
         """What the call takes of such a list."""
         return list(slices(self.among(tensors), self.batch_dims, self.views, self.views_dim))
 
+    def moved(self, before: ops.Snapshot, seen: ops.Snapshot, grads: list[Tensor]) -> ops.Moved | None:
+        """What the call is told of gradients like the last ones that lie elsewhere; None where they have not moved."""
+        return None if seen is before else (before, self.of(grads))
+
 
 @dataclass
 class Marks:
@@ -191,7 +195,7 @@ class Repeated:
     def apply(self) -> None:
         """Makes the step, and counts it."""
         for bucket, t, numbers in self.told:
-            moved = None if self.seen is self.before else (self.before, bucket.of(self.grads))
+            moved = bucket.moved(self.before, self.seen, self.grads)
             if not bucket.call.again(self.seen, self.seed, t, numbers, moved=moved):
                 scaling = {"grad_scale": None, "found_inf": None}
                 bucket.call.apply(self.inputs(bucket, self.grads, t, numbers, scaling, self.seed, self.seen, None))
@@ -323,7 +327,7 @@ class Step:
         if self._repeats and clip is None and self._checked is None:
             for bucket, t, numbers in self._told:
                 flags, _ = self._flags.get(bucket, (None, None))
-                moved = None if self._before is self._seen else (self._before, bucket.of(self._grads))
+                moved = bucket.moved(self._before, self._seen, self._grads)
                 if not bucket.call.again(self._seen, self._options.get("seed", 0), t, numbers, flags, None, moved):
                     bucket.call.apply(self._inputs(bucket, t, numbers))
                 self._count(bucket)

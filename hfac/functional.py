@@ -350,7 +350,7 @@ class Group:
             told = numbers.of(self._algorithm, options, t)
         marks = None if together is None else together.marks(None, False)
         flags = None if marks is None else marks.of[0]
-        moved = None if seen is before else (before, bucket.of(grads))
+        moved = bucket.moved(before, seen, grads)
         if not bucket.call.again(seen, options.get("seed", 0), t, told, flags, clip, moved):
             return False
         if together is None or marks is None:

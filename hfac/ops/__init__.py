@@ -11,6 +11,7 @@ Errors of every op:
     RuntimeError: a sparse or complex tensor; tensors on different devices; a backend that cannot serve them.
 """
 
+from ..backends.contract import Moved
 from ..backends.snapshots import (
     ALIKE,
     OTHER,
@@ -35,6 +36,7 @@ __all__ = [
     "Counters",
     "DeviceCounters",
     "Inputs",
+    "Moved",
     "OTHER",
     "OpCall",
     "PARAM_DTYPES",

@@ -1,23 +1,21 @@
 """The step of both optimizers: statistics of gradients, sums over ranks, the norm of all gradients, the update."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import wraps
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer, optimizer
 
 from .. import clipping, distributed, functional, ops, rounding, schedules, spec
 from ..distributed import layout
 from ..rounding import BitOffset
 from . import options
 from .cache import SingleParamCache, StepCache
-from .grad_mode import without_grad
 from .norms import NormOptimizer, Ready
 from .slices import needs_reduction, piece_counts
 from .state import KnownOptions, has_state, is_trained
+from .wrapping import keep_uncompiled, without_grad
 
 Loss = TypeVar("Loss")
 #: a group's options, one object until one of them changes; those that are passed at every step; its ``max_grad_norm``;
@@ -58,7 +56,7 @@ class FactoredOptimizer(NormOptimizer):
         self._known = KnownOptions(self._all_rules())
         self._forget()
         super().__init__(params, self._checked(defaults))
-        _keep_uncompiled(type(self))
+        keep_uncompiled(type(self))
         for advice in self._advice():
             options.advise(f"{type(self).__name__}: {advice}")
 
@@ -81,7 +79,7 @@ class FactoredOptimizer(NormOptimizer):
             self.__dict__.setdefault(name, [])
         self.__dict__.setdefault("_gradients", distributed.Gradients())
         super().__setstate__(state)
-        _keep_uncompiled(type(self))
+        keep_uncompiled(type(self))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -514,35 +512,3 @@ class FactoredOptimizer(NormOptimizer):
         self._total = self._bind_total(cache)
         self._cache = cache  # last: nothing is taken for bound where binding has failed
         return cache
-
-
-def _keep_uncompiled(cls: type[Optimizer]) -> None:
-    """Excludes the optimizer from `torch.compile` of a training step: its kernels are compiled already, and what it
-    looks at around them (addresses, step counts, learning rates) would trigger recompilation whenever it changed.
-
-    Done at construction, not at import, because asking torch for it imports torch's compiler, as constructing any
-    optimizer does.
-    """
-    for name in ("step", "step_param"):
-        method = getattr(cls, name)
-        if not getattr(method, "uncompiled", False):
-            method = torch.compiler.disable(_unobserved(method))
-            method.uncompiled = True
-            setattr(cls, name, method)
-
-
-def _unobserved(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A step around which torch (`Optimizer.profile_hook_step`) calls hooks and tells profilers, without either where
-    nobody listens: they take a tenth of a small model's step."""
-    if not getattr(method, "hooked", False):
-        return method
-    inner = getattr(method, "__wrapped__")  # noqa: B009 (functools.wraps sets it)
-    shared = optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks
-
-    @wraps(method)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        hooks = *shared, self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks
-        observed = any(hooks) or torch.autograd._profiler_enabled()
-        return (method if observed else inner)(self, *args, **kwargs)
-
-    return step
