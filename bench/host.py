@@ -16,6 +16,8 @@ a table in Markdown beside it.
 import argparse
 import cProfile
 import json
+import math
+import mmap
 import pstats
 import statistics
 import time
@@ -127,6 +129,32 @@ def idle_triton() -> Iterator[None]:
 PLATFORMS = {"cuda": idle_cuda, "triton": idle_triton}
 
 
+class Device:
+    """Memory apart from what the host keeps of tensors, as a GPU's is: small ones of malloc would lie between the
+    objects that a step reads, and spread them over pages of their own."""
+
+    CHUNK = 1 << 26
+
+    def __init__(self) -> None:
+        self._chunk: Any = b""
+        self._used = 0
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor with a storage of its own."""
+        count = math.prod(shape)
+        size = -(-count * dtype.itemsize // 64) * 64
+        if not 0 < size <= self.CHUNK // 64:
+            return torch.empty(shape, dtype=dtype)
+        if self._used + size > len(self._chunk):
+            self._chunk, self._used = mmap.mmap(-1, self.CHUNK), 0
+        found = torch.frombuffer(self._chunk, dtype=dtype, count=count, offset=self._used).view(shape)
+        self._used += size
+        return found
+
+
+DEVICE = Device()
+
+
 @contextmanager
 def unread() -> Iterator[None]:
     """Memory is neither cleared nor read by torch: pages that nobody touches take no memory, and what a GPU would
@@ -134,7 +162,7 @@ def unread() -> Iterator[None]:
     norms, one, count_zeros = torch._foreach_norm, torch.zeros(1), diagnostics.zeros
 
     def zeros(param: Tensor, shape: Any, follows: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+        return DEVICE.empty(shape, dtype)
 
     def foreach_norm(tensors: Any, *args: Any, **kwargs: Any) -> Any:
         return norms([one] * len(tensors), *args, **kwargs)
@@ -162,7 +190,7 @@ class Contestant:
     seconds: list[float]
 
     def __post_init__(self) -> None:
-        self._grads = [torch.empty_like(param) for param in self.params]
+        self._grads = [DEVICE.empty(param.shape, param.dtype) for param in self.params]
 
     def receive_grads(self) -> None:
         """New gradients where the earlier ones were, as a GPU's caching allocator hands memory out."""
@@ -194,7 +222,7 @@ def contestant(backend: str, optimizer: str, name: str, mode: str, sizes: Sequen
     """Within `PLATFORMS` of its backend. Raises RuntimeError where the backend lacks the step."""
     if backend in ("cpu", "torch"):
         sizes = [smaller(shape, 16 if backend == "cpu" else 1) for shape in sizes]
-    params: list[Any] = [torch.nn.Parameter(torch.empty(shape)) for shape in sizes]
+    params: list[Any] = [torch.nn.Parameter(DEVICE.empty(shape)) for shape in sizes]
     row = {"backend": backend, "optimizer": optimizer, "list": name, "mode": mode}
     if backend == "torch":
         rival = torch.optim.AdamW(params, **RIVALS[optimizer])

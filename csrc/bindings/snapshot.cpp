@@ -1,28 +1,64 @@
 // What a list of tensors is in memory, in one call: a warm step compares it with what an earlier step validated.
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <utility>
 #include <vector>
 
-#include "dlpack.h"
 #include "items.h"
+#include "torch_abi.h"
 
 namespace hfac {
 namespace bindings {
 namespace {
 
-// How to read a tensor; null where this version of torch does not say.
-const dlpack::ExchangeApi* api = nullptr;
+// How tensors are read: `types` are those of Python whose objects are known to have memory and a handle at `offset`.
+struct Reader {
+  torch_abi::Functions torch{};
+  Py_ssize_t offset = 0;
+  int32_t strided = 0;
+  std::vector<PyTypeObject*> types;  // torch's, which stay
 
-bool set_exchange_api(const py::object& capsule) {
-  const auto* found = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsule));
-  if (!found) throw py::error_already_set();
-  const dlpack::Header* header = &found->header;
-  while (header && header->major > dlpack::kMajor) header = header->earlier;
-  found = reinterpret_cast<const dlpack::ExchangeApi*>(header);
-  api = found && found->header.major == dlpack::kMajor && found->read ? found : nullptr;
-  return api != nullptr;
+  bool reads(PyTypeObject* type) const { return std::find(types.begin(), types.end(), type) != types.end(); }
+};
+Reader reader;
+
+// Where in a Python tensor the handle of its memory lies: the one word that is `cdata`, its address of the tensor's
+// implementation; None where no word is, or several are.
+py::object handle_offset(const py::object& tensor, uint64_t cdata) {
+  py::object found = py::none();
+  const Py_ssize_t size = Py_TYPE(tensor.ptr())->tp_basicsize;
+  for (Py_ssize_t at = sizeof(PyObject); at + static_cast<Py_ssize_t>(sizeof(cdata)) <= size; at += sizeof(cdata)) {
+    uint64_t word;
+    std::memcpy(&word, reinterpret_cast<const char*>(tensor.ptr()) + at, sizeof(word));
+    if (word != cdata) continue;
+    if (!found.is_none()) return py::none();
+    found = py::int_(at);
+  }
+  return found;
+}
+
+template <class F>
+void set(F& function, const py::dict& addresses, const char* name) {
+  function = reinterpret_cast<F>(py::cast<uintptr_t>(addresses[name]));
+}
+
+// Snapshots can be taken from now on.
+void read_tensors_with(const py::dict& functions, Py_ssize_t offset, int32_t strided, const py::list& types) {
+  Reader made;
+  set(made.torch.layout, functions, "layout");
+  set(made.torch.dtype, functions, "dtype");
+  set(made.torch.device_type, functions, "device_type");
+  set(made.torch.device_index, functions, "device_index");
+  set(made.torch.dim, functions, "dim");
+  set(made.torch.sizes, functions, "sizes");
+  set(made.torch.strides, functions, "strides");
+  set(made.torch.data_ptr, functions, "data_ptr");
+  made.offset = offset;
+  made.strided = strided;
+  for (const py::handle type : types) made.types.push_back(reinterpret_cast<PyTypeObject*>(type.ptr()));
+  reader = made;
 }
 
 // How the tensors of a list are now, beside what a snapshot says of those of an earlier one.
@@ -37,68 +73,84 @@ class Snapshot {
     seen_.reserve(static_cast<size_t>(size));
     sides_.reserve(static_cast<size_t>(size) * 4);
     for (py::ssize_t i = 0; i < size; ++i) {
-      dlpack::Tensor tensor;
       Seen seen;
-      if (!look(PyList_GET_ITEM(tensors.ptr(), i), tensor, seen)) return false;
+      const int64_t *sizes, *strides;
+      if (!look(PyList_GET_ITEM(tensors.ptr(), i), seen, sizes, strides)) return false;
       seen_.push_back(seen);
-      sides_.insert(sides_.end(), tensor.shape, tensor.shape + tensor.ndim);
-      sides_.insert(sides_.end(), tensor.strides, tensor.strides + tensor.ndim);
+      sides_.insert(sides_.end(), sizes, sizes + seen.ndim);
+      sides_.insert(sides_.end(), strides, strides + seen.ndim);
     }
     return true;
   }
 
-  // kSame: everything is as it was; kAlike: all but addresses. Nothing is kept of the list.
-  int compare(const py::list& tensors) const {
+  // kSame: everything is as it was; kAlike: all but addresses. kOther where the method `is_other`, if one is given, is
+  // true of a tensor. Nothing is kept of the list.
+  int compare(const py::list& tensors, const py::object& is_other) const {
     if (PyList_GET_SIZE(tensors.ptr()) != static_cast<py::ssize_t>(seen_.size())) return kOther;
     const int64_t* sides = sides_.data();
     int found = kSame;
     for (size_t i = 0; i < seen_.size(); ++i) {
-      dlpack::Tensor tensor;
+      PyObject* const object = PyList_GET_ITEM(tensors.ptr(), static_cast<py::ssize_t>(i));
       Seen now;
-      if (!look(PyList_GET_ITEM(tensors.ptr(), static_cast<py::ssize_t>(i)), tensor, now)) return kOther;
+      const int64_t *sizes, *strides;
+      if (!look(object, now, sizes, strides)) return kOther;
       const Seen& then = seen_[i];
       if (now.type != then.type || now.device != then.device || now.dtype != then.dtype || now.ndim != then.ndim) {
         return kOther;
       }
-      const size_t ndim = static_cast<size_t>(now.ndim);
-      if (!std::equal(sides, sides + ndim, tensor.shape)) return kOther;
-      sides += ndim;
-      if (!std::equal(sides, sides + ndim, tensor.strides)) return kOther;
-      sides += ndim;
+      if (!std::equal(sides, sides + now.ndim, sizes)) return kOther;
+      sides += now.ndim;
+      if (!std::equal(sides, sides + now.ndim, strides)) return kOther;
+      sides += now.ndim;
       if (now.address != then.address) found = kAlike;
+      if (is_other.is_none()) continue;
+      const py::object held = py::reinterpret_borrow<py::object>(object);  // whatever another thread does to the list
+      const py::object said = py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_other.ptr(), object));
+      if (!said) throw py::error_already_set();
+      // It may have let other threads run.
+      if (said.ptr() == Py_True || PyList_GET_SIZE(tensors.ptr()) != static_cast<py::ssize_t>(seen_.size()))
+        return kOther;
     }
     return found;
   }
 
-  std::vector<int64_t> addresses() const {
-    std::vector<int64_t> found;
-    found.reserve(seen_.size());
-    for (const Seen& one : seen_) found.push_back(one.address);
+  py::list addresses() const {
+    py::list found;
+    for (const Seen& one : seen_) found.append(reinterpret_cast<uintptr_t>(one.address));
     return found;
   }
 
  private:
   struct Seen {
     PyTypeObject* type;
-    int64_t address, device, dtype;
-    int32_t ndim;
+    const void* address;
+    int64_t device, ndim;
+    int32_t dtype;
   };
 
-  static bool look(PyObject* object, dlpack::Tensor& tensor, Seen& seen) {
-    if (api->read(object, &tensor)) {
-      PyErr_Clear();
+  // False where this is no tensor that has its elements in memory, or of a type that may have none.
+  static bool look(PyObject* object, Seen& seen, const int64_t*& sizes, const int64_t*& strides) {
+    seen.type = Py_TYPE(object);
+    if (!reader.reads(seen.type)) return false;
+    const torch_abi::Handle tensor = torch_abi::handle_of(object, reader.offset);
+    const torch_abi::Functions& torch = reader.torch;
+    int32_t layout, type, index;
+    int64_t *size, *stride;
+    void* address;
+    if (torch.layout(tensor, &layout) || layout != reader.strided || torch.dtype(tensor, &seen.dtype) ||
+        torch.device_type(tensor, &type) || torch.device_index(tensor, &index) || torch.dim(tensor, &seen.ndim) ||
+        torch.sizes(tensor, &size) || torch.strides(tensor, &stride) || torch.data_ptr(tensor, &address)) {
       return false;
     }
-    if (!tensor.data) {
+    if (!address) {
       int64_t elements = 1;
-      for (int32_t d = 0; d < tensor.ndim; ++d) elements *= tensor.shape[d];
+      for (int64_t d = 0; d < seen.ndim; ++d) elements *= size[d];
       if (elements > 0) return false;  // zeros without memory
     }
-    seen.type = Py_TYPE(object);
-    seen.address = reinterpret_cast<int64_t>(tensor.data) + static_cast<int64_t>(tensor.byte_offset);
-    seen.device = static_cast<int64_t>(tensor.device.type) << 32 | tensor.device.index;
-    seen.dtype = static_cast<int64_t>(tensor.dtype.code) << 32 | tensor.dtype.bits << 16 | tensor.dtype.lanes;
-    seen.ndim = tensor.ndim;
+    seen.address = address;
+    seen.device = static_cast<int64_t>(type) << 32 | static_cast<uint32_t>(index);
+    sizes = size;
+    strides = stride;
     return true;
   }
 
@@ -108,7 +160,7 @@ class Snapshot {
 
 py::object snapshot(const py::list& tensors) {
   auto found = std::make_unique<Snapshot>();
-  if (!api || !found->read(tensors)) return py::none();
+  if (!found->read(tensors)) return py::none();
   return py::cast(std::move(found));
 }
 
@@ -123,17 +175,6 @@ py::list attributes(const py::list& objects, const py::str& name) {
     PyList_SET_ITEM(found.ptr(), i, value);
   }
   return found;
-}
-
-// Is the method true of any object?
-bool any_is(const py::list& objects, const py::object& method) {
-  for (py::ssize_t i = 0; i < PyList_GET_SIZE(objects.ptr()); ++i) {
-    PyObject* const object = PyList_GET_ITEM(objects.ptr(), i);
-    const py::object said = py::reinterpret_steal<py::object>(PyObject_CallOneArg(method.ptr(), object));
-    if (!said) throw py::error_already_set();
-    if (said.ptr() == Py_True) return true;
-  }
-  return false;
 }
 
 bool holds_none(const py::list& objects) {
@@ -202,15 +243,18 @@ class Counters {
 }  // namespace
 
 void define_snapshots(py::module_& m) {
-  m.def("set_exchange_api", &set_exchange_api, py::arg("capsule"),
-        "Takes torch.Tensor.__dlpack_c_exchange_api__; whether snapshots can be taken with it.");
+  m.def("handle_offset", &handle_offset, py::arg("tensor"), py::arg("cdata"),
+        "Where in a tensor the word lies that is cdata; None where no word is, or several are.");
+  m.def("read_tensors_with", &read_tensors_with, py::arg("functions"), py::arg("offset"), py::arg("strided"),
+        py::arg("types"), "Takes the addresses of torch's functions, with which snapshots are taken from now on.");
   py::class_<Snapshot>(m, "Snapshot", "What a list of tensors was in memory.")
-      .def("compare", &Snapshot::compare, py::arg("tensors"),
-           "2 where these are the same, 1 where they agree in all but addresses, else 0.")
+      .def("compare", &Snapshot::compare, py::arg("tensors"), py::arg("is_other") = py::none(),
+           "2 where these are the same, 1 where they agree in all but addresses, else 0; 0 where is_other(tensor) is "
+           "True "
+           "of one.")
       .def_property_readonly("addresses", &Snapshot::addresses);
   m.def("snapshot", &snapshot, py::arg("tensors"), "A Snapshot; None where one of them cannot be read as it lies.");
   m.def("attributes", &attributes, py::arg("objects"), py::arg("name"), "The attribute of every object.");
-  m.def("any_is", &any_is, py::arg("objects"), py::arg("method"), "Whether the method is True of any object.");
   m.def("holds_none", &holds_none, py::arg("objects"), "Whether one of them is None.");
   m.def("values_are", &values_are, py::arg("dicts"), py::arg("objects"),
         "Whether these are the values of the dicts, one after the other.");

@@ -1,11 +1,13 @@
 """What a list of tensors is in memory, found in one call: a warm step compares it with what an earlier one validated.
 
-The extension reads types, devices, shapes, strides and addresses through DLPack's exchange API, which torch has since
-2.10, at a tenth of what attributes cost in Python. Without either, and for tensors that have no memory, attributes are
-read.
+The extension reads types, devices, shapes, strides and addresses through torch's C interface, which keeps from version
+to version, in a tenth of the time that attributes take in Python. Without either, and for tensors of other classes than
+torch's own or without memory, attributes are read.
 """
 
-from collections.abc import Sequence
+import ctypes
+import os
+from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
@@ -16,17 +18,52 @@ from torch import Tensor
 from .. import memory
 from . import cpu
 
-_CAPSULE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 _IS_NEG, _GRAD = Tensor.is_neg, attrgetter("grad")
 
 #: How a list is, beside a snapshot: of other types, shapes, strides or devices; but for addresses the same; the same.
 OTHER, ALIKE, SAME = range(3)
 
 
+#: what the extension asks torch of a tensor
+_FUNCTIONS = ("layout", "dtype", "device_type", "device_index", "dim", "sizes", "strides", "data_ptr")
+
+
+def _name(function: str) -> str:
+    return f"aoti_torch_get_{function}"
+
+
 def _extension() -> Any:
-    """The extension, where it can compare snapshots with lists; None of one that was built before it could."""
-    take = getattr(cpu._C, "set_exchange_api", None) if hasattr(cpu._C, "holds_none") else None
-    return cpu._C if take is not None and _CAPSULE is not None and take(_CAPSULE) else None
+    """The extension, where it can read tensors through torch's C interface and has shown that it reads them rightly;
+    None of one that was built before it could."""
+    native = cpu._C
+    if not hasattr(native, "read_tensors_with"):
+        return None
+    try:
+        torch_cpu = ctypes.CDLL("libtorch_cpu.so", mode=os.RTLD_NOLOAD)  # as torch has loaded it
+        functions = {name: getattr(torch_cpu, _name(name)) for name in _FUNCTIONS}
+        strided = torch_cpu.aoti_torch_layout_strided()
+    except (AttributeError, OSError):
+        return None
+    addresses = {name: ctypes.cast(function, ctypes.c_void_p).value for name, function in functions.items()}
+    probe = torch.empty(2, 3, device="cpu")
+    probes = probe, torch.nn.Parameter(probe), probe[1:, 1:]
+    offsets = {native.handle_offset(tensor, tensor._cdata) for tensor in probes}
+    if len(offsets) > 1 or None in offsets:
+        return None
+    native.read_tensors_with(addresses, offsets.pop(), strided, [Tensor, torch.nn.Parameter])
+    return native if _reads(native, probes) else None
+
+
+def _reads(native: Any, probes: Sequence[Tensor]) -> bool:
+    """Whether snapshots of these tensors are what their attributes say."""
+    for tensor in map(Tensor.detach, probes):
+        seen = native.snapshot([tensor])
+        like = torch.empty_strided(tensor.shape, tensor.stride())
+        others = like, tensor.t(), tensor[:0], tensor[0], tensor.view(torch.int32)
+        found = [OTHER if seen is None else seen.compare([other]) for other in (tensor, *others)]
+        if found != [SAME, ALIKE, OTHER, OTHER, OTHER, OTHER] or seen.addresses != [tensor.data_ptr()]:
+            return False
+    return True
 
 
 _native = _extension()
@@ -39,12 +76,12 @@ class Attributes:
         self._kinds = [(type(t), t.device, t.dtype, t.layout, t.shape, t.stride(), _is_zero(t)) for t in tensors]
         self.addresses = list(map(memory.address, tensors))
 
-    def compare(self, tensors: Sequence[Any]) -> int:
+    def compare(self, tensors: Sequence[Any], is_other: Callable[[Tensor], bool] | None = None) -> int:
         try:
             now = Attributes(tensors)
         except (AttributeError, RuntimeError):  # None; sparse
             return OTHER
-        if now._kinds != self._kinds:
+        if now._kinds != self._kinds or (is_other is not None and any(map(is_other, tensors))):
             return OTHER
         return SAME if now.addresses == self.addresses else ALIKE
 
@@ -69,6 +106,11 @@ def compare(tensors: list[Any], before: Snapshot | None) -> int:
     return OTHER if before is None else before.compare(tensors)
 
 
+def compare_plain(tensors: list[Any], before: Snapshot | None) -> int:
+    """As `compare`, and OTHER where one of the tensors is a view that negates, which no snapshot shows."""
+    return OTHER if before is None else before.compare(tensors, _IS_NEG)
+
+
 def grads_of(params: list[Tensor]) -> list[Any]:
     """The parameters' gradients; None where there is none."""
     return list(map(_GRAD, params)) if _native is None else _native.attributes(params, "grad")
@@ -77,11 +119,6 @@ def grads_of(params: list[Tensor]) -> list[Any]:
 def holds_none(entries: list[Any]) -> bool:
     """Whether an entry is None."""
     return any(entry is None for entry in entries) if _native is None else _native.holds_none(entries)
-
-
-def any_negated(tensors: list[Tensor]) -> bool:
-    """Whether one of the tensors is a view that negates, which no snapshot shows."""
-    return any(map(_IS_NEG, tensors)) if _native is None else _native.any_is(tensors, _IS_NEG)
 
 
 def identical(now: list[Any], before: list[Any]) -> bool:
