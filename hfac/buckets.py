@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
@@ -96,7 +96,7 @@ class Together:
         t = schedules.following(self._made.values())
         found = algorithm.decays(t, options)
         if any(bucket.call.stochastic for bucket in self.buckets):
-            found["step"] = t
+            found["step"] = t.now if isinstance(t, schedules.Steps) else t
         own = [name for name, value in found.items() if isinstance(value, Tensor) and value.ndim]
         values = [found[name] if self.owners is None else self.owners.spread(found[name]) for name in own]
         parts = [*map(self._parts, values)]
@@ -180,26 +180,71 @@ def pick(entries: Sequence[Any], index: Sequence[int]) -> list[Any]:
 
 @dataclass
 class Repeated:
-    """A step of a `Group` in which nothing but addresses of gradients and numbers differ from an earlier one.
+    """A step of a `Group` in which nothing but addresses of gradients, numbers, flags and what it is clipped by differ
+    from an earlier one: the buckets' calls are made again, and prepared only where they cannot be.
 
-    Attributes: as `Step`'s.
+    Attributes: as `Step`'s, and
+        flags: of each bucket that has any.
+        marks: of each `Together` that `apply` is to count.
+        statistics: of each bucket's gradients, once `norms` has found them.
     """
 
     inputs: Callable[..., ops.Inputs]
     grads: list[Tensor]
     before: ops.Snapshot
     seen: ops.Snapshot
-    told: list[tuple[Bucket, float, dict[str, Any]]]
+    told: list[tuple[Bucket, Any, dict[str, Any]]]
     seed: int
+    flags: Mapping[Bucket, Tensor | None] = field(default_factory=dict)
+    marks: Sequence[tuple[Together, Marks]] = ()
+    statistics: Sequence[ops.Statistics | None] = ()
 
-    def apply(self) -> None:
-        """Makes the step, and counts it."""
+    def take_statistics(self) -> list[ops.Statistics] | None:
+        """Of all buckets, for `apply` to go on from; None where one's must be taken in another way."""
+        if not all([bucket.call.repeats_statistics for bucket, *_ in self.told]):
+            return None
+        found = []
         for bucket, t, numbers in self.told:
-            moved = bucket.moved(self.before, self.seen, self.grads)
-            if not bucket.call.again(self.seen, self.seed, t, numbers, moved=moved):
-                scaling = {"grad_scale": None, "found_inf": None}
-                bucket.call.apply(self.inputs(bucket, self.grads, t, numbers, scaling, self.seed, self.seen, None))
-            bucket.count(None)
+            one = bucket.call.statistics_again(*self._arguments(bucket, t, numbers))
+            if one is None:
+                return None
+            found.append(one)
+        self.statistics = found
+        return found
+
+    def apply(self, clip: ops.Clip | None = None) -> None:
+        """Makes the step, on gradients multiplied by ``clip``, and counts what the host counts, and ``marks``."""
+        statistics = self.statistics or [None] * len(self.told)
+        for (bucket, t, numbers), found in zip(self.told, statistics, strict=True):
+            if not bucket.call.again(*self._arguments(bucket, t, numbers), clip, found):
+                scaling, flags = {"grad_scale": None, "found_inf": None}, self.flags.get(bucket)
+                inputs = self.inputs(bucket, self.grads, t, numbers, scaling, self.seed, self.seen, flags)
+                bucket.call.apply(inputs, found, clip)
+            if bucket.together is None:
+                bucket.count(None)
+        for together, mine in self.marks:
+            together.count(mine, None)
+
+    @property
+    def unscales(self) -> bool:
+        return any(bucket.call.unscales for bucket, *_ in self.told)
+
+    def _arguments(
+        self, bucket: Bucket, t: Any, numbers: Mapping[str, Any]
+    ) -> tuple[ops.Snapshot, int, Any, Mapping[str, Any], Tensor | None, ops.Moved | None]:
+        moved = bucket.moved(self.before, self.seen, self.grads)
+        return self.seen, self.seed, t, numbers, self.flags.get(bucket), moved
+
+
+def flags_of(marks: Sequence[tuple[Together, Marks]]) -> dict[Bucket, Tensor | None]:
+    """Of each bucket that is counted together with others its flags, where it can have any up."""
+    return {b: flags for together, mine in marks for b, flags in zip(together.buckets, mine.of, strict=True)}
+
+
+def norms_of(statistics: Sequence[ops.Statistics]) -> list[Tensor]:
+    """The gradients' norms, those of all buckets in one tensor where they are of one kind."""
+    together = ops.joined(statistics)
+    return [one.norms for one in statistics] if together is None else [together]
 
 
 class Step:
@@ -233,15 +278,16 @@ class Step:
         scratch: Sequence[Scratch],
         repeats: bool,
     ) -> None:
-        self._make, self._grads, self._before, self._seen, self._told = inputs, grads, before, seen, told
-        self._marks, self._captured, self._scratch, self._repeats = marks, captured, scratch, repeats
+        self._make, self._grads, self._seen, self._told = inputs, grads, seen, told
+        self._marks, self._captured, self._scratch = marks, captured, scratch
         self._scaling, self._options, self._found_inf = scaling, options, scaling["found_inf"]
         #: of each bucket, where they can be up, and what forbids its step
-        self._flags: dict[Bucket, tuple[Tensor | None, Tensor | None]] = {
-            bucket: (flags, mine.forbidden)
-            for together, mine in marks
-            for bucket, flags in zip(together.buckets, mine.of, strict=True)
-        }
+        self._flags = flags_of(marks)
+        self._forbidden = {bucket: mine.forbidden for together, mine in marks for bucket in together.buckets}
+        #: for as long as nothing has been checked that may differ from an earlier step
+        self._repeated: Repeated | None = None
+        if repeats:
+            self._repeated = Repeated(inputs, grads, before, seen, told, options.get("seed", 0), self._flags)
         self._refused: Tensor | None = None
         #: what is made of ``told`` for the buckets' calls, if it has been
         self._checked: list[tuple[Bucket, ops.Inputs]] | None = None
@@ -253,24 +299,25 @@ class Step:
         nothing is refused, so a step that repeats the last one need not ask for it."""
         if self._checked is None:
             self._checked = [(bucket, self._inputs(bucket, t, numbers)) for bucket, t, numbers in self._told]
+            self._repeated = None
         return self._checked
 
     def _inputs(self, bucket: Bucket, t: Any, numbers: Mapping[str, Any]) -> ops.Inputs:
-        seed, flags = self._options.get("seed", 0), None
-        scaling = self._scaling
-        if bucket in self._flags:
-            flags, forbidden = self._flags[bucket]
-            scaling = {**scaling, "found_inf": forbidden}
+        seed, flags, scaling = self._options.get("seed", 0), self._flags.get(bucket), self._scaling
+        if bucket in self._forbidden:
+            scaling = {**scaling, "found_inf": self._forbidden[bucket]}
         return self._make(bucket, self._grads, t, numbers, scaling, seed, self._seen, flags)
 
     def norms(self) -> list[Tensor]:
         """The gradients' norms, those of slices where there are batch dimensions. `apply` goes on from the statistics
         that give them."""
-        found = [bucket.call.statistics(inputs) for bucket, inputs in self.check()]
+        found = None if self._repeated is None else self._repeated.take_statistics()
+        if found is None:
+            found = [bucket.call.statistics(inputs) for bucket, inputs in self.check()]
         self._statistics = [*found]
-        together = ops.joined(found)
-        self._joined = together is not None
-        return [statistics.norms for statistics in found] if together is None else [together]
+        norms = norms_of(found)
+        self._joined = len(norms) < len(found)  # those of all buckets are one tensor
+        return norms
 
     def refuse(self, refused: Tensor) -> None:
         """Before `apply`, of a group that ``skips_steps``: where this 0-d float32 tensor, which is not read, is not
@@ -289,6 +336,8 @@ class Step:
     @property
     def unscales(self) -> bool:
         """Whether gradients are multiplied as they are read, and stay as they are."""
+        if self._repeated is not None:
+            return self._repeated.unscales
         return any(inputs.unscales for _, inputs in self.check())
 
     def watched(self) -> Iterator[tuple[list[int] | None, Tensor]]:
@@ -324,15 +373,10 @@ class Step:
 
     def apply(self, clip: Tensor | ops.Clip | None = None) -> None:
         """Makes the step, on gradients multiplied by ``clip``, and counts it."""
-        if self._repeats and clip is None and self._checked is None:
-            for bucket, t, numbers in self._told:
-                flags, _ = self._flags.get(bucket, (None, None))
-                moved = bucket.moved(self._before, self._seen, self._grads)
-                if not bucket.call.again(self._seen, self._options.get("seed", 0), t, numbers, flags, None, moved):
-                    bucket.call.apply(self._inputs(bucket, t, numbers))
-                self._count(bucket)
+        factor = None if clip is None else ops.as_clip(clip)
+        if self._repeated is not None:
+            self._repeated.apply(factor)
         else:
-            factor = None if clip is None else ops.as_clip(clip)
             for scratch in self._scratch:
                 scratch.fill()
             for (bucket, inputs), found in zip(self.check(), self._statistics, strict=True):

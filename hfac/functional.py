@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from . import memory, ops, schedules, spec
-from .buckets import Bucket, Repeated, Step, Together, pick
+from .buckets import Bucket, Repeated, Step, Together, flags_of, pick
+from .buckets import norms_of as norms_of  # for optimizers
 from .rounding import BitOffset
 from .schedules import Scalar
 from .scratch import Scratch
@@ -312,9 +313,7 @@ class Group:
         self._together = [Together(mine, may_move and not read, capturing) for (_, read), mine in counted.items()]
         self._known = ops.snapshot(self._tensors)  # which the counters may have moved
         #: whether a step is told nothing but gradients, numbers and flags, unless it is clipped or scaled
-        self._repeats = not (self._scratch or watch or skips_steps)
-        #: and whether the host counts all of its steps
-        self.is_repeatable = self._repeats and not self._together
+        self.repeats = not (self._scratch or watch or skips_steps)
         #: of gradients that have been found right
         self._known_grads: ops.Snapshot | None = None
 
@@ -334,7 +333,7 @@ class Group:
         """Makes the step of `prepare` and `Step.apply` where that repeats one call. False, with nothing done, where it
         does not."""
         bucket = self._buckets[0]
-        if not self._repeats or len(self._buckets) > 1 or ops.compare(self._tensors, self._known) != ops.SAME:
+        if not self.repeats or len(self._buckets) > 1 or ops.compare(self._tensors, self._known) != ops.SAME:
             return False
         (before, seen), together = self.look(grads), bucket.together
         if seen is None or (together is not None and bucket.call.capturing()):
@@ -352,7 +351,7 @@ class Group:
         marks = None if together is None else together.marks(None, False)
         flags = None if marks is None else marks.of[0]
         moved = bucket.moved(before, seen, grads)
-        if not bucket.call.again(seen, options.get("seed", 0), t, told, flags, clip, moved):
+        if not bucket.call.again(seen, options.get("seed", 0), t, told, flags, moved, clip):
             return False
         if together is None or marks is None:
             bucket.count(None)
@@ -361,22 +360,39 @@ class Group:
         return True
 
     def repeated(self, grads: list[Any], options: Mapping[str, Any], numbers: Numbers) -> Repeated | None:
-        """What `prepare` would give where the host counts every bucket's steps, and the step is told nothing but
-        gradients like the last ones and ``numbers``, which are neither clipped nor scaled. None where it is another;
-        entries may be None then."""
-        if not self.is_repeatable or ops.compare(self._tensors, self._known) != ops.SAME:
+        """What `prepare` would give where the step is told nothing but gradients like the last ones and ``numbers``,
+        and they are not scaled. None where it is another, or a graph is being captured; entries may be None then."""
+        if not self.repeats or ops.compare(self._tensors, self._known) != ops.SAME:
             return None
         before, seen = self.look(grads)
-        if seen is None:
+        if seen is None or (self._together and any([bucket.call.capturing() for bucket in self._buckets])):
             return None
+        told = self._told(options, numbers)
+        if told is None:
+            return None
+        marks = [(together, together.marks(None, False)) for together in self._together]
+        flags = flags_of(marks)
+        return Repeated(self._inputs, grads, before, seen, told, options.get("seed", 0), flags, marks)
+
+    def _told(self, options: Mapping[str, Any], numbers: Numbers) -> list[tuple[Bucket, Any, dict[str, Any]]] | None:
+        """Of each bucket the number of its next step, and what else the step is told; None where the steps of one have
+        come apart."""
+        on_device: dict[int, Any] = {}
+        for together in self._together:
+            for bucket, t, decays in together.decays(self._algorithm, options):
+                on_device[id(bucket)] = t, decays
+        constants = constants_of(self._algorithm, options) if on_device else {}
         told = []
         for bucket in self._buckets:
-            assert bucket.on_host is not None
-            made = bucket.on_host.common(hold=True)
-            if made is None:
-                return None
-            told.append((bucket, made + 1, numbers.of(self._algorithm, options, made + 1)))
-        return Repeated(self._inputs, grads, before, seen, told, options.get("seed", 0))
+            if bucket.on_host is None:
+                t, decays = on_device[id(bucket)]
+                told.append((bucket, t, {**decays, **constants}))
+            else:
+                made = bucket.on_host.common(hold=True)
+                if made is None:
+                    return None
+                told.append((bucket, made + 1, numbers.of(self._algorithm, options, made + 1)))
+        return told
 
     def workspace_bytes(self) -> int:
         """Bytes on the device that fused kernels keep between steps, and those of `Scratch`."""
@@ -403,27 +419,16 @@ class Group:
             self._known_grads = None
             if self._batch_dims:
                 ops.check_grads(self._params, grads)
-        on_device = {
-            id(bucket): found
-            for together in self._together
-            for bucket, *found in together.decays(self._algorithm, options)
-        }
-        constants, numbers = constants_of(self._algorithm, options) if on_device else {}, Numbers()
-        told = []
-        for bucket in self._buckets:
-            if seen is None and not all(grad.dtype == bucket.grad_dtype for grad in bucket.among(grads)):
-                return None
-            if bucket.on_host is None:
-                t, decays = on_device[id(bucket)]
-                told.append((bucket, t, {**decays, **constants}))
-            else:
-                made = bucket.on_host.common(hold=True)
-                if made is None:
-                    return None
-                told.append((bucket, made + 1, numbers.of(self._algorithm, options, made + 1)))
+        if seen is None and not all(
+            grad.dtype == bucket.grad_dtype for bucket in self._buckets for grad in bucket.among(grads)
+        ):
+            return None
+        told = self._told(options, Numbers())
+        if told is None:
+            return None
         given = {"grad_scale": grad_scale, "found_inf": found_inf}
         marks = [(together, together.marks(found_inf, self._skips_steps)) for together in self._together]
-        repeats = self._repeats and seen is not None and grad_scale is found_inf is None
+        repeats = self.repeats and seen is not None and grad_scale is found_inf is None
         step = Step(
             self._inputs, grads, before, seen, told, marks, given, options, self._captured, self._scratch, repeats
         )

@@ -5,7 +5,7 @@ evaluated on its device in float64 (with ``capturable=True`` the step is on the 
 """
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,29 +16,49 @@ Scalar = float | Tensor
 T = TypeVar("T", float, Tensor)
 
 
+class Steps(NamedTuple):
+    """The numbers of steps on a device and of those before them, for decays that depend on both: one operation.
+
+    Attributes:
+        both: [2, 1, parameters]: of the steps before, and of these.
+    """
+
+    both: Tensor
+
+    @property
+    def before(self) -> Tensor:
+        return self.both[0, 0]
+
+    @property
+    def now(self) -> Tensor:
+        return self.both[1, 0]
+
+
 def hfac_decay(step: T, beta: float) -> T:
     """beta (1 - beta^(t-1)) / (1 - beta^t): 0 at t = 1, so the first step forgets the zero state (H-Fac, Algorithm
     1)."""
     return beta * (1.0 - beta ** (step - 1.0)) / (1.0 - beta**step)
 
 
-def hfac_decays(step: T, betas: Sequence[float]) -> list[T]:
+def hfac_decays(step: Scalar | Steps, betas: Sequence[float]) -> list[Any]:
     """`hfac_decay` of every beta; of steps on a device, in as many operations as one beta takes."""
-    if type(step) is not Tensor or step.ndim != 1:
-        return [hfac_decay(step, beta) for beta in betas]
-    held = tuple(betas)
-    device, dtype = step.device, step.dtype
-    t = step + _constants((-1.0, 0.0), 2, device, dtype)
-    before, now = torch.rsub(_constants(held, 3, device, dtype).pow(t), 1.0).unbind(1)
-    return list((_constants(held, 2, device, dtype) * before / now).unbind())
+    if isinstance(step, Steps):
+        both = step.both
+    elif type(step) is Tensor and step.ndim == 1:
+        both = step + _constants((-1.0, 0.0), 3, step.device, step.dtype)
+    else:
+        return [hfac_decay(step, beta) if isinstance(step, Tensor) else hfac_decay(step, beta) for beta in betas]
+    each = _constants(tuple(betas), 2, both.device, both.dtype)
+    before, now = torch.rsub(each.pow(both), 1.0).unbind()
+    return list(before.mul_(each).div_(now).unbind())
 
 
-def following(made: Tensor) -> Tensor:
+def following(made: Tensor) -> Tensor | Steps:
     """The numbers of the steps that follow so many: float32 [parameters], in the type that scalars are evaluated in."""
     dtype = step_dtype(made.device)
     if type(made) is not Tensor:  # such as a fake tensor, beside which no other can be
         return made.to(dtype) + 1
-    return made + _constants((1.0,), 1, made.device, dtype)
+    return Steps(made + _constants((0.0, 1.0), 3, made.device, dtype))
 
 
 #: numbers -> where they lie on a device. They stay, because graphs may read them.
@@ -60,14 +80,14 @@ def _constants(values: tuple[float, ...], ndim: int, device: torch.device, dtype
     return found
 
 
-def smmf_decay_first(step: T, beta: float, growth_rate: float) -> T:
+def smmf_decay_first(step: Scalar | Steps, beta: float, growth_rate: float) -> Any:
     """beta * growth_rate^(t-1): the decay of SMMF's first moment (SMMF, Algorithm 1)."""
-    return beta * growth_rate ** (step - 1.0)
+    return beta * growth_rate ** (step.before if isinstance(step, Steps) else step - 1.0)
 
 
-def smmf_decay_second(step: T, decay_rate: float) -> T:
+def smmf_decay_second(step: Scalar | Steps, decay_rate: float) -> Any:
     """1 - t^decay_rate: the decay of SMMF's second moment, 0 at t = 1 (SMMF, Algorithm 1)."""
-    return 1.0 - step**decay_rate
+    return 1.0 - (step.now if isinstance(step, Steps) else step) ** decay_rate
 
 
 def as_scalar(name: str, value: Scalar) -> Scalar:

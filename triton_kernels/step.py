@@ -5,11 +5,11 @@ parameters' size. Numbers of a step (learning rate, decays, ...) are values in d
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import attrgetter
-from typing import Any
+from operator import attrgetter, is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,15 @@ _DTYPE = attrgetter("dtype")
 _PLAIN = frozenset((float, int, bool, type(None)))
 
 
+class Ready(NamedTuple):
+    """What launches were made for, and what repeats them."""
+
+    key: tuple[Any, ...]
+    stream: Any  # as Triton takes it
+    launches: list[Callable[[], None]]
+    objects: tuple[Any, ...]  # which ``key`` and ``stream`` are of
+
+
 class Room(Launcher):
     """Device memory of one step at a time, with its tables, for tensors that stay where they are."""
 
@@ -40,6 +49,9 @@ class Room(Launcher):
         self.own_scalars = self.scalars = torch.zeros(count, dtype=torch.float64, device=self.device)
         self._places, self._once = places_of(self.scalars), self.scalars[: table.OWN.value + table.OWNED.value]
         self.coefficient = self.scalars[table.COEFFICIENT.value]
+        #: the numbers that lie in ``own_scalars``, where nothing else has been written there; replays of a graph may
+        self._written: tuple[list[float], list[type]] | None = None
+        self._in_graphs = False
         self.flags = torch.zeros(len(params), dtype=torch.int32, device=self.device)
         self.stream = platform.stream_of(self.device)  # of the last step
         self._known: tuple[Any, ...] | None = None
@@ -47,9 +59,10 @@ class Room(Launcher):
         #: of the gradients at ``_addresses``: their snapshot (`hfac.backends`), where there was one
         self._seen: Any = None
         #: of the plan's launches by name, what they were last made for, and what repeats them
-        self._ready: dict[str, tuple[Any, Any, list[Callable[[], None]]]] = {}
-        #: of the last step, where it was told nothing but gradients, numbers and flags
-        self.last: Repeatable | None = None
+        self._ready: dict[str, Ready] = {}
+        #: of the last "step", the last "statistics", and the "rest" of the last step that went on from statistics:
+        #: where it was told nothing but gradients, numbers, flags, and what it is clipped by
+        self.last: dict[str, Repeatable] = {}
         self.staged = Staged(self.device, torch.int64, partial(platform.host_memory, self.device))  # grad_table
 
     def check_capture(self, grads: Tensors) -> None:
@@ -115,33 +128,69 @@ class Room(Launcher):
         launches = launches[: self.plan.statistics] if which == "statistics" else launches
         if not launches:
             return
-        moving = (self.grad_table, self.scalars, self.squares, self.watched)
+        moving = self._moving()
         key = *options.values(), *[None if tensor is None else tensor.data_ptr() for tensor in moving]
         known = None if observed() else self._ready.get(which)
-        if known is not None and known[:2] == (key, current_stream()):
-            for again in known[2]:
+        if known is not None and (known.key, known.stream) == (key, current_stream()):
+            for again in known.launches:
                 again()
             return
         tiles = self.square_tiles if which == "squares" else self.tiles
         found = self.run(launches, tiles[: len(launches)], options)
         ready = [again for again in found if again is not None]
         if found and len(ready) == len(found) and not observed():
-            self._ready[which] = key, current_stream(), ready
+            # A graph that is being captured has a stream of its own, which `repeat` must not take for the last step's.
+            mine = self.stream if platform.stream_of(self.device) == self.stream else object()
+            self._ready[which] = Ready(key, current_stream(), ready, (options, mine, *moving))
+
+    def repeat(self, which: str, options: Mapping[str, bool]) -> None:
+        """`launch` on the current stream, where that is the last step's: it asks for no addresses."""
+        known = self._ready.get(which)
+        if (
+            known is not None
+            and all(map(is_, known.objects, (options, self.stream, *self._moving())))
+            and not observed()
+        ):
+            for again in known.launches:
+                again()
+        else:
+            self.launch(which, options)
+
+    def _moving(self) -> tuple[Tensor | None, ...]:
+        """What launches read and write that is not the plan's."""
+        return self.grad_table, self.scalars, self.squares, self.watched
 
     def set_scalars(self, numbers: Mapping[str, Any], capturing: bool) -> None:
         """Values to device memory. A tensor's value is copied on its device and never read here."""
         self.scalars = self.own_scalars
-        here = {name: value for name, value in numbers.items() if isinstance(value, Tensor) and value.is_cpu}
-        if here and self.device.type != "cpu":
-            numbers = {**numbers, **{name: staging.to_device(value, self.device) for name, value in here.items()}}
+        if self.device.type != "cpu":
+            here = {name: value for name, value in numbers.items() if isinstance(value, Tensor) and value.is_cpu}
+            if here:
+                moved = {name: staging.to_device(value, self.device) for name, value in here.items()}
+                numbers = {**numbers, **moved}
         scalars = scalars_of(numbers, on_host=False)
         values = scalar_values(scalars, numbers.get("seed") or 0, 0)
         if capturing:  # a graph would copy from memory that has been given away since
             for at, value in enumerate(values):
                 self.scalars[at].fill_(value)
+            self._in_graphs = True
         else:
-            _copy(values, self._once)
+            told = values, [value.__class__ for value in scalars]  # a tensor's value is none of these
+            if told != self._written:
+                self._written = None  # whatever may fail
+                _copy(values, self._once)
+                self._written = None if self._in_graphs else told
         copy_scalars(self._places, scalars, fill=True)
+
+    def scale(self, numbers: Mapping[str, Any]) -> None:
+        if numbers.get("grad_scale") is not None:
+            self._written = None
+        super().scale(numbers)
+
+    def multiply(self, clip: Tensor) -> None:
+        """What gradients are multiplied by to clip them."""
+        self._written = None
+        self.coefficient.copy_(clip)
 
 
 def _copy(values: list[float], to: Tensor) -> None:
@@ -157,17 +206,23 @@ class Shared:
     def __init__(self, device: torch.device) -> None:
         self.scalars = torch.zeros(table.OWN.value + table.OWNED.value, dtype=torch.float64, device=device)
         self.lock = threading.Lock()  # from `bring` to the launches
-        self._known: tuple[Any, ...] = ()
+        self._scaling = [self.scalars[at.value] for at in (table.GRAD_SCALE, table.COEFFICIENT)]
+        self._known: tuple[Any, ...] = (None, None, None)
 
-    def bring(self, numbers: Mapping[str, Any], grad_scale: Tensor | None) -> None:
-        """Both are told by their identity. ``numbers``: none of them a tensor."""
-        if len(self._known) == 2 and self._known[0] is numbers and self._known[1] is grad_scale:
+    def bring(self, numbers: Mapping[str, Any], grad_scale: Tensor | None, coefficient: Tensor | None = None) -> None:
+        """All are told by their identity. ``numbers``: none of them a tensor; the others: 0-d."""
+        told, known = (numbers, grad_scale, coefficient), self._known
+        if all(map(is_, told, known)):
             return
-        self._known = ()  # whatever may fail
-        _copy(scalar_values(scalars_of(numbers, on_host=False), numbers.get("seed") or 0, 0), self.scalars)
-        if grad_scale is not None:
-            self.scalars[table.GRAD_SCALE.value].copy_(grad_scale)
-        self._known = numbers, grad_scale
+        self._known = None, None, None  # whatever may fail
+        if known[0] is not numbers or known[1] is not None or known[2] is not None:
+            _copy(scalar_values(scalars_of(numbers, on_host=False), numbers.get("seed") or 0, 0), self.scalars)
+        pairs = [
+            (place, one.reshape(())) for place, one in zip(self._scaling, told[1:], strict=True) if one is not None
+        ]
+        if pairs:
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+        self._known = told
 
 
 #: by device and stream
@@ -192,6 +247,9 @@ class Statistics:
         room, self._room = self._room, None
         return room
 
+    def give_back(self, room: Room | None) -> None:
+        self._room = room
+
     def __del__(self) -> None:
         room = self.take_room()
         if room is not None:
@@ -200,7 +258,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Repeatable:
-    """What a step was made for, for one of the same gradients (``seen``) and other numbers of the same kind
+    """What launches were made for, for such of the same gradients (``seen``) and other numbers of the same kind
     (`_kind_of`)."""
 
     seen: Any
@@ -233,6 +291,7 @@ class Bound:
         self._rooms: list[Room] = []  # those that are free
         self._lock = threading.Lock()
         self._stream = platform.stream_of(self.device)  # of the last step
+        self._shared: tuple[Any, Shared] | None = None  # on that stream
         self.captured: list[Any] = []
 
     def __call__(
@@ -265,6 +324,7 @@ class Bound:
         options = options_of(self._operands, numbers, nonfinite, watched)
         with self._lock, platform.current(self.device):
             room = None if statistics is None or clip is None else statistics.take_room()
+            resumed = room is not None
             if room is None or statistics is None or clip is None:
                 room = self._open(grads, options, numbers, seen)
             else:
@@ -279,9 +339,8 @@ class Bound:
                 self._close(room, nonfinite, numbers)
                 if watched is not None and room.watched is not watched:
                     watched.add_(room.watched)
-                told = statistics is not None or watched is not None or numbers.get("found_inf") is not None
-                if not (seen is None or told or self.capturing()):
-                    room.last = Repeatable(seen, _kind_of(numbers, nonfinite, numbers.get("grad_scale")), options)
+                if watched is None and (statistics is None or resumed):
+                    self._keep("rest" if resumed else "step", room, seen, options, numbers, nonfinite)
             finally:
                 room.watched = None
                 self._rooms.append(room)
@@ -309,7 +368,23 @@ class Bound:
             room.launch("statistics", options)
             room.launch("squares", options)
             self._close(room, nonfinite, numbers)
+            if watched is None:
+                self._keep("statistics", room, seen, options, numbers, nonfinite)
         return found
+
+    def _keep(
+        self,
+        which: str,
+        room: Room,
+        seen: Any,
+        options: Mapping[str, bool],
+        numbers: Mapping[str, Any],
+        nonfinite: Tensor | None,
+    ) -> None:
+        """Keeps what launches that may be repeated were made for."""
+        if not (seen is None or numbers.get("found_inf") is not None or self.capturing()):
+            kind = _kind_of(numbers, nonfinite, numbers.get("grad_scale"))
+            room.last[which] = Repeatable(seen, kind, options)
 
     def capturing(self) -> bool:
         """Whether a graph is being captured, in whose replays what is launched now will run."""
@@ -325,6 +400,23 @@ class Bound:
         """Bytes of partial sums that are kept from step to step; 0 before the first."""
         return sum(room.workspace.numel() for room in self._rooms if room.workspace is not None)
 
+    def statistics_again(
+        self,
+        seen: Any,
+        numbers: Mapping[str, Any],
+        nonfinite: Tensor | None = None,
+        moved: tuple[Any, Tensors] | None = None,
+    ) -> Statistics | None:
+        """As `hfac.backends` describes it."""
+        with self._lock, platform.current(self.device):
+            room = self._rooms[-1] if self._rooms else None
+            options = self._repeatable("statistics", room, seen, numbers, nonfinite, None, moved)
+            if room is None or options is None or room.squares is None or not _is_shared(numbers, nonfinite):
+                return None
+            found = Statistics(self._rooms, self._rooms.pop(), room.squares, False)
+            self._launch(("statistics", "squares"), room, options, numbers)
+        return found
+
     def again(
         self,
         seen: Any,
@@ -332,47 +424,91 @@ class Bound:
         nonfinite: Tensor | None = None,
         moved: tuple[Any, Tensors] | None = None,
         grad_scale: Tensor | None = None,
+        statistics: Statistics | None = None,
+        clip: Tensor | None = None,
     ) -> bool:
         """As `hfac.backends` describes it."""
+        shared = _is_shared(numbers, nonfinite)
+        if statistics is not None and not shared:
+            return False
         with self._lock, platform.current(self.device):
-            room = self._rooms[-1] if self._rooms else None
-            last = None if room is None else room.last
-            kind = _kind_of(numbers, nonfinite, grad_scale)
-            if room is None or last is None or last.kind != kind or self.capturing():
-                return False
-            if last.seen is not seen and (moved is None or last.seen is not moved[0]):
-                return False
-            stream = platform.stream_of(self.device)
-            if stream != room.stream or stream != self._stream:
-                return False
-            if moved is not None and last.seen is not seen:
-                room.last = None  # until all is there, whatever may fail before
-                room.locate(moved[1], False, seen)
-                room.last = last = replace(last, seen=seen)
-            if nonfinite is None and _PLAIN.issuperset(map(type, numbers.values())):
-                shared = _shared.get((self.device, stream)) or _shared.setdefault(
-                    (self.device, stream), Shared(self.device)
-                )
-                with shared.lock:
-                    shared.bring(numbers, grad_scale)
-                    room.scalars = shared.scalars
-                    room.launch("launches", last.options)
+            if statistics is not None:
+                which, room = "rest", statistics.take_room()
             else:
-                room.set_scalars(numbers, capturing=False)
-                room.scale({"grad_scale": grad_scale})
-                if nonfinite is not None:
-                    room.flags.zero_()
-                room.launch("launches", last.options)
-                if nonfinite is not None:
-                    nonfinite.copy_(room.flags)
+                which, room = "step", self._rooms[-1] if self._rooms else None
+            options = self._repeatable(which, room, seen, numbers, nonfinite, grad_scale, moved)
+            if room is None or options is None:
+                if statistics is not None:
+                    statistics.give_back(room)
+                return False
+            try:
+                if shared:
+                    self._launch(("launches",), room, options, numbers, grad_scale, clip)
+                else:
+                    room.set_scalars(numbers, capturing=False)
+                    room.scale({"grad_scale": grad_scale})
+                    if nonfinite is not None:
+                        room.flags.zero_()
+                    room.repeat("launches", options)
+                    if nonfinite is not None:
+                        nonfinite.copy_(room.flags)
+            finally:
+                if statistics is not None:
+                    self._rooms.append(room)
         increment_version(self._params)
         return True
+
+    def _repeatable(
+        self,
+        which: str,
+        room: Room | None,
+        seen: Any,
+        numbers: Mapping[str, Any],
+        nonfinite: Tensor | None,
+        grad_scale: Tensor | None,
+        moved: tuple[Any, Tensors] | None,
+    ) -> Mapping[str, bool] | None:
+        """The options of the room's last launches of this kind, where these only repeat them, with the gradients found
+        where they have moved; else None."""
+        last = None if room is None else room.last.get(which)
+        if room is None or last is None or last.kind != _kind_of(numbers, nonfinite, grad_scale) or self.capturing():
+            return None
+        if last.seen is not seen and (moved is None or last.seen is not moved[0]):
+            return None
+        stream = platform.stream_of(self.device)
+        if stream != room.stream or stream != self._stream:
+            return None
+        if moved is not None and last.seen is not seen:
+            before, room.last = room.last, {}  # until all is there, whatever may fail before
+            room.locate(moved[1], False, seen)
+            room.last = {name: replace(one, seen=seen) for name, one in before.items() if one.seen is last.seen}
+        return last.options
+
+    def _launch(
+        self,
+        names: Sequence[str],
+        room: Room,
+        options: Mapping[str, bool],
+        numbers: Mapping[str, Any],
+        grad_scale: Tensor | None = None,
+        coefficient: Tensor | None = None,
+    ) -> None:
+        """Launches on numbers in the memory that all lists share on this stream."""
+        if self._shared is None or self._shared[0] != self._stream:
+            key = self.device, self._stream
+            self._shared = self._stream, _shared.get(key) or _shared.setdefault(key, Shared(self.device))
+        shared = self._shared[1]
+        with shared.lock:
+            shared.bring(numbers, grad_scale, coefficient)
+            room.scalars = shared.scalars
+            for name in names:
+                room.repeat(name, options)
 
     def _open(self, grads: Tensors, options: Mapping[str, bool], numbers: Mapping[str, Any], seen: Any) -> Room:
         """A room with all that the launches of a step read."""
         capturing = self.capturing()
         room = self._rooms.pop() if self._rooms else Room(self._operands)
-        room.last = None
+        room.last = {}
         try:
             if capturing:
                 room.check_capture(grads)
@@ -391,7 +527,7 @@ class Bound:
         """Only the coefficient is missing."""
         if not self.capturing():
             self._follow(room)
-        room.coefficient.copy_(clip)
+        room.multiply(clip)
         if options["SKIP"]:
             room.flags.mul_(clip == 1)
 
@@ -432,6 +568,11 @@ def options_of(
         "WATCH": watched is not None,
         "AGAIN": False,
     }
+
+
+def _is_shared(numbers: Mapping[str, Any], nonfinite: Tensor | None) -> bool:
+    """Whether lists may share these numbers in memory (`Shared`)."""
+    return nonfinite is None and _PLAIN.issuperset(map(type, numbers.values()))
 
 
 def _kind_of(

@@ -17,6 +17,8 @@ their strides say (`hfac.memory`), unless the backend has ``READS_MEMORY`` False
   anew. It returns False, and has done nothing, where the last call was not one of the same gradients, or of those whose
   snapshot ``moved`` begins with (`contract.Moved`), or was told anything else. ``numbers`` that are one object have the
   same values;
+* ``statistics_again(seen, numbers, nonfinite=None, moved=None)``, likewise of ``statistics``, with None where ``again``
+  returns False. Such a call ``unscales``, and ``again`` takes its ``statistics`` and ``clip``;
 * ``workspace_bytes()``: what it keeps on the device from step to step;
 * where CUDA graphs can capture it, ``capturing()``, ``check_capture(grads, nonfinite, clip_threshold)``, which refuses
   what could not be captured, and ``captured``, a list of what replays need, which the call's owner may replace by one

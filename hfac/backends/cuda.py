@@ -127,6 +127,23 @@ class CudaCall:
             plan.workspace = plan.squares = None  # others that take statistics have memory of their own
             return found
 
+    def statistics_again(
+        self,
+        seen: Snapshot,
+        numbers: Mapping[str, Any],
+        nonfinite: Tensor | None = None,
+        moved: Moved | None = None,
+    ) -> Statistics | None:
+        with self._lock:
+            plan = self._split
+            if plan is None or plan.squares is None:
+                return None
+            if not plan.again(seen, numbers, nonfinite, moved, {"squares": plan.squares}):
+                return None
+            found = Statistics(plan.squares, plan.workspace)
+            plan.workspace = plan.squares = None
+            return found
+
     def again(
         self,
         seen: Snapshot,
@@ -134,10 +151,18 @@ class CudaCall:
         nonfinite: Tensor | None = None,
         moved: Moved | None = None,
         grad_scale: Tensor | None = None,
+        statistics: Statistics | None = None,
+        clip: Tensor | None = None,
     ) -> bool:
+        memory = {"grad_scale": grad_scale, "clip": clip}
         with self._lock:
+            plan = self._plain
+            if statistics is not None:
+                assert self._split is not None
+                plan = self._split
+                plan.workspace, plan.squares = statistics.memory, statistics.squares  # the next ones have them
             increment_version(self.params)
-            return self._plain.again(seen, numbers, nonfinite, moved, grad_scale)
+            return plan.again(seen, numbers, nonfinite, moved, memory, statistics is not None)
 
     def capturing(self) -> bool:
         """Whether a graph is being captured, in whose replays what is launched now will run."""

@@ -18,6 +18,8 @@ from .snapshots import SAME, Snapshot, compare, snapshot
 Tensors = Sequence[Tensor]
 #: What a launch is told by address.
 _MEMORY = ("grad_scale", "found_inf", "watched")
+#: What a launch that is repeated may be told by address.
+_REPEATED = frozenset(("nonfinite", "grad_scale", "squares", "clip"))
 #: Types of numbers that a launch takes as they are.
 _NUMBERS = frozenset((float, int, bool, type(None)))
 #: of the index of a CUDA device; torch without CUDA has no such function
@@ -81,7 +83,8 @@ class Planned:
         self.stream: Any = None  # of the last launch outside of captures
         self.stream_at = 0  # its address
         self.looked: tuple[Snapshot | None, bool, bool] | None = None  # what `look` has told the plan
-        self.last: dict[str, int] | None = None  # addresses that the last launch was told, where that serves the next
+        #: the last launch's workspace and the addresses that every launch is told, where these serve the next one
+        self.last: tuple[Tensor, dict[str, int]] | None = None
 
     def squares_room(self, count: int) -> Tensor:
         """Where sums of squares of so many gradients go; what nothing writes there is 0."""
@@ -117,8 +120,8 @@ class Planned:
         memory |= {"nonfinite": flags, **{name: numbers.pop(name) for name in _MEMORY if name in numbers}}
         own, told, kept = self._held(workspace), addresses_of(memory), list[Tensor]()
         self.step.launch(self._told(numbers, kept), own | told, self.index, address_of(stream))
-        if not capturing and flags is nonfinite and told.keys() <= {"nonfinite", "grad_scale"}:
-            self.last = own
+        if not capturing and flags is nonfinite and told.keys() <= _REPEATED:
+            self.last = workspace, own
         if nonfinite is not None and flags is not None and flags is not nonfinite:
             nonfinite.copy_(flags)
         if capturing:
@@ -130,31 +133,35 @@ class Planned:
         numbers: Mapping[str, Any],
         nonfinite: Tensor | None,
         moved: Moved | None,
-        grad_scale: Tensor | None,
+        memory: Mapping[str, Tensor | None],
+        goes_on: bool = False,
     ) -> bool:
-        """A launch on the same gradients as the last one, or on what has ``moved`` from there, with these in place of
-        all that it was told beside; False where that was told more."""
+        """A launch on the same gradients as the last one, or on what has ``moved`` from there, with these numbers and
+        this ``memory`` in place of all that it was told beside; False where that was told more. ``goes_on``: from
+        statistics of the same gradients in the workspace."""
         looked, workspace, platform, last = self.looked, self.workspace, self.platform, self.last
         if last is None or workspace is None or looked is None:
             return False
-        if looked[0] is not seen and (moved is None or looked[0] is not moved[0]):
+        here = looked[0] is seen
+        if not here and (goes_on or moved is None or looked[0] is not moved[0]):
             return False
         threshold = numbers.get("clip_threshold")
         if looked[1:] != (threshold is not None, nonfinite is not None):
             return False
         if platform.capturing() or not platform.is_current(self.stream, self.index):
             return False
-        if moved is not None and looked[0] is not seen:
+        if moved is not None and not here:
             self.look(moved[1], nonfinite, threshold, seen)
             self._bring(False)
-            workspace = self._room()
-        platform.before_launch(workspace)
-        if self.last is None:  # of other gradients
-            self.last = last = self._held(workspace)
-        kept: list[Tensor] = []  # until the launch
-        if nonfinite is not None or grad_scale is not None:
-            last = last | addresses_of({"nonfinite": nonfinite, "grad_scale": grad_scale})
-        self.step.launch(self._told(numbers, kept), last, self.index, self.stream_at)
+            workspace, last = self._room(), None
+        if not goes_on:
+            platform.before_launch(workspace)
+        if last is None or last[0] is not workspace:
+            self.last = last = workspace, self._held(workspace)
+        told, kept = addresses_of(memory) if memory else {}, list[Tensor]()  # until the launch
+        if nonfinite is not None:
+            told["nonfinite"] = nonfinite.data_ptr()
+        self.step.launch(self._told(numbers, kept), last[1] | told, self.index, self.stream_at)
         return True
 
     def _held(self, workspace: Tensor) -> dict[str, int]:
@@ -165,7 +172,8 @@ class Planned:
         """A launch's numbers; to ``kept`` are added the tensors whose addresses are among them."""
         if _NUMBERS.issuperset(map(type, numbers.values())):
             return numbers
-        return {name: scalar(value, self.device, kept) for name, value in numbers.items()}
+        device, plain = self.device, _NUMBERS
+        return {name: value if type(value) in plain else scalar(value, device, kept) for name, value in numbers.items()}
 
     @property
     def table(self) -> Tensor | None:

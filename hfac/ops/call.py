@@ -130,6 +130,7 @@ class OpCall:
         self._lists = self._needed(lists)
         self._call: Callable[..., None] | None = None
         self._again: Callable[..., bool] | None = None
+        self._statistics_again: Callable[..., backends.Statistics | None] | None = None
         self._double = False  # of gradients that have been checked
         if not self._params:
             return
@@ -142,6 +143,7 @@ class OpCall:
         self._reads_memory = getattr(kernels, "READS_MEMORY", True)
         self._call = kernels.bind(self._operands)
         self._again = getattr(self._call, "again", None)
+        self._statistics_again = getattr(self._call, "statistics_again", None)
         if captured is not None and hasattr(self._call, "captured"):
             self._call.captured = captured
         self._shapes = list(map(_SHAPE, self._params))
@@ -261,6 +263,30 @@ class OpCall:
         sums = take(inputs.readable(grads), inputs.nonfinite, **seen, **scaling, **inputs.numbers)
         return Statistics(None, grads, sums, torch.float64 if inputs.double else torch.float32)
 
+    @property
+    def repeats_statistics(self) -> bool:
+        """Whether `statistics_again` may give any."""
+        return self._statistics_again is not None
+
+    def statistics_again(
+        self,
+        seen: Snapshot,
+        seed: int,
+        step: Scalar,
+        numbers: Mapping[str, Any],
+        nonfinite: Tensor | None = None,
+        moved: Moved | None = None,
+    ) -> Statistics | None:
+        """What `statistics` would give of the inputs that `prepare` would make, for `again`, on the same terms as that.
+        None, with nothing done, where it returns False."""
+        if self._statistics_again is None:
+            return None
+        if self.stochastic:
+            numbers = {**numbers, "seed": seed, "step": step}
+        sums = self._statistics_again(seen, numbers, nonfinite, moved)
+        # Nothing reads the gradients once more but the call, which knows where they are.
+        return None if sums is None else Statistics(None, [], sums, torch.float64 if self._double else torch.float32)
+
     def check_capture(self, inputs: Inputs, statistics: Statistics | None = None) -> None:
         """Of a step in a CUDA graph that is being captured: that it can be part of it.
 
@@ -324,20 +350,23 @@ class OpCall:
         step: Scalar,
         numbers: Mapping[str, Any],
         nonfinite: Tensor | None = None,
-        clip: Clip | None = None,
         moved: Moved | None = None,
+        clip: Clip | None = None,
+        statistics: Statistics | None = None,
     ) -> bool:
         """Makes the step that `prepare` and `apply` would make of the gradients of ``seen``, where the last one was of
         them, too, or of those that they have ``moved`` from, and all that either was told beside are numbers,
-        ``nonfinite`` as `prepare` checks it, and ``clip``. False, with nothing done, where it was another, or gradients
-        had to be written to clip them."""
+        ``nonfinite`` as `prepare` checks it, ``clip``, and with that ``statistics``. False, with nothing done, where it
+        was another, or gradients had to be written to clip them."""
         if self._again is None:
             return False
         if self.stochastic:
             numbers = {**numbers, "seed": seed, "step": step}
         if clip is None:
             return self._again(seen, numbers, nonfinite, moved)
-        coefficient, _, divisor = clip.on(self.device)
+        coefficient, single, divisor = clip.on(self.device)
+        if statistics is not None and statistics.sums is not None:
+            return self._again(seen, numbers, nonfinite, moved, divisor, statistics.sums, single)
         if self.unscales:
             return self._again(seen, numbers, nonfinite, moved, divisor)
         one = coefficient.is_cpu and type(coefficient) is Tensor and staging.on_host(coefficient) == [1.0]

@@ -112,11 +112,10 @@ class FactoredOptimizer(NormOptimizer):
                 loss = closure()
         if getattr(self, "found_inf", None) is not None and self._is_forbidden():
             return loss
-        repeated = self._repeated_steps()
+        repeated = self._repeated()
         if repeated is not None:
-            self._grad_norm = self._norm_coefficient = None
-            for each in repeated:
-                each.apply()
+            for each in repeated[0]:
+                each.apply(repeated[1])
             return loss
         ready = self._ready()
         cache, grads, steps, shared = ready
@@ -167,19 +166,21 @@ class FactoredOptimizer(NormOptimizer):
             self._watched |= sharded.watched
         return loss
 
-    def _repeated_steps(self) -> list[functional.Repeated] | None:
-        """The groups' steps, where each is like its last one, of all its parameters, and without clipping, scaling or
-        sums over ranks; None where `step` must look at more."""
+    def _repeated(self) -> tuple[list[functional.Repeated], clipping.Clip | None] | None:
+        """The groups' steps and what they are clipped by, where each is like its last one, of all its parameters,
+        without scaling or sums over ranks, and clipped by no other norm than that of these gradients; None where `step`
+        must look at more."""
         cache, mine = self._cache, self.__dict__
         if cache is None or cache.dtensors or self._sharded is not None or self._units is not None or self._in_graphs:
             return None
         if self._given_norm is not None or "grad_scale" in mine or "found_inf" in mine:  # set by a GradScaler
             return None
         steps: list[functional.Repeated] = []
+        limits: list[float | None] = []
         for index in range(len(self.param_groups)):
             present, bound = self._bound.get(index, (None, None))
             _, options, limit, numbers = self._given_of(index)
-            if bound is None or present is not None or limit is not None or not bound.is_repeatable:
+            if bound is None or present is not None or not bound.repeats:
                 return None
             if not steps and not cache.is_valid(self.param_groups, self.state):
                 return None
@@ -187,7 +188,24 @@ class FactoredOptimizer(NormOptimizer):
             if step is None:
                 return None
             steps.append(step)
-        return steps
+            limits.append(limit)
+        if not steps or limits.count(limits[0]) != len(limits):
+            return None
+        norm = coefficient = None
+        if limits[0] is not None:
+            if self._total is not None:
+                return None
+            norms = []
+            for group, step in zip(self.param_groups, steps, strict=True):
+                statistics = step.take_statistics()
+                if statistics is None:
+                    return None
+                norms += [(each, group["nonfinite"] == "skip") for each in functional.norms_of(statistics)]
+            norm = clipping.total(norms)
+            assert norm is not None
+            coefficient = clipping.coefficient(norm, limits[0])
+        self._grad_norm, self._norm_coefficient = norm, coefficient
+        return steps, None if coefficient is None else clipping.Clip(coefficient)
 
     def _ready(self) -> Ready:
         """Validates a step of all that has a gradient."""

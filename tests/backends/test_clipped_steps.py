@@ -3,11 +3,16 @@ found_inf, and clipped by a norm that H-Fac's statistics give, from which the st
 
 Where Triton's kernels are interpreted, tests/backends/test_triton.py runs this file once more."""
 
+import copy
+
 import emulated
 import pytest
 import torch
 from suites import ALL_OPS, BF16, F16, F32, F64, KERNELS, KINDS, SEVERAL, SMALLER, TWICE, Run, cases, laid_out, same
 from test_parity import ieee_square_roots, params_agree, states_agree, truncated_agree
+
+import hfac
+from hfac import ops
 
 __all__ = ["ieee_square_roots"]  # a fixture of every test here
 pytestmark = pytest.mark.usefixtures("all_orders")
@@ -333,3 +338,53 @@ def test_a_refused_parameter_keeps_every_bit(backend, op, bad):
     now = run.everything()
     stays = [same(a, b) for a, b in zip(now, before, strict=True)]
     assert stays == [i % 2 == 0 for i in range(len(now))]
+
+
+def cold(optimizer, params, options):
+    """An optimizer of copies of these parameters and gradients in the state of another one: it repeats nothing."""
+    twins = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    for twin, param in zip(twins, params, strict=True):
+        twin.grad = param.grad.clone()
+    other = type(optimizer)(twins, **options)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return twins, other
+
+
+@pytest.mark.parametrize("options", [{}, {"nonfinite": "skip"}, {"capturable": True}], ids=str)
+@pytest.mark.parametrize("name", ["HFac", "SMMF"])
+@EACH
+def test_clipped_steps_that_repeat_the_last_one(name, backend, options, monkeypatch):
+    """They have the bits of a new optimizer's, whether they clip or not, gradients have moved, or one is not finite."""
+    repeated, again = [], ops.OpCall.statistics_again
+    monkeypatch.setattr(ops.OpCall, "statistics_again", lambda *args: repeated.append(again(*args)) or repeated[-1])
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in [(24, 16), (16, 40), (33,), (5, 7)]]
+    given = {"lr": 0.1, "backend": backend, "max_grad_norm": 3.0, **options}
+    optimizer = getattr(hfac, name)(params, **given)
+    kept, coefficients = [], []
+    for t in range(9):
+        optimizer.param_groups[0]["lr"] = 0.1 / (1 + t)
+        for param in params:
+            grad = torch.randn_like(param) * (0.01, 10.0, 1.0)[t % 3]
+            if t in (0, 4, 5):
+                param.grad = grad
+                kept.append(grad)  # what comes later lies elsewhere
+            else:
+                param.grad.copy_(grad)
+        if t == 7 and "nonfinite" in options:
+            params[1].grad[2, 3] = NAN
+        twins, other = cold(optimizer, params, given)
+        repeated.clear()
+        optimizer.step()
+        warm = [each is not None for each in repeated]
+        other.step()
+        coefficients.append(min(1.0, 3.0 / optimizer.grad_norm.item()))
+        assert torch.equal(optimizer.grad_norm, other.grad_norm)
+        for param, twin in zip(params, twins, strict=True):
+            assert same(param, twin)
+            for key, value in optimizer.state[param].items():
+                assert same(value, other.state[twin][key]), key
+        bound_anew = t > 7 and "nonfinite" in options  # one has been skipped, and no longer steps with the others
+        if t > 1 and not bound_anew and (backend == emulated.NAME or (backend == "triton" and not options)):
+            assert warm and all(warm), t
+    assert min(coefficients) < 1 and coefficients.count(1.0) >= 3

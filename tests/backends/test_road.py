@@ -58,11 +58,34 @@ def test_a_warm_step_is_five_calls_in_eighteen_files(name, moved, options, emula
     road = Road(optimizer.step, emulated.ops.platform, monkeypatch)
     (launch,) = road.launches
     assert [launch.pop(0), launch.pop(0)] == ["_unobserved.<locals>.step", "without_grad.<locals>.wrapped"]
-    ways = ("Repeated.apply", "Group.repeated"), ("Step.apply", "Group.prepare")
-    (apply, check), other = ways if not options else ways[::-1]  # the device counts, or what is skipped is counted
-    expected = ["FactoredOptimizer.step", apply, "OpCall.again", "CudaCall.again", "Planned.again"]
+    expected = ["FactoredOptimizer.step", "Repeated.apply", "OpCall.again", "CudaCall.again", "Planned.again"]
     assert launch == expected  # and the extension's launch is the last
     assert len(road.files) <= 18, sorted(road.files)
-    once = (*expected, check, "Group.look", *["Planned.look"] * moved)
+    once = (*expected, "Group.repeated", "Group.look", *["Planned.look"] * moved)
     assert {call: road.calls[call] for call in once} == dict.fromkeys(once, 1)
-    assert not any(road.calls[call] for call in ("OpCall.prepare", "OpCall.apply", *other))
+    assert not any(road.calls[call] for call in ("OpCall.prepare", "OpCall.apply", "Group.prepare", "Step.apply"))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_clipped_step_repeats_statistics_and_update(moved, emulated_backend, monkeypatch):
+    """Each of them once, from what the norm has left."""
+    params = [Parameter(torch.randn(24, 16)), Parameter(torch.randn(40))]
+    optimizer = hfac.HFac(params, backend=emulated.NAME, max_grad_norm=1.0)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+        old = [param.grad for param in params]
+    if moved:
+        for param in params:
+            param.grad = torch.randn_like(param)
+        assert all(param.grad.data_ptr() != grad.data_ptr() for param, grad in zip(params, old, strict=True))
+    road = Road(optimizer.step, emulated.ops.platform, monkeypatch)
+    assert {call: road.calls[call] for call in ("CudaCall.statistics_again", "CudaCall.again", "Planned.again")} == {
+        "CudaCall.statistics_again": 2,
+        "CudaCall.again": 2,
+        "Planned.again": 4,
+    }
+    assert not any(road.calls[call] for call in ("OpCall.prepare", "OpCall.apply", "Group.prepare", "Step.apply"))
+    assert road.calls["Planned.look"] == 2 * moved
+    assert len(road.launches) == 2  # whose workspace is filled before: statistics, from which the updates go on

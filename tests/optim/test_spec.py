@@ -120,6 +120,18 @@ def test_decays_of_both_moments_have_the_bits_of_one_alone(betas, most, monkeypa
     monkeypatch.setattr(schedules, "_MOST", most)
     for count in (1, 3, 100, 100):
         steps = torch.arange(1.0, count + 1, dtype=torch.float64)
-        for decays, beta in zip(schedules.hfac_decays(steps, betas), betas, strict=True):
-            assert torch.equal(decays, schedules.hfac_decay(steps, beta)) and decays[0] == 0
+        for given in (steps, schedules.following(steps.float() - 1)):
+            for decays, beta in zip(schedules.hfac_decays(given, betas), betas, strict=True):
+                assert torch.equal(decays, schedules.hfac_decay(steps, beta)) and decays[0] == 0
     assert len(schedules._kept) == (3 if most else 0)
+
+
+def test_decays_of_the_steps_that_follow():
+    """Of steps on a device: what one alone has."""
+    steps = torch.arange(1.0, 9.0, dtype=torch.float64)
+    following = schedules.following(steps.float() - 1)
+    assert torch.equal(following.now, steps) and torch.equal(following.before, steps - 1)
+    first, second = (schedules.smmf_decay_first(t, 0.9, 0.999) for t in (steps, following))
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
+    first, second = (schedules.smmf_decay_second(t, -0.5) for t in (steps, following))
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
