@@ -138,7 +138,7 @@ class CudaCall:
             plan = self._split
             if plan is None or plan.squares is None:
                 return None
-            if not plan.again(seen, numbers, nonfinite, moved, {"squares": plan.squares}):
+            if not plan.again(seen, numbers, nonfinite, moved, squares=plan.squares):
                 return None
             found = Statistics(plan.squares, plan.workspace)
             plan.workspace = plan.squares = None
@@ -154,15 +154,15 @@ class CudaCall:
         statistics: Statistics | None = None,
         clip: Tensor | None = None,
     ) -> bool:
-        memory = {"grad_scale": grad_scale, "clip": clip}
         with self._lock:
-            plan = self._plain
-            if statistics is not None:
-                assert self._split is not None
+            increment_version(self.params)
+            if statistics is not None and self._split is not None:
                 plan = self._split
                 plan.workspace, plan.squares = statistics.memory, statistics.squares  # the next ones have them
-            increment_version(self.params)
-            return plan.again(seen, numbers, nonfinite, moved, memory, statistics is not None)
+                return plan.again(seen, numbers, nonfinite, moved, True, grad_scale=grad_scale, clip=clip)
+            if grad_scale is None:
+                return self._plain.again(seen, numbers, nonfinite, moved)
+            return self._plain.again(seen, numbers, nonfinite, moved, grad_scale=grad_scale)
 
     def capturing(self) -> bool:
         """Whether a graph is being captured, in whose replays what is launched now will run."""

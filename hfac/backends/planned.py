@@ -22,6 +22,8 @@ _MEMORY = ("grad_scale", "found_inf", "watched")
 _REPEATED = frozenset(("nonfinite", "grad_scale", "squares", "clip"))
 #: Types of numbers that a launch takes as they are.
 _NUMBERS = frozenset((float, int, bool, type(None)))
+#: the last ones that were found to be all of these types: parameters that are stepped one by one share them
+_plain: Mapping[str, Any] | None = None
 #: of the index of a CUDA device; torch without CUDA has no such function
 _address_of_current = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
@@ -133,8 +135,8 @@ class Planned:
         numbers: Mapping[str, Any],
         nonfinite: Tensor | None,
         moved: Moved | None,
-        memory: Mapping[str, Tensor | None],
         goes_on: bool = False,
+        **memory: Tensor | None,
     ) -> bool:
         """A launch on the same gradients as the last one, or on what has ``moved`` from there, with these numbers and
         this ``memory`` in place of all that it was told beside; False where that was told more. ``goes_on``: from
@@ -158,10 +160,10 @@ class Planned:
             platform.before_launch(workspace)
         if last is None or last[0] is not workspace:
             self.last = last = workspace, self._held(workspace)
-        told, kept = addresses_of(memory) if memory else {}, list[Tensor]()  # until the launch
-        if nonfinite is not None:
-            told["nonfinite"] = nonfinite.data_ptr()
-        self.step.launch(self._told(numbers, kept), last[1] | told, self.index, self.stream_at)
+        told, kept = last[1], list[Tensor]()  # until the launch
+        if memory or nonfinite is not None:
+            told = told | addresses_of({"nonfinite": nonfinite, **memory})
+        self.step.launch(self._told(numbers, kept), told, self.index, self.stream_at)
         return True
 
     def _held(self, workspace: Tensor) -> dict[str, int]:
@@ -170,7 +172,11 @@ class Planned:
 
     def _told(self, numbers: Mapping[str, Any], kept: list[Tensor]) -> Mapping[str, Any]:
         """A launch's numbers; to ``kept`` are added the tensors whose addresses are among them."""
+        global _plain
+        if numbers is _plain:
+            return numbers
         if _NUMBERS.issuperset(map(type, numbers.values())):
+            _plain = numbers
             return numbers
         device, plain = self.device, _NUMBERS
         return {name: value if type(value) in plain else scalar(value, device, kept) for name, value in numbers.items()}

@@ -35,9 +35,34 @@ def keep_uncompiled(cls: type[Optimizer]) -> None:
     for name in ("step", "step_param"):
         method = getattr(cls, name)
         if not getattr(method, "uncompiled", False):
-            method = torch.compiler.disable(_unobserved(method))
+            method = _apart_from_compiler(_unobserved(method))
             method.uncompiled = True
             setattr(cls, name, method)
+
+
+#: Before this version torch told of the callback below without counting the reference.
+_OLDEST = (2, 11)
+
+
+def _apart_from_compiler(method: Any) -> Any:
+    """`torch.compiler.disable`, whose wrapper takes a fifth of `step_param`: it is passed by where torch compiles
+    nothing at the moment."""
+    disabled: Any = torch.compiler.disable(method)
+    if tuple(map(int, torch.__version__.split(".")[:2])) < _OLDEST:
+        return disabled
+    try:
+        from torch._C._dynamo.eval_frame import get_eval_frame_callback
+        from torch._dynamo.decorators import skip
+    except ImportError:  # a later torch
+        return disabled
+
+    @wraps(method)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (method if get_eval_frame_callback() is None else disabled)(self, *args, **kwargs)
+
+    skip(step)  # this frame alone
+    step.__dict__.update(vars(disabled))  # by which the compiler knows what it is not to trace
+    return step
 
 
 def _unobserved(method: Callable[..., Any]) -> Callable[..., Any]:

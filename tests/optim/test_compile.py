@@ -1,14 +1,17 @@
 """Training steps under torch.compile: the graph breaks at the optimizer, and nothing is compiled anew as it goes on."""
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from running import bits
 from torch import nn
+from torch._dynamo import convert_frame
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
+import hfac
 from hfac import SMMF, HFac, release_gradients
 
 BOTH = pytest.mark.parametrize("cls", [HFac, SMMF], ids=["hfac", "smmf"])
@@ -69,6 +72,28 @@ def test_a_compiled_training_step(cls, backend, lr, options):
     counter = CompileCounterWithBackend(backend)
     assert training.run(torch.compile(training.step, backend=counter)) == wanted.run(wanted.step)
     assert counter.frame_count == 1 and counters["stats"]["unique_graphs"] == 1
+
+
+@BOTH
+def test_frames_of_a_step_are_not_compiled(cls, monkeypatch):
+    """Not even that of what decides whether to go through torch's wrapper."""
+    seen, compile_frame = [], convert_frame._compile
+    monkeypatch.setattr(
+        convert_frame, "_compile", lambda code, *a, **k: seen.append(code) or compile_frame(code, *a, **k)
+    )
+    training = Training(cls)
+
+    def step(inputs):
+        training.optimizer.zero_grad()
+        training.model(inputs).square().mean().backward()
+        for param in training.model.parameters():
+            training.optimizer.step_param(param)
+        training.optimizer.zero_grad()
+        training.optimizer.step()
+
+    training.run(torch.compile(step, backend="eager"))
+    assert __file__ in {code.co_filename for code in seen}
+    assert not [code for code in seen if code.co_filename.startswith(str(Path(hfac.__file__).parent))]
 
 
 @BOTH
