@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
@@ -178,48 +178,61 @@ def pick(entries: Sequence[Any], index: Sequence[int]) -> list[Any]:
     return list(itemgetter(*index)(entries)) if len(index) > 1 else [entries[i] for i in index]
 
 
-@dataclass
 class Repeated:
     """A step of a `Group` in which nothing but addresses of gradients, numbers, flags and what it is clipped by differ
     from an earlier one: the buckets' calls are made again, and prepared only where they cannot be.
 
-    Attributes: as `Step`'s, and
+    Args: as `Step`'s.
+
+    Attributes:
         flags: of each bucket that has any.
         marks: of each `Together` that `apply` is to count.
-        statistics: of each bucket's gradients, once `norms` has found them.
     """
 
-    inputs: Callable[..., ops.Inputs]
-    grads: list[Tensor]
-    before: ops.Snapshot
-    seen: ops.Snapshot
-    told: list[tuple[Bucket, Any, dict[str, Any]]]
-    seed: int
-    flags: Mapping[Bucket, Tensor | None] = field(default_factory=dict)
-    marks: Sequence[tuple[Together, Marks]] = ()
-    statistics: Sequence[ops.Statistics | None] = ()
+    __slots__ = ("_before", "_grads", "_inputs", "_seed", "_seen", "_statistics", "_told", "flags", "marks")
+
+    def __init__(
+        self,
+        inputs: Callable[..., ops.Inputs],
+        grads: list[Tensor],
+        before: ops.Snapshot,
+        seen: ops.Snapshot,
+        told: list[tuple[Bucket, Any, dict[str, Any]]],
+        seed: int,
+    ) -> None:
+        self._inputs, self._grads, self._before, self._seen, self._told = inputs, grads, before, seen, told
+        self._seed = seed
+        self.flags: Mapping[Bucket, Tensor | None] = _NO_FLAGS
+        self.marks: Sequence[tuple[Together, Marks]] = ()
+        #: of each bucket's gradients, once `take_statistics` has found them
+        self._statistics: list[ops.Statistics] | None = None
 
     def take_statistics(self) -> list[ops.Statistics] | None:
         """Of all buckets, for `apply` to go on from; None where one's must be taken in another way."""
-        if not all([bucket.call.repeats_statistics for bucket, *_ in self.told]):
+        if not all([bucket.call.repeats_statistics for bucket, *_ in self._told]):
             return None
         found = []
-        for bucket, t, numbers in self.told:
-            one = bucket.call.statistics_again(*self._arguments(bucket, t, numbers))
+        for bucket, t, numbers in self._told:
+            moved = bucket.moved(self._before, self._seen, self._grads)
+            one = bucket.call.statistics_again(self._seen, self._seed, t, numbers, self.flags.get(bucket), moved)
             if one is None:
                 return None
             found.append(one)
-        self.statistics = found
+        self._statistics = found
         return found
 
     def apply(self, clip: ops.Clip | None = None) -> None:
         """Makes the step, on gradients multiplied by ``clip``, and counts what the host counts, and ``marks``."""
-        statistics = self.statistics or [None] * len(self.told)
-        for (bucket, t, numbers), found in zip(self.told, statistics, strict=True):
-            if not bucket.call.again(*self._arguments(bucket, t, numbers), clip, found):
-                scaling, flags = {"grad_scale": None, "found_inf": None}, self.flags.get(bucket)
-                inputs = self.inputs(bucket, self.grads, t, numbers, scaling, self.seed, self.seen, flags)
-                bucket.call.apply(inputs, found, clip)
+        seen, seed, found = self._seen, self._seed, None
+        for i, (bucket, t, numbers) in enumerate(self._told):
+            if self._statistics is not None:
+                found = self._statistics[i]
+            flags, moved = self.flags.get(bucket), bucket.moved(self._before, seen, self._grads)
+            if not bucket.call.again(seen, seed, t, numbers, flags, moved, clip, found):
+                scaling = {"grad_scale": None, "found_inf": None}
+                with torch.no_grad():  # which calls that are made again do without
+                    inputs = self._inputs(bucket, self._grads, t, numbers, scaling, seed, seen, flags)
+                    bucket.call.apply(inputs, found, clip)
             if bucket.together is None:
                 bucket.count(None)
         for together, mine in self.marks:
@@ -227,13 +240,10 @@ class Repeated:
 
     @property
     def unscales(self) -> bool:
-        return any(bucket.call.unscales for bucket, *_ in self.told)
+        return any(bucket.call.unscales for bucket, *_ in self._told)
 
-    def _arguments(
-        self, bucket: Bucket, t: Any, numbers: Mapping[str, Any]
-    ) -> tuple[ops.Snapshot, int, Any, Mapping[str, Any], Tensor | None, ops.Moved | None]:
-        moved = bucket.moved(self.before, self.seen, self.grads)
-        return self.seen, self.seed, t, numbers, self.flags.get(bucket), moved
+
+_NO_FLAGS: dict[Bucket, Tensor | None] = {}
 
 
 def flags_of(marks: Sequence[tuple[Together, Marks]]) -> dict[Bucket, Tensor | None]:
@@ -287,7 +297,8 @@ class Step:
         #: for as long as nothing has been checked that may differ from an earlier step
         self._repeated: Repeated | None = None
         if repeats:
-            self._repeated = Repeated(inputs, grads, before, seen, told, options.get("seed", 0), self._flags)
+            self._repeated = Repeated(inputs, grads, before, seen, told, options.get("seed", 0))
+            self._repeated.flags = self._flags
         self._refused: Tensor | None = None
         #: what is made of ``told`` for the buckets' calls, if it has been
         self._checked: list[tuple[Bucket, ops.Inputs]] | None = None

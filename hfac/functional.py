@@ -327,38 +327,6 @@ class Group:
             self._known_grads = known = ops.snapshot(grads)
         return before, None if found == ops.OTHER or memory.bypassed() else known
 
-    def repeat(
-        self, grads: list[Tensor], options: Mapping[str, Any], numbers: Numbers, clip: ops.Clip | None = None
-    ) -> bool:
-        """Makes the step of `prepare` and `Step.apply` where that repeats one call. False, with nothing done, where it
-        does not."""
-        bucket = self._buckets[0]
-        if not self.repeats or len(self._buckets) > 1 or ops.compare(self._tensors, self._known) != ops.SAME:
-            return False
-        (before, seen), together = self.look(grads), bucket.together
-        if seen is None or (together is not None and bucket.call.capturing()):
-            return False
-        if bucket.on_host is None:
-            assert together is not None
-            ((_, t, decays),) = together.decays(self._algorithm, options)
-            told = {**decays, **constants_of(self._algorithm, options)}
-        else:
-            made = bucket.on_host.common(hold=True)
-            if made is None:
-                return False
-            t = made + 1
-            told = numbers.of(self._algorithm, options, t)
-        marks = None if together is None else together.marks(None, False)
-        flags = None if marks is None else marks.of[0]
-        moved = bucket.moved(before, seen, grads)
-        if not bucket.call.again(seen, options.get("seed", 0), t, told, flags, moved, clip):
-            return False
-        if together is None or marks is None:
-            bucket.count(None)
-        else:
-            together.count(marks, None)
-        return True
-
     def repeated(self, grads: list[Any], options: Mapping[str, Any], numbers: Numbers) -> Repeated | None:
         """What `prepare` would give where the step is told nothing but gradients like the last ones and ``numbers``,
         and they are not scaled. None where it is another, or a graph is being captured; entries may be None then."""
@@ -370,28 +338,27 @@ class Group:
         told = self._told(options, numbers)
         if told is None:
             return None
-        marks = [(together, together.marks(None, False)) for together in self._together]
-        flags = flags_of(marks)
-        return Repeated(self._inputs, grads, before, seen, told, options.get("seed", 0), flags, marks)
+        step = Repeated(self._inputs, grads, before, seen, told, options.get("seed", 0))
+        if self._together:
+            step.marks = [(together, together.marks(None, False)) for together in self._together]
+            step.flags = flags_of(step.marks)
+        return step
 
     def _told(self, options: Mapping[str, Any], numbers: Numbers) -> list[tuple[Bucket, Any, dict[str, Any]]] | None:
         """Of each bucket the number of its next step, and what else the step is told; None where the steps of one have
         come apart."""
-        on_device: dict[int, Any] = {}
-        for together in self._together:
-            for bucket, t, decays in together.decays(self._algorithm, options):
-                on_device[id(bucket)] = t, decays
-        constants = constants_of(self._algorithm, options) if on_device else {}
-        told = []
+        told: list[tuple[Bucket, Any, dict[str, Any]]] = []
         for bucket in self._buckets:
-            if bucket.on_host is None:
-                t, decays = on_device[id(bucket)]
-                told.append((bucket, t, {**decays, **constants}))
-            else:
+            if bucket.on_host is not None:
                 made = bucket.on_host.common(hold=True)
                 if made is None:
                     return None
                 told.append((bucket, made + 1, numbers.of(self._algorithm, options, made + 1)))
+        if len(told) < len(self._buckets):
+            constants = constants_of(self._algorithm, options)
+            for together in self._together:
+                for bucket, t, decays in together.decays(self._algorithm, options):
+                    told.append((bucket, t, {**decays, **constants}))
         return told
 
     def workspace_bytes(self) -> int:

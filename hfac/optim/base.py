@@ -39,8 +39,8 @@ class FactoredOptimizer(NormOptimizer):
     _bound: dict[int, tuple[list[bool] | None, functional.Group]]
     #: by group, what `_given_of` has found
     _given: dict[int, _Given]
-    #: parameters that `step_param` has stepped
-    _single: dict[Tensor, SingleParamCache]
+    #: parameters that `step_param` has stepped, by their identity
+    _single: dict[int, SingleParamCache]
     #: how gradients are placed on the ranks
     _gradients: distributed.Gradients
     #: sharded parameters of captured steps
@@ -241,11 +241,13 @@ class FactoredOptimizer(NormOptimizer):
             TypeError, ValueError, RuntimeError: as `step`; nothing has been updated.
         """
         self._check_graph_capture()
-        single = self._single.get(param) if isinstance(param, Tensor) else None
+        single = self._single.get(id(param))  # which holds the parameter, so that no other has its id
         if single is None or not single.is_in(self.param_groups):
             single = self._single_of(param)
-        self._check_changes(single.group_index)
-        checked, options, limit, numbers = self._given_of(single.group_index)
+        index = single.group_index
+        if not self._known.are(index, single.group):
+            self._check_changes(index)
+        checked, options, limit, numbers = self._given_of(index)
         single.drop_stale(self.param_groups, self.state, checked)
         if group is not None and group is not single.group:
             raise ValueError(
@@ -271,8 +273,11 @@ class FactoredOptimizer(NormOptimizer):
             options = {**options, "lr": schedules.as_scalar("lr", options["lr"]) * lr_scale}
 
         factor, scaled = clipping.as_clip(clip), "grad_scale" in self.__dict__ or "found_inf" in self.__dict__
-        if scaled or single.bound is None or not single.bound.repeat([grad], options, numbers, factor):
+        step = None if scaled or single.bound is None else single.bound.repeated([grad], options, numbers)
+        if step is None:
             self._step_single(single, grad, options, factor)
+        else:
+            step.apply(factor)
 
     @without_grad
     def _step_single(
@@ -311,7 +316,7 @@ class FactoredOptimizer(NormOptimizer):
                 "collective of its own. Call step(), which takes one for all parameters, or use "
                 "hfac.release_gradients, which takes one for every module that FSDP2 shards."
             )
-        self._single[param] = single
+        self._single[id(param)] = single
         return single
 
     def _prepare(

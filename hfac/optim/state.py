@@ -497,12 +497,17 @@ class KnownOptions:
         """Those of a group that is known: the same object until one of them changes."""
         return self._groups[index][1]
 
+    def are(self, index: int, group: Mapping[str, Any]) -> bool:
+        """Whether a group's values, options or not, are the objects that they were."""
+        known = self._groups.get(index)
+        return known is not None and known[0] is group and ops.values_are([group], known[2])
+
     def changed(self, index: int, group: Mapping[str, Any]) -> dict[str, Any]:
         """By name, the former values of the options that are other objects now. Of a group that is not known, all, with
         their present values."""
-        known, before, everything = self._groups.get(index, (None, (), []))
-        if known is group and ops.values_are([known], everything):
+        if self.are(index, group):
             return {}
+        known, before, _ = self._groups.get(index, (None, (), []))
         now = self._get(group)
         if known is not group:
             return dict(zip(self._names, now, strict=True))

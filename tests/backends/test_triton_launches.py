@@ -232,7 +232,7 @@ def test_launches_are_repeated_for_gradients_that_lie_elsewhere(released, driver
     monkeypatch.setattr(launcher.Launcher, "run", lambda *given: ran.append(given) or run(*given))
     make()
     assert driver.launches == before and not ran
-    groups = [optimizer._single[param].bound for param in params] if released else [optimizer._bound[0][1]]
+    groups = [optimizer._single[id(param)].bound for param in params] if released else [optimizer._bound[0][1]]
     for group, mine in zip(groups, [[p] for p in params] if released else [params], strict=True):
         for bucket in group._buckets:
             (room,) = bucket.call._call._rooms
