@@ -47,7 +47,8 @@ def hfac_decays(step: Scalar | Steps, betas: Sequence[float]) -> list[Any]:
     elif type(step) is Tensor and step.ndim == 1:
         both = step + _constants((-1.0, 0.0), 3, step.device, step.dtype)
     else:
-        return [hfac_decay(step, beta) if isinstance(step, Tensor) else hfac_decay(step, beta) for beta in betas]
+        alone: Any = step
+        return [hfac_decay(alone, beta) for beta in betas]
     each = _constants(tuple(betas), 2, both.device, both.dtype)
     before, now = torch.rsub(each.pow(both), 1.0).unbind()
     return list(before.mul_(each).div_(now).unbind())

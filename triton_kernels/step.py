@@ -173,7 +173,7 @@ class Room(Launcher):
         if capturing:  # a graph would copy from memory that has been given away since
             for at, value in enumerate(values):
                 self.scalars[at].fill_(value)
-            self._in_graphs = True
+            self._written, self._in_graphs = None, True
         else:
             told = values, [value.__class__ for value in scalars]  # a tensor's value is none of these
             if told != self._written:

@@ -199,6 +199,8 @@ def test_steps_that_are_told_more_repeat_their_launches_too(options, driver, mon
         param.grad.mul_(2)
         optimizer.state[param]["step"].fill_(8.0)
     optimizer.param_groups[0].update(lr=0.25)
+    for bucket in optimizer._bound[0][1]._buckets if "max_grad_norm" in options else ():
+        bucket.call._call._rooms[0].squares.fill_(4.0)  # as kernels would
     optimizer.step()
     assert driver.launches == before and not ran
     for bucket in optimizer._bound[0][1]._buckets:
@@ -209,7 +211,29 @@ def test_steps_that_are_told_more_repeat_their_launches_too(options, driver, mon
         wanted = [schedules.smmf_decay_first(9.0, 0.9, 0.999), schedules.smmf_decay_second(9.0, -0.5)]
         assert mine.tolist() == [wanted] * len(mine)
         if "max_grad_norm" in options:
-            assert room.coefficient == optimizer._norm_coefficient
+            assert room.scalars[table.COEFFICIENT.value] == optimizer._norm_coefficient < 1
+            assert room.scalars[table.GRAD_SCALE.value] == 1 / optimizer._norm_coefficient
+
+
+def test_numbers_are_copied_where_others_may_lie(driver):
+    """Not where they lie already; a replay of a graph writes its own."""
+    params, optimizer = stepped(capturable=True)
+    give_grads(params)
+    for _ in range(3):
+        optimizer.step()
+    bucket = optimizer._bound[0][1]._buckets[0]
+    (room,) = bucket.call._call._rooms
+    numbers = {"lr": 0.5, "weight_decay": 0.25, "beta1": 0.5, "beta2": 0.75, "eps": 1e-8}
+    for change in ({}, {"lr": 0.125}, {"lr": torch.tensor(3.0, dtype=torch.float64)}, {"lr": 0.0}):
+        room.set_scalars(numbers | change, False)
+        assert room.scalars[table.LR.value] == (numbers | change)["lr"]
+    room.scale({"grad_scale": torch.tensor(4.0)})
+    room.multiply(torch.tensor(0.5))
+    for capturing in (False, True, False, False):
+        room.set_scalars(numbers, capturing)
+        assert room.scalars[[table.LR.value, table.GRAD_SCALE.value, table.COEFFICIENT.value]].tolist() == [0.5, 1, 1]
+        if capturing or room._in_graphs:
+            room.own_scalars.fill_(9.0)  # by a replay
 
 
 @pytest.mark.parametrize("released", [False, True])
