@@ -227,13 +227,18 @@ def test_numbers_are_copied_where_others_may_lie(driver):
     for change in ({}, {"lr": 0.125}, {"lr": torch.tensor(3.0, dtype=torch.float64)}, {"lr": 0.0}):
         room.set_scalars(numbers | change, False)
         assert room.scalars[table.LR.value] == (numbers | change)["lr"]
-    room.scale({"grad_scale": torch.tensor(4.0)})
-    room.multiply(torch.tensor(0.5))
-    for capturing in (False, True, False, False):
-        room.set_scalars(numbers, capturing)
+    others = (
+        lambda: room.scale({"grad_scale": torch.tensor(4.0)}),
+        lambda: room.multiply(torch.tensor(0.5)),
+        lambda: room.set_scalars(numbers, True),
+        lambda: room.own_scalars.fill_(9.0),  # a replay
+        lambda: room.own_scalars.fill_(8.0),
+    )
+    for write in others:
+        room.set_scalars(numbers, False)
+        write()
+        room.set_scalars(numbers, False)
         assert room.scalars[[table.LR.value, table.GRAD_SCALE.value, table.COEFFICIENT.value]].tolist() == [0.5, 1, 1]
-        if capturing or room._in_graphs:
-            room.own_scalars.fill_(9.0)  # by a replay
 
 
 @pytest.mark.parametrize("released", [False, True])
