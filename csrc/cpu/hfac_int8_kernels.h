@@ -166,7 +166,7 @@ HFAC_HD Vec<T> largest_code(Vec<T> y, Vec<T> q, Vec<T> growth) {
   return most;
 }
 
-// Rows on their way at once: with four, most of what is on its way would lie on the stack.
+// Rows on their way at once in registers: with four, most of what is on its way would lie on the stack.
 constexpr int64_t kCodeRows = 2;
 
 // How far on a prefetch is, in bytes, where `left` elements of its row are left: past the row's end it is for the row R
@@ -176,51 +176,64 @@ HFAC_HD int64_t ahead(int64_t left, int64_t stride, int64_t bytes) {
   return kAhead + (left > kAhead / bytes ? 0 : (R - 1) * stride * bytes);
 }
 
-// A vector of each of R rows on its way through a step, in three parts that end with the start of a division, of a
-// root, and the codes: what follows a division or a root waits for it, and a processor looks only so far ahead.
+// x, or NaN where y is not finite.
+template <class T>
+HFAC_HD Vec<T> where_finite(Vec<T> x, Vec<T> y) {
+  using Part = typename Vec<T>::Part;
+#if defined(__AVX512F__)  // what becomes of NaNs and of infinities stands in four bits each
+  if constexpr (sizeof(T) == 4) {
+    x.part[0] = (Part)_mm512_fixupimm_ps((__m512)x.part[0], (__m512)y.part[0], _mm512_set1_epi32(0x00330022), 0);
+  } else {
+    x.part[0] = (Part)_mm512_fixupimm_pd((__m512d)x.part[0], (__m512d)y.part[0], _mm512_set1_epi64(0x00330022), 0);
+  }
+#else
+  const Part zero{};
+  HFAC_EACH_PART x.part[k] = x.part[k] + y.part[k] * zero;
+#endif
+  return x;
+}
+
+// A vector on its way through a step, in three parts that end with the start of a division, of a root, and the code:
+// what follows a division or a root waits for it, longer than a processor looks ahead.
 //
 // With y = x D, D = 127.5^2 - q^2, what is held of x is q |q| / D and |x| / (1 + |x|) is |y| / (D + |y|), so that one
 // division serves both, by the product of D and D + |y|.
-template <class T, int R>
+template <class T>
 struct HfacInt8 {
-  Vec<T> g[R], w[R], y[R], most[R], rest[R], ratio[R], sum[R];
-  Codes<T> codes[R];
+  Vec<T> g, y, rest, sum, ratio;
+  Vec<T> bound;  // |y| - q^2, and from `bind` on the most that the code may be
 
   static constexpr T kSquare = T(127.5 * 127.5);
 
-  HFAC_HD void begin(const T* first, const T* row_scale, Vec<T> unit, Vec<T> scale) {
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Vec<T> q = codes[r].numbers(), square = q * q, whole(kSquare);
-      rest[r] = whole - square;
-      g[r] = g[r] * scale * Vec<T>(row_scale[r]);
-      y[r] = Vec<T>(first[r]) * unit * with_sign(square, q) + g[r] * rest[r];
-      const Vec<T> growth = limited(y[r]) - square;
-      sum[r] = growth + (y[r] * Vec<T>(T(0)) + whole);  // NaN where y is infinite: what is not finite has code 0
-      ratio[r] = whole / (rest[r] * sum[r]);
-      most[r] = largest_code(y[r], q, growth);
-    }
+  HFAC_HD void begin(Vec<T> grad, Vec<T> q, Vec<T> held, Vec<T> scale, Vec<T> row_scale) {
+    const Vec<T> square = q * q, whole(kSquare);
+    rest = whole - square;
+    g = grad * scale * row_scale;
+    y = held * with_sign(square, q) + g * rest;
+    bound = limited(y) - square;
+    sum = where_finite(bound + whole, y);  // what is not finite has code 0
+    ratio = whole / (rest * sum);
   }
-  HFAC_HD void update(Vec<T> held, Vec<T> step, Vec<T> decay) {
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      ratio[r] = y[r] * ratio[r];
-      rest[r] = root(magnitude(ratio[r] * rest[r]));
-      w[r] = w[r] - ((held * (ratio[r] * sum[r]) + step * g[r]) + decay * w[r]);
-    }
+  HFAC_HD void bind(Vec<T> q) { bound = largest_code(y, q, bound); }
+  // Returns the new weights; `ratio` becomes the size of the code.
+  HFAC_HD Vec<T> update(Vec<T> w, Vec<T> held, Vec<T> step, Vec<T> decay) {
+    const Vec<T> part = y * ratio;
+    ratio = root(magnitude(part * rest));
+    return w - ((held * (part * sum) + step * g) + decay * w);
   }
-  HFAC_HD void encode() {
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      HFAC_EACH_PART rest[r].part[k] = lesser(most[r].part[k], rest[r].part[k]);
-      const Vec<T> code = with_sign(rest[r], y[r]);
-      HFAC_EACH_PART codes[r].part[k] = nearest<T>(code.part[k]);
-    }
+  HFAC_HD Codes<T> encode() const {
+    Codes<T> codes;
+    Vec<T> size = ratio;
+    HFAC_EACH_PART size.part[k] = lesser(bound.part[k], size.part[k]);
+    size = with_sign(size, y);
+    HFAC_EACH_PART codes.part[k] = nearest<T>(size.part[k]);
+    return codes;
   }
 };
 
+// Columns of R rows from the one at `from` on.
 template <class T, class Sw, class Sg, int R>
-HFAC_HD void hfac_int8_rows(const HfacUpdate<T>& given, int64_t i) {
+HFAC_HD void hfac_int8_rows(const HfacUpdate<T>& given, int64_t i, int64_t from) {
   constexpr int64_t L = Vec<T>::kLanes;
   const HfacUpdate<T> a = given;  // a code may lie anywhere, for all that the compiler knows
   const Sg* g[R];
@@ -234,79 +247,217 @@ HFAC_HD void hfac_int8_rows(const HfacUpdate<T>& given, int64_t i) {
     first[r] = a.row_first[i + r];
     row_scale[r] = a.row_scale[i + r];
   }
-  const Vec<T> held(a.beta1 * a.step / HfacInt8<T, R>::kSquare), step(a.step), decay(a.decay);
-  const auto read = [&](int64_t j, HfacInt8<T, R>& x) __attribute__((always_inline)) {
-  // All loads before the first store: of rows that lie 4096 bytes apart one would wait for a store to the other.
+  const Vec<T> held(a.beta1 * a.step / HfacInt8<T>::kSquare), step(a.step), decay(a.decay);
+  HfacInt8<T> x[R];
+  Vec<T> param[R];
+  Codes<T> codes[R];
+  const auto advance = [&](Vec<T> unit, Vec<T> scale) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> old = codes[r].numbers();
+      x[r].begin(x[r].g, old, Vec<T>(first[r]) * unit, scale, Vec<T>(row_scale[r]));
+      x[r].bind(old);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) param[r] = x[r].update(param[r], held, step, decay);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) codes[r] = x[r].encode();
+  };
+  int64_t j = from;
+  for (; j + L <= a.cols; j += L) {
+    // All loads before the first store: of rows that lie 4096 bytes apart one would wait for a store to the other.
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       __builtin_prefetch(reinterpret_cast<const char*>(g[r] + j) + ahead<R>(a.cols - j, a.grad_stride, sizeof(Sg)));
       __builtin_prefetch(reinterpret_cast<const char*>(w[r] + j) + ahead<R>(a.cols - j, a.param_stride, sizeof(Sw)), 1);
       __builtin_prefetch(reinterpret_cast<const char*>(q[r] + j) + ahead<R>(a.cols - j, a.cols, 1), 1);
-      x.g[r] = load(g[r] + j);
-      x.w[r] = load(static_cast<const Sw*>(w[r] + j));
-      x.codes[r] = Codes<T>::load(q[r] + j);
+      x[r].g = load(g[r] + j);
+      param[r] = load(static_cast<const Sw*>(w[r] + j));
+      codes[r] = Codes<T>::load(q[r] + j);
     }
-  };
-  const auto write = [&](int64_t j, HfacInt8<T, R>& x) __attribute__((always_inline)) {
+    advance(load(a.col_first + j), load(a.col_scale + j));
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      store(w[r] + j, x.w[r]);
-      x.codes[r].store(q[r] + j);
+      store(w[r] + j, param[r]);
+      codes[r].store(q[r] + j);
     }
-  };
-  HfacInt8<T, R> x;
-  int64_t j = 0;
-#if HFAC_REGISTER > 32  // 32 registers hold two vectors on their way
-  if (j + L <= a.cols) {
-    read(j, x);
-    x.begin(first, row_scale, load(a.col_first + j), load(a.col_scale + j));
-    for (; j + 2 * L <= a.cols; j += L) {
-      HfacInt8<T, R> next;
-      read(j + L, next);
-      x.update(held, step, decay);
-      next.begin(first, row_scale, load(a.col_first + j + L), load(a.col_scale + j + L));
-      x.encode();
-      write(j, x);
-      x = next;
-    }
-    x.update(held, step, decay);
-    x.encode();
-    write(j, x);
-    j += L;
   }
-#else
-  for (; j + L <= a.cols; j += L) {
-    read(j, x);
-    x.begin(first, row_scale, load(a.col_first + j), load(a.col_scale + j));
-    x.update(held, step, decay);
-    x.encode();
-    write(j, x);
-  }
-#endif
   if (const int64_t left = a.cols - j; left > 0) {
     int8_t lanes[L] = {};
     for (int r = 0; r < R; ++r) {
-      x.g[r] = load_part<T>(g[r] + j, left);
-      x.w[r] = load_part<T>(w[r] + j, left);
+      x[r].g = load_part<T>(g[r] + j, left);
+      param[r] = load_part<T>(w[r] + j, left);
       memcpy(lanes, q[r] + j, static_cast<size_t>(left));
-      x.codes[r] = Codes<T>::load(lanes);
+      codes[r] = Codes<T>::load(lanes);
     }
-    x.begin(first, row_scale, load_part<T>(a.col_first + j, left), load_part<T>(a.col_scale + j, left));
-    x.update(held, step, decay);
-    x.encode();
+    advance(load_part<T>(a.col_first + j, left), load_part<T>(a.col_scale + j, left));
     for (int r = 0; r < R; ++r) {
-      store_part(w[r] + j, x.w[r], left);
-      x.codes[r].store(lanes);
+      store_part(w[r] + j, param[r], left);
+      codes[r].store(lanes);
       memcpy(q[r] + j, lanes, static_cast<size_t>(left));
     }
   }
 }
 
+#if HFAC_REGISTER > 16
+// A vector of floats that waits in memory for its root to be taken, and then for its codes.
+struct alignas(64) WaitingInt8 {
+  float g[16], y[16], rest[16], sum[16], ratio[16], bound[16];
+
+  HFAC_HD void put(const HfacInt8<float>& x) {
+    store(g, x.g);
+    store(y, x.y);
+    store(rest, x.rest);
+    store(sum, x.sum);
+    store(ratio, x.ratio);
+    store(bound, x.bound);
+  }
+  HFAC_HD Vec<float> update(Vec<float> w, Vec<float> held, Vec<float> step, Vec<float> decay) {
+    const auto at = [](const float* p) __attribute__((always_inline)) { return load(p); };
+    HfacInt8<float> x{at(g), at(y), at(rest), at(sum), at(ratio), {}};
+    w = x.update(w, held, step, decay);
+    store(ratio, x.ratio);
+    return w;
+  }
+};
+
+// As many codes are made at a time as a register has bytes: numbers are packed as integers are, which keeps their
+// signs, and what an old code has to say is then done for four registers at once.
+constexpr int64_t kEncoded = HFAC_REGISTER;
+
+HFAC_HD void encode_packed(const WaitingInt8* x, int8_t* codes) {
+  using Part = Vec<float>::Part;
+  constexpr int kParts = Vec<float>::kParts, kLanes = Vec<float>::kPartLanes;
+  const auto part = [x](const float(WaitingInt8::* of)[16], int k) __attribute__((always_inline)) {
+    Part all;
+    memcpy(&all, x[k / kParts].*of + k % kParts * kLanes, sizeof(all));
+    return all;
+  };
+  // At most 127; what is no number becomes the least integer, which is packed to 0.
+  const auto size = [&](int k) __attribute__((always_inline)) {
+    return HFAC_INTRINSIC(cvtps_epi32)(lesser(127.0f - Part{}, part(&WaitingInt8::ratio, k)));
+  };
+  const auto pair = [&](const float(WaitingInt8::* of)[16], int k) __attribute__((always_inline)) {
+    using Bytes = decltype(size(0));
+    return HFAC_INTRINSIC(packs_epi32)((Bytes)part(of, k), (Bytes)part(of, k + 1));
+  };
+  const auto signs = [&](const float(WaitingInt8::* of)[16]) __attribute__((always_inline)) {
+    return HFAC_INTRINSIC(packs_epi16)(pair(of, 0), pair(of, 2));
+  };
+  const auto y = signs(&WaitingInt8::y), growth = signs(&WaitingInt8::bound);
+  auto code = HFAC_INTRINSIC(packs_epi16)(HFAC_INTRINSIC(packus_epi32)(size(0), size(1)),
+                                          HFAC_INTRINSIC(packus_epi32)(size(2), size(3)));
+  // Where x has q's sign and is smaller than what q stands for (`largest_code`), the code is less than |q|. What is
+  // packed lies in an order of its own.
+#if HFAC_REGISTER > 32
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  // there and back
+  const __m512i q = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes));
+  const __m512i shrinks = _mm512_ternarylogic_epi64(growth, y, q, 0b10010000);
+  const __m512i less = _mm512_add_epi8(_mm512_abs_epi8(q), _mm512_set1_epi8(-1));
+  code = _mm512_mask_min_epu8(code, _mm512_movepi8_mask(shrinks), code, less);
+  code = _mm512_mask_sub_epi8(code, _mm512_movepi8_mask(y), _mm512_setzero_si512(), code);
+  _mm512_storeu_si512(codes, _mm512_permutexvar_epi32(order, code));
+#else
+  const __m256i there = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7), back = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  __m256i* const at = reinterpret_cast<__m256i*>(codes);
+  const __m256i q = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(at), there);
+  const __m256i shrinks = _mm256_andnot_si256(_mm256_xor_si256(y, q), growth);
+  const __m256i less = _mm256_add_epi8(_mm256_abs_epi8(q), _mm256_set1_epi8(-1));
+  code = _mm256_blendv_epi8(code, _mm256_min_epu8(code, less), shrinks);
+  code = _mm256_sign_epi8(code, y);  // 0 where y is, as then the code is
+  _mm256_storeu_si256(at, _mm256_permutevar8x32_epi32(code, back));
+#endif
+}
+
+constexpr int64_t kWaiting = 128;  // columns of a row that wait together
+
+// How far on lines are asked for, in bytes: of one row at a time, and over the ends of pages, where the hardware stops
+// reading ahead.
+constexpr int64_t kRowAhead = 3072, kCodesAhead = 1024;
+
+// Columns of a row, a multiple of kEncoded of them, where they stand in their matrix.
+template <class Sw, class Sg>
+struct Int8Place {
+  const Sg* g;
+  Sw* w;
+  int8_t* codes;
+  const float *unit, *scale;
+  float first, row_scale;
+  int64_t count;
+};
+
+// The first half of a step on the columns at `fresh` and the second on those at `old`. A vector of these takes turns
+// with a vector of those: divisions run beside roots.
+template <class Sw, class Sg>
+HFAC_HD void hfac_int8_columns(const HfacUpdate<float>& a, const Int8Place<Sw, Sg>& fresh, WaitingInt8* begun,
+                               const Int8Place<Sw, Sg>& old, WaitingInt8* ended) {
+  constexpr int64_t L = Vec<float>::kLanes;
+  const Int8Place<Sw, Sg> f = fresh, o = old;  // a code may lie anywhere, for all that the compiler knows
+  const Vec<float> first(f.first), row_scale(f.row_scale);
+  const Vec<float> held(a.beta1 * a.step / HfacInt8<float>::kSquare), step(a.step), decay(a.decay);
+  const auto begin = [&](int64_t j) __attribute__((always_inline)) {
+    __builtin_prefetch(reinterpret_cast<const char*>(f.g + j) + kRowAhead);
+    HfacInt8<float> x;
+    x.begin(load(f.g + j), Codes<float>::load(f.codes + j).numbers(), first * load(f.unit + j), load(f.scale + j),
+            row_scale);
+    begun[j / L].put(x);
+  };
+  const auto updated = [&](int64_t j) __attribute__((always_inline)) {
+    __builtin_prefetch(reinterpret_cast<const char*>(o.w + j) + kRowAhead, 1);
+    return ended[j / L].update(load(static_cast<const Sw*>(o.w + j)), held, step, decay);
+  };
+  const int64_t both = f.count < o.count ? f.count : o.count;
+  for (int64_t j = 0; j < both; j += L) {
+    const Vec<float> w = updated(j);  // stored after all loads, of which one might wait for it
+    begin(j);
+    store(o.w + j, w);
+  }
+  for (int64_t j = both; j < o.count; j += L) store(o.w + j, updated(j));
+  for (int64_t j = 0; j < o.count; j += kEncoded) {
+    __builtin_prefetch(o.codes + j + kCodesAhead, 1);
+    encode_packed(ended + j / L, o.codes + j);
+  }
+  for (int64_t j = both; j < f.count; j += L) begin(j);
+}
+
+// The columns of all rows before the one at `end`, a multiple of kEncoded.
+template <class Sw, class Sg>
+void hfac_int8_whole(const HfacUpdate<float>& a, int64_t end) {
+  WaitingInt8 waiting[2][kWaiting / Vec<float>::kLanes];
+  Int8Place<Sw, Sg> old{};
+  int turn = 0;
+  for (int64_t i = 0; i < a.rows; ++i) {
+    for (int64_t j = 0; j < end; j += kWaiting) {
+      const Int8Place<Sw, Sg> fresh{static_cast<const Sg*>(a.grad) + i * a.grad_stride + j,
+                                    static_cast<Sw*>(a.param) + i * a.param_stride + j,
+                                    a.codes + i * a.cols + j,
+                                    a.col_first + j,
+                                    a.col_scale + j,
+                                    a.row_first[i],
+                                    a.row_scale[i],
+                                    end - j < kWaiting ? end - j : kWaiting};
+      hfac_int8_columns<Sw, Sg>(a, fresh, waiting[turn], old, waiting[1 - turn]);
+      old = fresh;
+      turn = 1 - turn;
+    }
+  }
+  hfac_int8_columns<Sw, Sg>(a, {}, waiting[turn], old, waiting[1 - turn]);
+}
+#endif
+
 template <class T, class Sw, class Sg>
 void hfac_int8(const HfacUpdate<T>& a) {
+  int64_t from = 0;
+#if HFAC_REGISTER > 16
+  if constexpr (sizeof(T) == 4) {
+    from = a.cols / kEncoded * kEncoded;
+    if (from > 0) hfac_int8_whole<Sw, Sg>(a, from);
+    if (from == a.cols) return;
+  }
+#endif
   int64_t i = 0;
-  for (; i + kCodeRows <= a.rows; i += kCodeRows) hfac_int8_rows<T, Sw, Sg, kCodeRows>(a, i);
-  for (; i < a.rows; ++i) hfac_int8_rows<T, Sw, Sg, 1>(a, i);
+  for (; i + kCodeRows <= a.rows; i += kCodeRows) hfac_int8_rows<T, Sw, Sg, kCodeRows>(a, i, from);
+  for (; i < a.rows; ++i) hfac_int8_rows<T, Sw, Sg, 1>(a, i, from);
 }
 
 }  // namespace HFAC_LEVEL

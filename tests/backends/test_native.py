@@ -106,6 +106,19 @@ def test_bits_do_not_depend_on_the_instruction_set(op, dtype, grad_dtype):
     assert all(same_bits(results[0], other) for other in results[1:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [31, 64, 96, 128, 192, 257, 416])
+def test_codes_of_rows_in_pieces(width, dtype):
+    """Kernels of some instruction sets cut rows into pieces, and make codes of 64 at a time; half of the rows get no
+    gradient, so that codes go towards zero."""
+    call, results = Call("hfac_int8_step_", [(6, width)], dtype), []
+    call.grads[0][::2] = 0
+    for isa in _C.info()["isa_usable"]:
+        _C.set_isa(isa)
+        results.append(call.run(steps=3))
+    assert all(same_bits(results[0], other) for other in results[1:])
+
+
 STRIDED = {
     "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
     "every other": lambda t: torch.stack([t, t], -1).flatten(-2)[..., ::2],
