@@ -23,7 +23,7 @@ constexpr int64_t kBatch = 16384;
 
 // Elements that are worth handing to another thread, and those worth waking one for.
 constexpr int64_t kPerThread = 32768;
-constexpr int64_t kPerSleeper = 131072;
+constexpr int64_t kPerSleeper = 65536;
 
 struct Task {
   int64_t first, last;  // items [first, last) in all their phases, where phase < 0; else a chunk of `first`
