@@ -188,14 +188,38 @@ struct Gradient {
   }
 };
 
+// The same, whose scale is loaded where it is used: a step without one has no register for it.
+template <class T>
+struct LeanGradient {
+  const float* scale;
+  bool scaled, negate;
+  HFAC_DEVICE explicit LeanGradient(const Arguments& a) : scaled(a.grad_scale), negate(a.options.maximize) {
+    scale = a.grad_scale;
+  }
+  HFAC_DEVICE void unscale(T (&g)[kVector]) const {
+    if (scaled) {
+      const T by = static_cast<T>(load_fresh(global(scale)));
+      HFAC_UNROLLED (k, kVector) g[k] = g[k] / by;
+    }
+  }
+  HFAC_DEVICE void operator()(T (&g)[kVector]) const {
+    unscale(g);
+    if (negate) {
+      HFAC_UNROLLED (k, kVector) g[k] = -g[k];
+    }
+  }
+};
+
 // Is there an element whose square, times the number of elements, is not finite?
+template <class T>
+HFAC_DEVICE bool nonfinite(T g, T elements) {
+  const T all = g * g * elements;
+  return !(all - all == T(0));
+}
 template <class T>
 HFAC_DEVICE bool nonfinite(const T (&g)[kVector], T elements) {
   bool bad = false;
-  HFAC_UNROLLED (k, kVector) {
-    const T all = g[k] * g[k] * elements;
-    bad = bad || !(all - all == T(0));
-  }
+  HFAC_UNROLLED (k, kVector) bad = bad || nonfinite(g[k], elements);
   return bad;
 }
 

@@ -423,9 +423,15 @@ template <class A, bool kWatched>
 constexpr int kBlocks = !A::kWhole || kWatched ? 1
                         : RestAccess<A>::kAny  ? 3
                                                : 2;
+// A third would leave too few for a parameter of 32 bits and a gradient of 16 there; two have 57 KB under way.
+template <class A, bool kWatched>
+constexpr int kHfacBlocks =
+    kMoreRegisters && A::kWhole && sizeof(typename A::Grad) < sizeof(typename A::Param) && kBlocks<A, kWatched> > 2
+        ? 2
+        : kBlocks<A, kWatched>;
 
 template <class A, bool kWatched>
-__global__ void __launch_bounds__(kTileThreads, kBlocks<A, kWatched>) hfac_dense(Arguments a) {
+__global__ void __launch_bounds__(kTileThreads, kHfacBlocks<A, kWatched>) hfac_dense(Arguments a) {
   using T = typename A::T;
   __shared__ T shared[kTileWarps];
   if (skipped(a)) return;

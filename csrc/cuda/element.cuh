@@ -97,6 +97,9 @@ HFAC_DEVICE int kept(int x) { return x; }
 #endif
 HFAC_DEVICE double kept(double x) { return x; }
 
+// Keeps loads on their side, where there are no registers for those that the compiler would like to hoist.
+HFAC_DEVICE void keep_order() { asm volatile("" ::: "memory"); }
+
 // Conversions for which a GPU has instructions; `nearest` is what is stored of x where it is rounded to the nearest.
 HFAC_DEVICE float nearest(float x, float) { return x; }
 #if defined(__CUDA_ARCH__)

@@ -39,12 +39,21 @@ HFAC_DEVICE void wait_for_copies() {
 #endif
 }
 
-// Keeps loads on their side: the columns' sums leave no registers for those that the compiler would like to hoist.
-HFAC_DEVICE void keep_order() { asm volatile("" ::: "memory"); }
+// What all rows of a block have in common: beta2 and its rest, eps of a whole row, what gradients are divided by, and
+// of the parameter's elements how many; where the tile's gradient, moments and sums of rows begin, and its rows.
+template <class T>
+struct StatsNumbers {
+  T beta, rest, eps, scale, elements;
+  const void* data;
+  const T* moments;
+  T *fresh, *fresh_square;
+  int rows, cols;
+};
 
 // A block's rows. `kOptions`: gradients may be scaled, and those that are not finite looked for; the plain kernel has
-// no instruction for either.
-template <class A, bool kOptions>
+// no instruction for either. `kLean`: the numbers are in shared memory and loaded for every use, where the columns'
+// sums leave no registers for them.
+template <class A, bool kOptions, bool kLean = false>
 struct Stats {
   using T = typename A::T;
   using Grad = typename A::Grad;
@@ -53,10 +62,8 @@ struct Stats {
   const Operand grad = it.grad;
   const int64_t first_row;
   const int tile_rows;
-  const Gradient<T> gradient{a};
-  const Decay<T> b2{a.scalars.beta2, it.index};
-  const T eps_sum =
-      static_cast<T>(static_cast<double>(a.shards ? a.shards[&it - a.items].cols : it.cols) * a.options.eps);
+  const StatsNumbers<T>* shared = nullptr;
+  StatsNumbers<T> own{};
   bool bad = false;
 
   HFAC_DEVICE Stats(const Arguments& arguments, const Tile& tile)
@@ -64,6 +71,37 @@ struct Stats {
         it(arguments.items[tile.item]),
         first_row(static_cast<int64_t>(tile.index) * it.tiling.rows),
         tile_rows(static_cast<int>(it.rows - first_row < it.tiling.rows ? it.rows - first_row : it.tiling.rows)) {}
+
+  // By all threads: they go on together where the numbers are shared.
+  HFAC_DEVICE void begin(StatsNumbers<T>& memory) {
+    if (!kLean || threadIdx.x == 0) {
+      const Decay<T> b2(a.scalars.beta2, it.index);
+      const int64_t row = a.shards ? a.shards[&it - a.items].cols : it.cols;
+      own.beta = b2.beta;
+      own.rest = b2.rest;
+      own.eps = static_cast<T>(static_cast<double>(row) * a.options.eps);
+      own.scale = kOptions && a.grad_scale ? static_cast<T>(*a.grad_scale) : T(1);
+      own.elements = static_cast<T>(it.rows * it.cols);
+      own.rows = tile_rows;
+      own.cols = static_cast<int>(it.cols);
+      own.data =
+          static_cast<const char*>(grad.data) + first_row * it.cols * static_cast<int64_t>(sizeof(Grad) / kVector);
+      own.moments = moments_before();
+      own.fresh = of_rows(false);
+      own.fresh_square = of_rows(true);
+      if constexpr (kLean) memory = own;
+    }
+    if constexpr (kLean) {
+      __syncthreads();
+      shared = &memory;
+    }
+  }
+  template <class N>
+  HFAC_DEVICE N get(N StatsNumbers<T>::* which) const {
+    if constexpr (kLean) return load_fresh(&(shared->*which));
+    return own.*which;
+  }
+  HFAC_DEVICE int rows() const { return get(&StatsNumbers<T>::rows); }
 
   // Where the tile's sums go, those of its columns and of its rows; `odd`: r in place of the sum.
   HFAC_DEVICE T* of_columns() const {
@@ -79,37 +117,47 @@ struct Stats {
     return A::grad(grad, a.layouts, (first_row + row) * it.cols + col, count, false);
   }
 
-  HFAC_DEVICE void widen(const Grad& raw, T (&g)[kVector]) const {
-    A::widen(raw, g);
-    if constexpr (kOptions) gradient.unscale(g);
-  }
-
-  // One thread's part of a row's sums. The sign of a maximized gradient is left to the fold.
-  HFAC_DEVICE void add(const Grad& raw, T& sum, T& square) {
-    T g[kVector];
-    widen(raw, g);
-    HFAC_UNROLLED (k, kVector) {
-      sum = sum + g[k];
-      square = fused(g[k], g[k], square);
-    }
+  // One by one, right before each is used: eight quotients at a time would take eight registers. The sign of a
+  // maximized gradient is left to the fold.
+  HFAC_DEVICE T unscaled(T g) const {
     if constexpr (kOptions) {
-      if (a.nonfinite) bad = bad || nonfinite(g, static_cast<T>(it.rows * it.cols));
+      if (a.grad_scale) return g / get(&StatsNumbers<T>::scale);
+    }
+    return g;
+  }
+
+  // Elements [from, to) of a vector in one thread's part of a row's sums.
+  HFAC_DEVICE void add(const Grad& raw, T& sum, T& square, int from = 0, int to = kVector) {
+    T g[kVector];
+    A::widen(raw, g);
+    HFAC_UNROLLED (k, kVector) {
+      if (k < from || k >= to) continue;
+      const T x = unscaled(g[k]);
+      sum = sum + x;
+      square = fused(x, x, square);
+      if constexpr (kOptions) {
+        if (a.nonfinite) bad = bad || nonfinite(x, get(&StatsNumbers<T>::elements));
+      }
     }
   }
 
-  HFAC_DEVICE void add(const Grad& raw, T inverse, T (&sums)[kSums][kVector]) const {
+  HFAC_DEVICE void add(const Grad& raw, T inverse, T (&sums)[kSums][kVector], int from = 0, int to = kVector) const {
     T g[kVector];
-    widen(raw, g);
+    A::widen(raw, g);
     HFAC_UNROLLED (k, kVector) {
-      const T square = g[k] * g[k];
-      sums[0][k] = sums[0][k] + g[k];
+      if (k < from || k >= to) continue;
+      const T x = unscaled(g[k]), square = x * x;
+      sums[0][k] = sums[0][k] + x;
       sums[1][k] = sums[1][k] + square;
       sums[2][k] = fused(square, inverse, sums[2][k]);
     }
   }
 
   // r_i of a row whose sum of squares is known.
-  HFAC_DEVICE T moment(T before, T square) const { return hfac_average(b2.beta, before, b2.rest, square + eps_sum); }
+  HFAC_DEVICE T moment(T before, T square) const {
+    using Numbers = StatsNumbers<T>;
+    return hfac_average(get(&Numbers::beta), before, get(&Numbers::rest), square + get(&Numbers::eps));
+  }
   // Of zeros alone the sum is -0: no other comes out as that.
   static HFAC_DEVICE T marked(T sum, T square) { return sum == T(0) && square == T(0) ? -T(0) : sum; }
 
@@ -192,13 +240,20 @@ HFAC_DEVICE void sum_rows(const Arguments& a) {
   static_assert(stats_ring(kVectors, kElement, kFewer, kWidth) <= stats_shared(kWidth, kElement), "the ring");
   static_assert(kSums * kVector * sizeof(T) * kThreads <= stats_shared(kWidth, kElement), "sums of columns");
   __shared__ T of_warps[2][kWarps][kValues];
-  Stats<A, kOptions> s(a, tile_of(a));
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp;
+  constexpr bool kLean = kOptions || (kMoreRegisters && kWidth == Width::kFour && kElement == 2);
+  constexpr bool kOneRow = kLean && kWidth == Width::kLong;  // at a time: less for the compiler to work out
+  using Numbers = StatsNumbers<T>;
+  __shared__ Numbers numbers;
+  Stats<A, kOptions, kLean> s(a, tile_of(a));
+  s.begin(numbers);
+  const int thread = static_cast<int>(threadIdx.x), its_lane = thread % kWarp;
   const RowThreads threads(s.it.tiling.lanes, kThreads, thread);
-  const int lanes = threads.lanes, ys = threads.ys, y = threads.y, x = threads.x;
+  const int lanes = threads.lanes, ys = kOneRow ? 1 : threads.ys;
+  const int y = kOneRow ? 0 : threads.y, x = kOneRow ? thread : threads.x;
   const int warps = (lanes + kWarp - 1) / kWarp, batch = ys * kRows;
+  const bool meet = kOneRow || warps > 1;
   // Else a warp that is left over. From the first lane, so that the compiler sees that a warp has one answer.
-  const bool here = shuffle(static_cast<int>(y < ys), 0);
+  const bool here = shuffle(static_cast<int>(kOneRow ? thread < lanes : y < ys), 0);
 
   Chunk* const ring = reinterpret_cast<Chunk*>(dynamic_shared()) + thread;
   const auto slot = [&](int stage, int r, int v, int c) {
@@ -219,9 +274,16 @@ HFAC_DEVICE void sum_rows(const Arguments& a) {
     HFAC_UNROLLED (r, kRows) {
       const int row = base + r * ys + y;
       HFAC_UNROLLED (v, kVectors) {
-        const bool there = row < s.tile_rows && v < mine;
+        const bool there = row < s.rows() && v < mine;
         if constexpr (A::kWhole) {
-          const char* const from = next + (r * rows_bytes + v * step * kElement);
+          const char* from = nullptr;
+          if constexpr (kLean) {
+            const int of_row = kElement == 4 ? s.get(&Numbers::cols) : cols;  // 32 bits leave one register less
+            const int64_t at = static_cast<int64_t>(row) * of_row + first_col + v * step;
+            from = global(static_cast<const char*>(s.get(&Numbers::data))) + at * kElement;
+          } else {
+            from = next + (r * rows_bytes + v * step * kElement);
+          }
           HFAC_UNROLLED (c, kChunks) begin_copy(slot(stage, r, v, c), from + 16 * c, there);
         } else {
           Grad raw{};
@@ -230,7 +292,7 @@ HFAC_DEVICE void sum_rows(const Arguments& a) {
         }
       }
     }
-    next += kRows * rows_bytes;
+    if constexpr (!kLean) next += kRows * rows_bytes;
   };
   const auto held = [&](int stage, int r, int v) {
     Grad raw;
@@ -240,21 +302,42 @@ HFAC_DEVICE void sum_rows(const Arguments& a) {
     }
     return raw;
   };
+  // Eight bytes of a vector at a time where there are few registers: body(raw, from, to), of elements [from, to).
+  const auto in_pieces = [&](int stage, int r, int v, const auto& body) {
+    if constexpr (!kLean) {
+      body(held(stage, r, v), 0, kVector);
+    } else {
+      constexpr int kPieces = static_cast<int>(sizeof(Grad)) / 8, kPiece = kVector / kPieces;
+      HFAC_UNROLLED (p, kPieces) {
+        const uint2 piece = *reinterpret_cast<const uint2*>(slot(stage, r, v, p / 2)->word + p % 2 * 2);
+        Grad raw{};
+        memcpy(reinterpret_cast<char*>(&raw) + 8 * p, &piece, 8);
+        body(raw, p * kPiece, (p + 1) * kPiece);
+        keep_order();
+      }
+    }
+  };
   // This warp's part of the batch's sums: of row (lane % kValues) / 2 the sum, or of odd lanes that of squares.
   const auto row_sums = [&](int stage) {
     T values[kValues];
     HFAC_UNROLLED (r, kRows) {
       values[2 * r] = values[2 * r + 1] = T(0);
-      HFAC_UNROLLED (v, kVectors) s.add(held(stage, r, v), values[2 * r], values[2 * r + 1]);
+      HFAC_UNROLLED (v, kVectors) {
+        in_pieces(stage, r, v,
+                  [&](const Grad& raw, int from, int to) { s.add(raw, values[2 * r], values[2 * r + 1], from, to); });
+      }
     }
     return sum_values(values, lanes);
   };
   // Of the rows of a batch the one whose sum this lane has, or of odd lanes its sum of squares.
-  const bool odd = lane % 2;
-  const int my_row = lane % kValues / 2 * ys + y;
-  const T* const moments = s.moments_before() + my_row;
-  T* const fresh = s.of_rows(odd) + my_row;
-  const auto moment_before = [&](int base) { return base + my_row < s.tile_rows ? moments[base] : T(0); };
+  const int my_row = its_lane % kValues / 2 * ys + y;
+  const T* const moments = kLean ? nullptr : s.moments_before() + my_row;
+  T* const fresh = kLean ? nullptr : s.of_rows(its_lane % 2) + my_row;
+  const auto moment_before = [&](int base) {
+    if (base + my_row >= s.rows()) return T(0);
+    if constexpr (kLean) return global(s.get(&Numbers::moments))[base + my_row];
+    return moments[base];
+  };
 
   T sums[kVectors][kSums][kVector];
   HFAC_UNROLLED (k, kVectors * kSums * kVector) {
@@ -263,7 +346,7 @@ HFAC_DEVICE void sum_rows(const Arguments& a) {
   T part = T(0), before = T(0);
   if (here) {
     HFAC_UNROLLED (k, kStages) {
-      if (k * batch < s.tile_rows) begin(k * batch, k);
+      if (k * batch < s.rows()) begin(k * batch, k);
       commit_copies();
     }
     before = moment_before(0);
@@ -271,19 +354,21 @@ HFAC_DEVICE void sum_rows(const Arguments& a) {
     part = row_sums(0);
   }
   int stage = 0, turn = 0;
-  for (int base = 0; base < s.tile_rows; base += batch, turn ^= 1) {
+  for (int base = 0; base < s.rows(); base += batch, turn ^= 1) {
+    const int lane = kLean ? thread_anew() % kWarp : its_lane;
+    const bool odd = lane % 2;
     T total = part;
-    if (warps > 1) {  // in turn: who writes a set again has passed a barrier behind all reads of it
+    if (meet) {  // in turn: who writes a set again has passed a barrier behind all reads of it
       if (lane < kValues) of_warps[turn][thread / kWarp][lane] = part;
       __syncthreads();
     }
     if (!here) continue;
-    if (warps > 1 && kWidth != Width::kLong) {  // in an order that does not depend on the type
+    if (meet && kWidth != Width::kLong) {  // in an order that does not depend on the type
       total = T(0);
       HFAC_UNROLLED (w, kWarps) {
         if (w < warps) total = total + of_warps[turn][y * warps + w][lane % kValues];
       }
-    } else if (warps > 1) {
+    } else if (meet) {
       total = T(0);
       HFAC_UNROLLED (k, kWarps * kValues / kWarp) {
         const int w = lane / kValues + k * (kWarp / kValues);
@@ -292,12 +377,12 @@ HFAC_DEVICE void sum_rows(const Arguments& a) {
     }
     const int following = stage + 1 == kStages ? 0 : stage + 1;
     T before_next = T(0);
-    if (base + batch < s.tile_rows) {
+    if (base + batch < s.rows()) {
       before_next = moment_before(base + batch);
       wait_for_copies<kStages - 2>();
       part = row_sums(following);
     }
-    if (warps > 1 && kWidth == Width::kLong) {
+    if (meet && kWidth == Width::kLong) {
 #pragma unroll
       for (int mask = kValues; mask < kWarp; mask *= 2) total = total + shuffle_xor(total, mask);
     }
@@ -305,17 +390,24 @@ HFAC_DEVICE void sum_rows(const Arguments& a) {
     // Both lanes of a row have its r, for the columns' sums; the first lanes of the row's threads store what is new.
     const T other = shuffle_xor(total, 1);
     const T r_new = s.moment(before, odd ? total : other);
-    const bool there = base + my_row < s.tile_rows;
-    if (there && x < kValues) fresh[base] = odd ? r_new : s.marked(total, other);
+    const bool there = base + my_row < s.rows();
+    if (there && x < kValues) {
+      const T value = odd ? r_new : s.marked(total, other);
+      if constexpr (kLean) {
+        global(odd ? s.get(&Numbers::fresh_square) : s.get(&Numbers::fresh))[base + my_row] = value;
+      } else {
+        fresh[base] = value;
+      }
+    }
     const T inverse = there ? T(1) / r_new : T(0);
     HFAC_UNROLLED (r, kRows) {
       const T of_row = shuffle(inverse, lane / kValues * kValues + 2 * r);
       HFAC_UNROLLED (v, kVectors) {
-        s.add(held(stage, r, v), of_row, sums[v]);
+        in_pieces(stage, r, v, [&](const Grad& raw, int from, int to) { s.add(raw, of_row, sums[v], from, to); });
         keep_order();
       }
     }
-    if (base + kStages * batch < s.tile_rows) begin(base + kStages * batch, stage);
+    if (base + kStages * batch < s.rows()) begin(base + kStages * batch, stage);
     commit_copies();
     stage = following;
     before = before_next;
@@ -370,11 +462,13 @@ __global__ void __launch_bounds__(stats_threads(Width::kWide), 1) hfac_stats_wid
   constexpr int kThreads = stats_threads(Width::kWide), kWarps = kThreads / kWarp;
   __shared__ T of_warps[kWideRows * 2][kWarps], inverse[kWideRows];
   if (skipped(a) || unclipped(a)) return;
+  __shared__ StatsNumbers<T> numbers;  // of nobody: registers suffice
   Stats<A, true> s(a, tile_of(a));
+  s.begin(numbers);
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t cols = s.it.cols;
   T* const out = s.of_columns();
-  for (int base = 0; base < s.tile_rows; base += kWideRows) {
+  for (int base = 0; base < s.rows(); base += kWideRows) {
     for (int first = 0; first < kWideRows; first += kRowsInFlight) {
       T values[2 * kRowsInFlight];
       HFAC_UNROLLED (k, 2 * kRowsInFlight) values[k] = T(0);
@@ -382,7 +476,7 @@ __global__ void __launch_bounds__(stats_threads(Width::kWide), 1) hfac_stats_wid
         const int count = vector_count(col, cols);
         HFAC_UNROLLED (r, kRowsInFlight) {
           const int row = base + first + r;
-          if (row < s.tile_rows) s.add(s.load(row, col, count), values[2 * r], values[2 * r + 1]);
+          if (row < s.rows()) s.add(s.load(row, col, count), values[2 * r], values[2 * r + 1]);
         }
       }
       const T sum = sum_values(values, kWarp);
@@ -390,7 +484,7 @@ __global__ void __launch_bounds__(stats_threads(Width::kWide), 1) hfac_stats_wid
       if (lane < 2 * kRowsInFlight) of_warps[2 * first + lane][thread / kWarp] = sum;
     }
     __syncthreads();
-    if (thread < kWideRows && base + thread < s.tile_rows) {
+    if (thread < kWideRows && base + thread < s.rows()) {
       T sum = T(0), square = T(0);
       for (int w = 0; w < kWarps; ++w) {
         sum = sum + of_warps[2 * thread][w];
@@ -409,7 +503,7 @@ __global__ void __launch_bounds__(stats_threads(Width::kWide), 1) hfac_stats_wid
         const bool kept = base > 0 && k % kVector < count;
         sums[k / kVector][k % kVector] = kept ? out[k / kVector * cols + col + k % kVector] : T(0);
       }
-      for (int r = 0; r < kWideRows && base + r < s.tile_rows; ++r) {
+      for (int r = 0; r < kWideRows && base + r < s.rows(); ++r) {
         s.add(s.load(base + r, col, count), inverse[r], sums);
       }
       HFAC_UNROLLED (k, kSums * kVector) {

@@ -27,6 +27,13 @@
 
 namespace hfac {
 
+// GPUs for which the compiler takes more registers than for those before them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kMoreRegisters = true;
+#else
+constexpr bool kMoreRegisters = false;
+#endif
+
 // Of the block, as many bytes as its launch asked for.
 #ifdef HFAC_DEVICE_COMPILER
 HFAC_DEVICE char* dynamic_shared() {

@@ -21,6 +21,15 @@ using common::smmf_second_moment;
 // Below it the root of a subnormal V counts beside eps, and the approximate root takes that for 0.
 constexpr double kRoughEps = 0x1p-43;
 
+// Where bits are drawn compilers for sm_80 have no register for a gradient's scale.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <class A>
+constexpr bool kLeanScale = std::is_same_v<A, DrawnAccess<BFloat16>>;
+#else
+template <class A>
+constexpr bool kLeanScale = false;
+#endif
+
 template <class A, bool kShard, bool kWatched, class Team>
 HFAC_DEVICE void step_tile(const Arguments& a, const Team& team, typename A::T (&shared)[kShared],
                            typename A::T (&tile_sums)[2 * kTileWarps]) {
@@ -56,7 +65,7 @@ HFAC_DEVICE void step_tile(const Arguments& a, const Team& team, typename A::T (
   if constexpr (A::kAhead) load(loads[0], begin + y, at);
 
   // What the loop needs of a row and of the step, so that it takes none of it from memory or from double.
-  const Gradient<T> gradient(a);
+  const std::conditional_t<kLeanScale<A>, LeanGradient<T>, Gradient<T>> gradient(a);
   const bool coupled = a.options.coupled;
   const bool changed = gradient.scaled || gradient.negate || coupled;  // the gradient
   const Decay<T> b1(a.scalars.beta1, it.index), b2(a.scalars.beta2, it.index);

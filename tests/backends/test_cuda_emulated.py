@@ -89,6 +89,24 @@ def steps(name, shapes, *, backend=emulated.NAME, count=3, dtype=torch.float32, 
     return params, [optimizer.state[p] for p in params]
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("shape", [(83, 64), (43, 60), (21, 768), (19, 4096), (18, 8192), (17, 16384)], ids=shape_id)
+def test_statistics_with_options_have_the_bits_of_plain_ones(shape, dtype):
+    """Gradients that are looked at, and scaled by a power of two, in rows of every length: their kernels keep what all
+    rows have in common in other places."""
+    found = []
+    for scale in (None, 4.0):
+        param = torch.nn.Parameter(gradient(shape, 0, dtype))
+        optimizer = hfac.HFac([param], backend=emulated.NAME, nonfinite="skip" if scale else "propagate")
+        for step in (1, 2):
+            param.grad = gradient(shape, step, dtype) * (scale or 1)
+            optimizer.grad_scale = torch.tensor(scale) if scale else None
+            optimizer.step()
+        state = {key: value for key, value in optimizer.state[param].items() if key.startswith("exp_avg")}
+        found.append(([param], [state]))
+    assert_same_bits(*found)
+
+
 def assert_same_bits(ours, theirs):
     for mine, other in zip(ours[0], theirs[0], strict=True):
         assert torch.equal(mine, other)
