@@ -28,6 +28,7 @@ BOUNDS = {
     "hfac_update_tiles": 128,
     "hfac_int8_tiles": 128,
     "hfac_small": 80,
+    "hfac_int8_small": 80,
     "hfac_stats": 128,
     "hfac_stats_four": 128,
     "hfac_stats_long": 128,
@@ -99,7 +100,7 @@ class Kernel:
 def describe(symbol: str) -> tuple[str, str]:
     """(kernel, operands) of a mangled name."""
     name = re.search(
-        r"\d(smmf_tiles|smmf_fold|smmf_sums_fold|hfac_small|hfac_stats_wide|hfac_stats_long|hfac_stats_four|hfac_stats|hfac_collect|hfac_unflag|hfac_fold|"
+        r"\d(smmf_tiles|smmf_fold|smmf_sums_fold|hfac_small|hfac_int8_small|hfac_stats_wide|hfac_stats_long|hfac_stats_four|hfac_stats|hfac_collect|hfac_unflag|hfac_fold|"
         r"hfac_int8_fold|hfac_sums_fold|hfac_apply_fold|hfac_int8_apply_fold|hfac_update_tiles|hfac_int8_tiles|look|squares|"
         r"dense_look|hfac_dense|smmf_dense)[IE]",
         symbol,

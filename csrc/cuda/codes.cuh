@@ -32,6 +32,18 @@ struct CodeConstants {
   HFAC_DEVICE explicit CodeConstants(const CodeTable<T>& table) : round(table.round), one(table.one) {}
 };
 
+// The same of what a block shares, which has a table where there are codes.
+template <class T, bool kCodes>
+struct Constants {
+  template <class Shared>
+  HFAC_DEVICE explicit Constants(const Shared&) {}
+};
+template <class T>
+struct Constants<T, true> : CodeConstants<T> {
+  template <class Shared>
+  HFAC_DEVICE explicit Constants(const Shared& shared) : CodeConstants<T>(shared.table) {}
+};
+
 template <class T>
 HFAC_DEVICE void make_table(CodeTable<T>& table) {
   static_assert(kTileThreads == 256, "one byte for each thread");

@@ -125,13 +125,6 @@ HFAC_DEVICE bool is_minus_zero(double x) {
   return bits == uint64_t{1} << 63;
 }
 
-// Stores the new second moment of row (or column) k, and returns the root of what it was, divided by its root.
-template <class T>
-HFAC_DEVICE T step_unit(void* second, int64_t k, T before, T square) {
-  static_cast<T*>(second)[k] = square;
-  return root(before) / root(square);
-}
-
 // By one thread: what `update_tile` reads of a whole matrix; `mean_square`: of U.
 template <class T, bool kCodes>
 HFAC_DEVICE void put_scales(const HfacSpace<T>& space, const Options& o, double total, double old, double mean_square) {

@@ -22,6 +22,13 @@ HFAC_DEVICE T step_moments(void* first, void* second, int64_t k, T before, T mea
   return hfac_half_drift(b1.beta, average, mean, square, length);
 }
 
+// Stores the new second moment of row (or column) k, and returns the root of what it was, divided by its root.
+template <class T>
+HFAC_DEVICE T step_unit(void* second, int64_t k, T before, T square) {
+  static_cast<T*>(second)[k] = square;
+  return root(before) / root(square);
+}
+
 template <class T>
 HFAC_DEVICE T clip_divisor(const Options& o, T mean_square) {
   return o.clip ? hfac_clip_divisor(root(mean_square), o.clip_threshold) : T(1);

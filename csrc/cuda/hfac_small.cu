@@ -1,5 +1,8 @@
 // H-Fac of a matrix that one block holds: a whole step in one launch, from one read of the gradient. Sums are added in
-// the order of hfac_stats.cu, hfac.cu and hfac_update.cuh, whose bits these are.
+// the order of hfac_stats.cu, hfac.cu and hfac_update.cuh, whose bits these are; of both forms of the first moment.
+#include <type_traits>
+
+#include "codes.cuh"
 #include "hfac_element.cuh"
 #include "hfac_moments.cuh"
 
@@ -8,24 +11,57 @@ namespace {
 
 // Blocks of a multiprocessor at a time. A fourth would leave too few registers for vectors of 32 bits, and by the
 // compiler's choices for sm_100 for those of 16; a third too few for what is watched.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kSmallMost = 3;
-#else
-constexpr int kSmallMost = 4;
-#endif
-template <class A, bool kWatched>
-constexpr int kSmallBlocks = kWatched                                                                   ? 2
-                             : sizeof(typename A::Grad) + sizeof(typename A::Param) > 2 * sizeof(Chunk) ? 3
-                                                                                                        : kSmallMost;
+template <class A, bool kWatched, bool kCodes>
+constexpr int kSmallBlocks = kWatched ? 2
+                             : kMoreRegisters ||
+                                     sizeof(typename A::Grad) + sizeof(typename A::Param) > 2 * sizeof(Chunk)
+                                 ? 3
+                                 : 4;
+
+constexpr int kSmallCols = kWarp * kVector;
+// Warps share out what is done once for a matrix, so that none of a multiprocessor's schedulers has most of it: six add
+// up columns while the others finish rows, the second and those behind it finish columns, the first adds up the totals.
+constexpr int kAdders = 6 * kWarp, kColThreads = kWarp;
+constexpr int kSmallMostRows = kSmallRows * kTileThreads / 8;
+static_assert(kAdders + kSmallMostRows <= kTileThreads, "a thread for each row");
+
+// What the threads of a block tell each other.
+template <class T>
+struct SmallShared {
+  alignas(16) T meet[kSums][kTileThreads * kVector];  // sums of each thread's rows
+  T col_sums[kSums * kSmallCols];
+  alignas(16) T col_first[kSmallCols];
+  alignas(16) T col_scale[kSmallCols];
+  double col_share[kSmallCols];                      // w_j / s_j
+  T row_sum[kSmallMostRows], row_r[kSmallMostRows];  // of the gradient; the new r
+  T row_before[kSmallMostRows];                      // of codes r as it was
+  T row_first[kSmallMostRows], row_scale[kSmallMostRows];
+  T scale, divisor, growth;  // as in HfacSpace
+  double sums[2 * kTileWarps];
+};
+template <class T>
+struct SmallCodesShared : SmallShared<T> {
+  CodeTable<T> table;
+};
+
+// Sums of columns over the threads that have them, in the order of rows; `kLanes` of these share a row.
+template <int kLanes, class T>
+HFAC_DEVICE void add_columns(SmallShared<T>& shared) {
+  constexpr int kWidth = kLanes * kVector, kRowsOfThreads = kTileThreads / kLanes;
+  for (int k = static_cast<int>(threadIdx.x); k < kSums * kWidth; k += kAdders) {
+    const T* const from = shared.meet[k / kWidth] + k % kWidth;
+    T sum = T(0);
+    HFAC_UNROLLED (y, kRowsOfThreads) sum = sum + from[y * kWidth];
+    shared.col_sums[k] = sum;
+  }
+}
 
 // A thread has a vector of one row in kSmallRows; `lanes` threads of one warp share a row.
-template <class A, bool kWatched>
-__global__ void __launch_bounds__(kTileThreads, kSmallBlocks<A, kWatched>) hfac_small(Arguments a) {
+template <class A, bool kWatched, bool kCodes>
+HFAC_DEVICE void step_small(const Arguments& a) {
   using T = typename A::T;
-  constexpr int kValues = 2 * kSmallRows, kCols = kWarp * kVector;
-  alignas(16) __shared__ T meet[kSums][kTileThreads * kVector];
-  alignas(16) __shared__ T col_first[kCols], col_scale[kCols];
-  __shared__ double shared[2 * kTileWarps];
+  constexpr int kValues = 2 * kSmallRows;
+  __shared__ std::conditional_t<kCodes, SmallCodesShared<T>, SmallShared<T>> shared;
   if (skipped(a)) return;
   const DeviceItem& it = a.items[tile_of(a).item];
   const int lanes = it.tiling.lanes, shift = log2_of(lanes), ys = kTileThreads >> shift;
@@ -35,23 +71,34 @@ __global__ void __launch_bounds__(kTileThreads, kSmallBlocks<A, kWatched>) hfac_
 
   typename A::Grad g_raw[kSmallRows]{};
   typename A::Param w_raw[kSmallRows]{};
+  [[maybe_unused]] Codes codes[kSmallRows]{};
   const Operand grad = it.grad;
   const auto param = A::target(a, it);
+  [[maybe_unused]] const CodesAt<A> codes_at(a, it);
   HFAC_UNROLLED (r, kSmallRows) {
     const int row = r * ys + y;
     if (row >= rows || col >= cols) continue;
     g_raw[r] = A::grad(grad, a.layouts, row * cols + col, kVector, true);
     w_raw[r] = A::param(param, a.layouts, row * cols + col, kVector);
+    if constexpr (kCodes) codes[r] = codes_at.load(row * cols + col, kVector);
   }
-  // Of the thread's rows the one whose sum this lane has, or of odd lanes its sum of squares; and of all columns one.
+  // Of the thread's rows the one whose sum this lane has, or of odd lanes its sum of squares; and what it finishes: a
+  // row, and a column.
   const bool odd = lane % 2;
   const int my_row = lane % kValues / 2 * ys + y;
-  T *const row_first = static_cast<T*>(it.first_row), *const row_second = static_cast<T*>(it.second_row);
-  T *const first_col = static_cast<T*>(it.first_col), *const second_col = static_cast<T*>(it.second_col);
-  const T first_before = my_row < rows ? row_first[my_row] : T(0), r_before = my_row < rows ? row_second[my_row] : T(0);
-  const T v_before = thread < cols ? first_col[thread] : T(0), s_before = thread < cols ? second_col[thread] : T(0);
+  const int end_row = thread - kAdders, end_col = (thread - kColThreads) & (kTileThreads - 1);
+  const bool has_row = my_row < rows, ends_row = 0 <= end_row && end_row < rows, ends_col = end_col < cols;
+  const auto of = [](void* const& moments) { return global(static_cast<const T*>(moments)); };
+  const T r_before = has_row ? of(it.second_row)[my_row] : T(0);
+  const T s_before = ends_col ? of(it.second_col)[end_col] : T(0);
+  const T row_before = ends_row ? of(kCodes ? it.second_row : it.first_row)[end_row] : T(0);
+  [[maybe_unused]] const T v_before = !kCodes && ends_col ? of(it.first_col)[end_col] : T(0);
+  // Where registers are few addresses are loaded anew when moments are stored, so that none has them until then.
+  const auto anew = [](void* const& moments) {
+    return kCodes || kMoreRegisters ? global(load_fresh(&moments)) : global(moments);
+  };
 
-  const Gradient<T> gradient(a);
+  const LeanGradient<T> gradient(a);
   const Decay<T> b1(a.scalars.beta1, it.index), b2(a.scalars.beta2, it.index);
   const T rows_t = static_cast<T>(rows), cols_t = static_cast<T>(cols), sign = a.options.maximize ? T(-1) : T(1);
   bool bad = false;
@@ -69,24 +116,21 @@ __global__ void __launch_bounds__(kTileThreads, kSmallBlocks<A, kWatched>) hfac_
     if (a.nonfinite) bad = bad || nonfinite(g[r], static_cast<T>(it.rows * it.cols));
   }
   if (a.nonfinite) {
-    if (block_sum(bad ? 1.0 : 0.0, shared) > 0) {
+    if (block_sum(bad ? 1.0 : 0.0, shared.sums) > 0) {
       if (thread == 0) a.nonfinite[it.index] = 1;
       return;
     }
   }
+  if constexpr (kCodes) make_table(shared.table);
   const T total = sum_values(values, lanes), other = shuffle_xor(total, 1);
   const T r_new = hfac_average(b2.beta, r_before, b2.rest,
                                (odd ? total : other) + static_cast<T>(static_cast<double>(it.cols) * a.options.eps));
-  const T inverse = my_row < rows ? T(1) / r_new : T(0);
-  double totals[2] = {0, 0};  // sums of r and of w_j / s_j
-  double zeros[2] = {0, 0};
-  T half_phi = T(0);
-  if (my_row < rows && x < kValues) {
+  const T inverse = has_row ? T(1) / r_new : T(0);
+  if (has_row && x < kValues) {
     if (odd) {
-      totals[0] = static_cast<double>(r_new);
+      shared.row_r[my_row] = r_new;
     } else {
-      zeros[0] = total == T(0) && other == T(0) ? 1 : 0;
-      half_phi = step_moments(row_first, row_second, my_row, first_before, sign * total / cols_t, r_new, cols_t, b1);
+      shared.row_sum[my_row] = total;
     }
   }
   const auto of_row = [&](T value, int r) { return shuffle(value, (lane & -lanes) + 2 * r); };
@@ -105,56 +149,121 @@ __global__ void __launch_bounds__(kTileThreads, kSmallBlocks<A, kWatched>) hfac_
   HFAC_UNROLLED (j, kSums) {
     Raw<T> raw;
     pack(sums[j], raw);
-    store_raw(&meet[j][thread * kVector], raw);
+    store_raw(&shared.meet[j][thread * kVector], raw);
   }
   __syncthreads();
-  if (thread < cols) {
-    T of_col[kSums];
-    HFAC_UNROLLED (j, kSums) of_col[j] = T(0);
-    for (int from = 0; from < ys; ++from) {
-      HFAC_UNROLLED (j, kSums) of_col[j] = of_col[j] + meet[j][from * lanes * kVector + thread];
+  if (thread < kAdders) {
+    if (lanes == 8) {
+      add_columns<8>(shared);
+    } else if (lanes == 16) {
+      add_columns<16>(shared);
+    } else {
+      add_columns<32>(shared);
     }
+  } else if (ends_row) {
+    const T r = shared.row_r[end_row];
+    if constexpr (kCodes) {
+      shared.row_before[end_row] = row_before;
+      shared.row_first[end_row] = step_unit(anew(it.second_row), end_row, row_before, r);
+    } else {
+      const T mean = sign * shared.row_sum[end_row] / cols_t;
+      shared.row_first[end_row] =
+          step_moments(anew(it.first_row), anew(it.second_row), end_row, row_before, mean, r, cols_t, b1);
+    }
+    shared.row_scale[end_row] = T(1) / root(r);
+  }
+  __syncthreads();
+  double zeros[2] = {0, 0};
+  if (ends_col) {
+    T of_col[kSums];
+    HFAC_UNROLLED (j, kSums) of_col[j] = shared.col_sums[j * lanes * kVector + end_col];
     const T s = hfac_average(b2.beta, s_before, b2.rest,
                              of_col[1] + static_cast<T>(static_cast<double>(it.rows) * a.options.eps));
-    col_first[thread] = step_moments(first_col, second_col, thread, v_before, sign * of_col[0] / rows_t, s, rows_t, b1);
-    col_scale[thread] = T(1) / root(s);
-    totals[1] = static_cast<double>(of_col[2]) / static_cast<double>(s);
+    if constexpr (kCodes) {
+      shared.col_first[end_col] = step_unit(anew(it.second_col), end_col, s_before, s);
+    } else {
+      const T mean = sign * of_col[0] / rows_t;
+      shared.col_first[end_col] =
+          step_moments(anew(it.first_col), anew(it.second_col), end_col, v_before, mean, s, rows_t, b1);
+    }
+    shared.col_scale[end_col] = T(1) / root(s);
+    shared.col_share[end_col] = static_cast<double>(of_col[2]) / static_cast<double>(s);
     zeros[1] = of_col[0] == T(0) && of_col[1] == T(0) ? 1 : 0;
   }
-  block_sums(totals, shared);
-  const double norm = totals[0] * totals[1];
-  const T scale = root(static_cast<T>(totals[0]));
-  const T divisor =
-      clip_divisor(a.options, static_cast<T>(norm / (static_cast<double>(rows) * static_cast<double>(cols))));
+  __syncthreads();
+  if (thread < kWarp) {                  // one warp finds out what all want to know
+    double totals[kCodes ? 3 : 2] = {};  // sums of r, of w_j / s_j, of codes of r as it was
+    for (int k = lane; k < rows; k += kWarp) {
+      totals[0] += static_cast<double>(shared.row_r[k]);
+      if constexpr (kCodes) totals[2] += static_cast<double>(shared.row_before[k]);
+    }
+    for (int k = lane; k < cols; k += kWarp) totals[1] += shared.col_share[k];
+    warp_sums(totals);
+    const double norm = totals[0] * totals[1];
+    const T mean_square = static_cast<T>(norm / (static_cast<double>(rows) * static_cast<double>(cols)));
+    const T scale = root(static_cast<T>(totals[0])), divisor = clip_divisor(a.options, mean_square);
+    if (lane == 0) {
+      shared.scale = scale;
+      shared.divisor = divisor;
+      if constexpr (kCodes) shared.growth = totals[2] == 0 ? T(0) : scale / root(static_cast<T>(totals[2]));
+      if constexpr (kWatched) a.watched[int64_t{it.index} * kWatchedNumbers + kDirection] += norm;
+    }
+  }
+  __syncthreads();
   if constexpr (kWatched) {
-    block_sums(zeros, shared);
+    if (has_row && x < kValues && !odd) zeros[0] = total == T(0) && other == T(0) ? 1 : 0;
+    block_sums(zeros, shared.sums);
     double* const watched = a.watched + int64_t{it.index} * kWatchedNumbers;
     if (thread == 0) {
-      watched[kDirection] += norm;
       HFAC_UNROLLED (j, 2) watched[kZeroRows + j] += zeros[j];
     }
   }
 
   const T lr = static_cast<T>(value_of(a.scalars.lr, 0));
   const T weight_decay = static_cast<T>(value_of(a.scalars.weight_decay, 0));
-  const T row_scale = scale * (T(1) / root(r_new)) / divisor;
+  const T scale = shared.scale, divisor = shared.divisor;
+  T of_mine = has_row ? shared.row_first[my_row] : T(0), row_scale = has_row ? shared.row_scale[my_row] : T(0);
+  if constexpr (kCodes) {
+    const T growth = shared.growth;
+    of_mine = growth == T(0) ? T(0) : b1.beta * (of_mine * growth);
+    row_scale = (a.options.maximize ? -b1.rest : b1.rest) * scale * row_scale;
+  } else {
+    row_scale = scale * row_scale / divisor;
+  }
+  [[maybe_unused]] const T step = lr * (T(1) / divisor), decay = lr * weight_decay;
   T firsts[kVector], scales[kVector];
   if (col < cols) {
-    unpack(load_raw(col_first + col, false), firsts);
-    unpack(load_raw(col_scale + col, false), scales);
+    unpack(load_raw(shared.col_first + col, false), firsts);
+    unpack(load_raw(shared.col_scale + col, false), scales);
   }
+  [[maybe_unused]] const Constants<T, kCodes> constants(shared);
   Watch<A> watch;
   HFAC_UNROLLED (r, kSmallRows) {
-    const T first_of = of_row(half_phi, r), scale_of = of_row(row_scale, r);
+    const T first_of = of_row(of_mine, r), scale_of = of_row(row_scale, r);
     const int row = r * ys + y;
     if (row >= rows || col >= cols) continue;
     T w[kVector];
+    if constexpr (!kMoreRegisters && sizeof(typename A::Grad) == sizeof(Chunk)) {
+      A::widen(g_raw[r], g[r]);
+      gradient.unscale(g[r]);
+    }
     A::widen(w_raw[r], w);
     [[maybe_unused]] T old[kVector];
-    HFAC_UNROLLED (k, kVector) {
-      old[k] = w[k];
-      const T step = gradient.negate ? -g[r][k] : g[r][k];
-      w[k] = updated(w[k], step, first_of, firsts[k], scales[k], scale_of, lr, weight_decay, A::rough(param));
+    HFAC_UNROLLED (k, kVector) old[k] = w[k];
+    if constexpr (kCodes) {
+      T moment[kVector];
+      Codes fresh = biased(codes[r]);
+      HFAC_UNROLLED (k, kVector) g[r][k] = g[r][k] * scales[k] * scale_of;
+      step_codes(fresh, shared.table, first_of, firsts, g[r], constants, A::rough(param), moment);
+      HFAC_UNROLLED (k, kVector) {
+        w[k] = updated_by_moment(w[k], moment[k], g[r][k], b1.beta, step, decay, A::rough(param));
+      }
+      codes_at.store(row * cols + col, kVector, biased(fresh));
+    } else {
+      HFAC_UNROLLED (k, kVector) {
+        const T mine = gradient.negate ? -g[r][k] : g[r][k];
+        w[k] = updated(w[k], mine, first_of, firsts[k], scales[k], scale_of, lr, weight_decay, A::rough(param));
+      }
     }
     if constexpr (kWatched) watch.add(param, old, w, kVector);
     A::store(param, a.layouts, row * cols + col, kVector, w);
@@ -162,10 +271,22 @@ __global__ void __launch_bounds__(kTileThreads, kSmallBlocks<A, kWatched>) hfac_
   if constexpr (kWatched) watch.finish(a, it);
 }
 
+template <class A, bool kWatched>
+__global__ void __launch_bounds__(kTileThreads, kSmallBlocks<A, kWatched, false>) hfac_small(Arguments a) {
+  step_small<A, kWatched, false>(a);
+}
+template <class A, bool kWatched>
+__global__ void __launch_bounds__(kTileThreads, kSmallBlocks<A, kWatched, true>) hfac_int8_small(Arguments a) {
+  step_small<A, kWatched, true>(a);
+}
+
 }  // namespace
 
 KernelFunction hfac_small_kernel(const Launch& l, const Arguments& a) {
   HFAC_BY_ACCESS(l, a, NearestAccesses, hfac_small);
+}
+KernelFunction hfac_int8_small_kernel(const Launch& l, const Arguments& a) {
+  HFAC_BY_ACCESS(l, a, NearestAccesses, hfac_int8_small);
 }
 
 }  // namespace hfac

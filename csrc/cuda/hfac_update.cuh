@@ -17,16 +17,6 @@ struct CodeRows : UpdateRows<T> {
   CodeTable<T> table;
 };
 
-// Of the table what stays in registers, where there is one.
-template <class T, bool kCodes>
-struct Constants {
-  HFAC_DEVICE explicit Constants(const UpdateRows<T>&) {}
-};
-template <class T>
-struct Constants<T, true> : CodeConstants<T> {
-  HFAC_DEVICE explicit Constants(const CodeRows<T>& rows) : CodeConstants<T>(rows.table) {}
-};
-
 // Rows of a thread whose loads are issued together. `kAhead`: of two such sets one is under way while the other is
 // worked on. Not where there are codes, which take so many registers that it would be slower. Nothing is worked out of
 // what is loaded before all loads of a set are under way: it would have to be waited for.

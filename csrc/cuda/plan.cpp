@@ -122,6 +122,7 @@ class Planner {
       case Kernel::smmf_tiles:
         return {pair_access(it, bulk), tiles_of(it.tiling)};
       case Kernel::hfac_small:
+      case Kernel::hfac_int8_small:
         return {pair_access(it, bulk), 1};
       case Kernel::hfac_stats:
         return {grad_access(it, bulk || it.single), tiles_of(it.tiling)};
@@ -182,6 +183,11 @@ class Planner {
         b.grad += grad;
         b.param += param_bytes(it);
         b.states += 4 * numbers;
+        break;
+      case Kernel::hfac_int8_small:
+        b.grad += grad;
+        b.param += param_bytes(it);
+        b.states += 2 * numbers + 2 * elements(it);
         break;
       case Kernel::hfac_stats:
         b.grad += grad;
@@ -374,10 +380,10 @@ class Planner {
     std::vector<bool> small(items_.size());
     bool launched[kAccesses] = {};
     const auto access = [&](size_t i) {
-      return static_cast<int>(pair_access(items_[i], bulk_[i] || items_[i].single));
+      return static_cast<int>(pair_access(items_[i], bulk_[i] || (items_[i].single && !codes())));
     };
     for (size_t i = 0; i < small.size(); ++i) {
-      small[i] = !codes() && elements(items_[i]) && in_one_block(items_[i], bulk_[i]);
+      small[i] = elements(items_[i]) && in_one_block(items_[i], bulk_[i]);
       if (!small[i] && elements(items_[i])) launched[access(i)] = true;
     }
     std::vector<size_t> few;
@@ -393,7 +399,7 @@ class Planner {
     Group small, larger;
     const std::vector<bool> one_block = in_one_block_each();
     for (const int32_t i : all()) (one_block[static_cast<size_t>(i)] ? small : larger).push_back(i);
-    emit(Kernel::hfac_small, small);
+    emit(codes() ? Kernel::hfac_int8_small : Kernel::hfac_small, small);
     next_.group += small.empty() ? 0 : 1;
     for (const Group& group : hfac_groups(larger)) {
       allot(group);

@@ -19,6 +19,7 @@ namespace hfac {
   KERNEL(smmf_fold)          \
   KERNEL(smmf_sums_fold)     \
   KERNEL(hfac_small)         \
+  KERNEL(hfac_int8_small)    \
   KERNEL(hfac_stats)         \
   KERNEL(hfac_collect)       \
   KERNEL(hfac_fold)          \

@@ -5,7 +5,6 @@ import math
 import pytest
 
 from bench import launch_plan
-from bench.launch_plan import CODES
 from bench.shapes import gpt2, llama3_8b, resnet50
 
 try:
@@ -75,38 +74,42 @@ def test_codes_of_8_bits_occupy_every_multiprocessor():
 def test_two_thousand_small_matrices_take_few_launches():
     shapes = [(64, 64)] * 2000
     assert [la["kernel"] for la in launch_plan.plan("hfac", shapes, "bfloat16")] == ["hfac_small"]
+    assert [la["kernel"] for la in launch_plan.plan("hfac_int8", shapes, "bfloat16")] == ["hfac_int8_small"]
     assert len(launch_plan.plan("hfac", shapes, "bfloat16", norm=True)) <= 6
     (smmf,) = launch_plan.plan("smmf", shapes, "bfloat16")
     assert (smmf["kernel"], smmf["blocks"], smmf["small_blocks"]) == ("smmf_tiles", 250, 250)  # a warp each
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_matrix_that_a_block_holds_takes_one_launch(dtype):
-    """Gradient, parameter and factors are read once, and nothing goes through a workspace."""
+@pytest.mark.parametrize("algorithm", ["hfac", "hfac_int8"])
+def test_a_matrix_that_a_block_holds_takes_one_launch(algorithm, dtype):
+    """Gradient, parameter, factors and codes are read once, and nothing goes through a workspace."""
     for shape in [(64, 64), (16, 256), (32, 128), (3, 8)]:
-        (launch,) = launch_plan.plan("hfac", [shape], dtype)
-        assert launch["kernel"] == "hfac_small" and launch["blocks"] == 1
-        assert launch["partial"] == 0 and launch["states"] == 4 * 4 * sum(shape)
+        (launch,) = launch_plan.plan(algorithm, [shape], dtype)
+        assert launch["kernel"] == f"{algorithm}_small" and launch["blocks"] == 1
+        states = 4 * 4 * sum(shape) if algorithm == "hfac" else 2 * 4 * sum(shape) + 2 * math.prod(shape)
+        assert launch["partial"] == 0 and launch["states"] == states
         assert launch["grad"] == launch["param_read"] == math.prod(shape) * (2 if dtype == "bfloat16" else 4)
     for shape in [(65, 64), (17, 256), (8, 264), (40, 60)]:  # one row more, of more than a warp, of no whole vectors
-        assert launch_plan.plan("hfac", [shape], dtype)[0]["kernel"] == "hfac_stats"
-    assert {la["kernel"] for la in launch_plan.plan("hfac", [(64, 64)], dtype, norm=True)} >= {"hfac_stats"}
-    assert plan_of_codes([(64, 64)], CODES[dtype])[0]["kernel"] == "hfac_stats"
+        assert launch_plan.plan(algorithm, [shape], dtype)[0]["kernel"] == "hfac_stats"
+    assert {la["kernel"] for la in launch_plan.plan(algorithm, [(64, 64)], dtype, norm=True)} >= {"hfac_stats"}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_few_small_matrices_share_the_launches_of_larger_ones(dtype):
-    """Where there are such, and reach their tensors in the same way: rows of 300 columns are not whole vectors."""
-    three = ["hfac_stats", "hfac_fold", "hfac_update"]
-    for beside, small, found in [
+@pytest.mark.parametrize("algorithm", ["hfac", "hfac_int8"])
+def test_few_small_matrices_share_the_launches_of_larger_ones(algorithm, dtype):
+    """Where there are such, and reach their tensors in the same way: rows of 300 columns are not whole vectors, nor are
+    those of 60, which with codes of 8 bits have an update of their own."""
+    three, small = ["hfac_stats", f"{algorithm}_fold", f"{algorithm}_update"], f"{algorithm}_small"
+    for beside, count, found in [
         ((512, 512), 1, three),
         ((512, 512), 64, three),
-        ((512, 512), 65, ["hfac_small", *three]),
-        ((40, 60), 1, three),
-        ((40, 300), 1, ["hfac_small", *three]),
-        ((0, 512), 1, ["hfac_small"]),
+        ((512, 512), 65, [small, *three]),
+        ((40, 60), 1, three if algorithm == "hfac" else [small, *three]),
+        ((40, 300), 1, [small, *three]),
+        ((0, 512), 1, [small]),
     ]:
-        launches = launch_plan.plan("hfac", [(64, 64)] * small + [beside], dtype)
+        launches = launch_plan.plan(algorithm, [(64, 64)] * count + [beside], dtype)
         assert [la["kernel"] for la in launches] == found
 
 
