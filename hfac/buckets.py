@@ -94,6 +94,8 @@ class Together:
         if self._on_host:
             return
         t = schedules.following(self._made.values())
+        if isinstance(t, schedules.Steps) and not algorithm.takes_steps:
+            t = t.now
         found = algorithm.decays(t, options)
         if any(bucket.call.stochastic for bucket in self.buckets):
             found["step"] = t.now if isinstance(t, schedules.Steps) else t

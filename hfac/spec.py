@@ -133,6 +133,7 @@ class Algorithm:
         decays: (step t, options) -> beta1 and beta2.
         scalars: (options) -> the ops' other numbers, but for lr, weight_decay and maximize.
         has_first: (options) -> whether there is a first moment.
+        takes_steps: whether ``decays`` takes `schedules.Steps` in place of a tensor of the device's numbers of steps.
     """
 
     name: str
@@ -142,6 +143,7 @@ class Algorithm:
     decays: Callable[[Any, Mapping[str, Any]], dict[str, Any]]
     scalars: Callable[[Mapping[str, Any]], dict[str, Any]]
     has_first: Callable[[Mapping[str, Any]], bool] = lambda options: True
+    takes_steps: bool = False
 
     @property
     def states(self) -> tuple[Operand, ...]:
@@ -302,6 +304,7 @@ register(
         ("beta1", "beta2", "eps", "clip_threshold"),
         _hfac_decays,
         _hfac_scalars,
+        takes_steps=True,
     )
 )
 register(
@@ -313,5 +316,6 @@ register(
         _smmf_decays,
         _smmf_scalars,
         lambda options: options["beta"] is not None,
+        takes_steps=True,
     )
 )

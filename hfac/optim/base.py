@@ -248,7 +248,8 @@ class FactoredOptimizer(NormOptimizer):
         if not self._known.are(index, single.group):
             self._check_changes(index)
         checked, options, limit, numbers = self._given_of(index)
-        single.drop_stale(self.param_groups, self.state, checked)
+        if single.bound is not None and not single.holds(self.param_groups, self.state, checked):
+            single.bound = None
         if group is not None and group is not single.group:
             raise ValueError(
                 f"{type(self).__name__}.step_param: {single.label} was given with another group. Pass its own entry of "
@@ -272,7 +273,8 @@ class FactoredOptimizer(NormOptimizer):
         if lr_scale != 1.0:
             options = {**options, "lr": schedules.as_scalar("lr", options["lr"]) * lr_scale}
 
-        factor, scaled = clipping.as_clip(clip), "grad_scale" in self.__dict__ or "found_inf" in self.__dict__
+        factor = None if clip is None else clipping.as_clip(clip)
+        scaled = "grad_scale" in self.__dict__ or "found_inf" in self.__dict__
         step = None if scaled or single.bound is None else single.bound.repeated([grad], options, numbers)
         if step is None:
             self._step_single(single, grad, options, factor)

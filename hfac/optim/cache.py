@@ -110,11 +110,6 @@ class SingleParamCache:
         here = self.group_index < len(groups) and groups[self.group_index] is self.group
         return here and index < len(params) and params[index] is self.param
 
-    def drop_stale(self, groups: Groups, state: States, options: Any = None) -> None:
-        """Drops ``bound`` where it does not hold."""
-        if self.bound is not None and not self.holds(groups, state, options):
-            self.bound = None
-
     def position(self, groups: Groups) -> int:
         """The parameter's position among all of the optimizer's, which its random bits depend on; 0 without."""
         if self.group["rounding"] == "nearest":

@@ -57,7 +57,9 @@ def test_a_warm_step_is_five_calls_in_eighteen_files(name, moved, options, emula
         assert param.grad.data_ptr() != old.data_ptr()
     road = Road(optimizer.step, emulated.ops.platform, monkeypatch)
     (launch,) = road.launches
-    assert [launch.pop(0), launch.pop(0)] == ["_unobserved.<locals>.step", "without_grad.<locals>.wrapped"]
+    wrappers = [call for call in launch if ".<locals>." in call]
+    assert launch[: len(wrappers)] == wrappers and len(wrappers) <= 3  # of torch's compiler, of hooks, of autograd
+    del launch[: len(wrappers)]
     expected = ["FactoredOptimizer.step", "Repeated.apply", "OpCall.again", "CudaCall.again", "Planned.again"]
     assert launch == expected  # and the extension's launch is the last
     assert len(road.files) <= 18, sorted(road.files)
