@@ -114,8 +114,9 @@ class FactoredOptimizer(NormOptimizer):
             return loss
         repeated = self._repeated()
         if repeated is not None:
-            for each in repeated[0]:
-                each.apply(repeated[1])
+            again, by = repeated
+            for each in again:
+                each.apply(by)
             return loss
         ready = self._ready()
         cache, grads, steps, shared = ready
@@ -241,8 +242,8 @@ class FactoredOptimizer(NormOptimizer):
             TypeError, ValueError, RuntimeError: as `step`; nothing has been updated.
         """
         self._check_graph_capture()
-        single = self._single.get(id(param))  # which holds the parameter, so that no other has its id
-        if single is None or not single.is_in(self.param_groups):
+        single = self._single.get(id(param))
+        if single is None or single.param is not param or not single.is_in(self.param_groups):
             single = self._single_of(param)
         index = single.group_index
         if not self._known.are(index, single.group):

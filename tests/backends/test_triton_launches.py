@@ -13,7 +13,7 @@ from hfac.cli import check, doctor
 
 triton = pytest.importorskip("triton")
 
-from hfac.triton_kernels import launcher, step, table  # noqa: E402
+from hfac.triton_kernels import launcher, room, table  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from bench import triton_driver  # noqa: E402
@@ -285,8 +285,8 @@ def test_parameters_that_are_stepped_one_by_one_share_their_numbers(factor, driv
 
     for _ in range(3):
         release()
-    copies, copy = [], step._copy
-    monkeypatch.setattr(step, "_copy", lambda values, to: copies.append(to) or copy(values, to))
+    copies, copy = [], room._copy
+    monkeypatch.setattr(room, "_copy", lambda values, to: copies.append(to) or copy(values, to))
     for t in (4.0, 5.0):
         driver.launches.clear()
         del copies[:]

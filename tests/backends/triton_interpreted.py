@@ -33,7 +33,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/backends/test_trito
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from hfac.triton_kernels import element, items, layouts, plan, records, shards, step, table  # noqa: E402
+from hfac.triton_kernels import element, items, launcher, layouts, plan, records, shards, step, table  # noqa: E402
 from hfac.triton_kernels import rounding as kernels  # noqa: E402
 
 __all__ = ["ieee_square_roots", "test_autograd_notices_the_write"]
@@ -779,7 +779,7 @@ def test_nothing_is_compiled_anew_for_parts(monkeypatch):
         keys[-1].append((launch.name, str(launch.constants), *(options[option] for option in launch.options)))
         launched.append(launch.name)
 
-    monkeypatch.setattr(step.Launcher, "_launch", observe)
+    monkeypatch.setattr(launcher.Launcher, "_launch", observe)
     cases = [BLOCKS["whole-rows"], BLOCKS["head-and-tail"]]
     for lr in (0.1, 1.0, 16.0):
         keys.append([])

@@ -292,9 +292,10 @@ def stand_in(backend: str) -> Iterator[Device]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(backends, "host_counters", lambda: None))  # steps are on the device
         if backend == "triton":
-            from hfac.triton_kernels import platform, step
+            from hfac.triton_kernels import platform
+            from hfac.triton_kernels.launcher import Launcher
 
-            launch = step.Launcher._launch
+            launch = Launcher._launch
 
             def noted(self: Any, *given: Any) -> None:
                 ours = {name: getattr(self, name) for name in ("items", "grad_table", "scalars", "flags")}
@@ -318,7 +319,7 @@ def stand_in(backend: str) -> Iterator[Device]:
                     for block in blocks:
                         block.look()
                     launcher.__dict__.update(_found(places))
-                    launcher._memory = lambda *a: step.Launcher._memory(launcher, *a)
+                    launcher._memory = lambda *a: Launcher._memory(launcher, *a)
                     launch(launcher, given[0], _found(tiles), given[2])
 
                 device.graph.append(node)
@@ -326,7 +327,7 @@ def stand_in(backend: str) -> Iterator[Device]:
             def record_stream(tensor: Tensor, stream: Stream) -> None:
                 device.record(tensor)
 
-            stack.enter_context(mock.patch.object(step.Launcher, "_launch", noted))
+            stack.enter_context(mock.patch.object(Launcher, "_launch", noted))
             stack.enter_context(mock.patch.object(Tensor, "record_stream", record_stream))
             stack.enter_context(mock.patch.object(platform, "capturing", lambda _: device.graph is not None))
             stack.enter_context(mock.patch.object(platform, "stream_of", lambda _: Stream(device, device.stream)))
