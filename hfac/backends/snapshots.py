@@ -22,14 +22,11 @@ _IS_NEG, _GRAD = Tensor.is_neg, attrgetter("grad")
 
 #: How a list is, beside a snapshot: of other types, shapes, strides or devices; but for addresses the same; the same.
 OTHER, ALIKE, SAME = range(3)
-
-
-#: what the extension asks torch of a tensor
-_FUNCTIONS = ("layout", "dtype", "device_type", "device_index", "dim", "sizes", "strides", "data_ptr")
-
-
-def _name(function: str) -> str:
-    return f"aoti_torch_get_{function}"
+#: what the extension asks torch of a tensor, and the function that tells it
+_FUNCTIONS = {
+    name: f"aoti_torch_get_{name}"
+    for name in ("layout", "dtype", "device_type", "device_index", "dim", "sizes", "strides", "data_ptr")
+}
 
 
 def _extension() -> Any:
@@ -40,7 +37,7 @@ def _extension() -> Any:
         return None
     try:
         torch_cpu = ctypes.CDLL("libtorch_cpu.so", mode=os.RTLD_NOLOAD)  # as torch has loaded it
-        functions = {name: getattr(torch_cpu, _name(name)) for name in _FUNCTIONS}
+        functions = {name: getattr(torch_cpu, symbol) for name, symbol in _FUNCTIONS.items()}
         strided = torch_cpu.aoti_torch_layout_strided()
     except (AttributeError, OSError):
         return None
