@@ -322,7 +322,7 @@ class Group:
         strides have been found right and kernels can read them as they lie: the same object for as long as they lie
         where they lay. For the second None of others, which must be checked."""
         before = known = self._known_grads
-        found = ops.compare_plain(grads, known)
+        found = ops.compare(grads, known)
         if found == ops.ALIKE:
             self._known_grads = known = ops.snapshot(grads)
         return before, None if found == ops.OTHER or memory.bypassed() else known
@@ -401,7 +401,7 @@ class Group:
         )
         if not repeats:
             step.check()
-        if seen is None and memory.PLAIN.issuperset(map(type, grads)) and not any(map(Tensor._is_zerotensor, grads)):
+        if seen is None and memory.plain(grads) and not any(map(Tensor._is_zerotensor, grads)):
             self._known_grads = ops.snapshot(grads)
         return step
 

@@ -1,8 +1,13 @@
 // What a list of tensors is in memory, in one call: a warm step compares it with what an earlier step validated.
+#include <pybind11/stl.h>
+
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <memory>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -13,10 +18,10 @@ namespace hfac {
 namespace bindings {
 namespace {
 
-// How tensors are read: `types` are those of Python whose objects are known to have memory and a handle at `offset`.
+// How tensors are read: `types` are those of Python whose objects are known to have memory and a handle.
 struct Reader {
   torch_abi::Functions torch{};
-  Py_ssize_t offset = 0;
+  torch_abi::Places places{};
   int32_t strided = 0;
   std::vector<PyTypeObject*> types;  // torch's, which stay
 
@@ -24,20 +29,7 @@ struct Reader {
 };
 Reader reader;
 
-// Where in a Python tensor the handle of its memory lies: the one word that is `cdata`, its address of the tensor's
-// implementation; None where no word is, or several are.
-py::object handle_offset(const py::object& tensor, uint64_t cdata) {
-  py::object found = py::none();
-  const Py_ssize_t size = Py_TYPE(tensor.ptr())->tp_basicsize;
-  for (Py_ssize_t at = sizeof(PyObject); at + static_cast<Py_ssize_t>(sizeof(cdata)) <= size; at += sizeof(cdata)) {
-    uint64_t word;
-    std::memcpy(&word, reinterpret_cast<const char*>(tensor.ptr()) + at, sizeof(word));
-    if (word != cdata) continue;
-    if (!found.is_none()) return py::none();
-    found = py::int_(at);
-  }
-  return found;
-}
+constexpr uint32_t kMostSides = 8;
 
 template <class F>
 void set(F& function, const py::dict& addresses, const char* name) {
@@ -45,17 +37,16 @@ void set(F& function, const py::dict& addresses, const char* name) {
 }
 
 // Snapshots can be taken from now on.
-void read_tensors_with(const py::dict& functions, Py_ssize_t offset, int32_t strided, const py::list& types) {
+void read_tensors_with(const py::dict& functions, const std::array<uint32_t, 9>& places, int32_t strided,
+                       const py::list& types) {
+  const auto [handle, storage, sizes, strides, offset, types_at, keys, data, deleter] = places;
+  if (!(sizes < strides && strides - sizes - 1 <= kMostSides)) {
+    refuse("places", "room for at most 8 sizes is needed between sizes and strides");
+  }
   Reader made;
   set(made.torch.layout, functions, "layout");
-  set(made.torch.dtype, functions, "dtype");
-  set(made.torch.device_type, functions, "device_type");
-  set(made.torch.device_index, functions, "device_index");
-  set(made.torch.dim, functions, "dim");
-  set(made.torch.sizes, functions, "sizes");
-  set(made.torch.strides, functions, "strides");
   set(made.torch.data_ptr, functions, "data_ptr");
-  made.offset = offset;
+  made.places = {handle, storage, sizes, strides, offset, types_at, keys, data, deleter};
   made.strided = strided;
   for (const py::handle type : types) made.types.push_back(reinterpret_cast<PyTypeObject*>(type.ptr()));
   reader = made;
@@ -64,98 +55,112 @@ void read_tensors_with(const py::dict& functions, Py_ssize_t offset, int32_t str
 // How the tensors of a list are now, beside what a snapshot says of those of an earlier one.
 enum Likeness { kOther, kAlike, kSame };
 
-// Of every tensor its Python type, device, element type, shape and strides, and where it lies. Never changes.
+// Of every tensor its Python type, device, element type, shape, strides and keys, and where it lies. Never changes.
 class Snapshot {
  public:
-  // False, with nothing raised, where one of the objects is no tensor that has elements in memory.
+  // False, with nothing raised, where one of the objects is no tensor that has elements in memory, or one of more
+  // dimensions than are kept beside its type.
   bool read(const py::list& tensors) {
     const py::ssize_t size = PyList_GET_SIZE(tensors.ptr());
+    std::map<Kind, uint32_t> known;
     seen_.reserve(static_cast<size_t>(size));
-    sides_.reserve(static_cast<size_t>(size) * 4);
+    addresses_.reserve(static_cast<size_t>(size));
     for (py::ssize_t i = 0; i < size; ++i) {
-      Seen seen;
-      const int64_t *sizes, *strides;
-      if (!look(PyList_GET_ITEM(tensors.ptr(), i), seen, sizes, strides)) return false;
-      seen_.push_back(seen);
-      sides_.insert(sides_.end(), sizes, sizes + seen.ndim);
-      sides_.insert(sides_.end(), strides, strides + seen.ndim);
+      PyObject* const object = PyList_GET_ITEM(tensors.ptr(), i);
+      if (!reader.reads(Py_TYPE(object))) return false;
+      const torch_abi::Handle handle = torch_abi::handle_of(object, reader.places.handle);
+      const uint64_t* const tensor = implementation_of(object);
+      const uint64_t* const sizes = tensor + reader.places.sizes;  // behind their number
+      int32_t layout;
+      void* address;
+      if (sizes[0] > reader.places.room() || reader.torch.layout(handle, &layout) || layout != reader.strided ||
+          reader.torch.data_ptr(handle, &address)) {
+        return false;
+      }
+      // With elements, but without memory: zeros, or what has been freed.
+      if (!address && std::find(sizes + 1, sizes + 1 + sizes[0], 0) == sizes + 1 + sizes[0]) return false;
+      const auto [at, is_new] = known.emplace(Kind(Py_TYPE(object), tensor), static_cast<uint32_t>(kinds_.size()));
+      if (is_new) kinds_.push_back(at->first);
+      seen_.push_back({data_of(tensor), tensor[reader.places.offset], at->second});
+      addresses_.push_back(address);
     }
     return true;
   }
 
-  // kSame: everything is as it was; kAlike: all but addresses. kOther where the method `is_other`, if one is given, is
-  // true of a tensor. Nothing is kept of the list.
-  int compare(const py::list& tensors, const py::object& is_other) const {
-    if (PyList_GET_SIZE(tensors.ptr()) != static_cast<py::ssize_t>(seen_.size())) return kOther;
-    const int64_t* sides = sides_.data();
+  // kSame: everything is as it was; kAlike: all but addresses. Nothing is kept of the list.
+  int compare(const py::list& tensors) const {
+    const size_t size = seen_.size();
+    if (PyList_GET_SIZE(tensors.ptr()) != static_cast<py::ssize_t>(size)) return kOther;
     int found = kSame;
-    for (size_t i = 0; i < seen_.size(); ++i) {
-      PyObject* const object = PyList_GET_ITEM(tensors.ptr(), static_cast<py::ssize_t>(i));
-      Seen now;
-      const int64_t *sizes, *strides;
-      if (!look(object, now, sizes, strides)) return kOther;
+    for (size_t i = 0; i < size; ++i) {
       const Seen& then = seen_[i];
-      if (now.type != then.type || now.device != then.device || now.dtype != then.dtype || now.ndim != then.ndim) {
-        return kOther;
+      const Kind& kind = kinds_[then.kind];
+      PyObject* const object = PyList_GET_ITEM(tensors.ptr(), static_cast<py::ssize_t>(i));
+      if (Py_TYPE(object) != kind.type) return kOther;
+      const uint64_t* const tensor = implementation_of(object);
+      if (!kind.is_of(tensor)) return kOther;
+      const uint64_t* const data = data_of(tensor);
+      if (data != then.data || tensor[reader.places.offset] != then.offset) {
+        if (!data && then.data) return kOther;  // it has been freed
+        found = kAlike;
       }
-      if (!std::equal(sides, sides + now.ndim, sizes)) return kOther;
-      sides += now.ndim;
-      if (!std::equal(sides, sides + now.ndim, strides)) return kOther;
-      sides += now.ndim;
-      if (now.address != then.address) found = kAlike;
-      if (is_other.is_none()) continue;
-      const py::object held = py::reinterpret_borrow<py::object>(object);  // whatever another thread does to the list
-      const py::object said = py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_other.ptr(), object));
-      if (!said) throw py::error_already_set();
-      // It may have let other threads run.
-      if (said.ptr() == Py_True || PyList_GET_SIZE(tensors.ptr()) != static_cast<py::ssize_t>(seen_.size()))
-        return kOther;
     }
     return found;
   }
 
   py::list addresses() const {
     py::list found;
-    for (const Seen& one : seen_) found.append(reinterpret_cast<uintptr_t>(one.address));
+    for (const void* const one : addresses_) found.append(reinterpret_cast<uintptr_t>(one));
     return found;
   }
 
  private:
-  struct Seen {
+  // What tensors of a list have in common; there are few kinds.
+  struct Kind {
     PyTypeObject* type;
-    const void* address;
-    int64_t device, ndim;
-    int32_t dtype;
+    uint64_t types, keys;
+    uint64_t deleter;  // another one where the memory is to be copied before it is written
+    uint64_t ndim;
+    std::array<uint64_t, 2 * kMostSides> sides{};  // sizes and strides, then zeros
+
+    Kind(PyTypeObject* of, const uint64_t* tensor)
+        : type(of),
+          types(tensor[reader.places.types] & torch_abi::kTypeBits),
+          keys(tensor[reader.places.keys]),
+          deleter(deleter_of(tensor)),
+          ndim(tensor[reader.places.sizes]) {
+      std::copy_n(tensor + reader.places.sizes + 1, ndim, sides.begin());
+      std::copy_n(tensor + reader.places.strides, ndim, sides.begin() + ndim);
+    }
+    bool is_of(const uint64_t* tensor) const {
+      const uint64_t* const size = tensor + reader.places.sizes + 1;
+      const uint64_t* const stride = tensor + reader.places.strides;
+      uint64_t differing = (tensor[reader.places.types] & torch_abi::kTypeBits) ^ types;
+      differing |= (tensor[reader.places.keys] ^ keys) | (tensor[reader.places.sizes] ^ ndim);
+      for (uint64_t d = 0; d < ndim; ++d) differing |= (size[d] ^ sides[d]) | (stride[d] ^ sides[ndim + d]);
+      return differing == 0 && deleter == deleter_of(tensor);  // others may have no storage
+    }
+    bool operator<(const Kind& other) const {
+      return std::tie(type, types, keys, deleter, ndim, sides) <
+             std::tie(other.type, other.types, other.keys, other.deleter, other.ndim, other.sides);
+    }
+  };
+  struct Seen {
+    const void* data;  // where the storage begins
+    uint64_t offset;
+    uint32_t kind;
   };
 
-  // False where this is no tensor that has its elements in memory, or of a type that may have none.
-  static bool look(PyObject* object, Seen& seen, const int64_t*& sizes, const int64_t*& strides) {
-    seen.type = Py_TYPE(object);
-    if (!reader.reads(seen.type)) return false;
-    const torch_abi::Handle tensor = torch_abi::handle_of(object, reader.offset);
-    const torch_abi::Functions& torch = reader.torch;
-    int32_t layout, type, index;
-    int64_t *size, *stride;
-    void* address;
-    if (torch.layout(tensor, &layout) || layout != reader.strided || torch.dtype(tensor, &seen.dtype) ||
-        torch.device_type(tensor, &type) || torch.device_index(tensor, &index) || torch.dim(tensor, &seen.ndim) ||
-        torch.sizes(tensor, &size) || torch.strides(tensor, &stride) || torch.data_ptr(tensor, &address)) {
-      return false;
-    }
-    if (!address) {
-      int64_t elements = 1;
-      for (int64_t d = 0; d < seen.ndim; ++d) elements *= size[d];
-      if (elements > 0) return false;  // zeros without memory
-    }
-    seen.address = address;
-    seen.device = static_cast<int64_t>(type) << 32 | static_cast<uint32_t>(index);
-    sizes = size;
-    strides = stride;
-    return true;
+  static const uint64_t* implementation_of(PyObject* tensor) { return torch_abi::at(tensor, reader.places.handle); }
+  static const uint64_t* storage_of(const uint64_t* tensor) { return torch_abi::at(tensor, reader.places.storage); }
+  static const uint64_t* data_of(const uint64_t* tensor) {
+    return torch_abi::at(storage_of(tensor), reader.places.data);
   }
+  static uint64_t deleter_of(const uint64_t* tensor) { return storage_of(tensor)[reader.places.deleter]; }
 
+  std::vector<Kind> kinds_;
   std::vector<Seen> seen_;
-  std::vector<int64_t> sides_;  // of each tensor its shape, then its strides
+  std::vector<const void*> addresses_;
 };
 
 py::object snapshot(const py::list& tensors) {
@@ -243,15 +248,14 @@ class Counters {
 }  // namespace
 
 void define_snapshots(py::module_& m) {
-  m.def("handle_offset", &handle_offset, py::arg("tensor"), py::arg("cdata"),
-        "Where in a tensor the word lies that is cdata; None where no word is, or several are.");
-  m.def("read_tensors_with", &read_tensors_with, py::arg("functions"), py::arg("offset"), py::arg("strided"),
-        py::arg("types"), "Takes the addresses of torch's functions, with which snapshots are taken from now on.");
+  m.def(
+      "read_tensors_with", &read_tensors_with, py::arg("functions"), py::arg("places"), py::arg("strided"),
+      py::arg("types"),
+      "Takes the addresses of torch's functions, and where tensors keep what describes them: (handle, sizes, strides, "
+      "offset, keys), in words of 8 bytes. With these snapshots are taken from now on.");
   py::class_<Snapshot>(m, "Snapshot", "What a list of tensors was in memory.")
-      .def("compare", &Snapshot::compare, py::arg("tensors"), py::arg("is_other") = py::none(),
-           "2 where these are the same, 1 where they agree in all but addresses, else 0; 0 where is_other(tensor) is "
-           "True "
-           "of one.")
+      .def("compare", &Snapshot::compare, py::arg("tensors"),
+           "2 where these are the same, 1 where they agree in all but addresses, else 0.")
       .def_property_readonly("addresses", &Snapshot::addresses);
   m.def("snapshot", &snapshot, py::arg("tensors"), "A Snapshot; None where one of them cannot be read as it lies.");
   m.def("attributes", &attributes, py::arg("objects"), py::arg("name"), "The attribute of every object.");

@@ -1,16 +1,17 @@
 """What a list of tensors is in memory, found in one call: a warm step compares it with what an earlier one validated.
 
-The extension reads types, devices, shapes, strides and addresses through torch's C interface, which keeps from version
-to version, in a tenth of the time that attributes take in Python. Without either, and for tensors of other classes than
-torch's own or without memory, attributes are read.
+The extension compares the words in which torch keeps a tensor's type, device, shape, strides and keys, and asks torch's
+C interface where its elements lie, in a twentieth of the time that attributes take in Python. Where those words lie is
+found at import, and it is shown that every change shows in them. Otherwise, and for tensors of other classes than
+torch's own, without memory, or of more than five dimensions, attributes are read.
 """
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,20 +19,36 @@ from torch import Tensor
 from .. import memory
 from . import cpu
 
-_IS_NEG, _GRAD = Tensor.is_neg, attrgetter("grad")
+_GRAD = attrgetter("grad")
 
 #: How a list is, beside a snapshot: of other types, shapes, strides or devices; but for addresses the same; the same.
 OTHER, ALIKE, SAME = range(3)
 #: what the extension asks torch of a tensor, and the function that tells it
-_FUNCTIONS = {
-    name: f"aoti_torch_get_{name}"
-    for name in ("layout", "dtype", "device_type", "device_index", "dim", "sizes", "strides", "data_ptr")
-}
+_FUNCTIONS = {name: f"aoti_torch_get_{name}" for name in ("layout", "data_ptr")}
+#: words of a tensor's implementation and of a storage that are looked at, at most
+_WORDS, _STORAGE_WORDS = 23, 6
+
+
+class _Places(NamedTuple):
+    """Where torch keeps what describes a tensor, in words of 8 bytes: in a Python tensor the address of its
+    implementation; in that the address of its storage, the number of dimensions, which sizes follow, the strides, the
+    offset in the storage, the types of elements and device, and the set of keys, by which views are told that negate,
+    and zeros without memory; in the storage where it begins, and what frees it."""
+
+    handle: int
+    storage: int
+    sizes: int
+    strides: int
+    offset: int
+    types: int
+    keys: int
+    data: int
+    deleter: int
 
 
 def _extension() -> Any:
-    """The extension, where it can read tensors through torch's C interface and has shown that it reads them rightly;
-    None of one that was built before it could."""
+    """The extension, where it can read tensors as torch keeps them and has shown that it reads them rightly; None of
+    one that was built before it could."""
     native = cpu._C
     if not hasattr(native, "read_tensors_with"):
         return None
@@ -39,26 +56,85 @@ def _extension() -> Any:
         torch_cpu = ctypes.CDLL("libtorch_cpu.so", mode=os.RTLD_NOLOAD)  # as torch has loaded it
         functions = {name: getattr(torch_cpu, symbol) for name, symbol in _FUNCTIONS.items()}
         strided = torch_cpu.aoti_torch_layout_strided()
-    except (AttributeError, OSError):
+        tensor = torch.empty(2, 3, 5, 7, 11, device="cpu")
+        probes = tensor[1:, 1:, 1:], torch.nn.Parameter(tensor[1:, :2, 2:]), tensor[1, 2:]
+        places = {_places(probe) for probe in probes}
+    except (AttributeError, OSError, ValueError):
+        return None
+    found = places.pop()
+    if found is None or places:
         return None
     addresses = {name: ctypes.cast(function, ctypes.c_void_p).value for name, function in functions.items()}
-    probe = torch.empty(2, 3, device="cpu")
-    probes = probe, torch.nn.Parameter(probe), probe[1:, 1:]
-    offsets = {native.handle_offset(tensor, tensor._cdata) for tensor in probes}
-    if len(offsets) > 1 or None in offsets:
-        return None
-    native.read_tensors_with(addresses, offsets.pop(), strided, [Tensor, torch.nn.Parameter])
-    return native if _reads(native, probes) else None
+    native.read_tensors_with(addresses, found, strided, [Tensor, torch.nn.Parameter])
+    return native if _tells_devices(found.types) and _reads(native, probes) else None
+
+
+def _places(tensor: Tensor) -> _Places | None:
+    """None where a word is nowhere, or in several places."""
+    python = _words(id(tensor), type(tensor).__basicsize__ // 8)
+    implementation = _words(tensor._cdata, _WORDS)
+    keys = implementation.index(torch._C._dispatch_keys(tensor).raw_repr())
+    implementation = implementation[: keys + 1]  # behind which may lie anything
+    storage = tensor.untyped_storage()
+    kept = _words(storage._cdata, _STORAGE_WORDS)
+    data = kept.index(storage.data_ptr())
+    found = (
+        _only(python, [tensor._cdata]),
+        _only(implementation, [storage._cdata]),
+        _only(implementation, [tensor.ndim, *map(int, tensor.shape)]),
+        _only(implementation, [*map(int, tensor.stride())]),
+        _only(implementation, [int(tensor.storage_offset())]),
+        keys - 1,
+        keys,
+        data,
+        # What is freed is where the data begin, and stands beside what frees it.
+        data + (2 if kept[data + 1] == kept[data] else 1),
+    )
+    return None if None in found else _Places(*found)  # type: ignore[arg-type]
+
+
+def _words(address: int, count: int) -> list[int]:
+    return list((ctypes.c_uint64 * count).from_address(address))
+
+
+def _only(words: list[int], wanted: list[int]) -> int | None:
+    """Where these stand among the words, one after the other; None where they do not, or twice."""
+    found = [i for i in range(len(words)) if words[i : i + len(wanted)] == wanted]
+    return found[0] if len(found) == 1 else None
+
+
+def _tells_devices(place: int) -> bool:
+    """Whether this word has where the extension looks for it what tells one GPU from another: the device's index, -1 in
+    a byte of a tensor on none, and that there is one, 1 in the next."""
+    cpu, meta = (_words(torch.empty(1, device=device)._cdata, _WORDS)[place] for device in ("cpu", "meta"))
+    return cpu >> 24 & 0xFFFF == meta >> 24 & 0xFFFF == 0x01FF and cpu >> 16 & 0xFF != meta >> 16 & 0xFF
 
 
 def _reads(native: Any, probes: Sequence[Tensor]) -> bool:
     """Whether snapshots of these tensors are what their attributes say."""
     for tensor in map(Tensor.detach, probes):
         seen = native.snapshot([tensor])
-        like = torch.empty_strided(tensor.shape, tensor.stride())
-        others = like, tensor.t(), tensor[:0], tensor[0], tensor.view(torch.int32)
-        found = [OTHER if seen is None else seen.compare([other]) for other in (tensor, *others)]
-        if found != [SAME, ALIKE, OTHER, OTHER, OTHER, OTHER] or seen.addresses != [tensor.data_ptr()]:
+        like = torch.empty_strided(tensor.shape, tensor.stride(), device="cpu")
+        beside = tensor.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - 1)
+        sides = range(tensor.ndim)
+        others = [
+            *(tensor.narrow(side, 0, size - 1) for side, size in enumerate(tensor.shape)),
+            *(tensor.transpose(side, other) for side in sides for other in range(side)),
+            *(
+                tensor.as_strided(tensor.shape, [n - (i == side) for i, n in enumerate(tensor.stride())])
+                for side in sides
+            ),
+            tensor.flatten(-2),
+            tensor[0],
+            tensor.view(torch.int32),
+            torch._neg_view(tensor),
+            tensor.to("meta"),
+        ]
+        if seen is None or seen.addresses != [tensor.data_ptr()]:
+            return False
+        found = [seen.compare([other]) for other in (tensor, like, beside, *others)]
+        torch._lazy_clone(like)  # which is now to be copied before it is written
+        if [*found, seen.compare([like])] != [SAME, ALIKE, ALIKE, *(OTHER for _ in others), OTHER]:
             return False
     return True
 
@@ -70,25 +146,31 @@ class Attributes:
     """A snapshot by attributes, with the methods of the extension's."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._kinds = [(type(t), t.device, t.dtype, t.layout, t.shape, t.stride(), _is_zero(t)) for t in tensors]
+        self._kinds = list(map(_kind, tensors))
         self.addresses = list(map(memory.address, tensors))
 
-    def compare(self, tensors: Sequence[Any], is_other: Callable[[Tensor], bool] | None = None) -> int:
+    def compare(self, tensors: Sequence[Any]) -> int:
         try:
             now = Attributes(tensors)
         except (AttributeError, RuntimeError):  # None; sparse
             return OTHER
-        if now._kinds != self._kinds or (is_other is not None and any(map(is_other, tensors))):
+        if now._kinds != self._kinds:
             return OTHER
         return SAME if now.addresses == self.addresses else ALIKE
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    """Two tensors of one kind differ in addresses and elements alone."""
+    where = type(tensor), tensor.device, tensor.dtype, tensor.layout, tensor.shape, tensor.stride()
+    return *where, memory.why_not(tensor)
 
 
 Snapshot = Any  # one of `Attributes`, or of the extension's class
 
 
 def snapshot(tensors: list[Any]) -> Snapshot | None:
-    """Of every tensor its type, device, dtype, shape and strides, and where it lies; of one without memory, which it
-    is. None where one has no strides, or is no tensor."""
+    """Of every tensor its type, device, dtype, shape and strides, whether it negates what it is a view of, and where it
+    lies; of one without memory, which it is. None where one has no strides, or is no tensor."""
     found = None if _native is None else _native.snapshot(tensors)
     if found is not None:
         return found
@@ -101,11 +183,6 @@ def snapshot(tensors: list[Any]) -> Snapshot | None:
 def compare(tensors: list[Any], before: Snapshot | None) -> int:
     """How the tensors are beside those of a snapshot: OTHER, ALIKE or SAME. Nothing is made."""
     return OTHER if before is None else before.compare(tensors)
-
-
-def compare_plain(tensors: list[Any], before: Snapshot | None) -> int:
-    """As `compare`, and OTHER where one of the tensors is a view that negates, which no snapshot shows."""
-    return OTHER if before is None else before.compare(tensors, _IS_NEG)
 
 
 def grads_of(params: list[Tensor]) -> list[Any]:
@@ -132,7 +209,3 @@ def values_are(dicts: list[Any], objects: list[Any]) -> bool:
     if not all(isinstance(one, dict) for one in dicts):
         return False
     return identical(list(chain.from_iterable(map(dict.values, dicts))), objects)
-
-
-def _is_zero(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and tensor._is_zerotensor()

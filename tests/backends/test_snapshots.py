@@ -1,4 +1,4 @@
-"""Snapshots of tensors, which the extension takes through torch's C interface."""
+"""Snapshots of tensors, which the extension takes of the words in which torch keeps them."""
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ def changed(tensor):
         "dtype": tensor.view(torch.int32),
         "class": Parameter(tensor),
         "subclass": tensor.as_subclass(Subclass),
+        "negated": torch._neg_view(tensor),
     }
 
 
@@ -68,6 +69,31 @@ def test_the_same_tensors_are_the_same(read):
     assert compare(tensors, seen) == ALIKE
 
 
+def test_what_is_copied_before_it_is_written_lies_elsewhere(read):
+    """Its address is that of what it is a copy of, until somebody asks for it."""
+    tensor = torch.zeros(4, 6)
+    seen = snapshot([tensor])
+    copies = [torch._lazy_clone(tensor)]
+    assert compare(copies, seen) != SAME
+    assert compare(copies, snapshot(copies)) == SAME
+    assert copies[0].data_ptr() != tensor.data_ptr()
+
+
+def test_memory_that_is_freed_is_seen(read):
+    tensor = torch.zeros(4, 6)
+    seen = snapshot([tensor])
+    tensor.untyped_storage().resize_(0)  # as FSDP does it
+    assert compare([tensor], seen) == OTHER
+
+
+def test_tensors_of_many_dimensions_are_told_apart(read):
+    tensor = torch.zeros(1, 2, 3, 1, 2, 2)
+    seen = snapshot([tensor])
+    assert compare([tensor], seen) == SAME
+    assert compare([tensor.clone()], seen) == ALIKE
+    assert compare([tensor.transpose(4, 5)], seen) == compare([tensor.view(torch.int32)], seen) == OTHER
+
+
 @needs_extension
 @pytest.mark.parametrize(
     "tensor",
@@ -91,21 +117,31 @@ def test_what_has_no_memory_to_read_is_left_to_attributes(tensor, capfd):
 @needs_extension
 @pytest.mark.parametrize(
     ("name", "symbol"),
-    [
-        ("data_ptr", "aoti_torch_no_such_function"),
-        ("data_ptr", "aoti_torch_get_numel"),
-        ("dtype", "aoti_torch_get_device_type"),
-    ],
+    [("data_ptr", "aoti_torch_no_such_function"), ("data_ptr", "aoti_torch_get_numel")],
 )
 def test_an_interface_that_tells_other_things_is_not_used(name, symbol, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setitem(snapshots._FUNCTIONS, name, symbol)
-        assert snapshots._extension() is None
+        refused = snapshots._extension()
     assert snapshots._extension() is snapshots._native
+    assert refused is None
 
 
 @needs_extension
-def test_where_a_tensor_keeps_its_handle_must_be_one_place():
-    tensor = torch.zeros(3)
-    assert cpu._C.handle_offset(tensor, tensor._cdata) is not None
-    assert cpu._C.handle_offset(tensor, tensor._cdata + 8) is None
+@pytest.mark.parametrize("place", ["sizes", "strides", "offset", "types", "keys", "deleter"])
+@pytest.mark.parametrize("by", [-1, 1])
+def test_places_where_other_things_lie_are_not_used(place, by, monkeypatch):
+    """Those of addresses are where these very addresses stand."""
+    found = snapshots._places(torch.zeros(4, 6)[1:, 1:])
+    assert found is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(snapshots, "_places", lambda tensor: found._replace(**{place: getattr(found, place) + by}))
+        refused = snapshots._extension()
+    assert snapshots._extension() is snapshots._native  # which sets the places right
+    assert refused is None
+
+
+def test_a_word_must_stand_in_one_place():
+    assert snapshots._only([5, 7, 9, 7], [7, 9]) == 1
+    assert snapshots._only([5, 7, 9, 7], [7]) is None
+    assert snapshots._only([5, 7, 9, 7], [9, 9]) is None
