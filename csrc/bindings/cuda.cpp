@@ -170,6 +170,86 @@ Scalar scalar(const py::object& value, const char* name) {
   return s;
 }
 
+// What launches are told beside addresses, read once for all that are told the same; 0 of numbers that an op does not
+// have.
+class LaunchNumbers {
+ public:
+  explicit LaunchNumbers(const py::dict& given) {
+    Keywords k(given);
+    const py::float_ none(0.0);
+    scalars_.lr = scalar(k.take("lr", none), "lr");
+    scalars_.weight_decay = scalar(k.take("weight_decay", none), "weight_decay");
+    const py::object beta1 = k.take("beta1", none);
+    if (!beta1.is_none()) scalars_.beta1 = scalar(beta1, "beta1");
+    scalars_.beta2 = scalar(k.take("beta2", none), "beta2");
+    scalars_.totals = scalar(k.take("totals", none), "totals");
+    scalars_.mean_squares = scalar(k.take("mean_squares", none), "mean_squares");
+    scalars_.old_totals = scalar(k.take("old_totals", none), "old_totals");
+    const py::object threshold = k.optional("clip_threshold");
+    const bool clip = !threshold.is_none();
+    const double eps = Value{k.take("eps", none), "eps"}.number();
+    const double limit = clip ? Value{threshold, "clip_threshold"}.number() : 1.0;
+    const bool maximize = k.flag("maximize", py::bool_(false));
+    const bool coupled = !k.flag("decoupled_weight_decay", py::bool_(true));
+    options_ = {eps, limit, clip, maximize, coupled, false};
+    seed_ = k.optional("seed");
+    step_ = k.optional("step");
+    k.done();
+  }
+
+  void put(Arguments& a, bool first_moment, bool stochastic) const {
+    a.scalars = scalars_;
+    a.options = options_;
+    a.options.first_moment = first_moment;
+    if (!stochastic) return;
+    a.keys = keys_of(seed_of(seed_));
+    if (step_.is_none()) refuse("step", "needed where parameters are rounded stochastically");
+    a.step = scalar(step_, "step");
+    const double value = a.step.value;
+    if (!(value >= 0 && value < 4294967296.0)) refuse("step", "a number in [0, 2^32) is needed");
+  }
+
+ private:
+  Scalars scalars_{};
+  Options options_{};
+  py::object seed_, step_;  // of which most ops know nothing
+};
+
+// The addresses that launches are told, likewise; null of those that are not given.
+class LaunchMemory {
+ public:
+  explicit LaunchMemory(const py::dict& given) {
+    Keywords at(given);
+    table_ = at.address<void>("table");
+    told_.workspace = at.address<char>("workspace");
+    told_.counters = at.address<int32_t>("counters");
+    told_.nonfinite = at.address<int32_t>("nonfinite");
+    told_.grad_scale = at.address<float>("grad_scale");
+    told_.found_inf = at.address<float>("found_inf");
+    told_.clip = at.address<float>("clip");
+    told_.squares = at.address<double>("squares");
+    told_.watched = at.address<double>("watched");
+    at.done();
+  }
+
+  const void* table() const { return table_; }
+  const Arguments& told() const { return told_; }  // nothing else
+
+ private:
+  const void* table_;
+  Arguments told_{};
+};
+
+// What has been read, or is to be read now of a dict.
+template <class Read, class Use>
+void with(const py::object& given, Use use) {
+  if (PyDict_Check(given.ptr())) {
+    use(Read(py::reinterpret_borrow<py::dict>(given)));
+  } else {
+    use(py::cast<const Read&>(given));
+  }
+}
+
 // A plan with its table and launches, of one op over one list. It is bound to tensors that stay where they are, and
 // every step brings gradients; or, for an op on shards, made of lists with gradients for one step.
 class CudaStep {
@@ -207,22 +287,15 @@ class CudaStep {
     return step_->prepare(grads, clip, nonfinite);
   }
 
-  // Numbers of the op, and addresses, by name.
-  void launch(const py::dict& numbers, const py::dict& memory, int device, uintptr_t stream) const {
-    Keywords k(numbers), at(memory);
+  // Numbers of the op, and addresses: dicts by name, or what has been read of them.
+  void launch(const py::object& numbers, const py::object& memory, int device, uintptr_t stream) const {
     Arguments a{};
-    take_numbers(k, a);
-    k.done();
-    const void* const table = at.address<void>("table");
-    a.workspace = at.address<char>("workspace");
-    a.counters = at.address<int32_t>("counters");
-    a.nonfinite = at.address<int32_t>("nonfinite");
-    a.grad_scale = at.address<float>("grad_scale");
-    a.found_inf = at.address<float>("found_inf");
-    a.clip = at.address<float>("clip");
-    a.squares = at.address<double>("squares");
-    a.watched = at.address<double>("watched");
-    at.done();
+    const void* table = nullptr;
+    with<LaunchMemory>(memory, [&](const LaunchMemory& read) {
+      a = read.told();
+      table = read.table();
+    });
+    with<LaunchNumbers>(numbers, [&](const LaunchNumbers& read) { read.put(a, first_moment_, stochastic_); });
     if (step_->table_bytes() && !table) refuse("table", "a null address");
     const py::gil_scoped_release release;
     step_->launch(table, a, device, reinterpret_cast<void*>(stream));
@@ -232,33 +305,6 @@ class CudaStep {
   const Step& step() const { return *step_; }
 
  private:
-  // The op's numbers; 0 of those that it does not have.
-  void take_numbers(Keywords& k, Arguments& a) const {
-    const py::float_ none(0.0);
-    a.scalars.lr = scalar(k.take("lr", none), "lr");
-    a.scalars.weight_decay = scalar(k.take("weight_decay", none), "weight_decay");
-    const py::object beta1 = k.take("beta1", none);
-    if (!beta1.is_none()) a.scalars.beta1 = scalar(beta1, "beta1");
-    a.scalars.beta2 = scalar(k.take("beta2", none), "beta2");
-    a.scalars.totals = scalar(k.take("totals", none), "totals");
-    a.scalars.mean_squares = scalar(k.take("mean_squares", none), "mean_squares");
-    a.scalars.old_totals = scalar(k.take("old_totals", none), "old_totals");
-    const py::object threshold = k.optional("clip_threshold");
-    const bool clip = !threshold.is_none();
-    const double eps = Value{k.take("eps", none), "eps"}.number();
-    const double limit = clip ? Value{threshold, "clip_threshold"}.number() : 1.0;
-    const bool maximize = k.flag("maximize", py::bool_(false));
-    const bool coupled = !k.flag("decoupled_weight_decay", py::bool_(true));
-    a.options = {eps, limit, clip, maximize, coupled, first_moment_};
-    const py::object seed = k.optional("seed"), step = k.optional("step");
-    if (!stochastic_) return;
-    a.keys = keys_of(seed_of(seed));
-    if (step.is_none()) refuse("step", "needed where parameters are rounded stochastically");
-    a.step = scalar(step, "step");
-    const double value = a.step.value;
-    if (!(value >= 0 && value < 4294967296.0)) refuse("step", "a number in [0, 2^32) is needed");
-  }
-
   Kept kept_;
   std::unique_ptr<Step> step_;
   py::ssize_t size_ = 0;
@@ -301,6 +347,10 @@ void define_cuda(py::module_& m) {
   m.def("cuda_plan", &cuda_plan,
         "The launches that a step on the GPU consists of, with blocks, threads and bytes; needs no GPU.");
 #ifdef HFAC_CUDA_STEP
+  py::class_<LaunchNumbers>(m, "LaunchNumbers", "What launches are told beside addresses, read once of a dict by name.")
+      .def(py::init<const py::dict&>(), py::arg("numbers"));
+  py::class_<LaunchMemory>(m, "LaunchMemory", "The addresses that launches are told, likewise.")
+      .def(py::init<const py::dict&>(), py::arg("addresses"));
   py::class_<CudaStep> step(m, "CudaStep", "The launches of one op over one list, and the table that they read.");
   step.def("prepare", &CudaStep::prepare,
            "Takes a step's gradients; true where the table in device memory is out of date.")

@@ -251,8 +251,8 @@ void define_snapshots(py::module_& m) {
   m.def(
       "read_tensors_with", &read_tensors_with, py::arg("functions"), py::arg("places"), py::arg("strided"),
       py::arg("types"),
-      "Takes the addresses of torch's functions, and where tensors keep what describes them: (handle, sizes, strides, "
-      "offset, keys), in words of 8 bytes. With these snapshots are taken from now on.");
+      "Takes the addresses of torch's functions, and where tensors keep what describes them: (handle, storage, sizes, "
+      "strides, offset, types, keys, data, deleter), in words of 8 bytes. With these snapshots are taken from now on.");
   py::class_<Snapshot>(m, "Snapshot", "What a list of tensors was in memory.")
       .def("compare", &Snapshot::compare, py::arg("tensors"),
            "2 where these are the same, 1 where they agree in all but addresses, else 0.")

@@ -22,8 +22,9 @@ _MEMORY = ("grad_scale", "found_inf", "watched")
 _REPEATED = frozenset(("nonfinite", "grad_scale", "squares", "clip"))
 #: Types of numbers that a launch takes as they are.
 _NUMBERS = frozenset((float, int, bool, type(None)))
-#: the last ones that were found to be all of these types: parameters that are stepped one by one share them
-_plain: Mapping[str, Any] | None = None
+#: the last numbers that are all of these types, the module that has read them, and what launches take of them:
+#: parameters that are stepped one by one share them
+_last_read: tuple[Mapping[str, Any], Any, Any] | None = None
 #: of the index of a CUDA device; torch without CUDA has no such function
 _address_of_current = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
@@ -85,8 +86,9 @@ class Planned:
         self.stream: Any = None  # of the last launch outside of captures
         self.stream_at = 0  # its address
         self.looked: tuple[Snapshot | None, bool, bool] | None = None  # what `look` has told the plan
-        #: the last launch's workspace and the addresses that every launch is told, where these serve the next one
-        self.last: tuple[Tensor, dict[str, int]] | None = None
+        #: the last launch's workspace and the addresses that every launch is told, by name and as launches take them,
+        #: where these serve the next one
+        self.last: tuple[Tensor, dict[str, int], Any] | None = None
 
     def squares_room(self, count: int) -> Tensor:
         """Where sums of squares of so many gradients go; what nothing writes there is 0."""
@@ -123,7 +125,7 @@ class Planned:
         own, told, kept = self._held(workspace), addresses_of(memory), list[Tensor]()
         self.step.launch(self._told(numbers, kept), own | told, self.index, address_of(stream))
         if not capturing and flags is nonfinite and told.keys() <= _REPEATED:
-            self.last = workspace, own
+            self.last = workspace, own, self.platform.native.LaunchMemory(own)
         if nonfinite is not None and flags is not None and flags is not nonfinite:
             nonfinite.copy_(flags)
         if capturing:
@@ -159,10 +161,12 @@ class Planned:
         if not goes_on:
             platform.before_launch(workspace)
         if last is None or last[0] is not workspace:
-            self.last = last = workspace, self._held(workspace)
-        told, kept = last[1], list[Tensor]()  # until the launch
+            own = self._held(workspace)
+            self.last = last = workspace, own, platform.native.LaunchMemory(own)
+        _, own, told = last
         if memory or nonfinite is not None:
-            told = told | addresses_of({"nonfinite": nonfinite, **memory})
+            told = own | addresses_of({"nonfinite": nonfinite, **memory})
+        kept: list[Tensor] = []  # until the launch
         self.step.launch(self._told(numbers, kept), told, self.index, self.stream_at)
         return True
 
@@ -170,14 +174,11 @@ class Planned:
         """What every launch is told by address."""
         return addresses_of({"table": self.table, "workspace": workspace, "counters": self.counters})
 
-    def _told(self, numbers: Mapping[str, Any], kept: list[Tensor]) -> Mapping[str, Any]:
+    def _told(self, numbers: Mapping[str, Any], kept: list[Tensor]) -> Any:
         """A launch's numbers; to ``kept`` are added the tensors whose addresses are among them."""
-        global _plain
-        if numbers is _plain:
-            return numbers
-        if _NUMBERS.issuperset(map(type, numbers.values())):
-            _plain = numbers
-            return numbers
+        read = _read(numbers, self.platform.native)
+        if read is not None:
+            return read
         device, plain = self.device, _NUMBERS
         return {name: value if type(value) in plain else scalar(value, device, kept) for name, value in numbers.items()}
 
@@ -246,6 +247,20 @@ class Planned:
         if self.workspace is None or self.workspace.numel() < wanted:
             self.workspace = torch.empty(wanted, dtype=torch.uint8, device=self.device)
         return self.workspace
+
+
+def _read(numbers: Mapping[str, Any], native: Any) -> Any:
+    """Numbers as launches take them, read once for as long as they are the same object, which nobody changes; None
+    where some lie in tensors."""
+    global _last_read
+    known = _last_read  # another thread may replace it
+    if known is not None and known[0] is numbers and known[1] is native:
+        return known[2]
+    if not _NUMBERS.issuperset(map(type, numbers.values())):
+        return None
+    found = native.LaunchNumbers(numbers)
+    _last_read = numbers, native, found
+    return found
 
 
 def addresses_of(memory: Mapping[str, Tensor | None]) -> dict[str, int]:

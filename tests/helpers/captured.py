@@ -249,7 +249,7 @@ class Host(emulated.Host):
         steps = emulated.native.CudaStep
         makers = {op: getattr(steps, op) for op in emulated.native.slots() if hasattr(steps, op)}
         found = {op: partial(Step, device, make) for op, make in makers.items()}
-        self.native = SimpleNamespace(CudaStep=SimpleNamespace(**found))
+        self.native = SimpleNamespace(CudaStep=SimpleNamespace(**found), LaunchNumbers=dict, LaunchMemory=dict)
         self.host_table = device.on_host(super().host_table)
 
     def stream(self, device: torch.device) -> int:

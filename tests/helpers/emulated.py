@@ -207,6 +207,7 @@ class Kernels:
     def __init__(self, gpu: Any) -> None:
         self._gpu = gpu
         ops = [op for op in native.slots() if hasattr(native.CudaStep, op)]
+        self.LaunchNumbers = self.LaunchMemory = dict  # which a plan looks at
         self.CudaStep = SimpleNamespace(**{op: partial(Plan, gpu, getattr(native.CudaStep, op)) for op in ops})
 
     def __getattr__(self, name: str) -> Any:
