@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
+from ..memory import written
 from . import platform, table
 from .items import KEY, Item
 from .launcher import Launcher
@@ -50,7 +50,7 @@ class ShardCall:
                 options = options_of(self._operands, numbers)
                 room.run(plan.launches, tiles, options)
         if self._operands.written:
-            increment_version(self._operands.written)
+            written(self._operands.written)
 
     def check_capture(self, grads: Tensors, nonfinite: None = None, clip_threshold: Any = None) -> None:
         """Refuses to be captured."""

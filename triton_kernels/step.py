@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version  # tells autograd of writes that it cannot see
 
+from ..memory import written
 from ..staging import refused
 from . import platform
 from .records import Operands, Tensors, aligned
@@ -129,7 +129,7 @@ class Bound:
             finally:
                 room.watched = None
                 self._rooms.append(room)
-        increment_version(self._params)
+        written(self._params)
 
     def statistics(
         self,
@@ -240,7 +240,7 @@ class Bound:
             finally:
                 if statistics is not None:
                     self._rooms.append(room)
-        increment_version(self._params)
+        written(self._params)
         return True
 
     def _repeatable(

@@ -88,14 +88,14 @@ class Snapshot {
   }
 
   // kSame: everything is as it was; kAlike: all but addresses. Nothing is kept of the list.
-  int compare(const py::list& tensors) const {
+  int compare(PyObject* tensors) const {
     const size_t size = seen_.size();
-    if (PyList_GET_SIZE(tensors.ptr()) != static_cast<py::ssize_t>(size)) return kOther;
+    if (PyList_GET_SIZE(tensors) != static_cast<py::ssize_t>(size)) return kOther;
     int found = kSame;
     for (size_t i = 0; i < size; ++i) {
       const Seen& then = seen_[i];
       const Kind& kind = kinds_[then.kind];
-      PyObject* const object = PyList_GET_ITEM(tensors.ptr(), static_cast<py::ssize_t>(i));
+      PyObject* const object = PyList_GET_ITEM(tensors, static_cast<py::ssize_t>(i));
       if (Py_TYPE(object) != kind.type) return kOther;
       const uint64_t* const tensor = implementation_of(object);
       if (!kind.is_of(tensor)) return kOther;
@@ -169,6 +169,13 @@ py::object snapshot(const py::list& tensors) {
   return py::cast(std::move(found));
 }
 
+// How tensors are beside a Snapshot, or another object with its methods.
+PyObject* compare(PyObject* tensors, PyObject* before) {
+  if (before == Py_None) return PyLong_FromLong(kOther);
+  if (!py::isinstance<Snapshot>(before)) return PyObject_CallMethod(before, "compare", "O", tensors);
+  return PyLong_FromLong(py::cast<const Snapshot&>(py::handle(before)).compare(tensors));
+}
+
 // The attribute `name` of every object.
 py::list attributes(const py::list& objects, const py::str& name) {
   const py::ssize_t size = PyList_GET_SIZE(objects.ptr());
@@ -190,36 +197,48 @@ bool holds_none(const py::list& objects) {
 }
 
 // Are the values of these dicts, one after the other, these objects?
-bool values_are(const py::list& dicts, const py::list& objects) {
-  const py::ssize_t count = PyList_GET_SIZE(dicts.ptr()), size = PyList_GET_SIZE(objects.ptr());
+PyObject* values_are(PyObject* dicts, PyObject* objects) {
+  const py::ssize_t count = PyList_GET_SIZE(dicts), size = PyList_GET_SIZE(objects);
   py::ssize_t k = 0;
   bool same = true;
   for (py::ssize_t i = 0; same && i < count; ++i) {
-    PyObject* const dict = PyList_GET_ITEM(dicts.ptr(), i);
-    if (!PyDict_Check(dict)) return false;
+    PyObject* const dict = PyList_GET_ITEM(dicts, i);
+    if (!PyDict_Check(dict)) Py_RETURN_FALSE;
     PyObject* value;
     py::ssize_t at = 0;
 #ifdef Py_GIL_DISABLED
     Py_BEGIN_CRITICAL_SECTION(dict);
 #endif
     while (same && PyDict_Next(dict, &at, nullptr, &value)) {
-      same = k < size && PyList_GET_ITEM(objects.ptr(), k) == value;
+      same = k < size && PyList_GET_ITEM(objects, k) == value;
       ++k;
     }
 #ifdef Py_GIL_DISABLED
     Py_END_CRITICAL_SECTION();
 #endif
   }
-  return same && k == size;
+  return PyBool_FromLong(same && k == size);
 }
 
-bool identical(const py::list& now, const py::list& before) {
-  const py::ssize_t size = PyList_GET_SIZE(now.ptr());
-  if (size != PyList_GET_SIZE(before.ptr())) return false;
-  for (py::ssize_t i = 0; i < size; ++i) {
-    if (PyList_GET_ITEM(now.ptr(), i) != PyList_GET_ITEM(before.ptr(), i)) return false;
-  }
-  return true;
+PyObject* identical(PyObject* now, PyObject* before) {
+  const py::ssize_t size = PyList_GET_SIZE(now);
+  bool same = size == PyList_GET_SIZE(before);
+  for (py::ssize_t i = 0; same && i < size; ++i) same = PyList_GET_ITEM(now, i) == PyList_GET_ITEM(before, i);
+  return PyBool_FromLong(same);
+}
+
+// A function of two lists, or of a list and another object, as Python calls it fastest: a step of one parameter calls
+// these several times, and pybind would take longer than they do.
+template <PyObject* (*function)(PyObject*, PyObject*), bool kLists>
+PyObject* called(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count == 2 && PyList_Check(given[0]) && (!kLists || PyList_Check(given[1]))) return function(given[0], given[1]);
+  PyErr_SetString(PyExc_TypeError, kLists ? "two lists are needed" : "a list and another object are needed");
+  return nullptr;
+}
+template <PyObject* (*function)(PyObject*, PyObject*), bool kLists = true>
+PyMethodDef method(const char* name, const char* doc) {
+  const auto any = reinterpret_cast<void (*)()>(&called<function, kLists>);
+  return {name, reinterpret_cast<PyCFunction>(any), METH_FASTCALL, doc};
 }
 
 // Floats on the host that count steps together.
@@ -254,15 +273,19 @@ void define_snapshots(py::module_& m) {
       "Takes the addresses of torch's functions, and where tensors keep what describes them: (handle, storage, sizes, "
       "strides, offset, types, keys, data, deleter), in words of 8 bytes. With these snapshots are taken from now on.");
   py::class_<Snapshot>(m, "Snapshot", "What a list of tensors was in memory.")
-      .def("compare", &Snapshot::compare, py::arg("tensors"),
-           "2 where these are the same, 1 where they agree in all but addresses, else 0.")
       .def_property_readonly("addresses", &Snapshot::addresses);
   m.def("snapshot", &snapshot, py::arg("tensors"), "A Snapshot; None where one of them cannot be read as it lies.");
   m.def("attributes", &attributes, py::arg("objects"), py::arg("name"), "The attribute of every object.");
   m.def("holds_none", &holds_none, py::arg("objects"), "Whether one of them is None.");
-  m.def("values_are", &values_are, py::arg("dicts"), py::arg("objects"),
-        "Whether these are the values of the dicts, one after the other.");
-  m.def("identical", &identical, py::arg("now"), py::arg("before"), "Whether two lists have the same objects.");
+  static PyMethodDef fast[] = {
+      method<compare, false>(
+          "compare",
+          "(tensors, snapshot): 2 where these are the same, 1 where they agree in all but addresses, else 0."),
+      method<values_are>("values_are",
+                         "(dicts, objects): whether these are the values of the dicts, one after the other."),
+      method<identical>("identical", "(now, before): whether two lists have the same objects."),
+      {nullptr, nullptr, 0, nullptr}};
+  if (PyModule_AddFunctions(m.ptr(), fast) != 0) throw py::error_already_set();
   py::class_<Counters>(m, "Counters", "Floats at addresses on the host, which count together.")
       .def(py::init<const py::object&>(), py::arg("addresses"))
       .def("common", &Counters::common, "What all of them are; None where they differ.")

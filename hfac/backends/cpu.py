@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 # Tells autograd of writes that it cannot see. Called before them, for it refuses some tensors.
-from torch.autograd.graph import increment_version
-
 from .. import memory
+from ..memory import written
 from ..spec import Op
 from . import addresses
 from .contract import Moved, Operands, Statistics
@@ -109,7 +108,7 @@ class CpuCall:
         if watched is not None:
             numbers.update(watched=watched.data_ptr())
         if self._written:
-            increment_version(self._written)
+            written(self._written)
         self._last = None
         told = self._run(grads, nonfinite, numbers, seen)
         if alone and seen is not None:
@@ -130,7 +129,7 @@ class CpuCall:
                 return False
             self._last = last = seen, {**last[1], "grads": addresses.addresses(moved[1])}
         if self._written:
-            increment_version(self._written)
+            written(self._written)
         told = {**last[1], **_on_host(numbers), "threads": torch.get_num_threads()}
         if nonfinite is not None:
             told["nonfinite"] = nonfinite.data_ptr()
@@ -222,7 +221,7 @@ def copier(to: Sequence[Tensor], from_: Sequence[Tensor], ours: bool) -> Callabl
 
     def copy() -> None:
         if not ours:
-            increment_version(to)
+            written(to)
         _C.copy_memory(targets, sources, bytes_)
 
     return copy

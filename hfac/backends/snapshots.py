@@ -8,7 +8,7 @@ torch's own, without memory, or of more than five dimensions, attributes are rea
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
@@ -132,9 +132,9 @@ def _reads(native: Any, probes: Sequence[Tensor]) -> bool:
         ]
         if seen is None or seen.addresses != [tensor.data_ptr()]:
             return False
-        found = [seen.compare([other]) for other in (tensor, like, beside, *others)]
+        found = [native.compare([other], seen) for other in (tensor, like, beside, *others)]
         torch._lazy_clone(like)  # which is now to be copied before it is written
-        if [*found, seen.compare([like])] != [SAME, ALIKE, ALIKE, *(OTHER for _ in others), OTHER]:
+        if [*found, native.compare([like], seen)] != [SAME, ALIKE, ALIKE, *(OTHER for _ in others), OTHER]:
             return False
     return True
 
@@ -180,8 +180,7 @@ def snapshot(tensors: list[Any]) -> Snapshot | None:
         return None
 
 
-def compare(tensors: list[Any], before: Snapshot | None) -> int:
-    """How the tensors are beside those of a snapshot: OTHER, ALIKE or SAME. Nothing is made."""
+def _compare(tensors: list[Any], before: Snapshot | None) -> int:
     return OTHER if before is None else before.compare(tensors)
 
 
@@ -195,17 +194,20 @@ def holds_none(entries: list[Any]) -> bool:
     return any(entry is None for entry in entries) if _native is None else _native.holds_none(entries)
 
 
-def identical(now: list[Any], before: list[Any]) -> bool:
-    """Whether two lists have the same objects."""
-    if _native is not None:
-        return _native.identical(now, before)
+def _identical(now: list[Any], before: list[Any]) -> bool:
     return len(now) == len(before) and all(map(is_, now, before))
 
 
-def values_are(dicts: list[Any], objects: list[Any]) -> bool:
-    """Whether ``objects`` are the values of the dicts, one after the other."""
-    if _native is not None:
-        return _native.values_are(dicts, objects)
+def _values_are(dicts: list[Any], objects: list[Any]) -> bool:
     if not all(isinstance(one, dict) for one in dicts):
         return False
-    return identical(list(chain.from_iterable(map(dict.values, dicts))), objects)
+    return _identical(list(chain.from_iterable(map(dict.values, dicts))), objects)
+
+
+#: (tensors, snapshot) -> how the tensors are beside those of a snapshot, or of None: OTHER, ALIKE or SAME. Nothing is
+#: made.
+compare: Callable[[list[Any], Snapshot | None], int] = getattr(cpu._C, "compare", _compare)
+#: (now, before) -> whether two lists have the same objects
+identical: Callable[[list[Any], list[Any]], bool] = getattr(cpu._C, "identical", _identical)
+#: (dicts, objects) -> whether these are the values of the dicts, one after the other
+values_are: Callable[[list[Any], list[Any]], bool] = getattr(cpu._C, "values_are", _values_are)

@@ -145,3 +145,29 @@ def test_a_word_must_stand_in_one_place():
     assert snapshots._only([5, 7, 9, 7], [7, 9]) == 1
     assert snapshots._only([5, 7, 9, 7], [7]) is None
     assert snapshots._only([5, 7, 9, 7], [9, 9]) is None
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_lists_of_the_same_objects(native):
+    if native and cpu._C is None:
+        pytest.skip("the extension is not built")
+    identical = snapshots.identical if native else snapshots._identical
+    values_are = snapshots.values_are if native else snapshots._values_are
+    one, two, like_one = [1], [2], [1]
+    assert identical([], []) and identical([one, two], [one, two])
+    assert not identical([one, two], [one]) and not identical([one], [one, two]) and not identical([one], [like_one])
+    entry, other = {"a": one, "b": two}, {"c": one}
+    assert values_are([], []) and values_are([entry, other], [one, two, one])
+    assert not values_are([entry, other], [one, two]) and not values_are([entry], [one, two, one])
+    assert not values_are([entry], [two, one]) and not values_are([entry], [like_one, two])
+    assert not values_are([[one, two]], [one, two])
+
+
+@needs_extension
+def test_what_is_no_list_is_refused():
+    for function in (snapshots.compare, snapshots.identical, snapshots.values_are):
+        with pytest.raises(TypeError, match="list"):
+            function((1, 2), [1, 2])
+    for function in (snapshots.identical, snapshots.values_are):
+        with pytest.raises(TypeError, match="two lists"):
+            function([{}], (1, 2))
