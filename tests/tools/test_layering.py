@@ -74,7 +74,7 @@ ALLOWED = {
     "convert": {"optim", "codes", "matricize", "reference", "signs", "slicing", "types"},
     "release": {"optim", "distributed", "clipping"},
     "parity": {"spec", "ops", "reference", "rounding", "schedules", "signs"},
-    "triton_kernels": {"spec", "staging"},
+    "triton_kernels": {"memory", "spec", "staging"},
     "cli": {"", "_startup", "_version", "backends", "groups", "matricize", "optim", "parity", "signs", "spec"},
 }
 
