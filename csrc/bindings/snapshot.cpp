@@ -99,11 +99,7 @@ class Snapshot {
       if (Py_TYPE(object) != kind.type) return kOther;
       const uint64_t* const tensor = implementation_of(object);
       if (!kind.is_of(tensor)) return kOther;
-      const uint64_t* const data = data_of(tensor);
-      if (data != then.data || tensor[reader.places.offset] != then.offset) {
-        if (!data && then.data) return kOther;  // it has been freed
-        found = kAlike;
-      }
+      if (data_of(tensor) != then.data || tensor[reader.places.offset] != then.offset) found = kAlike;
     }
     return found;
   }
@@ -119,7 +115,7 @@ class Snapshot {
   struct Kind {
     PyTypeObject* type;
     uint64_t types, keys;
-    uint64_t deleter;  // another one where the memory is to be copied before it is written
+    uint64_t deleter;  // another one where the memory is to be copied before it is written, or has been freed
     uint64_t ndim;
     std::array<uint64_t, 2 * kMostSides> sides{};  // sizes and strides, then zeros
 

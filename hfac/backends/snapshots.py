@@ -116,6 +116,8 @@ def _reads(native: Any, probes: Sequence[Tensor]) -> bool:
         seen = native.snapshot([tensor])
         like = torch.empty_strided(tensor.shape, tensor.stride(), device="cpu")
         beside = tensor.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - 1)
+        freed = torch.empty_like(like)
+        freed.untyped_storage().resize_(0)
         sides = range(tensor.ndim)
         others = [
             *(tensor.narrow(side, 0, size - 1) for side, size in enumerate(tensor.shape)),
@@ -129,6 +131,7 @@ def _reads(native: Any, probes: Sequence[Tensor]) -> bool:
             tensor.view(torch.int32),
             torch._neg_view(tensor),
             tensor.to("meta"),
+            freed,
         ]
         if seen is None or seen.addresses != [tensor.data_ptr()]:
             return False
