@@ -35,7 +35,7 @@ class Repeatable:
     (`_kind_of`)."""
 
     seen: Any
-    kind: tuple[bool, ...]
+    kind: tuple[Any, ...]
     options: Mapping[str, bool]
 
 

@@ -7,7 +7,7 @@ parameters' size. Numbers of a step (learning rate, decays, ...) are values in d
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -357,13 +357,31 @@ def options_of(
 
 def _is_shared(numbers: Mapping[str, Any], nonfinite: Tensor | None) -> bool:
     """Whether lists may share these numbers in memory (`Shared`)."""
-    return nonfinite is None and _PLAIN.issuperset(map(type, numbers.values()))
+    return nonfinite is None and _told(numbers).plain
 
 
-def _kind_of(
-    numbers: Mapping[str, Any], nonfinite: Tensor | None, grad_scale: Tensor | None = None
-) -> tuple[bool, ...]:
+def _kind_of(numbers: Mapping[str, Any], nonfinite: Tensor | None, grad_scale: Tensor | None = None) -> tuple[Any, ...]:
     """What kernels are compiled for of what a step is told."""
-    options = numbers.get("decoupled_weight_decay", True), numbers.get("maximize", False)
-    given = numbers.get("clip_threshold"), nonfinite, grad_scale
-    return *options, *[one is not None for one in given]
+    return _told(numbers).options, nonfinite is not None, grad_scale is not None
+
+
+class _Told(NamedTuple):
+    """What a step's numbers say of its launches."""
+
+    numbers: Mapping[str, Any]
+    plain: bool  # none is a tensor
+    options: tuple[bool, ...]  # that kernels are compiled for
+
+
+#: the last: parameters that are stepped one by one share their numbers, which nobody changes
+_last_told: _Told | None = None
+
+
+def _told(numbers: Mapping[str, Any]) -> _Told:
+    global _last_told
+    known = _last_told  # another thread may replace it
+    if known is None or known.numbers is not numbers:
+        options = numbers.get("decoupled_weight_decay", True), numbers.get("maximize", False)
+        clips = numbers.get("clip_threshold") is not None
+        known = _last_told = _Told(numbers, _PLAIN.issuperset(map(type, numbers.values())), (*options, clips))
+    return known
