@@ -373,15 +373,18 @@ class _Told(NamedTuple):
     options: tuple[bool, ...]  # that kernels are compiled for
 
 
-#: the last: parameters that are stepped one by one share their numbers, which nobody changes
+#: the last of which none is a tensor: parameters that are stepped one by one share their numbers, which nobody changes
 _last_told: _Told | None = None
 
 
 def _told(numbers: Mapping[str, Any]) -> _Told:
     global _last_told
     known = _last_told  # another thread may replace it
-    if known is None or known.numbers is not numbers:
-        options = numbers.get("decoupled_weight_decay", True), numbers.get("maximize", False)
-        clips = numbers.get("clip_threshold") is not None
-        known = _last_told = _Told(numbers, _PLAIN.issuperset(map(type, numbers.values())), (*options, clips))
-    return known
+    if known is not None and known.numbers is numbers:
+        return known
+    options = numbers.get("decoupled_weight_decay", True), numbers.get("maximize", False)
+    clips = numbers.get("clip_threshold") is not None
+    found = _Told(numbers, _PLAIN.issuperset(map(type, numbers.values())), (*options, clips))
+    if found.plain:
+        _last_told = found
+    return found
