@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Tells autograd of writes that it cannot see. Called before them, for it refuses some tensors.
 from .. import memory
 from ..memory import written
 from ..spec import Op
