@@ -74,6 +74,42 @@ void reserve_rows(Scratch& scratch, const Route<T>& to, int64_t rows, int64_t co
 
 constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
+// Arrays of a number per column that a loop works on beside several rows of as many elements of `size` bytes. Where
+// such rows are a multiple of 4096 or of 2048 bytes long, all their lines at work fall into one set of the first cache
+// or into two, and a load is taken for one that has to wait for a store 4096 bytes away: arrays there are in the rows'
+// way. A thread then has them in memory of its own, where the rows never are; else they stay in their place.
+template <class T>
+class Columns {
+ public:
+  Columns(int64_t arrays, int64_t cols, int64_t size) : arrays_(arrays), length_(padded(cols)) {
+    const int64_t bytes = cols * size;
+    if (size == kSize && bytes % (kPage / 2) == 0) apart_ = (bytes % kPage == 0 ? kPage : kPage / 2) / 4 / kSize;
+  }
+  void reserve(Scratch& scratch) const {
+    if (apart_ > 0) scratch.reserve<T>(Scratch::kColumns, room());
+  }
+  int64_t stride() const { return length_ + apart_; }
+  // Where the first array lies while `rows` are worked on, if its place is at `own`; the next are `stride` further on.
+  T* beside(const void* rows, T* own, Scratch& scratch) const {
+    if (apart_ == 0) return own;
+    T* const memory = scratch.at<T>(Scratch::kColumns, room());
+    const auto from = reinterpret_cast<uintptr_t>(memory), to = reinterpret_cast<uintptr_t>(rows);
+    const auto lines = (to - from + static_cast<uintptr_t>(apart_ * kSize)) % kPage / 64;
+    return memory + static_cast<int64_t>(lines) * (64 / kSize);
+  }
+  void copy(const T* from, int64_t from_stride, T* to, int64_t to_stride) const {
+    for (int64_t k = 0; from != to && k < arrays_; ++k) {
+      std::copy_n(from + k * from_stride, length_, to + k * to_stride);
+    }
+  }
+
+ private:
+  static constexpr int64_t kPage = 4096, kSize = sizeof(T);
+  int64_t room() const { return arrays_ * stride() + kPage / kSize; }
+
+  int64_t arrays_, length_, apart_ = 0;
+};
+
 // A chunk holds at least this many elements, so that thin matrices are not cut into crumbs.
 constexpr int64_t kChunkElements = 32768;
 

@@ -56,6 +56,11 @@ class HfacReader : public ItemsOp<T> {
  public:
   using ItemsOp<T>::ItemsOp;
 
+  void reserve(Scratch& scratch) const override {
+    ItemsOp<T>::reserve(scratch);
+    for (int64_t i = 0; i < this->items(); ++i) columns(i).reserve(scratch);
+  }
+
  protected:
   int64_t read_chunks(const Item& it) const { return ceil_div(it.rows, rows_of(it)); }
 
@@ -64,14 +69,9 @@ class HfacReader : public ItemsOp<T> {
   void read(int64_t i, int64_t c, T* row_sum, T* row_square, T* cols, Scratch& scratch) {
     const Item& it = this->item(i);
     const Route<T>& to = this->to(i);
+    const Columns<T> sums = columns(i);
     HfacStats<T> a{};
     a.grad_stride = a.cols = it.cols;
-    if (cols) {
-      a.col_sum = cols;
-      a.col_square = a.col_sum + padded(it.cols);
-      a.col_ratio = a.col_square + padded(it.cols);
-      std::fill_n(a.col_sum, 3 * padded(it.cols), T(0));
-    }
     a.beta2 = static_cast<T>(it.beta2);
     a.rest2 = static_cast<T>(1 - it.beta2);
     a.eps_sum = static_cast<T>(static_cast<double>(it.shard ? it.shard->cols : it.cols) * this->options_.eps);
@@ -81,15 +81,25 @@ class HfacReader : public ItemsOp<T> {
     for (int64_t r = first; r < end; r += step) {
       a.rows = std::min(step, end - r);
       a.grad = gradient(to, it, r * it.cols, a.rows * it.cols, scratch);
+      if (cols && r == first) {
+        a.col_sum = sums.beside(a.grad, cols, scratch);
+        a.col_square = a.col_sum + sums.stride();
+        a.col_ratio = a.col_square + sums.stride();
+        std::fill_n(a.col_sum, 3 * sums.stride(), T(0));
+      }
       a.row_square_old = static_cast<const T*>(it.second_row) + r;
       a.row_sum = row_sum ? row_sum + r : nullptr;
       a.row_square = row_square + r;
       to.grad->hfac_stats(a);
     }
+    if (cols) sums.copy(a.col_sum, sums.stride(), cols, padded(it.cols));
     if (a.nonfinite && this->options_.nonfinite) this->refused(i) = true;
   }
 
  private:
+  Columns<T> columns(int64_t i) const {
+    return {3, this->item(i).cols, this->to(i).stage_grad ? int64_t{sizeof(T)} : size_of(this->item(i).grad.dtype)};
+  }
   static int64_t rows_of(const Item& it) {
     return chunk_rows(it.rows, it.cols, bytes_of(it.shard ? it.grad : it.param));
   }
@@ -195,6 +205,9 @@ class HfacOp : public HfacReader<T> {
 
   void reserve(Scratch& scratch) const override {
     Base::reserve(scratch);
+    for (int64_t i = 0; i < this->items(); ++i) {
+      if (this->elements(i) > 0) update_columns(i).reserve(scratch);
+    }
     for (const Item& it : this->items_) {
       if (!codes_apart(it)) continue;
       scratch.reserve<int8_t>(Scratch::kCodes, std::min(it.rows, staged_rows(it.cols, true)) * it.cols);
@@ -208,6 +221,14 @@ class HfacOp : public HfacReader<T> {
   static int64_t update_rows(const Item& it) {
     const int64_t some = std::clamp(it.rows * it.cols / 8, kChunkElements, kChunkElements * 4);
     return std::max<int64_t>(kRowsAtOnce, ceil_div(ceil_div(some, it.cols), kRowsAtOnce) * kRowsAtOnce);
+  }
+
+  // What `update` reads per column. Codes are updated one row at a time, which nothing is in the way of, and for a few
+  // rows columns are not worth copying.
+  Columns<T> update_columns(int64_t i) const {
+    const Item& it = item(i);
+    const int64_t size = this->to(i).stage_param ? int64_t{sizeof(T)} : size_of(it.param.dtype);
+    return {2, it.cols, kCodes || update_rows(it) < 16 ? 0 : size};
   }
 
   void fold(int64_t i, Sums<T> at) {
@@ -296,12 +317,12 @@ class HfacOp : public HfacReader<T> {
     if (this->refused(i)) return;
     const Item& it = item(i);
     const Route<T>& to = this->to(i);
+    const Columns<T> columns = update_columns(i);
     Watched* const watched = this->watched(i, c);
     const int64_t first = c * update_rows(it), end = std::min(first + update_rows(it), it.rows);
     HfacUpdate<T> a{};
     a.grad_stride = a.param_stride = a.cols = it.cols;
-    a.col_first = at.col_sum;
-    a.col_scale = at.col_square;
+    a.far = fetches_far();
     a.decay = static_cast<T>(options_.lr * options_.weight_decay);
     if (kCodes) {
       const Scalars<T> s = scalars<T>(options_, it);
@@ -316,6 +337,12 @@ class HfacOp : public HfacReader<T> {
       const DenseRun<T> run = operands(to, it, r * it.cols, a.rows * it.cols, scratch);
       a.grad = run.grad;
       a.param = run.param;
+      if (r == first) {
+        T* const cols = columns.beside(run.param, at.col_sum, scratch);
+        columns.copy(at.col_sum, padded(it.cols), cols, columns.stride());
+        a.col_first = cols;
+        a.col_scale = cols + columns.stride();
+      }
       a.row_first = at.row_sum + r;
       a.row_scale = at.row_square + r;
       int8_t* const codes = static_cast<int8_t*>(it.codes);

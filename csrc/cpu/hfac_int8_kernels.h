@@ -193,24 +193,27 @@ HFAC_HD Vec<T> where_finite(Vec<T> x, Vec<T> y) {
   return x;
 }
 
-// A vector on its way through a step, in three parts that end with the start of a division, of a root, and the code:
-// what follows a division or a root waits for it, longer than a processor looks ahead.
+// A vector on its way through a step, in parts that can take turns with those of other vectors: what follows a division
+// or a root waits for it, longer than a processor looks ahead.
 //
 // With y = x D, D = 127.5^2 - q^2, what is held of x is q |q| / D and |x| / (1 + |x|) is |y| / (D + |y|), so that one
 // division serves both, by the product of D and D + |y|.
 template <class T>
 struct HfacInt8 {
   Vec<T> g, y, rest, sum, ratio;
-  Vec<T> bound;  // |y| - q^2, and from `bind` on the most that the code may be
+  Vec<T> bound;  // q^2, then |y| - q^2, and from `bind` on the most that the code may be
 
   static constexpr T kSquare = T(127.5 * 127.5);
 
-  HFAC_HD void begin(Vec<T> grad, Vec<T> q, Vec<T> held, Vec<T> scale, Vec<T> row_scale) {
-    const Vec<T> square = q * q, whole(kSquare);
-    rest = whole - square;
+  HFAC_HD void decode(Vec<T> grad, Vec<T> q, Vec<T> held, Vec<T> scale, Vec<T> row_scale) {
+    bound = q * q;
+    rest = Vec<T>(kSquare) - bound;
     g = grad * scale * row_scale;
-    y = held * with_sign(square, q) + g * rest;
-    bound = limited(y) - square;
+    y = held * with_sign(bound, q) + g * rest;
+  }
+  HFAC_HD void divide() {
+    const Vec<T> whole(kSquare);
+    bound = limited(y) - bound;
     sum = where_finite(bound + whole, y);  // what is not finite has code 0
     ratio = whole / (rest * sum);
   }
@@ -255,7 +258,8 @@ HFAC_HD void hfac_int8_rows(const HfacUpdate<T>& given, int64_t i, int64_t from)
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Vec<T> old = codes[r].numbers();
-      x[r].begin(x[r].g, old, Vec<T>(first[r]) * unit, scale, Vec<T>(row_scale[r]));
+      x[r].decode(x[r].g, old, Vec<T>(first[r]) * unit, scale, Vec<T>(row_scale[r]));
+      x[r].divide();
       x[r].bind(old);
     }
 #pragma GCC unroll 4
@@ -300,51 +304,33 @@ HFAC_HD void hfac_int8_rows(const HfacUpdate<T>& given, int64_t i, int64_t from)
 }
 
 #if HFAC_REGISTER > 16
-// A vector of floats that waits in memory for its root to be taken, and then for its codes.
-struct alignas(64) WaitingInt8 {
-  float g[16], y[16], rest[16], sum[16], ratio[16], bound[16];
-
-  HFAC_HD void put(const HfacInt8<float>& x) {
-    store(g, x.g);
-    store(y, x.y);
-    store(rest, x.rest);
-    store(sum, x.sum);
-    store(ratio, x.ratio);
-    store(bound, x.bound);
-  }
-  HFAC_HD Vec<float> update(Vec<float> w, Vec<float> held, Vec<float> step, Vec<float> decay) {
-    const auto at = [](const float* p) __attribute__((always_inline)) { return load(p); };
-    HfacInt8<float> x{at(g), at(y), at(rest), at(sum), at(ratio), {}};
-    w = x.update(w, held, step, decay);
-    store(ratio, x.ratio);
-    return w;
-  }
-};
-
 // As many codes are made at a time as a register has bytes: numbers are packed as integers are, which keeps their
 // signs, and what an old code has to say is then done for four registers at once.
 constexpr int64_t kEncoded = HFAC_REGISTER;
+constexpr int kBlock = kEncoded / Vec<float>::kLanes;  // vectors
 
-HFAC_HD void encode_packed(const WaitingInt8* x, int8_t* codes) {
+// What the codes of a block are made of.
+struct BlockInt8 {
+  Vec<float> ratio[kBlock], y[kBlock], bound[kBlock];
+};
+
+HFAC_HD void encode_packed(const BlockInt8& x, int8_t* codes) {
   using Part = Vec<float>::Part;
-  constexpr int kParts = Vec<float>::kParts, kLanes = Vec<float>::kPartLanes;
-  const auto part = [x](const float(WaitingInt8::* of)[16], int k) __attribute__((always_inline)) {
-    Part all;
-    memcpy(&all, x[k / kParts].*of + k % kParts * kLanes, sizeof(all));
-    return all;
-  };
+  constexpr int kParts = Vec<float>::kParts;
+  const auto part = [](const Vec<float>* of, int k)
+                        __attribute__((always_inline)) { return of[k / kParts].part[k % kParts]; };
   // At most 127; what is no number becomes the least integer, which is packed to 0.
   const auto size = [&](int k) __attribute__((always_inline)) {
-    return HFAC_INTRINSIC(cvtps_epi32)(lesser(127.0f - Part{}, part(&WaitingInt8::ratio, k)));
+    return HFAC_INTRINSIC(cvtps_epi32)(lesser(127.0f - Part{}, part(x.ratio, k)));
   };
-  const auto pair = [&](const float(WaitingInt8::* of)[16], int k) __attribute__((always_inline)) {
+  const auto pair = [&](const Vec<float>* of, int k) __attribute__((always_inline)) {
     using Bytes = decltype(size(0));
     return HFAC_INTRINSIC(packs_epi32)((Bytes)part(of, k), (Bytes)part(of, k + 1));
   };
-  const auto signs = [&](const float(WaitingInt8::* of)[16]) __attribute__((always_inline)) {
+  const auto signs = [&](const Vec<float>* of) __attribute__((always_inline)) {
     return HFAC_INTRINSIC(packs_epi16)(pair(of, 0), pair(of, 2));
   };
-  const auto y = signs(&WaitingInt8::y), growth = signs(&WaitingInt8::bound);
+  const auto y = signs(x.y), growth = signs(x.bound);
   auto code = HFAC_INTRINSIC(packs_epi16)(HFAC_INTRINSIC(packus_epi32)(size(0), size(1)),
                                           HFAC_INTRINSIC(packus_epi32)(size(2), size(3)));
   // Where x has q's sign and is smaller than what q stands for (`largest_code`), the code is less than |q|. What is
@@ -369,79 +355,50 @@ HFAC_HD void encode_packed(const WaitingInt8* x, int8_t* codes) {
 #endif
 }
 
-constexpr int64_t kWaiting = 128;  // columns of a row that wait together
-
 // How far on lines are asked for, in bytes: of one row at a time, and over the ends of pages, where the hardware stops
 // reading ahead.
 constexpr int64_t kRowAhead = 3072, kCodesAhead = 1024;
 
-// Columns of a row, a multiple of kEncoded of them, where they stand in their matrix.
+// The columns of row i before the one at `end`, a multiple of kEncoded. While a vector's root is taken, the one after
+// it is divided and the next decoded: each part finds at hand what it needs, and all that is on its way fits the
+// registers.
 template <class Sw, class Sg>
-struct Int8Place {
-  const Sg* g;
-  Sw* w;
-  int8_t* codes;
-  const float *unit, *scale;
-  float first, row_scale;
-  int64_t count;
-};
-
-// The first half of a step on the columns at `fresh` and the second on those at `old`. A vector of these takes turns
-// with a vector of those: divisions run beside roots.
-template <class Sw, class Sg>
-HFAC_HD void hfac_int8_columns(const HfacUpdate<float>& a, const Int8Place<Sw, Sg>& fresh, WaitingInt8* begun,
-                               const Int8Place<Sw, Sg>& old, WaitingInt8* ended) {
+HFAC_HD void hfac_int8_row(const HfacUpdate<float>& a, int64_t i, int64_t end) {
   constexpr int64_t L = Vec<float>::kLanes;
-  const Int8Place<Sw, Sg> f = fresh, o = old;  // a code may lie anywhere, for all that the compiler knows
-  const Vec<float> first(f.first), row_scale(f.row_scale);
+  const Sg* g = static_cast<const Sg*>(a.grad) + i * a.grad_stride;
+  Sw* w = static_cast<Sw*>(a.param) + i * a.param_stride;
+  int8_t* codes = a.codes + i * a.cols;
+  const float *unit = a.col_first, *scale = a.col_scale;
+  const Vec<float> first(a.row_first[i]), row_scale(a.row_scale[i]);
   const Vec<float> held(a.beta1 * a.step / HfacInt8<float>::kSquare), step(a.step), decay(a.decay);
-  const auto begin = [&](int64_t j) __attribute__((always_inline)) {
-    __builtin_prefetch(reinterpret_cast<const char*>(f.g + j) + kRowAhead);
-    HfacInt8<float> x;
-    x.begin(load(f.g + j), Codes<float>::load(f.codes + j).numbers(), first * load(f.unit + j), load(f.scale + j),
-            row_scale);
-    begun[j / L].put(x);
+  HfacInt8<float> x, next;
+  const auto decode = [&](int64_t j) __attribute__((always_inline)) {
+    __builtin_prefetch(reinterpret_cast<const char*>(g + j) + kRowAhead);
+    next.decode(load(g + j), Codes<float>::load(codes + j).numbers(), first * load(unit + j), load(scale + j),
+                row_scale);
   };
-  const auto updated = [&](int64_t j) __attribute__((always_inline)) {
-    __builtin_prefetch(reinterpret_cast<const char*>(o.w + j) + kRowAhead, 1);
-    return ended[j / L].update(load(static_cast<const Sw*>(o.w + j)), held, step, decay);
-  };
-  const int64_t both = f.count < o.count ? f.count : o.count;
-  for (int64_t j = 0; j < both; j += L) {
-    const Vec<float> w = updated(j);  // stored after all loads, of which one might wait for it
-    begin(j);
-    store(o.w + j, w);
-  }
-  for (int64_t j = both; j < o.count; j += L) store(o.w + j, updated(j));
-  for (int64_t j = 0; j < o.count; j += kEncoded) {
-    __builtin_prefetch(o.codes + j + kCodesAhead, 1);
-    encode_packed(ended + j / L, o.codes + j);
-  }
-  for (int64_t j = both; j < f.count; j += L) begin(j);
-}
-
-// The columns of all rows before the one at `end`, a multiple of kEncoded.
-template <class Sw, class Sg>
-void hfac_int8_whole(const HfacUpdate<float>& a, int64_t end) {
-  WaitingInt8 waiting[2][kWaiting / Vec<float>::kLanes];
-  Int8Place<Sw, Sg> old{};
-  int turn = 0;
-  for (int64_t i = 0; i < a.rows; ++i) {
-    for (int64_t j = 0; j < end; j += kWaiting) {
-      const Int8Place<Sw, Sg> fresh{static_cast<const Sg*>(a.grad) + i * a.grad_stride + j,
-                                    static_cast<Sw*>(a.param) + i * a.param_stride + j,
-                                    a.codes + i * a.cols + j,
-                                    a.col_first + j,
-                                    a.col_scale + j,
-                                    a.row_first[i],
-                                    a.row_scale[i],
-                                    end - j < kWaiting ? end - j : kWaiting};
-      hfac_int8_columns<Sw, Sg>(a, fresh, waiting[turn], old, waiting[1 - turn]);
-      old = fresh;
-      turn = 1 - turn;
+  decode(0);
+  x = next;
+  x.divide();
+  decode(L);
+  for (int64_t j = 0; j < end; j += kEncoded) {
+    BlockInt8 block;
+    __builtin_prefetch(codes + j + kCodesAhead, 1);
+#pragma GCC unroll 4
+    for (int k = 0; k < kBlock; ++k) {
+      const int64_t at = j + k * L;
+      __builtin_prefetch(reinterpret_cast<const char*>(w + at) + kRowAhead, 1);
+      const Vec<float> fresh = x.update(load(static_cast<const Sw*>(w + at)), held, step, decay);
+      block.ratio[k] = x.ratio;
+      block.y[k] = x.y;
+      block.bound[k] = x.bound;
+      x = next;
+      x.divide();
+      if (k + 2 < kBlock || j + kEncoded < end) decode(at + 2 * L);
+      store(w + at, fresh);  // after all loads, of which one might wait for it
     }
+    encode_packed(block, codes + j);
   }
-  hfac_int8_columns<Sw, Sg>(a, {}, waiting[turn], old, waiting[1 - turn]);
 }
 #endif
 
@@ -451,7 +408,7 @@ void hfac_int8(const HfacUpdate<T>& a) {
 #if HFAC_REGISTER > 16
   if constexpr (sizeof(T) == 4) {
     from = a.cols / kEncoded * kEncoded;
-    if (from > 0) hfac_int8_whole<Sw, Sg>(a, from);
+    for (int64_t i = 0; from > 0 && i < a.rows; ++i) hfac_int8_row<Sw, Sg>(a, i, from);
     if (from == a.cols) return;
   }
 #endif

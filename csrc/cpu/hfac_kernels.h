@@ -143,6 +143,8 @@ HFAC_HD void hfac_update_rows(const HfacUpdate<T>& a, int64_t i) {
     g[r] = static_cast<const Sg*>(a.grad) + (i + r) * a.grad_stride;
     w[r] = static_cast<Sw*>(a.param) + (i + r) * a.param_stride;
   }
+  const int64_t next = i + 2 * R <= a.rows ? R * a.param_stride : 0;  // to where the next R rows are
+  const bool far = a.far;
   const Vec<T> decay(a.decay);
   const auto step = [&](int r, Vec<T> w, Vec<T> g, Vec<T> half_psi, Vec<T> col_scale) __attribute__((always_inline)) {
     return hfac_update_by_lr(w, g, Vec<T>(a.row_first[i + r]), half_psi, col_scale, Vec<T>(a.row_scale[i + r]), decay);
@@ -159,7 +161,11 @@ HFAC_HD void hfac_update_rows(const HfacUpdate<T>& a, int64_t i) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       __builtin_prefetch(reinterpret_cast<const char*>(g[r] + j) + g_ahead);
-      __builtin_prefetch(reinterpret_cast<const char*>(w[r] + j) + w_ahead, 1);
+      if (far) {  // the gradient, which the statistics have read, is nearer
+        __builtin_prefetch(w[r] + next + j, 0, 2);
+      } else {
+        __builtin_prefetch(reinterpret_cast<const char*>(w[r] + j) + w_ahead, 1);
+      }
       x[r] = load(g[r] + j);
       y[r] = load(static_cast<const Sw*>(w[r] + j));
     }

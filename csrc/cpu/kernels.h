@@ -44,6 +44,7 @@ struct SmmfRows {
   T *sum_m, *sum_v;                   // [cols, padded] column sums, added to
   int64_t rows, cols;
   double* direction;  // where param and grad are T: added to, sum of (M / (sqrt(V) + eps))^2; null: not watched
+  bool far;           // (fetches_far)
 };
 
 template <class T>
@@ -74,6 +75,7 @@ struct HfacUpdate {
   int64_t rows, cols;
   int8_t* codes;  // [rows, cols] the first moment in 8 bits, else null
   T beta1, step;  // then also read: step = lr times the clip factor
+  bool far;       // (fetches_far)
 };
 
 // A run of elements whose moments are kept whole; exp_avg is null where there is no first moment.

@@ -21,7 +21,7 @@ using Memory = std::unique_ptr<void, Free>;  // begins with a line of the cache
 // with the call.
 class Scratch {
  public:
-  enum Slot { kParam, kGrad, kSigns, kCodes, kOld, kSlots };
+  enum Slot { kParam, kGrad, kSigns, kCodes, kOld, kColumns, kSlots };
   // Room for `count` values of the type.
   template <class T>
   void reserve(Slot slot, int64_t count) {

@@ -51,6 +51,7 @@ void step_rows(const Scalars<T>& s, SmmfRows<T> a, const Item& it, const Route<T
     return values;
   };
   a.cols = block.cols;
+  a.far = fetches_far();
   a.grad_stride = route.stage_grad ? block.cols : block.stride;
   a.param_stride = route.stage_param ? block.cols : block.stride;
   a.sign_stride = stage_signs ? padded(block.cols) / 8 : block.stride / 8;
@@ -105,6 +106,7 @@ class SmmfOp : public ItemsOp<T> {
   void reserve(Scratch& scratch) const override {
     for (int64_t i = 0; i < this->items(); ++i) {
       reserve_block(scratch, item(i), to(i), block(item(i)), static_cast<bool>(watch_));
+      columns(i).reserve(scratch);
     }
   }
 
@@ -118,16 +120,19 @@ class SmmfOp : public ItemsOp<T> {
     }
     if (refused) return;
 
-    T* sums = static_cast<T*>(workspace) + c * 2 * padded(it.cols);
-    std::fill_n(sums, 2 * padded(it.cols), T(0));
+    T* const own = static_cast<T*>(workspace) + c * 2 * padded(it.cols);
+    const Columns<T> columns = this->columns(i);
+    T* const sums = columns.beside(at(it.param, first * it.cols), own, scratch);
+    std::fill_n(sums, 2 * columns.stride(), T(0));
     SmmfRows<T> a{};
     a.row_m = it.first_row ? static_cast<T*>(it.first_row) + first : nullptr;
     a.row_v = static_cast<T*>(it.second_row) + first;
     a.col_m = static_cast<const T*>(it.first_col);
     a.col_v = static_cast<const T*>(it.second_col);
     a.sum_m = sums;
-    a.sum_v = sums + padded(it.cols);
+    a.sum_v = sums + columns.stride();
     step_rows(scalars<T>(options_, it), a, it, to(i), block(it), first, rows, scratch, this->watched(i, c));
+    columns.copy(sums, columns.stride(), own, padded(it.cols));
   }
 
   // (SMMF, Algorithm 4) n >= m, so the columns' factors carry the normalisation; the rows' are sums as they stand.
@@ -140,6 +145,9 @@ class SmmfOp : public ItemsOp<T> {
   }
 
  private:
+  Columns<T> columns(int64_t i) const {
+    return {2, item(i).cols, to(i).stage_param ? 0 : size_of(item(i).param.dtype)};
+  }
   static Block block(const Item& it) { return {0, it.cols, 0, 1, 0, it.rows, it.cols}; }
   static int64_t rows_of(const Item& it) { return chunk_rows(it.cols, bytes_of(it.param)); }
 

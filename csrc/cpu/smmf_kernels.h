@@ -89,6 +89,8 @@ struct SmmfPlace {
   Sw* w;
   uint8_t* bits;
   int64_t g_stride, w_stride, bits_stride;
+  bool far;      // (fetches_far)
+  int64_t next;  // rows to the next R ones, or 0
   const T *col_m, *col_v;
   T *sum_m, *sum_v;
 };
@@ -102,6 +104,8 @@ __attribute__((noinline)) void smmf_columns(const SmmfSplat<T>& s, SmmfRowState<
   constexpr int64_t kGradAhead = kAhead / (L * static_cast<int64_t>(sizeof(Sg)));
   constexpr int64_t kParamAhead = kAhead / (L * static_cast<int64_t>(sizeof(Sw)));
   const int64_t gs = at.g_stride, ws = at.w_stride, bs = at.bits_stride;
+  const bool far = at.far;
+  const int64_t g_next = at.next * gs, w_next = at.next * ws;
   const int64_t gs3 = 3 * gs, ws3 = 3 * ws, bs3 = 3 * bs;
   const SmmfSplat<T> splat = s;
   SmmfRowState<T, R> rows = state;
@@ -110,14 +114,19 @@ __attribute__((noinline)) void smmf_columns(const SmmfSplat<T>& s, SmmfRowState<
   const auto moments = [&]() __attribute__((always_inline)) {
     SmmfMoments<T, kFirst, R> cell;
     // Past the end of its row a prefetch would find the next row, which is at work too; the row R further on is wanted.
-    const int64_t g_ahead = vectors > kGradAhead ? kAhead : kAhead + (R - 1) * gs;
-    const int64_t w_ahead = vectors > kParamAhead ? kAhead : kAhead + (R - 1) * ws;
+    const int64_t g_ahead = far ? g_next : vectors > kGradAhead ? kAhead : kAhead + (R - 1) * gs;
+    const int64_t w_ahead = far ? w_next : vectors > kParamAhead ? kAhead : kAhead + (R - 1) * ws;
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Sg* g_at = row(at.g, gs, gs3, r);
       const Sw* w_at = row(at.w, ws, ws3, r);
-      __builtin_prefetch(reinterpret_cast<const char*>(g_at) + g_ahead);
-      __builtin_prefetch(reinterpret_cast<const char*>(w_at) + w_ahead, 1);
+      if (far) {
+        __builtin_prefetch(reinterpret_cast<const char*>(g_at) + g_ahead, 0, 2);
+        __builtin_prefetch(reinterpret_cast<const char*>(w_at) + w_ahead, 0, 2);
+      } else {
+        __builtin_prefetch(reinterpret_cast<const char*>(g_at) + g_ahead);
+        __builtin_prefetch(reinterpret_cast<const char*>(w_at) + w_ahead, 1);
+      }
       cell.first[r] = splat.template gradient<kCoupled>(load(g_at), load(w_at));
       if constexpr (kFirst) cell.bits[r] = load_bits<T>(row(at.bits, bs, bs3, r));
     }
@@ -184,6 +193,8 @@ HFAC_HD void smmf_rows_at_once(const Scalars<T>& scalars, const SmmfSplat<T>& s,
   at.g_stride = a.grad_stride * static_cast<int64_t>(sizeof(Sg));
   at.w_stride = a.param_stride * static_cast<int64_t>(sizeof(Sw));
   at.bits_stride = a.sign_stride;
+  at.far = a.far;
+  at.next = i + 2 * R <= a.rows ? R : 0;
   at.col_m = a.col_m;
   at.col_v = a.col_v;
   at.sum_m = a.sum_m;
