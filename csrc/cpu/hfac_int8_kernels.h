@@ -359,45 +359,63 @@ HFAC_HD void encode_packed(const BlockInt8& x, int8_t* codes) {
 // reading ahead.
 constexpr int64_t kRowAhead = 3072, kCodesAhead = 1024;
 
-// The columns of row i before the one at `end`, a multiple of kEncoded. While a vector's root is taken, the one after
-// it is divided and the next decoded: each part finds at hand what it needs, and all that is on its way fits the
-// registers.
+// All rows' columns before the one at `end`, a multiple of kEncoded. While a vector's root is taken, the one after it
+// is divided and the next decoded, over the ends of rows: each part finds at hand what it needs, and all that is on its
+// way fits the registers.
 template <class Sw, class Sg>
-HFAC_HD void hfac_int8_row(const HfacUpdate<float>& a, int64_t i, int64_t end) {
+void hfac_int8_whole(const HfacUpdate<float>& a, int64_t end) {
   constexpr int64_t L = Vec<float>::kLanes;
-  const Sg* g = static_cast<const Sg*>(a.grad) + i * a.grad_stride;
-  Sw* w = static_cast<Sw*>(a.param) + i * a.param_stride;
-  int8_t* codes = a.codes + i * a.cols;
   const float *unit = a.col_first, *scale = a.col_scale;
-  const Vec<float> first(a.row_first[i]), row_scale(a.row_scale[i]);
   const Vec<float> held(a.beta1 * a.step / HfacInt8<float>::kSquare), step(a.step), decay(a.decay);
+  // Where the next vector is decoded.
+  const Sg* g;
+  const int8_t* q;
+  Vec<float> first, row_scale;
+  const auto enter = [&](int64_t i) __attribute__((always_inline)) {
+    g = static_cast<const Sg*>(a.grad) + i * a.grad_stride;
+    q = a.codes + i * a.cols;
+    first = Vec<float>(a.row_first[i]);
+    row_scale = Vec<float>(a.row_scale[i]);
+  };
   HfacInt8<float> x, next;
   const auto decode = [&](int64_t j) __attribute__((always_inline)) {
     __builtin_prefetch(reinterpret_cast<const char*>(g + j) + kRowAhead);
-    next.decode(load(g + j), Codes<float>::load(codes + j).numbers(), first * load(unit + j), load(scale + j),
-                row_scale);
+    next.decode(load(g + j), Codes<float>::load(q + j).numbers(), first * load(unit + j), load(scale + j), row_scale);
   };
+  enter(0);
   decode(0);
   x = next;
   x.divide();
   decode(L);
-  for (int64_t j = 0; j < end; j += kEncoded) {
-    BlockInt8 block;
-    __builtin_prefetch(codes + j + kCodesAhead, 1);
+  const int64_t rows = a.rows, stride = a.param_stride, cols = a.cols;
+  Sw* w = static_cast<Sw*>(a.param);
+  int8_t* codes = a.codes;
+  for (int64_t i = 0; i < rows; ++i, w += stride, codes += cols) {
+    for (int64_t j = 0; j < end; j += kEncoded) {
+      const bool last = j + kEncoded == end;
+      const int64_t ahead = last ? 0 : j + kEncoded;  // the next block, maybe the next row's first
+      BlockInt8 block;
+      __builtin_prefetch(codes + j + kCodesAhead, 1);
 #pragma GCC unroll 4
-    for (int k = 0; k < kBlock; ++k) {
-      const int64_t at = j + k * L;
-      __builtin_prefetch(reinterpret_cast<const char*>(w + at) + kRowAhead, 1);
-      const Vec<float> fresh = x.update(load(static_cast<const Sw*>(w + at)), held, step, decay);
-      block.ratio[k] = x.ratio;
-      block.y[k] = x.y;
-      block.bound[k] = x.bound;
-      x = next;
-      x.divide();
-      if (k + 2 < kBlock || j + kEncoded < end) decode(at + 2 * L);
-      store(w + at, fresh);  // after all loads, of which one might wait for it
+      for (int k = 0; k < kBlock; ++k) {
+        const int64_t at = j + k * L;
+        __builtin_prefetch(reinterpret_cast<const char*>(w + at) + kRowAhead, 1);
+        const Vec<float> fresh = x.update(load(static_cast<const Sw*>(w + at)), held, step, decay);
+        block.ratio[k] = x.ratio;
+        block.y[k] = x.y;
+        block.bound[k] = x.bound;
+        x = next;
+        x.divide();
+        if (k + 2 < kBlock) {
+          decode(at + 2 * L);
+        } else {
+          if (k + 2 == kBlock && last && i + 1 < rows) enter(i + 1);  // behind the last row it is all decoded again
+          decode(ahead + (k + 2 - kBlock) * L);
+        }
+        store(w + at, fresh);  // after all loads, of which one might wait for it
+      }
+      encode_packed(block, codes + j);
     }
-    encode_packed(block, codes + j);
   }
 }
 #endif
@@ -408,7 +426,7 @@ void hfac_int8(const HfacUpdate<T>& a) {
 #if HFAC_REGISTER > 16
   if constexpr (sizeof(T) == 4) {
     from = a.cols / kEncoded * kEncoded;
-    for (int64_t i = 0; from > 0 && i < a.rows; ++i) hfac_int8_row<Sw, Sg>(a, i, from);
+    if (from > 0) hfac_int8_whole<Sw, Sg>(a, from);
     if (from == a.cols) return;
   }
 #endif
