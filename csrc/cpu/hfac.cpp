@@ -14,10 +14,11 @@ using common::hfac_clip_divisor;
 using common::hfac_half_drift;
 using common::root;
 
-// Three sums per column and chunk: 1.2 % of the bytes of a parameter of 1024 rows and more. With fewer rows the same
+// Three sums per column and chunk: 1.2 % of the bytes of a parameter of kManyRows and more. With fewer rows the same
 // share would leave too few chunks to divide among threads.
+constexpr int64_t kManyRows = 1024;
 int64_t chunk_rows(int64_t rows, int64_t cols, int64_t bytes) {
-  const int64_t some = rows < 1024 ? 64 : bytes == 2 ? 512 : 256;
+  const int64_t some = rows < kManyRows ? 64 : bytes == 2 ? 512 : 256;
   return std::max(some, ceil_div(ceil_div(kChunkElements, cols), kRowsAtOnce) * kRowsAtOnce);
 }
 
@@ -97,8 +98,11 @@ class HfacReader : public ItemsOp<T> {
   }
 
  private:
+  // Chunks of 64 rows are too short: to move the sums of each costs a Xeon 2 to 5 % of a step.
   Columns<T> columns(int64_t i) const {
-    return {3, this->item(i).cols, this->to(i).stage_grad ? int64_t{sizeof(T)} : size_of(this->item(i).grad.dtype)};
+    const Item& it = this->item(i);
+    const int64_t size = this->to(i).stage_grad ? int64_t{sizeof(T)} : size_of(it.grad.dtype);
+    return {3, it.cols, it.rows < kManyRows ? 0 : size};
   }
   static int64_t rows_of(const Item& it) {
     return chunk_rows(it.rows, it.cols, bytes_of(it.shard ? it.grad : it.param));
@@ -228,7 +232,7 @@ class HfacOp : public HfacReader<T> {
   Columns<T> update_columns(int64_t i) const {
     const Item& it = item(i);
     const int64_t size = this->to(i).stage_param ? int64_t{sizeof(T)} : size_of(it.param.dtype);
-    return {2, it.cols, kCodes || update_rows(it) < 16 ? 0 : size};
+    return {2, it.cols, kCodes || std::min(it.rows, update_rows(it)) < 64 ? 0 : size};
   }
 
   void fold(int64_t i, Sums<T> at) {

@@ -134,7 +134,8 @@ void hfac_stats(HfacStats<T>& a) {
   a.row_sum ? hfac_stats_of<T, Sg, true>(a) : hfac_stats_of<T, Sg, false>(a);
 }
 
-template <class T, class Sw, class Sg, int R>
+// `kFar`: which lines of the parameter are asked for (fetches_far).
+template <class T, class Sw, class Sg, bool kFar, int R>
 HFAC_HD void hfac_update_rows(const HfacUpdate<T>& a, int64_t i) {
   constexpr int64_t L = Vec<T>::kLanes;
   const Sg* g[R];
@@ -144,7 +145,6 @@ HFAC_HD void hfac_update_rows(const HfacUpdate<T>& a, int64_t i) {
     w[r] = static_cast<Sw*>(a.param) + (i + r) * a.param_stride;
   }
   const int64_t next = i + 2 * R <= a.rows ? R * a.param_stride : 0;  // to where the next R rows are
-  const bool far = a.far;
   const Vec<T> decay(a.decay);
   const auto step = [&](int r, Vec<T> w, Vec<T> g, Vec<T> half_psi, Vec<T> col_scale) __attribute__((always_inline)) {
     return hfac_update_by_lr(w, g, Vec<T>(a.row_first[i + r]), half_psi, col_scale, Vec<T>(a.row_scale[i + r]), decay);
@@ -161,7 +161,7 @@ HFAC_HD void hfac_update_rows(const HfacUpdate<T>& a, int64_t i) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       __builtin_prefetch(reinterpret_cast<const char*>(g[r] + j) + g_ahead);
-      if (far) {  // the gradient, which the statistics have read, is nearer
+      if constexpr (kFar) {  // the gradient, which the statistics have read, is nearer
         __builtin_prefetch(w[r] + next + j, 0, 2);
       } else {
         __builtin_prefetch(reinterpret_cast<const char*>(w[r] + j) + w_ahead, 1);
@@ -184,8 +184,11 @@ HFAC_HD void hfac_update_rows(const HfacUpdate<T>& a, int64_t i) {
 template <class T, class Sw, class Sg>
 void hfac_update_all(const HfacUpdate<T>& a) {
   int64_t i = 0;
-  for (; i + kRowsAtOnce <= a.rows; i += kRowsAtOnce) hfac_update_rows<T, Sw, Sg, kRowsAtOnce>(a, i);
-  for (; i < a.rows; ++i) hfac_update_rows<T, Sw, Sg, 1>(a, i);
+  if (a.far) {
+    for (; i + kRowsAtOnce <= a.rows; i += kRowsAtOnce) hfac_update_rows<T, Sw, Sg, true, kRowsAtOnce>(a, i);
+  }
+  for (; i + kRowsAtOnce <= a.rows; i += kRowsAtOnce) hfac_update_rows<T, Sw, Sg, false, kRowsAtOnce>(a, i);
+  for (; i < a.rows; ++i) hfac_update_rows<T, Sw, Sg, false, 1>(a, i);
 }
 
 // Both moments whole: g, new m, new q and its root.

@@ -89,7 +89,6 @@ struct SmmfPlace {
   Sw* w;
   uint8_t* bits;
   int64_t g_stride, w_stride, bits_stride;
-  bool far;      // (fetches_far)
   int64_t next;  // rows to the next R ones, or 0
   const T *col_m, *col_v;
   T *sum_m, *sum_v;
@@ -97,14 +96,14 @@ struct SmmfPlace {
 
 // R rows over `vectors` whole vectors of columns. Between a vector's square roots and its divisions, which depend on
 // them, stand the divisions of the vector before: a processor looks ahead too short a way to find other work by itself.
-template <class T, class Sw, class Sg, bool kFirst, bool kCoupled, bool kWatch, int R>
+// `kFar`: which lines are asked for (fetches_far); a choice in the loop costs 2 to 4 % beyond the caches.
+template <class T, class Sw, class Sg, bool kFirst, bool kCoupled, bool kWatch, bool kFar, int R>
 __attribute__((noinline)) void smmf_columns(const SmmfSplat<T>& s, SmmfRowState<T, R>& state, SmmfPlace<T, Sw, Sg> at,
                                             int64_t vectors) {
   constexpr int64_t L = Vec<T>::kLanes;
   constexpr int64_t kGradAhead = kAhead / (L * static_cast<int64_t>(sizeof(Sg)));
   constexpr int64_t kParamAhead = kAhead / (L * static_cast<int64_t>(sizeof(Sw)));
   const int64_t gs = at.g_stride, ws = at.w_stride, bs = at.bits_stride;
-  const bool far = at.far;
   const int64_t g_next = at.next * gs, w_next = at.next * ws;
   const int64_t gs3 = 3 * gs, ws3 = 3 * ws, bs3 = 3 * bs;
   const SmmfSplat<T> splat = s;
@@ -114,13 +113,13 @@ __attribute__((noinline)) void smmf_columns(const SmmfSplat<T>& s, SmmfRowState<
   const auto moments = [&]() __attribute__((always_inline)) {
     SmmfMoments<T, kFirst, R> cell;
     // Past the end of its row a prefetch would find the next row, which is at work too; the row R further on is wanted.
-    const int64_t g_ahead = far ? g_next : vectors > kGradAhead ? kAhead : kAhead + (R - 1) * gs;
-    const int64_t w_ahead = far ? w_next : vectors > kParamAhead ? kAhead : kAhead + (R - 1) * ws;
+    const int64_t g_ahead = kFar ? g_next : vectors > kGradAhead ? kAhead : kAhead + (R - 1) * gs;
+    const int64_t w_ahead = kFar ? w_next : vectors > kParamAhead ? kAhead : kAhead + (R - 1) * ws;
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Sg* g_at = row(at.g, gs, gs3, r);
       const Sw* w_at = row(at.w, ws, ws3, r);
-      if (far) {
+      if constexpr (kFar) {
         __builtin_prefetch(reinterpret_cast<const char*>(g_at) + g_ahead, 0, 2);
         __builtin_prefetch(reinterpret_cast<const char*>(w_at) + w_ahead, 0, 2);
       } else {
@@ -193,7 +192,6 @@ HFAC_HD void smmf_rows_at_once(const Scalars<T>& scalars, const SmmfSplat<T>& s,
   at.g_stride = a.grad_stride * static_cast<int64_t>(sizeof(Sg));
   at.w_stride = a.param_stride * static_cast<int64_t>(sizeof(Sw));
   at.bits_stride = a.sign_stride;
-  at.far = a.far;
   at.next = i + 2 * R <= a.rows ? R : 0;
   at.col_m = a.col_m;
   at.col_v = a.col_v;
@@ -208,7 +206,11 @@ HFAC_HD void smmf_rows_at_once(const Scalars<T>& scalars, const SmmfSplat<T>& s,
     rows.sum_m[r] = Vec<T>(T(0));
   }
   rows.direction = Vec<T>(T(0));
-  smmf_columns<T, Sw, Sg, kFirst, kCoupled, kWatch, R>(s, rows, at, a.cols / L);
+  auto* columns = smmf_columns<T, Sw, Sg, kFirst, kCoupled, kWatch, false, R>;
+  if constexpr (R > 1 && !kWatch) {
+    if (a.far) columns = smmf_columns<T, Sw, Sg, kFirst, kCoupled, kWatch, true, R>;
+  }
+  columns(s, rows, at, a.cols / L);
   if constexpr (kWatch) *a.direction += static_cast<double>(sum(rows.direction));
 
   // The last columns go through padded copies. The lanes beyond hold zeros, which add nothing to a sum.
@@ -237,7 +239,7 @@ HFAC_HD void smmf_rows_at_once(const Scalars<T>& scalars, const SmmfSplat<T>& s,
     last.sum_m += kFirst ? done : 0;
     last.sum_v += done;
     rows.direction = Vec<T>(T(0));
-    smmf_columns<T, Sw, Sg, kFirst, kCoupled, kWatch, R>(s, rows, last, 1);
+    smmf_columns<T, Sw, Sg, kFirst, kCoupled, kWatch, false, R>(s, rows, last, 1);
     if constexpr (kWatch) {  // the lanes beyond may be 0 / 0
       T lanes[L];
       store(static_cast<T*>(lanes), rows.direction);

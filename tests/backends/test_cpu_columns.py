@@ -12,11 +12,11 @@ OPTIMIZERS = {"hfac": (hfac.HFac, {}), "int8": (hfac.HFac, {"first_moment": "int
 
 
 def numbers(name, width, dtype, backend):
-    """A parameter and its state after three steps, as one list of numbers. 200 rows are several chunks; SMMF makes a
-    square of its matrix."""
+    """A parameter and its state after three steps, as one list of numbers. 1100 rows are several chunks, of which all
+    are long enough to have columns beside them; SMMF makes a square of its matrix."""
     kind, options = OPTIMIZERS[name]
     random = torch.Generator().manual_seed(width)
-    shape = (width if name == "smmf" else 200, width)
+    shape = (width if name == "smmf" else 1100, width)
     param = torch.nn.Parameter(torch.randn(shape, generator=random).to(dtype))
     optimizer = kind([param], lr=1e-2, backend=backend, **options)
     for _ in range(3):
