@@ -22,7 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 SOURCES = ("smmf", "hfac", "hfac_int8", "hfac_small", "hfac_stats", "dense")
 ARCHS = ("80", "90", "100")
-#: kernel -> the registers that its number of threads leaves; kernels with no entry are bound by the architecture's 255
+#: kernel -> the registers that its number of threads leaves; kernels with no entry are bound by the architecture's 255,
+#: among them the statistics of long rows, of which a multiprocessor holds one block of 256 threads
 BOUNDS = {
     "smmf_tiles": 128,
     "hfac_update_tiles": 128,
@@ -31,7 +32,6 @@ BOUNDS = {
     "hfac_int8_small": 80,
     "hfac_stats": 128,
     "hfac_stats_four": 128,
-    "hfac_stats_long": 128,
     "hfac_stats_wide": 128,
 }
 _TYPES = {"f": "float32", "d": "float64", "BFloat16": "bfloat16", "Float16": "float16"}

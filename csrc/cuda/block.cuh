@@ -60,7 +60,7 @@ HFAC_DEVICE void sum_lanes(T (&v)[kVector], int width, const Put& put) {
 // value k % n. Transposed: the number of values halves while the distance doubles.
 template <int n, class T>
 HFAC_DEVICE T sum_values(T (&v)[n], int lanes) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
 #pragma unroll
   for (int mask = 1; mask < n; mask *= 2) {
     const bool odd = lane & mask;
@@ -164,6 +164,13 @@ HFAC_DEVICE Decay<T> kept(Decay<T> decay) {
 HFAC_DEVICE bool skipped(const Arguments& a) { return a.found_inf && *a.found_inf != 0.0f; }
 // Are the statistics that were taken for the norm those of the step, because it does not clip? (NaN: no)
 HFAC_DEVICE bool unclipped(const Arguments& a) { return a.clip && *a.clip == 1.0f; }
+// Either of the two, by one branch.
+HFAC_DEVICE bool has_statistics(const Arguments& a) {
+  float found = 0.0f, clip = 0.0f;
+  if (a.found_inf) found = *a.found_inf;
+  if (a.clip) clip = *a.clip;
+  return found != 0.0f || clip == 1.0f;
+}
 HFAC_DEVICE bool refused(const Arguments& a, const DeviceItem& it) { return a.nonfinite && a.nonfinite[it.index]; }
 
 HFAC_DEVICE Tile tile_of(const Arguments& a) { return a.tiles[a.backward ? gridDim.x - 1 - blockIdx.x : blockIdx.x]; }

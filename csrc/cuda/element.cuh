@@ -26,6 +26,15 @@ HFAC_DEVICE P* global(P* p) {
   return p;
 }
 
+// The same of shared memory.
+template <class P>
+HFAC_DEVICE P* in_shared(P* p) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isShared(p));
+#endif
+  return p;
+}
+
 // What another block of the same launch wrote: past any cache that is not coherent.
 template <class T>
 HFAC_DEVICE T load_fresh(const T* p) {
@@ -84,6 +93,11 @@ HFAC_DEVICE int kept(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+template <class P>
+HFAC_DEVICE P* kept(P* p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
 // The thread's number, which no register holds until then.
 HFAC_DEVICE int thread_anew() {
   int x;
@@ -94,6 +108,10 @@ HFAC_DEVICE int thread_anew() {
 HFAC_DEVICE int thread_anew() { return static_cast<int>(threadIdx.x); }
 HFAC_DEVICE float kept(float x) { return x; }
 HFAC_DEVICE int kept(int x) { return x; }
+template <class P>
+HFAC_DEVICE P* kept(P* p) {
+  return p;
+}
 #endif
 HFAC_DEVICE double kept(double x) { return x; }
 

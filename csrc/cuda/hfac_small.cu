@@ -3,20 +3,26 @@
 #include <type_traits>
 
 #include "codes.cuh"
+#include "copies.cuh"
 #include "hfac_element.cuh"
 #include "hfac_moments.cuh"
 
 namespace hfac {
 namespace {
 
-// Blocks of a multiprocessor at a time. A fourth would leave too few registers for vectors of 32 bits, and by the
-// compiler's choices for sm_100 for those of 16; a third too few for what is watched.
+// Are gradient and parameter wider than 16 bits?
+template <class A>
+constexpr bool kWideVectors = sizeof(typename A::Grad) + sizeof(typename A::Param) > 2 * sizeof(Chunk);
+// Of the rows of a thread so many have their parameters in shared memory until they are updated, so that a fourth block
+// has registers for wide vectors.
 template <class A, bool kWatched, bool kCodes>
-constexpr int kSmallBlocks = kWatched ? 2
-                             : kMoreRegisters ||
-                                     sizeof(typename A::Grad) + sizeof(typename A::Param) > 2 * sizeof(Chunk)
-                                 ? 3
-                                 : 4;
+constexpr int kHeldRows = !kWatched && !kCodes && !kMoreRegisters && kWideVectors<A> ? 1 : 0;
+// Blocks of a multiprocessor at a time. A fourth would leave too few registers for codes beside wide vectors, and by
+// the compiler's choices for sm_100 for any; a third too few for what is watched.
+template <class A, bool kWatched, bool kCodes>
+constexpr int kSmallBlocks = kWatched                                                                 ? 2
+                             : kMoreRegisters || (kWideVectors<A> && !kHeldRows<A, kWatched, kCodes>) ? 3
+                                                                                                      : 4;
 
 constexpr int kSmallCols = kWarp * kVector;
 // Warps share out what is done once for a matrix, so that none of a multiprocessor's schedulers has most of it: six add
@@ -62,6 +68,8 @@ HFAC_DEVICE void step_small(const Arguments& a) {
   using T = typename A::T;
   constexpr int kValues = 2 * kSmallRows;
   __shared__ std::conditional_t<kCodes, SmallCodesShared<T>, SmallShared<T>> shared;
+  constexpr int kHeld = kHeldRows<A, kWatched, kCodes>, kChunks = sizeof(typename A::Param) / sizeof(Chunk);
+  [[maybe_unused]] __shared__ Chunk held[kHeld ? kHeld : 1][kHeld ? kChunks : 1][kHeld ? kTileThreads : 1];
   if (skipped(a)) return;
   const DeviceItem& it = a.items[tile_of(a).item];
   const int lanes = it.tiling.lanes, shift = log2_of(lanes), ys = kTileThreads >> shift;
@@ -79,9 +87,15 @@ HFAC_DEVICE void step_small(const Arguments& a) {
     const int row = r * ys + y;
     if (row >= rows || col >= cols) continue;
     g_raw[r] = A::grad(grad, a.layouts, row * cols + col, kVector, true);
-    w_raw[r] = A::param(param, a.layouts, row * cols + col, kVector);
+    if (r < kHeld) {
+      const char* const from = static_cast<const char*>(param.data) + (row * cols + col) * (kChunks * 2);
+      HFAC_UNROLLED (c, kChunks) begin_copy(&held[r][c][thread], global(from) + 16 * c, true);
+    } else {
+      w_raw[r] = A::param(param, a.layouts, row * cols + col, kVector);
+    }
     if constexpr (kCodes) codes[r] = codes_at.load(row * cols + col, kVector);
   }
+  if constexpr (kHeld > 0) commit_copies();
   // Of the thread's rows the one whose sum this lane has, or of odd lanes its sum of squares; and what it finishes: a
   // row, and a column.
   const bool odd = lane % 2;
@@ -238,6 +252,7 @@ HFAC_DEVICE void step_small(const Arguments& a) {
   }
   [[maybe_unused]] const Constants<T, kCodes> constants(shared);
   Watch<A> watch;
+  if constexpr (kHeld > 0) wait_for_copies<0>();
   HFAC_UNROLLED (r, kSmallRows) {
     const T first_of = of_row(of_mine, r), scale_of = of_row(row_scale, r);
     const int row = r * ys + y;
@@ -246,6 +261,9 @@ HFAC_DEVICE void step_small(const Arguments& a) {
     if constexpr (!kMoreRegisters && sizeof(typename A::Grad) == sizeof(Chunk)) {
       A::widen(g_raw[r], g[r]);
       gradient.unscale(g[r]);
+    }
+    if (r < kHeld) {
+      HFAC_UNROLLED (c, kChunks) w_raw[r].chunk[c] = load_chunk(&held[r][c][thread], false);
     }
     A::widen(w_raw[r], w);
     [[maybe_unused]] T old[kVector];

@@ -90,6 +90,10 @@ class Planner {
   bool applies() const { return options_.op == OpKind::kHfacApply || options_.op == OpKind::kHfacInt8Apply; }
   bool codes() const { return options_.op == OpKind::kHfacInt8 || options_.op == OpKind::kHfacInt8Apply; }
 
+  static int64_t tile_sums(const DeviceItem& it) {
+    return padded(state_bytes(it) * kSums * it.tiling.row_tiles * it.cols);
+  }
+
   int64_t workspace_of(const DeviceItem& item) const {
     DeviceItem it = item;
     it.workspace = 0;
@@ -98,7 +102,8 @@ class Planner {
       using T = decltype(zero);
       if (smmf_matrices()) return reinterpret_cast<char*>(SmmfSpace<T>(it, base).end) - base;
       if (is_dense(options_.op)) return reinterpret_cast<char*>(DenseSpace<T>(it, base).end) - base;
-      return reinterpret_cast<char*>(HfacSpace<T>(it, base).end) - base;
+      const int64_t without_tiles = reinterpret_cast<char*>(HfacSpace<T>(it, base).end) - base;
+      return it.collects ? without_tiles : padded(without_tiles) + tile_sums(it);
     };
     return is_double(it) ? end_of(double()) : end_of(float());
   }
@@ -110,6 +115,7 @@ class Planner {
       DeviceItem& it = item(i);
       it.workspace = padded(at);
       at = it.workspace + workspace_of(it);
+      if (!smmf_matrices() && !is_dense(options_.op)) it.partials = at - tile_sums(it);
     }
     plan_.workspace_bytes = std::max(plan_.workspace_bytes, static_cast<size_t>(at));
   }
@@ -449,19 +455,18 @@ class Planner {
   // What lasts from phase to phase first: of an item 2 numbers per row, 5 per column and a few. Behind that the tiles'
   // sums, memory that the lists returned use in turn: as much as stays in the cache until it is collected.
   std::vector<Group> allot_collected() {
-    const auto sums = [](const DeviceItem& it) { return padded(state_bytes(it) * 3 * it.tiling.row_tiles * it.cols); };
     int64_t lasting = 0, most = 0;
     for (DeviceItem& it : items_) {
-      it.partials = 1;  // somewhere
+      it.collects = 1;
       it.workspace = lasting;
       lasting = padded(lasting + workspace_of(it));
     }
-    const std::vector<Group> shares = divided(all(), std::min(kWorkspaceCap, cache()), sums);
+    const std::vector<Group> shares = divided(all(), std::min(kWorkspaceCap, cache()), tile_sums);
     for (const Group& share : shares) {
       int64_t end = lasting;
       for (const int32_t i : share) {
         item(i).partials = end;
-        end += sums(item(i));
+        end += tile_sums(item(i));
       }
       most = std::max(most, end);
     }

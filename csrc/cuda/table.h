@@ -24,38 +24,39 @@ constexpr int kCounters = 3;
 constexpr int kSignEdges = 1;
 
 // How H-Fac's statistics take rows, by their length: up to three vectors of a thread, whose columns' sums stay in
-// registers; four; four of twice as many threads; or, with sums in memory, of any length.
+// registers; four; eight, of a block that has a multiprocessor's registers alone; or, with sums in memory, of any
+// length.
 enum class Width { kRows, kFour, kLong, kWide };
 constexpr int kWidths = static_cast<int>(Width::kWide) + 1;
-// Two blocks share a multiprocessor's registers. Three sums of 32 columns take 96 of the 128 that a thread may have,
-// and so the longest rows take all threads.
-HFAC_HD constexpr int stats_threads(Width w) { return w == Width::kRows || w == Width::kFour ? kTileThreads : 512; }
-HFAC_HD constexpr int stats_vectors(Width w) { return w == Width::kRows ? 3 : 4; }  // of a thread and a row, at most
+HFAC_HD constexpr int stats_threads(Width w) { return w == Width::kWide ? 512 : kTileThreads; }
+// Do two blocks share a multiprocessor's registers? Three sums of 32 columns take 96 of the 128 that a thread then has.
+HFAC_HD constexpr bool stats_in_pairs(Width w) { return w == Width::kRows || w == Width::kFour; }
+// Of a thread and a row, at most.
+HFAC_HD constexpr int stats_vectors(Width w) { return w == Width::kRows ? 3 : w == Width::kLong ? 8 : 4; }
+constexpr int kLongVectors = 6;  // of long rows where that is enough: more warps then have some
 HFAC_HD constexpr int64_t stats_cols(Width w) { return int64_t{stats_vectors(w)} * kVector * stats_threads(w); }
-// Rows come through a ring of batches in shared memory. Of a batch a thread has 128 bytes, or one row; with `fewer` it
-// has 64. `element`: its bytes.
-HFAC_HD constexpr int stats_rows(int vectors, int element, bool fewer) {
-  const int most = (fewer ? 64 : 128) / (vectors * kVector * element);
-  return most < 1 ? 1 : most < 2 ? 1 : most < 4 ? 2 : most < 8 ? 4 : 8;
+// Rows come through a ring of batches in shared memory. Of a batch a thread has 128 bytes, or one row. `element`: its
+// bytes.
+HFAC_HD constexpr int stats_rows(int vectors, int element) {
+  const int most = 128 / (vectors * kVector * element);
+  return most < 2 ? 1 : most < 4 ? 2 : most < 8 ? 4 : 8;
 }
-// Of rows of 64 columns of 16 bits, which fewer threads share than would have their sums, and of long ones.
-HFAC_HD constexpr bool fewer_rows(Width w, int vectors, int lanes, int element) {
-  return w == Width::kLong || lanes < 2 * stats_rows(vectors, element, false);
-}
-HFAC_HD constexpr int stats_batch_bytes(int vectors, int element, bool fewer, Width w) {
-  return stats_rows(vectors, element, fewer) * vectors * kVector * element * stats_threads(w);
+// So few threads share rows that are narrower than as many vectors: of 16 bits, those of 64 columns.
+constexpr int kNarrowLanes = 8;
+HFAC_HD constexpr int stats_batch_bytes(int vectors, int element, Width w) {
+  return stats_rows(vectors, element) * vectors * kVector * element * stats_threads(w);
 }
 // Every GPU has 99 KB for a block; with three batches one is under way, or more, while two are used.
 constexpr int kRingBytes = 96 << 10;
-HFAC_HD constexpr int stats_stages(int vectors, int element, bool fewer, Width w) {
-  return 3 * stats_batch_bytes(vectors, element, fewer, w) > kRingBytes ? 2 : 3;
+HFAC_HD constexpr int stats_stages(int vectors, int element, Width w) {
+  return 3 * stats_batch_bytes(vectors, element, w) > kRingBytes ? 2 : 3;
 }
-HFAC_HD constexpr int stats_ring(int vectors, int element, bool fewer, Width w) {
-  return stats_stages(vectors, element, fewer, w) * stats_batch_bytes(vectors, element, fewer, w);
+HFAC_HD constexpr int stats_ring(int vectors, int element, Width w) {
+  return stats_stages(vectors, element, w) * stats_batch_bytes(vectors, element, w);
 }
 // Of a block of a launch, which may have rows of several lengths.
 HFAC_HD constexpr int stats_shared(Width w, int element) {
-  return w == Width::kRows ? kRingBytes : stats_ring(stats_vectors(w), element, w == Width::kLong, w);
+  return w == Width::kRows ? kRingBytes : stats_ring(stats_vectors(w), element, w);
 }
 
 struct Operand {
@@ -89,10 +90,12 @@ constexpr int kSmmfRows = 1024;  // of a tile of SMMF's at most
 constexpr int kSmmfWarpRows = 128, kSmmfWarpElements = 4096;
 
 // How a matrix is cut. `lanes` threads share a row; the others of the block take further rows. `vectors`: of a row and
-// a thread, in H-Fac's statistics.
+// a thread, in H-Fac's statistics; `part_of_lane`: there 1 / lanes in units of 2^-kPartBits, rounded up, so that a
+// thread's number times that is the quotient, without the 20 instructions of a division.
 struct Tiling {
-  int32_t rows, cols, row_tiles, col_tiles, lanes, vectors;
+  int32_t rows, cols, row_tiles, col_tiles, lanes, vectors, part_of_lane;
 };
+constexpr int kPartBits = 20;  // exact for the few threads of a block
 
 struct Operands {
   Operand param, grad;
@@ -100,14 +103,14 @@ struct Operands {
 
 // One parameter, or one block of a shard of SMMF's.
 struct DeviceItem : Operands, Moments {
-  int64_t sign_bytes;    // of all slices
-  int32_t codes_layout;  // as an operand's
-  int32_t single;        // 1: no whole vectors, but taken element by element in the launches of those
-  int64_t workspace;     // bytes from its start
-  // As `workspace`: tiles' sums, where they are collected; 0: they follow the rest. Without tiles, sums of squares.
-  int64_t partials;
+  int64_t sign_bytes;     // of all slices
+  int32_t codes_layout;   // as an operand's
+  int32_t single;         // 1: no whole vectors, but taken element by element in the launches of those
+  int64_t workspace;      // bytes from its start
+  int64_t partials;       // as `workspace`: tiles' sums of columns. Without tiles, sums of squares
   int32_t index;          // in the caller's list
   int32_t counter;        // its first among the counters
+  int32_t collects;       // 1: H-Fac's tiles' sums do not outlast their group, so that they are collected
   Tiling tiling, update;  // of the first pass; of H-Fac's second
   DeviceStorage storage;
 };
@@ -121,7 +124,7 @@ struct DeviceShard {
   int64_t blocks;                                   // SMMF: of the shard, on its first block; 0 on the others
 };
 
-struct Tile {
+struct alignas(8) Tile {  // loaded at once
   int32_t item, index;
 };
 
@@ -179,14 +182,18 @@ inline Keys keys_of(uint64_t seed) {
 HFAC_HD bool is_double(const DeviceItem& it) { return it.param.dtype == DType::kFloat64; }
 HFAC_HD bool is_stored(const DeviceItem& it) { return it.storage.low.kind != Low::kNone || it.storage.stochastic; }
 HFAC_HD int64_t ceil_quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Of what is not negative by a number that the compiler knows: it then takes a third of the instructions.
+HFAC_HD int64_t ceil_part(int64_t a, unsigned b) {
+  return static_cast<int64_t>((static_cast<uint64_t>(a) + b - 1) / b);
+}
 HFAC_HD int64_t tiles_of(const Tiling& t) { return int64_t{t.row_tiles} * t.col_tiles; }
 HFAC_HD int64_t fold_chunks(int64_t rows, int64_t cols, int chunk) {
   return ceil_quotient(rows > cols ? rows : cols, chunk);
 }
 // Of H-Fac's folds, whose warps share the columns' tiles.
-HFAC_HD int64_t collect_chunks(const DeviceItem& it) { return ceil_quotient(it.cols, kFoldCols); }
+HFAC_HD int64_t collect_chunks(const DeviceItem& it) { return ceil_part(it.cols, kFoldCols); }
 HFAC_HD int64_t hfac_chunks(const DeviceItem& it) {
-  const int64_t of_rows = ceil_quotient(it.rows, kFoldChunk), of_cols = collect_chunks(it);
+  const int64_t of_rows = ceil_part(it.rows, kFoldChunk), of_cols = collect_chunks(it);
   return of_rows > of_cols ? of_rows : of_cols;
 }
 
@@ -217,17 +224,18 @@ constexpr int kFoldTotals = 3;  // of a chunk of its fold
 
 template <class T>
 struct HfacSpace {
-  double* norms;                // [chunks, 3] sum of r; sum of w_j / s_j; of codes the sum of r as it was
   T *scale, *divisor, *growth;  // sqrt(R); what U is divided by; of codes how sqrt(R) has grown, 0 where it was 0
   T *row_sum, *row_square;      // [rows] sum of the gradient, then phi / 2, of codes sqrt(r_old / r); the new r, then
                                 // 1 / sqrt(r)
   T *col_first, *col_scale;     // [cols] psi / 2, of codes sqrt(s_old / s); 1 / sqrt(s)
   T* collected;                 // [3, cols] `cols` added up, where that outlasts its group; else null
-  T* cols;                      // [row_tiles, 3, cols] sums of g, g^2, g^2 / r_i
-  T* end;
+  // [chunks, 3] sum of r; sum of w_j / s_j; of codes the sum of r as it was. Behind the rest, and the tiles' sums
+  // wherever the host says: the statistics find what they write with few instructions.
+  double* norms;
+  void* end;
+  T* cols;  // [row_tiles, 3, cols] sums of g, g^2, g^2 / r_i
   HFAC_HD HfacSpace(const DeviceItem& it, char* workspace) {
-    norms = reinterpret_cast<double*>(workspace + it.workspace);
-    scale = reinterpret_cast<T*>(norms + hfac_chunks(it) * kFoldTotals);
+    scale = reinterpret_cast<T*>(workspace + it.workspace);
     divisor = scale + 1;
     growth = scale + 2;
     row_sum = scale + 3;
@@ -235,9 +243,10 @@ struct HfacSpace {
     col_first = row_square + it.rows;
     col_scale = col_first + it.cols;
     T* const rest = aligned(col_scale + it.cols);
-    collected = it.partials ? rest : nullptr;
-    cols = it.partials ? reinterpret_cast<T*>(workspace + it.partials) : rest;
-    end = rest + (it.partials ? 1 : it.tiling.row_tiles) * 3 * it.cols;
+    collected = it.collects ? rest : nullptr;
+    norms = reinterpret_cast<double*>(aligned(rest + (it.collects ? kSums * it.cols : 0)));
+    end = norms + hfac_chunks(it) * kFoldTotals;
+    cols = reinterpret_cast<T*>(workspace + it.partials);
   }
 };
 

@@ -18,6 +18,8 @@ constexpr int64_t kAnyFactor = 5;     // how much longer statistics take where e
 constexpr int32_t kSmmfLanes = 64;    // of SMMF's tiles where there are so many columns: 1 KB of a row of bfloat16
 constexpr int64_t kAnyTile = 2048;    // elements of tiles that go one by one, which takes ten times as long
 constexpr int64_t kAnyUpdate = 1024;  // the same of H-Fac's update
+constexpr int32_t kUpdateMost = kRowsInFlight * kTileThreads;  // rows of its tiles, which lie in shared memory
+constexpr int64_t kLeastLanes = 8;  // of its tiles, where a row is cut: 128 bytes of bfloat16
 
 int32_t power_of_two(int64_t at_least) {
   int32_t p = 1;
@@ -46,33 +48,57 @@ bool in_one_block(const DeviceItem& it, bool bulk) {
          it.rows <= kSmallRows * (kTileThreads / lanes);
 }
 
-// Columns are divided evenly, so that no tile of a row of tiles leaves most of its threads idle. At least as many rows
-// as the block has in flight at once.
+// Into how many tiles the update cuts rows of so many vectors: the widest that leave the fewest threads idle, or nearly
+// so. Narrower ones make up for it by more rows.
+int64_t update_tiles(int64_t vectors) {
+  int64_t best = 1, most = 0;  // vectors of 1024 threads
+  for (int64_t lanes = kTileThreads; lanes >= kLeastLanes; lanes /= 2) {
+    const int64_t tiles = ceil_quotient(vectors, lanes);
+    const int64_t busy = 1024 * vectors / (tiles * power_of_two(ceil_quotient(vectors, tiles)));
+    if (16 * busy <= 17 * most) continue;
+    most = busy;
+    best = tiles;
+  }
+  return best;
+}
+
+// Columns are divided evenly. At least as many rows as the block has in flight at once; where rows are cut although a
+// block could hold them, as many elements as if they were not.
 Tiling cut_update(const DeviceItem& it, bool bulk, int64_t launched) {
   Tiling t{};  // what has no meaning for an op is 0: tables are compared
-  t.col_tiles = static_cast<int32_t>(ceil_quotient(it.cols, kTileCols));
+  const int64_t whole_row = ceil_quotient(it.cols, kVector), least = ceil_quotient(it.cols, kTileCols);
+  t.col_tiles = static_cast<int32_t>(bulk ? update_tiles(whole_row) : least);
   const int64_t vectors = ceil_quotient(ceil_quotient(it.cols, t.col_tiles), kVector);
   t.cols = static_cast<int32_t>(vectors * kVector);
   t.lanes = power_of_two(vectors);
   const int32_t at_once = kTileThreads / t.lanes * (bulk ? kRowsInFlight : 1);
-  const auto rows = bulk ? updated_rows(launched) : static_cast<int32_t>(kAnyUpdate / t.cols);
+  const int32_t wide = power_of_two(ceil_quotient(whole_row, least));
+  const auto rows = bulk ? std::min(updated_rows(launched) * (wide / t.lanes), kUpdateMost)
+                         : static_cast<int32_t>(kAnyUpdate / t.cols);
   t.rows = std::max(rows, at_once);
   t.row_tiles = static_cast<int32_t>(ceil_quotient(it.rows, t.rows));
   return t;
 }
 
 // Threads that share a row of so many vectors when each has some: whole warps, or lanes that a warp shares out evenly.
-// Never fewer than have a row's sums.
+// Never fewer than have the sums of a batch's rows, of which there are two where a thread has three vectors.
 int32_t stats_lanes(int64_t vectors, int of_thread) {
   const int64_t lanes = ceil_quotient(vectors, of_thread);
-  return lanes > kWarp ? static_cast<int32_t>(ceil_quotient(lanes, kWarp) * kWarp) : std::max(8, power_of_two(lanes));
+  return lanes > kWarp ? static_cast<int32_t>(ceil_quotient(lanes, kWarp) * kWarp)
+                       : std::max(of_thread == 3 ? 4 : 8, power_of_two(lanes));
 }
 
 // Vectors of a thread that leave the fewest threads idle. Two where that does not matter: with more of them there is
-// less to do for every row, and more to keep. One where a warp has the row, which adds as the step of small matrices
-// does.
-int32_t vectors_of_thread(int64_t vectors) {
-  if (vectors <= kWarp) return 1;
+// less to do for every row, and more to keep. Where a warp has the row one, as in the step of small matrices, whose
+// bits do not depend on the launches that serve; three where that would leave a quarter of the lanes idle, of matrices
+// that are not small, and of whole vectors, since others may be read one by one (`in_single_vectors`).
+int32_t vectors_of_thread(const DeviceItem& it) {
+  const int64_t vectors = ceil_quotient(it.cols, kVector);
+  if (vectors <= kWarp) {
+    const int32_t lanes = stats_lanes(vectors, 1);
+    const bool idle = lanes > 8 && 4 * vectors <= 3 * lanes, small = it.rows <= kSmallRows * (kTileThreads / lanes);
+    return idle && !small && whole(it) ? 3 : 1;
+  }
   int32_t best = 0;
   int64_t most = 0;
   for (const int32_t v : {2, 3, 1}) {
@@ -106,12 +132,14 @@ Tiling cut_statistics(const Matrix& matrix, int64_t tile) {
   t.cols = static_cast<int32_t>(vectors * kVector);
   int64_t batch = kWideRows, at_once = 1;
   t.lanes = stats_threads(width);
-  t.vectors = width == Width::kRows ? vectors_of_thread(vectors) : stats_vectors(width);
+  t.vectors = width == Width::kRows ? vectors_of_thread(it) : stats_vectors(width);
+  if (width == Width::kLong && vectors <= int64_t{kLongVectors} * stats_threads(width)) t.vectors = kLongVectors;
   if (width != Width::kWide) {
     t.lanes = stats_lanes(vectors, t.vectors);
     at_once = stats_threads(width) / t.lanes;
-    batch = at_once * (whole(it) ? stats_rows(t.vectors, 2, false) : 1);
+    batch = at_once * (whole(it) ? stats_rows(t.vectors, 2) : 1);
   }
+  t.part_of_lane = static_cast<int32_t>(ceil_quotient(int64_t{1} << kPartBits, t.lanes));
   const int64_t elements = tile * 1024 / elements_of(1024, matrix, t);
   const int64_t rows = std::clamp(ceil_quotient(elements, it.cols), kStatsLeast, kStatsMost * at_once);
   const int64_t near = std::max<int64_t>(1, (rows + batch / 2) / batch) * batch, tiles = ceil_quotient(it.rows, near);
@@ -123,9 +151,8 @@ Tiling cut_statistics(const Matrix& matrix, int64_t tile) {
 // One of 256 threads, of which a multiprocessor holds two, or half a block that it holds alone. Beginning and ending
 // take 20 K elements and what a column's sums take, by the model of bench/launch_plan.py.
 int64_t statistics_cost(const Matrix& matrix, const Tiling& t) {
-  const int64_t threads = stats_threads(width_of(*matrix.item, matrix.access));
   const int64_t elements = elements_of(std::min<int64_t>(t.rows, matrix.item->rows) * t.cols, matrix, t);
-  return (elements + 12 * t.cols) * kTileThreads / threads + (20 << 10);
+  return (elements + 12 * t.cols) / (stats_in_pairs(width_of(*matrix.item, matrix.access)) ? 1 : 2) + (20 << 10);
 }
 
 namespace {
@@ -143,7 +170,7 @@ int64_t statistics_time(const std::vector<Matrix>& matrices, int64_t tile, size_
     sums += int64_t{t.row_tiles} * t.cols;
   }
   std::sort(found.rbegin(), found.rend());
-  const bool pairs = stats_threads(width_of(*matrices[0].item, matrices[0].access)) == kTileThreads;
+  const bool pairs = stats_in_pairs(width_of(*matrices[0].item, matrices[0].access));
   // A block that is alone on its multiprocessor takes 5/8 of the time.
   const int64_t slots = pairs && blocks > kMultiprocessors ? 2 * kMultiprocessors : kMultiprocessors;
   std::priority_queue<int64_t, std::vector<int64_t>, std::greater<>> free(
@@ -180,7 +207,7 @@ int64_t statistics_tile(const std::vector<Matrix>& matrices) {
   return best;
 }
 
-bool in_single_vectors(const DeviceItem& it) { return vectors_of_thread(ceil_quotient(it.cols, kVector)) == 1; }
+bool in_single_vectors(const DeviceItem& it) { return vectors_of_thread(it) == 1; }
 
 bool whole(const DeviceItem& it) { return it.cols % kVector == 0 && it.signs.slice % kVector == 0; }
 

@@ -80,8 +80,8 @@ int64_t take_launches();
 void inject_error(int code, const std::string& text, int64_t launches);
 
 // What is done wrong on purpose in every launch of `smmf_tiles`, to see that it is found: "barrier" leaves out the
-// first barrier of each block, "block" the last block; in every launch of `hfac_stats`: "wait" leaves out waits for
-// copies. "" is nothing.
+// first barrier of each block, "block" the last block; in every launch of `hfac_stats` and of `hfac_small`: "wait"
+// leaves out waits for copies. "" is nothing.
 void inject_fault(const std::string& fault);
 
 // Memory that kernels may touch, where any is named: `touches` ends the program (exit status 4) at an access outside

@@ -24,6 +24,8 @@ ROWS = [(name, key) for name, rows in OPTIONS.items() for key in rows]
 LARGE = [(300, 2100), (2100, 300), (300, 2104), (2104, 304), (5, 9000), (20, 14344), (3, 17001)]
 # H-Fac's statistics take rows in other ways, by their length.
 LARGE += [(700, 64), (90, 512), (60, 1536), (40, 5000), (35, 16424)]
+# So do the threads that share a row's columns add up their sums: two, four, eight, sixteen or sixty-four of them.
+LARGE += [(600, 96), (300, 192), (90, 384), (40, 1024), (30, 2048), (20, 3072)]
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +67,9 @@ def test_autograd_notices_the_write(name):
     test_parity.test_autograd_notices_the_write(name, emulated.NAME)
 
 
-@pytest.mark.parametrize("shape", [(80, 64), (160, 256), (40, 768), (40, 4096), (40, 8192), (40, 16384)], ids=shape_id)
+@pytest.mark.parametrize(
+    "shape", [(80, 64), (400, 96), (160, 256), (40, 768), (40, 4096), (40, 8192), (40, 9000), (40, 16384)], ids=shape_id
+)
 def test_a_copy_that_is_used_before_its_wait_is_seen(shape):
     """Statistics of rows of every length that reach shared memory by copies; the emulation leaves out their waits."""
     _, plain = steps("HFac", [shape], count=1)
@@ -76,6 +80,20 @@ def test_a_copy_that_is_used_before_its_wait_is_seen(shape):
         emulated.native.inject_fault("")
     for name in ("exp_avg_sq_row", "exp_avg_sq_col"):
         assert plain[0][name].isfinite().all() and early[0][name].isnan().any(), name
+
+
+def test_a_parameter_that_is_used_before_its_wait_is_seen():
+    """Of a small float32 matrix a thread's first row is in shared memory until it is updated; a block has 16 of 128."""
+    shape = (30, 128)
+    _, plain = steps("HFac", [shape], count=1)
+    emulated.native.inject_fault("wait")
+    try:
+        early, states = steps("HFac", [shape], count=1)
+    finally:
+        emulated.native.inject_fault("")
+    assert early[0][:16].isnan().all() and early[0][16:].isfinite().all()
+    for name, value in plain[0].items():
+        assert torch.equal(torch.as_tensor(states[0][name]), torch.as_tensor(value)), name
 
 
 def steps(name, shapes, *, backend=emulated.NAME, count=3, dtype=torch.float32, **kwargs):
@@ -90,7 +108,9 @@ def steps(name, shapes, *, backend=emulated.NAME, count=3, dtype=torch.float32, 
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-@pytest.mark.parametrize("shape", [(83, 64), (43, 60), (21, 768), (19, 4096), (18, 8192), (17, 16384)], ids=shape_id)
+@pytest.mark.parametrize(
+    "shape", [(83, 64), (43, 60), (390, 96), (21, 768), (19, 4096), (18, 8192), (17, 9000), (17, 16384)], ids=shape_id
+)
 def test_statistics_with_options_have_the_bits_of_plain_ones(shape, dtype):
     """Gradients that are looked at, and scaled by a power of two, in rows of every length: their kernels keep what all
     rows have in common in other places."""

@@ -1,6 +1,7 @@
 """The plan of launches: few enough of them, and no more bytes than the algorithms need. Needs no GPU."""
 
 import math
+import struct
 
 import pytest
 
@@ -174,6 +175,37 @@ def test_an_update_has_blocks_for_all_multiprocessors(shape, dtype):
     )
     assert min(alone) >= 256 and min(listed) >= 128, (alone, listed)
     assert sum(many) == 2000
+
+
+def tiling_of(which, shape, algorithm="hfac"):
+    """Rows, columns, tiles of rows and of columns, lanes and vectors of a matrix of bfloat16."""
+    ((found, _),) = launch_plan.plans(algorithm, [shape], "bfloat16", image=True)
+    image = found["image"]
+    return struct.unpack_from("6i", image["items"], image[which])
+
+
+@pytest.mark.parametrize("algorithm", ["hfac", "hfac_int8"])
+def test_an_update_leaves_few_threads_idle(algorithm):
+    """Of a tile's lanes, a power of two, of rows as models have them: ResNet-50's, GPT-2's, Llama's. A tile has as
+    many elements as one of 2048 columns, and no more rows than its block prepares at once."""
+    for cols in (64, 576, 768, 1152, 1536, 1600, 2304, 3072, 4096, 4608, 5120, 6400, 8192, 11008, 14336):
+        rows, of_tile, row_tiles, tiles, lanes, _ = tiling_of("update", (4096, cols), algorithm)
+        assert tiles * of_tile >= cols > (tiles - 1) * of_tile and row_tiles * rows >= 4096
+        assert cols >= 0.89 * tiles * lanes * 8, cols
+        assert rows * of_tile <= 1 << 17 and 4 * 256 // lanes <= rows <= 1024
+
+
+def test_the_statistics_leave_few_threads_idle():
+    """One vector of a row of 64 columns each, three where one would leave a quarter of the threads idle, two of 512;
+    of long rows six or eight. Small matrices have one: their step adds so, which a list with larger ones does not
+    change."""
+    expected = {64: (8, 1), 96: (4, 3), 128: (16, 1), 192: (8, 3), 256: (32, 1), 512: (32, 2), 768: (32, 3)}
+    expected |= {1024: (64, 2), 6144: (256, 3), 8192: (256, 4), 9000: (192, 6), 12288: (256, 6), 16384: (256, 8)}
+    for cols, (lanes, vectors) in expected.items():
+        assert tiling_of("tiling", (4096, cols))[4:] == (lanes, vectors), cols
+    for rows, cols, lanes in ((32, 96, 16), (16, 192, 32)):
+        assert tiling_of("tiling", (rows, cols))[4:] == (lanes, 1)
+        assert tiling_of("tiling", (rows + 1, cols))[5] == 3
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
