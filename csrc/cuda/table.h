@@ -92,7 +92,7 @@ constexpr int kSmmfWarpRows = 128, kSmmfWarpElements = 4096;
 // How a matrix is cut. `lanes` threads share a row; the others of the block take further rows. `vectors`: of a row and
 // a thread, in H-Fac's statistics; `part_of_lane`: there 1 / lanes in units of 2^-kPartBits, rounded up, so that a
 // thread's number times that is the quotient, without the 20 instructions of a division.
-struct Tiling {
+struct alignas(8) Tiling {  // two numbers are loaded at once
   int32_t rows, cols, row_tiles, col_tiles, lanes, vectors, part_of_lane;
 };
 constexpr int kPartBits = 20;  // exact for the few threads of a block
