@@ -65,6 +65,11 @@ class NormOptimizer(ReportingOptimizer):
         self._norm_group = group
         self._forget()
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What `torch.amp.GradScaler` looks for: it then leaves unscaling, and the decision to step, to `step`."""
+        return any(group["amp_scaling"] for group in self.param_groups)
+
     def _is_capturing(self) -> bool:
         """Whether a step of sharded parameters is being captured in a CUDA graph."""
         return self._sharded is not None and self._sharded.capturing
