@@ -21,7 +21,7 @@ from hfac.cli.progress import make_progress
 from hfac.cli.report import best_runs, environment, print_table, write_json
 from hfac.cli.runner import Comparison, StopRequest
 from hfac.cli.settings import DTYPES, NAMES, SCHEDULES, Settings, flag, resolve
-from hfac.optim.state import MASTER, ROUNDING
+from hfac.optim.param_groups import MASTER, ROUNDING
 
 HELP = "train a small GPT with several optimizers and compare loss, memory and time"
 NUMBERS, PLOT = "compare.json", "compare.png"

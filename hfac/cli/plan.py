@@ -20,8 +20,8 @@ from hfac.cli.errors import OutputError, UsageError
 from hfac.cli.foreign import told
 from hfac.cli.plan_plot import write_plot
 from hfac.cli.report import print_rows
+from hfac.optim.param_groups import MASTER, ROUNDING
 from hfac.optim.smmf import SIGNS
-from hfac.optim.state import MASTER, ROUNDING
 
 HELP = "compute how much memory a model takes with each optimizer"
 

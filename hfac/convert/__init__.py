@@ -15,7 +15,8 @@ from torch.optim.optimizer import ParamsT
 from .. import codes, matricize, reference, signs
 from ..optim import SMMF, HFac
 from ..optim.options import unadvised, warn
-from ..optim.state import EXECUTION, LOW
+from ..optim.param_groups import EXECUTION
+from ..optim.state import LOW
 from ..types import AdamWOptions, HFacOptions, SMMFOptions, Unpack
 from .sources import SOURCES, Entry, Moments, Source, is_factor, pieces, smmf_weight, source_of, tensor
 

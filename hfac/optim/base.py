@@ -12,8 +12,8 @@ from . import options
 from .binding import BindingOptimizer, Given
 from .cache import SingleParamCache, StepCache
 from .norms import Ready
+from .param_groups import KnownOptions
 from .slices import needs_reduction
-from .state import KnownOptions
 from .wrapping import keep_uncompiled, without_grad
 
 Loss = TypeVar("Loss")

@@ -10,8 +10,9 @@ from torch.nn import Parameter
 from .. import spec
 from ..distributed import Gradients, layout
 from ..ops import grads_of, identical, values_are
+from .param_groups import EXECUTION
 from .slices import needs_reduction
-from .state import EXECUTION, has_state, own_keys
+from .state import has_state, own_keys
 
 Groups = list[dict[str, Any]]
 #: an optimizer's ``state``: of each parameter by key, and whatever wrappers of the optimizer add

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from .. import rounding, signs, spec
 from ..distributed import layout
-from .state import EXECUTION, HOST, LOW, StatefulOptimizer, counter, is_trained
+from .param_groups import EXECUTION
+from .state import HOST, LOW, StatefulOptimizer, counter, is_trained
 
 
 class CheckpointedOptimizer(StatefulOptimizer):
