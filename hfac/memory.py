@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-#: (tensors) tells autograd of writes that it cannot see, before they are made where that can be: it refuses some
-#: tensors. torch's public function for it, `torch.autograd.graph.increment_version`, takes twice as long.
-written: Callable[[Sequence[Tensor]], None] = getattr(torch._C, "_increment_version", increment_version)
+#: (tensors) advances the counters by which autograd notices that a tensor it has saved was written. For kernels, whose
+#: writes it cannot see; before they are made where that can be, because it refuses some tensors. torch's own public
+#: function for it, `torch.autograd.graph.increment_version`, takes twice as long.
+bump_versions: Callable[[Sequence[Tensor]], None] = getattr(torch._C, "_increment_version", increment_version)
 #: Types whose elements lie in memory as strides and type say, unless lazy bits say otherwise.
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
 #: What runs instead of operations, of which memory knows nothing: FakeTensorMode, and the tracers of torch.compile.

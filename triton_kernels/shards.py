@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..memory import written
+from ..memory import bump_versions
 from . import platform, table
 from .items import KEY, Item
 from .launcher import Launcher
@@ -50,7 +50,7 @@ class ShardCall:
                 options = options_of(self._operands, numbers)
                 room.run(plan.launches, tiles, options)
         if self._operands.written:
-            written(self._operands.written)
+            bump_versions(self._operands.written)
 
     def check_capture(self, grads: Tensors, nonfinite: None = None, clip_threshold: Any = None) -> None:
         """Refuses to be captured."""

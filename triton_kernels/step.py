@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..memory import written
+from ..memory import bump_versions
 from ..staging import refused
 from . import platform
 from .records import Operands, Tensors, aligned
@@ -129,7 +129,7 @@ class Bound:
             finally:
                 room.watched = None
                 self._rooms.append(room)
-        written(self._params)
+        bump_versions(self._params)
 
     def statistics(
         self,
@@ -240,7 +240,7 @@ class Bound:
             finally:
                 if statistics is not None:
                     self._rooms.append(room)
-        written(self._params)
+        bump_versions(self._params)
         return True
 
     def _repeatable(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import memory
-from ..memory import written
+from ..memory import bump_versions
 from ..spec import Op
 from . import addresses
 from .contract import Moved, Operands, Statistics
@@ -107,7 +107,7 @@ class CpuCall:
         if watched is not None:
             numbers.update(watched=watched.data_ptr())
         if self._written:
-            written(self._written)
+            bump_versions(self._written)
         self._last = None
         told = self._run(grads, nonfinite, numbers, seen)
         if alone and seen is not None:
@@ -128,7 +128,7 @@ class CpuCall:
                 return False
             self._last = last = seen, {**last[1], "grads": addresses.addresses(moved[1])}
         if self._written:
-            written(self._written)
+            bump_versions(self._written)
         told = {**last[1], **_on_host(numbers), "threads": torch.get_num_threads()}
         if nonfinite is not None:
             told["nonfinite"] = nonfinite.data_ptr()
@@ -220,7 +220,7 @@ def copier(to: Sequence[Tensor], from_: Sequence[Tensor], ours: bool) -> Callabl
 
     def copy() -> None:
         if not ours:
-            written(to)
+            bump_versions(to)
         _C.copy_memory(targets, sources, bytes_)
 
     return copy

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..memory import written
+from ..memory import bump_versions
 from ..spec import Op
 from ..staging import Staged, refused
 from . import addresses, cpu
@@ -98,7 +98,7 @@ class CudaCall:
         """The step. ``statistics`` are of the same gradients and numbers, except that ``grad_scale`` has since been
         divided by ``clip``, a 0-d float32 tensor on the device: where it is exactly 1 the step goes on from them, else
         they are taken again, and ``nonfinite`` with them; either way the bits are those of a step without."""
-        written(self.params)
+        bump_versions(self.params)
         with self._lock:
             plan, workspace = self._plain, None
             if statistics is not None:
@@ -155,7 +155,7 @@ class CudaCall:
         clip: Tensor | None = None,
     ) -> bool:
         with self._lock:
-            written(self.params)
+            bump_versions(self.params)
             if statistics is not None and self._split is not None:
                 plan = self._split
                 plan.workspace, plan.squares = statistics.memory, statistics.squares  # the next ones have them
@@ -205,7 +205,7 @@ class CudaShardCall:
         if self._plan.table_bytes:
             self._launch(numbers)
         if self._operands.written:
-            written(self._operands.written)
+            bump_versions(self._operands.written)
 
     def capturing(self) -> bool:
         """As `CudaCall.capturing`."""
