@@ -389,6 +389,7 @@ if __name__ == "__main__":  # bench/gpu_objects.py imports this file
             "hfac.distributed",
             "hfac.ops",
             "hfac.optim",
+            "hfac.reference",
             "hfac.triton_kernels",
         ],
         package_dir={"hfac": "hfac", "hfac.triton_kernels": "triton_kernels"},

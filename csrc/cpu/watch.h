@@ -1,4 +1,4 @@
-// Statistics of a watched step (hfac/reference.py, `watched`). Kernels need not know: a watched step is staged in the
+// Statistics of a watched step (hfac/reference, `watched`). Kernels need not know: a watched step is staged in the
 // arithmetic's type, so old and new weights are both at hand.
 #pragma once
 

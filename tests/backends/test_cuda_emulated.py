@@ -12,7 +12,8 @@ from suites import BF16, F16, F32, laid_out, same
 from test_parity import ieee_square_roots  # noqa: F401  (a fixture for every test here)
 
 import hfac
-from hfac import backends, matricize, reference
+from hfac import backends, matricize
+from hfac.signs import pack_signs
 
 pytestmark = [
     pytest.mark.skipif(emulated.native is None, reason=emulated.WHY_NOT),
@@ -481,7 +482,7 @@ def test_signs_of_any_size_at_any_address(shape, offset):
     tensor's, wherever it begins and however long it is."""
     values = gradient(shape, 1, torch.float32).sign()  # of one size, so that two factors say all of the moment
     rows, cols = matricize.square(values.numel())
-    packed = reference.pack_signs(values > 0)
+    packed = pack_signs(values > 0)
     around = torch.full((offset + packed.numel() + 3,), 0xA5, dtype=torch.uint8)
     signs = around[offset : offset + packed.numel()].view_as(packed)
     signs.zero_()
@@ -490,7 +491,7 @@ def test_signs_of_any_size_at_any_address(shape, offset):
     states["exp_avg_signs"] = [signs]
     step = calls.bind(emulated.ops, "smmf_step", [torch.zeros(shape)], states)
     scalars = dict(lr=0.1, beta1=0.5, beta2=0.5, eps=1e-8, weight_decay=0.0, decoupled_weight_decay=True)
-    for grad, expected in ((values, packed), (-9 * values, reference.pack_signs(values < 0))):
+    for grad, expected in ((values, packed), (-9 * values, pack_signs(values < 0))):
         step([grad], **scalars, maximize=False)
         assert torch.equal(signs, expected)
         assert (torch.cat((around[:offset], around[offset + packed.numel() :])) == 0xA5).all()

@@ -11,9 +11,10 @@ from cases import DTYPES, codes_agree, gradient
 from cases import smmf_agrees as weights_agree
 from test_parity import SUMS, ieee_square_roots, params_agree  # noqa: F401
 
-from hfac import ops, reference, spec
+from hfac import ops, spec
 from hfac.backends import cpu
 from hfac.matricize import Block, blocks, sign_shape, square
+from hfac.signs import pack_signs
 
 pytestmark = pytest.mark.skipif(cpu._C is None, reason="the extension is not built: hfac doctor says why")
 
@@ -414,7 +415,7 @@ class BlockParts:
                 count = n if "rows" in state else m
                 self.states[state].append(positive(count, ops.state_dtype(dtype), 10 * i + k))
             pattern = gradient(shape, 7 + i) > 0 if shape[0] else torch.zeros(shape, dtype=torch.bool)
-            signs = reference.pack_signs(pattern) if pattern.numel() else torch.zeros(sign_shape(shape)).byte()
+            signs = pack_signs(pattern) if pattern.numel() else torch.zeros(sign_shape(shape)).byte()
             self.states["exp_avg_signs"].append(signs)
 
     def step(self, backend, **options):
@@ -547,7 +548,7 @@ def test_smmf_parts_make_the_whole(pieces, dtype, options, backend="cpu"):
     found, signs = [], []
     for k in range(pieces):
         a, b = k * 127 // pieces, (k + 1) * 127 // pieces
-        mine, mine_signs = param[a:b].clone(), reference.pack_signs(positive_signs[a:b])
+        mine, mine_signs = param[a:b].clone(), pack_signs(positive_signs[a:b])
         moments = [*([x] for x in first), [mine_signs]] if with_first else [None] * 3
         new = [*([x] for x in sums[:2])] if with_first else [None] * 2
         lists = (*moments, *([x] for x in second), *new, *([x] for x in sums[2:]))
@@ -555,7 +556,7 @@ def test_smmf_parts_make_the_whole(pieces, dtype, options, backend="cpu"):
         calls.smmf_sums_step_([mine], [grad[a:b]], *lists, blocks=where, **scalars)
         found.append(mine)
         signs.append(mine_signs)
-    whole_signs = reference.pack_signs(positive_signs)
+    whole_signs = pack_signs(positive_signs)
     moments = [*([x.clone()] for x in first), [whole_signs]] if with_first else [None] * 3
     squares = [[x.clone()] for x in second]
     calls.smmf_step_([param], [grad], *moments, *squares, **scalars)

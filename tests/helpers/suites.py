@@ -8,7 +8,8 @@ import emulated
 import torch
 from cases import gradient
 
-from hfac import backends, matricize, ops, reference, rounding, spec
+from hfac import backends, matricize, ops, rounding, spec
+from hfac.signs import pack_signs
 
 #: Those of tensors on the CPU. Triton's kernels are one where they are interpreted: tests/backends/test_triton.py runs
 #: suites once more with TRITON_INTERPRET=1.
@@ -140,7 +141,7 @@ class Run:
         if name == "exp_avg_signs":
             signs = gradient(shape, seed, F32) > 0
             packed = torch.zeros(matricize.sign_shape(shape), dtype=torch.uint8)
-            return reference.pack_signs(signs) if signs.numel() else packed
+            return pack_signs(signs) if signs.numel() else packed
         size = shape if "dense" in self.op else (self.sides(shape)["cols" in name],)
         if name == "exp_avg_qs":
             return torch.randint(-127, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(seed))

@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn import Parameter
 
 import hfac
-from hfac import SMMF, HFac, matricize, param_groups, reference
+from hfac import SMMF, HFac, matricize, param_groups
+from hfac.signs import unpack_signs
 
 EXACT = dict(rtol=1e-10, atol=1e-13)  # float64 against float64, along another order of the same sums
 SHAPES4 = [*SHAPES, (2, 3, 5, 4), (0, 5)]
@@ -205,7 +206,7 @@ def test_published_state_in_the_middle(case):
     if "exp_avg_row" in state:
         entry["momentum_m"] = (state["exp_avg_row"], state["exp_avg_col"])
         # as torch's loading leaves it: cast to the parameter's type
-        entry["sign"] = reference.unpack_signs(state["exp_avg_sign"], param.shape).reshape(n, m).double()
+        entry["sign"] = unpack_signs(state["exp_avg_sign"], param.shape).reshape(n, m).double()
     optimizer = SMMF([param])
     optimizer.load_state_dict(hfac.convert(published_state_dict(case, entry), [param], to="smmf"))
     for grad in data["g"][4:].double():
@@ -264,7 +265,7 @@ def test_hfac_to_smmf_and_back_keeps_the_second_moment():
     assert_states(back, start, only=lambda key: key.startswith("exp_avg_sq") or key == "step")
     M = (start.state[params[0]]["exp_avg_row"][:, None] + start.state[params[0]]["exp_avg_col"]).double()
     M = M - start.state[params[0]]["exp_avg_col"].mean()
-    signs = reference.unpack_signs(there["state"][0]["exp_avg_sign"], (24, 18))
+    signs = unpack_signs(there["state"][0]["exp_avg_sign"], (24, 18))
     assert torch.equal(signs, M > 0)
     scaled = M.abs().sum(1) * (1 - np.prod([0.8 * 0.999**i for i in range(7)]))
     torch.testing.assert_close(there["state"][0]["exp_avg_row"], scaled.to(there["state"][0]["exp_avg_row"].dtype))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import hfac
-from hfac import reference
+from hfac.signs import unpack_signs
 
 DATA = Path(__file__).parents[1] / "data"
 CASES = json.loads((DATA / "published.json").read_text())
@@ -73,7 +73,7 @@ def follow(case: dict, dtype: torch.dtype, backend: str) -> None:
     assert state.keys() - {"step", "exp_avg_sign"} == expected.keys() - {"sign"}
     for name, value in expected.items():
         if name == "sign":
-            signs = reference.unpack_signs(state["exp_avg_sign"], param.shape)
+            signs = unpack_signs(state["exp_avg_sign"], param.shape)
             assert torch.equal(signs.reshape(value.shape), value)
         else:
             agree(name, state[name], value)

@@ -1,5 +1,5 @@
 // SMMF on one element (SMMF, Algorithm 1); V is float, double, or a vector of them. The association of every product is
-// that of hfac/reference.py, which makes the results equal to the bit.
+// that of hfac/reference/smmf.py, which makes the results equal to the bit.
 #pragma once
 
 #include "roots.h"
