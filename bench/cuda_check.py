@@ -20,7 +20,7 @@ from json import dumps, loads
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("smmf", "hfac", "hfac_int8", "hfac_small", "hfac_stats", "dense")
+SOURCES = ("smmf", "hfac", "hfac_int8", "hfac_small", "hfac_stats", "dense", "step_counts")
 ARCHS = ("80", "90", "100")
 #: kernel -> the registers that its number of threads leaves; kernels with no entry are bound by the architecture's 255,
 #: among them the statistics of long rows, of which a multiprocessor holds one block of 256 threads
@@ -102,7 +102,7 @@ def describe(symbol: str) -> tuple[str, str]:
     name = re.search(
         r"\d(smmf_tiles|smmf_fold|smmf_sums_fold|hfac_small|hfac_int8_small|hfac_stats_wide|hfac_stats_long|hfac_stats_four|hfac_stats|hfac_collect|hfac_unflag|hfac_fold|"
         r"hfac_int8_fold|hfac_sums_fold|hfac_apply_fold|hfac_int8_apply_fold|hfac_update_tiles|hfac_int8_tiles|look|squares|"
-        r"dense_look|hfac_dense|smmf_dense)[IE]",
+        r"dense_look|hfac_dense|smmf_dense|next_decays|count_steps)[IE]",
         symbol,
     )
     if name is None:

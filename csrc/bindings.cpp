@@ -16,6 +16,7 @@ namespace py = pybind11;
 PYBIND11_MODULE(_emulated, m) {
   m.doc() = "The CUDA kernels of hfac, compiled for the host. For tests.";
   hfac::bindings::define_cuda(m);
+  hfac::bindings::define_step_counts(m);
   m.def("set_block_order", &hfac::emulation::set_block_order, py::arg("order"));
   m.def("inject_fault", &hfac::emulation::inject_fault, py::arg("fault"));
   m.def("set_threading", &hfac::emulation::set_threading, py::arg("threading"));
@@ -53,6 +54,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   hfac::bindings::define_cpu(m);
   hfac::bindings::define_snapshots(m);
   hfac::bindings::define_cuda(m);
+  hfac::bindings::define_step_counts(m);
   m.def("info", &info, "Version, compiler and instruction sets: compiled, usable on this processor, in use.");
   m.def("set_isa", &hfac::set_level, py::arg("name"),
         "Use a lower instruction set than the best; '' is the best. The results are the same to the bit.");

@@ -95,6 +95,7 @@ class ItemLists {
 void define_cpu(py::module_& m);
 void define_snapshots(py::module_& m);
 void define_cuda(py::module_& m);
+void define_step_counts(py::module_& m);
 
 // A seed of random bits, of 64 bits.
 uint64_t seed_of(const py::object& value);
