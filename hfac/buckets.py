@@ -29,7 +29,7 @@ class Bucket:
     views: list[int] | None  # of each parameter, how many pieces it is cut into
     views_dim: int  # the dimension that is cut, after the batch dimensions
     counts: list[int]  # of each parameter, how many entries of the call are its slices
-    together: "Together | None" = None  # where the device counts its steps, or those that were skipped
+    in_together: bool = False  # the device counts its steps, or those that were skipped: a `Together` has it
 
     def count(self, forbidden: Tensor | None) -> None:
         """Counts a step of what the host alone counts. ``forbidden``: 0-d, whether it was not made at all."""
@@ -60,17 +60,42 @@ class Marks:
             can be.
         of: each bucket's.
         forbidden: 0-d, whether the step is not made at all; None where nothing forbids it.
+        memory: the step's where kernels count it.
     """
 
     flags: Tensor | None
     of: Sequence[Tensor | None]
     forbidden: Tensor | None
+    memory: "Memory | None" = None
+
+
+class Memory:
+    """What kernels that count steps have of one step on the device, and what its buckets are told of that.
+
+    Args:
+        own: theirs (`hfac.backends.step_counts.StepMemory`).
+        parts: (entries of all buckets' calls) -> those of each.
+        again: whether later steps may have it.
+    """
+
+    def __init__(self, own: Any, parts: Callable[[Tensor], Sequence[Tensor]], again: bool) -> None:
+        self.own, self.again = own, again
+        self.flags = None if own.nonfinite is None else parts(own.nonfinite)
+        self.first, self.second, self.steps = map(parts, own.decays.unbind())
+        #: the options that the last step was told of, none of which is a tensor, and what each bucket was told
+        self.known: tuple[Mapping[str, Any], list[tuple[Bucket, Any, dict[str, Any]]]] | None = None
 
 
 class Together:
-    """Buckets whose steps, or the skipped ones, are counted on one device: all of it is one operation for all."""
+    """Buckets whose steps, or the skipped ones, are counted on one device: all of it is one operation for all.
 
-    def __init__(self, buckets: Sequence[Bucket], may_move: bool, capturing: bool) -> None:
+    Args:
+        may_move: whether counts may be given other memory.
+        capturing: whether a graph is being captured.
+        kernels: whether kernels know how the algorithm's decays follow from the steps.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], may_move: bool, capturing: bool, kernels: bool = True) -> None:
         self.buckets = buckets
         self.device = buckets[0].steps[0].device
         self._on_host = buckets[0].on_host is not None
@@ -83,44 +108,86 @@ class Together:
         sliced = any(bucket.batch_dims or bucket.views is not None for bucket in buckets)
         #: with batch dimensions, where the device must know whose slice is whose
         self.owners = Owners([n for b in buckets for n in b.counts], self.device) if sliced else None
+        self._kernels: Any = self._bind_kernels() if kernels else None
+        #: of earlier steps, for later ones
+        self._spare: list[Memory] = []
         for bucket in buckets:
-            bucket.together = self
+            bucket.in_together = True
 
-    def decays(
-        self, algorithm: spec.Algorithm, options: Mapping[str, Any]
-    ) -> Iterator[tuple[Bucket, Any, dict[str, Any]]]:
+    def told(
+        self, algorithm: spec.Algorithm, options: Mapping[str, Any], marks: Marks
+    ) -> Sequence[tuple[Bucket, Any, dict[str, Any]]]:
         """Of the buckets whose steps the device alone knows, the number of their next step, where bits are drawn with
-        it, and their decays."""
+        it, and what else it is told."""
         if self._on_host:
-            return
+            return ()
+        if marks.memory is not None:
+            return self._told_by_kernels(algorithm, options, marks.memory)
         t = schedules.following(self._made.values())
         if isinstance(t, schedules.Steps) and not algorithm.takes_steps:
             t = t.now
-        found = algorithm.decays(t, options)
+        found = {**algorithm.decays(t, options), **algorithm.constants(options)}
         if any(bucket.call.stochastic for bucket in self.buckets):
             found["step"] = t.now if isinstance(t, schedules.Steps) else t
         own = [name for name, value in found.items() if isinstance(value, Tensor) and value.ndim]
         values = [found[name] if self.owners is None else self.owners.spread(found[name]) for name in own]
         parts = [*map(self._parts, values)]
-        for i, bucket in enumerate(self.buckets):
-            told = {**found, **{name: mine[i] for name, mine in zip(own, parts, strict=True)}}
-            yield bucket, told.pop("step", 0.0), told
+        told = [
+            {**found, **{name: mine[i] for name, mine in zip(own, parts, strict=True)}}
+            for i in range(len(self.buckets))
+        ]
+        return [(bucket, mine.pop("step", 0.0), mine) for bucket, mine in zip(self.buckets, told, strict=True)]
 
-    def marks(self, found_inf: Tensor | None, skips_steps: bool) -> Marks:
+    def _told_by_kernels(
+        self, algorithm: spec.Algorithm, options: Mapping[str, Any], memory: Memory
+    ) -> Sequence[tuple[Bucket, Any, dict[str, Any]]]:
+        assert algorithm.decay_rule is not None
+        self._kernels.find_decays(memory.own, algorithm.decay_rule(options))
+        known = memory.known
+        if known is not None and known[0] is options:
+            return known[1]
+        constants, has_first = algorithm.constants(options), algorithm.has_first(options)
+        told = [
+            (bucket, step, {"beta1": first if has_first else None, "beta2": second, **constants})
+            for bucket, first, second, step in zip(self.buckets, memory.first, memory.second, memory.steps, strict=True)
+        ]
+        if not any(isinstance(value, Tensor) for value in options.values()):  # which may be written in place
+            memory.known = options, told
+        return told
+
+    def marks(self, found_inf: Tensor | None, skips_steps: bool, again: bool = False) -> Marks:
         """Of a step that a GradScaler may forbid. ``skips_steps``: so may its gradients' norm, and ``forbidden`` is the
-        step's own, for that to be written."""
+        step's own, for that to be written. ``again``: it is told nothing but gradients and numbers, no graph is being
+        captured, and nothing of it is looked at once it has been counted."""
+        memory = None if self._kernels is None else self._memory(again)
         if skips_steps:
             forbidden = torch.zeros((), dtype=torch.float32, device=self.device)
             forbidden = forbidden if found_inf is None else found_inf.reshape(()).clone()
-            return Marks(None, [None] * len(self.buckets), forbidden)
+            return Marks(None, [None] * len(self.buckets), forbidden, memory)
         if self._left is None:
-            return Marks(None, [None] * len(self.buckets), found_inf)
+            return Marks(None, [None] * len(self.buckets), found_inf, memory)
+        if memory is not None and memory.flags is not None:
+            return Marks(memory.own.nonfinite, memory.flags, found_inf, memory)
         flags = torch.zeros(sum(self._entries), dtype=torch.int32, device=self.device)
         return Marks(flags, self._parts(flags), found_inf)
+
+    def _memory(self, again: bool) -> Memory:
+        """Several threads may make steps: each has memory of its own."""
+        while again and self._spare:
+            memory = self._spare.pop()
+            if self._kernels.serves(memory.own):
+                return memory
+        return Memory(self._kernels.memory(), self._parts, again)
 
     def count(self, marks: Marks, refused: Tensor | None) -> None:
         """Counts a step. ``refused``: 0-d, whether it counts as skipped where it was forbidden."""
         made, left, flags, forbidden = self._made, self._left, marks.flags, marks.forbidden
+        memory = marks.memory
+        if memory is not None and forbidden is None:
+            self._kernels.add(memory.own)
+            if memory.again:
+                self._spare.append(memory)
+            return
         if self._on_host:
             for bucket in self.buckets:
                 bucket.count(None)
@@ -134,6 +201,16 @@ class Together:
             made.add_(forbidden.view(()), alpha=-1)
         if left is not None and refused is not None:
             left.add_(refused)
+
+    def _bind_kernels(self) -> Any:
+        """What counts steps on the device where all buckets' backend has it and all counts lie side by side, one for
+        each entry of the calls; None elsewhere."""
+        bind = self.buckets[0].call.step_counts
+        others = [bucket.call.step_counts for bucket in self.buckets]
+        made, left = self._made.together, None if self._left is None else self._left.together
+        if bind is None or others.count(bind) < len(others) or self._on_host or self.owners is not None:
+            return None
+        return None if made is None or (left is None and self._left is not None) else bind(made, left)
 
     def _parts(self, entries: Tensor) -> Sequence[Tensor]:
         """Each bucket's of what has an entry for each entry of their calls."""
@@ -235,7 +312,7 @@ class Repeated:
                 with torch.no_grad():  # which calls that are made again do without
                     inputs = self._inputs(bucket, self._grads, t, numbers, scaling, seed, seen, flags)
                     bucket.call.apply(inputs, found, clip)
-            if bucket.together is None:
+            if not bucket.in_together:
                 bucket.count(None)
         for together, mine in self.marks:
             together.count(mine, None)
@@ -379,8 +456,11 @@ class Step:
         captured = self._captured
         for (bucket, inputs), found in zip(self.check(), self._statistics, strict=True):
             bucket.call.check_capture(inputs, found)
-            captured += [*bucket.call.tensors(), *bucket.steps, *(bucket.skipped or ()), bucket.together]
+            captured += [*bucket.call.tensors(), *bucket.steps, *(bucket.skipped or ())]
             captured += [inputs.nonfinite, inputs.numbers.get("watched"), inputs.scaling.get("found_inf")]
+        # Of those that are counted together no more than their memory: their buckets hold this list.
+        captured += [together.owners for together, _ in self._marks]
+        captured += [mine.memory.own for _, mine in self._marks if mine.memory is not None]
         captured += [clip, self._refused, *self._scaling.values(), *self._options.values()]
         captured += [tensor for scratch in self._scratch for tensor in scratch.tensors()]
 
@@ -404,5 +484,5 @@ class Step:
             together.count(marks, refused)
 
     def _count(self, bucket: Bucket) -> None:
-        if bucket.together is None:
+        if not bucket.in_together:
             bucket.count(self._found_inf)

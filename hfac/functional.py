@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import memory, ops, schedules, spec
-from .buckets import Bucket, Repeated, Step, Together, flags_of, pick
+from . import memory, ops, spec
+from .buckets import Bucket, Marks, Repeated, Step, Together, flags_of, pick
 from .buckets import norms_of as norms_of  # for optimizers
 from .rounding import BitOffset
 from .schedules import Scalar
@@ -154,16 +154,10 @@ class Numbers:
         known = self._known  # another thread may replace it
         if known is not None and known[0] is options and known[1] == t:
             return known[2]
-        found = {**algorithm.decays(t, options), **constants_of(algorithm, options)}
+        found = {**algorithm.decays(t, options), **algorithm.constants(options)}
         if not any(isinstance(value, Tensor) for value in options.values()):  # which may be written in place
             self._known = options, t, found
         return found
-
-
-def constants_of(algorithm: spec.Algorithm, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A step's numbers that its number does not change."""
-    rates = {name: schedules.as_scalar(name, options[name]) for name in ("lr", "weight_decay")}
-    return {**algorithm.scalars(options), "maximize": options["maximize"], **rates}
 
 
 class Group:
@@ -310,7 +304,10 @@ class Group:
         for bucket in self._buckets:
             if bucket.on_host is None or bucket.skipped is not None:
                 counted.setdefault((bucket.steps[0].device, bucket.on_host is not None), []).append(bucket)
-        self._together = [Together(mine, may_move and not read, capturing) for (_, read), mine in counted.items()]
+        kernels = self._algorithm.decay_rule is not None
+        self._together = [
+            Together(mine, may_move and not read, capturing, kernels) for (_, read), mine in counted.items()
+        ]
         self._known = ops.snapshot(self._tensors)  # which the counters may have moved
         #: whether a step is told nothing but gradients, numbers and flags, unless it is clipped or scaled
         self.repeats = not (self._scratch or watch or skips_steps)
@@ -335,16 +332,18 @@ class Group:
         before, seen = self.look(grads)
         if seen is None or (self._together and any([bucket.call.capturing() for bucket in self._buckets])):
             return None
-        told = self._told(options, numbers)
+        marks = [(together, together.marks(None, False, again=True)) for together in self._together]
+        told = self._told(options, numbers, marks)
         if told is None:
             return None
         step = Repeated(self._inputs, grads, before, seen, told, options.get("seed", 0))
-        if self._together:
-            step.marks = [(together, together.marks(None, False)) for together in self._together]
-            step.flags = flags_of(step.marks)
+        if marks:
+            step.marks, step.flags = marks, flags_of(marks)
         return step
 
-    def _told(self, options: Mapping[str, Any], numbers: Numbers) -> list[tuple[Bucket, Any, dict[str, Any]]] | None:
+    def _told(
+        self, options: Mapping[str, Any], numbers: Numbers, marks: Sequence[tuple[Together, Marks]]
+    ) -> list[tuple[Bucket, Any, dict[str, Any]]] | None:
         """Of each bucket the number of its next step, and what else the step is told; None where the steps of one have
         come apart."""
         told: list[tuple[Bucket, Any, dict[str, Any]]] = []
@@ -355,10 +354,8 @@ class Group:
                     return None
                 told.append((bucket, made + 1, numbers.of(self._algorithm, options, made + 1)))
         if len(told) < len(self._buckets):
-            constants = constants_of(self._algorithm, options)
-            for together in self._together:
-                for bucket, t, decays in together.decays(self._algorithm, options):
-                    told.append((bucket, t, {**decays, **constants}))
+            for together, mine in marks:
+                told += together.told(self._algorithm, options, mine)
         return told
 
     def workspace_bytes(self) -> int:
@@ -390,11 +387,11 @@ class Group:
             grad.dtype == bucket.grad_dtype for bucket in self._buckets for grad in bucket.among(grads)
         ):
             return None
-        told = self._told(options, Numbers())
+        marks = [(together, together.marks(found_inf, self._skips_steps)) for together in self._together]
+        told = self._told(options, Numbers(), marks)
         if told is None:
             return None
         given = {"grad_scale": grad_scale, "found_inf": found_inf}
-        marks = [(together, together.marks(found_inf, self._skips_steps)) for together in self._together]
         repeats = self.repeats and seen is not None and grad_scale is found_inf is None
         step = Step(
             self._inputs, grads, before, seen, told, marks, given, options, self._captured, self._scratch, repeats

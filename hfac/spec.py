@@ -134,6 +134,8 @@ class Algorithm:
         scalars: (options) -> the ops' other numbers, but for lr, weight_decay and maximize.
         has_first: (options) -> whether there is a first moment.
         takes_steps: whether ``decays`` takes `schedules.Steps` in place of a tensor of the device's numbers of steps.
+        decay_rule: (options) -> the rule by which kernels find the decays of steps that the device counts, and its
+            numbers (`hfac.backends.step_counts`); None: ``decays`` finds them.
     """
 
     name: str
@@ -144,6 +146,12 @@ class Algorithm:
     scalars: Callable[[Mapping[str, Any]], dict[str, Any]]
     has_first: Callable[[Mapping[str, Any]], bool] = lambda options: True
     takes_steps: bool = False
+    decay_rule: Callable[[Mapping[str, Any]], tuple[str, float, float, float]] | None = None
+
+    def constants(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """A step's numbers that its number does not change."""
+        rates = {name: schedules.as_scalar(name, options[name]) for name in ("lr", "weight_decay")}
+        return {**self.scalars(options), "maximize": options["maximize"], **rates}
 
     @property
     def states(self) -> tuple[Operand, ...]:
@@ -266,6 +274,10 @@ def _hfac_decays(step: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     return {"beta1": beta1, "beta2": beta2}
 
 
+def _hfac_rule(options: Mapping[str, Any]) -> tuple[str, float, float, float]:
+    return "hfac", options["beta1"], options["beta2"], 0.0
+
+
 def _hfac_scalars(options: Mapping[str, Any]) -> dict[str, Any]:
     return {"eps": options["eps"], "clip_threshold": options["clip_threshold"]}
 
@@ -276,6 +288,11 @@ def _smmf_decays(step: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         "beta1": None if beta is None else schedules.smmf_decay_first(step, beta, options["growth_rate"]),
         "beta2": schedules.smmf_decay_second(step, options["decay_rate"]),
     }
+
+
+def _smmf_rule(options: Mapping[str, Any]) -> tuple[str, float, float, float]:
+    beta = options["beta"]
+    return "smmf", 0.0 if beta is None else beta, options["decay_rate"], options["growth_rate"]
 
 
 def _smmf_scalars(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -305,6 +322,7 @@ register(
         _hfac_decays,
         _hfac_scalars,
         takes_steps=True,
+        decay_rule=_hfac_rule,
     )
 )
 register(
@@ -317,5 +335,6 @@ register(
         _smmf_scalars,
         lambda options: options["beta"] is not None,
         takes_steps=True,
+        decay_rule=_smmf_rule,
     )
 )

@@ -16,13 +16,15 @@ their strides say (`hfac.memory`), unless the backend has ``READS_MEMORY`` False
   the gradients of ``seen``, these numbers, all that the op has, and contiguous ``nonfinite``, that reads nothing else
   anew. It returns False, and has done nothing, where the last call was not one of the same gradients, or of those whose
   snapshot ``moved`` begins with (`contract.Moved`), or was told anything else. ``numbers`` that are one object have the
-  same values;
+  same values, or lie in the same tensors;
 * ``statistics_again(seen, numbers, nonfinite=None, moved=None)``, likewise of ``statistics``, with None where ``again``
   returns False. Such a call ``unscales``, and ``again`` takes its ``statistics`` and ``clip``;
 * ``workspace_bytes()``: what it keeps on the device from step to step;
 * where CUDA graphs can capture it, ``capturing()``, ``check_capture(grads, nonfinite, clip_threshold)``, which refuses
   what could not be captured, and ``captured``, a list of what replays need, which the call's owner may replace by one
   that lives longer.
+
+What a backend loads may have, besides, ``step_counts(made, skipped)``, which gives what `step_counts.StepCounts` does.
 
 "auto" takes the first of `TABLE` that can serve the device; an explicit request is met or refused, never replaced.
 """

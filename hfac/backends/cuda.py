@@ -22,6 +22,7 @@ from . import addresses, cpu
 from .contract import Moved, Operands, Statistics
 from .planned import Cuda, Planned, address_of, addresses_of, index_of, scalar
 from .snapshots import SAME, Snapshot, compare, snapshot
+from .step_counts import StepCounts
 
 Tensors = Sequence[Tensor]
 
@@ -292,6 +293,9 @@ class Kernels:
 
     def bind(self, operands: Operands) -> CudaCall | CudaShardCall:
         return (CudaShardCall if operands.op.shard else CudaCall)(self.platform, operands)
+
+    def step_counts(self, made: Tensor, skipped: Tensor | None) -> StepCounts:
+        return StepCounts(self.platform, made, skipped)
 
 
 KERNELS = Kernels(Cuda())

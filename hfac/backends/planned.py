@@ -13,7 +13,7 @@ from torch import Tensor
 from ..staging import Staged, refused
 from . import addresses, cpu
 from .contract import Moved
-from .snapshots import SAME, Snapshot, compare, snapshot
+from .snapshots import SAME, Snapshot, compare, identical, snapshot
 
 Tensors = Sequence[Tensor]
 #: What a launch is told by address.
@@ -89,6 +89,8 @@ class Planned:
         #: the last launch's workspace and the addresses that every launch is told, by name and as launches take them,
         #: where these serve the next one
         self.last: tuple[Tensor, dict[str, int], Any] | None = None
+        #: numbers of which some lie in tensors where launches read them, and what launches take of them
+        self.read: tuple[Mapping[str, Any], Any] | None = None
 
     def squares_room(self, count: int) -> Tensor:
         """Where sums of squares of so many gradients go; what nothing writes there is 0."""
@@ -166,8 +168,16 @@ class Planned:
         _, own, told = last
         if memory or nonfinite is not None:
             told = own | addresses_of({"nonfinite": nonfinite, **memory})
+        read = self.read
+        if read is not None and read[0] is numbers:
+            self.step.launch(read[1], told, self.index, self.stream_at)
+            return True
         kept: list[Tensor] = []  # until the launch
-        self.step.launch(self._told(numbers, kept), told, self.index, self.stream_at)
+        given = self._told(numbers, kept)
+        if kept and identical(kept, [value for value in numbers.values() if isinstance(value, Tensor)]):
+            given = platform.native.LaunchNumbers(given)
+            self.read = numbers, given
+        self.step.launch(given, told, self.index, self.stream_at)
         return True
 
     def _held(self, workspace: Tensor) -> dict[str, int]:

@@ -131,6 +131,8 @@ class OpCall:
         self._call: Callable[..., None] | None = None
         self._again: Callable[..., bool] | None = None
         self._statistics_again: Callable[..., backends.Statistics | None] | None = None
+        #: (made, skipped) -> what counts steps on the device (`hfac.backends.step_counts`); None: plain torch does it
+        self.step_counts: Callable[[Tensor, Tensor | None], Any] | None = None
         self._double = False  # of gradients that have been checked
         if not self._params:
             return
@@ -142,6 +144,7 @@ class OpCall:
         kernels = choose(backend, self.device, reason, self.op)
         self._reads_memory = getattr(kernels, "READS_MEMORY", True)
         self._call = kernels.bind(self._operands)
+        self.step_counts = getattr(kernels, "step_counts", None)
         self._again = getattr(self._call, "again", None)
         self._statistics_again = getattr(self._call, "statistics_again", None)
         if captured is not None and hasattr(self._call, "captured"):

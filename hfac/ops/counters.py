@@ -73,6 +73,11 @@ class DeviceCounters:
             self._together = _side_by_side(self._tensors)
         self._known = snapshot(self._tensors)
 
+    @property
+    def together(self) -> Tensor | None:
+        """[tensors], all of them in the same memory; None where they do not lie side by side."""
+        return self._together
+
     def holds(self) -> bool:
         """They lie where they lay."""
         return compare(self._tensors, self._known) == SAME

@@ -241,6 +241,29 @@ class Step:
         graph.append(lambda: ([block.look() for block in blocks], step.launch(numbers, memory)))
 
 
+class StepCounts:
+    """`StepCounts` of the module, likewise."""
+
+    def __init__(self, device: Device, made: int, skipped: int, count: int) -> None:
+        self.device, self.own = device, (made, skipped)
+        self.counts = emulated.native.StepCounts(made, skipped, count)
+
+    def decays(self, *rule: Any, to: int, device: int, stream: int) -> None:
+        self._launch(to, partial(self.counts.decays, *rule, to=to))
+
+    def add(self, nonfinite: int, device: int, stream: int) -> None:
+        self._launch(nonfinite, partial(self.counts.add, nonfinite))
+
+    def _launch(self, address: int, launch: Callable[[], None]) -> None:
+        hidden = self.device.named([address])
+        if self.device.graph is None:
+            self.device.launched(hidden)
+            launch()
+            return
+        blocks = hidden + self.device.named(self.own)
+        self.device.graph.append(lambda: ([block.look() for block in blocks], launch()))
+
+
 class Host(emulated.Host):
     """The platform of `hfac.backends.cuda` on a stand-in."""
 
@@ -249,7 +272,12 @@ class Host(emulated.Host):
         steps = emulated.native.CudaStep
         makers = {op: getattr(steps, op) for op in emulated.native.slots() if hasattr(steps, op)}
         found = {op: partial(Step, device, make) for op, make in makers.items()}
-        self.native = SimpleNamespace(CudaStep=SimpleNamespace(**found), LaunchNumbers=dict, LaunchMemory=dict)
+        self.native = SimpleNamespace(
+            CudaStep=SimpleNamespace(**found),
+            LaunchNumbers=dict,
+            LaunchMemory=dict,
+            StepCounts=partial(StepCounts, device),
+        )
         self.host_table = device.on_host(super().host_table)
 
     def stream(self, device: torch.device) -> int:

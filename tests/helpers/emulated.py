@@ -112,13 +112,64 @@ LISTS = {
 SCALARS = ("lr", "weight_decay", "beta1", "beta2", "step", "totals", "mean_squares", "old_totals")
 
 
-class Plan:
-    """A plan of the native module, whose launches read and write memory of a rehearsal's device and no other; in a
-    capture they are noted for the replays."""
+class Launching:
+    """What of the native module launches ``what``, which reads and writes memory of a rehearsal's device and no other;
+    in a capture launches are noted for the replays."""
+
+    def __init__(self, gpu: Any, what: str) -> None:
+        self.gpu, self.what = gpu, what
+
+    def _at(self, name: str, address: int, index: int | None = None) -> Any:
+        memory = self.gpu.at(address)
+        if memory is None or memory.kind != "cuda":
+            where = "the host's" if memory is None else memory.kind
+            name = name if index is None else f"{name}[{index}]"
+            raise AssertionError(f"{self.what}: {name} must lie in memory of the device, but is {where} memory")
+        return memory
+
+    def _use(self, memories: dict[str, list[Any]]) -> None:
+        for name, found in memories.items():
+            for k, one in enumerate(found):
+                if one is None:
+                    continue
+                one.used.add(self.gpu.current)
+                if not one.alive:
+                    raise AssertionError(f"{self.what}: {name}[{k}] has been freed, and a launch would read it")
+
+
+class Counts(Launching):
+    """`StepCounts` of the native module."""
+
+    def __init__(self, gpu: Any, made: int, skipped: int, count: int) -> None:
+        super().__init__(gpu, "StepCounts")
+        self._own = {"made": made, "skipped": skipped}
+        self._counts = native.StepCounts(made, skipped, count)
+
+    def decays(self, *rule: Any, to: int, device: int, stream: int) -> None:
+        self._launch({"decays": to}, partial(self._counts.decays, *rule, to=to))
+
+    def add(self, nonfinite: int, device: int, stream: int) -> None:
+        self._launch({"nonfinite": nonfinite}, partial(self._counts.add, nonfinite))
+
+    def _launch(self, addresses: dict[str, int], launch: Callable[[], None]) -> None:
+        memories = {name: [self._at(name, at)] for name, at in {**self._own, **addresses}.items() if at}
+
+        def node() -> None:
+            self._use(memories)
+            launch()
+
+        if self.gpu.capture is None:
+            node()
+        else:
+            self.gpu.capture.nodes.append(node)
+
+
+class Plan(Launching):
+    """A plan of the native module."""
 
     def __init__(self, gpu: Any, make: Callable[..., Any], **arguments: Any) -> None:
-        self.gpu, self.make, self.arguments = gpu, make, arguments
-        self.what = make.__name__
+        super().__init__(gpu, make.__name__)
+        self.make, self.arguments = make, arguments
         self.memories = self._found(arguments)
         self._plan = make(**arguments)
         self.prepared: dict[str, Any] | None = None
@@ -161,29 +212,12 @@ class Plan:
 
         self.gpu.capture.nodes.append(node)
 
-    def _at(self, name: str, address: int, index: int | None = None) -> Any:
-        memory = self.gpu.at(address)
-        if memory is None or memory.kind != "cuda":
-            where = "the host's" if memory is None else memory.kind
-            name = name if index is None else f"{name}[{index}]"
-            raise AssertionError(f"{self.what}: {name} must lie in memory of the device, but is {where} memory")
-        return memory
-
     def _found(self, arguments: dict[str, Any]) -> dict[str, list[Any]]:
         return {
             name: [self._at(name, at, k) if at else None for k, at in enumerate(arguments[name])]
             for name in LISTS & arguments.keys()
             if arguments[name] is not None
         }
-
-    def _use(self, memories: dict[str, list[Any]]) -> None:
-        for name, found in memories.items():
-            for k, one in enumerate(found):
-                if one is None:
-                    continue
-                one.used.add(self.gpu.current)
-                if not one.alive:
-                    raise AssertionError(f"{self.what}: {name}[{k}] has been freed, and a launch would read it")
 
 
 def _table_of(plan: Any) -> tuple[bytes, bytes]:
@@ -208,6 +242,7 @@ class Kernels:
         self._gpu = gpu
         ops = [op for op in native.slots() if hasattr(native.CudaStep, op)]
         self.LaunchNumbers = self.LaunchMemory = dict  # which a plan looks at
+        self.StepCounts = partial(Counts, gpu)
         self.CudaStep = SimpleNamespace(**{op: partial(Plan, gpu, getattr(native.CudaStep, op)) for op in ops})
 
     def __getattr__(self, name: str) -> Any:
