@@ -77,6 +77,7 @@ class HfacReader : public ItemsOp<T> {
     a.rest2 = static_cast<T>(1 - it.beta2);
     a.eps_sum = static_cast<T>(static_cast<double>(it.shard ? it.shard->cols : it.cols) * this->options_.eps);
     a.elements = static_cast<T>(it.rows * it.cols);
+    a.far = fetches_far();
     const int64_t first = c * rows_of(it), end = std::min(first + rows_of(it), it.rows);
     const int64_t step = to.stage_grad ? staged_rows(it.cols, to.scattered) : end - first;
     for (int64_t r = first; r < end; r += step) {

@@ -28,55 +28,50 @@ bool nonfinite_square(const void* grad, int64_t count, T elements) {
   return sum(poison[0] + poison[1]) != T(0);
 }
 
-// Sums of R rows, and their new r. Half of the next R rows, `next` elements further on, are called from memory
-// meanwhile.
+// R rows from row `i` on: their sums, and their new r.
 template <class T, class Sg, int R, bool kSums>
-HFAC_HD void hfac_row_sums(HfacStats<T>& a, int64_t i, int64_t next) {
-  constexpr int64_t L = Vec<T>::kLanes;
+struct HfacRowSums {
   const Sg* g[R];
   Vec<T> total[R], square[R];
-  for (int r = 0; r < R; ++r) {
-    g[r] = static_cast<const Sg*>(a.grad) + (i + r) * a.grad_stride;
-    total[r] = square[r] = Vec<T>(T(0));
-  }
-  int64_t j = 0;
-  for (; j + L <= a.cols; j += L) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      if (r < R / 2) __builtin_prefetch(g[r] + next + j, 0, 2);
-      const Vec<T> x = load(g[r] + j);
-      if (kSums) total[r] = total[r] + x;
-      square[r] = square[r] + x * x;
-    }
-  }
-  if (j < a.cols) {
-    for (int r = 0; r < R; ++r) {
-      const Vec<T> x = load_part<T>(g[r] + j, a.cols - j);
-      total[r] = total[r] + x;
-      square[r] = square[r] + x * x;
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    const T squares = sum(square[r]);
-    if (kSums) a.row_sum[i + r] = sum(total[r]);
-    a.row_square[i + r] = hfac_average(a.beta2, a.row_square_old[i + r], a.rest2, squares + a.eps_sum);
-    // Only an element decides, but none does where even the sum stays finite.
-    const T all = squares * a.elements;
-    if (!(all - all == T(0)) && nonfinite_square<T, Sg>(g[r], a.cols, a.elements)) a.nonfinite = true;
-  }
-}
 
-// Column sums of the same rows, now in cache, while the other half of the next R rows is on its way.
+  HFAC_HD HfacRowSums(const HfacStats<T>& a, int64_t i) {
+    for (int r = 0; r < R; ++r) {
+      g[r] = static_cast<const Sg*>(a.grad) + (i + r) * a.grad_stride;
+      total[r] = square[r] = Vec<T>(T(0));
+    }
+  }
+  HFAC_HD void add(int r, Vec<T> x) {
+    if (kSums) total[r] = total[r] + x;
+    square[r] = square[r] + x * x;
+  }
+  HFAC_HD void add_rest(int64_t j, int64_t left) {
+    for (int r = 0; r < R; ++r) add(r, load_part<T>(g[r] + j, left));
+  }
+  HFAC_HD void finish(HfacStats<T>& a, int64_t i) {
+    for (int r = 0; r < R; ++r) {
+      const T squares = sum(square[r]);
+      if (kSums) a.row_sum[i + r] = sum(total[r]);
+      a.row_square[i + r] = hfac_average(a.beta2, a.row_square_old[i + r], a.rest2, squares + a.eps_sum);
+      // Only an element decides, but none does where even the sum stays finite.
+      const T all = squares * a.elements;
+      if (!(all - all == T(0)) && nonfinite_square<T, Sg>(g[r], a.cols, a.elements)) a.nonfinite = true;
+    }
+  }
+};
+
+// What R rows from row `i` on, whose r are known, add to the columns' sums.
 template <class T, class Sg, int R, bool kSums>
-HFAC_HD void hfac_col_sums(const HfacStats<T>& a, int64_t i, int64_t next) {
-  constexpr int64_t L = Vec<T>::kLanes;
+struct HfacColSums {
   const Sg* g[R];
   Vec<T> inverse[R];
-  for (int r = 0; r < R; ++r) {
-    g[r] = static_cast<const Sg*>(a.grad) + (i + r) * a.grad_stride;
-    inverse[r] = Vec<T>(T(1) / a.row_square[i + r]);
+
+  HFAC_HD HfacColSums(const HfacStats<T>& a, int64_t i) {
+    for (int r = 0; r < R; ++r) {
+      g[r] = static_cast<const Sg*>(a.grad) + (i + r) * a.grad_stride;
+      inverse[r] = Vec<T>(T(1) / a.row_square[i + r]);
+    }
   }
-  const auto add = [&](int64_t j, const Vec<T>* x) __attribute__((always_inline)) {
+  HFAC_HD void add(const HfacStats<T>& a, int64_t j, const Vec<T>* x) const {
     Vec<T> total(T(0));
     if (kSums) total = load(static_cast<const T*>(a.col_sum + j));
     Vec<T> square = load(static_cast<const T*>(a.col_square + j));
@@ -91,21 +86,47 @@ HFAC_HD void hfac_col_sums(const HfacStats<T>& a, int64_t i, int64_t next) {
     if (kSums) store(a.col_sum + j, total);
     store(a.col_square + j, square);
     store(a.col_ratio + j, ratio);
-  };
+  }
+  HFAC_HD void add_rest(const HfacStats<T>& a, int64_t j, int64_t left) const {
+    Vec<T> x[R];
+    for (int r = 0; r < R; ++r) x[r] = load_part<T>(g[r] + j, left);
+    add(a, j, x);
+  }
+};
+
+// Half of the next R rows, `next` elements further on, are called from memory meanwhile.
+template <class T, class Sg, int R, bool kSums>
+HFAC_HD void hfac_row_sums(HfacStats<T>& a, int64_t i, int64_t next) {
+  constexpr int64_t L = Vec<T>::kLanes;
+  HfacRowSums<T, Sg, R, kSums> rows(a, i);
+  int64_t j = 0;
+  for (; j + L <= a.cols; j += L) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      if (r < R / 2) __builtin_prefetch(rows.g[r] + next + j, 0, 2);
+      rows.add(r, load(rows.g[r] + j));
+    }
+  }
+  if (j < a.cols) rows.add_rest(j, a.cols - j);
+  rows.finish(a, i);
+}
+
+// Column sums of the same rows, now in cache, while the other half of the next R rows is on its way.
+template <class T, class Sg, int R, bool kSums>
+HFAC_HD void hfac_col_sums(const HfacStats<T>& a, int64_t i, int64_t next) {
+  constexpr int64_t L = Vec<T>::kLanes;
+  const HfacColSums<T, Sg, R, kSums> cols(a, i);
   Vec<T> x[R];
   int64_t j = 0;
   for (; j + L <= a.cols; j += L) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      if (r >= R / 2) __builtin_prefetch(g[r] + next + j, 0, 2);
-      x[r] = load(g[r] + j);
+      if (r >= R / 2) __builtin_prefetch(cols.g[r] + next + j, 0, 2);
+      x[r] = load(cols.g[r] + j);
     }
-    add(j, x);
+    cols.add(a, j, x);
   }
-  if (j < a.cols) {
-    for (int r = 0; r < R; ++r) x[r] = load_part<T>(g[r] + j, a.cols - j);
-    add(j, x);
-  }
+  if (j < a.cols) cols.add_rest(a, j, a.cols - j);
 }
 
 // As many groups of R rows as there are; returns the first row beyond.
@@ -119,10 +140,48 @@ HFAC_HD int64_t hfac_stats_by(HfacStats<T>& a, int64_t i) {
   return i;
 }
 
+#if HFAC_REGISTER > 32
+// Likewise, with the columns' sums of R rows, which are in cache, and the sums of the R rows behind them, which come
+// from memory, in one loop: memory is waited for while there is something to add up.
+template <class T, class Sg, int R, bool kSums>
+HFAC_HD int64_t hfac_stats_in_turn(HfacStats<T>& a, int64_t i) {
+  constexpr int64_t L = Vec<T>::kLanes;
+  if (i + R > a.rows) return i;
+  hfac_row_sums<T, Sg, R, kSums>(a, i, 0);
+  for (; i + 2 * R <= a.rows; i += R) {
+    HfacRowSums<T, Sg, R, kSums> rows(a, i + R);
+    const HfacColSums<T, Sg, R, kSums> cols(a, i);
+    int64_t j = 0;
+    for (; j + L <= a.cols; j += L) {
+      const int64_t left = a.cols - j;  // past the end of its row a prefetch is for the row R further on
+      const int64_t ahead =
+          kAhead + (left > kAhead / int64_t{sizeof(Sg)} ? 0 : (R - 1) * a.grad_stride * int64_t{sizeof(Sg)});
+      Vec<T> x[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        __builtin_prefetch(reinterpret_cast<const char*>(rows.g[r] + j) + ahead);
+        rows.add(r, load(rows.g[r] + j));
+        x[r] = load(cols.g[r] + j);
+      }
+      cols.add(a, j, x);
+    }
+    if (const int64_t left = a.cols - j; left > 0) {
+      rows.add_rest(j, left);
+      cols.add_rest(a, j, left);
+    }
+    rows.finish(a, i + R);
+  }
+  hfac_col_sums<T, Sg, R, kSums>(a, i, 0);
+  return i + R;
+}
+#endif
+
 template <class T, class Sg, bool kSums>
 HFAC_HD void hfac_stats_of(HfacStats<T>& a) {
   int64_t i = 0;
 #if HFAC_REGISTER > 32  // 32 registers hold eight rows; the columns' sums are then read and written half as often
+  // Of 16 bits a row's sums take longer to add up than its lines to come: in one loop with them columns' sums wait.
+  if (sizeof(Sg) >= 4 && a.col_sum && !a.far) i = hfac_stats_in_turn<T, Sg, 8, kSums>(a, i);
   i = hfac_stats_by<T, Sg, 8, kSums>(a, i);
 #endif
   i = hfac_stats_by<T, Sg, kRowsAtOnce, kSums>(a, i);

@@ -58,6 +58,7 @@ struct HfacStats {
   T beta2, rest2, eps_sum;              // eps_sum = cols * eps
   int64_t rows, cols;
   T elements;      // of the whole matrix
+  bool far;        // the next rows are asked for into the second cache (fetches_far)
   bool nonfinite;  // out, set and never cleared: an element's square times `elements` is not finite
 };
 
