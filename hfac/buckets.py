@@ -302,11 +302,13 @@ class Repeated:
 
     def apply(self, clip: ops.Clip | None = None) -> None:
         """Makes the step, on gradients multiplied by ``clip``, and counts what the host counts, and ``marks``."""
-        seen, seed, found = self._seen, self._seed, None
+        before, seen, seed, found = self._before, self._seen, self._seed, None
         for i, (bucket, t, numbers) in enumerate(self._told):
             if self._statistics is not None:
                 found = self._statistics[i]
-            flags, moved = self.flags.get(bucket), bucket.moved(self._before, seen, self._grads)
+            flags, moved = self.flags.get(bucket), None
+            if seen is not before:
+                moved = bucket.moved(before, seen, self._grads)
             if not bucket.call.again(seen, seed, t, numbers, flags, moved, clip, found):
                 scaling = {"grad_scale": None, "found_inf": None}
                 with torch.no_grad():  # which calls that are made again do without

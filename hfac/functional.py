@@ -332,7 +332,9 @@ class Group:
         before, seen = self.look(grads)
         if seen is None or (self._together and any([bucket.call.capturing() for bucket in self._buckets])):
             return None
-        marks = [(together, together.marks(None, False, again=True)) for together in self._together]
+        marks: Sequence[tuple[Together, Marks]] = ()
+        if self._together:
+            marks = [(together, together.marks(None, False, again=True)) for together in self._together]
         told = self._told(options, numbers, marks)
         if told is None:
             return None
