@@ -60,7 +60,7 @@ class Marks:
             can be.
         of: each bucket's.
         forbidden: 0-d, whether the step is not made at all; None where nothing forbids it.
-        memory: the step's where kernels count it.
+        memory: the step's where it stays for later ones.
     """
 
     flags: Tensor | None
@@ -70,10 +70,10 @@ class Marks:
 
 
 class Memory:
-    """What kernels that count steps have of one step on the device, and what its buckets are told of that.
+    """What counts steps has of one step on the device, and what the step's buckets are told of that.
 
     Args:
-        own: theirs (`hfac.backends.step_counts.StepMemory`).
+        own: its own (`hfac.ops.step_counts.StepMemory`).
         parts: (entries of all buckets' calls) -> those of each.
         again: whether later steps may have it.
     """
@@ -81,7 +81,7 @@ class Memory:
     def __init__(self, own: Any, parts: Callable[[Tensor], Sequence[Tensor]], again: bool) -> None:
         self.own, self.again = own, again
         self.flags = None if own.nonfinite is None else parts(own.nonfinite)
-        self.first, self.second, self.steps = map(parts, own.decays.unbind())
+        self.first, self.second, self.steps = map(parts, own.rows)
         #: the options that the last step was told of, none of which is a tensor, and what each bucket was told
         self.known: tuple[Mapping[str, Any], list[tuple[Bucket, Any, dict[str, Any]]]] | None = None
 
@@ -92,10 +92,10 @@ class Together:
     Args:
         may_move: whether counts may be given other memory.
         capturing: whether a graph is being captured.
-        kernels: whether kernels know how the algorithm's decays follow from the steps.
+        has_rule: whether the algorithm has a rule by which decays follow from steps.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], may_move: bool, capturing: bool, kernels: bool = True) -> None:
+    def __init__(self, buckets: Sequence[Bucket], may_move: bool, capturing: bool, has_rule: bool) -> None:
         self.buckets = buckets
         self.device = buckets[0].steps[0].device
         self._on_host = buckets[0].on_host is not None
@@ -108,7 +108,7 @@ class Together:
         sliced = any(bucket.batch_dims or bucket.views is not None for bucket in buckets)
         #: with batch dimensions, where the device must know whose slice is whose
         self.owners = Owners([n for b in buckets for n in b.counts], self.device) if sliced else None
-        self._kernels: Any = self._bind_kernels() if kernels else None
+        self._counts: Any = self._bind_counts() if has_rule else None
         #: of earlier steps, for later ones
         self._spare: list[Memory] = []
         for bucket in buckets:
@@ -122,7 +122,7 @@ class Together:
         if self._on_host:
             return ()
         if marks.memory is not None:
-            return self._told_by_kernels(algorithm, options, marks.memory)
+            return self._told_in_place(algorithm, options, marks.memory)
         t = schedules.following(self._made.values())
         if isinstance(t, schedules.Steps) and not algorithm.takes_steps:
             t = t.now
@@ -138,11 +138,11 @@ class Together:
         ]
         return [(bucket, mine.pop("step", 0.0), mine) for bucket, mine in zip(self.buckets, told, strict=True)]
 
-    def _told_by_kernels(
+    def _told_in_place(
         self, algorithm: spec.Algorithm, options: Mapping[str, Any], memory: Memory
     ) -> Sequence[tuple[Bucket, Any, dict[str, Any]]]:
         assert algorithm.decay_rule is not None
-        self._kernels.find_decays(memory.own, algorithm.decay_rule(options))
+        self._counts.find_decays(memory.own, algorithm.decay_rule(options))
         known = memory.known
         if known is not None and known[0] is options:
             return known[1]
@@ -159,7 +159,7 @@ class Together:
         """Of a step that a GradScaler may forbid. ``skips_steps``: so may its gradients' norm, and ``forbidden`` is the
         step's own, for that to be written. ``again``: it is told nothing but gradients and numbers, no graph is being
         captured, and nothing of it is looked at once it has been counted."""
-        memory = None if self._kernels is None else self._memory(again)
+        memory = None if self._counts is None else self._memory(again)
         if skips_steps:
             forbidden = torch.zeros((), dtype=torch.float32, device=self.device)
             forbidden = forbidden if found_inf is None else found_inf.reshape(()).clone()
@@ -175,16 +175,16 @@ class Together:
         """Several threads may make steps: each has memory of its own."""
         while again and self._spare:
             memory = self._spare.pop()
-            if self._kernels.serves(memory.own):
+            if self._counts.serves(memory.own):
                 return memory
-        return Memory(self._kernels.memory(), self._parts, again)
+        return Memory(self._counts.memory(), self._parts, again)
 
     def count(self, marks: Marks, refused: Tensor | None) -> None:
         """Counts a step. ``refused``: 0-d, whether it counts as skipped where it was forbidden."""
         made, left, flags, forbidden = self._made, self._left, marks.flags, marks.forbidden
         memory = marks.memory
         if memory is not None and forbidden is None:
-            self._kernels.add(memory.own)
+            self._counts.add(memory.own)
             if memory.again:
                 self._spare.append(memory)
             return
@@ -193,7 +193,7 @@ class Together:
                 bucket.count(None)
         else:
             made.add_(1)
-        if left is not None and flags is not None and not _are_down(flags):
+        if left is not None and flags is not None and not ops.are_down(flags):
             some, every = (flags, flags) if self.owners is None else self.owners.left(flags)
             left.add_(some)
             made.add_(every, alpha=-1)
@@ -202,24 +202,18 @@ class Together:
         if left is not None and refused is not None:
             left.add_(refused)
 
-    def _bind_kernels(self) -> Any:
-        """What counts steps on the device where all buckets' backend has it and all counts lie side by side, one for
-        each entry of the calls; None elsewhere."""
-        bind = self.buckets[0].call.step_counts
-        others = [bucket.call.step_counts for bucket in self.buckets]
+    def _bind_counts(self) -> Any:
+        """What counts steps where all counts lie side by side, one for each entry of the calls: kernels, where all
+        buckets' backend has them, or plain torch. None elsewhere."""
         made, left = self._made.together, None if self._left is None else self._left.together
-        if bind is None or others.count(bind) < len(others) or self._on_host or self.owners is not None:
+        if made is None or (left is None and self._left is not None) or self._on_host or self.owners is not None:
             return None
-        return None if made is None or (left is None and self._left is not None) else bind(made, left)
+        bind, *others = [bucket.call.step_counts for bucket in self.buckets]
+        return (ops.StepCounts if bind is None or others.count(bind) < len(others) else bind)(made, left)
 
     def _parts(self, entries: Tensor) -> Sequence[Tensor]:
         """Each bucket's of what has an entry for each entry of their calls."""
         return entries.split_with_sizes(self._entries) if len(self._entries) > 1 else [entries]
-
-
-def _are_down(flags: Tensor) -> bool:
-    """Whether no flag is up, where the host can say so without waiting."""
-    return flags.is_cpu and type(flags) is Tensor and not flags.any()
 
 
 class Owners:

@@ -304,9 +304,9 @@ class Group:
         for bucket in self._buckets:
             if bucket.on_host is None or bucket.skipped is not None:
                 counted.setdefault((bucket.steps[0].device, bucket.on_host is not None), []).append(bucket)
-        kernels = self._algorithm.decay_rule is not None
+        has_rule = self._algorithm.decay_rule is not None
         self._together = [
-            Together(mine, may_move and not read, capturing, kernels) for (_, read), mine in counted.items()
+            Together(mine, may_move and not read, capturing, has_rule) for (_, read), mine in counted.items()
         ]
         self._known = ops.snapshot(self._tensors)  # which the counters may have moved
         #: whether a step is told nothing but gradients, numbers and flags, unless it is clipped or scaled

@@ -62,6 +62,53 @@ def following(made: Tensor) -> Tensor | Steps:
     return Steps(made + _constants((0.0, 1.0), 3, made.device, dtype))
 
 
+class DecayRule(NamedTuple):
+    """How both decays follow from the number of a step, and the rule's numbers.
+
+    Attributes:
+        name: "hfac": `hfac_decay` of ``first`` and ``second``; "smmf": `smmf_decay_first` of ``first`` and ``growth``,
+            and `smmf_decay_second` of ``second``.
+    """
+
+    name: str
+    first: float
+    second: float
+    growth: float
+
+
+class Decays:
+    """Memory of the decays of so many parameters' steps, which the device counts.
+
+    Attributes:
+        rows: [parameters] each: decays of the first moment, of the second, and numbers of the steps.
+    """
+
+    def __init__(self, parameters: int, dtype: torch.dtype, device: torch.device) -> None:
+        rows = torch.empty(4, parameters, dtype=dtype, device=device)
+        first, second, self._before, now = rows.unbind()
+        self.rows = first, second, now
+        self._pair, self._both = rows[:2], rows[2:].unsqueeze(1)
+        self._powers = torch.empty(2, 2, parameters, dtype=dtype, device=device)
+        self._of_before, self._of_now = self._powers.unbind()
+        self._steps, self._one = _constants((0.0, 1.0), 3, device, dtype), _constants((1.0,), 1, device, dtype)
+
+    def find(self, rule: DecayRule, made: Tensor) -> None:
+        """Of the steps that follow ``made``, with the bits of the functions above, in five operations."""
+        (first, second, now), both, one = self.rows, self._both, self._one
+        torch.add(made, self._steps, out=both)
+        if rule.name == "hfac":
+            powers, of_before = self._powers, self._of_before
+            betas = _constants((rule.first, rule.second), 2, both.device, both.dtype)
+            torch.pow(betas, both, out=powers)
+            torch.sub(one, powers, out=powers)
+            torch.div(of_before.mul_(betas), self._of_now, out=self._pair)
+        else:
+            torch.pow(rule.growth, self._before, out=first)
+            first.mul_(rule.first)
+            torch.pow(now, rule.second, out=second)
+            torch.sub(one, second, out=second)
+
+
 #: numbers -> where they lie on a device. They stay, because graphs may read them.
 _kept: dict[tuple[tuple[float, ...], int, torch.device, torch.dtype], Tensor] = {}
 _MOST = 64

@@ -134,8 +134,8 @@ class Algorithm:
         scalars: (options) -> the ops' other numbers, but for lr, weight_decay and maximize.
         has_first: (options) -> whether there is a first moment.
         takes_steps: whether ``decays`` takes `schedules.Steps` in place of a tensor of the device's numbers of steps.
-        decay_rule: (options) -> the rule by which kernels find the decays of steps that the device counts, and its
-            numbers (`hfac.backends.step_counts`); None: ``decays`` finds them.
+        decay_rule: (options) -> the rule of ``decays``, for what finds them in memory that stays from step to step
+            (`hfac.ops.StepCounts`, and kernels); None: there is no such rule.
     """
 
     name: str
@@ -146,7 +146,7 @@ class Algorithm:
     scalars: Callable[[Mapping[str, Any]], dict[str, Any]]
     has_first: Callable[[Mapping[str, Any]], bool] = lambda options: True
     takes_steps: bool = False
-    decay_rule: Callable[[Mapping[str, Any]], tuple[str, float, float, float]] | None = None
+    decay_rule: Callable[[Mapping[str, Any]], schedules.DecayRule] | None = None
 
     def constants(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """A step's numbers that its number does not change."""
@@ -274,8 +274,8 @@ def _hfac_decays(step: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     return {"beta1": beta1, "beta2": beta2}
 
 
-def _hfac_rule(options: Mapping[str, Any]) -> tuple[str, float, float, float]:
-    return "hfac", options["beta1"], options["beta2"], 0.0
+def _hfac_rule(options: Mapping[str, Any]) -> schedules.DecayRule:
+    return schedules.DecayRule("hfac", options["beta1"], options["beta2"], 0.0)
 
 
 def _hfac_scalars(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,9 +290,9 @@ def _smmf_decays(step: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _smmf_rule(options: Mapping[str, Any]) -> tuple[str, float, float, float]:
+def _smmf_rule(options: Mapping[str, Any]) -> schedules.DecayRule:
     beta = options["beta"]
-    return "smmf", 0.0 if beta is None else beta, options["decay_rate"], options["growth_rate"]
+    return schedules.DecayRule("smmf", 0.0 if beta is None else beta, options["decay_rate"], options["growth_rate"])
 
 
 def _smmf_scalars(options: Mapping[str, Any]) -> dict[str, Any]:

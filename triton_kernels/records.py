@@ -239,14 +239,18 @@ def places_of(scalars: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     return [*shared, *own[0].split(1)], [*shared, *own[1:].unbind(1)]
 
 
-def copy_scalars(places: tuple[list[Tensor], list[Tensor]], scalars: Sequence[Any], fill: bool = False) -> None:
+def copy_scalars(
+    places: tuple[list[Tensor], list[Tensor]], scalars: Sequence[Any], fill: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
     """Copies the values of tensors on the device to their `places_of`, without reading them here. ``fill``: of numbers,
-    too, where each parameter has its own and other places than 0 are wanted."""
+    too, where each parameter has its own and other places than 0 are wanted. Returns these places and tensors."""
     each = any([_is_each(value) for value in scalars[table.SHARED :] if value.__class__ is not float])
     pairs = [pair for pair in zip(places[each], scalars, strict=False) if isinstance(pair[1], Tensor)]
+    to, from_ = [place for place, _ in pairs], [tensor for _, tensor in pairs]
     if pairs:
-        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+        torch._foreach_copy_(to, from_)
     if each and fill:
         for place, value in zip(places[1][table.SHARED :], scalars[table.SHARED :], strict=False):
             if value.__class__ is float and value:
                 place.fill_(value)
+    return to, from_

@@ -55,6 +55,8 @@ class Room(Launcher):
         #: the numbers that lie in ``own_scalars``, where nothing else has been written there; replays of a graph may
         self._written: tuple[list[float], list[type]] | None = None
         self._in_graphs = False
+        #: the last numbers that were brought of which some lie in tensors: those tensors, and where they are copied to
+        self._copied: tuple[Mapping[str, Any], list[Tensor], list[Tensor]] | None = None
         self.flags = torch.zeros(len(params), dtype=torch.int32, device=self.device)
         self.stream = platform.stream_of(self.device)  # of the last step
         self._known: tuple[Any, ...] | None = None
@@ -164,8 +166,14 @@ class Room(Launcher):
         return self.grad_table, self.scalars, self.squares, self.watched
 
     def set_scalars(self, numbers: Mapping[str, Any], capturing: bool) -> None:
-        """Values to device memory. A tensor's value is copied on its device and never read here."""
-        self.scalars = self.own_scalars
+        """Values to device memory. A tensor's value is copied on its device and never read here. Numbers that are one
+        object have the same values, or lie in the same tensors."""
+        self.scalars, copied = self.own_scalars, self._copied
+        if copied is not None and copied[0] is numbers and self._written is not None:
+            torch._foreach_copy_(copied[2], copied[1])
+            return
+        self._copied = None
+        given = numbers
         if self.device.type != "cpu":
             here = {name: value for name, value in numbers.items() if isinstance(value, Tensor) and value.is_cpu}
             if here:
@@ -183,7 +191,9 @@ class Room(Launcher):
                 self._written = None  # whatever may fail
                 _copy(values, self._once)
                 self._written = None if self._in_graphs else told
-        copy_scalars(self._places, scalars, fill=True)
+        to, from_ = copy_scalars(self._places, scalars, fill=True)
+        if from_ and numbers is given:
+            self._copied = given, from_, to
 
     def scale(self, numbers: Mapping[str, Any]) -> None:
         if numbers.get("grad_scale") is not None:

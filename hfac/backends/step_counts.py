@@ -4,27 +4,26 @@ the counts, and one behind it counts the step. In plain torch that would be a do
 import torch
 from torch import Tensor
 
+from ..schedules import DecayRule
 from .planned import Cuda, address_of, index_of
-
-#: of the rows of `StepMemory.decays`
-FIRST, SECOND, STEP = range(3)
 
 
 class StepMemory:
     """What one step at a time has on the device, on the stream that is current when it is made.
 
     Attributes:
-        decays: float64 [3, parameters], decays of the first and second moment, and the numbers of the steps.
+        rows: float64 [parameters] each: decays of the first moment, of the second, and the numbers of the steps.
         nonfinite: int32 [parameters], where the step says which gradients it has refused; None where it refuses none.
     """
 
     def __init__(self, platform: Cuda, count: int, device: torch.device, skips: bool) -> None:
-        self.decays = torch.empty(3, count, dtype=torch.float64, device=device)
+        decays = torch.empty(3, count, dtype=torch.float64, device=device)
+        self.rows = decays.unbind()
         self.nonfinite = torch.zeros(count, dtype=torch.int32, device=device) if skips else None
         self.stream = platform.stream(device)
         nonfinite = 0 if self.nonfinite is None else self.nonfinite.data_ptr()
         #: addresses of all three
-        self.at = address_of(self.stream), self.decays.data_ptr(), nonfinite
+        self.at = address_of(self.stream), decays.data_ptr(), nonfinite
 
 
 class StepCounts:
@@ -46,8 +45,8 @@ class StepCounts:
         """Whether the stream that memory is for is the current one."""
         return self._platform.is_current(memory.stream, self._index)
 
-    def find_decays(self, memory: StepMemory, rule: tuple[str, float, float, float]) -> None:
-        """Of the steps that follow. ``rule``: as `hfac.spec.Algorithm.decay_rule` gives it."""
+    def find_decays(self, memory: StepMemory, rule: DecayRule) -> None:
+        """Of the steps that follow."""
         stream, to, _ = memory.at
         self._native.decays(*rule, to=to, device=self._index, stream=stream)
 

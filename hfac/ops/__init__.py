@@ -27,7 +27,8 @@ from ..backends.snapshots import (
 from ..clipping import Clip, as_clip
 from .call import Inputs, OpCall, Statistics, joined, run
 from .checks import PARAM_DTYPES, check_grads, check_length, check_tensor, check_writable, state_dtype
-from .counters import Counters, DeviceCounters, copier, hfac_dense_squares, nonfinite
+from .counters import Counters, DeviceCounters, are_down, copier, hfac_dense_squares, nonfinite
+from .step_counts import StepCounts
 
 __all__ = [
     "ALIKE",
@@ -42,6 +43,8 @@ __all__ = [
     "SAME",
     "Snapshot",
     "Statistics",
+    "StepCounts",
+    "are_down",
     "as_clip",
     "check_grads",
     "check_length",

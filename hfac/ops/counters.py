@@ -99,6 +99,11 @@ class DeviceCounters:
             torch._foreach_add_(self._tensors, amounts.to(self._tensors[0]), alpha=alpha)
 
 
+def are_down(flags: Tensor) -> bool:
+    """Whether no flag is up, where the host can say so without waiting."""
+    return flags.is_cpu and type(flags) is Tensor and not flags.any()
+
+
 def _side_by_side(tensors: Tensors) -> Tensor | None:
     """One tensor of 0-d tensors that follow each other in one memory; None where they do not."""
     first, size = tensors[0], tensors[0].element_size()

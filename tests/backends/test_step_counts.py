@@ -1,4 +1,7 @@
-"""Steps that the device counts: the kernels that do it, on the host, and that a warm step leaves everything to them."""
+"""Steps that the device counts: kernels that do it, on the host, and plain torch; and that a warm step leaves
+everything to kernels where there are any."""
+
+from typing import Any
 
 import emulated
 import pytest
@@ -8,8 +11,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hfac
-from hfac import spec
-from hfac.backends import step_counts
+from hfac import ops, schedules, spec
 
 pytestmark = pytest.mark.skipif(emulated.native is None, reason=emulated.WHY_NOT)
 
@@ -19,10 +21,17 @@ SMMF = {"beta": 0.9, "decay_rate": -0.5, "growth_rate": 0.999}
 MADE = [0.0, 1.0, 2.0, 9.0, 99.0, 12345.0, 2.0**24 - 2, *map(float, range(300))]
 
 
-def counts(skips: bool) -> tuple[step_counts.StepCounts, Tensor, Tensor | None]:
-    made = torch.tensor(MADE)
-    skipped = torch.arange(len(MADE), dtype=torch.int32) if skips else None
-    return emulated.ops.step_counts(made, skipped), made, skipped
+@pytest.fixture(params=["kernels", "torch"])
+def counts(request):
+    """(whether some are skipped) -> what counts, and its counts."""
+    make = emulated.ops.step_counts if request.param == "kernels" else ops.StepCounts
+
+    def found(skips: bool) -> tuple[Any, Tensor, Tensor | None]:
+        made = torch.tensor(MADE)
+        skipped = torch.arange(len(MADE), dtype=torch.int32) if skips else None
+        return make(made, skipped), made, skipped
+
+    return found
 
 
 @pytest.mark.parametrize(
@@ -30,13 +39,14 @@ def counts(skips: bool) -> tuple[step_counts.StepCounts, Tensor, Tensor | None]:
     [("hfac", HFAC), ("hfac", {"beta1": 0.0, "beta2": 0.5}), ("smmf", SMMF), ("smmf", SMMF | {"beta": None})],
     ids=str,
 )
-def test_decays_are_those_of_the_schedules(algorithm, options):
-    """To two units of a double: the kernel's powers are not the host's."""
+def test_decays_are_those_of_the_schedules(algorithm, options, counts):
+    """To two units of a double: powers are not the host's."""
     known, made, _ = counts(False)
     memory = known.memory()
-    memory.decays.fill_(torch.nan)
+    for row in memory.rows:
+        row.fill_(torch.nan)
     known.find_decays(memory, spec.ALGORITHMS[algorithm].decay_rule(options))
-    first, second, steps = memory.decays
+    first, second, steps = memory.rows
     for i, before in enumerate(MADE):
         expected = spec.ALGORITHMS[algorithm].decays(before + 1, options)
         assert steps[i] == before + 1
@@ -47,13 +57,13 @@ def test_decays_are_those_of_the_schedules(algorithm, options):
 
 
 def test_a_rule_that_no_kernel_knows_is_refused():
-    known, *_ = counts(False)
+    known = emulated.ops.step_counts(torch.tensor(MADE), None)
     with pytest.raises(ValueError, match="rule: 'hfac' or 'smmf' is needed, not 'adam'"):
-        known.find_decays(known.memory(), ("adam", 0.9, 0.999, 0.0))
+        known.find_decays(known.memory(), schedules.DecayRule("adam", 0.9, 0.999, 0.0))
 
 
 @pytest.mark.parametrize("skips", [False, True], ids=["none can be skipped", "some are skipped"])
-def test_steps_are_counted_as_made_or_as_skipped(skips):
+def test_steps_are_counted_as_made_or_as_skipped(skips, counts):
     known, made, skipped = counts(skips)
     memory = known.memory()
     refused = torch.zeros(len(MADE), dtype=torch.int32)
@@ -116,7 +126,7 @@ def test_a_warm_step_leaves_counts_and_decays_to_kernels(name, options, monkeypa
 
 
 def test_memory_of_a_step_serves_its_stream_alone(monkeypatch):
-    known, *_ = counts(True)
+    known = emulated.ops.step_counts(torch.tensor(MADE), None)
     memory = known.memory()
     assert known.serves(memory)
     monkeypatch.setattr(emulated.Host, "stream", lambda self, device: 1)
