@@ -25,7 +25,8 @@ from suites import (
 )
 from test_parity import ieee_square_roots
 
-from hfac import ops, reference, rounding
+from hfac import ops, rounding
+from hfac.signs import unpack_signs
 
 __all__ = ["ieee_square_roots"]  # a fixture of every test here
 pytestmark = pytest.mark.usefixtures("all_orders")
@@ -123,8 +124,8 @@ class Watched(Run):
 
         second, first = moment("exp_avg_sq", now["beta2"], grad.square())(1), grad
         if now["beta1"] is not None and grad.numel():
-            signs = reference.unpack_signs(before["exp_avg_signs"][k], grad.shape)
-            first = moment("exp_avg", now["beta1"], grad)(2.0 * signs - 1.0)
+            up = unpack_signs(before["exp_avg_signs"][k], grad.shape)
+            first = moment("exp_avg", now["beta1"], grad)(2.0 * up - 1.0)
         return first / (second.sqrt() + now["eps"])
 
 

@@ -70,8 +70,8 @@ FAULTS = [
     Fault(
         "a sum runs past the end of its row",
         "csrc",
-        "const Vec<T> x = load_part<T>(g[r] + j, a.cols - j);",
-        "const Vec<T> x = load(g[r] + j);",
+        "for (int r = 0; r < R; ++r) add(r, load_part<T>(g[r] + j, left));",
+        "for (int r = 0; r < R; ++r) add(r, load(g[r] + j));",
         f"{PARITY} -k HFac",
     ),
     Fault(
