@@ -70,7 +70,9 @@ def build(out: Path, command: Sequence[str], sources: Sequence[Path], language: 
 
         with ThreadPoolExecutor(jobs) as pool:
             objects = list(pool.map(compiled, sources))
-        subprocess.run([*command, *objects, "-o", str(out)], check=True)
+        linked = out.with_name(f"{out.name}.{os.getpid()}")  # another process may be building the same
+        subprocess.run([*command, *objects, "-o", str(linked)], check=True)
+        linked.replace(out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
