@@ -170,7 +170,8 @@ def _measure(mode: Mode, cases: str, backend: str) -> list[str]:
 
 
 def _options(mode: Mode, folder: Path) -> list[str]:
-    settings = ["--device", "cuda", "--rounds", "3" if mode is DRY else "9", "--seconds", "1", "--out", str(folder)]
+    settings = ["--device", "cuda", "--rounds", "3" if mode is DRY else "9", "--seconds", str(mode.per_list)]
+    settings += ["--out", str(folder)]
     settings += ["--shapes", "24x16", "--dtypes", "bfloat16"] if mode is DRY else []
     return python(mode, "bench.options", *settings)
 
