@@ -124,6 +124,7 @@ class SingleParamCache:
         self._shard = getattr(self.param, "_local_tensor", None)
         self._options, self._position = _cached_options(self.group, self._algorithm), self.position(groups)
         self._given_options: Any = None  # of which ``_options`` are some
+        self._is_drawn = self.group["rounding"] != "nearest"  # else its position says nothing
         self.bound = bound
 
     def holds(self, groups: Groups, state: States, options: Any = None) -> bool:
@@ -141,7 +142,7 @@ class SingleParamCache:
                 return False
             self._given_options = options
         shard = None if self.param.__class__ is Parameter else getattr(self.param, "_local_tensor", None)
-        return shard is self._shard and self.position(groups) == self._position
+        return shard is self._shard and not (self._is_drawn and self.position(groups) != self._position)
 
 
 _BOUND = itemgetter(*EXECUTION, "nonfinite", "rounding", "master")
