@@ -173,10 +173,13 @@ class Together:
 
     def _memory(self, again: bool) -> Memory:
         """Several threads may make steps: each has memory of its own."""
-        while again and self._spare:
-            memory = self._spare.pop()
-            if self._counts.serves(memory.own):
-                return memory
+        try:
+            while again:
+                memory = self._spare.pop()
+                if self._counts.serves(memory.own):
+                    return memory
+        except IndexError:  # nothing is left
+            pass
         return Memory(self._counts.memory(), self._parts, again)
 
     def count(self, marks: Marks, refused: Tensor | None) -> None:

@@ -102,11 +102,13 @@ class Decays:
             torch.pow(betas, both, out=powers)
             torch.sub(one, powers, out=powers)
             torch.div(of_before.mul_(betas), self._of_now, out=self._pair)
-        else:
+        elif rule.name == "smmf":
             torch.pow(rule.growth, self._before, out=first)
             first.mul_(rule.first)
             torch.pow(now, rule.second, out=second)
             torch.sub(one, second, out=second)
+        else:
+            raise ValueError(f"rule: 'hfac' or 'smmf' is needed, not {rule.name!r}")
 
 
 #: numbers -> where they lie on a device. They stay, because graphs may read them.

@@ -56,8 +56,8 @@ def test_decays_are_those_of_the_schedules(algorithm, options, counts):
     assert torch.equal(made, torch.tensor(MADE))
 
 
-def test_a_rule_that_no_kernel_knows_is_refused():
-    known = emulated.ops.step_counts(torch.tensor(MADE), None)
+def test_a_rule_that_nobody_knows_is_refused(counts):
+    known, *_ = counts(False)
     with pytest.raises(ValueError, match="rule: 'hfac' or 'smmf' is needed, not 'adam'"):
         known.find_decays(known.memory(), schedules.DecayRule("adam", 0.9, 0.999, 0.0))
 
