@@ -113,12 +113,12 @@ class Device(TorchDispatchMode):
         if graph is None or func.is_view or "empty" in schema.name:
             return self.adopted(func(*args, **kwargs), [*_flat(args), *_flat(kwargs)])
         if schema.is_mutable:
-            to = [self.block_of(one.data_ptr()) for one in _flat(args[:1])]
-            if all(block is not None and block.host for block in to):
+            written = kwargs.get("out", args[0])
+            if all(block is not None and block.host for block in (self.block_of(w.data_ptr()) for w in _flat(written))):
                 return func(*args, **kwargs)
             mine, named = (self.placed(args[0], Tensor.detach), *self.placed(args[1:])), self.placed(kwargs)
             graph.append(lambda: func(*_found(mine), **_found(named)))
-            return args[0] if schema.returns else None
+            return written if schema.returns else None
         mine, named = self.placed(args), self.placed(kwargs)
         results = self.adopted(func(*args, **kwargs), [*_flat(args), *_flat(kwargs)])
         places = self.placed(_flat(results))
