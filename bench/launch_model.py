@@ -233,6 +233,8 @@ class Model:
                     continue
                 seconds = add(count, one)
                 first = first or seconds
+        if launch["backward"]:
+            order.reverse()
         slots = gpu.multiprocessors * few
         found.times = {
             "bytes": launch["bytes"] / gpu.copy,

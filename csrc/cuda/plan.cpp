@@ -245,11 +245,15 @@ class Planner {
     }
   }
 
-  // What a block of the first pass over an item takes, where the longest are launched first, so that what
-  // multiprocessors still have to do when there are no more is short; else 0. Blocks of a shard stay together.
+  // What a block of an item takes, where the longest are launched first, so that what multiprocessors still have to do
+  // when there are no more is short; else 0, as of an update that is bound by its bytes. Blocks of a shard stay
+  // together. Of gradients that do not fit the cache the update with codes begins with its longest blocks, at the end
+  // of the list: there the statistics take them in the same order, so that it meets first what was read last.
   int64_t cost_of(Kernel kernel, int32_t i) const {
     const DeviceItem& it = item(i);
-    if (kernel == Kernel::hfac_stats) return statistics_cost(matrix(i), it.tiling);
+    const int64_t updated = std::min<int64_t>(it.update.rows, it.rows) * it.update.cols;
+    if (kernel == Kernel::hfac_stats) return by_update_ ? -updated : statistics_cost(matrix(i), it.tiling);
+    if (kernel == Kernel::hfac_int8_update) return next_.backward ? -updated : updated;
     const bool whole_smmf = kernel == Kernel::smmf_tiles && options_.op == OpKind::kSmmf;
     return whole_smmf ? std::min<int64_t>(it.tiling.rows, it.rows) * it.tiling.cols : 0;
   }
@@ -411,7 +415,9 @@ class Planner {
       allot(group);
       const int64_t bytes = gradients(group);
       cached_ = bytes ? static_cast<double>(std::min(bytes, cache())) / static_cast<double>(bytes) : 0;
+      by_update_ = codes() && bytes > cache();
       emit(Kernel::hfac_stats, group);
+      by_update_ = false;
       fold_and_update(group);
     }
   }
@@ -504,8 +510,9 @@ class Planner {
   PlanOptions options_;
   const std::vector<DeviceShard>& shards_;
   Plan plan_;
-  Launch next_{};      // what the launches that are added next have in common
-  double cached_ = 0;  // the share of their gradients that is in the cache when they are read again
+  Launch next_{};           // what the launches that are added next have in common
+  double cached_ = 0;       // the share of their gradients that is in the cache when they are read again
+  bool by_update_ = false;  // does the order of the update decide that of the statistics?
 };
 
 }  // namespace

@@ -75,7 +75,8 @@ Tiling cut_update(const DeviceItem& it, bool bulk, int64_t launched) {
   const int32_t wide = power_of_two(ceil_quotient(whole_row, least));
   const auto rows = bulk ? std::min(updated_rows(launched) * (wide / t.lanes), kUpdateMost)
                          : static_cast<int32_t>(kAnyUpdate / t.cols);
-  t.rows = std::max(rows, at_once);
+  const int64_t tiles = ceil_quotient(it.rows, std::max(rows, at_once));
+  t.rows = static_cast<int32_t>(ceil_quotient(ceil_quotient(it.rows, tiles), at_once) * at_once);
   t.row_tiles = static_cast<int32_t>(ceil_quotient(it.rows, t.rows));
   return t;
 }

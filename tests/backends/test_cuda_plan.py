@@ -165,6 +165,36 @@ def test_a_gradient_larger_than_the_cache_is_updated_from_its_end():
     assert update["l"]["backward"] and 0 < update["l"]["grad_from_cache"] < update["l"]["grad"]
 
 
+def test_an_update_with_codes_begins_with_its_longest_blocks():
+    """ResNet-50's gradients do not fit the cache: its blocks are taken from the end, where the longest are, and the
+    statistics have read matrices in the same order, those that are updated first last."""
+    (found, _), *_ = launch_plan.plans("hfac_int8", resnet50(), "float32", image=True, l2_bytes=50 << 20)
+    image, launches = found["image"], {la["kernel"]: la for la in found["launches"] if la["access"] == "float32"}
+    stride = len(image["items"]) // image["count"]
+
+    def items_of(launch):
+        first, blocks = launch["first_tile"], launch["blocks"]
+        return [struct.unpack_from("i", image["tiles"], 8 * t)[0] for t in range(first, first + blocks)]
+
+    def elements(item):
+        rows, cols, *_ = struct.unpack_from("6i", image["items"], item * stride + image["update"])
+        return rows * cols
+
+    update, stats = (dict.fromkeys(items_of(launches[name])) for name in ("hfac_int8_update", "hfac_stats"))
+    assert launches["hfac_int8_update"]["backward"]
+    sizes = [elements(item) for item in update]
+    assert sizes == sorted(sizes) and len(set(sizes)) > 3
+    assert [item for item in stats if item in update] == [*update]
+
+
+def test_tiles_of_an_update_are_as_long_as_each_other():
+    """But for what a block has in flight at once."""
+    for rows, cols in ((20, 4096), (140, 2304), (4096, 4096), (50257, 768)):
+        of_tile, _, row_tiles, _, lanes, _ = tiling_of("update", (rows, cols))
+        at_once = 4 * 256 // lanes
+        assert of_tile - rows / row_tiles < at_once and of_tile % at_once == 0, (rows, cols)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("shape", [(4096, 1024), (4096, 4096), (14336, 4096), (4096, 14336), (65536, 64)])
 def test_an_update_has_blocks_for_all_multiprocessors(shape, dtype):

@@ -175,6 +175,25 @@ def test_what_the_last_block_does_alone_is_measured_by_its_own_kind(model, monke
     assert fold.blocks == 32 and fold.seconds == pytest.approx(4e-6)
 
 
+def test_a_launch_from_the_end_takes_its_blocks_from_the_end(model, monkeypatch):
+    """Of gradients that do not fit the cache, whose update begins with the second matrix."""
+    orders = {}
+
+    def walk(self, code, image, k, launch, item, shape, position, rows, last, residents):
+        return block_of(100, lasting=1750 * (item + 1))
+
+    def record(durations, slots):
+        orders.setdefault(len(orders), [seconds for _, seconds in durations])
+        return 1e-6
+
+    monkeypatch.setattr(Model, "_walk", walk)
+    monkeypatch.setattr(launch_model, "makespan", record)
+    monkeypatch.setitem(launch_plan.LISTS, "two", lambda: [(8192, 4096), (8192, 4096)])
+    found = launch_plan.predicted("two", "HFac", "float32", H200).launched
+    assert [launch.kernel for launch in found] == ["hfac_stats", "hfac_fold", "hfac_update"]
+    assert orders[0] == sorted(orders[0]) and orders[2] == sorted(orders[0], reverse=True)
+
+
 def command(monkeypatch, *given):
     monkeypatch.setattr(sys, "argv", ["launch_plan", *given])
     launch_plan.main()
