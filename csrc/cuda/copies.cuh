@@ -1,6 +1,8 @@
 // Asynchronous copies from global to shared memory, which take no registers while they are under way.
 #pragma once
 
+#include <type_traits>
+
 #include "element.cuh"
 
 namespace hfac {
@@ -14,6 +16,15 @@ HFAC_DEVICE void begin_copy(Chunk* to, const char* from, bool there) {
       : "memory");
 #else
   emulation::begin_copy(to, from, sizeof(Chunk), there ? sizeof(Chunk) : 0);
+#endif
+}
+HFAC_DEVICE void begin_copy(Chunk* to, const char* from, std::true_type) {
+#ifdef HFAC_DEVICE_COMPILER
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+#else
+  emulation::begin_copy(to, from, sizeof(Chunk), sizeof(Chunk));
 #endif
 }
 HFAC_DEVICE void commit_copies() {

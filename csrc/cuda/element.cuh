@@ -26,15 +26,6 @@ HFAC_DEVICE P* global(P* p) {
   return p;
 }
 
-// The same of shared memory.
-template <class P>
-HFAC_DEVICE P* in_shared(P* p) {
-#if defined(__CUDA_ARCH__)
-  __builtin_assume(__isShared(p));
-#endif
-  return p;
-}
-
 // What another block of the same launch wrote: past any cache that is not coherent.
 template <class T>
 HFAC_DEVICE T load_fresh(const T* p) {
@@ -98,6 +89,13 @@ HFAC_DEVICE P* kept(P* p) {
   asm volatile("" : "+l"(p));
   return p;
 }
+// Of an address in shared memory, which then takes one register.
+template <class P>
+HFAC_DEVICE P* kept_shared(P* p) {
+  auto at = static_cast<unsigned>(__cvta_generic_to_shared(p));
+  asm volatile("" : "+r"(at));
+  return static_cast<P*>(__cvta_shared_to_generic(at));
+}
 // The thread's number, which no register holds until then.
 HFAC_DEVICE int thread_anew() {
   int x;
@@ -112,8 +110,26 @@ template <class P>
 HFAC_DEVICE P* kept(P* p) {
   return p;
 }
+template <class P>
+HFAC_DEVICE P* kept_shared(P* p) {
+  return p;
+}
 #endif
 HFAC_DEVICE double kept(double x) { return x; }
+
+// 1 / x of a positive one, rounded as IEEE's: of floats in range by what the compiler emits, in fewer instructions.
+#if defined(__CUDA_ARCH__)
+HFAC_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  y = fmaf(y, fmaf(-x, y, 1.0f), y);
+  if (bits_of(x) - 0x00800000u >= 0x7e000000u) y = 1.0f / x;
+  return y;
+}
+#else
+HFAC_DEVICE float reciprocal(float x) { return 1.0f / x; }
+#endif
+HFAC_DEVICE double reciprocal(double x) { return 1.0 / x; }
 
 // Keeps loads on their side, where there are no registers for those that the compiler would like to hoist.
 HFAC_DEVICE void keep_order() { asm volatile("" ::: "memory"); }

@@ -59,7 +59,7 @@ template <class A, int kVectors, int kThreads, class T>
 HFAC_DEVICE void store_columns(const Arguments& a, const T (&sums)[kVectors][kSums][kVector], bool alone) {
   keep_order();
   const int thread = kept(static_cast<int>(threadIdx.x));
-  const Stats<A, false> s(a, tile_of(a));
+  const Stats<A, false> s(a, stats_tile(a));
   const RowThreads threads(s.it.tiling, kThreads, thread);
   const int cols = static_cast<int>(s.it.cols), step = threads.lanes * kVector, first_col = threads.x * kVector;
   const bool here = threads.y < threads.ys;  // else its warp is left over
@@ -111,15 +111,15 @@ HFAC_DEVICE void store_columns(const Arguments& a, const T (&sums)[kVectors][kSu
     };
     if constexpr (!A::kWhole) {
       add(Constant<1>(), Constant<0>());
-    } else if (threads.ys == 2) {
+    } else if (threads.ys < 4) {  // they are powers of two: with == it becomes a table of addresses
       add(Constant<4>(), Constant<2>());
-    } else if (threads.ys == 4) {
+    } else if (threads.ys < 8) {
       add(Constant<4>(), Constant<4>());
-    } else if (threads.ys == 8) {
+    } else if (threads.ys < 16) {
       add(Constant<4>(), Constant<8>());
-    } else if (threads.ys == 16) {
+    } else if (threads.ys < 32) {
       add(Constant<(kVectors > 1 ? 4 : 2)>(), Constant<16>());
-    } else if (threads.ys == 32 || kVectors < 3) {
+    } else if (threads.ys < 64 || kVectors < 3) {
       add(Constant<2>(), Constant<32>());
     } else {
       add(Constant<2>(), Constant<64>());

@@ -52,26 +52,26 @@ HFAC_DEVICE void sum_rows(const Arguments& a, const Tile& tile) {
   // Kept in a register, where there is one: each use of an address in shared memory otherwise takes four instructions.
   constexpr bool kKept = !kLean && kWidth != Width::kFour;
   Chunk* ring = reinterpret_cast<Chunk*>(dynamic_shared()) + thread;
-  if constexpr (!kLean) ring = in_shared(kept(ring));
+  if constexpr (kKept) ring = kept_shared(ring);
   const auto slot = [&](int stage, int r, int v, int c) {
     return ring + (((stage * kRows + r) * kVectors + v) * kChunks + c) * kThreads;
   };
   const int cols = static_cast<int>(s.it.cols), step = lanes * kVector, first_col = x * kVector;
   const int rows_bytes = ys * cols * kElement;
-  // How many of its vectors of a row a thread has, and where its part of the next batch to be copied begins.
-  int mine = 0;
-  HFAC_UNROLLED (v, kVectors) mine += first_col + v * step < cols ? 1 : 0;
+  // Has the thread vectors in all places of the tile's rows, which are then whole batches? Nearly all have.
+  const bool every = first_col + (kVectors - 1) * step < cols && s.rows() == s.it.tiling.rows;
+  // Where its part of the next batch to be copied begins.
   const char* next = nullptr;
   if constexpr (A::kWhole) {
-    next = static_cast<const char*>(s.grad.data) + ((s.first_row + y) * cols + first_col) * kElement;
-    next = global(next);
+    next = static_cast<const char*>(s.grad.data) + s.first_row * cols * kElement;
+    next = global(next) + (y * cols + first_col) * kElement;
   }
   // Of rows and columns that are not there: zeros.
-  const auto begin = [&](int base, int stage) {
+  const auto begin = [&](int base, int stage, const auto& is_there) {
     HFAC_UNROLLED (r, kRows) {
       const int row = base + r * ys + y;
       HFAC_UNROLLED (v, kVectors) {
-        const bool there = row < s.rows() && v < mine;
+        const auto there = is_there(row, v);
         if constexpr (A::kWhole) {
           const char* from = nullptr;
           if constexpr (kLean) {
@@ -90,6 +90,13 @@ HFAC_DEVICE void sum_rows(const Arguments& a, const Tile& tile) {
       }
     }
     if constexpr (!kLean) next += kRows * rows_bytes;
+  };
+  const auto where = [&](const auto& body) {
+    const auto some = [&](int row, int v) { return row < s.rows() && first_col + v * step < cols; };
+    if constexpr (A::kWhole && !kLean && kWidth != Width::kFour) {
+      if (every) return body([](int, int) { return std::true_type(); });
+    }
+    body(some);
   };
   const auto held = [&](int stage, int r, int v) {
     Grad raw;
@@ -131,7 +138,8 @@ HFAC_DEVICE void sum_rows(const Arguments& a, const Tile& tile) {
   const auto row_of = [&](int lane) { return (kNarrow ? lane % kRows : lane % kValues / 2) * ys + y; };
   const int my_row = row_of(its_lane);
   const T* const moments = kLean ? nullptr : s.moments_before() + my_row;
-  T* const fresh = kLean ? nullptr : s.of_rows(!kNarrow && its_lane % 2) + my_row;
+  T* fresh = kLean ? nullptr : s.of_rows(!kNarrow && its_lane % 2) + my_row;
+  if constexpr (kKept) fresh = global(kept(fresh));
   const auto moment_before = [&](int base) {
     if (base + my_row >= s.rows()) return T(0);
     if constexpr (kLean) return global(s.get(&Numbers::moments))[base + my_row];
@@ -144,10 +152,12 @@ HFAC_DEVICE void sum_rows(const Arguments& a, const Tile& tile) {
   }
   T part[kSets]{}, before = T(0);
   if (here) {
-    HFAC_UNROLLED (k, kStages) {
-      if (k * batch < s.rows()) begin(k * batch, k);
-      commit_copies();
-    }
+    where([&](const auto& there) {
+      HFAC_UNROLLED (k, kStages) {
+        if (k * batch < s.rows()) begin(k * batch, k, there);
+        commit_copies();
+      }
+    });
     before = moment_before(0);
     wait_for_copies<kStages - 1>();
     row_sums(0, part);
@@ -156,8 +166,8 @@ HFAC_DEVICE void sum_rows(const Arguments& a, const Tile& tile) {
   // Where a warp puts its part of a batch's sums, and where those of its rows are.
   T *my_part = nullptr, *parts = nullptr;
   if constexpr (kKept) {
-    my_part = in_shared(kept(&of_warps[0][its_warp][its_lane % kValues]));
-    parts = in_shared(kept(&of_warps[0][static_cast<unsigned>(y * warps) % kWarps][its_lane % kValues]));
+    my_part = kept_shared((&of_warps[0][its_warp][its_lane % kValues]));
+    parts = kept_shared((&of_warps[0][static_cast<unsigned>(y * warps) % kWarps][its_lane % kValues]));
   }
   int base = 0;
   do {  // no tile is without rows
@@ -209,7 +219,7 @@ HFAC_DEVICE void sum_rows(const Arguments& a, const Tile& tile) {
         fresh[base] = odd ? r_new : sum;
       }
     }
-    const T inverse = there ? T(1) / r_new : T(0);
+    const T quotient = reciprocal(r_new), inverse = there ? quotient : T(0);
     HFAC_UNROLLED (r, kRows) {
       const T by = shuffle(inverse, lane / kOwners * kOwners + (kNarrow ? r : 2 * r));
       HFAC_UNROLLED (v, kVectors) {
@@ -217,7 +227,9 @@ HFAC_DEVICE void sum_rows(const Arguments& a, const Tile& tile) {
         keep_order();
       }
     }
-    if (base + kStages * batch < s.rows()) begin(base + kStages * batch, stage);
+    if (base + kStages * batch < s.rows()) {
+      where([&](const auto& there) { begin(base + kStages * batch, stage, there); });
+    }
     commit_copies();
     stage = following;
     before = before_next;
@@ -230,8 +242,8 @@ HFAC_DEVICE void sum_rows(const Arguments& a, const Tile& tile) {
 template <class A, bool kOptions>
 __global__ void __launch_bounds__(stats_threads(Width::kRows), A::kWhole ? 2 : 1) hfac_stats(Arguments a) {
   constexpr int kElement = static_cast<int>(sizeof(typename A::Grad)) / kVector;
-  if (has_statistics(a)) return;
-  const Tile tile = tile_of(a);
+  if (kOptions && has_statistics(a)) return;
+  const Tile tile = stats_tile(a);
   const DeviceItem& it = a.items[tile.item];
   if constexpr (A::kWhole) {
     if (it.single) return sum_rows<typename SingleOf<A>::Type, Width::kRows, 1, kOptions>(a, tile);
@@ -253,14 +265,14 @@ __global__ void __launch_bounds__(stats_threads(Width::kRows), A::kWhole ? 2 : 1
 // Its columns' sums take all the registers of a thread, of which the other lengths would have some.
 template <class A, bool kOptions>
 __global__ void __launch_bounds__(stats_threads(Width::kFour), kOptions ? 1 : 2) hfac_stats_four(Arguments a) {
-  if (has_statistics(a)) return;
-  sum_rows<A, Width::kFour, stats_vectors(Width::kFour), kOptions>(a, tile_of(a));
+  if (kOptions && has_statistics(a)) return;
+  sum_rows<A, Width::kFour, stats_vectors(Width::kFour), kOptions>(a, stats_tile(a));
 }
 
 template <class A, bool kOptions>
 __global__ void __launch_bounds__(stats_threads(Width::kLong), 1) hfac_stats_long(Arguments a) {
-  if (has_statistics(a)) return;
-  const Tile tile = tile_of(a);
+  if (kOptions && has_statistics(a)) return;
+  const Tile tile = stats_tile(a);
   if (a.items[tile.item].tiling.vectors == kLongVectors)
     return sum_rows<A, Width::kLong, kLongVectors, kOptions>(a, tile);
   sum_rows<A, Width::kLong, stats_vectors(Width::kLong), kOptions>(a, tile);
@@ -274,7 +286,7 @@ __global__ void __launch_bounds__(stats_threads(Width::kWide), 1) hfac_stats_wid
   __shared__ T of_warps[kWideRows * 2][kWarps], inverse[kWideRows];
   if (has_statistics(a)) return;
   __shared__ StatsNumbers<T> numbers;  // of nobody: registers suffice
-  Stats<A, true> s(a, tile_of(a));
+  Stats<A, true> s(a, stats_tile(a));
   s.begin(numbers);
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t cols = s.it.cols;
@@ -356,7 +368,7 @@ KernelFunction hfac_stats_kernel(const Launch& l, const Arguments& a) {
     using A = decltype(access);
     const Width width = fits(l) ? l.width : Width::kWide;
     if constexpr (!kPlainStep) {
-      if (a.nonfinite || a.grad_scale) return stats_kernel<A, true>(width);
+      if (a.nonfinite || a.grad_scale || a.found_inf || a.clip) return stats_kernel<A, true>(width);
     }
     return stats_kernel<A, false>(width);
   });

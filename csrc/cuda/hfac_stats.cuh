@@ -19,9 +19,12 @@ struct StatsNumbers {
   int rows, cols;
 };
 
-// A block's rows. `kOptions`: gradients may be scaled, and those that are not finite looked for; the plain kernel has
-// no instruction for either. `kLean`: the numbers are in shared memory and loaded for every use, where the columns'
-// sums leave no registers for them.
+// Of a block: statistics are never taken from the end.
+HFAC_DEVICE Tile stats_tile(const Arguments& a) { return a.tiles[blockIdx.x]; }
+
+// A block's rows. `kOptions`: gradients may be scaled, those that are not finite looked for, and all left as it is
+// where the step is to be skipped or has its statistics; the plain kernel has no instruction for any of them. `kLean`:
+// the numbers are in shared memory and loaded for every use, where the columns' sums leave no registers for them.
 template <class A, bool kOptions, bool kLean = false>
 struct Stats {
   using T = typename A::T;
@@ -29,7 +32,7 @@ struct Stats {
   const Arguments& a;
   const DeviceItem& it;
   const Operand grad = it.grad;
-  const int item, index;
+  const int index;
   const int64_t first_row;
   const int tile_rows;
   const StatsNumbers<T>* shared = nullptr;
@@ -39,19 +42,17 @@ struct Stats {
   HFAC_DEVICE Stats(const Arguments& arguments, const Tile& tile)
       : a(arguments),
         it(arguments.items[tile.item]),
-        item(tile.item),
         index(tile.index),
         first_row(static_cast<int64_t>(tile.index) * it.tiling.rows),
-        tile_rows(static_cast<int>(it.rows - first_row < it.tiling.rows ? it.rows - first_row : it.tiling.rows)) {}
+        tile_rows(tile.index + 1 < it.tiling.row_tiles ? it.tiling.rows : static_cast<int>(it.rows - first_row)) {}
 
   // By all threads: they go on together where the numbers are shared.
   HFAC_DEVICE void begin(StatsNumbers<T>& memory) {
     if (!kLean || threadIdx.x == 0) {
       const Decay<T> b2(a.scalars.beta2, it.index);
-      const int64_t row = a.shards ? a.shards[item].cols : it.cols;
       own.beta = b2.beta;
       own.rest = b2.rest;
-      own.eps = static_cast<T>(static_cast<double>(row) * a.options.eps);
+      own.eps = static_cast<T>(static_cast<double>(it.whole_cols) * a.options.eps);
       own.scale = kOptions && a.grad_scale ? static_cast<T>(*a.grad_scale) : T(1);
       own.elements = static_cast<T>(it.rows * it.cols);
       own.rows = tile_rows;

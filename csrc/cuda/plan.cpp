@@ -39,6 +39,7 @@ class Planner {
     for (size_t i = 0; i < items_.size(); ++i) {
       DeviceItem& it = items_[i];
       it.counter = static_cast<int32_t>(i) * kCounters;
+      it.whole_cols = shards_.empty() ? it.cols : shards_[i].cols;
       if (elements(it) == 0) continue;  // a shard that has moments, and no tiles
       const int64_t launched = std::max(elements(it), std::min(of_list, kGroupElements));
       if (smmf_matrices()) it.tiling = cut_smmf(it);

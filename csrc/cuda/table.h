@@ -104,6 +104,7 @@ struct Operands {
 // One parameter, or one block of a shard of SMMF's.
 struct DeviceItem : Operands, Moments {
   int64_t sign_bytes;     // of all slices
+  int64_t whole_cols;     // of a row of the whole matrix
   int32_t codes_layout;   // as an operand's
   int32_t single;         // 1: no whole vectors, but taken element by element in the launches of those
   int64_t workspace;      // bytes from its start
