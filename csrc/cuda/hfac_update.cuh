@@ -39,9 +39,12 @@ HFAC_DEVICE void update_tile_of(const Arguments& a, const Tile& tile, Shared& sh
   const Tiling tiling = it.update;
   const HfacSpace<T> space(it, a.workspace);
   const int64_t rows = it.rows, cols = it.cols;
-  const int row_tile = tile.index / tiling.col_tiles, col_tile = tile.index % tiling.col_tiles;
-  const int x = static_cast<int>(threadIdx.x) % tiling.lanes, y = static_cast<int>(threadIdx.x) / tiling.lanes;
-  const int ys = kTileThreads / tiling.lanes;
+  // Most rows are one tile. Quotients by lanes, a power of two, are shifts: others take 20 instructions each.
+  const bool one = tiling.col_tiles == 1;
+  const int row_tile = one ? tile.index : static_cast<int>(static_cast<unsigned>(tile.index) / tiling.col_tiles);
+  const int col_tile = tile.index - row_tile * tiling.col_tiles;
+  const int thread = static_cast<int>(threadIdx.x), shift = log2_of(tiling.lanes);
+  const int x = thread & (tiling.lanes - 1), y = kept(thread >> shift), ys = kept(kTileThreads >> shift);
   const int64_t first_row = static_cast<int64_t>(row_tile) * tiling.rows;
   const int tile_rows = static_cast<int>(rows - first_row < tiling.rows ? rows - first_row : tiling.rows);
   const int64_t tile_end = static_cast<int64_t>(col_tile + 1) * tiling.cols;
@@ -54,29 +57,37 @@ HFAC_DEVICE void update_tile_of(const Arguments& a, const Tile& tile, Shared& sh
 
   using Loads = UpdateLoads<A, kCodes>;
   const int end = count ? tile_rows : 0;
-  const auto load = [&](Loads& into, int row) {
+  const int64_t between = int64_t{ys} * cols;  // rows of a thread
+  const auto load = [&](Loads& into, int row, int64_t from) {
     HFAC_UNROLLED (r, Loads::kRows) {
       if (row + r * ys >= end) continue;
-      const int64_t at = (first_row + row + r * ys) * cols + col;
+      const int64_t at = from + r * between;
       into.g[r] = A::grad(grad, a.layouts, at, count, true);
       into.w[r] = A::param(param, a.layouts, at, count);
       if constexpr (kCodes) into.codes[r] = codes_at.load(at, count);
     }
   };
   Loads loads[Loads::kSets];
-  load(loads[0], y);
+  int64_t element = (first_row + y) * cols + col;  // the thread's, of the rows that it is at
+  load(loads[0], y, element);
 
   const T scale = *space.scale, divisor = *space.divisor;
   const Decay<T> b1(a.scalars.beta1, it.index);
   T col_first[kVector], col_scale[kVector];
-  HFAC_UNROLLED (k, kVector) {
-    col_first[k] = k < count ? space.col_first[col + k] : T(0);
-    col_scale[k] = k < count ? space.col_scale[col + k] : T(0);
+  if constexpr (A::kWhole) {  // in 16 bytes; without columns none is used
+    const int64_t from = count ? col : 0;
+    unpack(load_raw(space.col_first + from, false), col_first);
+    unpack(load_raw(space.col_scale + from, false), col_scale);
+  } else {
+    HFAC_UNROLLED (k, kVector) {
+      col_first[k] = k < count ? space.col_first[col + k] : T(0);
+      col_scale[k] = k < count ? space.col_scale[col + k] : T(0);
+    }
   }
   if constexpr (kCodes) make_table(shared.table);
   [[maybe_unused]] const T growth = kCodes ? *space.growth : T(0),
                            part = (a.options.maximize ? -b1.rest : b1.rest) * scale;
-  for (int k = static_cast<int>(threadIdx.x); k < tile_rows; k += kTileThreads) {
+  for (int k = thread; k < tile_rows; k += kTileThreads) {
     const T first = space.row_sum[first_row + k], inverse = space.row_square[first_row + k];
     if constexpr (kCodes) {
       shared.first[k] = growth == T(0) ? T(0) : b1.beta * (first * growth);
@@ -95,7 +106,7 @@ HFAC_DEVICE void update_tile_of(const Arguments& a, const Tile& tile, Shared& sh
   [[maybe_unused]] const Constants<T, kCodes> constants(shared);
   Watch<A> watch;
   const auto update = [&](const Loads& loaded, int r, int row) {
-    const int64_t at = (first_row + row) * cols + col;
+    const int64_t at = element + r * between;
     T g[kVector], w[kVector];
     A::widen(loaded.g[r], g);
     A::widen(loaded.w[r], w);
@@ -104,19 +115,19 @@ HFAC_DEVICE void update_tile_of(const Arguments& a, const Tile& tile, Shared& sh
     } else {
       gradient(g);
     }
-    const T first = shared.first[row], row_scale = shared.scale[row];  // here: earlier, some kernels would spill
+    const T row_first = shared.first[row], row_scale = shared.scale[row];  // here: earlier, some kernels would spill
     if constexpr (kCodes) {
       T moment[kVector];
       Codes codes = biased(loaded.codes[r]);
       HFAC_UNROLLED (j, kVector) g[j] = g[j] * col_scale[j] * row_scale;
-      step_codes(codes, shared.table, first, col_first, g, constants, A::rough(param), moment);
+      step_codes(codes, shared.table, row_first, col_first, g, constants, A::rough(param), moment);
       HFAC_UNROLLED (j, kVector) {
         w[j] = updated_by_moment(w[j], moment[j], g[j], b1.beta, step, decay, A::rough(param));
       }
       codes_at.store(at, count, biased(codes));
     } else {
       HFAC_UNROLLED (j, kVector) {
-        w[j] = updated(w[j], g[j], first, col_first[j], col_scale[j], row_scale, lr, weight_decay, A::rough(param));
+        w[j] = updated(w[j], g[j], row_first, col_first[j], col_scale[j], row_scale, lr, weight_decay, A::rough(param));
       }
     }
     if constexpr (kWatched) {
@@ -130,11 +141,13 @@ HFAC_DEVICE void update_tile_of(const Arguments& a, const Tile& tile, Shared& sh
   for (int base = 0; base < end; base += Loads::kSets * of_set) {
     HFAC_UNROLLED (s, Loads::kSets) {
       const int row = base + s * of_set + y;
-      if constexpr (Loads::kAhead) load(loads[(s + 1) % 2], row + of_set);
+      const int64_t next = element + Loads::kRows * between;
+      if constexpr (Loads::kAhead) load(loads[(s + 1) % 2], row + of_set, next);
       HFAC_UNROLLED (r, Loads::kRows) {
         if (row + r * ys < end) update(loads[s], r, row + r * ys);
       }
-      if constexpr (!Loads::kAhead) load(loads[s], row + of_set);
+      if constexpr (!Loads::kAhead) load(loads[s], row + of_set, next);
+      element = next;
     }
   }
   if constexpr (kWatched) watch.finish(a, it);

@@ -241,7 +241,7 @@ struct HfacSpace {
     growth = scale + 2;
     row_sum = scale + 3;
     row_square = row_sum + it.rows;
-    col_first = row_square + it.rows;
+    col_first = aligned(row_square + it.rows);
     col_scale = col_first + it.cols;
     T* const rest = aligned(col_scale + it.cols);
     collected = it.collects ? rest : nullptr;
