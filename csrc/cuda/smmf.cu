@@ -21,14 +21,18 @@ using common::smmf_second_moment;
 // Below it the root of a subnormal V counts beside eps, and the approximate root takes that for 0.
 constexpr double kRoughEps = 0x1p-43;
 
-// Where bits are drawn compilers for sm_80 have no register for a gradient's scale.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+// Where bits are drawn compilers for sm_80 and sm_90 have no register for a gradient's scale.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
 template <class A>
 constexpr bool kLeanScale = std::is_same_v<A, DrawnAccess<BFloat16>>;
 #else
 template <class A>
 constexpr bool kLeanScale = false;
 #endif
+
+// Of whole vectors that are rounded to the nearest, batches of rows that are all there have a body of their own.
+template <class A>
+constexpr bool kPlainRows = SingleOf<A>::kThere;
 
 template <class A, bool kShard, bool kWatched, class Team>
 HFAC_DEVICE void step_tile(const Arguments& a, const Team& team, typename A::T (&shared)[kShared],
@@ -78,10 +82,12 @@ HFAC_DEVICE void step_tile(const Arguments& a, const Team& team, typename A::T (
   shrink = kept(shrink);
   rest1 = kept(rest1);
   rest2 = kept(rest2);
-  int ways = (changed ? 1 : 0) | (rough ? 2 : 0);
-  if constexpr (!Team::kAnew) ways = kept(ways);
+  const bool simple = first && !changed && rough == A::rough(param);
+  int ways = (changed ? 1 : 0) | (rough ? 2 : 0) | (kPlainRows<A> && simple ? 4 : 0);
+  if constexpr (kPlainRows<A> || !Team::kAnew) ways = kept(ways);
 
-  auto* const row_factors = reinterpret_cast<Both<T>*>(shared + kHalf);
+  auto* row_factors = reinterpret_cast<Both<T>*>(shared + kHalf);
+  if constexpr (kPlainRows<A> && A::kRows > 1) row_factors = kept_shared(row_factors);
   const auto take_row_factors = [&] {
     for (int k = thread; k < tile_rows; k += threads) {
       const int64_t row = layout.row(first_row + k);
@@ -105,18 +111,20 @@ HFAC_DEVICE void step_tile(const Arguments& a, const Team& team, typename A::T (
   }
 
   Watch<A> watch;
-  const auto step = [&](const Loads<A>& loaded, int r, int row, int64_t from, T& total_m, T& total_v) {
+  // `plain`: a step with a first moment of gradients as they are, so that nothing of that is asked for each row.
+  const auto step = [&](const Loads<A>& loaded, int r, int row, int64_t from, T& total_m, T& total_v, auto plain) {
+    constexpr bool kPlain = decltype(plain)::value;
     T g[kVector], w[kVector], m[kVector];
     A::widen(loaded.g[r], g);
     A::widen(loaded.w[r], w);
-    if (ways & 1) {
+    if (!kPlain && (ways & 1)) {
       gradient(g);
       if (coupled) {
         HFAC_UNROLLED (k, kVector) g[k] = g[k] + weight_decay * w[k];
       }
     }
     const Both<T> row_factor = row_factors[row];
-    if (first) {
+    if (kPlain || first) {
       unsigned fresh = 0;
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
@@ -144,7 +152,7 @@ HFAC_DEVICE void step_tile(const Arguments& a, const Team& team, typename A::T (
     T direction[kVector];
     bool done = false;
     if constexpr (sizeof(T) == sizeof(float)) {
-      if (ways & 2) {
+      if (kPlain ? A::rough(param) : (ways & 2) != 0) {
         HFAC_UNROLLED (k, kVector) {
           direction[k] = m[k] * approximate_inverse(approximate_root(v[k]) + eps);
           w[k] = fused(-lr, direction[k], w[k]);
@@ -171,21 +179,31 @@ HFAC_DEVICE void step_tile(const Arguments& a, const Team& team, typename A::T (
 
   for (int base = begin; base < behind; base += ys * kRowsInFlight, at += kRowsInFlight * row_step) {
     T sums[kVector];
-    HFAC_UNROLLED (s, kRowsInFlight / A::kRows) {
-      const int row = base + s * A::kRows * ys + y;
-      const int64_t from = at + s * A::kRows * row_step;
-      // The next rows are under way while these are worked on.
-      if constexpr (A::kAhead) {
-        load(loads[(s + 1) % 2], row + A::kRows * ys, from + A::kRows * row_step);
-      } else {
-        load(loads[s % 2], row, from);
+    const auto rows_of_batch = [&](auto plain) {
+      constexpr bool kPlain = decltype(plain)::value;
+      HFAC_UNROLLED (s, kRowsInFlight / A::kRows) {
+        const int row = base + s * A::kRows * ys + y;
+        const int64_t from = at + s * A::kRows * row_step;
+        // The next rows are under way while these are worked on.
+        if constexpr (A::kAhead) {
+          load(loads[(s + 1) % 2], row + A::kRows * ys, from + A::kRows * row_step);
+        } else {
+          load(loads[s % 2], row, from);
+        }
+        HFAC_UNROLLED (r, A::kRows) {
+          T total_m = T(0), total_v = T(0);
+          if (kPlain || row + r * ys < end) {
+            step(loads[s % 2], r, row + r * ys, from + r * row_step, total_m, total_v, plain);
+          }
+          sums[2 * (s * A::kRows + r)] = total_m;
+          sums[2 * (s * A::kRows + r) + 1] = total_v;
+        }
       }
-      HFAC_UNROLLED (r, A::kRows) {
-        T total_m = T(0), total_v = T(0);
-        if (row + r * ys < end) step(loads[s % 2], r, row + r * ys, from + r * row_step, total_m, total_v);
-        sums[2 * (s * A::kRows + r)] = total_m;
-        sums[2 * (s * A::kRows + r) + 1] = total_v;
-      }
+    };
+    if (kPlainRows<A> && (ways & 4) && base + ys * kRowsInFlight <= end) {
+      rows_of_batch(std::true_type());
+    } else {
+      rows_of_batch(std::false_type());
     }
     sum_lanes(sums, width, [&](int k, T sum) {
       const int row = base + k / 2 * ys + y;
