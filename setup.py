@@ -243,7 +243,8 @@ def jobs(compiler: list[str], nvcc: str | None, archs: str | None = None) -> lis
     for level, flags in LEVELS.items():
         found.append((f"kernels_{level}", kernels, [*common, *flags, f"-DHFAC_LEVEL={level}"]))
     found += [(f.stem, f, common) for f in sorted((CSRC / "cpu").glob("*.cpp")) if f != kernels]
-    found += [(f"cuda_{name}", CSRC / "cuda" / f"{name}.cpp", common) for name in ("plan", "tiling")]  # need no CUDA
+    planning = ("footprint", "plan", "tiling")  # need no CUDA
+    found += [(f"cuda_{name}", CSRC / "cuda" / f"{name}.cpp", common) for name in planning]
     found += [("_".join(f.relative_to(CSRC).with_suffix("").parts), f, [*common, *binding]) for f in BINDINGS]
     found = [(name, source, [*compiler, *flags]) for name, source, flags in found]
     if nvcc:

@@ -34,7 +34,10 @@ ROOT = Path(__file__).parent.parent
 #: The program, and what it includes beside csrc; then the sources of both builds, and of the host's.
 DRIVER = tuple(ROOT / "tests" / "backends" / name for name in ("device_driver.cpp", "device_memory.h"))
 KERNELS = ("smmf.cu", "hfac.cu", "hfac_int8.cu", "hfac_small.cu", "hfac_stats.cu", "dense.cu", "launchers.cu")
-SOURCES = (*(ROOT / "csrc" / "cuda" / name for name in (*KERNELS, "step.cpp", "plan.cpp", "tiling.cpp")), DRIVER[0])
+SOURCES = (
+    *(ROOT / "csrc" / "cuda" / name for name in (*KERNELS, "step.cpp", "plan.cpp", "footprint.cpp", "tiling.cpp")),
+    DRIVER[0],
+)
 HOST_SOURCES = (*SOURCES, ROOT / "csrc" / "emulation" / "emulation.cpp")
 FLOAT = "-DHFAC_FLOAT_OPERANDS"
 

@@ -173,6 +173,8 @@ HFAC_DEVICE bool has_statistics(const Arguments& a) {
 }
 HFAC_DEVICE bool refused(const Arguments& a, const DeviceItem& it) { return a.nonfinite && a.nonfinite[it.index]; }
 
+// Of a launch that never begins at the end.
+HFAC_DEVICE Tile forward_tile(const Arguments& a) { return a.tiles[blockIdx.x]; }
 HFAC_DEVICE Tile tile_of(const Arguments& a) { return a.tiles[a.backward ? gridDim.x - 1 - blockIdx.x : blockIdx.x]; }
 
 // The gradient as the step sees it: unscaled (torch's fused protocol) and of the right sign.

@@ -59,7 +59,7 @@ template <class A, int kVectors, int kThreads, class T>
 HFAC_DEVICE void store_columns(const Arguments& a, const T (&sums)[kVectors][kSums][kVector], bool alone) {
   keep_order();
   const int thread = kept(static_cast<int>(threadIdx.x));
-  const Stats<A, false> s(a, stats_tile(a));
+  const Stats<A, false> s(a, forward_tile(a));
   const RowThreads threads(s.it.tiling, kThreads, thread);
   const int cols = static_cast<int>(s.it.cols), step = threads.lanes * kVector, first_col = threads.x * kVector;
   const bool here = threads.y < threads.ys;  // else its warp is left over

@@ -71,7 +71,7 @@ HFAC_DEVICE void step_small(const Arguments& a) {
   constexpr int kHeld = kHeldRows<A, kWatched, kCodes>, kChunks = sizeof(typename A::Param) / sizeof(Chunk);
   [[maybe_unused]] __shared__ Chunk held[kHeld ? kHeld : 1][kHeld ? kChunks : 1][kHeld ? kTileThreads : 1];
   if (skipped(a)) return;
-  const DeviceItem& it = a.items[tile_of(a).item];
+  const DeviceItem& it = a.items[forward_tile(a).item];
   const int lanes = it.tiling.lanes, shift = log2_of(lanes), ys = kTileThreads >> shift;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp;
   const int x = thread & (lanes - 1), y = thread >> shift;
@@ -139,7 +139,13 @@ HFAC_DEVICE void step_small(const Arguments& a) {
   const T total = sum_values(values, lanes), other = shuffle_xor(total, 1);
   const T r_new = hfac_average(b2.beta, r_before, b2.rest,
                                (odd ? total : other) + static_cast<T>(static_cast<double>(it.cols) * a.options.eps));
-  const T inverse = has_row ? T(1) / r_new : T(0);
+  T inverse = T(0);
+  if constexpr (kCodes) {
+    inverse = has_row ? T(1) / r_new : T(0);
+  } else {
+    const T quotient = reciprocal(r_new);
+    inverse = has_row ? quotient : T(0);
+  }
   if (has_row && x < kValues) {
     if (odd) {
       shared.row_r[my_row] = r_new;

@@ -243,7 +243,7 @@ template <class A, bool kOptions>
 __global__ void __launch_bounds__(stats_threads(Width::kRows), A::kWhole ? 2 : 1) hfac_stats(Arguments a) {
   constexpr int kElement = static_cast<int>(sizeof(typename A::Grad)) / kVector;
   if (kOptions && has_statistics(a)) return;
-  const Tile tile = stats_tile(a);
+  const Tile tile = forward_tile(a);
   const DeviceItem& it = a.items[tile.item];
   if constexpr (A::kWhole) {
     if (it.single) return sum_rows<typename SingleOf<A>::Type, Width::kRows, 1, kOptions>(a, tile);
@@ -266,13 +266,13 @@ __global__ void __launch_bounds__(stats_threads(Width::kRows), A::kWhole ? 2 : 1
 template <class A, bool kOptions>
 __global__ void __launch_bounds__(stats_threads(Width::kFour), kOptions ? 1 : 2) hfac_stats_four(Arguments a) {
   if (kOptions && has_statistics(a)) return;
-  sum_rows<A, Width::kFour, stats_vectors(Width::kFour), kOptions>(a, stats_tile(a));
+  sum_rows<A, Width::kFour, stats_vectors(Width::kFour), kOptions>(a, forward_tile(a));
 }
 
 template <class A, bool kOptions>
 __global__ void __launch_bounds__(stats_threads(Width::kLong), 1) hfac_stats_long(Arguments a) {
   if (kOptions && has_statistics(a)) return;
-  const Tile tile = stats_tile(a);
+  const Tile tile = forward_tile(a);
   if (a.items[tile.item].tiling.vectors == kLongVectors)
     return sum_rows<A, Width::kLong, kLongVectors, kOptions>(a, tile);
   sum_rows<A, Width::kLong, stats_vectors(Width::kLong), kOptions>(a, tile);
@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(stats_threads(Width::kWide), 1) hfac_stats_wid
   __shared__ T of_warps[kWideRows * 2][kWarps], inverse[kWideRows];
   if (has_statistics(a)) return;
   __shared__ StatsNumbers<T> numbers;  // of nobody: registers suffice
-  Stats<A, true> s(a, stats_tile(a));
+  Stats<A, true> s(a, forward_tile(a));
   s.begin(numbers);
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t cols = s.it.cols;

@@ -19,9 +19,6 @@ struct StatsNumbers {
   int rows, cols;
 };
 
-// Of a block: statistics are never taken from the end.
-HFAC_DEVICE Tile stats_tile(const Arguments& a) { return a.tiles[blockIdx.x]; }
-
 // A block's rows. `kOptions`: gradients may be scaled, those that are not finite looked for, and all left as it is
 // where the step is to be skipped or has its statistics; the plain kernel has no instruction for any of them. `kLean`:
 // the numbers are in shared memory and loaded for every use, where the columns' sums leave no registers for them.

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <utility>
 
+#include "footprint.h"
 #include "tiling.h"
 
 namespace hfac {
@@ -17,21 +18,9 @@ constexpr int64_t kGroupElements = 512ll << 20;
 constexpr size_t kFew = 64;                // matrices that one block holds, beside others
 constexpr int kWarps = kTileThreads / 32;  // of a block
 
-int64_t state_bytes(const DeviceItem& it) { return is_double(it) ? 8 : 4; }
-int64_t elements(const DeviceItem& it) { return it.rows * it.cols; }
-int64_t grad_bytes(const DeviceItem& it) { return elements(it) * size_of(it.grad.dtype); }
-int64_t param_bytes(const DeviceItem& it) {
-  return elements(it) * (size_of(it.param.dtype) + static_cast<int64_t>(it.storage.low.kind));
-}
-
-int64_t runs(const DeviceItem& it) { return ceil_quotient(elements(it), kRun); }
-int64_t padded(int64_t bytes) { return (bytes + 15) / 16 * 16; }
-
-class Planner {
+class Planner : private Footprint {
  public:
-  Planner(std::vector<DeviceItem>& items, const std::vector<bool>& bulk, const PlanOptions& options,
-          const std::vector<DeviceShard>& shards)
-      : items_(items), bulk_(bulk), options_(options), shards_(shards) {}
+  using Footprint::Footprint;
 
   Plan make() {
     int64_t of_list = 0;
@@ -78,35 +67,10 @@ class Planner {
  private:
   using Group = std::vector<int32_t>;
 
-  DeviceItem& item(int32_t i) const { return items_[static_cast<size_t>(i)]; }
-
   Group all() const {
     Group group(items_.size());
     std::iota(group.begin(), group.end(), 0);
     return group;
-  }
-
-  bool smmf_matrices() const { return options_.op == OpKind::kSmmf || options_.op == OpKind::kSmmfSums; }
-  bool whole_hfac() const { return options_.op == OpKind::kHfac || options_.op == OpKind::kHfacInt8; }
-  bool applies() const { return options_.op == OpKind::kHfacApply || options_.op == OpKind::kHfacInt8Apply; }
-  bool codes() const { return options_.op == OpKind::kHfacInt8 || options_.op == OpKind::kHfacInt8Apply; }
-
-  static int64_t tile_sums(const DeviceItem& it) {
-    return padded(state_bytes(it) * kSums * it.tiling.row_tiles * it.cols);
-  }
-
-  int64_t workspace_of(const DeviceItem& item) const {
-    DeviceItem it = item;
-    it.workspace = 0;
-    char* const base = reinterpret_cast<char*>(uintptr_t{4096});  // only differences matter
-    const auto end_of = [&](auto zero) {
-      using T = decltype(zero);
-      if (smmf_matrices()) return reinterpret_cast<char*>(SmmfSpace<T>(it, base).end) - base;
-      if (is_dense(options_.op)) return reinterpret_cast<char*>(DenseSpace<T>(it, base).end) - base;
-      const int64_t without_tiles = reinterpret_cast<char*>(HfacSpace<T>(it, base).end) - base;
-      return it.collects ? without_tiles : padded(without_tiles) + tile_sums(it);
-    };
-    return is_double(it) ? end_of(double()) : end_of(float());
   }
 
   // Allots the group's workspaces one after the other; groups follow each other on a stream and share the memory.
@@ -119,131 +83,6 @@ class Planner {
       if (!smmf_matrices() && !is_dense(options_.op)) it.partials = at - tile_sums(it);
     }
     plan_.workspace_bytes = std::max(plan_.workspace_bytes, static_cast<size_t>(at));
-  }
-
-  // How a kernel reaches an item's elements, and the tiles it takes for them, each one block.
-  std::pair<Access, int64_t> cut_for(Kernel kernel, int32_t i) const {
-    const DeviceItem& it = item(i);
-    const bool bulk = bulk_[static_cast<size_t>(i)];
-    switch (kernel) {
-      case Kernel::smmf_tiles:
-        return {pair_access(it, bulk), tiles_of(it.tiling)};
-      case Kernel::hfac_small:
-      case Kernel::hfac_int8_small:
-        return {pair_access(it, bulk), 1};
-      case Kernel::hfac_stats:
-        return {grad_access(it, bulk || it.single), tiles_of(it.tiling)};
-      case Kernel::hfac_update:
-        return {pair_access(it, bulk || it.single), tiles_of(it.update)};
-      case Kernel::hfac_int8_update:
-        return {pair_access(it, bulk), tiles_of(it.update)};
-      case Kernel::hfac_dense:
-      case Kernel::smmf_dense:
-        return {pair_access(it, bulk), runs(it)};
-      case Kernel::look:
-      case Kernel::squares:
-      case Kernel::dense_look:
-        return {grad_access(it, bulk), runs(it)};
-      case Kernel::hfac_collect:
-        return {state_access(it), collect_chunks(it)};
-      case Kernel::smmf_fold:  // nothing of what is one tile, whose block finishes the factors itself
-        return {state_access(it), tiles_of(it.tiling) > 1 ? fold_chunks(it.rows, it.cols, kSmmfChunk) : 0};
-      case Kernel::smmf_sums_fold: {
-        const DeviceShard& shard = shards_[static_cast<size_t>(i)];
-        return {state_access(it), shard.blocks ? fold_chunks(shard.rows, shard.cols, kSmmfChunk) : 0};
-      }
-      default:
-        return {state_access(it), hfac_chunks(it)};
-    }
-  }
-
-  // Adds what a kernel moves for an item.
-  void count(Kernel kernel, const DeviceItem& it, Bytes& b) const {
-    const int64_t number = state_bytes(it), numbers = number * (it.rows + it.cols), grad = grad_bytes(it);
-    const int64_t moments = options_.first_moment ? 2 : 1;
-    const int64_t statistics = number * (3 * it.tiling.row_tiles * it.cols + 2 * it.rows);
-    switch (kernel) {
-      case Kernel::squares:
-        b.partial += 2 * runs(it) * int64_t{sizeof(double)};
-        [[fallthrough]];
-      case Kernel::look:
-        b.grad += grad;
-        break;
-      case Kernel::smmf_tiles:
-        b.grad += grad;
-        b.param += param_bytes(it);
-        if (options_.first_moment) {
-          b.signs += 2 * (it.signs.slice ? elements(it) / it.signs.slice * it.signs.slice_bytes : elements(it) / 8);
-        }
-        if (options_.op == OpKind::kSmmf && tiles_of(it.tiling) == 1) {
-          b.states += 2 * moments * numbers;
-          break;
-        }
-        [[fallthrough]];  // both write or read the partial sums, and read or write the factors
-      case Kernel::smmf_fold:
-      case Kernel::smmf_sums_fold:
-        b.partial += number * moments * (it.tiling.col_tiles * it.rows + it.tiling.row_tiles * it.cols);
-        b.partial += number * moments * tiles_of(it.tiling);
-        b.states += moments * numbers;
-        break;
-      case Kernel::hfac_small:
-        b.grad += grad;
-        b.param += param_bytes(it);
-        b.states += 4 * numbers;
-        break;
-      case Kernel::hfac_int8_small:
-        b.grad += grad;
-        b.param += param_bytes(it);
-        b.states += 2 * numbers + 2 * elements(it);
-        break;
-      case Kernel::hfac_stats:
-        b.grad += grad;
-        b.partial += statistics;
-        if (width_of(it, grad_access(it, true)) == Width::kWide) {  // whose column sums are in memory as they grow
-          b.partial += number * 2 * 3 * it.cols * ceil_quotient(it.rows, kWideRows);
-        }
-        b.states += number * it.rows;
-        break;
-      case Kernel::hfac_collect:
-        b.partial += number * 3 * (it.tiling.row_tiles + 1) * it.cols;
-        break;
-      case Kernel::hfac_fold:
-      case Kernel::hfac_int8_fold:
-        b.partial += options_.norm ? number * (3 * it.cols + 2 * it.rows) : statistics;
-        b.states += codes() ? 2 * numbers : number * (3 * it.rows + 4 * it.cols);
-        break;
-      case Kernel::hfac_sums_fold:
-        b.partial += statistics;
-        b.states += number * (2 * it.rows + 3 * it.cols);
-        break;
-      case Kernel::hfac_apply_fold:
-        b.states += 6 * numbers;
-        break;
-      case Kernel::hfac_int8_apply_fold:
-        b.states += 4 * numbers;
-        break;
-      case Kernel::hfac_int8_update:
-        b.states += 2 * elements(it);
-        [[fallthrough]];
-      case Kernel::hfac_update: {
-        const auto again = static_cast<int64_t>(cached_ * static_cast<double>(grad));
-        b.grad += grad - again;
-        b.grad_again += again;
-        b.param += param_bytes(it);
-        b.partial += 2 * numbers;
-        break;
-      }
-      case Kernel::dense_look:
-        b.grad += grad;
-        b.states += number * elements(it);
-        b.partial += number * 2 * runs(it);
-        break;
-      case Kernel::hfac_dense:
-      case Kernel::smmf_dense:
-        b.grad += grad;
-        b.param += param_bytes(it);
-        b.states += number * elements(it) * 2 * moments;
-    }
   }
 
   // What a block of an item takes, where the longest are launched first, so that what multiprocessors still have to do
@@ -289,7 +128,7 @@ class Planner {
             continue;
           }
           plan_.tiles.push_back({i, 0});
-          count(kernel, item(i), launch.bytes);
+          count(kernel, item(i), cached_, launch.bytes);
         }
         while ((plan_.tiles.size() - static_cast<size_t>(launch.first_tile)) % kWarps) plan_.tiles.push_back({-1, 0});
         const auto after = static_cast<int64_t>(plan_.tiles.size());
@@ -297,7 +136,7 @@ class Planner {
         for (const int32_t i : others) {
           const int64_t n = cut_for(kernel, i).second;
           for (int64_t p = 0; p < n; ++p) plan_.tiles.push_back({i, static_cast<int32_t>(p)});
-          if (n) count(kernel, item(i), launch.bytes);
+          if (n) count(kernel, item(i), cached_, launch.bytes);
         }
         launch.blocks = launch.small_blocks + static_cast<int64_t>(plan_.tiles.size()) - after;
         if (launch.blocks) plan_.launches.push_back(launch);
@@ -506,10 +345,6 @@ class Planner {
     emit(hfac ? Kernel::hfac_dense : Kernel::smmf_dense, all());
   }
 
-  std::vector<DeviceItem>& items_;
-  const std::vector<bool>& bulk_;
-  PlanOptions options_;
-  const std::vector<DeviceShard>& shards_;
   Plan plan_;
   Launch next_{};           // what the launches that are added next have in common
   double cached_ = 0;       // the share of their gradients that is in the cache when they are read again
