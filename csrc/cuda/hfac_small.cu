@@ -140,7 +140,7 @@ HFAC_DEVICE void step_small(const Arguments& a) {
   const T r_new = hfac_average(b2.beta, r_before, b2.rest,
                                (odd ? total : other) + static_cast<T>(static_cast<double>(it.cols) * a.options.eps));
   T inverse = T(0);
-  if constexpr (kCodes) {
+  if constexpr (kCodes && !kWideVectors<A>) {
     inverse = has_row ? T(1) / r_new : T(0);
   } else {
     const T quotient = reciprocal(r_new);
