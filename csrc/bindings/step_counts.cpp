@@ -30,7 +30,8 @@ DecayRule rule_of(const std::string& name) {
 
 void define_step_counts(py::module_& m) {
 #ifdef HFAC_CUDA_STEP
-  py::class_<StepCounts>(m, "StepCounts",
+  // Of this module alone: hfac._C and hfac._emulated each have one, in one process where tests run.
+  py::class_<StepCounts>(m, "StepCounts", py::module_local(),
                          "Steps of parameters that the device counts: float32 `made` and int32 `skipped` (0: none can "
                          "be), `count` of each, by address.")
       .def(py::init([](uintptr_t made, uintptr_t skipped, int64_t count) {
