@@ -66,11 +66,12 @@ class Marks:
     flags: Tensor | None
     of: Sequence[Tensor | None]
     forbidden: Tensor | None
-    memory: "Memory | None" = None
+    memory: "StepParts | None" = None
 
 
-class Memory:
-    """What counts steps has of one step on the device, and what the step's buckets are told of that.
+class StepParts:
+    """Of one step that the device counts: the memory that it is counted in, each bucket's part of that, and what the
+    bucket is told.
 
     Args:
         own: its own (`hfac.ops.step_counts.StepMemory`).
@@ -110,7 +111,7 @@ class Together:
         self.owners = Owners([n for b in buckets for n in b.counts], self.device) if sliced else None
         self._counts: Any = self._bind_counts() if has_rule else None
         #: of earlier steps, for later ones
-        self._spare: list[Memory] = []
+        self._spare: list[StepParts] = []
         for bucket in buckets:
             bucket.in_together = True
 
@@ -139,7 +140,7 @@ class Together:
         return [(bucket, mine.pop("step", 0.0), mine) for bucket, mine in zip(self.buckets, told, strict=True)]
 
     def _told_in_place(
-        self, algorithm: spec.Algorithm, options: Mapping[str, Any], memory: Memory
+        self, algorithm: spec.Algorithm, options: Mapping[str, Any], memory: StepParts
     ) -> Sequence[tuple[Bucket, Any, dict[str, Any]]]:
         assert algorithm.decay_rule is not None
         self._counts.find_decays(memory.own, algorithm.decay_rule(options))
@@ -171,7 +172,7 @@ class Together:
         flags = torch.zeros(sum(self._entries), dtype=torch.int32, device=self.device)
         return Marks(flags, self._parts(flags), found_inf)
 
-    def _memory(self, again: bool) -> Memory:
+    def _memory(self, again: bool) -> StepParts:
         """Several threads may make steps: each has memory of its own."""
         try:
             while again:
@@ -180,7 +181,7 @@ class Together:
                     return memory
         except IndexError:  # nothing is left
             pass
-        return Memory(self._counts.memory(), self._parts, again)
+        return StepParts(self._counts.memory(), self._parts, again)
 
     def count(self, marks: Marks, refused: Tensor | None) -> None:
         """Counts a step. ``refused``: 0-d, whether it counts as skipped where it was forbidden."""

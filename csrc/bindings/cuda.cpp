@@ -1,8 +1,4 @@
 // The CUDA kernels' part of the module: plans, which need no GPU, steps bound to a list, and what CUDA finds here.
-#if defined(HFAC_WITH_CUDA) || defined(HFAC_EMULATED)
-#define HFAC_CUDA_STEP
-#endif
-
 #include <pybind11/stl.h>
 
 #include <cstddef>

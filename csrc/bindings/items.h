@@ -1,6 +1,11 @@
 // The lists that each op takes, by name, and how they become items.
 #pragma once
 
+// Are the CUDA kernels, or the emulated ones, part of the module?
+#if defined(HFAC_WITH_CUDA) || defined(HFAC_EMULATED)
+#define HFAC_CUDA_STEP
+#endif
+
 #include "lists.h"
 
 namespace hfac {

@@ -1,12 +1,8 @@
 // The counts of steps on the device as Python sees them.
-#if defined(HFAC_WITH_CUDA) || defined(HFAC_EMULATED)
-#define HFAC_CUDA_STEP
-#endif
-
+#include "items.h"
 #ifdef HFAC_CUDA_STEP
 #include "../cuda/step_counts.h"
 #endif
-#include "items.h"
 
 namespace hfac {
 namespace bindings {

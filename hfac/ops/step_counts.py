@@ -6,11 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import schedules
-from ..backends.planned import Cuda, index_of
 from ..schedules import DecayRule
 from .counters import are_down
-
-_CUDA = Cuda()
 
 
 class StepMemory:
@@ -21,7 +18,7 @@ class StepMemory:
         self.nonfinite = torch.zeros(count, dtype=torch.int32, device=device) if skips else None
         self.decays = schedules.Decays(count, dtype, device)
         self.rows = self.decays.rows
-        self.stream: Any = _CUDA.stream(device) if device.type == "cuda" else None
+        self.stream = _stream_of(device)
 
 
 class StepCounts:
@@ -29,15 +26,12 @@ class StepCounts:
 
     def __init__(self, made: Tensor, skipped: Tensor | None) -> None:
         self._made, self._skipped, self._device = made, skipped, made.device
-        self._index = index_of(made.device)
 
     def memory(self) -> StepMemory:
         return StepMemory(self._made.numel(), self._device, self._skipped is not None)
 
     def serves(self, memory: StepMemory) -> bool:
-        if self._device.type == "cuda":
-            return _CUDA.is_current(memory.stream, self._index)
-        return self._device.type == "cpu"  # others' streams are not asked for
+        return _stream_of(self._device) == memory.stream
 
     def find_decays(self, memory: StepMemory, rule: DecayRule) -> None:
         memory.decays.find(rule, self._made)
@@ -48,3 +42,10 @@ class StepCounts:
         if skipped is not None and flags is not None and not are_down(flags):
             skipped.add_(flags)
             made.sub_(flags)
+
+
+def _stream_of(device: torch.device) -> Any:
+    """The current one; of devices whose streams are not known here, one that no other equals."""
+    if device.type == "cpu":
+        return None
+    return torch.cuda.current_stream(device) if device.type == "cuda" else object()
