@@ -77,7 +77,7 @@ class HfacReader : public ItemsOp<T> {
     a.rest2 = static_cast<T>(1 - it.beta2);
     a.eps_sum = static_cast<T>(static_cast<double>(it.shard ? it.shard->cols : it.cols) * this->options_.eps);
     a.elements = static_cast<T>(it.rows * it.cols);
-    a.far = fetches_far();
+    a.ahead = fetch_ahead();
     const int64_t first = c * rows_of(it), end = std::min(first + rows_of(it), it.rows);
     const int64_t step = to.stage_grad ? staged_rows(it.cols, to.scattered) : end - first;
     for (int64_t r = first; r < end; r += step) {
@@ -327,7 +327,7 @@ class HfacOp : public HfacReader<T> {
     const int64_t first = c * update_rows(it), end = std::min(first + update_rows(it), it.rows);
     HfacUpdate<T> a{};
     a.grad_stride = a.param_stride = a.cols = it.cols;
-    a.far = fetches_far();
+    a.ahead = fetch_ahead();
     a.decay = static_cast<T>(options_.lr * options_.weight_decay);
     if (kCodes) {
       const Scalars<T> s = scalars<T>(options_, it);

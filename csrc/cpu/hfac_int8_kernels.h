@@ -169,13 +169,6 @@ HFAC_HD Vec<T> largest_code(Vec<T> y, Vec<T> q, Vec<T> growth) {
 // Rows on their way at once in registers: with four, most of what is on its way would lie on the stack.
 constexpr int64_t kCodeRows = 2;
 
-// How far on a prefetch is, in bytes, where `left` elements of its row are left: past the row's end it is for the row R
-// further on.
-template <int R>
-HFAC_HD int64_t ahead(int64_t left, int64_t stride, int64_t bytes) {
-  return kAhead + (left > kAhead / bytes ? 0 : (R - 1) * stride * bytes);
-}
-
 // x, or NaN where y is not finite.
 template <class T>
 HFAC_HD Vec<T> where_finite(Vec<T> x, Vec<T> y) {
@@ -272,9 +265,11 @@ HFAC_HD void hfac_int8_rows(const HfacUpdate<T>& given, int64_t i, int64_t from)
     // All loads before the first store: of rows that lie 4096 bytes apart one would wait for a store to the other.
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(reinterpret_cast<const char*>(g[r] + j) + ahead<R>(a.cols - j, a.grad_stride, sizeof(Sg)));
-      __builtin_prefetch(reinterpret_cast<const char*>(w[r] + j) + ahead<R>(a.cols - j, a.param_stride, sizeof(Sw)), 1);
-      __builtin_prefetch(reinterpret_cast<const char*>(q[r] + j) + ahead<R>(a.cols - j, a.cols, 1), 1);
+      const int64_t left = a.cols - j;
+      __builtin_prefetch(reinterpret_cast<const char*>(g[r] + j) + along<R>(kAhead, left, a.grad_stride, sizeof(Sg)));
+      __builtin_prefetch(reinterpret_cast<const char*>(w[r] + j) + along<R>(kAhead, left, a.param_stride, sizeof(Sw)),
+                         1);
+      __builtin_prefetch(reinterpret_cast<const char*>(q[r] + j) + along<R>(kAhead, left, a.cols, 1), 1);
       x[r].g = load(g[r] + j);
       param[r] = load(static_cast<const Sw*>(w[r] + j));
       codes[r] = Codes<T>::load(q[r] + j);

@@ -153,9 +153,7 @@ HFAC_HD int64_t hfac_stats_in_turn(HfacStats<T>& a, int64_t i) {
     const HfacColSums<T, Sg, R, kSums> cols(a, i);
     int64_t j = 0;
     for (; j + L <= a.cols; j += L) {
-      const int64_t left = a.cols - j;  // past the end of its row a prefetch is for the row R further on
-      const int64_t ahead =
-          kAhead + (left > kAhead / int64_t{sizeof(Sg)} ? 0 : (R - 1) * a.grad_stride * int64_t{sizeof(Sg)});
+      const int64_t ahead = along<R>(kAhead, a.cols - j, a.grad_stride, sizeof(Sg));
       Vec<T> x[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
@@ -181,7 +179,7 @@ HFAC_HD void hfac_stats_of(HfacStats<T>& a) {
   int64_t i = 0;
 #if HFAC_REGISTER > 32  // 32 registers hold eight rows; the columns' sums are then read and written half as often
   // Of 16 bits a row's sums take longer to add up than its lines to come: in one loop with them columns' sums wait.
-  if (sizeof(Sg) >= 4 && a.col_sum && !a.far) i = hfac_stats_in_turn<T, Sg, 8, kSums>(a, i);
+  if (sizeof(Sg) >= 4 && a.col_sum && a.ahead != kNextRows) i = hfac_stats_in_turn<T, Sg, 8, kSums>(a, i);
   i = hfac_stats_by<T, Sg, 8, kSums>(a, i);
 #endif
   i = hfac_stats_by<T, Sg, kRowsAtOnce, kSums>(a, i);
@@ -193,8 +191,8 @@ void hfac_stats(HfacStats<T>& a) {
   a.row_sum ? hfac_stats_of<T, Sg, true>(a) : hfac_stats_of<T, Sg, false>(a);
 }
 
-// `kFar`: which lines of the parameter are asked for (fetches_far).
-template <class T, class Sw, class Sg, bool kFar, int R>
+// `kFetch`: which lines are asked for (fetch_ahead).
+template <class T, class Sw, class Sg, int64_t kFetch, int R>
 HFAC_HD void hfac_update_rows(const HfacUpdate<T>& a, int64_t i) {
   constexpr int64_t L = Vec<T>::kLanes;
   const Sg* g[R];
@@ -212,15 +210,13 @@ HFAC_HD void hfac_update_rows(const HfacUpdate<T>& a, int64_t i) {
   for (; j + L <= a.cols; j += L) {
     const Vec<T> half_psi = load(a.col_first + j), col_scale = load(a.col_scale + j);
     Vec<T> x[R], y[R];
-    const int64_t left = a.cols - j;  // past the end of its row a prefetch is for the row R further on
-    const int64_t g_ahead =
-        kAhead + (left > kAhead / int64_t{sizeof(Sg)} ? 0 : (R - 1) * a.grad_stride * int64_t{sizeof(Sg)});
-    const int64_t w_ahead =
-        kAhead + (left > kAhead / int64_t{sizeof(Sw)} ? 0 : (R - 1) * a.param_stride * int64_t{sizeof(Sw)});
+    const int64_t left = a.cols - j;
+    const int64_t g_ahead = along<R>(kFetch == kNextRows ? kAhead : kFetch, left, a.grad_stride, sizeof(Sg));
+    const int64_t w_ahead = along<R>(kFetch, left, a.param_stride, sizeof(Sw));
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       __builtin_prefetch(reinterpret_cast<const char*>(g[r] + j) + g_ahead);
-      if constexpr (kFar) {  // the gradient, which the statistics have read, is nearer
+      if constexpr (kFetch == kNextRows) {  // the gradient, which the statistics have read, is nearer
         __builtin_prefetch(w[r] + next + j, 0, 2);
       } else {
         __builtin_prefetch(reinterpret_cast<const char*>(w[r] + j) + w_ahead, 1);
@@ -243,11 +239,11 @@ HFAC_HD void hfac_update_rows(const HfacUpdate<T>& a, int64_t i) {
 template <class T, class Sw, class Sg>
 void hfac_update_all(const HfacUpdate<T>& a) {
   int64_t i = 0;
-  if (a.far) {
-    for (; i + kRowsAtOnce <= a.rows; i += kRowsAtOnce) hfac_update_rows<T, Sw, Sg, true, kRowsAtOnce>(a, i);
+  if (a.ahead != kAhead) {
+    for (; i + kRowsAtOnce <= a.rows; i += kRowsAtOnce) hfac_update_rows<T, Sw, Sg, kOtherAhead, kRowsAtOnce>(a, i);
   }
-  for (; i + kRowsAtOnce <= a.rows; i += kRowsAtOnce) hfac_update_rows<T, Sw, Sg, false, kRowsAtOnce>(a, i);
-  for (; i < a.rows; ++i) hfac_update_rows<T, Sw, Sg, false, 1>(a, i);
+  for (; i + kRowsAtOnce <= a.rows; i += kRowsAtOnce) hfac_update_rows<T, Sw, Sg, kAhead, kRowsAtOnce>(a, i);
+  for (; i < a.rows; ++i) hfac_update_rows<T, Sw, Sg, kAhead, 1>(a, i);
 }
 
 // Both moments whole: g, new m, new q and its root.

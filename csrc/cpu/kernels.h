@@ -18,6 +18,9 @@ constexpr int64_t kPad = 16;
 // multiples of it, for the order of the column sums hangs on it.
 constexpr int64_t kRowsAtOnce = 4;
 
+// Lines of the next rows are asked for, into the second cache, and none further along the rows (fetch_ahead).
+constexpr int64_t kNextRows = 0;
+
 // Numbers of a step.
 template <class T>
 struct Scalars {
@@ -44,7 +47,7 @@ struct SmmfRows {
   T *sum_m, *sum_v;                   // [cols, padded] column sums, added to
   int64_t rows, cols;
   double* direction;  // where param and grad are T: added to, sum of (M / (sqrt(V) + eps))^2; null: not watched
-  bool far;           // (fetches_far)
+  int64_t ahead;      // (fetch_ahead)
 };
 
 template <class T>
@@ -58,7 +61,7 @@ struct HfacStats {
   T beta2, rest2, eps_sum;              // eps_sum = cols * eps
   int64_t rows, cols;
   T elements;      // of the whole matrix
-  bool far;        // the next rows are asked for into the second cache (fetches_far)
+  int64_t ahead;   // (fetch_ahead)
   bool nonfinite;  // out, set and never cleared: an element's square times `elements` is not finite
 };
 
@@ -76,7 +79,7 @@ struct HfacUpdate {
   int64_t rows, cols;
   int8_t* codes;  // [rows, cols] the first moment in 8 bits, else null
   T beta1, step;  // then also read: step = lr times the clip factor
-  bool far;       // (fetches_far)
+  int64_t ahead;  // (fetch_ahead)
 };
 
 // A run of elements whose moments are kept whole; exp_avg is null where there is no first moment.

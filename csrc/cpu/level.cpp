@@ -68,12 +68,13 @@ const Level& current() {
 
 const Kernels& kernels() { return *current().kernels; }
 
-bool fetches_far() {
+int64_t fetch_ahead() {
 #if defined(__x86_64__)
-  static const bool far = __builtin_cpu_is("amd") != 0;  // measured on a Zen 4; Intel's are served better the other way
-  return far;
+  // Measured on Xeons, a Zen 4 and a Zen 3: what serves one of them best costs the others 5 to 20 %.
+  static const int64_t ahead = !__builtin_cpu_is("amd") ? 512 : __builtin_cpu_supports("avx512f") ? kNextRows : 256;
+  return ahead;
 #else
-  return false;
+  return 512;
 #endif
 }
 

@@ -14,10 +14,10 @@ const Kernels& kernels();
 std::vector<std::string> levels(bool usable);
 std::string level();
 
-// How the processor's caches want to be asked for lines that a loop on several rows will need, beside what the hardware
-// reads ahead by itself: those of the next rows, and no nearer than to the second cache, or else those a few hundred
-// bytes ahead, to the first. No result hangs on it.
-bool fetches_far();
+// Which lines that a loop on several rows will need this processor's caches want to be asked for, beside what the
+// hardware reads ahead by itself: those so many bytes further along each row, into the first cache, or kNextRows. No
+// result hangs on it.
+int64_t fetch_ahead();
 
 // Throws std::invalid_argument for a level that is not compiled or that this processor lacks; "" is the best one.
 void set_level(const std::string& name);

@@ -1,6 +1,7 @@
 // Loads and stores of a `Vec` from and to each storage type. No pointer need be aligned.
 #pragma once
 
+#include "kernels.h"
 #include "simd.h"
 
 namespace hfac {
@@ -8,6 +9,15 @@ namespace HFAC_LEVEL {
 
 // How far ahead of a loop lines are asked for, in bytes; the streams of four rows outrun the hardware's own guess.
 constexpr int64_t kAhead = 512;
+// The other way that a loop of this level is compiled for, by the processors that have no higher level (fetch_ahead).
+constexpr int64_t kOtherAhead = HFAC_REGISTER > 32 ? kNextRows : 256;
+
+// So far is a line of a row of which `left` elements are left: past the row's end it is for the row R further on, since
+// the next one is at work too. `stride` is elements from row to row, `bytes` those of an element.
+template <int R>
+HFAC_HD int64_t along(int64_t ahead, int64_t left, int64_t stride, int64_t bytes) {
+  return ahead + (left > ahead / bytes ? 0 : (R - 1) * stride * bytes);
+}
 
 template <class T>
 HFAC_HD Vec<T> load(const T* p) {

@@ -51,7 +51,7 @@ void step_rows(const Scalars<T>& s, SmmfRows<T> a, const Item& it, const Route<T
     return values;
   };
   a.cols = block.cols;
-  a.far = fetches_far();
+  a.ahead = fetch_ahead();
   a.grad_stride = route.stage_grad ? block.cols : block.stride;
   a.param_stride = route.stage_param ? block.cols : block.stride;
   a.sign_stride = stage_signs ? padded(block.cols) / 8 : block.stride / 8;

@@ -96,13 +96,13 @@ struct SmmfPlace {
 
 // R rows over `vectors` whole vectors of columns. Between a vector's square roots and its divisions, which depend on
 // them, stand the divisions of the vector before: a processor looks ahead too short a way to find other work by itself.
-// `kFar`: which lines are asked for (fetches_far); a choice in the loop costs 2 to 4 % beyond the caches.
-template <class T, class Sw, class Sg, bool kFirst, bool kCoupled, bool kWatch, bool kFar, int R>
+// `kFetch`: which lines are asked for (fetch_ahead); a choice in the loop costs 2 to 4 % beyond the caches.
+template <class T, class Sw, class Sg, bool kFirst, bool kCoupled, bool kWatch, int64_t kFetch, int R>
 __attribute__((noinline)) void smmf_columns(const SmmfSplat<T>& s, SmmfRowState<T, R>& state, SmmfPlace<T, Sw, Sg> at,
                                             int64_t vectors) {
   constexpr int64_t L = Vec<T>::kLanes;
-  constexpr int64_t kGradAhead = kAhead / (L * static_cast<int64_t>(sizeof(Sg)));
-  constexpr int64_t kParamAhead = kAhead / (L * static_cast<int64_t>(sizeof(Sw)));
+  constexpr int64_t kGradAhead = kFetch / (L * static_cast<int64_t>(sizeof(Sg)));
+  constexpr int64_t kParamAhead = kFetch / (L * static_cast<int64_t>(sizeof(Sw)));
   const int64_t gs = at.g_stride, ws = at.w_stride, bs = at.bits_stride;
   const int64_t g_next = at.next * gs, w_next = at.next * ws;
   const int64_t gs3 = 3 * gs, ws3 = 3 * ws, bs3 = 3 * bs;
@@ -113,13 +113,13 @@ __attribute__((noinline)) void smmf_columns(const SmmfSplat<T>& s, SmmfRowState<
   const auto moments = [&]() __attribute__((always_inline)) {
     SmmfMoments<T, kFirst, R> cell;
     // Past the end of its row a prefetch would find the next row, which is at work too; the row R further on is wanted.
-    const int64_t g_ahead = kFar ? g_next : vectors > kGradAhead ? kAhead : kAhead + (R - 1) * gs;
-    const int64_t w_ahead = kFar ? w_next : vectors > kParamAhead ? kAhead : kAhead + (R - 1) * ws;
+    const int64_t g_ahead = kFetch == kNextRows ? g_next : vectors > kGradAhead ? kFetch : kFetch + (R - 1) * gs;
+    const int64_t w_ahead = kFetch == kNextRows ? w_next : vectors > kParamAhead ? kFetch : kFetch + (R - 1) * ws;
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Sg* g_at = row(at.g, gs, gs3, r);
       const Sw* w_at = row(at.w, ws, ws3, r);
-      if constexpr (kFar) {
+      if constexpr (kFetch == kNextRows) {
         __builtin_prefetch(reinterpret_cast<const char*>(g_at) + g_ahead, 0, 2);
         __builtin_prefetch(reinterpret_cast<const char*>(w_at) + w_ahead, 0, 2);
       } else {
@@ -206,9 +206,9 @@ HFAC_HD void smmf_rows_at_once(const Scalars<T>& scalars, const SmmfSplat<T>& s,
     rows.sum_m[r] = Vec<T>(T(0));
   }
   rows.direction = Vec<T>(T(0));
-  auto* columns = smmf_columns<T, Sw, Sg, kFirst, kCoupled, kWatch, false, R>;
+  auto* columns = smmf_columns<T, Sw, Sg, kFirst, kCoupled, kWatch, kAhead, R>;
   if constexpr (R > 1 && !kWatch) {
-    if (a.far) columns = smmf_columns<T, Sw, Sg, kFirst, kCoupled, kWatch, true, R>;
+    if (a.ahead != kAhead) columns = smmf_columns<T, Sw, Sg, kFirst, kCoupled, kWatch, kOtherAhead, R>;
   }
   columns(s, rows, at, a.cols / L);
   if constexpr (kWatch) *a.direction += static_cast<double>(sum(rows.direction));
@@ -239,7 +239,7 @@ HFAC_HD void smmf_rows_at_once(const Scalars<T>& scalars, const SmmfSplat<T>& s,
     last.sum_m += kFirst ? done : 0;
     last.sum_v += done;
     rows.direction = Vec<T>(T(0));
-    smmf_columns<T, Sw, Sg, kFirst, kCoupled, kWatch, false, R>(s, rows, last, 1);
+    smmf_columns<T, Sw, Sg, kFirst, kCoupled, kWatch, kAhead, R>(s, rows, last, 1);
     if constexpr (kWatch) {  // the lanes beyond may be 0 / 0
       T lanes[L];
       store(static_cast<T*>(lanes), rows.direction);
