@@ -313,7 +313,8 @@ class Repeated:
                     inputs = self._inputs(bucket, self._grads, t, numbers, scaling, seed, seen, flags)
                     bucket.call.apply(inputs, found, clip)
             if not bucket.in_together:
-                bucket.count(None)
+                assert bucket.on_host is not None
+                bucket.on_host.advance()
         for together, mine in self.marks:
             together.count(mine, None)
 

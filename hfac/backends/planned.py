@@ -22,9 +22,10 @@ _MEMORY = ("grad_scale", "found_inf", "watched")
 _REPEATED = frozenset(("nonfinite", "grad_scale", "squares", "clip"))
 #: Types of numbers that a launch takes as they are.
 _NUMBERS = frozenset((float, int, bool, type(None)))
-#: the last numbers that are all of these types, the module that has read them, and what launches take of them:
-#: parameters that are stepped one by one share them
-_last_read: tuple[Mapping[str, Any], Any, Any] | None = None
+#: numbers, the module that has read them, and what launches take of them
+ReadNumbers = tuple[Mapping[str, Any], Any, Any]
+#: of the last ones that are all of these types: parameters that are stepped one by one share them
+_last_read: ReadNumbers | None = None
 #: of the index of a CUDA device; torch without CUDA has no such function
 _address_of_current = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
@@ -89,8 +90,8 @@ class Planned:
         #: the last launch's workspace and the addresses that every launch is told, by name and as launches take them,
         #: where these serve the next one
         self.last: tuple[Tensor, dict[str, int], Any] | None = None
-        #: numbers of which some lie in tensors where launches read them, and what launches take of them
-        self.read: tuple[Mapping[str, Any], Any] | None = None
+        #: likewise, of numbers of which some lie in tensors where launches read them
+        self.read: ReadNumbers | None = None
 
     def squares_room(self, count: int) -> Tensor:
         """Where sums of squares of so many gradients go; what nothing writes there is 0."""
@@ -168,15 +169,16 @@ class Planned:
         _, own, told = last
         if memory or nonfinite is not None:
             told = own | addresses_of({"nonfinite": nonfinite, **memory})
-        read = self.read
-        if read is not None and read[0] is numbers:
-            self.step.launch(read[1], told, self.index, self.stream_at)
-            return True
+        native = platform.native
+        for read in (_last_read, self.read):
+            if read is not None and read[0] is numbers and read[1] is native:
+                self.step.launch(read[2], told, self.index, self.stream_at)
+                return True
         kept: list[Tensor] = []  # until the launch
         given = self._told(numbers, kept)
         if kept and identical(kept, [value for value in numbers.values() if isinstance(value, Tensor)]):
-            given = platform.native.LaunchNumbers(given)
-            self.read = numbers, given
+            given = native.LaunchNumbers(given)
+            self.read = numbers, native, given
         self.step.launch(given, told, self.index, self.stream_at)
         return True
 

@@ -217,14 +217,18 @@ class FactoredOptimizer(BindingOptimizer):
                 or ``max_grad_norm`` without ``clip``.
             TypeError, ValueError, RuntimeError: as `step`; nothing has been updated.
         """
-        self._check_graph_capture()
+        if torch.cuda.is_initialized():
+            self._check_graph_capture()
         single = self._single.get(id(param))
         if single is None or single.param is not param or not single.is_in(self.param_groups):
             single = self._single_of(param)
         index = single.group_index
-        if not self._known.are(index, single.group):
+        checked = self._known.unchanged(index, single.group)
+        if checked is None:
             self._check_changes(index)
-        checked, options, limit, numbers = self._given_of(index)
+            checked = self._known.values(index)
+        given = self._given.get(index)
+        _, options, limit, numbers = self._given_of(index) if given is None or given[0] is not checked else given
         if single.bound is not None and not single.holds(self.param_groups, self.state, checked):
             single.bound = None
         if group is not None and group is not single.group:

@@ -185,15 +185,17 @@ class KnownOptions:
         """Those of a group that is known: the same object until one of them changes."""
         return self._groups[index][1]
 
-    def are(self, index: int, group: Mapping[str, Any]) -> bool:
-        """Whether a group's values, options or not, are the objects that they were."""
+    def unchanged(self, index: int, group: Mapping[str, Any]) -> tuple[Any, ...] | None:
+        """`values`; None where one of the group's values, option or not, is another object than it was."""
         known = self._groups.get(index)
-        return known is not None and known[0] is group and ops.values_are([group], known[2])
+        if known is None or known[0] is not group or not ops.values_are([group], known[2]):
+            return None
+        return known[1]
 
     def changed(self, index: int, group: Mapping[str, Any]) -> dict[str, Any]:
         """By name, the former values of the options that are other objects now. Of a group that is not known, all, with
         their present values."""
-        if self.are(index, group):
+        if self.unchanged(index, group) is not None:
             return {}
         known, before, _ = self._groups.get(index, (None, (), []))
         now = self._get(group)
