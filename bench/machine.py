@@ -44,13 +44,18 @@ def commit(checkout: Path) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's model as it calls itself."""
+    """The processor's model as it calls itself, with family and model number where that names none: one name may stand
+    for several generations, whose numbers are not to replace each other's."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return " ".join(found[1].split()) if found else platform.processor() or platform.machine()
+    fields = dict(re.findall(r"^([^:\n]+?)\s*:[ \t]*(.*)$", text, re.MULTILINE))
+    name = " ".join(fields.get("model name", "").split())
+    if not name:
+        return platform.processor() or platform.machine()
+    numbers = [fields.get(field) for field in ("cpu family", "model")]
+    return name if re.search(r"\d", name) or None in numbers else f"{name}, family {numbers[0]}, model {numbers[1]}"
 
 
 def _git(checkout: Path, *arguments: str) -> str | None:

@@ -11,7 +11,7 @@ from subclasses import Codes
 from torch.nn import Parameter
 
 import hfac
-from bench import against, contestants, memory, options, problem, record, report, rivals, shapes, timing
+from bench import against, contestants, machine, memory, options, problem, record, report, rivals, shapes, timing
 from bench import bytes as traffic
 from bench.__main__ import main
 from bench.gate import why_red
@@ -415,3 +415,21 @@ def test_two_checkouts_step_in_turns_and_only_what_is_right_gets_numbers(tmp_pat
 def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
     with pytest.raises(SystemExit):
         against.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("model", "wanted"),
+    [
+        ("AMD EPYC", "AMD EPYC, family 25, model 1"),
+        ("Intel(R)  Xeon(R) Processor @ 2.50GHz", "Intel(R) Xeon(R) Processor @ 2.50GHz"),
+    ],
+)
+def test_a_processor_whose_name_has_no_model_is_told_apart_by_family_and_model(model, wanted, monkeypatch):
+    text = f"processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: {model}\npower management:\n\n"
+    monkeypatch.setattr(machine.Path, "read_text", lambda path: text)
+    assert machine.processor() == wanted
+
+
+def test_a_processor_that_nothing_is_told_of_has_a_name(monkeypatch):
+    monkeypatch.setattr(machine.Path, "read_text", lambda path: "")
+    assert machine.processor()
