@@ -9,7 +9,7 @@ namespace HFAC_LEVEL {
 
 // How far ahead of a loop lines are asked for, in bytes; the streams of four rows outrun the hardware's own guess.
 constexpr int64_t kAhead = 512;
-// The other way that a loop of this level is compiled for, by the processors that have no higher level (fetch_ahead).
+// What loops of this level are compiled for besides: what AMD's processors want that have AVX-512, or that have not.
 constexpr int64_t kOtherAhead = HFAC_REGISTER > 32 ? kNextRows : 256;
 
 // So far is a line of a row of which `left` elements are left: past the row's end it is for the row R further on, since

@@ -90,7 +90,7 @@ class Planned:
         #: the last launch's workspace and the addresses that every launch is told, by name and as launches take them,
         #: where these serve the next one
         self.last: tuple[Tensor, dict[str, int], Any] | None = None
-        #: likewise, of numbers of which some lie in tensors where launches read them
+        #: of the last numbers of which some lie in tensors where launches read them
         self.read: ReadNumbers | None = None
 
     def squares_room(self, count: int) -> Tensor:
