@@ -18,6 +18,8 @@ from .sass import Instruction, Value
 from .sass_results import Decoder, combined
 
 LANES = 32
+#: bytes that memory sends at least, a quarter of a line
+SECTOR = 32
 #: cycles of a load: of bytes that the warp has read just now; of a table or of partial sums, in L2; `None`: from memory
 L1_CYCLES, L2_CYCLES = 36, 300
 #: address of blockDim among the constants, by that of the first argument
@@ -55,7 +57,7 @@ class Load:
     cycles: int
     token: int
     latency: int | None  # in cycles, or None: from the GPU's memory
-    bytes: int
+    bytes: int  # of the sectors that it brings: of 32 bits a lane's second 16 bytes come with its first ones
 
 
 @dataclass
@@ -345,11 +347,8 @@ class Walker:
             piece = min(ins.width, 4)
             found = [self.memory.read(first + 4 * k, piece) for k in range(max(1, ins.width // 4))]
         latency: int | None = None if operand else L2_CYCLES
-        touched = (
-            {first // 128}
-            if first is not None and isinstance(at, int)
-            else (set() if at is None else set((at[by] // 128).tolist()))
-        )
+        addresses = np.empty(0, np.int64) if at is None else np.array([at]) if isinstance(at, int) else at[by]
+        touched, sectors = (set((addresses // length).tolist()) for length in (128, SECTOR))
         if touched and not ins.has("STRONG"):
             if all(line in lines for line in touched):
                 latency = L1_CYCLES
@@ -361,7 +360,7 @@ class Walker:
                 lines.move_to_end(line)
             while len(lines) * 128 > self.cached:
                 lines.popitem(last=False)
-        return found, Load(0, 0, 0, latency, size)
+        return found, Load(0, 0, 0, latency, len(sectors) * SECTOR or size)
 
     def _store_shared(self, ins: Instruction, at: Value, by: np.ndarray) -> None:
         if at is None:  # one of many sums: what decides something lies at an address that is known

@@ -8,7 +8,7 @@ import pytest
 
 from bench import cubin
 from bench.cubin import Code
-from bench.walk import L2_CYCLES, Load, Memory, Wait, Walker
+from bench.walk import L1_CYCLES, L2_CYCLES, Load, Memory, Wait, Walker
 
 DATA = Path(__file__).parent.parent / "data" / "walk"
 #: of constant bank 0 on sm_90 before a kernel's arguments
@@ -105,6 +105,25 @@ def test_asynchronous_copies_are_waited_for_by_their_groups():
     assert [wait.token for wait in waits] == [loads[0].token, loads[1].token, -2]
     assert [wait.issued for wait in waits] == [3, 2, 1]  # the load from shared memory has one of them before it
     assert sum(event.issued for event in warp.events) == 13
+
+
+def test_what_is_under_way_comes_in_sectors():
+    """Eight float32 for each lane, in two loads: the first brings all 32 bytes, and the second finds them on their way.
+    One number for all lanes is one sector."""
+    text = """/*0000*/ S2R R0, SR_TID.X ;
+        /*0010*/ SHF.L.U32 R2, R0, 0x5, RZ ;
+        /*0020*/ MOV R3, 0x100 ;
+        /*0030*/ LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0040*/ LDG.E.128 R8, desc[UR4][R2.64+0x10] ;
+        /*0050*/ MOV R2, 0x4000 ;
+        /*0060*/ LDG.E R12, desc[UR4][R2.64] ;
+        /*0070*/ EXIT ;"""
+    memory = Memory([], operands=1 << 40)
+    (warp,) = Walker(Code("eight", 16, 0, BASE, text), memory).block(b"", threads=32, blocks=1)
+    loads = [event for event in warp.events if isinstance(event, Load)]
+    assert [(load.bytes, load.latency) for load in loads] == [(32 * 32, None), (32 * 32, L1_CYCLES), (32, None)]
+    assert warp.in_flight == 32 * 32 + 32
+    assert warp.loaded == 2 * 32 * 16 + 32 * 4  # what threads get, whatever brings it
 
 
 @pytest.mark.parametrize("lanes", [1, 3, 7, 64])
