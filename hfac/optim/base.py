@@ -217,7 +217,7 @@ class FactoredOptimizer(BindingOptimizer):
                 or ``max_grad_norm`` without ``clip``.
             TypeError, ValueError, RuntimeError: as `step`; nothing has been updated.
         """
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # else there is no graph: a call that every parameter would pay
             self._check_graph_capture()
         single = self._single.get(id(param))
         if single is None or single.param is not param or not single.is_in(self.param_groups):
