@@ -50,7 +50,7 @@ def find_nvcc() -> str | None:
 
 def host_command(flags: Sequence[str] = ()) -> list[str]:
     """What compiles a source for the host, and links."""
-    return ["g++", "-std=c++20", "-O1", "-g", "-pthread", "-ffp-contract=off", "-Wno-unknown-pragmas", *flags]
+    return ["g++", "-std=c++20", "-O1", "-g1", "-pthread", "-ffp-contract=off", "-Wno-unknown-pragmas", *flags]
 
 
 def device_command(nvcc: str, arch: str, flags: Sequence[str] = ()) -> list[str]:

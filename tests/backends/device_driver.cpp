@@ -338,7 +338,7 @@ std::vector<Case> cases() {
       {"hfac, norm", kQuick, op(OpKind::kHfac, small, norm)},
       {"hfac int8", kQuick, op(OpKind::kHfacInt8, small)},
       {"hfac int8, norm", kFull, op(OpKind::kHfacInt8, small, norm)},
-      {"hfac int8 apply", kFull, [] { return run_shards(OpKind::kHfacInt8Apply); }},
+      {"hfac int8 apply", kQuick, [] { return run_shards(OpKind::kHfacInt8Apply); }},
       {"hfac, norm, stored", kFull, op(OpKind::kHfac, both, stored_norm)},
       {"smmf dense", kFull, op(OpKind::kSmmfDense, {{24, 1, 1}, {8200, 1, 1}})},
       {"hfac dense", kFull, op(OpKind::kHfacDense, {{24, 1, 1}, {8200, 1, 1}})},

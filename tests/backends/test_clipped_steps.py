@@ -60,6 +60,7 @@ def close(squares, grads, scale=1.0):
     return squares.dtype == F64 and torch.allclose(squares, exact, rtol=1e-6, atol=0)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("clip", [1.0, 0.3, NAN])
 @pytest.mark.parametrize("these", LISTS.values(), ids=LISTS)
 @EACH
@@ -70,6 +71,7 @@ def test_a_clipped_step_has_the_bits_of_a_plain_one(op, backend, these, clip):
         assert close(squares, one.grads(t)) and one.agrees(other)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("threshold", [0.7, None])
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
 @EACH
@@ -88,6 +90,7 @@ def test_a_clipped_step_has_the_bits_of_one_of_smaller_gradients(op, backend, dt
     assert found[0].agrees(found[1]) and not found[0].agrees(found[2])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("scale", [8.0, 3.0])
 @pytest.mark.parametrize("clip", [1.0, 0.3])
 @EACH
@@ -99,6 +102,7 @@ def test_squares_are_of_unscaled_gradients(op, backend, clip, scale):
         assert close(squares, one.grads(), scale)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("threshold", [None, 0.1])
 @EACH
@@ -110,6 +114,7 @@ def test_other_options(op, backend, threshold, maximize):
         assert one.agrees(other)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", ["stochastic", "split stochastic", "split8 stochastic"])
 @EACH
 def test_parameters_that_are_stored_otherwise(op, backend, kind):
@@ -149,6 +154,7 @@ def spoilt(grads):
     return grads
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("skips", [True, False], ids=["skip", "propagate"])
 @pytest.mark.parametrize("clip", [1.0, 0.3, 1e-15, NAN])
 @EACH

@@ -135,7 +135,7 @@ def threads_and_isa():
 
 
 #: The lists of a shorter run are the first of a longer one.
-FEW, MANY = pytest.param(12, marks=pytest.mark.partial), pytest.param(200, marks=pytest.mark.slow)
+FEW, MANY = pytest.param(12, marks=pytest.mark.partial), pytest.param(100, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("backend", KERNELS, indirect=True)

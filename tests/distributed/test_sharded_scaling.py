@@ -6,11 +6,12 @@ from test_sharded import agree
 
 
 def test_scaled_steps_equal_the_bare_model():
-    options = ((), (("max_grad_norm", 0.2),), (("nonfinite", "skip"),))
-    on_device = (("capturable", True),)
-    options += (on_device, (*on_device, ("max_grad_norm", 0.2)), (*on_device, ("nonfinite", "skip-step")))
-    cases = [(kind, name, False, *more) for name in OPTIMIZERS for kind in ("fsdp", "hsdp") for more in options]
-    cases += [("fsdp", name, True, ("max_grad_norm", 0.2)) for name in OPTIMIZERS]
+    limit, on_device = ("max_grad_norm", 0.2), ("capturable", True)
+    of_both = ((), (limit,), (on_device, limit))
+    options = (*of_both, (("nonfinite", "skip"),), (on_device,), (on_device, ("nonfinite", "skip-step")))
+    cases = [("fsdp", name, False, *more) for name in OPTIMIZERS for more in options]
+    cases += [("hsdp", name, False, *more) for name in OPTIMIZERS for more in of_both]
+    cases += [("fsdp", name, True, limit) for name in OPTIMIZERS]
     (found,) = on_ranks(4, ("sharded_scaling:compare_all", cases))
     agree(found, 1e-12)
 

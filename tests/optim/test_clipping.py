@@ -74,6 +74,7 @@ def both_ways(cls, dtype=torch.float32, steps=8, **options):
     return (ours, one), (theirs, other)
 
 
+@pytest.mark.pairwise
 @BOTH
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
