@@ -11,16 +11,16 @@ namespace hfac {
 namespace {
 
 // What a thread has of a chunk's columns: of all tiles that its warp takes kFoldVector neighbours from `first` on, and
-// when their sums have met column k, if there is one for it.
+// when their sums have met column k, if there is one for it: in the last warps, since the first ones have rows.
 struct FoldCol {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, way = static_cast<int>(threadIdx.x) / kWarp;
-  const int x = static_cast<int>(threadIdx.x);
+  const int lane = static_cast<int>(threadIdx.x % kWarp), way = static_cast<int>(threadIdx.x / kWarp);
+  const int x = static_cast<int>(threadIdx.x) - (kTileThreads - kFoldCols);
   const int64_t first, k;
   const bool mine;
   HFAC_DEVICE FoldCol(int chunk, int64_t cols)
       : first(static_cast<int64_t>(chunk) * kFoldCols + lane * kFoldVector),
         k(static_cast<int64_t>(chunk) * kFoldCols + x),
-        mine(x < kFoldCols && k < cols) {}
+        mine(x >= 0 && k < cols) {}
 };
 static_assert(kFoldCols == kWarp * kFoldVector, "a warp has a chunk's columns of a tile");
 
@@ -30,6 +30,14 @@ HFAC_DEVICE void load_aligned(const T* from, T (&to)[kFoldVector]) {
   HFAC_UNROLLED (c, static_cast<int>(sizeof(to)) / 16) {
     const Chunk chunk = load_chunk(reinterpret_cast<const char*>(from) + 16 * c, false);
     memcpy(reinterpret_cast<char*>(to) + 16 * c, &chunk, 16);
+  }
+}
+template <class T>
+HFAC_DEVICE void store_aligned(const T (&from)[kFoldVector], T* to) {
+  HFAC_UNROLLED (c, static_cast<int>(sizeof(from)) / 16) {
+    Chunk chunk;
+    memcpy(&chunk, reinterpret_cast<const char*>(from) + 16 * c, 16);
+    store_chunk(reinterpret_cast<char*>(to) + 16 * c, chunk);
   }
 }
 template <class T>
@@ -43,38 +51,59 @@ HFAC_DEVICE void load_some(const T* from, int64_t count, T (&to)[kFoldVector]) {
 template <class T, class Each>
 HFAC_DEVICE void sum_tiles(const T* cols, int tiles, int64_t width, const FoldCol& col, T (&sums)[kSums],
                            const Each& each) {
-  constexpr int kTogether = sizeof(T) == sizeof(float) ? 4 : 2;
-  __shared__ T shared[kFoldWays][kSums][kFoldCols];
+  constexpr int kTogether = sizeof(T) == sizeof(float) ? 4 : 2, kStep = kFoldWays * kTogether;
+  alignas(16) __shared__ T shared[kFoldWays][kSums][kFoldCols];
   T part[kSums][kFoldVector] = {};
-  const auto add_up = [&](const auto& load) {
-    for (int t = col.way; t < tiles; t += kFoldWays * kTogether) {
-      T loaded[kTogether][kSums][kFoldVector] = {};
-      HFAC_UNROLLED (u, kTogether) {
-        const int64_t tile = t + u * kFoldWays;
-        if (tile >= tiles) break;
-        HFAC_UNROLLED (j, kSums) load(cols + (tile * kSums + j) * width + col.first, loaded[u][j]);
-      }
-      HFAC_UNROLLED (u, kTogether * kSums * kFoldVector) {
-        const int j = u / kFoldVector % kSums;
-        const T sum = loaded[u / (kSums * kFoldVector)][j][u % kFoldVector];
-        part[j][u % kFoldVector] = part[j][u % kFoldVector] + sum;
-        each(j, sum);
-      }
+  const auto add = [&](int j, const T(&loaded)[kFoldVector]) {
+    HFAC_UNROLLED (u, kFoldVector) {
+      part[j][u] = part[j][u] + loaded[u];
+      each(j, loaded[u]);
     }
   };
   const int64_t count = width - col.first;
-  if (width % kFoldVector) {
-    add_up([&](const T* from, T(&to)[kFoldVector]) { load_some(from, count, to); });
-  } else if (count > 0) {
-    add_up([&](const T* from, T(&to)[kFoldVector]) { load_aligned(from, to); });
+  const bool whole = width % kFoldVector == 0 && count > 0;
+  const T* from = cols + int64_t{col.way} * kSums * width + col.first;  // the warp's next tile
+  int t = col.way;
+  if (whole) {
+    for (; t + kStep - kFoldWays < tiles; t += kStep) {  // nothing is asked of any tile
+      T loaded[kTogether][kSums][kFoldVector];
+      HFAC_UNROLLED (u, kTogether) {
+        HFAC_UNROLLED (j, kSums) load_aligned(from + j * width, loaded[u][j]);
+        from += kFoldWays * kSums * width;
+      }
+      HFAC_UNROLLED (u, kTogether * kSums) add(u % kSums, loaded[u / kSums][u % kSums]);
+    }
   }
-  HFAC_UNROLLED (u, kSums * kFoldVector) {
-    shared[col.way][u / kFoldVector][col.lane * kFoldVector + u % kFoldVector] = part[u / kFoldVector][u % kFoldVector];
+  const auto add_rest = [&](const auto& load) {
+    for (; t < tiles; t += kStep) {
+      T loaded[kTogether][kSums][kFoldVector] = {};
+      HFAC_UNROLLED (u, kTogether) {
+        if (t + u * kFoldWays >= tiles) break;
+        HFAC_UNROLLED (j, kSums) load(from + j * width, loaded[u][j]);
+        from += kFoldWays * kSums * width;
+      }
+      HFAC_UNROLLED (u, kTogether * kSums) add(u % kSums, loaded[u / kSums][u % kSums]);
+    }
+  };
+  if (whole) {
+    add_rest([&](const T* at, T(&to)[kFoldVector]) { load_aligned(at, to); });
+  } else if (width % kFoldVector) {
+    add_rest([&](const T* at, T(&to)[kFoldVector]) { load_some(at, count, to); });
+  }
+  if (col.way < tiles) {  // others have nothing, which nobody reads
+    HFAC_UNROLLED (j, kSums) store_aligned(part[j], &shared[col.way][j][col.lane * kFoldVector]);
   }
   __syncthreads();
   HFAC_UNROLLED (j, kSums) sums[j] = T(0);
   if (!col.mine) return;
-  HFAC_UNROLLED (w, kFoldWays * kSums) sums[w % kSums] = sums[w % kSums] + shared[w / kSums][w % kSums][col.x];
+  const auto add_way = [&](int w) {
+    HFAC_UNROLLED (j, kSums) sums[j] = sums[j] + shared[w][j][col.x];
+  };
+  if (tiles < kFoldWays) {
+    for (int w = 0; w < tiles; ++w) add_way(w);
+  } else {
+    HFAC_UNROLLED (w, kFoldWays) add_way(w);
+  }
 }
 
 // Collected sums are those of one tile: adding them to zero, and zeros to them, changes no bit.
@@ -125,12 +154,12 @@ HFAC_DEVICE bool is_minus_zero(double x) {
   return bits == uint64_t{1} << 63;
 }
 
-// By one thread: what `update_tile` reads of a whole matrix; `mean_square`: of U.
+// By one thread: what `update_tile` reads of a whole matrix.
 template <class T, bool kCodes>
 HFAC_DEVICE void put_scales(const HfacSpace<T>& space, const Options& o, double total, double old, double mean_square) {
   *space.scale = root(static_cast<T>(total));
   *space.divisor = clip_divisor(o, static_cast<T>(mean_square));
-  if (kCodes) *space.growth = old == 0 ? T(0) : root(static_cast<T>(total)) / root(static_cast<T>(old));
+  if (kCodes) *space.growth = growth_of(root(static_cast<T>(total)), old);
 }
 
 // `kCodes`: the first moment is whole, in 8 bits, whose unit changes with the second moment.
@@ -148,13 +177,15 @@ HFAC_DEVICE void fold(const Arguments& a) {
   const T rows = static_cast<T>(m), cols = static_cast<T>(n), sign = a.options.maximize ? T(-1) : T(1);
   const int64_t k = static_cast<int64_t>(tile.index) * kFoldChunk + threadIdx.x;
 
-  // All loads before the first store, behind which compilers leave none.
+  // All loads before the first store, behind which compilers leave none, and addresses with them.
+  const int few = it.chunks, counter = it.counter;
+  void *const first_row = it.first_row, *const second_row = it.second_row;
+  void *const first_col = it.first_col, *const second_col = it.second_col;
   const FoldCol col(tile.index, n);
   const T sum = k < m ? space.row_sum[k] : T(0), r = k < m ? space.row_square[k] : T(0);
-  const T* const kept_row = static_cast<const T*>(kCodes ? it.second_row : it.first_row);
-  const T row_before = k < m ? kept_row[k] : T(0);
-  const T s_before = col.mine ? static_cast<const T*>(it.second_col)[col.k] : T(0);
-  [[maybe_unused]] const T col_before = !kCodes && col.mine ? static_cast<const T*>(it.first_col)[col.k] : T(0);
+  const T row_before = k < m ? static_cast<const T*>(kCodes ? second_row : first_row)[k] : T(0);
+  const T s_before = col.mine ? static_cast<const T*>(second_col)[col.k] : T(0);
+  [[maybe_unused]] const T col_before = !kCodes && col.mine ? static_cast<const T*>(first_col)[col.k] : T(0);
   T sums[kSums];
   if (static_cast<int64_t>(tile.index) * kFoldCols < n) sum_tiles(space, it, col, sums);
 
@@ -167,20 +198,19 @@ HFAC_DEVICE void fold(const Arguments& a) {
     space.row_square[k] = T(1) / root(r);
     if constexpr (kCodes) {
       totals[2] = static_cast<double>(row_before);
-      space.row_sum[k] = step_unit(it.second_row, k, row_before, r);
+      space.row_sum[k] = step_unit(second_row, k, row_before, r);
     } else {
-      space.row_sum[k] =
-          step_moments(it.first_row, it.second_row, k, row_before, sign * (sum + T(0)) / cols, r, cols, b1);
+      space.row_sum[k] = step_moments(first_row, second_row, k, row_before, sign * (sum + T(0)) / cols, r, cols, b1);
     }
   }
   if (col.mine) {
     const T square = sums[1] + static_cast<T>(static_cast<double>(m) * a.options.eps);
     const T s = hfac_average(b2.beta, s_before, b2.rest, square);
     if constexpr (kCodes) {
-      space.col_first[col.k] = step_unit(it.second_col, col.k, s_before, s);
+      space.col_first[col.k] = step_unit(second_col, col.k, s_before, s);
     } else {
       space.col_first[col.k] =
-          step_moments(it.first_col, it.second_col, col.k, col_before, sign * sums[0] / rows, s, rows, b1);
+          step_moments(first_col, second_col, col.k, col_before, sign * sums[0] / rows, s, rows, b1);
     }
     space.col_scale[col.k] = T(1) / root(s);
     totals[1] = static_cast<double>(sums[2]) / static_cast<double>(s);
@@ -193,13 +223,20 @@ HFAC_DEVICE void fold(const Arguments& a) {
       if (threadIdx.x == 0 && zeros[j] > 0) atomicAdd(watched + kZeroRows + j, zeros[j]);
     }
   }
-  block_sums(totals, shared);
-  HFAC_UNROLLED (j, kTotals) {
-    if (threadIdx.x == 0) space.norms[tile.index * kFoldTotals + j] = totals[j];
+  const int lane = static_cast<int>(threadIdx.x % kWarp), warp = static_cast<int>(threadIdx.x / kWarp);
+  if (shuffle(static_cast<int>(k < m || col.mine), 0)) warp_sums(totals);
+  if (lane == 0) {
+    HFAC_UNROLLED (j, kTotals) shared[warp * kTotals + j] = totals[j];
   }
-
+  __syncthreads();
+  if (warp == 0 && lane < kTotals) {
+    double sum = shared[lane];
+    HFAC_UNROLLED (w, kTileWarps - 1) sum = sum + shared[(w + 1) * kTotals + lane];
+    space.norms[tile.index * kFoldTotals + lane] = sum;
+  }
+  if (few) return;  // the update adds them up
   const int64_t chunks = hfac_chunks(it);
-  if (!last_block(a.counters + it.counter, chunks)) return;
+  if (!last_block(a.counters + counter, chunks)) return;
   HFAC_UNROLLED (j, kTotals) totals[j] = 0;
   for (int64_t c = threadIdx.x; c < chunks; c += kTileThreads) {
     HFAC_UNROLLED (j, kTotals) totals[j] += load_fresh(space.norms + c * kFoldTotals + j);

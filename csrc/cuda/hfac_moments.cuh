@@ -34,4 +34,10 @@ HFAC_DEVICE T clip_divisor(const Options& o, T mean_square) {
   return o.clip ? hfac_clip_divisor(root(mean_square), o.clip_threshold) : T(1);
 }
 
+// Of codes how sqrt(R) has grown, 0 where R was 0.
+template <class T>
+HFAC_DEVICE T growth_of(T scale, double old) {
+  return old == 0 ? T(0) : scale / root(static_cast<T>(old));
+}
+
 }  // namespace hfac

@@ -3,12 +3,20 @@
 
 #include "codes.cuh"
 #include "hfac_element.cuh"
+#include "hfac_moments.cuh"
 
 namespace hfac {
+
+// What all elements of a matrix have in common.
+template <class T>
+struct Scales {
+  T scale, divisor, growth;  // sqrt(R); what U is divided by; of codes how sqrt(R) has grown
+};
 
 // What the update needs of a row: the fold's number and the factor of the gradient.
 template <class T>
 struct UpdateRows {
+  Scales<T> scales;
   T first[kRowsInFlight * kTileThreads], scale[kRowsInFlight * kTileThreads];
 };
 // And of the moment's codes what they stand for.
@@ -30,12 +38,45 @@ struct UpdateLoads {
   [[maybe_unused]] Codes codes[kCodes ? kRows : 1];
 };
 
+// What the fold leaves for all rows and columns. Of few chunks a warp adds up what they have, in the order in which the
+// fold's last block does it of more: that would do so alone, while nothing is under way.
+template <bool kWatched, bool kCodes, class Shared, class T = decltype(Shared::scales.scale)>
+HFAC_DEVICE Scales<T> take_scales(const Arguments& a, const DeviceItem& it, int index, Shared& shared) {
+  constexpr int kTotals = kCodes ? kFoldTotals : 2;
+  const HfacSpace<T> space(it, a.workspace);
+  const int few = it.chunks;
+  if (!few) return {*space.scale, *space.divisor, kCodes ? *space.growth : T(0)};
+  const int lane = static_cast<int>(threadIdx.x);
+  if (lane < kWarp) {
+    double totals[kTotals] = {};
+    for (int chunk = lane; chunk - lane < few; chunk += kWarp) {
+      double part[kTotals];
+      HFAC_UNROLLED (j, kTotals) part[j] = chunk < few ? space.norms[chunk * kFoldTotals + j] : 0.0;
+      warp_sums(part);
+      HFAC_UNROLLED (j, kTotals) totals[j] = totals[j] + part[j];
+    }
+    const double norm = totals[0] * totals[1];
+    const double mean_square = norm / (static_cast<double>(it.rows) * static_cast<double>(it.cols));
+    const T scale = root(static_cast<T>(totals[0])), divisor = clip_divisor(a.options, static_cast<T>(mean_square));
+    if (lane == 0) {
+      shared.scales = {scale, divisor, kCodes ? growth_of(scale, totals[kTotals - 1]) : T(0)};
+      if (kWatched && index == 0) a.watched[int64_t{it.index} * kWatchedNumbers + kDirection] += norm;
+    }
+  }
+  __syncthreads();
+  return shared.scales;
+}
+
 // No root and no division in the loop but those of codes: a tile's rows are prepared in shared memory, its columns in
 // registers. `kCodes`: the first moment is whole, in 8 bits.
 template <class A, bool kWatched, bool kCodes, class Shared>
 HFAC_DEVICE void update_tile_of(const Arguments& a, const Tile& tile, Shared& shared) {
   using T = typename A::T;
   const DeviceItem& it = a.items[tile.item];
+  // While the first rows are under way, where there are registers for that; of 32 bits bytes bind in any case.
+  constexpr bool kMeanwhile = A::kWhole && (kCodes || sizeof(typename A::Grad) + sizeof(typename A::Param) <= 32);
+  Scales<T> scales;
+  if constexpr (!kMeanwhile) scales = take_scales<kWatched, kCodes>(a, it, tile.index, shared);
   const Tiling tiling = it.update;
   const HfacSpace<T> space(it, a.workspace);
   const int64_t rows = it.rows, cols = it.cols;
@@ -71,7 +112,8 @@ HFAC_DEVICE void update_tile_of(const Arguments& a, const Tile& tile, Shared& sh
   int64_t element = (first_row + y) * cols + col;  // the thread's, of the rows that it is at
   load(loads[0], y, element);
 
-  const T scale = *space.scale, divisor = *space.divisor;
+  if constexpr (kMeanwhile) scales = take_scales<kWatched, kCodes>(a, it, tile.index, shared);
+  const T scale = scales.scale, divisor = scales.divisor;
   const Decay<T> b1(a.scalars.beta1, it.index);
   T col_first[kVector], col_scale[kVector];
   if constexpr (A::kWhole) {  // in 16 bytes; without columns none is used
@@ -85,8 +127,7 @@ HFAC_DEVICE void update_tile_of(const Arguments& a, const Tile& tile, Shared& sh
     }
   }
   if constexpr (kCodes) make_table(shared.table);
-  [[maybe_unused]] const T growth = kCodes ? *space.growth : T(0),
-                           part = (a.options.maximize ? -b1.rest : b1.rest) * scale;
+  [[maybe_unused]] const T growth = scales.growth, part = (a.options.maximize ? -b1.rest : b1.rest) * scale;
   for (int k = thread; k < tile_rows; k += kTileThreads) {
     const T first = space.row_sum[first_row + k], inverse = space.row_square[first_row + k];
     if constexpr (kCodes) {

@@ -17,6 +17,7 @@ constexpr int64_t kWorkspaceCap = 64 << 20;  // of SMMF's partial sums and of cl
 constexpr int64_t kGroupElements = 512ll << 20;
 constexpr size_t kFew = 64;                // matrices that one block holds, beside others
 constexpr int kWarps = kTileThreads / 32;  // of a block
+constexpr int64_t kFewChunks = 64;         // of a fold, whose sums a warp of the update adds up
 
 class Planner : private Footprint {
  public:
@@ -29,6 +30,7 @@ class Planner : private Footprint {
       DeviceItem& it = items_[i];
       it.counter = static_cast<int32_t>(i) * kCounters;
       it.whole_cols = shards_.empty() ? it.cols : shards_[i].cols;
+      if (whole_hfac() && hfac_chunks(it) <= kFewChunks) it.chunks = static_cast<int32_t>(hfac_chunks(it));
       if (elements(it) == 0) continue;  // a shard that has moments, and no tiles
       const int64_t launched = std::max(elements(it), std::min(of_list, kGroupElements));
       if (smmf_matrices()) it.tiling = cut_smmf(it);
@@ -93,6 +95,9 @@ class Planner : private Footprint {
     const DeviceItem& it = item(i);
     const int64_t updated = std::min<int64_t>(it.update.rows, it.rows) * it.update.cols;
     if (kernel == Kernel::hfac_stats) return by_update_ ? -updated : statistics_cost(matrix(i), it.tiling);
+    if (kernel == Kernel::hfac_fold || kernel == Kernel::hfac_int8_fold) {
+      return std::min<int64_t>(it.rows, kFoldChunk) + int64_t{12} * it.tiling.row_tiles;
+    }
     if (kernel == Kernel::hfac_int8_update) return next_.backward ? -updated : updated;
     const bool whole_smmf = kernel == Kernel::smmf_tiles && options_.op == OpKind::kSmmf;
     return whole_smmf ? std::min<int64_t>(it.tiling.rows, it.rows) * it.tiling.cols : 0;

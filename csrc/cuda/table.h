@@ -112,6 +112,7 @@ struct DeviceItem : Operands, Moments {
   int32_t index;          // in the caller's list
   int32_t counter;        // its first among the counters
   int32_t collects;       // 1: H-Fac's tiles' sums do not outlast their group, so that they are collected
+  int32_t chunks;         // of H-Fac's fold, where they are so few that each block of the update adds up what they have
   Tiling tiling, update;  // of the first pass; of H-Fac's second
   DeviceStorage storage;
 };
@@ -225,7 +226,7 @@ constexpr int kFoldTotals = 3;  // of a chunk of its fold
 
 template <class T>
 struct HfacSpace {
-  T *scale, *divisor, *growth;  // sqrt(R); what U is divided by; of codes how sqrt(R) has grown, 0 where it was 0
+  T *scale, *divisor, *growth;  // what all elements have in common (Scales), where `norms` are not few
   T *row_sum, *row_square;      // [rows] sum of the gradient, then phi / 2, of codes sqrt(r_old / r); the new r, then
                                 // 1 / sqrt(r)
   T *col_first, *col_scale;     // [cols] psi / 2, of codes sqrt(s_old / s); 1 / sqrt(s)

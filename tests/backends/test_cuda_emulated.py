@@ -27,6 +27,8 @@ LARGE = [(300, 2100), (2100, 300), (300, 2104), (2104, 304), (5, 9000), (20, 143
 LARGE += [(700, 64), (90, 512), (60, 1536), (40, 5000), (35, 16424)]
 # So do the threads that share a row's columns add up their sums: two, four, eight, sixteen or sixty-four of them.
 LARGE += [(600, 96), (300, 192), (90, 384), (40, 1024), (30, 2048), (20, 3072)]
+# As many chunks of a fold as each block of the update adds up itself, and one more.
+LARGE += [(5, 8192), (5, 8193)]
 
 
 @pytest.fixture(autouse=True)

@@ -165,26 +165,44 @@ def test_a_gradient_larger_than_the_cache_is_updated_from_its_end():
     assert update["l"]["backward"] and 0 < update["l"]["grad_from_cache"] < update["l"]["grad"]
 
 
+def items_of(image, launch):
+    """Of the launch's blocks, in order."""
+    first, blocks = launch["first_tile"], launch["blocks"]
+    return [struct.unpack_from("i", image["tiles"], 8 * t)[0] for t in range(first, first + blocks)]
+
+
+def tiling_in(image, which, item=0):
+    """Rows, columns, tiles of rows and of columns, lanes and vectors."""
+    stride = len(image["items"]) // image["count"]
+    return struct.unpack_from("6i", image["items"], item * stride + image[which])
+
+
 def test_an_update_with_codes_begins_with_its_longest_blocks():
     """ResNet-50's gradients do not fit the cache: its blocks are taken from the end, where the longest are, and the
     statistics have read matrices in the same order, those that are updated first last."""
     (found, _), *_ = launch_plan.plans("hfac_int8", resnet50(), "float32", image=True, l2_bytes=50 << 20)
     image, launches = found["image"], {la["kernel"]: la for la in found["launches"] if la["access"] == "float32"}
-    stride = len(image["items"]) // image["count"]
-
-    def items_of(launch):
-        first, blocks = launch["first_tile"], launch["blocks"]
-        return [struct.unpack_from("i", image["tiles"], 8 * t)[0] for t in range(first, first + blocks)]
 
     def elements(item):
-        rows, cols, *_ = struct.unpack_from("6i", image["items"], item * stride + image["update"])
+        rows, cols, *_ = tiling_in(image, "update", item)
         return rows * cols
 
-    update, stats = (dict.fromkeys(items_of(launches[name])) for name in ("hfac_int8_update", "hfac_stats"))
+    update, stats = (dict.fromkeys(items_of(image, launches[name])) for name in ("hfac_int8_update", "hfac_stats"))
     assert launches["hfac_int8_update"]["backward"]
     sizes = [elements(item) for item in update]
     assert sizes == sorted(sizes) and len(set(sizes)) > 3
     assert [item for item in stats if item in update] == [*update]
+
+
+@pytest.mark.parametrize("algorithm", ["hfac", "hfac_int8"])
+def test_a_fold_begins_with_its_longest_blocks(algorithm):
+    """Those that add up most tiles and rows: ResNet-50's take two turns, and one that begins late ends alone."""
+    (found, shapes), *_ = launch_plan.plans(algorithm, resnet50(), "float32", image=True)
+    (fold,) = (la for la in found["launches"] if la["kernel"].endswith("fold"))
+    blocks = [(shapes[i][0], tiling_in(found["image"], "tiling", i)[2]) for i in items_of(found["image"], fold)]
+    assert len(set(blocks)) > 3
+    long = [min(rows, 256) + 12 * tiles for rows, tiles in blocks]
+    assert long == sorted(long, reverse=True)
 
 
 def test_tiles_of_an_update_are_as_long_as_each_other():
@@ -208,10 +226,9 @@ def test_an_update_has_blocks_for_all_multiprocessors(shape, dtype):
 
 
 def tiling_of(which, shape, algorithm="hfac"):
-    """Rows, columns, tiles of rows and of columns, lanes and vectors of a matrix of bfloat16."""
+    """`tiling_in` of a matrix of bfloat16."""
     ((found, _),) = launch_plan.plans(algorithm, [shape], "bfloat16", image=True)
-    image = found["image"]
-    return struct.unpack_from("6i", image["items"], image[which])
+    return tiling_in(found["image"], which)
 
 
 @pytest.mark.parametrize("algorithm", ["hfac", "hfac_int8"])
