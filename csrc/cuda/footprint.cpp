@@ -33,9 +33,8 @@ std::pair<Access, int64_t> Footprint::cut_for(Kernel kernel, int32_t i) const {
     case Kernel::hfac_stats:
       return {grad_access(it, bulk || it.single), tiles_of(it.tiling)};
     case Kernel::hfac_update:
-      return {pair_access(it, bulk || it.single), tiles_of(it.update)};
     case Kernel::hfac_int8_update:
-      return {pair_access(it, bulk), tiles_of(it.update)};
+      return {pair_access(it, bulk || it.single), tiles_of(it.update)};
     case Kernel::hfac_dense:
     case Kernel::smmf_dense:
       return {pair_access(it, bulk), runs(it)};

@@ -202,7 +202,7 @@ HFAC_DEVICE void update_tile(const Arguments& a) {
   const Tile tile = tile_of(a);
   const DeviceItem& it = a.items[tile.item];
   if (refused(a, it)) return;
-  if constexpr (SingleOf<A>::kThere && !kCodes) {
+  if constexpr (SingleOf<A>::kThere) {
     if (it.single) return update_tile_of<typename SingleOf<A>::Type, kWatched, kCodes>(a, tile, shared);
   }
   update_tile_of<A, kWatched, kCodes>(a, tile, shared);

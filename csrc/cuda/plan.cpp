@@ -235,7 +235,7 @@ class Planner : private Footprint {
     std::vector<bool> small(items_.size());
     bool launched[kAccesses] = {};
     const auto access = [&](size_t i) {
-      return static_cast<int>(pair_access(items_[i], bulk_[i] || (items_[i].single && !codes())));
+      return static_cast<int>(pair_access(items_[i], bulk_[i] || items_[i].single));
     };
     for (size_t i = 0; i < small.size(); ++i) {
       small[i] = elements(items_[i]) && in_one_block(items_[i], bulk_[i]);

@@ -99,14 +99,14 @@ def test_a_matrix_that_a_block_holds_takes_one_launch(algorithm, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("algorithm", ["hfac", "hfac_int8"])
 def test_few_small_matrices_share_the_launches_of_larger_ones(algorithm, dtype):
-    """Where there are such, and reach their tensors in the same way: rows of 300 columns are not whole vectors, nor are
-    those of 60, which with codes of 8 bits have an update of their own."""
+    """Where there are such, and reach their tensors in the same way: rows of 300 columns are not whole vectors, and
+    longer than those of 60, which are taken one element at a time in the same launches."""
     three, small = ["hfac_stats", f"{algorithm}_fold", f"{algorithm}_update"], f"{algorithm}_small"
     for beside, count, found in [
         ((512, 512), 1, three),
         ((512, 512), 64, three),
         ((512, 512), 65, [small, *three]),
-        ((40, 60), 1, three if algorithm == "hfac" else [small, *three]),
+        ((40, 60), 1, three),
         ((40, 300), 1, [small, *three]),
         ((0, 512), 1, [small]),
     ]:
@@ -114,20 +114,20 @@ def test_few_small_matrices_share_the_launches_of_larger_ones(algorithm, dtype):
         assert [la["kernel"] for la in launches] == found
 
 
-def test_short_rows_of_no_whole_vectors_share_the_launches_of_others():
+@pytest.mark.parametrize("algorithm", ["hfac", "hfac_int8"])
+def test_short_rows_of_no_whole_vectors_share_the_launches_of_others(algorithm):
     """A thread of the statistics has no more than a vector of such a row: there are registers for one element at a
-    time. ResNet-50 has 64 x 147. Codes of 8 bits are updated in a launch of their own."""
-    three = ["hfac_stats", "hfac_fold", "hfac_update"]
+    time. ResNet-50 has 64 x 147."""
+    fold, update = f"{algorithm}_fold", f"{algorithm}_update"
     for shapes in ([(512, 512), (64, 147)], [(3000, 5), (512, 4096)], [(40, 60)]):
-        launches = launch_plan.plan("hfac", shapes, "bfloat16")
-        assert [(la["kernel"], la["access"]) for la in launches if la["kernel"] != "hfac_fold"] == [
+        launches = launch_plan.plan(algorithm, shapes, "bfloat16")
+        assert [(la["kernel"], la["access"]) for la in launches if la["kernel"] != fold] == [
             ("hfac_stats", "bfloat16"),
-            ("hfac_update", "bfloat16"),
+            (update, "bfloat16"),
         ]
         assert sum(la["grad"] + la["grad_from_cache"] for la in launches) == 4 * sum(map(math.prod, shapes))
-    assert [la["kernel"] for la in launch_plan.plan("hfac", resnet50(), "float32")] == [*three, "hfac_dense"]
-    of_codes = [la["kernel"] for la in plan_of_codes([(512, 512), (64, 147)], 1)]
-    assert of_codes == ["hfac_stats", "hfac_int8_fold", "hfac_int8_update", "hfac_int8_update"]
+    of_resnet = [la["kernel"] for la in launch_plan.plan(algorithm, resnet50(), "float32")]
+    assert of_resnet == ["hfac_stats", fold, update, "hfac_dense"]
 
 
 def stats_of(shapes):
