@@ -73,8 +73,8 @@ def drivers(tmp_path_factory):
     "sanitizer",
     [
         pytest.param("none", marks=pytest.mark.slow),
-        pytest.param("address", marks=pytest.mark.slow),  # a minute, most of it compiling
-        pytest.param("thread", marks=pytest.mark.slow),  # a thread for each of CUDA's: minutes
+        "address",  # a minute, most of it compiling
+        "thread",  # a thread for each of CUDA's: two
     ],
 )
 def test_the_kernels_are_clean(drivers, sanitizer):
@@ -91,11 +91,16 @@ def test_a_quick_run_makes_a_part_of_the_same_steps(drivers):
     assert 0 < len(quick) < len(whole) and set(quick) < set(whole)
 
 
-@pytest.mark.slow  # in `make test` hfac._emulated guards what lies behind workspaces and around signs
 @on_the_host
 @pytest.mark.parametrize(
     ("fault", "sanitizer"),
-    [("barrier", "thread"), ("workspace", "address"), ("signs", "address"), ("block", "none"), ("wait", "none")],
+    [
+        ("barrier", "thread"),
+        ("workspace", "address"),
+        ("signs", "address"),
+        pytest.param("block", "none", marks=pytest.mark.slow),
+        pytest.param("wait", "none", marks=pytest.mark.slow),
+    ],
 )
 def test_a_fault_is_found(drivers, fault, sanitizer):
     """A block's first barrier left out; a workspace 4 bytes too small; the 4-byte word around the last byte of signs,
@@ -110,11 +115,22 @@ def test_a_fault_is_found(drivers, fault, sanitizer):
 @pytest.mark.skipif(NVCC is None, reason="no nvcc here")
 @pytest.mark.parametrize("source", [pytest.param("device_driver.cpp", marks=pytest.mark.slow), "launchers.cu"])
 def test_it_compiles_for_a_gpu(source, tmp_path):
-    """What differs from the host's build: the driver with its memory, and the launches. The kernels are left to `make
-    cuda-check`; together they take minutes."""
+    """What differs from the host's build: the driver with its memory, and the launches."""
     target = tmp_path / "out.o"
     command = device_driver.device_command(NVCC, "90", [device_driver.FLOAT, "-Werror=all-warnings"])
     path = next(str(path) for path in device_driver.SOURCES if path.name == source)
     done = subprocess.run([*command, "-x", "cu", "-c", path, "-o", str(target)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:4000]
     assert b"cuda" in target.read_bytes()
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc here")
+@pytest.mark.parametrize("source", [name for name in device_driver.KERNELS if name != "launchers.cu"])
+def test_nvcc_takes_the_kernels(source, tmp_path):
+    """Not optimized, in seconds, and no machine code: `make cuda-check` makes that, in minutes."""
+    target = tmp_path / "out.ptx"
+    command = [NVCC, "-std=c++17", "-G", "--fmad=false", "-arch=compute_90", "-ptx"]
+    path = next(str(path) for path in device_driver.SOURCES if path.name == source)
+    done = subprocess.run([*command, path, "-o", str(target)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:4000]
+    assert ".entry" in target.read_text()

@@ -4,6 +4,7 @@ called."""
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,3 +127,21 @@ def test_as_many_compilers_at_a_time_as_allowed(build, tmp_path):
     (tmp_path / "calls").touch()
     build(MAX_JOBS="3")
     assert (tmp_path / "ninja").read_text().startswith("-j 3 -C ")
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make here")
+@pytest.mark.parametrize(("gpu", "asked", "given"), [(False, None, "0"), (True, None, ""), (False, "1", "1")])
+def test_make_compiles_cuda_kernels_where_a_gpu_is_or_when_asked(tmp_path, gpu, asked, given):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("make", "find", "git"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    if gpu:
+        (tools / "nvidia-smi").write_text("#!/bin/sh\n")
+        (tools / "nvidia-smi").chmod(0o755)
+    environment = {"PATH": str(tools)} | ({} if asked is None else {"HFAC_CUDA": asked})
+    command = ["make", "-n", "install", f"VENV={tmp_path / 'venv'}"]
+    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    (setting,) = re.findall(r"^(HFAC_CUDA=\S+) \S+ -m pip install .* -e ", said, re.M)
+    shell = ["/bin/sh", "-c", f'{setting}; echo "$HFAC_CUDA"']
+    assert subprocess.run(shell, env=environment, capture_output=True, text=True).stdout == given + "\n"
