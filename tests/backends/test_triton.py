@@ -86,7 +86,7 @@ def of_steps(k, files):
         pytest.param(KERNELS, "HFac", "slow", id="more-of-HFac", marks=pytest.mark.slow),
         pytest.param(KERNELS, "not HFac", "slow", id="more-of-SMMF", marks=pytest.mark.slow),
         *(
-            # Of tables every two values meet in one row; whole ones, which other backends step, would take an hour.
+            # Of tables every two values meet in one row: other backends step whole ones in seconds.
             pytest.param(files, of_steps(0, files), "not slow", id=f"more-{name}", marks=SLOW)
             for name, files in MORE_STEPS.items()
         ),
